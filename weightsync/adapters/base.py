@@ -1,0 +1,99 @@
+"""What the daemon asks of an engine, whatever its brand.
+
+One push calls, in this order and each with an absolute `deadline` (seconds of `time.monotonic()`):
+
+    probe → accept → pause → begin → load × buckets → finish → verify → resume
+
+Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin` on,
+until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to cope with an
+engine that is in the middle of an earlier update. Engines' own words (`start_weight_update`, …) stay inside their adapter.
+
+Every method raises `EngineLost` when the engine does not answer (any more) or the deadline passes, `EngineRefused` from
+`accept` when the engine cannot take these weights, and `EngineError` for any other answer that is no success.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["EngineAdapter", "EngineInfo", "PauseMode", "Resident"]
+
+PauseMode = Literal["keep", "wait", "abort", "none"]
+"""What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even paused."""
+
+
+class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine says of itself when probed."""
+
+    software: str  # name and version, such as "vllm 0.33.0"
+    profile: str  # the protocol variant the adapter chose, and why
+    tp_size: int  # readers of every bucket, one per tensor-parallel rank
+    version: int | None  # the version it serves; None: none of ours
+    paused: bool
+    torn: bool  # an update began and did not end
+    transports: tuple[str, ...] = ("shm",)  # what its workers can read from, by transport name
+    incarnation: str = ""  # changes when the engine restarts
+
+
+class Resident(msgspec.Struct, frozen=True, kw_only=True):
+    """One box of a pushed tensor as it lies in the memory of one engine rank."""
+
+    name: str  # the tensor's checkpoint name
+    tp_rank: int
+    offset: tuple[int, ...]  # of the box, in elements of the whole tensor
+    shape: tuple[int, ...]
+    fingerprint: int  # 64 bit, see weightsync.fingerprint
+
+
+class EngineAdapter(ABC):
+    """The daemon's hand inside one engine. Instances are used from one asyncio loop."""
+
+    @abstractmethod
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        """Ask who it is and what it serves; changes nothing."""
+
+    @abstractmethod
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """Show the engine what would come. Raises `EngineRefused` naming each tensor it cannot take.
+
+        Returns the names the engine holds that this manifest would leave as they are. Not called again for a manifest
+        (by digest) that this incarnation of the engine has accepted.
+        """
+
+    @abstractmethod
+    async def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        """Stop generation as `mode` says. Pausing a paused engine succeeds."""
+
+    @abstractmethod
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
+    ) -> None:
+        """Open an update to `version`. `offers[tp_rank]` holds one attach descriptor per arena it may read from."""
+
+    @abstractmethod
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        """Load one bucket; `tickets[tp_rank]` is that rank's own export of the slot, to be opened once."""
+
+    @abstractmethod
+    async def finish(self, version: int, *, deadline: float) -> None:
+        """Everything is loaded: post-process, flush caches, take the version number."""
+
+    @abstractmethod
+    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
+        """What lies in the engine's memory now, or None where this engine does not let one look."""
+
+    @abstractmethod
+    async def resume(self, *, deadline: float) -> None:
+        """Serve again. Resuming a serving engine succeeds."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Let go of connections; the engine itself is left as it is."""
