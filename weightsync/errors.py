@@ -23,8 +23,8 @@
         └── DaemonLost             it cannot be reached, or stopped answering
 
 An error is a record: beside its sentence it carries who and where (`model`, `version`, `rank`, `engine`, `bucket`,
-`phase`) and, where there is one, a `hint` that says what would be right. `ErrorRecord` is the same as plain data, so that
-an error raised in the daemon is raised again, alike, on every trainer rank.
+`phase`) and, where there is one, a `hint` that says what would be right. `ErrorRecord` is the same as plain data, so
+that an error raised in the daemon is raised again, alike, on every trainer rank.
 """
 
 from __future__ import annotations

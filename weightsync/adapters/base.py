@@ -4,12 +4,13 @@ One push calls, in this order and each with an absolute `deadline` (seconds of `
 
     probe → accept → pause → begin → load × buckets → finish → verify → resume
 
-Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin` on,
-until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to cope with an
-engine that is in the middle of an earlier update. Engines' own words (`start_weight_update`, …) stay inside their adapter.
+Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin`
+on, until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to
+cope with an engine that is in the middle of an earlier update. Engines' own words (`start_weight_update`, …) stay
+inside their adapter.
 
-Every method raises `EngineLost` when the engine does not answer (any more) or the deadline passes, `EngineRefused` from
-`accept` when the engine cannot take these weights, and `EngineError` for any other answer that is no success.
+Every method raises `EngineLost` when the engine does not answer (any more) or the deadline passes, `EngineRefused`
+from `accept` when the engine cannot take these weights, and `EngineError` for any other answer that is no success.
 """
 
 from __future__ import annotations

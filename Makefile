@@ -1,0 +1,49 @@
+# make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
+# make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
+# make test    all CPU tests;  make style types  what CI checks besides
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+# One torch build for all of us. On a machine with NVIDIA GPUs this is the CUDA build; to get the smaller CPU build on
+# a laptop, pass PyTorch's CPU index: make setup PIP_ARGS="--index-url …"
+TORCH ?= torch==2.13.0
+PIP_ARGS ?=
+
+.PHONY: setup demo test style types test-gpu bench docs clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3s/^# //p' Makefile
+
+$(BIN)/.set-up: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) "$(TORCH)"
+	$(BIN)/python -m pip install --quiet -e ".[dev,bench]"
+	@touch $@
+
+setup: $(BIN)/.set-up
+
+demo: setup
+	$(BIN)/weightsync demo
+
+test: setup
+	$(BIN)/python -m pytest -m "not gpu"
+
+style: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+test-gpu: setup
+	$(BIN)/python -m pytest -m gpu
+
+bench: setup
+	$(BIN)/python -m bench --json-dir bench/results
+
+docs: setup
+	$(BIN)/python docs/make_state_diagram.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""Measurements: each module prints a table and, with `--json PATH`, writes the figures with hardware and command."""

@@ -1,0 +1,94 @@
+"""`weightsyncd --node-config node.toml`"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import signal
+import sys
+from pathlib import Path  # noqa: TC003 - typer reads the annotation
+from typing import Annotated, Any
+
+import typer
+
+from weightsync.config import NodeConfig, load_node_config
+from weightsync.errors import ConfigError, WeightSyncError
+from weightsyncd.server import Server
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+logger = logging.getLogger("weightsyncd")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line: dict[str, Any] = {
+            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)
+
+
+def _set_up_logging(config: NodeConfig) -> None:
+    handler = logging.StreamHandler()
+    if config.log.format == "json":
+        handler.setFormatter(JsonFormatter())
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
+    logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for each request is not for an operator
+    logging.getLogger("httpcore").setLevel(logging.WARNING)
+
+
+async def serve(config: NodeConfig) -> None:
+    """Run until SIGTERM or SIGINT."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    await Server(config).run(stop)
+
+
+@app.command()
+def weightsyncd(
+    node_config: Annotated[
+        Path,
+        typer.Option("--node-config", help="TOML file; docs/configuration.md shows every key.", show_default=False),
+    ],
+    check: Annotated[bool, typer.Option("--check", help="Check the config, say what is wrong, and exit.")] = False,
+) -> None:
+    """Run weightsync's service on this node.
+
+    It takes weights from the trainer ranks of this node over a private socket and hands them to the engines that the
+    node config lists. SIGTERM or Ctrl-C stops it: a push under way may end first, and nothing is left behind.
+    """
+    try:
+        config = load_node_config(node_config)
+        if check:
+            typer.echo(f"{node_config}: good; node {config.node.name} would listen at {config.endpoint}")
+            return
+        _set_up_logging(config)
+        asyncio.run(serve(config))
+    except ConfigError as error:
+        typer.echo(f"weightsyncd: {error}", err=True)
+        sys.exit(2)
+    except WeightSyncError as error:
+        typer.echo(f"weightsyncd: {error}", err=True)
+        sys.exit(1)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    with contextlib.suppress(KeyboardInterrupt):
+        app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,210 @@
+"""The daemon's bridges: started, spoken to, watched, ended, and started again when they are lost.
+
+A bridge is *lost* when its process ends, when its pipe breaks, or when it does not answer in time: a communicator can
+wedge for good, and ending its process is the only sure way out. It is then killed, reaped, its arena removed, and a
+successor with another incarnation is started in the background, at once the first time and then with growing pauses.
+What was in the old arena is gone; trainers and readers attach anew with the new offers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeVar
+
+from weightsync.errors import (
+    ErrorRecord,
+    LocalProtocolError,
+    TransportBroken,
+    TransportClosed,
+    TransportTimeout,
+    WeightSyncError,
+)
+from weightsync.nccl_bridge.commands import Command, Reply
+from weightsyncd.bridge_link import BridgeConfig, BridgeLink
+from weightsyncd.orphans import kill_orphans
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Bridge", "BridgeConfig", "BridgeStatus", "kill_orphans"]
+
+logger = logging.getLogger(__name__)
+
+R = TypeVar("R", bound=Reply)
+State = Literal["stopped", "starting", "ready", "lost"]
+
+_PAUSE_FIRST = 0.1  # seconds before the second attempt to restart; doubled for each further one up to …
+_PAUSE_LAST = 5.0
+_STEADY = 10.0  # seconds a bridge must have lived for its next restart to be a first attempt again
+_RESTART_SECONDS = 30.0  # for one attempt; starting takes 0.2 s, allocating a large arena some seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class BridgeStatus:
+    """One bridge as plain data."""
+
+    name: str  # "node/index"
+    state: State
+    pid: int | None
+    incarnation: str | None
+    restarts: int
+    last_error: ErrorRecord | None
+
+
+class Bridge:
+    """One bridge process and its successors. Used from one asyncio loop."""
+
+    def __init__(
+        self,
+        config: BridgeConfig,
+        *,
+        on_lost: Callable[[Bridge, WeightSyncError], None] | None = None,
+        on_ready: Callable[[Bridge], None] | None = None,
+    ) -> None:
+        """`on_lost` is called with the reason whenever it is lost, `on_ready` whenever a successor is ready (not for
+        the first start, which `start` waits for). Both are called from the loop and must return soon."""
+        self.config = config
+        self.state: State = "stopped"
+        self.restarts = 0
+        self.last_error: ErrorRecord | None = None
+        self._on_lost = on_lost
+        self._on_ready = on_ready
+        self._link: BridgeLink | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()  # replaced whenever it is set, so that each waiter sees each change
+
+    @property
+    def name(self) -> str:
+        """ "node/index", also its name as a peer of other bridges."""
+        return self.config.name
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, None unless ready."""
+        return self._link.pid if self._link is not None else None
+
+    @property
+    def incarnation(self) -> str | None:
+        """Changes with every restart; None unless ready."""
+        return self._link.incarnation if self._link is not None else None
+
+    @property
+    def offer(self) -> bytes | None:
+        """For trainer ranks: `Arena.attach(offer, writable=True)`; None unless ready."""
+        return self._link.offer if self._link is not None else None
+
+    async def start(self, *, deadline: float) -> None:
+        """Start it and wait until it is ready. Raises what it failed with (a full /dev/shm: `ConfigError`)."""
+        if self.state != "stopped":
+            raise LocalProtocolError(f"bridge {self.name} is {self.state} already")
+        self._become("starting")
+        try:
+            self._link = await BridgeLink.open(self.config, deadline=deadline)
+        except BaseException as error:
+            if isinstance(error, WeightSyncError):
+                self.last_error = error.record()
+            self._become("stopped")
+            raise
+        self._become("ready")
+        self._supervisor = asyncio.create_task(self._supervise(self._link), name=f"bridge {self.name}")
+
+    async def ready(self, *, deadline: float) -> None:
+        """Wait until it is ready (again). `TransportTimeout` gives the last error; `TransportClosed`: it is stopped."""
+        while self.state != "ready":
+            if self.state == "stopped":
+                raise TransportClosed(f"bridge {self.name} is stopped")
+            try:
+                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                    await self._changed.wait()
+            except TimeoutError:
+                why = f": {self.last_error.message}" if self.last_error is not None else ""
+                raise TransportTimeout(
+                    f"bridge {self.name} is not ready{why}", hint=self.last_error.hint if self.last_error else None
+                ) from None
+
+    async def call(self, command: Command[R], *, deadline: float) -> R:
+        """Send one command and return its reply.
+
+        Raises the error that the bridge answers (a wait that ends in time: `TransportTimeout`, and the bridge lives);
+        `TransportBroken` naming the bridge when it is not ready or ends under way; `TransportTimeout` when no answer
+        came by `deadline`: the bridge is then taken for wedged, killed, and restarted in the background.
+        """
+        link = self._link
+        if link is None:
+            if self.state == "stopped":
+                raise TransportClosed(f"bridge {self.name} is stopped")
+            why = f": {self.last_error.message}" if self.last_error is not None else ""
+            raise TransportBroken(f"bridge {self.name} is not ready{why}", hint="it is being restarted")
+        return await link.call(command, deadline=deadline)
+
+    async def stop(self, *, deadline: float) -> None:
+        """End it, gracefully until `deadline`, then by force. Nothing of it is left. Stopping twice does nothing."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            await asyncio.gather(self._supervisor, return_exceptions=True)
+            self._supervisor = None
+        link, self._link = self._link, None
+        self._become("stopped")
+        if link is not None:
+            await link.end(deadline=deadline)
+
+    def status(self) -> BridgeStatus:
+        """How it is."""
+        return BridgeStatus(
+            name=self.name,
+            state=self.state,
+            pid=self.pid,
+            incarnation=self.incarnation,
+            restarts=self.restarts,
+            last_error=self.last_error,
+        )
+
+    async def _supervise(self, link: BridgeLink) -> None:
+        attempts = 0
+        while True:
+            since = time.monotonic()
+            error = await asyncio.shield(link.ended)
+            if time.monotonic() - since > _STEADY:
+                attempts = 0
+            self._link = None
+            self.last_error = error.record()
+            logger.warning("[bridge=%s] lost: %s", self.name, error.message)
+            self._become("lost")
+            ending = asyncio.ensure_future(link.end())
+            if self._on_lost is not None:
+                self._on_lost(self, error)
+            await _finish(ending)
+            link, attempts = await self._restart(attempts)
+            self.restarts += 1
+            self._link = link
+            self._become("ready")
+            if self._on_ready is not None:
+                self._on_ready(self)
+
+    async def _restart(self, attempts: int) -> tuple[BridgeLink, int]:
+        while True:
+            if attempts:
+                await asyncio.sleep(min(_PAUSE_FIRST * 2 ** (attempts - 1), _PAUSE_LAST))
+            attempts += 1
+            try:
+                return await BridgeLink.open(self.config, deadline=time.monotonic() + _RESTART_SECONDS), attempts
+            except WeightSyncError as error:
+                self.last_error = error.record()
+                logger.warning("[bridge=%s] restart.failed attempt=%d: %s", self.name, attempts, error.message)
+
+    def _become(self, state: State) -> None:
+        self.state = state
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+async def _finish(ending: asyncio.Future[None]) -> None:
+    """Wait for it, and go on waiting if this task is cancelled: a process half ended would be left behind."""
+    try:
+        await asyncio.shield(ending)
+    except asyncio.CancelledError:
+        await ending
+        raise

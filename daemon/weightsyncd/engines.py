@@ -1,0 +1,141 @@
+"""This node's engines: their adapters, and what is known of each between pushes.
+
+The daemon keeps no state of its own about engines on disk. After a restart it asks them, and an engine that says it
+is in the middle of an update is torn, whoever began it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from weightsync.adapters import adapter
+from weightsync.errors import EngineLost, ErrorRecord, WeightSyncError
+from weightsync.wire.messages import EngineStatus
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+    from weightsync.adapters.base import EngineAdapter, EngineInfo
+    from weightsync.config import EngineConfig, TimeoutConfig
+
+__all__ = ["Engine", "Engines"]
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """One engine: its adapter and the last that is known of it."""
+
+    def __init__(self, config: EngineConfig, hand: EngineAdapter) -> None:
+        self.config = config
+        self.name = config.name
+        self.adapter = hand
+        self.info: EngineInfo | None = None
+        self.error: ErrorRecord | None = None
+        self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
+
+    @property
+    def state(self) -> str:
+        """serving | paused | torn | blank | lost | unknown"""
+        if self.error is not None:
+            return "lost"
+        if self.info is None:
+            return "unknown"
+        if self.info.torn:
+            return "torn"
+        if self.info.paused:
+            return "paused"
+        return "blank" if self.info.version is None else "serving"
+
+    def learned(self, info: EngineInfo) -> None:
+        """Note what the engine says of itself; a restarted engine has accepted nothing yet."""
+        if self.info is None or info.incarnation != self.info.incarnation:
+            self.accepted.clear()
+            logger.info(
+                "[engine=%s] %s, %s, tp %d, version %s",
+                self.name,
+                info.software,
+                info.profile,
+                info.tp_size,
+                info.version,
+            )
+        elif self.error is not None:
+            logger.info("[engine=%s] answers again", self.name)
+        self.info, self.error = info, None
+
+    def lost(self, error: WeightSyncError) -> None:
+        """Note that it does not answer."""
+        if self.error is None:
+            logger.warning("[engine=%s] lost: %s", self.name, error.message)
+        self.error = error.record()
+
+    async def probe(self, deadline: float) -> EngineInfo:
+        """Ask the engine and note the answer. Raises `EngineLost` or `EngineError`."""
+        try:
+            info = await self.adapter.probe(deadline=deadline)
+        except WeightSyncError as error:
+            self.lost(error)
+            raise
+        self.learned(info)
+        return info
+
+    def status(self, node: str) -> EngineStatus:
+        """How it is, for operators."""
+        info = self.info
+        return EngineStatus(
+            name=self.name,
+            node=node,
+            kind=self.config.kind,
+            model=self.config.model,
+            url=self.config.url,
+            state=self.state,
+            version=info.version if info else None,
+            tp_size=info.tp_size if info else None,
+            software=info.software if info else None,
+            profile=info.profile if info else None,
+            error=self.error.message if self.error else None,
+        )
+
+
+class Engines:
+    """All engines of this node, looked at now and then while no push holds them."""
+
+    def __init__(self, configs: Iterable[EngineConfig], timeouts: TimeoutConfig, busy: Callable[[], bool]) -> None:
+        self._engines = {config.name: Engine(config, adapter(config)) for config in configs}
+        self._timeouts = timeouts
+        self._busy = busy
+
+    def __iter__(self) -> Iterator[Engine]:
+        return iter(self._engines.values())
+
+    def __getitem__(self, name: str) -> Engine:
+        """The engine of that name. Raises `EngineLost` where there is none."""
+        engine = self._engines.get(name)
+        if engine is None:
+            raise EngineLost(f"this node has no engine called {name!r}", engine=name)
+        return engine
+
+    def of_model(self, model: str) -> list[str]:
+        """Names of the engines that serve `model`."""
+        return [e.name for e in self._engines.values() if e.config.model == model]
+
+    async def watch(self) -> None:
+        """Probe every engine, for ever, except while a push is under way."""
+        while True:
+            if not self._busy():
+                until = time.monotonic() + self._timeouts.probe
+                await asyncio.gather(*(self._look(engine, until) for engine in self._engines.values()))
+            await asyncio.sleep(self._timeouts.probe_every)
+
+    async def _look(self, engine: Engine, until: float) -> None:
+        try:
+            await engine.probe(until)
+        except WeightSyncError as error:
+            logger.debug("[engine=%s] probe failed: %s", engine.name, error)
+
+    async def close(self) -> None:
+        """Let go of every engine as it is."""
+        await asyncio.gather(*(engine.adapter.close() for engine in self._engines.values()))

@@ -1,0 +1,296 @@
+"""Carries out one node's part of a push: instructions in, one event each out.
+
+The coordinating daemon calls it for its own engines and bridges; a following daemon calls it for a coordinator
+elsewhere. Whatever happens to an instruction is told in the event it returns; only cancellation gets out as an
+exception.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import signal
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weightsync.adapters.verify import compare
+from weightsync.errors import (
+    EngineError,
+    EngineLost,
+    ErrorRecord,
+    LocalProtocolError,
+    TransportError,
+    WeightSyncError,
+)
+from weightsync.nccl_bridge import commands
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from weightsync.plan.manifest import Manifest
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.engines import Engine, Engines
+
+__all__ = ["NodeExecutor", "PushContext", "phase_of"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_FIRST, _POLL_LAST = 0.0005, 0.02  # seconds between looks at a fence that has not passed
+
+
+@dataclass
+class PushContext:
+    """What one node knows of a push under way."""
+
+    push: str
+    model: str
+    version: int
+    manifest: Manifest | None = None
+    expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
+    places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
+    tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
+    paused: set[str] = field(default_factory=set)  # engines paused here and not resumed
+    begun: set[str] = field(default_factory=set)  # engines touched here and not resumed
+
+    def known_manifest(self) -> Manifest:
+        if self.manifest is None:
+            raise LocalProtocolError("the push has no manifest yet", version=self.version)
+        return self.manifest
+
+
+def phase_of(instruction: do.Instruction) -> str:
+    """The phase an engine instruction is called by in events and errors: "load" for `LoadBucket`."""
+    return {
+        do.ProbeEngine: "probe",
+        do.AcceptEngine: "accept",
+        do.PauseEngine: "pause",
+        do.BeginEngine: "begin",
+        do.LoadBucket: "load",
+        do.FinishEngine: "finish",
+        do.VerifyEngine: "verify",
+        do.ResumeEngine: "resume",
+    }.get(type(instruction), "wire")
+
+
+class NodeExecutor:
+    """This node's engines and bridges, as instructions see them."""
+
+    def __init__(self, node: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
+        self.node = node
+        self.engines = engines
+        self.bridges = bridges
+        self._sequences = itertools.count(1)
+        self._offers: dict[tuple[str, str], bytes] = {}  # (bridge incarnation, reader) → offer
+        self.leaks = 0  # exports whose reader never released them
+
+    async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
+        """Carry out one instruction. None for the kinds that end in no event."""
+        match instruction:
+            case do.ExportBucket():
+                return await self._export(context, instruction)
+            case do.AwaitRelease():
+                return await self._await_release(context, instruction)
+            case do.RevokeBucket():
+                await self._revoke(context, instruction.engine, instruction.bucket)
+                return None
+            case do.RetireBridge():
+                self._retire(instruction)
+                return None
+            case _:
+                return await self._at_engine(context, instruction)
+
+    # --- engines --------------------------------------------------------------------------------------------------
+
+    async def _at_engine(self, context: PushContext, instruction: do.Instruction) -> ev.Event:
+        name: str = getattr(instruction, "engine", "")
+        phase = phase_of(instruction)
+        bucket: int | None = getattr(instruction, "bucket", None)
+        logger.debug("[engine=%s v=%d] %s.started bucket=%s", name, context.version, phase, bucket)
+        try:
+            engine = self.engines[name]
+            async with asyncio.timeout_at(instruction.deadline):
+                event = await self._ask(context, engine, instruction)
+        except TimeoutError:
+            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline")
+        except WeightSyncError as caught:
+            error = caught
+        except Exception as caught:
+            logger.exception("[engine=%s v=%d] %s failed in an unexpected way", name, context.version, phase)
+            error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
+        else:
+            logger.debug("[engine=%s v=%d] %s.complete bucket=%s", name, context.version, phase, bucket)
+            return event
+        lost = isinstance(error, EngineLost)
+        logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", name, context.version, phase, bucket, error.message)
+        record = error.record()
+        about = {"engine": name, "phase": phase, "bucket": bucket, "version": context.version, "model": context.model}
+        gaps = {key: value for key, value in about.items() if getattr(record, key) is None}
+        filled = ErrorRecord(**{**{f: getattr(record, f) for f in record.__struct_fields__}, **gaps})
+        return ev.EngineFailed(engine=name, phase=phase, error=filled, lost=lost)
+
+    async def _ask(self, context: PushContext, engine: Engine, instruction: do.Instruction) -> ev.Event:
+        hand, name, deadline = engine.adapter, engine.name, instruction.deadline
+        match instruction:
+            case do.ProbeEngine():
+                info = await engine.probe(deadline)
+                return ev.EngineProbed(
+                    engine=name, tp_size=info.tp_size, version=info.version, paused=info.paused, torn=info.torn
+                )
+            case do.AcceptEngine():
+                manifest = context.known_manifest()
+                untouched = engine.accepted.get(manifest.digest)
+                torn = engine.info is not None and engine.info.torn
+                if untouched is None or (torn and untouched):  # a torn engine needs every tensor: let it say so
+                    untouched = await hand.accept(manifest, deadline=deadline)
+                    engine.accepted[manifest.digest] = untouched
+                return ev.EngineAccepted(engine=name, untouched=len(untouched))
+            case do.PauseEngine():
+                context.paused.add(name)
+                await hand.pause(instruction.mode, deadline=deadline)  # type: ignore[arg-type]
+                return ev.EnginePaused(engine=name)
+            case do.BeginEngine():
+                context.begun.add(name)
+                offers = await self._offers_for(engine, deadline)
+                await hand.begin(context.version, context.known_manifest(), offers, deadline=deadline)
+                return ev.EngineBegun(engine=name)
+            case do.LoadBucket():
+                tickets = context.tickets.pop((name, instruction.bucket), None)
+                if tickets is None:
+                    raise LocalProtocolError(f"bucket {instruction.bucket} was not exported for engine {name}")
+                await hand.load(instruction.bucket, tickets, deadline=deadline)
+                return ev.BucketLoaded(engine=name, bucket=instruction.bucket)
+            case do.FinishEngine():
+                await hand.finish(context.version, deadline=deadline)
+                return ev.EngineFinished(engine=name)
+            case do.VerifyEngine():
+                residents = await hand.verify(deadline=deadline)
+                if residents is None or context.expected is None:
+                    return ev.EngineVerified(engine=name)
+                return ev.EngineVerified(
+                    engine=name, checked=compare(residents, context.known_manifest(), context.expected)
+                )
+            case do.ResumeEngine():
+                await hand.resume(deadline=deadline)
+                context.paused.discard(name)
+                context.begun.discard(name)
+                return ev.EngineResumed(engine=name)
+        raise LocalProtocolError(f"{type(instruction).__name__} is not for an engine")
+
+    async def _offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
+        """One attach descriptor for each tp rank of the engine and each arena of this node."""
+        readers = self._readers(engine)
+        offers: list[list[bytes]] = []
+        for reader in readers:
+            row = []
+            for bridge in self.bridges:
+                key = (bridge.incarnation or "", reader)
+                if key not in self._offers:
+                    reply = await bridge.call(commands.Offer(reader=reader), deadline=deadline)
+                    self._offers[key] = reply.offer
+                row.append(self._offers[key])
+            offers.append(row)
+        alive = {bridge.incarnation for bridge in self.bridges}
+        self._offers = {key: offer for key, offer in self._offers.items() if key[0] in alive}
+        return offers
+
+    @staticmethod
+    def _readers(engine: Engine) -> list[str]:
+        if engine.info is None:
+            raise EngineLost("it has not been probed", engine=engine.name)
+        return [f"{engine.name}/{rank}" for rank in range(engine.info.tp_size)]
+
+    # --- the wire -------------------------------------------------------------------------------------------------
+
+    async def _export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
+        slot, bucket = instruction.slot, instruction.bucket
+        readers = {name: self._readers(self.engines[name]) for name in instruction.engines}
+        sequence = self.sequence_of(context, bucket, slot)
+        command = commands.Export(
+            slot=slot.index,
+            nbytes=instruction.nbytes,
+            sequence=sequence,
+            readers=tuple(reader for ranks in readers.values() for reader in ranks),
+        )
+        try:
+            reply = await self.bridges[slot.bridge].call(command, deadline=instruction.deadline)
+        except TransportError as error:
+            logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
+            return ev.BridgeLost(node=self.node, bridge=slot.bridge, error=error.record())
+        for name, ranks in readers.items():
+            context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
+        return ev.BucketExported(bucket=bucket, node=self.node)
+
+    def sequence_of(self, context: PushContext, bucket: int, slot: do.Slot) -> int:
+        """The number under which this bucket's bytes in this slot are exported; new for every filling of a slot."""
+        place = context.places.get(bucket)
+        if place is None or place[0] != slot:
+            place = context.places[bucket] = (slot, next(self._sequences))
+        return place[1]
+
+    async def receive(self, context: PushContext, bucket: int, slot: do.Slot, ticket: bytes, deadline: float) -> None:
+        """Take part in the broadcast of a bucket into `slot`. Raises `TransportError`."""
+        reply = await self.bridges[slot.bridge].call(
+            commands.Receive(ticket=ticket, slot=slot.index), deadline=deadline
+        )
+        context.places[bucket] = (slot, reply.sequence)
+
+    async def _await_release(self, context: PushContext, instruction: do.AwaitRelease) -> ev.Event:
+        engine, bucket = instruction.engine, instruction.bucket
+        place = context.places.get(bucket)
+        released = ev.BucketReleased(engine=engine, bucket=bucket)
+        if place is None:
+            return released
+        slot, pause = place[0], _POLL_FIRST
+        while time.monotonic() < instruction.deadline:
+            try:
+                reply = await self.bridges[slot.bridge].call(
+                    commands.Pending(slot=slot.index), deadline=instruction.deadline
+                )
+            except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
+                logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
+                return released
+            if not any(reader.rpartition("/")[0] == engine for reader in reply.readers):
+                return released
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _POLL_LAST)
+        logger.error("[engine=%s v=%d bucket=%d] never released its slot", engine, context.version, bucket)
+        self.leaks += 1
+        await self._revoke(context, engine, bucket)
+        return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
+
+    async def _revoke(self, context: PushContext, engine: str, bucket: int) -> None:
+        place = context.places.get(bucket)
+        if place is None:
+            return
+        context.tickets.pop((engine, bucket), None)
+        for reader in self._readers(self.engines[engine]):
+            try:
+                await self.bridges[place[0].bridge].call(
+                    commands.Revoke(reader=reader, slot=place[0].index), deadline=time.monotonic() + 5.0
+                )
+            except TransportError as error:
+                logger.debug("[engine=%s bucket=%d] revoke: %s", engine, bucket, error.message)
+                return
+
+    def _retire(self, instruction: do.RetireBridge) -> None:
+        bridge = self.bridges[instruction.bridge]
+        logger.warning("bridge %s is replaced: %s", bridge.name, instruction.reason)
+        if bridge.pid is not None:
+            os.kill(bridge.pid, signal.SIGKILL)  # its supervisor starts another, with a fresh arena
+
+    # --- the end of a coordinator ------------------------------------------------------------------------------------
+
+    async def let_go(self, context: PushContext, deadline: float) -> None:
+        """The push is over and nobody drives it any more: resume engines that were paused and never touched."""
+        for name in sorted(context.begun):
+            logger.warning("[engine=%s v=%d] is left torn and paused: its push ended half-way", name, context.version)
+        for name in sorted(context.paused - context.begun):
+            await self.execute(context, do.ResumeEngine(engine=name, deadline=deadline))

@@ -1,0 +1,144 @@
+"""Looking at a daemon: the answer to `weightsync status`, the metrics, and the pages /metrics and /healthz."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from importlib.metadata import version as version_of
+from typing import TYPE_CHECKING, Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+from prometheus_client import make_wsgi_app
+
+from weightsync.errors import ConfigError, TransportError
+from weightsync.nccl_bridge import commands
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.metrics import Metrics
+    from weightsync.session.machine import PushSession
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.server import Server
+
+__all__ = ["HealthPage", "measure_node", "measure_push", "status_of"]
+
+logger = logging.getLogger(__name__)
+
+_STATES = ("serving", "paused", "torn", "blank", "lost", "unknown")
+_LOOK = 1.0  # seconds a bridge may take to show its ledger
+
+
+async def _accounts(bridge: Bridge) -> tuple[Any, ...]:
+    try:
+        books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + _LOOK)
+    except TransportError as error:
+        logger.debug("bridge %s shows no ledger: %s", bridge.name, error.message)
+        return ()
+    return books.accounts
+
+
+async def status_of(server: Server) -> msg.Status:
+    """Everything an operator asks for first."""
+    config = server.config
+    bridges = []
+    for bridge in server.bridges:
+        how = bridge.status()
+        accounts = await _accounts(bridge) if bridge.incarnation else ()
+        bridges.append(
+            msg.BridgeStatus(
+                node=config.node.name,
+                index=bridge.config.index,
+                pid=how.pid,
+                restarts=how.restarts,
+                slots=config.arena.slots,
+                slot_bytes=config.arena.slot_bytes,
+                outstanding=sum(account.outstanding for account in accounts),
+                error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
+            )
+        )
+    remote = [e for peer in server.peers.values() if peer.info is not None for e in peer.info.engines]
+    return msg.Status(
+        node=config.node.name,
+        software=f"weightsync {version_of('weightsync')}",
+        pid=os.getpid(),
+        uptime=time.monotonic() - server.started,
+        engines=(*(e.status(config.node.name) for e in server.engines), *remote),
+        bridges=tuple(bridges),
+        peers={name: peer.state for name, peer in server.peers.items()},
+        push=server.push.status() if server.push is not None else None,
+        last=server.last,
+        last_error=server.last_error,
+    )
+
+
+def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None) -> None:
+    """Count a push that has ended."""
+    metrics.pushes.labels(session.model, str(session.state)).inc()
+    if outcome is None:
+        return
+    for engine in outcome.engines:
+        metrics.engine_outcomes.labels(engine.engine, engine.outcome).inc()
+    for phase, seconds in outcome.phases.items():
+        metrics.phase_seconds.labels(session.model, phase).inc(seconds)
+    if session.committed:
+        metrics.push_seconds.labels(session.model).observe(outcome.seconds)
+        metrics.push_bytes.labels(session.model).inc(outcome.nbytes)
+
+
+async def measure_node(server: Server) -> None:
+    """Bring the gauges up to date."""
+    metrics = server.metrics
+    for engine in server.engines:
+        version = engine.info.version if engine.info is not None else None
+        metrics.engine_version.labels(engine.name).set(-1 if version is None else version)
+        for state in _STATES:
+            metrics.engine_state.labels(engine.name, state).set(engine.state == state)
+    metrics.exports_leaked.set(server.executor.leaks)
+    for bridge in server.bridges:
+        metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
+        for account in await _accounts(bridge) if bridge.incarnation else ():
+            metrics.exports.labels(account.reader).set(account.exports)
+            metrics.exports_outstanding.labels(account.reader).set(account.outstanding)
+
+
+class HealthPage:
+    """/metrics for Prometheus and /healthz for whoever asks whether the daemon lives; loopback only."""
+
+    def __init__(self, listen: str, metrics: Metrics) -> None:
+        host, _, port = listen.rpartition(":")
+        pages = make_wsgi_app(metrics.registry)
+
+        def app(environ: dict[str, Any], start: Callable[..., Any]) -> list[bytes]:
+            if environ.get("PATH_INFO") == "/healthz":
+                start("200 OK", [("Content-Type", "text/plain")])
+                return [b"ok\n"]
+            if environ.get("PATH_INFO") == "/metrics":
+                return list(pages(environ, start))
+            start("404 Not Found", [("Content-Type", "text/plain")])
+            return [b"/metrics or /healthz\n"]
+
+        try:
+            self._server: WSGIServer = make_server(host.strip("[]"), int(port), app, handler_class=_Quiet)
+        except OSError as error:
+            raise ConfigError(f"http.listen = {listen!r}: {error.strerror}", hint="choose a free port") from error
+        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+
+    def serve(self) -> None:
+        """Answer from a thread of its own."""
+        self._thread.start()
+        logger.info("metrics at http://%s:%d/metrics", *self._server.server_address[:2])
+
+    def close(self) -> None:
+        """Stop answering."""
+        self._server.shutdown()
+        self._thread.join(timeout=5.0)
+        self._server.server_close()
+
+
+class _Quiet(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        logger.debug(format, *args)

@@ -1,0 +1,349 @@
+"""One push in a daemon: gives events to its session and has the instructions carried out.
+
+This is the only place where the two sides meet: `hear` takes an event, asks the session what to do, and sends each
+instruction to the trainer ranks, to this node's executor, or to another node. What an instruction comes to is heard
+again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from weightsync.errors import ErrorRecord, PushRefused, TransportError, WeightSyncError
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
+from weightsync.session.machine import PushSession, State
+from weightsync.wire import messages as msg
+from weightsyncd.executor import PushContext
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from weightsync.config import NodeConfig
+    from weightsyncd.executor import NodeExecutor
+    from weightsyncd.peers import Peer, Rails
+    from weightsyncd.plans import CachedPlan, Plans
+
+__all__ = ["Push", "Services"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a push needs of its daemon."""
+
+    config: NodeConfig
+    executor: NodeExecutor
+    peers: dict[str, Peer]
+    rails: Rails
+    plans: Plans
+    send: Callable[[bytes, msg.Message], bool]
+
+
+@dataclass
+class _Rank:
+    identity: bytes
+    number: int  # the rank's own number of this push; each message to it carries it
+    layout: bytes
+    cached_plan: bytes | None
+    heard: float
+
+
+class Push:
+    """One push under way. `done` is set when its session is: the next push may begin."""
+
+    def __init__(self, services: Services, first: msg.Open, engines: dict[str, str], last_version: int | None) -> None:
+        """`engines` maps the name of each engine of the model to its node."""
+        config = services.config
+        now = time.monotonic()
+        self.group, self.world = first.group, first.world
+        self.done = asyncio.Event()
+        self.ranks: dict[int, _Rank] = {}
+        self.outcome: msg.PushOutcome | None = None
+        self._services = services
+        self._terms = (first.version, first.model, first.world, first.pause)
+        self._engines = engines
+        self._plan: CachedPlan | None = None
+        self._late_error: ErrorRecord | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+        nodes = sorted(set(engines.values()) - {config.node.name})
+        slots = {(config.node.name, b): config.arena.slots for b in range(config.node.bridges)}
+        for node in nodes:
+            info = services.peers[node].info
+            if info is not None:
+                slots.update({(node, b): count for b, count in enumerate(info.slots)})
+        self._owners = services.rails.count(nodes) if nodes else config.node.bridges
+        self.context = PushContext(
+            push=f"{first.group}:{first.model}:{first.version}", model=first.model, version=first.version
+        )
+        self.session = PushSession(
+            model=first.model,
+            version=first.version,
+            world=first.world,
+            home=config.node.name,
+            engines=engines,
+            slots=slots,
+            pause=first.pause,
+            deadline=now + first.timeout,
+            operation_timeout=config.timeouts.operation,
+            grace=config.timeouts.grace,
+            last_version=last_version,
+        )
+        logger.info("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+        self._carry_out(self.session.start(now))
+
+    # --- what is heard ----------------------------------------------------------------------------------------------
+
+    def hear(self, event: ev.Event) -> None:
+        """Give the session one event and have its instructions carried out."""
+        if self.done.is_set():
+            return
+        before = self.session.state
+        instructions = self.session.handle(event, time.monotonic())
+        if self.session.state is not before:
+            logger.info("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
+        self._carry_out(instructions)
+
+    def _carry_out(self, instructions: list[do.Instruction]) -> None:
+        for instruction in instructions:
+            self._dispatch(instruction)
+        if self.session.done:
+            self._finish()
+        else:
+            self._arm()
+
+    def _arm(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        due = self.session.deadline()
+        if due is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(max(0.0, due - time.monotonic()) + 0.001, self.hear, ev.Tick())
+
+    def _finish(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        for node in set(self._engines.values()) - {self._services.config.node.name}:
+            self._services.peers[node].tell(msg.Release(push=self.context.push))
+        logger.info("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
+        self.done.set()
+
+    # --- trainer ranks ----------------------------------------------------------------------------------------------
+
+    def open(self, identity: bytes, message: msg.Open) -> None:
+        """A rank has called `push_weights`."""
+        terms = (message.version, message.model, message.world, message.pause)
+        known = self.ranks.get(message.rank)
+        if known is not None:
+            if known.identity != identity:
+                self._refuse(
+                    identity, message.id, f"rank {message.rank} of this trainer takes part in the push already"
+                )
+            return
+        self.ranks[message.rank] = _Rank(identity, message.id, message.layout, message.plan, time.monotonic())
+        if terms != self._terms or message.rank >= message.world:
+            names = ("version", "model", "world size", "pause")
+            differ = [f"{n} {b!r}, not {a!r}" for n, a, b in zip(names, self._terms, terms, strict=True) if a != b]
+            what = "; ".join(differ) or f"rank {message.rank} of {message.world}"
+            error = PushRefused(f"rank {message.rank} pushes {what} as the ranks before it", rank=message.rank)
+            self.hear(ev.RankFailed(rank=message.rank, error=error.record()))
+            return
+        self.hear(ev.RankOpened(rank=message.rank, layout=message.layout, describe_seconds=message.describe_seconds))
+
+    def _refuse(self, identity: bytes, number: int, reason: str) -> None:
+        error = PushRefused(reason, model=self.session.model, version=self.session.version)
+        self._services.send(identity, msg.Ended(id=number, error=error.record()))
+
+    def rank_of(self, identity: bytes) -> int | None:
+        """Which rank speaks by this identity, if one does."""
+        for rank, known in self.ranks.items():
+            if known.identity == identity:
+                known.heard = time.monotonic()
+                return rank
+        return None
+
+    def filled(self, rank: int, message: msg.Filled) -> None:
+        """A rank has written its parts of a bucket."""
+        expected = self.context.expected
+        tensors = np.frombuffer(message.tensors, dtype="<u4") if len(message.tensors) % 4 == 0 else None
+        sums = np.frombuffer(message.fingerprints, dtype="<u8") if len(message.fingerprints) % 8 == 0 else None
+        if expected is None or tensors is None or sums is None or len(tensors) != len(sums):
+            return self._rank_is_confused(rank, "its fingerprints are malformed")
+        if len(tensors) and int(tensors.max()) >= len(expected):
+            return self._rank_is_confused(rank, "it names a tensor that is not in the manifest")
+        if not 0 <= message.bucket < len(self.session.buckets):
+            return self._rank_is_confused(rank, f"there is no bucket {message.bucket}")
+        if rank in self.session.buckets[message.bucket].unfilled:  # a duplicate must not count twice
+            np.add.at(expected, tensors, sums)
+        return self.hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
+
+    def _rank_is_confused(self, rank: int, why: str) -> None:
+        error = PushRefused(f"rank {rank} sent a message that makes no sense here: {why}", rank=rank)
+        self.hear(ev.RankFailed(rank=rank, error=error.record()))
+
+    def check_alive(self, liveness: float) -> None:
+        """Tell the session of ranks that have fallen silent. To be called now and then."""
+        now = time.monotonic()
+        for rank, known in self.ranks.items():
+            if now - known.heard > liveness:
+                known.heard = float("inf")
+                self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
+
+    # --- instructions -----------------------------------------------------------------------------------------------
+
+    def _dispatch(self, instruction: do.Instruction) -> None:
+        match instruction:
+            case do.AskLayout():
+                self._tell(instruction.rank, msg.AskDescription())
+            case do.AnnouncePlan():
+                self._announce()
+            case do.GrantLease():
+                lease = msg.Lease(
+                    bucket=instruction.bucket, bridge=instruction.slot.bridge, slot=instruction.slot.index
+                )
+                for rank in instruction.ranks:
+                    self._tell(rank, lease)
+            case do.EndPush():
+                self._end(instruction.error)
+            case do.MakePlan():
+                self._start(self._make_plan())
+            case do.FormGroup():
+                self._start(self._services.rails.form(instruction.nodes, instruction.deadline))
+            case do.RelayBucket():
+                self._start(self._relay(instruction))
+            case _:
+                self._start(self._at_node(instruction))
+
+    def _start(self, work: Coroutine[None, None, ev.Event | None]) -> None:
+        task = asyncio.create_task(self._hear_outcome(work))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _hear_outcome(self, work: Coroutine[None, None, ev.Event | None]) -> None:
+        event = await work
+        if event is not None:
+            self.hear(event)
+
+    def _node_of(self, instruction: do.Instruction) -> str:
+        if isinstance(instruction, do.ExportBucket):
+            return instruction.slot.node
+        if isinstance(instruction, do.RetireBridge):
+            return instruction.node
+        return self._engines[getattr(instruction, "engine", "")]
+
+    async def _at_node(self, instruction: do.Instruction) -> ev.Event | None:
+        node = self._node_of(instruction)
+        if node == self._services.config.node.name:
+            return await self._services.executor.execute(self.context, instruction)
+        return await self._services.peers[node].execute(self.context, instruction)
+
+    async def _relay(self, instruction: do.RelayBucket) -> ev.Event:
+        sequence = self._services.executor.sequence_of(self.context, instruction.bucket, instruction.slot)
+        try:
+            return await self._services.rails.relay(self.context, instruction, sequence)
+        except TransportError as error:
+            return ev.BridgeLost(node=instruction.slot.node, bridge=instruction.slot.bridge, error=error.record())
+
+    async def _make_plan(self) -> ev.Event:
+        digests = tuple(self.ranks[rank].layout for rank in range(self.world))
+        plans = self._services.plans
+        missing = plans.missing(digests, self._owners)
+        if missing:
+            return ev.LayoutsMissing(ranks=tuple(missing))
+        try:
+            self._plan = await plans.plan(digests, self._owners)
+        except WeightSyncError as error:
+            return ev.PlanFailed(error=error.record())
+        manifest = self._plan.manifest
+        self.context.manifest = manifest
+        self.context.expected = np.zeros(len(manifest.tensors), dtype=np.uint64)
+        return ev.PlanMade(buckets=self._plan.buckets)
+
+    def _announce(self) -> None:
+        plan = self._plan
+        assert plan is not None, "AnnouncePlan comes after PlanMade"
+        offers = tuple(bridge.offer or b"" for bridge in self._services.executor.bridges)
+        for rank, known in self.ranks.items():
+            has_it = known.cached_plan == plan.digest
+            self._tell(
+                rank,
+                msg.Planned(
+                    plan=plan.digest,
+                    offers=offers,
+                    manifest=None if has_it else plan.manifest.pack(),
+                    fills=None if has_it else plan.fills[rank],
+                ),
+            )
+
+    def _end(self, error: ErrorRecord | None) -> None:
+        session = self.session
+        self.outcome = self._outcome()
+        if error is not None:
+            logger.error("[push=%s v=%d] failed: %s", session.model, session.version, error.message)
+        ended = msg.Ended(outcome=self.outcome if error is None else None, error=error)
+        for rank in self.ranks:
+            self._tell(rank, ended)
+
+    def _tell(self, rank: int, message: msg.Message) -> None:
+        known = self.ranks[rank]
+        self._services.send(known.identity, msgspec.structs.replace(message, id=known.number))
+
+    def _outcome(self) -> msg.PushOutcome:
+        session = self.session
+        manifest = self.context.manifest
+        return msg.PushOutcome(
+            model=session.model,
+            version=session.version,
+            nbytes=manifest.nbytes if manifest is not None else 0,
+            tensors=len(manifest.tensors) if manifest is not None else 0,
+            buckets=len(session.buckets),
+            seconds=session.finished - session.started,
+            phases=dict(session.phases.seconds),
+            engines=tuple(
+                msg.EngineOutcome(
+                    engine=e.name,
+                    node=e.node,
+                    outcome=str(e.stage),
+                    version=session.version if e.stage.value == "committed" else None if e.touched else e.version,
+                    seconds=e.seconds,
+                    checked=e.checked,
+                    untouched=e.untouched,
+                    error=e.error,
+                )
+                for e in session.engines.values()
+            ),
+        )
+
+    def status(self) -> msg.PushStatus:
+        """How far it is."""
+        session = self.session
+        return msg.PushStatus(
+            model=session.model,
+            version=session.version,
+            state=str(session.state),
+            seconds=time.monotonic() - session.started,
+            nbytes=session.nbytes,
+            filled_bytes=session.filled_bytes,
+            waiting_for="" if session.ended else session.waiting_for(),
+        )
+
+    @property
+    def succeeded(self) -> bool:
+        return self.session.state is State.COMMITTED
+
+    async def cancel(self) -> None:
+        """Stop everything under way; for a daemon that ends."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._timer is not None:
+            self._timer.cancel()

@@ -1,0 +1,47 @@
+"""Shared by all tests: hypothesis without wall-clock limits, and a look at what a test leaves behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("weightsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("weightsync")
+
+
+def _open_fds() -> dict[str, str]:
+    fds = {}
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue  # it was the listing's own
+    return fds
+
+
+def _segments() -> set[str]:
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith("weightsync-")}
+
+
+@pytest.fixture
+def no_leaks():
+    """Fail a test that leaves file descriptors, threads, child processes or shared memory behind."""
+    import psutil
+
+    gc.collect()
+    fds, threads, segments = _open_fds(), set(threading.enumerate()), _segments()
+    children = {c.pid for c in psutil.Process().children(recursive=True)}
+    yield
+    gc.collect()
+    new_fds = {fd: what for fd, what in _open_fds().items() if fd not in fds}
+    new_threads = {t.name for t in set(threading.enumerate()) - threads if t.is_alive()}
+    new_children = [c for c in psutil.Process().children(recursive=True) if c.pid not in children]
+    assert not new_children, f"left processes: {new_children}"
+    assert not (_segments() - segments), f"left shared memory: {_segments() - segments}"
+    assert not new_threads, f"left threads: {new_threads}"
+    assert not new_fds, f"left file descriptors: {new_fds}"

@@ -1,0 +1,270 @@
+"""A real reference engine: processes, HTTP, tensor parallelism, weights over shared memory."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import psutil
+import pytest
+
+from tests.engine_process import EngineProcess, running_engine
+from tests.hand_push import HandPush, Tensors, as_bytes, connected, soon, whole
+from weightsync.adapters.reference.config import ModelConfig
+from weightsync.adapters.reference.model import CausalLM, greedy, load_checkpoint, random_checkpoint
+from weightsync.errors import EngineError, EngineLost, EngineRefused
+from weightsync.fingerprint import combine, fingerprint
+from weightsync.plan.dtypes import BY_NAME
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from weightsync.adapters.base import Resident
+
+pytestmark = pytest.mark.e2e
+
+PROMPT = [5, 17, 211, 3, 42]
+TOKENS = 12
+MOE = ModelConfig(
+    architecture="Qwen3MoeForCausalLM",
+    vocab_size=301,  # odd: the vocabulary is padded
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=1,  # fewer than ranks: replicated
+    head_dim=16,
+    max_position_embeddings=4096,
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=32,
+    norm_topk_prob=True,
+    decoder_sparse_step=2,  # layer 0 dense, layer 1 with experts
+)
+TIED = ModelConfig(
+    vocab_size=301,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("checkpoints")
+    for seed in range(3):
+        random_checkpoint(MOE, root / f"moe{seed}", seed)
+    for seed in range(2):
+        random_checkpoint(TIED, root / f"tied{seed}", seed)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path]) -> dict[str, CausalLM]:
+    return {name: load_checkpoint(path) for name, path in checkpoints.items()}
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: dict[str, Path]) -> Iterator[EngineProcess]:
+    with running_engine(checkpoints["moe0"], tp=2, faults=True) as running:
+        yield running
+
+
+@pytest.fixture
+def hand() -> Iterator[HandPush]:
+    with HandPush(slot_bytes=52 << 10) as push:  # less than the embedding, so that tensors come in pieces
+        yield push
+
+
+def check_residents(residents: Sequence[Resident], tensors: Tensors) -> None:
+    """Every element of every tensor lies in some rank, and the boxes' fingerprints add up to the tensor's."""
+    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], set[int]]] = defaultdict(lambda: defaultdict(set))
+    for resident in residents:
+        boxes[resident.name][resident.offset, resident.shape].add(resident.fingerprint)
+    assert boxes.keys() == tensors.keys()
+    for name, (dtype, shape, _) in tensors.items():
+        assert all(len(found) == 1 for found in boxes[name].values()), f"replicas of {name} differ"
+        expected = fingerprint(
+            whole(tensors, name),
+            itemsize=BY_NAME[dtype].itemsize,
+            global_shape=shape,
+            offset=(0,) * len(shape),
+            shape=shape,
+        )
+        assert combine(next(iter(found)) for found in boxes[name].values()) == expected, name
+
+
+def repair(engine: EngineProcess, hand: HandPush, version: int, tensors: Tensors) -> None:
+    async def push() -> None:
+        async with connected(engine) as hands:
+            check_residents(await hand.push(hands, version, tensors), tensors)
+
+    asyncio.run(push())
+
+
+def test_it_serves_its_checkpoint_as_the_whole_model_would(engine: EngineProcess, models: dict[str, CausalLM]) -> None:
+    answer = engine.generate(PROMPT, TOKENS)
+    if engine.info()["weight_version"] is None:
+        assert answer["token_ids"] == greedy(models["moe0"], PROMPT, TOKENS)
+    assert answer["finish_reason"] == "length"
+    assert len(answer["logprobs"]) == TOKENS
+
+
+def test_a_push_by_hand_arrives_bit_for_bit(engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush) -> None:
+    before = engine.get("/checksums").body
+    for version, name in ((1, "moe1"), (2, "moe2")):
+        tensors = as_bytes(models[name].named_parameters())
+        repair(engine, hand, version, tensors)
+        answer = engine.generate(PROMPT, TOKENS)
+        assert answer["token_ids"] == greedy(models[name], PROMPT, TOKENS)
+        assert answer["weight_version"] == engine.info()["weight_version"] == version
+    after = engine.get("/checksums").body
+    assert len(after) == 2
+    assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_a_worker_error_leaves_it_torn_until_the_next_whole_push(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    tensors = as_bytes(models["moe1"].named_parameters())
+
+    async def broken() -> None:
+        async with connected(engine) as hands:
+            manifest = hand.manifest(tensors)
+            await hands.accept(manifest, deadline=soon())
+            await hands.begin(10, manifest, hand.offers("engine", 2), deadline=soon())
+            tickets = hand.tickets(manifest, 0, tensors, "engine", 2)
+            hand.arena.slot(0)[7] ^= 1  # after it was exported
+            with pytest.raises(EngineError, match=r"tp_rank \d: .*differs from what was exported"):
+                await hands.load(0, tickets, deadline=soon())
+            info = await hands.probe(deadline=soon())
+            assert info.torn
+            assert info.paused  # it was serving: what is torn must not
+            with pytest.raises(EngineError, match="torn"):
+                await hands.resume(deadline=soon())
+            with pytest.raises(EngineError, match="no update is open"):
+                await hands.finish(10, deadline=soon())
+            part = {name: tensors[name] for name in list(tensors)[:3]}
+            with pytest.raises(EngineRefused, match=r"not in this push.*and \d+ more"):
+                await hands.accept(hand.manifest(part), deadline=soon())
+
+    asyncio.run(broken())
+    repair(engine, hand, 11, tensors)
+    assert engine.generate(PROMPT, TOKENS)["token_ids"] == greedy(models["moe1"], PROMPT, TOKENS)
+    info = engine.info()
+    assert (info["torn"], info["paused"], info["weight_version"]) == (False, False, 11)
+
+
+def test_an_unfinished_update_is_repaired_by_the_next_begin(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    tensors = as_bytes(models["moe2"].named_parameters())
+
+    async def half() -> None:
+        async with connected(engine) as hands:
+            manifest = hand.manifest(tensors)
+            await hands.accept(manifest, deadline=soon())
+            await hands.pause("keep", deadline=soon())
+            await hands.begin(20, manifest, hand.offers("engine", 2), deadline=soon())
+            tickets = hand.tickets(manifest, 0, tensors, "engine", 2)
+            await hands.load(0, tickets, deadline=soon())
+            with pytest.raises(EngineError, match="loaded before"):
+                await hands.load(0, tickets, deadline=soon())
+            with pytest.raises(EngineError, match=r"tensor '.*' was not loaded"):
+                await hands.finish(20, deadline=soon())
+
+    asyncio.run(half())
+    assert engine.info()["torn"]
+    assert engine.post("/resume").status == 409
+    repair(engine, hand, 21, tensors)
+    assert engine.generate(PROMPT, TOKENS)["token_ids"] == greedy(models["moe2"], PROMPT, TOKENS)
+
+
+def test_requests_go_on_through_a_push_without_pause(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    """In flight from before the push until after it, on old, then new weights; the caches of the old ones are dropped."""
+    prompt = PROMPT * 4
+    answers = []
+    running = threading.Thread(target=lambda: answers.append(engine.generate(prompt, 40)))
+    tensors = as_bytes(models["moe1"].named_parameters())
+
+    async def push() -> None:
+        async with connected(engine) as hands:
+            await hands.pause("keep", deadline=soon())
+            running.start()
+            while not engine.info()["running"]:
+                await asyncio.sleep(0.005)
+            await hands.resume(deadline=soon())
+            await hand.push(hands, 30, tensors, pause="none")
+
+    asyncio.run(push())
+    running.join(timeout=30)
+    assert answers[0]["finish_reason"] == "length"
+    assert len(answers[0]["token_ids"]) == 40
+    assert answers[0]["weight_version"] == 30
+    assert engine.generate(PROMPT, TOKENS)["token_ids"] == greedy(models["moe1"], PROMPT, TOKENS)
+
+
+def test_kept_requests_continue_on_the_new_weights(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    """A request that was never started before the pause decodes wholly on the new weights."""
+    answers = []
+    running = threading.Thread(target=lambda: answers.append(engine.generate(PROMPT, TOKENS)))
+    assert engine.post("/pause", {"mode": "keep"}).status == 200
+    running.start()
+    repair(engine, hand, 40, as_bytes(models["moe0"].named_parameters()))
+    running.join(timeout=30)
+    assert answers[0]["token_ids"] == greedy(models["moe0"], PROMPT, TOKENS)
+    assert answers[0]["weight_version"] == 40
+
+
+def test_ordered_faults(engine: EngineProcess) -> None:
+    assert engine.post("/faults", {"fail": {"endpoint": "/info", "status": 503, "after": 1}}).status == 200
+    assert [engine.get("/info").status for _ in range(3)] == [200, 503, 200]
+    assert engine.post("/faults", {"fail": {"endpoint": "/info", "status": 200}}).status == 400
+
+
+def test_a_killed_worker_ends_the_whole_engine(checkpoints: dict[str, Path], models: dict[str, CausalLM]) -> None:
+    """Started blank: only a whole push makes it serve. Tied and bfloat16, by the way. Then a worker is killed."""
+    tensors = as_bytes(models["tied1"].named_parameters())
+    with running_engine(checkpoints["tied0"], tp=2, load_format="dummy", api_key="hush") as engine, HandPush() as hand:
+        assert engine.info()["blank"]
+        assert engine.post("/generate", {"prompt_ids": PROMPT}).status == 503
+
+        async def push() -> None:
+            async with connected(engine) as hands:
+                part = {name: tensors[name] for name in list(tensors)[1:]}
+                with pytest.raises(EngineRefused, match=r"model\.embed_tokens\.weight: not in this push"):
+                    await hands.accept(hand.manifest(part), deadline=soon())
+                check_residents(await hand.push(hands, 1, tensors), tensors)
+                stray = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
+                with pytest.raises(EngineRefused, match=r"lm_head\.weight: this model ties it"):
+                    await hands.accept(hand.manifest(stray), deadline=soon())
+                await hand.push(hands, 2, tensors, aliases=[("lm_head.weight", "model.embed_tokens.weight")])
+                assert engine.generate(PROMPT, TOKENS)["token_ids"] == greedy(models["tied1"], PROMPT, TOKENS)
+                engine.kill_worker(1)
+                assert await asyncio.to_thread(engine.wait_exit) == 1
+                with pytest.raises(EngineLost):
+                    await hands.probe(deadline=soon(5))
+
+        asyncio.run(push())
+
+
+def test_the_front_takes_its_workers_along(checkpoints: dict[str, Path]) -> None:
+    with running_engine(checkpoints["tied0"], tp=2) as engine:
+        assert not {name for name in os.listdir("/dev/shm") if "reference" in name}
+        workers = [psutil.Process(pid) for pid in engine.worker_pids]
+        engine.process.kill()
+        engine.wait_exit()
+        assert not any(worker.is_running() for worker in workers)

@@ -1,0 +1,243 @@
+"""One push, rule by rule."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.session_world import ERROR, World, layout_of
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
+from weightsync.session.machine import TRANSITIONS, State
+from weightsync.session.tracks import EngineStage
+
+REMOTE = {"a": "home", "b": "away"}
+
+
+def outcomes(world: World) -> dict[str, str]:
+    return {e.name: str(e.stage) for e in world.session.engines.values()}
+
+
+@pytest.mark.parametrize("buckets", [0, 1, 7])
+@pytest.mark.parametrize("pause", ["keep", "none"])
+@pytest.mark.parametrize("engines", [{"a": "home", "b": "home"}, REMOTE, {"b": "away"}])
+def test_a_push_that_meets_no_trouble_commits_everywhere(buckets, pause, engines):
+    world = World(buckets=buckets, pause=pause, engines=engines, owners=2)
+    world.open_all()
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert world.session.done
+    assert outcomes(world) == dict.fromkeys(engines, "committed")
+    assert all(sorted(m.loaded) == list(range(buckets)) and m.serving for m in world.models.values())
+    assert [e.error for e in world.ended] == [None]
+
+
+def test_every_state_and_event_has_a_row():
+    kinds = [k for k in vars(ev).values() if isinstance(k, type) and issubclass(k, ev.Event)]
+    assert set(TRANSITIONS) == {(state, kind) for state in State for kind in kinds}
+
+
+def test_layouts_are_asked_for_once_and_only_where_missing():
+    world = World()
+    world.open_all()
+    plan = next(i for i in world.pending if isinstance(i, do.MakePlan))
+    world.pending.remove(plan)
+    world.hear(ev.LayoutsMissing(ranks=(1,)))
+    assert [i.rank for i in world.pending if isinstance(i, do.AskLayout)] == [1]
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+def test_engines_resume_only_when_all_are_verified():
+    world = World()
+    world.open_all()
+    world.run_until(do.VerifyEngine, engine="b")
+    world.succeed(next(i for i in world.pending if isinstance(i, do.VerifyEngine) and i.engine == "a"))
+    assert not any(isinstance(i, do.ResumeEngine) for i in world.pending)
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+@pytest.mark.parametrize("served", [2, 3])
+def test_a_version_that_does_not_rise_is_refused_before_anything_is_touched(served):
+    world = World(served=served)
+    world.open_all()
+    world.run()
+    assert world.session.state is State.ABORTED
+    error = world.ended[0].error
+    assert error is not None
+    assert error.kind == "PushRefused"
+    assert f"version {served}" in error.message
+    assert not any(m.begun for m in world.models.values())
+
+
+def test_an_engine_that_refuses_ends_the_push_for_all_before_anything_is_touched():
+    world = World()
+    world.open_all()
+    refusal = world.run_until(do.AcceptEngine, engine="b")
+    world.fail(refusal)
+    world.run()
+    assert world.session.state is State.ABORTED
+    assert world.session.done
+    assert outcomes(world) == {"a": "skipped", "b": "skipped"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "outcome"),
+    [(do.ProbeEngine, "skipped"), (do.PauseEngine, "skipped"), (do.BeginEngine, "torn"), (do.LoadBucket, "torn"),
+     (do.FinishEngine, "torn"), (do.VerifyEngine, "torn"), (do.ResumeEngine, "torn")],
+)  # fmt: skip
+@pytest.mark.parametrize("lost", [False, True])
+def test_one_engine_that_fails_is_out_and_the_other_goes_on(kind, outcome, lost):
+    world = World()
+    world.open_all()
+    world.fail(world.run_until(kind, engine="b"), lost=lost)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert world.session.done
+    assert outcomes(world) == {"a": "committed", "b": "lost" if lost else outcome}
+    assert world.ended[0].error is None
+
+
+@pytest.mark.parametrize("kind", [do.BeginEngine, do.LoadBucket, do.FinishEngine, do.VerifyEngine])
+def test_the_last_engine_that_fails_ends_the_push_torn(kind):
+    world = World(engines={"a": "home"})
+    world.open_all()
+    world.fail(world.run_until(kind, engine="a"))
+    world.run()
+    assert world.session.state is State.TORN
+    assert world.session.torn == ("a",)
+    assert world.session.done
+    assert world.ended[0].error is not None
+
+
+@pytest.mark.parametrize("event", [ev.RankFailed(rank=1, error=ERROR), ev.RankLost(rank=1, reason="silence")])
+@pytest.mark.parametrize(
+    "until",
+    [do.ProbeEngine, do.MakePlan, do.AcceptEngine, do.PauseEngine, do.BeginEngine, do.LoadBucket, do.AwaitRelease],
+)
+def test_a_rank_that_goes_ends_the_push_and_untouched_engines_serve_on(event, until):
+    world = World()
+    world.open_all()
+    world.run_until(until)
+    world.hear(event)
+    assert world.session.ended
+    world.run()
+    for rank in range(2):
+        world.hear(ev.RankStopped(rank=rank))
+    assert world.session.done
+    for name, model in world.models.items():
+        track = world.session.engines[name]
+        if track.touched:
+            assert track.stage is EngineStage.TORN
+            assert not model.serving
+        else:
+            assert track.stage is EngineStage.SKIPPED
+            assert model.serving, "an engine that was only paused must serve on"
+
+
+def test_after_everything_is_loaded_the_ranks_are_no_longer_needed():
+    world = World()
+    world.open_all()
+    world.run_until(do.FinishEngine)
+    world.hear(ev.RankLost(rank=0, reason="silence"))
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+def test_a_lost_rank_that_holds_a_lease_may_still_write_so_its_arena_is_replaced():
+    world = World()
+    world.open_all()
+    for _ in range(100):
+        if world.leases:
+            break
+        world.succeed(world.pending[0])
+    rank, _ = world.leases[0]
+    out = world.session.handle(ev.RankLost(rank=rank, reason="silence"), world.now)
+    assert [i.bridge for i in out if isinstance(i, do.RetireBridge)] == [0]
+
+
+def test_an_unpaused_engine_that_is_torn_is_paused_at_once():
+    world = World(pause="none", engines={"a": "home"})
+    world.open_all()
+    world.fail(world.run_until(do.LoadBucket))
+    pauses = [i for i in world.pending if isinstance(i, do.PauseEngine)]
+    assert [p.mode for p in pauses] == ["abort"]
+    world.run()
+    assert not world.models["a"].serving
+
+
+def test_a_rank_that_never_opens_is_named_when_time_is_up():
+    world = World(world=3)
+    world.hear(ev.RankOpened(rank=0, layout=layout_of(0)))
+    world.now = world.session.deadline() or 0.0
+    world.hear(ev.Tick())
+    assert world.session.state is State.ABORTED
+    error = world.ended[0].error
+    assert error is not None
+    assert error.kind == "PushTimeout"
+    assert "ranks 1, 2 of 3" in error.message
+
+
+def test_a_silent_engine_does_not_keep_the_session_from_being_done():
+    world = World(engines={"a": "home"})
+    world.open_all()
+    world.run_until(do.LoadBucket)
+    world.now = 100.0
+    world.hear(ev.Tick())
+    assert world.session.ended
+    assert not world.session.done
+    world.now = world.session.deadline() or 0.0
+    world.hear(ev.Tick())
+    assert world.session.done
+
+
+def test_the_home_bridge_that_dies_ends_the_push():
+    world = World()
+    world.open_all()
+    world.run_until(do.LoadBucket)
+    world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
+    world.run()
+    assert world.session.state is State.TORN
+    assert world.session.done
+
+
+def test_a_relay_that_fails_takes_out_the_engines_behind_it_only():
+    world = World(engines=REMOTE)
+    world.open_all()
+    relay = world.run_until(do.RelayBucket)
+    assert isinstance(relay, do.RelayBucket)
+    world.pending.remove(relay)
+    world.hear(ev.BucketRelayed(bucket=relay.bucket, nodes=(), failed=(("away", ERROR),)))
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world)["a"] == "committed"
+    assert outcomes(world)["b"] in ("torn", "skipped", "lost")
+
+
+def test_a_node_that_is_lost_takes_its_engines_with_it():
+    world = World(engines=REMOTE)
+    world.open_all()
+    world.run_until(do.LoadBucket, engine="b")
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    world.pending = [i for i in world.pending if getattr(i, "engine", "") != "b"]
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world) == {"a": "committed", "b": "lost"}
+    assert world.session.done
+
+
+def test_duplicates_of_every_event_change_nothing():
+    plain, doubled = World(engines=REMOTE), World(engines=REMOTE)
+    doubled_hear = doubled.hear
+
+    def hear_twice(event: ev.Event) -> None:
+        doubled_hear(event)
+        doubled_hear(event)
+
+    doubled.hear = hear_twice  # type: ignore[method-assign]
+    for world in (plain, doubled):
+        world.open_all()
+        world.run()
+    assert doubled.session.state is State.COMMITTED
+    assert doubled.models == plain.models
+    assert doubled.session.filled_bytes == plain.session.filled_bytes

@@ -1,0 +1,50 @@
+"""New policy weights from an RL trainer into every inference engine, at the speed of the wires.
+
+    from weightsync import push_weights
+    report = push_weights(model, version=step)
+
+`push_weights` runs inside the trainer's ranks and talks to `weightsyncd`, the service of the node, which hands the
+bytes to the engines. Importing this package loads nothing heavy: torch, ZeroMQ and the rest come with the first push.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weightsync.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from weightsync.client import PushHandle, push_weights, push_weights_async
+    from weightsync.report import EngineReport, PushReport
+
+__all__ = [
+    "EngineReport",
+    "PushHandle",
+    "PushReport",
+    "WeightSyncError",
+    "__version__",
+    "push_weights",
+    "push_weights_async",
+]
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "EngineReport": "weightsync.report",
+    "PushHandle": "weightsync.client",
+    "PushReport": "weightsync.report",
+    "push_weights": "weightsync.client",
+    "push_weights_async": "weightsync.client",
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module 'weightsync' has no attribute {name!r}")
+    return getattr(import_module(home), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

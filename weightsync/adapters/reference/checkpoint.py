@@ -1,0 +1,152 @@
+"""Hugging Face safetensors directories: written in files of at most 1 GB, read tensor by tensor or box by box."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import msgspec
+import torch  # noqa: TID251
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from weightsync.adapters.reference.config import ModelConfig, write_config
+from weightsync.adapters.reference.sharding import checkpoint_tensors
+from weightsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+__all__ = ["OpenCheckpoint", "open_checkpoint", "random_checkpoint", "save_tensors"]
+
+_FILE_BYTES = 1_000_000_000
+_INDEX = "model.safetensors.index.json"
+
+
+def random_checkpoint(
+    config: ModelConfig, directory: str | Path, seed: int = 0, dtype: str | None = None, *, scale: float = 0.2
+) -> ModelConfig:
+    """Write a checkpoint of seeded normal weights, `scale` wide, and return its config (with `dtype`, where given).
+
+    0.2 is ten times what training starts from: logits then lie far apart, so that greedy tokens tell one version from
+    another and do not hang on the last bit. Norms are normal around one. Memory stays near one file's worth.
+    """
+    config = msgspec.structs.replace(config, dtype=dtype or config.dtype)
+    kind: torch.dtype = getattr(torch, config.dtype)
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, shape in checkpoint_tensors(config).items():
+            drawn = torch.randn(shape, generator=generator)
+            yield name, (1 + drawn * 0.1 if len(shape) == 1 else drawn * scale).to(kind)
+
+    save_tensors(tensors(), directory)
+    write_config(config, directory)
+    return config
+
+
+def save_tensors(
+    tensors: Iterator[tuple[str, torch.Tensor]], directory: str | Path, file_bytes: int = _FILE_BYTES
+) -> None:
+    """Write tensors as `model.safetensors`, or as several files and their index once `file_bytes` is passed."""
+    root = Path(directory)
+    root.mkdir(parents=True, exist_ok=True)
+    files: list[list[str]] = []
+    held: dict[str, torch.Tensor] = {}
+    held_bytes = total = 0
+
+    def flush() -> None:
+        nonlocal held_bytes
+        save_file(held, root / f"part-{len(files)}.safetensors", metadata={"format": "pt"})
+        files.append(list(held))
+        held.clear()
+        held_bytes = 0
+
+    for name, tensor in tensors:
+        if held and held_bytes + tensor.nbytes > file_bytes:
+            flush()
+        held[name] = tensor.contiguous()
+        held_bytes += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(files) == 1:
+        (root / "part-0.safetensors").rename(root / "model.safetensors")
+        return
+    weight_map = {}
+    for number, names in enumerate(files):
+        final = f"model-{number + 1:05d}-of-{len(files):05d}.safetensors"
+        (root / f"part-{number}.safetensors").rename(root / final)
+        weight_map.update(dict.fromkeys(names, final))
+    (root / _INDEX).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2))
+
+
+class OpenCheckpoint:
+    """A checkpoint's files, mapped. Use as a context manager; tensors read stay valid afterwards."""
+
+    def __init__(self, directory: Path, files: dict[str, Any], stack: ExitStack) -> None:
+        self._directory = directory
+        self._files = files
+        self._stack = stack
+
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor. Raises `ConfigError` when it is not there."""
+        return cast("torch.Tensor", self._file(name).get_tensor(name))
+
+    def read_box(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
+        """One box of the tensor; only its rows are read from disk."""
+        index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        return cast("torch.Tensor", self._file(name).get_slice(name)[index])
+
+    def _file(self, name: str) -> Any:
+        return self._files[name]
+
+    def __enter__(self) -> OpenCheckpoint:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def open_checkpoint(directory: str | Path, config: ModelConfig) -> OpenCheckpoint:
+    """Open a safetensors directory that holds every tensor of `config` in its shape, else raise `ConfigError`."""
+    root = Path(directory)
+    with ExitStack() as stack:
+        files: dict[str, Any] = {}
+        for path in _paths(root):
+            try:
+                opened = stack.enter_context(safe_open(path, framework="pt"))
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"cannot read {path}: {error}") from error
+            files.update(dict.fromkeys(opened.keys(), opened))
+        for name, shape in checkpoint_tensors(config).items():
+            if name not in files:
+                raise ConfigError(f"checkpoint {root} has no tensor {name!r}", hint="config.json must fit the tensors")
+            found = tuple(files[name].get_slice(name).get_shape())
+            if found != shape:
+                raise ConfigError(
+                    f"tensor {name!r} of {root} has shape {list(found)}, config.json says {list(shape)}"
+                    f" ({math.prod(shape)} elements)"
+                )
+        return OpenCheckpoint(root, files, stack.pop_all())
+
+
+def _paths(root: Path) -> list[Path]:
+    index = root / _INDEX
+    if not index.exists():
+        paths = sorted(root.glob("*.safetensors"))
+        if not paths:
+            raise ConfigError(f"{root} holds no *.safetensors", hint="--load-format dummy starts without weights")
+        return paths
+    try:
+        names = set(json.loads(index.read_bytes())["weight_map"].values())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{index} is no safetensors index: {error!r}") from error
+    if any(not isinstance(name, str) or "/" in name for name in names):
+        raise ConfigError(f"{index} names files outside its directory")
+    return [root / name for name in sorted(names)]

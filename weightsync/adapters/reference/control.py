@@ -1,0 +1,178 @@
+"""The daemon's hand inside a reference engine: one HTTP call for each step of a push."""
+
+from __future__ import annotations
+
+import asyncio
+from http import HTTPStatus
+from time import monotonic
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+
+from weightsync.adapters.base import EngineAdapter, EngineInfo, Resident
+from weightsync.adapters.reference.connection import HttpClient
+from weightsync.errors import ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters import EngineSpec
+    from weightsync.adapters.base import PauseMode
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["ReferenceAdapter"]
+
+_PROBLEMS_SHOWN = 5
+
+_Answer = TypeVar("_Answer")
+
+
+class _Info(msgspec.Struct, frozen=True):
+    software: str
+    kind: str
+    tp_size: int
+    weight_version: int | None
+    paused: bool
+    torn: bool
+    incarnation: str
+
+
+class _Accepted(msgspec.Struct, frozen=True):
+    untouched: tuple[str, ...]
+
+
+class _Problem(msgspec.Struct, frozen=True):
+    """What an engine says when it does not succeed; every field may be missing."""
+
+    error: str = ""
+    problems: tuple[str, ...] = ()
+    problem_count: int = 0
+    unknown_manifest: bool = False
+    torn: bool = False
+
+
+class _Refusal(EngineError):
+    """An answer that is no success, before it is known what it means for the push."""
+
+    def __init__(self, status: int, problem: _Problem, engine: str, phase: str) -> None:
+        super().__init__(f"{problem.error or 'no reason given'} (HTTP {status})", engine=engine, phase=phase)
+        self.status = status
+        self.problem = problem
+
+
+class ReferenceAdapter(EngineAdapter):
+    """Talks to one reference engine over one kept-alive connection. The engine's key is sent and never shown."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        self.name = spec.name
+        self.url = spec.url
+        try:
+            self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
+        except ValueError as error:
+            raise ConfigError(
+                f"engine {spec.name!r} cannot be reached by {spec.url!r}: {error}",
+                engine=spec.name,
+                hint="a URL such as http://127.0.0.1:8000",
+            ) from error
+
+    def __repr__(self) -> str:
+        return f"ReferenceAdapter({self.name!r}, {self.url!r})"
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        info = self._parse(await self._call("GET", "/info", deadline), _Info, "probe")
+        if info.kind != "reference":
+            raise EngineError(f"this is a {info.kind!r} engine, not a reference one", engine=self.name, phase="probe")
+        return EngineInfo(
+            software=info.software,
+            profile="reference: its own endpoints, the only protocol it has",
+            tp_size=info.tp_size,
+            version=info.weight_version,
+            paused=info.paused,
+            torn=info.torn,
+            transports=("shm",),
+            incarnation=info.incarnation,
+        )
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """See the base class. Of the names left alone the engine gives the first 32."""
+        try:
+            body = await self._call("PUT", f"/manifest/{manifest.digest.hex()}", deadline, manifest.pack())
+        except _Refusal as refusal:
+            if refusal.status != HTTPStatus.BAD_REQUEST:
+                raise
+            problems = refusal.problem.problems or (refusal.message,)
+            more = max(refusal.problem.problem_count, len(problems)) - _PROBLEMS_SHOWN
+            raise EngineRefused(
+                "; ".join(problems[:_PROBLEMS_SHOWN]) + (f"; and {more} more" if more > 0 else ""),
+                engine=self.name,
+                phase="accept",
+            ) from refusal
+        return self._parse(body, _Accepted, "accept").untouched
+
+    async def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        await self._post("/pause", {"mode": mode}, deadline)
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
+    ) -> None:
+        """See the base class. A manifest that the engine has forgotten meanwhile is shown to it again."""
+        order = {"version": version, "manifest": manifest.digest.hex(), "offers": offers}
+        try:
+            await self._post("/begin", order, deadline)
+        except _Refusal as refusal:
+            if not refusal.problem.unknown_manifest:
+                raise
+            await self.accept(manifest, deadline=deadline)
+            await self._post("/begin", order, deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await self._post("/load", {"bucket": bucket, "tickets": tickets}, deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        await self._post("/finish", {"version": version}, deadline)
+
+    async def verify(self, *, deadline: float) -> Sequence[Resident]:
+        body = await self._call("GET", "/residents", deadline)
+        ranks = self._parse(body, list[list[Resident]], "verify")
+        return [resident for rank in ranks for resident in rank]
+
+    async def resume(self, *, deadline: float) -> None:
+        await self._call("POST", "/resume", deadline)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    async def _post(self, path: str, body: dict[str, Any], deadline: float) -> None:
+        await self._call("POST", path, deadline, msgspec.json.encode(body))
+
+    async def _call(self, method: str, path: str, deadline: float, content: bytes = b"") -> bytes:
+        """The body of a successful answer. Raises `EngineLost`, or `_Refusal` for any other answer."""
+        phase = path.split("/", 2)[1]
+        left = max(deadline - monotonic(), 0)
+        try:
+            async with asyncio.timeout(left):
+                status, body = await self._http.request(method, path, content, timeout_seconds=min(left, 3600))
+        except TimeoutError as error:
+            raise EngineLost(f"no answer to {method} {path} in {left:.1f} s", engine=self.name, phase=phase) from error
+        except (OSError, EOFError) as error:
+            reason = "the connection was closed" if isinstance(error, EOFError) else str(error)
+            raise EngineLost(f"{method} {path}: {reason}", engine=self.name, phase=phase) from error
+        except RemoteProtocolError as error:
+            raise EngineError(f"{method} {path}: {error.message}", engine=self.name, phase=phase) from error
+        if status == HTTPStatus.OK:
+            return body
+        if status == HTTPStatus.GATEWAY_TIMEOUT:
+            raise EngineLost(f"{method} {path} did not end in {left:.1f} s", engine=self.name, phase=phase)
+        try:
+            problem = msgspec.json.decode(body, type=_Problem)
+        except msgspec.DecodeError:
+            problem = _Problem(error=f"{method} {path} was not answered by a reference engine")
+        raise _Refusal(status, problem, self.name, phase)
+
+    def _parse(self, body: bytes, kind: type[_Answer], phase: str) -> _Answer:
+        try:
+            return msgspec.json.decode(body, type=kind)
+        except msgspec.DecodeError as error:
+            raise EngineError(
+                f"an answer that is none of a reference engine: {error}", engine=self.name, phase=phase
+            ) from error

@@ -1,0 +1,391 @@
+"""What the engine may do now: generate, pause, take new weights. No HTTP, no tensor, no torch.
+
+Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command at a
+time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed:
+
+    open    every request goes on
+    drain   pausing with "wait": those in flight go on, new ones are refused, then the gate is `wait`
+    keep    requests, new ones too, wait at the gate and go on when it opens, on the weights they find then
+    wait    requests are refused
+    abort   requests in flight were ended, new ones are refused
+
+From `begin` to `finish` the engine is torn. It serves in that time only where the push asked for no pause: a command that
+fails closes the gate, and so does a request that finds the update stalled.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import uuid
+from contextlib import contextmanager
+from http import HTTPStatus
+from time import monotonic
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from weightsync.adapters.reference.admission import Verdict, admit, held_names
+from weightsync.adapters.reference.commands import (
+    MANIFESTS_KEPT,
+    Accept,
+    Begin,
+    Checksums,
+    Finish,
+    Load,
+    Reply,
+    Residents,
+    Step,
+)
+from weightsync.adapters.reference.sharding import checkpoint_tensors
+from weightsync.adapters.reference.turns import Turns
+from weightsync.errors import CodecError, EngineError, EngineLost
+from weightsync.plan.manifest import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from weightsync.adapters.base import PauseMode
+    from weightsync.adapters.reference.commands import Command
+    from weightsync.adapters.reference.config import ModelConfig
+    from weightsync.adapters.reference.group import WorkerGroup
+
+__all__ = ["Engine", "Generated", "RequestError"]
+
+logger = logging.getLogger(__name__)
+
+Gate = Literal["open", "drain", "keep", "wait", "abort"]
+
+_MAX_RUNNING = 256
+_LOST_SECONDS = 90.0  # beyond a command's deadline; longer than one rank waits for another in a collective
+_STALLED_SECONDS = 30.0  # of an update that nobody carries on, while the engine serves
+
+
+class RequestError(EngineError):
+    """A request that is answered with something else than success."""
+
+    def __init__(self, status: HTTPStatus, message: str, **more: Any) -> None:
+        super().__init__(message)
+        self.status = status
+        self.body = {"error": message, **more}
+
+
+class Generated(NamedTuple):
+    """A finished request."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish_reason: Literal["length", "stop", "abort"]
+    weight_version: int | None
+
+
+class _Accepted(NamedTuple):
+    manifest: Manifest
+    held: frozenset[str]  # names it brings, as the engine knows them
+
+
+class Engine:
+    """The state of one engine, over its workers. `on_lost` is called when they are lost, from any thread."""
+
+    def __init__(
+        self, config: ModelConfig, workers: WorkerGroup, *, name: str, blank: bool, on_lost: Callable[[], None]
+    ) -> None:
+        self.config = config
+        self.name = name
+        self.incarnation = uuid.uuid4().hex
+        self._workers = workers
+        self._on_lost = on_lost
+        self._known = frozenset(checkpoint_tensors(config))
+        self._turns = Turns()
+        self._accepted: dict[bytes, _Accepted] = {}
+        # Written by whoever has the turn; read by anyone.
+        self.version: int | None = None
+        self.blank = blank  # holds no weights at all yet
+        self._updating: int | None = None  # version of the open update
+        self._dirty: frozenset[str] = frozenset()  # names that unfinished updates may have overwritten
+        self._touched = 0.0  # when somebody last worked on the update
+        self._flushes = 0  # caches of a request are gone when this has moved on
+        self._ended: list[int] = []  # sequences whose caches the workers may forget; told with the next step
+        # Guarded by `_changed`, which is notified of every change; the gate moves only in a turn, but for draining.
+        self._changed = threading.Condition()
+        self._gate: Gate = "open"
+        self._aborts = 0
+        self._running = 0
+        self._sequences = itertools.count(1)
+
+    @property
+    def torn(self) -> bool:
+        """Whether an update began and did not end."""
+        return self._updating is not None or bool(self._dirty)
+
+    @property
+    def paused(self) -> bool:
+        """Whether requests do not go on."""
+        return self._gate not in ("open", "drain")
+
+    def info(self) -> dict[str, Any]:
+        """What it is and how it stands."""
+        config = self.config
+        return {
+            "kind": "reference",
+            "name": self.name,
+            "tp_size": self._workers.tp_size,
+            "weight_version": self.version,
+            "paused": self.paused,
+            "torn": self.torn,
+            "updating": self._updating,
+            "blank": self.blank,
+            "running": self._running,
+            "incarnation": self.incarnation,
+            "worker_pids": [process.pid for process in self._workers.processes],
+            "model": {
+                "architecture": config.architecture,
+                "dtype": config.dtype,
+                "num_hidden_layers": config.num_hidden_layers,
+                "hidden_size": config.hidden_size,
+                "vocab_size": config.vocab_size,
+                "num_experts": config.num_experts,
+                "tie_word_embeddings": config.tie_word_embeddings,
+            },
+        }
+
+    # -- updates ---------------------------------------------------------------------------------------------------
+
+    def accept(self, digest: bytes, packed: bytes, *, deadline: float) -> Verdict:
+        """Judge a packed manifest and, where there is no problem, have it planned. Touches no weights."""
+        try:
+            manifest = Manifest.unpack(packed)
+        except CodecError as error:
+            raise RequestError(HTTPStatus.BAD_REQUEST, str(error), problems=[str(error)]) from error
+        if manifest.digest != digest:
+            problem = f"the manifest's digest is {manifest.digest.hex()}, not the one in the path"
+            raise RequestError(HTTPStatus.BAD_REQUEST, problem, problems=[problem])
+        with self._turn(deadline):
+            verdict = admit(self.config, manifest, self._required())
+            if not verdict.problems:
+                self._expect(self._call(Accept(packed), deadline))
+                self._accepted.pop(digest, None)
+                self._accepted[digest] = _Accepted(manifest, frozenset(held_names(self.config, manifest).values()))
+                while len(self._accepted) > MANIFESTS_KEPT:
+                    del self._accepted[next(iter(self._accepted))]
+        return verdict
+
+    def begin(self, version: int, digest: bytes, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """Open an update; one that is open is given up and repaired by this one."""
+        if len(offers) != self._workers.tp_size:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"offers for {len(offers)} ranks, not {self._workers.tp_size}")
+        with self._turn(deadline):
+            accepted = self._accepted.get(digest)
+            if accepted is None:
+                raise RequestError(HTTPStatus.CONFLICT, "no such manifest was accepted", unknown_manifest=True)
+            missing = self._required() - accepted.held
+            if missing:
+                name = min(missing)
+                raise RequestError(
+                    HTTPStatus.CONFLICT,
+                    f"the engine holds no whole version of {len(missing)} tensors that this manifest leaves out, "
+                    f"such as {name!r}",
+                )
+            # Torn from here on: even where nothing is loaded yet, only a whole update ends it.
+            self._dirty |= accepted.held
+            with self._part_of_update():
+                self._expect(self._call_each(lambda rank: Begin(digest, tuple(offers[rank]), deadline), deadline))
+            self._updating = version
+
+    def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        """Load one bucket of the open update on every rank."""
+        if len(tickets) != self._workers.tp_size:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"tickets for {len(tickets)} ranks, not {self._workers.tp_size}")
+        with self._turn(deadline):
+            if self._updating is None:
+                raise RequestError(HTTPStatus.CONFLICT, "no update is open: begin first")
+            with self._part_of_update():
+                self._expect(self._call_each(lambda rank: Load(bucket, tickets[rank], deadline), deadline))
+
+    def finish(self, version: int, *, deadline: float) -> None:
+        """End the open update: every piece was loaded once, so the engine holds `version`. Drops all caches."""
+        with self._turn(deadline):
+            if self._updating != version:
+                message = "no update is open" if self._updating is None else f"the open update is to {self._updating}"
+                raise RequestError(HTTPStatus.CONFLICT, message)
+            self._expect(self._call(Finish(), deadline))
+            self.version = version
+            self.blank = False
+            self._updating = None
+            self._dirty = frozenset()
+            self._flushes += 1
+
+    def residents(self, *, everything: bool, deadline: float) -> list[bytes]:
+        """Per rank, fingerprints of what lies in its parameters, as JSON."""
+        with self._turn(deadline):
+            return [reply.data for reply in self._expect(self._call(Residents(everything), deadline))]
+
+    def checksums(self, *, deadline: float) -> list[str]:
+        """Per rank, xxh3 over its parameters in order, as hex."""
+        with self._turn(deadline):
+            return [reply.data.hex() for reply in self._expect(self._call(Checksums(), deadline))]
+
+    def break_update(self, reason: str, *, deadline: float) -> None:
+        """Behave as if a worker had failed inside a command: for injected faults."""
+        with self._turn(deadline), self._part_of_update():
+            raise RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
+
+    @contextmanager
+    def _part_of_update(self) -> Iterator[None]:
+        """Inside, a failure of a worker ends the update unfinished; a command out of order (409) changes nothing."""
+        self._touched = monotonic()
+        try:
+            yield
+        except RequestError as error:
+            if error.status != HTTPStatus.CONFLICT:
+                self._updating = None
+                self._close_gate("the update failed")
+            raise
+
+    def _required(self) -> frozenset[str]:
+        """Names that the next update must bring for the engine to be whole."""
+        return self._known if self.blank else self._dirty
+
+    # -- pausing ---------------------------------------------------------------------------------------------------
+
+    def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        """Stop generation as `mode` says; on return no decode step is under way. Pausing a paused engine succeeds."""
+        if mode == "none":
+            return
+        with self._turn(deadline), self._changed:
+            if mode == "abort":
+                self._gate = "abort"
+                self._aborts += 1
+            elif self._gate == "open":
+                self._gate = "drain" if mode == "wait" else "keep"
+            self._changed.notify_all()
+        if mode == "keep":
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running or self._gate not in ("drain", "abort"), _left(deadline))
+            if self._running and self._gate in ("drain", "abort"):
+                if self._gate == "drain":
+                    self._gate = "open"
+                    self._changed.notify_all()
+                raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, f"{self._running} requests did not end in time")
+            if self._gate == "drain":
+                self._gate = "wait"
+            elif self._gate == "open":
+                raise RequestError(HTTPStatus.CONFLICT, "the engine was resumed meanwhile")
+
+    def resume(self, *, deadline: float) -> None:
+        """Serve again. Refused when torn; resuming a serving engine succeeds."""
+        with self._turn(deadline):
+            if self.torn:
+                raise RequestError(HTTPStatus.CONFLICT, "the engine is torn: only a whole update mends it", torn=True)
+            with self._changed:
+                self._gate = "open"
+                self._changed.notify_all()
+
+    def _close_gate(self, why: str) -> None:
+        """Stop serving because of an update; requests in flight wait for its repair."""
+        with self._changed:
+            if self._gate in ("open", "drain"):
+                logger.warning("[engine=%s] %s while serving: pausing", self.name, why)
+                self._gate = "keep"
+                self._changed.notify_all()
+
+    # -- generation ------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: Sequence[int], max_tokens: int, *, deadline: float) -> Generated:
+        """Continue `prompt` greedily by at most `max_tokens` tokens."""
+        self._check_prompt(prompt, max_tokens)
+        with self._changed:
+            if self.blank:
+                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine holds no weights yet")
+            if self._gate not in ("open", "keep"):
+                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine is paused")
+            if self._running >= _MAX_RUNNING:
+                raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, f"{self._running} requests are running")
+            self._running += 1
+            aborts = self._aborts
+        sequence = next(self._sequences)
+        try:
+            return self._generate(sequence, list(prompt), max_tokens, aborts, deadline)
+        finally:
+            with self._changed:
+                self._running -= 1
+                self._ended.append(sequence)
+                self._changed.notify_all()
+
+    def _generate(self, sequence: int, tokens: list[int], max_tokens: int, aborts: int, deadline: float) -> Generated:
+        prompt = len(tokens)
+        logprobs: list[float] = []
+        version, flushes, cached = self.version, self._flushes, 0
+        while len(logprobs) < max_tokens:
+            with self._turn(deadline):
+                if self._aborts != aborts:
+                    return Generated(tokens[prompt:], logprobs, "abort", version)
+                if self.torn and monotonic() - self._touched > _STALLED_SECONDS:
+                    self._close_gate("the update stalled")
+                chosen = None
+                if not self.paused:
+                    if self._flushes != flushes:
+                        flushes, cached = self._flushes, 0
+                    version = self.version
+                    chosen = self._step(sequence, cached, tokens[cached:])
+            if chosen is None:
+                self._wait_at_gate(aborts, deadline)
+                continue
+            cached = len(tokens)
+            tokens.append(chosen.token)
+            logprobs.append(chosen.logprob)
+            if chosen.token in self.config.eos_token_id:
+                return Generated(tokens[prompt:], logprobs, "stop", version)
+        return Generated(tokens[prompt:], logprobs, "length", version)
+
+    def _step(self, sequence: int, start: int, tokens: list[int]) -> Reply:
+        with self._changed:
+            ended, self._ended = tuple(self._ended), []
+        return self._call(Step(sequence, start, tuple(tokens), ended), monotonic())[0]
+
+    def _wait_at_gate(self, aborts: int, deadline: float) -> None:
+        with self._changed:
+            if not self._changed.wait_for(lambda: not self.paused or self._aborts != aborts, _left(deadline)):
+                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine was not resumed in time")
+
+    def _check_prompt(self, prompt: Sequence[int], max_tokens: int) -> None:
+        if not prompt or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
+            raise RequestError(HTTPStatus.BAD_REQUEST, f"prompt_ids: one or more of 0 to {self.config.vocab_size - 1}")
+        longest = self.config.max_position_embeddings
+        if max_tokens < 1 or len(prompt) + max_tokens > longest:
+            raise RequestError(
+                HTTPStatus.BAD_REQUEST, f"max_tokens: at least 1, and with the {len(prompt)} of the prompt {longest}"
+            )
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _turn(self, deadline: float) -> Iterator[None]:
+        """Hold the workers. A worker lost inside is the end of the engine."""
+        try:
+            with self._turns.take(deadline=deadline):
+                yield
+        except TimeoutError as error:
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, str(error)) from error
+        except EngineLost as error:
+            logger.error("[engine=%s] %s", self.name, error)  # noqa: TRY400 - the sentence says it all
+            self._on_lost()
+            raise RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, str(error)) from error
+
+    def _call(self, command: Command, deadline: float) -> list[Reply]:
+        return self._workers.call(command, deadline=max(deadline, monotonic()) + _LOST_SECONDS)
+
+    def _call_each(self, command: Callable[[int], Command], deadline: float) -> list[Reply]:
+        return self._workers.call_each(command, deadline=max(deadline, monotonic()) + _LOST_SECONDS)
+
+    def _expect(self, replies: list[Reply]) -> list[Reply]:
+        """The replies, where every one is a success; else the worst becomes the answer."""
+        worst = max(replies, key=lambda reply: reply.status)
+        if worst.status != HTTPStatus.OK:
+            rank = replies.index(worst)
+            raise RequestError(HTTPStatus(worst.status), f"tp_rank {rank}: {worst.error}", tp_rank=rank)
+        return replies
+
+
+def _left(deadline: float) -> float:
+    return max(deadline - monotonic(), 0)

@@ -1,0 +1,152 @@
+"""The decoder over one rank's slice: fused, stacked and split parameters, all-reduce among the engine's own workers."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch  # noqa: TID251
+from torch.distributed import FileStore, ProcessGroupGloo  # noqa: TID251
+
+from weightsync.adapters.reference import ops
+from weightsync.adapters.reference.sharding import EMBED, HEAD, rank_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from weightsync.adapters.reference.config import ModelConfig
+
+__all__ = ["Choice", "ParallelDecoder", "Ranks"]
+
+Tensor = torch.Tensor
+
+
+class Ranks:
+    """The engine's tensor-parallel group, over gloo on the loopback interface. Every collective has a deadline.
+
+    A collective that fails or times out raises `RuntimeError`: its peers are then out of step, so the worker must end.
+    """
+
+    def __init__(self, store_path: str, tp_size: int, tp_rank: int, *, timeout: float) -> None:
+        self.tp_size = tp_size
+        self.tp_rank = tp_rank
+        self._timeout = timedelta(seconds=timeout)
+        if tp_size == 1:
+            return
+        options = ProcessGroupGloo._Options()
+        # Bound to loopback by hand: gloo would otherwise look up the host's name, which may lead to any interface.
+        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._timeout = self._timeout
+        self._group = ProcessGroupGloo(FileStore(store_path, tp_size), tp_rank, tp_size, options)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """All-reduce in place."""
+        if self.tp_size > 1:
+            self._group.allreduce([x]).wait(self._timeout)
+        return x
+
+    def gather(self, x: Tensor) -> list[Tensor]:
+        """Every rank's `x` (all of one shape), in rank order."""
+        if self.tp_size == 1:
+            return [x]
+        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
+        self._group.allgather([parts], [x]).wait(self._timeout)
+        return parts
+
+
+class Choice(NamedTuple):
+    """The most likely next token."""
+
+    token: int
+    logprob: float
+
+
+class ParallelDecoder:
+    """One rank's parameters and the forward pass over them, with a key/value cache per running sequence.
+
+    All ranks must call `step` with the same arguments in the same order. Parameters keep their memory for good: loading
+    new weights writes into it, between two steps.
+    """
+
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        self.config = config
+        self.ranks = ranks
+        self.layout = rank_layout(config, ranks.tp_size, ranks.tp_rank)
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        self.params = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.layout.params.items()}
+        self._caches: dict[int, list[tuple[Tensor, Tensor]]] = {}  # sequence → per layer: k, v [Hk, S, D] float32
+        self._queries = config.num_attention_heads // ranks.tp_size
+        self._keys = max(config.num_key_value_heads // ranks.tp_size, 1)
+
+    @torch.inference_mode()
+    def step(self, sequence: int, start: int, tokens: list[int]) -> Choice:
+        """Take `tokens` as positions `start`… of a sequence, of which all earlier ones are cached, and choose the next."""
+        if start == 0:
+            self._caches.pop(sequence, None)
+        past = self._caches.get(sequence)
+        x = self._embed(torch.tensor(tokens))
+        tables = ops.rotary_tables(start, len(tokens), self.config.head_dim, self.config.rope_theta)
+        cache: list[tuple[Tensor, Tensor]] = []
+        for layer in range(self.config.num_hidden_layers):
+            prefix = f"model.layers.{layer}"
+            normed = self._norm(x, f"{prefix}.input_layernorm.weight")
+            attended, kv = self._attend(normed, f"{prefix}.self_attn", tables, past[layer] if past else None)
+            cache.append(kv)
+            x = x + attended
+            normed = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
+            x = x + (self._experts(normed, prefix) if self.config.sparse(layer) else self._mlp(normed, prefix))
+        self._caches[sequence] = cache
+        return self._choose(self._norm(x[-1], "model.norm.weight"))
+
+    def drop(self, sequences: Iterable[int]) -> None:
+        """Forget the caches of sequences that ended."""
+        for sequence in sequences:
+            self._caches.pop(sequence, None)
+
+    def flush(self) -> None:
+        """Forget every cache: what they hold was computed by other weights."""
+        self._caches.clear()
+
+    def _norm(self, x: Tensor, name: str) -> Tensor:
+        return ops.rms_norm(x, self.params[name], self.config.rms_norm_eps)
+
+    def _embed(self, tokens: Tensor) -> Tensor:
+        """Rows of the vocabulary that other ranks hold come as zeros and are added by the all-reduce."""
+        table = self.params[EMBED]
+        local = tokens - self.ranks.tp_rank * table.shape[0]
+        mine = (local >= 0) & (local < table.shape[0])
+        rows = table[local.where(mine, 0)].float()
+        return self.ranks.sum(rows * mine[:, None])
+
+    def _attend(
+        self, x: Tensor, prefix: str, tables: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        fused = ops.linear(x, self.params[f"{prefix}.qkv_proj.weight"])  # [T, (Hq + 2 Hk) · D]
+        heads = fused.unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
+        q, k, v = heads.split([self._queries, self._keys, self._keys])
+        q = ops.rotate(self._norm(q, f"{prefix}.q_norm.weight"), tables)
+        k = ops.rotate(self._norm(k, f"{prefix}.k_norm.weight"), tables)
+        if past is not None:
+            k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
+        out = ops.linear(ops.attention(q, k, v), self.params[f"{prefix}.o_proj.weight"])
+        return self.ranks.sum(out), (k, v)
+
+    def _mlp(self, x: Tensor, prefix: str) -> Tensor:
+        gate_up, down = self.params[f"{prefix}.mlp.gate_up_proj.weight"], self.params[f"{prefix}.mlp.down_proj.weight"]
+        return self.ranks.sum(ops.fused_mlp(x, gate_up, down))
+
+    def _experts(self, x: Tensor, prefix: str) -> Tensor:
+        w13, w2 = self.params[f"{prefix}.mlp.experts.w13.weight"], self.params[f"{prefix}.mlp.experts.w2.weight"]
+        logits = ops.linear(x, self.params[f"{prefix}.mlp.gate.weight"])
+        share = ops.route(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
+        total = torch.zeros_like(x)
+        for expert in share.any(0).nonzero().flatten().tolist():
+            takers = share[:, expert].nonzero().flatten()
+            total[takers] += ops.fused_mlp(x[takers], w13[expert], w2[expert]) * share[takers, expert, None]
+        return self.ranks.sum(total)
+
+    def _choose(self, x: Tensor) -> Choice:
+        head = self.params[EMBED if self.config.tie_word_embeddings else HEAD]
+        logits = torch.cat(self.ranks.gather(ops.linear(x, head)))[: self.config.vocab_size]  # padding rows fall away
+        token = int(logits.argmax())
+        return Choice(token, float(logits[token] - logits.logsumexp(0)))

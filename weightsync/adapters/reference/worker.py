@@ -1,0 +1,186 @@
+"""One tensor-parallel rank: a process that owns parameters and runs the front's commands in the order they come.
+
+A collective that fails ends the process, and with it the engine: ranks out of step cannot be mended. Anything else that
+goes wrong in a command is answered, and the engine decides. The process never outlives the front.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+import torch  # noqa: TID251
+import xxhash
+
+from weightsync.adapters.reference.checkpoint import open_checkpoint
+from weightsync.adapters.reference.commands import (
+    Accept,
+    Begin,
+    Checksums,
+    Command,
+    Finish,
+    Load,
+    Pipe,
+    Reply,
+    Residents,
+    Step,
+)
+from weightsync.adapters.reference.config import read_config
+from weightsync.adapters.reference.parallel import ParallelDecoder, Ranks
+from weightsync.adapters.reference.plugin import BucketLoader
+from weightsync.errors import LocalProtocolError, TransportBroken, WeightSyncError
+from weightsync.plan.manifest import Manifest
+from weightsync.transports import receiver
+
+if TYPE_CHECKING:
+    from typing import Any
+
+    from weightsync.adapters.reference.config import ModelConfig
+
+__all__ = ["Worker", "main"]
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_SECONDS = 30.0  # the front always reads: one that does not for so long is stuck
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """A rank's decoder and its reading side, driven by commands."""
+
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        self.decoder = ParallelDecoder(config, ranks)
+        self._arrays = {name: _integers(tensor) for name, tensor in self.decoder.params.items()}
+        self.loader = BucketLoader(config, self.decoder.layout, self._arrays, ranks.tp_rank, receiver("shm"))
+
+    def load_checkpoint(self, directory: str) -> None:
+        """Fill the parameters from disk, reading this rank's boxes only; values are converted where dtypes differ."""
+        params = self.decoder.params
+        with open_checkpoint(directory, self.decoder.config) as checkpoint:
+            for boxes in self.decoder.layout.slices.values():
+                for box in boxes:
+                    stacked = len(box.at) - len(box.shape)
+                    index = (slice(a, a + n) for a, n in zip(box.at[stacked:], box.shape, strict=True))
+                    target = params[box.param][(*box.at[:stacked], *index)]
+                    target.copy_(checkpoint.read_box(box.tensor, box.offset, box.shape))
+
+    def answer(self, command: Command) -> Reply:
+        """Run one command. Only a decode step may raise."""
+        if isinstance(command, Step):
+            self.decoder.drop(command.ended)
+            choice = self.decoder.step(command.sequence, command.start, list(command.tokens))
+            return Reply(token=choice.token, logprob=choice.logprob)
+        try:
+            return self._answer(command)
+        except LocalProtocolError as error:
+            return Reply(status=409, error=str(error))
+        except WeightSyncError as error:
+            return Reply(status=500, error=str(error))
+        except Exception as error:  # noqa: BLE001 - the seam: no collective was under way, so the rank is still in step
+            logger.exception("[rank=%d] %s.failed", self.decoder.ranks.tp_rank, type(command).__name__)
+            return Reply(status=500, error=f"{type(error).__name__}: {error}")
+
+    def _answer(self, command: Command) -> Reply:
+        match command:
+            case Accept(manifest):
+                self.loader.accept(Manifest.unpack(manifest))
+            case Begin(digest, offers, deadline):
+                self.loader.begin(digest, offers, deadline=deadline)
+            case Load(bucket, ticket, deadline):
+                self.loader.load(bucket, ticket, deadline=deadline)
+            case Finish():
+                self.loader.finish()
+                self.decoder.flush()
+            case Residents(everything):
+                return Reply(data=msgspec.json.encode(self.loader.residents(everything)))
+            case Checksums():
+                return Reply(data=self._checksum())
+        return Reply()
+
+    def _checksum(self) -> bytes:
+        hasher = xxhash.xxh3_64()
+        for array in self._arrays.values():
+            hasher.update(array.reshape(-1).view(np.uint8))
+        return hasher.digest()
+
+
+def _integers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The tensor's own memory as unsigned integers of its element size: numpy knows no bfloat16, and copies need none."""
+    signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    array: np.ndarray[Any, Any] = tensor.view(signed).numpy()
+    return array.view(f"u{tensor.element_size()}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run a worker; called by the front only (see `group.py` for the arguments). Does not return."""
+    parser = argparse.ArgumentParser(prog="weightsync reference engine worker")
+    parser.add_argument("--pipe", type=int, required=True)
+    parser.add_argument("--store", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--tp", type=int, required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--load-format", choices=("auto", "dummy"), required=True)
+    parser.add_argument("--collective-timeout", type=float, required=True)
+    parser.add_argument("--log-level", required=True)
+    arguments = parser.parse_args(argv)
+    _end_with(arguments.parent)
+    logging.basicConfig(level=arguments.log_level, format=f"%(asctime)s %(name)s tp_rank={arguments.rank} %(message)s")
+    torch.set_num_threads(1)
+    pipe = Pipe(socket.socket(fileno=arguments.pipe))
+    try:
+        ranks = Ranks(
+            f"/proc/self/fd/{arguments.store}", arguments.tp, arguments.rank, timeout=arguments.collective_timeout
+        )
+        worker = Worker(read_config(arguments.model), ranks)
+        if arguments.load_format == "auto":
+            worker.load_checkpoint(arguments.model)
+    except (WeightSyncError, RuntimeError, OSError) as error:
+        _reply(pipe, Reply(status=500, error=str(error)))
+        _leave(1)
+    _reply(pipe, Reply())
+    try:
+        _serve(pipe, worker)
+    except TransportBroken:
+        worker.loader.close()
+        _leave(0)  # the front closed its end
+    except Exception:
+        logger.exception("[rank=%d] worker.failed", arguments.rank)
+        _leave(1)
+
+
+def _serve(pipe: Pipe, worker: Worker) -> None:
+    decoder = msgspec.msgpack.Decoder(Command)
+    while True:
+        _reply(pipe, worker.answer(decoder.decode(pipe.receive(deadline=None))))
+
+
+def _reply(pipe: Pipe, reply: Reply) -> None:
+    pipe.send(msgspec.msgpack.encode(reply), deadline=monotonic() + _ANSWER_SECONDS)
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when the front dies, even inside a long computation."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the kernel was told
+        _leave(1)
+
+
+def _leave(status: int) -> None:
+    """End without interpreter shutdown: gloo's threads abort the process where its group is destroyed late."""
+    logging.shutdown()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    main()

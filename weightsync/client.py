@@ -1,0 +1,151 @@
+"""`push_weights`: the trainer's side, as its users see it. What a rank does during a push is in `weightsync.rank`."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+from weightsync.config import default_endpoint
+from weightsync.errors import ConfigError, PushTimeout, SourceError
+
+if TYPE_CHECKING:
+    from weightsync.adapters.base import PauseMode
+    from weightsync.rank import RankPush
+    from weightsync.report import PushReport
+
+__all__ = ["PushHandle", "push_weights", "push_weights_async"]
+
+_PAUSE_MODES = ("keep", "wait", "abort", "none")
+
+
+def push_weights(
+    weights: Any,
+    *,
+    version: int,
+    model: str = "default",
+    daemon: str | None = None,
+    process_group: Any = None,
+    pause: PauseMode = "keep",
+    timeout: float = 600.0,
+) -> PushReport:
+    """Hand `weights` to every engine of `model`, and return when they serve them.
+
+    Call it on every trainer rank that takes part, with what that rank holds; each gets the same report, or the same
+    error. No collective is used, so it may be called where ranks are at slightly different places.
+
+    weights: an `nn.Module` (plain, or FSDP2: each rank writes its own shards), a mapping or iterable of (checkpoint name,
+        tensor), or an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is
+        read to its end before anything is sent. Nothing is gathered and nothing is changed.
+    version: must be above every version that an engine of the model serves.
+    model: which engines; the `model` key of `[[engines]]` in the node config.
+    daemon: endpoint of the node's weightsyncd; default `$WEIGHTSYNC_DAEMON`, else the user's own socket.
+    process_group: the ranks that take part; default all of `torch.distributed`, or just this process without it.
+    pause: what happens to requests in flight: "keep" them and go on with them on the new weights, "wait" for them to end,
+        "abort" them, or "none": do not even pause (in-flight update).
+    timeout: seconds for the whole push.
+
+    One engine that fails is evicted and the others go on: look at `report.complete` and `report.engines`.
+    Raises `SourceError` for weights that cannot be described, `PushRefused` before anything was touched,
+    `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
+    `DaemonLost`.
+    """
+    return _rank_push(weights, version, model, daemon, process_group, pause, timeout).run()
+
+
+def push_weights_async(
+    weights: Any,
+    *,
+    version: int,
+    model: str = "default",
+    daemon: str | None = None,
+    process_group: Any = None,
+    pause: PauseMode = "keep",
+    timeout: float = 600.0,
+) -> PushHandle:
+    """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
+
+    The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
+    """
+    return PushHandle(_rank_push(weights, version, model, daemon, process_group, pause, timeout))
+
+
+class PushHandle:
+    """A push under way in a thread of this process."""
+
+    def __init__(self, push: RankPush) -> None:
+        self._push = push
+        self._report: PushReport | None = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name=f"weightsync-push-{push.version}", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._report = self._push.run()
+        except BaseException as error:  # noqa: BLE001 - carried over to result(), in the thread that asks for it
+            self._error = error
+        finally:
+            self._push.filled.set()
+
+    def wait_filled(self, timeout: float | None = None) -> None:
+        """Return when this rank's weights have been read and may change. Raises what the push failed with."""
+        self._wait_until(self._push.filled, timeout, "to read this rank's weights")
+        if self._error is not None:
+            raise self._error
+
+    def done(self) -> bool:
+        """The push has ended, well or not."""
+        return not self._thread.is_alive()
+
+    def result(self, timeout: float | None = None) -> PushReport:
+        """Wait for the end. Returns the report, or raises what `push_weights` would raise."""
+        limit = self._limit(timeout)
+        self._thread.join(limit)
+        if self._thread.is_alive():
+            raise PushTimeout(f"the push is still under way after {limit:.1f} s", version=self._push.version)
+        if self._error is not None:
+            raise self._error
+        assert self._report is not None, "a push ends with a report or an error"
+        return self._report
+
+    def _limit(self, timeout: float | None) -> float:
+        return timeout if timeout is not None else max(0.0, self._push.deadline - time.monotonic()) + 60.0
+
+    def _wait_until(self, event: threading.Event, timeout: float | None, what: str) -> None:
+        limit = self._limit(timeout)
+        if not event.wait(limit):
+            raise PushTimeout(f"it took longer than {limit:.1f} s {what}", version=self._push.version)
+
+
+def _rank_push(
+    weights: Any, version: int, model: str, daemon: str | None, process_group: Any, pause: str, timeout: float
+) -> RankPush:
+    """Check the arguments and describe the weights."""
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise SourceError(f"version = {version!r} is not a whole number from 0 up")
+    if pause not in _PAUSE_MODES:
+        raise SourceError(f"pause = {pause!r} is unknown", hint=f"one of {', '.join(_PAUSE_MODES)}")
+    if not timeout > 0:
+        raise SourceError(f"timeout = {timeout!r} is not a number of seconds above 0")
+    if not isinstance(model, str) or not model:
+        raise SourceError(f"model = {model!r} is not a name")
+    endpoint = daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
+    if "://" not in endpoint:
+        raise ConfigError(f"daemon = {endpoint!r} is no endpoint", hint="ipc:///path/to.sock or tcp://127.0.0.1:PORT")
+    from weightsync.rank import RankPush, trainer_place
+    from weightsync.sources import source_of
+
+    started = time.monotonic()
+    source = source_of(weights)
+    return RankPush(
+        source,
+        place=trainer_place(process_group),
+        version=version,
+        model=model,
+        endpoint=endpoint,
+        pause=pause,
+        started=started,
+        deadline=started + timeout,
+    )

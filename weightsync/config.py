@@ -1,0 +1,259 @@
+"""The node config: TOML, checked as a whole before anything is started.
+
+`load_node_config(path)` returns a frozen `NodeConfig` or raises one `ConfigError` that lists every mistake, each with
+its key and what would be right. Secrets are never in the file: an engine's key is read from the environment variable
+that `api_key_env` names. A complete example is in docs/configuration.md; the smallest useful one is
+
+    [[engines]]
+    name = "e0"
+    kind = "reference"
+    url = "http://127.0.0.1:8000"
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import tempfile
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from urllib.parse import urlsplit
+
+import msgspec
+from msgspec import Meta
+
+from weightsync.errors import ConfigError
+
+__all__ = [
+    "ArenaConfig",
+    "ClusterConfig",
+    "EngineConfig",
+    "HttpConfig",
+    "LogConfig",
+    "NodeConfig",
+    "NodeSection",
+    "TimeoutConfig",
+    "default_endpoint",
+    "load_node_config",
+    "parse_node_config",
+    "runtime_dir",
+]
+
+ENGINE_KINDS = ("reference",)
+Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
+Bytes = Annotated[int, Meta(ge=1)]  # in TOML: 268435456 or "256MiB"
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+_UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all sections."""
+
+
+class NodeSection(_Section, frozen=True):
+    """[node]: who this daemon is and where it listens."""
+
+    name: Name = "node0"
+    listen: str = ""  # endpoint for trainers and other daemons; default: a socket in the user's runtime directory
+    bridges: Annotated[int, Meta(ge=1, le=64)] = 1  # bridge processes; one per GPU, on CPU usually one
+    shm_dir: str = "/dev/shm"
+
+
+class ArenaConfig(_Section, frozen=True):
+    """[arena]: the memory each bridge keeps for buckets under way."""
+
+    slots: Annotated[int, Meta(ge=1, le=1024)] = 3  # fill, wire and load of neighbouring buckets overlap from 3 on
+    slot_bytes: Bytes = 128 * 2**20
+    alignment: Annotated[int, Meta(ge=1, le=2**20)] = 256  # bytes; of each tensor in a slot
+
+
+class TimeoutConfig(_Section, frozen=True):
+    """[timeouts], in seconds."""
+
+    operation: Seconds = 60.0  # one step at one engine, bridge or node
+    liveness: Seconds = 5.0  # silence after which a trainer rank or a node counts as lost
+    grace: Seconds = 5.0  # after a push has ended, for outcomes still under way
+    probe: Seconds = 2.0  # one look at an engine
+    probe_every: Seconds = 5.0  # between looks at idle engines
+    stop: Seconds = 15.0  # on SIGTERM, for a push under way to end
+    bridge_start: Seconds = 30.0
+
+
+class ClusterConfig(_Section, frozen=True):
+    """[cluster]: other nodes whose engines pushes from here reach too."""
+
+    address: str = "127.0.0.1"  # this node's address for communicators
+    peers: dict[str, str] = {}  # node name = endpoint
+
+
+class EngineConfig(_Section, frozen=True):
+    """[[engines]]: one inference server on this node."""
+
+    name: Name
+    kind: str
+    url: str
+    model: Name = "default"
+    api_key_env: str | None = None  # environment variable that holds its bearer key
+
+    @property
+    def api_key(self) -> str | None:
+        """The key itself; read when needed, never stored."""
+        return os.environ.get(self.api_key_env) if self.api_key_env else None
+
+
+class HttpConfig(_Section, frozen=True):
+    """[http]: /metrics and /healthz; off unless `listen` is given."""
+
+    listen: str = ""  # "127.0.0.1:9464"
+
+
+class LogConfig(_Section, frozen=True):
+    """[log]"""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["human", "json"] = "human"
+
+
+class NodeConfig(_Section, frozen=True):
+    """A whole node config."""
+
+    node: NodeSection = NodeSection()
+    arena: ArenaConfig = ArenaConfig()
+    timeouts: TimeoutConfig = TimeoutConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    http: HttpConfig = HttpConfig()
+    log: LogConfig = LogConfig()
+    engines: tuple[EngineConfig, ...] = ()
+
+    @property
+    def endpoint(self) -> str:
+        return self.node.listen or default_endpoint(self.node.name)
+
+
+def runtime_dir() -> Path:
+    """The user's private directory for sockets: $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary one."""
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "weightsync" if base else Path(tempfile.gettempdir()) / f"weightsync-{os.getuid()}"
+
+
+def default_endpoint(node: str = "node0") -> str:
+    """Where a node listens unless told otherwise."""
+    return f"ipc://{runtime_dir() / node}.sock"
+
+
+def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
+    """Read and check a node config. Raises `ConfigError` listing every mistake."""
+    try:
+        text = Path(path).read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"cannot read the node config {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the node config {path} is not UTF-8 text: {error}") from error
+    return parse_node_config(text, name=str(path))
+
+
+def parse_node_config(text: str, name: str = "node config") -> NodeConfig:
+    """Check a node config given as TOML text. Raises `ConfigError` listing every mistake."""
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} is not TOML: {error}") from error
+    problems: list[str] = []
+    sections: dict[str, Any] = {}
+    known = {f.name: f.type for f in msgspec.structs.fields(NodeConfig)}
+    for key, value in table.items():
+        if key not in known:
+            problems.append(f"[{key}]: unknown section{_meant(key, known)}")
+        elif key == "engines":
+            sections[key] = _engines(value, problems)
+        elif not isinstance(value, dict):
+            problems.append(f"{key}: must be a section, written [{key}]")
+        else:
+            sections[key] = _section(known[key], value, key, problems)
+    if not problems:
+        config = NodeConfig(**sections)
+        problems.extend(_contradictions(config))
+    if problems:
+        many = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        raise ConfigError(f"{name} has {many}:\n" + "\n".join(f"  - {p}" for p in problems))
+    return config
+
+
+def _engines(value: Any, problems: list[str]) -> tuple[EngineConfig, ...]:
+    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
+        problems.append("engines: must be a list of sections, each written [[engines]]")
+        return ()
+    found = [_section(EngineConfig, item, f"engines[{i}]", problems) for i, item in enumerate(value)]
+    return tuple(engine for engine in found if engine is not None)
+
+
+S = TypeVar("S", bound=_Section)
+
+
+def _section(kind: type[S], table: dict[str, Any], path: str, problems: list[str]) -> S | None:
+    """One section, or None after adding what is wrong with each of its keys to `problems`."""
+    before = len(problems)
+    fields = {f.name: f for f in msgspec.structs.fields(kind)}
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key not in fields:
+            problems.append(f"{path}.{key}: unknown key{_meant(key, fields)}")
+            continue
+        try:
+            plain = _size(value) if fields[key].type is Bytes else value
+            values[key] = msgspec.convert(plain, fields[key].type)
+        except msgspec.ValidationError as error:
+            allowed = get_args(fields[key].type) if get_origin(fields[key].type) is Literal else ()
+            right = f"; one of {', '.join(allowed)}" if allowed else ""
+            problems.append(f"{path}.{key} = {value!r}: {str(error).lower()}{right}")
+        except ValueError as error:
+            problems.append(f"{path}.{key} = {value!r}: {error}")
+    problems.extend(f"{path}.{name}: is missing" for name, f in fields.items() if f.required and name not in table)
+    return kind(**values) if len(problems) == before else None
+
+
+def _size(value: Any) -> Any:
+    if not isinstance(value, str):
+        return value
+    match = re.fullmatch(r"\s*(\d+)\s*([A-Za-z]*)\s*", value)
+    if match is None or match[2].upper() not in _UNITS:
+        raise ValueError('not a size; write bytes or a string such as "256MiB"')
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _meant(key: str, known: Any) -> str:
+    close = difflib.get_close_matches(key, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known here: {', '.join(sorted(known))}"
+
+
+def _contradictions(config: NodeConfig) -> list[str]:
+    """What no single key shows."""
+    problems = []
+    seen: dict[str, int] = {}
+    for i, engine in enumerate(config.engines):
+        where = f"engines[{i}]"
+        if engine.kind not in ENGINE_KINDS:
+            problems.append(f"{where}.kind = {engine.kind!r}: one of {', '.join(ENGINE_KINDS)}")
+        parts = urlsplit(engine.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            problems.append(f"{where}.url = {engine.url!r}: not an http(s) URL such as http://127.0.0.1:8000")
+        if parts.username or parts.password:
+            problems.append(f"{where}.url: holds a secret; put it into a variable and name that in api_key_env")
+        if engine.name in seen:
+            problems.append(f"{where}.name = {engine.name!r}: engines[{seen[engine.name]}] has it already")
+        seen.setdefault(engine.name, i)
+        if engine.api_key_env and engine.api_key is None:
+            problems.append(f"{where}.api_key_env: the environment variable {engine.api_key_env} is not set")
+    if config.arena.slot_bytes % config.arena.alignment:
+        problems.append(f"arena.slot_bytes: must be a multiple of arena.alignment ({config.arena.alignment})")
+    if config.node.name in config.cluster.peers:
+        problems.append(f"cluster.peers.{config.node.name}: is this node itself")
+    if config.http.listen:
+        host, _, port = config.http.listen.rpartition(":")
+        if not port.isdigit() or not host:
+            problems.append(f"http.listen = {config.http.listen!r}: write it as 127.0.0.1:9464")
+        elif not host.startswith(("127.", "localhost", "[::1]")):
+            problems.append(f"http.listen = {config.http.listen!r}: only loopback; put a proxy in front to go beyond")
+    return problems

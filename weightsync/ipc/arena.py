@@ -1,0 +1,317 @@
+"""The arena: a file of slots in shared memory, made by a bridge, mapped by trainer ranks and by readers.
+
+    0            header   magic, version, slots, slot_bytes, readers, nonce
+    64 KiB       fences   one 8-byte cell for every slot and reader (`fences.py`)
+    control      slots    each begins at a multiple of 64 KiB, which is a multiple of every page size
+
+The file is called `weightsync-<uid>-<node>-<bridge>-<incarnation>`, belongs to its maker alone (0600) and is never
+reused: a restarted bridge makes another one with another incarnation and nonce. Its pages are allocated when it is
+made, so that a full /dev/shm is an error then and not a SIGBUS in somebody's copy later.
+
+Who may attach gets an *offer*, bytes that arrive in a control message. Attaching believes none of it: the file must be
+a private regular file of this user, of the size and with the nonce that the offer says. Trainer ranks map the slots
+writable; readers map them read-only and can write nothing but the fence cells.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import secrets
+import stat
+import struct
+from contextlib import suppress
+from typing import TYPE_CHECKING, Annotated, Self
+
+import msgspec
+from msgspec import Meta
+
+from weightsync.errors import CodecError, ConfigError, LocalProtocolError, TransportBroken, TransportClosed
+from weightsync.ipc.descriptors import ReaderName, seal, unseal
+from weightsync.ipc.fences import CELL_BYTES, FenceTable
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+__all__ = ["DIRECTORY", "MAX_READERS", "Arena", "ArenaOffer", "remove_stale", "segment_name"]
+
+DIRECTORY = "/dev/shm"
+MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 4 KiB of table per slot
+
+_MAGIC = b"WSARENA\0"
+_VERSION = 1
+_HEADER = struct.Struct("<8sIIQI16s")
+_ALIGN = 64 * 1024
+_NAME = (
+    r"weightsync-(?P<uid>\d{1,10})-(?P<node>[A-Za-z0-9._-]{1,128})-(?P<bridge>\d{1,6})-(?P<incarnation>[0-9a-f]{16})"
+)
+_NAME_PATTERN = re.compile(_NAME)
+
+
+class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """What an offer says. `reader` and `cell` are absent in the offer to a trainer rank."""
+
+    directory: Annotated[str, Meta(min_length=1, max_length=512)]
+    name: Annotated[str, Meta(pattern=rf"^{_NAME}\Z")]
+    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    slots: Annotated[int, Meta(ge=1, le=4096)]
+    slot_bytes: Annotated[int, Meta(ge=1, le=2**44)]
+    readers: Annotated[int, Meta(ge=1, le=4096)]
+    reader: ReaderName | None = None
+    cell: Annotated[int, Meta(ge=0, le=4095)] | None = None
+
+    @property
+    def lineage(self) -> str:
+        """The same for all incarnations of one bridge."""
+        return f"{self.directory}/{self.name.rpartition('-')[0]}"
+
+    @classmethod
+    def unpack(cls, data: bytes) -> ArenaOffer:
+        """The offer in bytes from outside. Raises `CodecError` only."""
+        offer = unseal(data, b"A", cls)
+        if not os.path.isabs(offer.directory) or "\0" in offer.directory or ".." in offer.directory.split("/"):
+            raise CodecError(f"an offer names the directory {offer.directory!r}")
+        if (offer.reader is None) != (offer.cell is None):
+            raise CodecError("an offer to a reader has both a name and a cell")
+        if offer.cell is not None and offer.cell >= offer.readers:
+            raise CodecError(f"an offer gives cell {offer.cell} of {offer.readers}")
+        return offer
+
+
+def segment_name(node: str, bridge: int, incarnation: str) -> str:
+    """The file name of an arena. Raises `ConfigError` for a node name that does not fit into one."""
+    name = f"weightsync-{os.geteuid()}-{node}-{bridge}-{incarnation}"
+    if not _NAME_PATTERN.fullmatch(name):
+        raise ConfigError(
+            f"no arena can be called {name!r}",
+            hint="node names have letters, digits, '.', '_' and '-'; incarnations are 16 hexadecimal digits",
+        )
+    return name
+
+
+class Arena:
+    """A mapped arena. Made by `create` in its bridge, or by `attach` from an offer anywhere else.
+
+    `close` never fails because somebody still holds a view: it drops the arena's own references, and the memory stays
+    mapped until the last memoryview, numpy array or tensor made from it is gone.
+    """
+
+    def __init__(self, offer: ArenaOffer, fd: int, *, writable: bool, owner: bool) -> None:
+        """Map the file open as `fd`. Use `create` or `attach`."""
+        self.directory = offer.directory
+        self.name = offer.name
+        self.nonce = offer.nonce
+        self.slots = offer.slots
+        self.slot_bytes = offer.slot_bytes
+        self.readers = offer.readers
+        self.writable = writable
+        self.owner = owner
+        self._stride = _round_up(offer.slot_bytes)
+        control, total = _sizes(offer)
+        protection = mmap.PROT_READ | mmap.PROT_WRITE
+        self._control: mmap.mmap | None = mmap.mmap(fd, control, mmap.MAP_SHARED, protection)
+        self._data: mmap.mmap | None = mmap.mmap(
+            fd, total - control, mmap.MAP_SHARED, protection if writable else mmap.PROT_READ, offset=control
+        )
+        cells = memoryview(self._control)[_ALIGN : _ALIGN + offer.slots * offer.readers * CELL_BYTES]
+        self._fences: FenceTable | None = FenceTable(cells, offer.slots, offer.readers)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        node: str,
+        bridge: int,
+        slots: int,
+        slot_bytes: int,
+        incarnation: str | None = None,
+        readers: int = MAX_READERS,
+        directory: str = DIRECTORY,
+    ) -> Arena:
+        """Make an arena of `slots` × `slot_bytes`. Raises `ConfigError` when there is no room for it."""
+        name = segment_name(node, bridge, incarnation or secrets.token_hex(8))
+        wanted = ArenaOffer(
+            directory=os.path.abspath(directory),
+            name=name,
+            nonce=secrets.token_bytes(16),
+            slots=slots,
+            slot_bytes=slot_bytes,
+            readers=readers,
+        )
+        try:
+            offer = ArenaOffer.unpack(seal(b"A", wanted))  # one validation for both ends
+        except CodecError as error:
+            raise ConfigError(
+                f"no arena of {slots} slots of {slot_bytes} bytes can be made: {error.message}"
+            ) from error
+        try:
+            fd = _open(offer, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        except OSError as error:
+            raise ConfigError(f"arena {name} cannot be made in {offer.directory}: {error.strerror}") from error
+        try:
+            _allocate(fd, offer)
+            os.pwrite(fd, _header(offer), 0)
+            return cls(offer, fd, writable=True, owner=True)
+        except BaseException:
+            _unlink(offer.directory, name)
+            raise
+        finally:
+            os.close(fd)
+
+    @classmethod
+    def attach(cls, offer: bytes | ArenaOffer, *, writable: bool) -> Arena:
+        """Map the arena that `offer` describes. Raises `CodecError` for bytes that are no offer, `TransportBroken` when
+        the arena is not there (any more) or is not what the offer says."""
+        wanted = ArenaOffer.unpack(offer) if isinstance(offer, bytes) else offer
+        try:
+            fd = _open(wanted, os.O_RDWR)
+        except OSError as error:
+            raise TransportBroken(
+                f"arena {wanted.name} cannot be opened in {wanted.directory}: {error.strerror}",
+                hint="its bridge has ended, or this process does not share that directory with the daemon "
+                "(containers: --ipc=host, or one volume for both)",
+            ) from error
+        try:
+            _check(fd, wanted)
+            return cls(wanted, fd, writable=writable, owner=False)
+        except (OSError, ValueError) as error:
+            raise TransportBroken(f"arena {wanted.name} cannot be mapped: {error}") from error
+        finally:
+            os.close(fd)
+
+    def offer(self, reader: str | None = None, cell: int | None = None) -> bytes:
+        """The bytes with which a trainer rank, or the `reader` that was given `cell`, attaches."""
+        return seal(
+            b"A",
+            ArenaOffer(
+                directory=self.directory,
+                name=self.name,
+                nonce=self.nonce,
+                slots=self.slots,
+                slot_bytes=self.slot_bytes,
+                readers=self.readers,
+                reader=reader,
+                cell=cell,
+            ),
+        )
+
+    def slot(self, index: int) -> memoryview:
+        """The `slot_bytes` bytes of one slot; read-only unless the arena was attached writable."""
+        if self._data is None:
+            raise TransportClosed(f"arena {self.name} was closed")
+        if not 0 <= index < self.slots:
+            raise LocalProtocolError(f"arena {self.name} has no slot {index}, only {self.slots}")
+        return memoryview(self._data)[index * self._stride : index * self._stride + self.slot_bytes]
+
+    @property
+    def fences(self) -> FenceTable:
+        """The cells. The table stays usable after `close` for whoever holds it, such as a lease not yet released."""
+        if self._fences is None:
+            raise TransportClosed(f"arena {self.name} was closed")
+        return self._fences
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._data is None
+
+    def close(self) -> None:
+        """Let go of the mapping. Closing twice does nothing."""
+        data, control, self._data, self._control, self._fences = self._data, self._control, None, None, None
+        for mapping in (data, control):
+            if mapping is not None:
+                with suppress(BufferError):  # views are alive: the last of them unmaps
+                    mapping.close()
+
+    def unlink(self) -> None:
+        """Remove the file; who has it mapped keeps the memory. Removing twice does nothing."""
+        _unlink(self.directory, self.name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if self.owner:
+            self.unlink()
+
+
+def remove_stale(
+    directory: str, node: str, *, bridge: int | None = None, keep: frozenset[str] = frozenset()
+) -> tuple[str, ...]:
+    """Remove the arenas of `node` (of one bridge of it) that belong to this user, except incarnations in `keep`.
+
+    For arenas whose bridges have ended. Returns the names removed.
+    """
+    removed = []
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            found = _NAME_PATTERN.fullmatch(entry.name)
+            if found is None or found["node"] != node or found["incarnation"] in keep:
+                continue
+            if bridge is not None and int(found["bridge"]) != bridge:
+                continue
+            with suppress(FileNotFoundError):
+                status = entry.stat(follow_symlinks=False)
+                if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+                    os.unlink(entry.path)
+                    removed.append(entry.name)
+    return tuple(removed)
+
+
+def _round_up(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+def _sizes(offer: ArenaOffer) -> tuple[int, int]:
+    """Bytes of header and fences together, and of the whole file."""
+    control = _ALIGN + _round_up(offer.slots * offer.readers * CELL_BYTES)
+    return control, control + offer.slots * _round_up(offer.slot_bytes)
+
+
+def _header(offer: ArenaOffer) -> bytes:
+    return _HEADER.pack(_MAGIC, _VERSION, offer.slots, offer.slot_bytes, offer.readers, offer.nonce)
+
+
+def _open(offer: ArenaOffer, flags: int) -> int:
+    directory = os.open(offer.directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        return os.open(offer.name, flags | os.O_NOFOLLOW | os.O_NOCTTY, 0o600, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _unlink(directory: str, name: str) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(os.path.join(directory, name))
+
+
+def _check(fd: int, offer: ArenaOffer) -> None:
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise TransportBroken(f"arena {offer.name} is not a private file of this user")
+    if status.st_size != _sizes(offer)[1]:
+        raise TransportBroken(f"arena {offer.name} has {status.st_size} bytes, not {_sizes(offer)[1]}")
+    if os.pread(fd, _HEADER.size, 0) != _header(offer):
+        raise TransportBroken(f"arena {offer.name} is not the one that was offered", hint="its bridge was restarted")
+
+
+def _allocate(fd: int, offer: ArenaOffer) -> None:
+    total = _sizes(offer)[1]
+    try:
+        os.posix_fallocate(fd, 0, total)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.ENOMEM):
+            raise ConfigError(f"arena {offer.name} cannot be allocated: {error.strerror}") from error
+        os.ftruncate(fd, 0)
+        space = os.fstatvfs(fd)
+        raise ConfigError(
+            f"an arena of {offer.slots} slots of {offer.slot_bytes} bytes needs {total} bytes in {offer.directory}, "
+            f"which has {space.f_bavail * space.f_frsize} free ({error.strerror})",
+            hint=f"make arena.slots or arena.slot_bytes smaller, or {offer.directory} larger "
+            f"(containers: --shm-size={-(-total // 2**20)}m or more)",
+        ) from error

@@ -1,0 +1,76 @@
+"""What was given to each reader and what came back: the books that show a leak before memory does.
+
+Every export ends in exactly one way, as a close or as a revocation; `outstanding` is what has not ended yet. After a
+push it is 0 for every reader, and anything else is a leak with a name.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+__all__ = ["Account", "Ledger"]
+
+Count = Annotated[int, Meta(ge=0, le=2**60)]
+
+
+class Account(msgspec.Struct, frozen=True, kw_only=True):
+    """One reader's counts since the bridge started, as plain data for status and metrics."""
+
+    reader: str
+    exports: Count = 0  # tickets made for it
+    opens: Count = 0  # tickets it opened
+    closes: Count = 0  # leases it released
+    revoked: Count = 0  # exports given up because the reader was lost
+
+    @property
+    def outstanding(self) -> int:
+        """Exports that have not ended."""
+        return self.exports - self.closes - self.revoked
+
+
+class Ledger:
+    """Counts by reader. Not locked: the sender that keeps it holds its own lock."""
+
+    def __init__(self) -> None:
+        self._exports: Counter[str] = Counter()
+        self._opens: Counter[str] = Counter()
+        self._closes: Counter[str] = Counter()
+        self._revoked: Counter[str] = Counter()
+
+    def exported(self, reader: str) -> None:
+        """A ticket was made."""
+        self._exports[reader] += 1
+
+    def opened(self, reader: str) -> None:
+        """Its reader opened it."""
+        self._opens[reader] += 1
+
+    def closed(self, reader: str) -> None:
+        """Its reader released the lease."""
+        self._closes[reader] += 1
+
+    def revoked(self, reader: str) -> None:
+        """Nobody waits for this reader any more."""
+        self._revoked[reader] += 1
+
+    @property
+    def outstanding(self) -> int:
+        """Exports, of all readers, that have not ended."""
+        return self._exports.total() - self._closes.total() - self._revoked.total()
+
+    def accounts(self) -> tuple[Account, ...]:
+        """Every reader's counts, by name."""
+        return tuple(
+            Account(
+                reader=reader,
+                exports=self._exports[reader],
+                opens=self._opens[reader],
+                closes=self._closes[reader],
+                revoked=self._revoked[reader],
+            )
+            for reader in sorted(self._exports)
+        )

@@ -1,0 +1,60 @@
+"""Prometheus metrics of a daemon. One registry for each daemon, so that several can live in one process in tests."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+__all__ = ["Metrics"]
+
+_SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
+
+
+class Metrics:
+    """Every metric of weightsyncd. Names start with `weightsync_`."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.pushes = Counter(
+            "weightsync_pushes", "Pushes by how they ended", ["model", "outcome"], registry=self.registry
+        )
+        self.push_seconds = Histogram(
+            "weightsync_push_seconds",
+            "From the first rank's call to the last engine's resume",
+            ["model"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.phase_seconds = Counter(
+            "weightsync_phase_seconds", "Seconds with a phase under way", ["model", "phase"], registry=self.registry
+        )
+        self.push_bytes = Counter(
+            "weightsync_push_bytes", "Bytes of committed pushes", ["model"], registry=self.registry
+        )
+        self.engine_outcomes = Counter(
+            "weightsync_engine_outcomes",
+            "What pushes came to, by engine",
+            ["engine", "outcome"],
+            registry=self.registry,
+        )
+        self.engine_version = Gauge(
+            "weightsync_engine_version", "Version an engine serves; -1 for none", ["engine"], registry=self.registry
+        )
+        self.engine_state = Gauge(
+            "weightsync_engine_state", "1 for the state an engine is in", ["engine", "state"], registry=self.registry
+        )
+        self.bridge_restarts = Gauge(
+            "weightsync_bridge_restarts", "Times a bridge was restarted", ["bridge"], registry=self.registry
+        )
+        self.exports = Gauge("weightsync_exports", "Exports so far, by reader", ["reader"], registry=self.registry)
+        self.exports_outstanding = Gauge(
+            "weightsync_exports_outstanding",
+            "Exports that no reader has closed yet",
+            ["reader"],
+            registry=self.registry,
+        )
+        self.exports_leaked = Gauge(
+            "weightsync_exports_leaked", "Exports revoked because a reader never closed them", registry=self.registry
+        )
+        self.frames_refused = Counter(
+            "weightsync_frames_refused", "Frames that were no message of ours", registry=self.registry
+        )

@@ -1,0 +1,55 @@
+"""`python -m weightsync.nccl_bridge`: started by weightsyncd, one for each GPU; of no use by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+
+from weightsync.ipc.arena import DIRECTORY, MAX_READERS
+from weightsync.nccl_bridge.process import BridgeProcess, Options
+
+
+def main() -> None:
+    """Read the command line, leave signals to the daemon, serve."""
+    parser = argparse.ArgumentParser(prog="python -m weightsync.nccl_bridge", description=__doc__)
+    parser.add_argument("--fd", type=int, required=True, help="this end of the pipe to the daemon")
+    parser.add_argument("--node", required=True)
+    parser.add_argument("--index", type=int, required=True)
+    parser.add_argument("--incarnation", required=True, help="16 hexadecimal digits, part of the arena's name")
+    parser.add_argument("--shm-dir", default=DIRECTORY)
+    parser.add_argument("--slots", type=int, required=True)
+    parser.add_argument("--slot-bytes", type=int, required=True)
+    parser.add_argument("--readers", type=int, default=MAX_READERS)
+    parser.add_argument("--daemon", default="", help="PID:START of the daemon, by which orphans are told from others")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+
+    # The daemon decides when a bridge ends. A Ctrl-C or a SIGTERM to the whole group must not get in between; the end
+    # of the pipe ends the process in any case.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(
+        level=arguments.log_level,
+        format=f"%(asctime)s %(levelname)s bridge {arguments.node}/{arguments.index}: %(message)s",
+    )
+    # Only read when torch is loaded: its C++ log repeats, with a stack trace, every error that is raised and told here.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    BridgeProcess(
+        Options(
+            fd=arguments.fd,
+            node=arguments.node,
+            index=arguments.index,
+            incarnation=arguments.incarnation,
+            directory=arguments.shm_dir,
+            slots=arguments.slots,
+            slot_bytes=arguments.slot_bytes,
+            readers=arguments.readers,
+        )
+    ).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The communicator: bridges of several nodes that broadcast slots to one another, over gloo.
+
+A process group of our own is made from its parts: the default group of `torch.distributed` is not touched, so that any
+number of communicators, and a trainer's own groups, live beside one another. After any failed operation a communicator
+is broken for good, on every member; the daemons form another generation.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportError, TransportTimeout
+from weightsync.nccl_bridge.rendezvous import translated
+from weightsync.nccl_bridge.sockets import Sockets, cut, open_sockets
+from weightsync.transports.base import seconds_left
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from weightsync.nccl_bridge.rendezvous import Rendezvous
+
+__all__ = ["GlooCommunicator"]
+
+logger = logging.getLogger(__name__)
+
+_CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends within a millisecond
+
+
+class GlooCommunicator:
+    """Member `rank` of the `world` members of one `generation`. One operation at a time; `abort` from any thread."""
+
+    def __init__(self, *, generation: int, rank: int, world: int, address: str) -> None:
+        """`address` is this node's own, to which every socket of the communicator is bound. Call `join` next."""
+        if not 0 <= rank < world:
+            raise LocalProtocolError(f"rank {rank} is not in a world of {world}")
+        self.generation = generation
+        self.rank = rank
+        self.world = world
+        self._address = address
+        self._group: Any = None  # torch.distributed.ProcessGroupGloo
+        self._before: Sockets | None = None  # sockets of this process that are not ours
+        self._busy = threading.Lock()
+        self._closed = threading.Event()
+        self._broken: TransportError | None = None
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abort` was called."""
+        return self._closed.is_set()
+
+    def join(self, rendezvous: Rendezvous, key: str, *, deadline: float) -> None:
+        """Return when all members have joined. They all give the same `key`."""
+        what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
+        import torch.distributed  # noqa: TID251
+
+        dist: Any = torch.distributed  # its stubs leave out what is needed here
+        with self._operation(what, deadline):
+            if self._group is not None:
+                raise LocalProtocolError(f"generation {self.generation} is joined already")
+            self._before = rendezvous.before
+            options = dist.ProcessGroupGloo._Options()
+            options._timeout = timedelta(seconds=seconds_left(deadline, what))
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
+            options._threads = 1  # operations come one at a time
+            store = rendezvous.store(key, self.generation)
+            self._group = dist.ProcessGroupGloo(store, self.rank, self.world, options)
+
+    def broadcast(self, memory: memoryview, root: int, *, deadline: float) -> None:
+        """Copy `memory` of the member `root` into that of every other, which is writable and as long.
+
+        Straight out of and into `memory`. Returns when this member's part is done: at the root, when the bytes are on
+        their way and `memory` may change.
+        """
+        what = f"broadcast of {len(memory)} bytes from rank {root}, generation {self.generation}"
+        if not 0 <= root < self.world:
+            raise LocalProtocolError(f"{what}: there are {self.world} ranks")
+        with self._operation(what, deadline):
+            if self._group is None:
+                raise LocalProtocolError(f"{what}: not joined")
+            left = seconds_left(deadline, what)
+            if len(memory) == 0 or self.world == 1:
+                return
+            import torch  # noqa: TID251
+
+            options = torch.distributed.BroadcastOptions()
+            options.rootRank = root
+            options.timeout = timedelta(seconds=left)
+            self._group.broadcast([torch.frombuffer(memory, dtype=torch.uint8)], options).wait()
+
+    def close(self, *, deadline: float) -> None:
+        """Leave, after the operation under way, if there is one, has ended; by `deadline` at the latest, by force.
+
+        The other members see it as broken if they are still in it.
+        """
+        taken = self._busy.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        while not taken:
+            self.abort()  # again and again, since a `join` may be about to connect
+            taken = self._busy.acquire(timeout=_CUT_AGAIN)
+        try:
+            self._closed.set()
+            self._group = None  # joins gloo's threads, which have nothing to do
+        finally:
+            self._busy.release()
+
+    def abort(self) -> None:
+        """End it now: an operation under way in another thread raises `TransportClosed`. `close` afterwards."""
+        self._closed.set()
+        before = self._before
+        if before is not None and self._busy.locked():
+            count = cut(open_sockets() - before)
+            logger.info("[generation=%d rank=%d] abort cut %d connections", self.generation, self.rank, count)
+
+    @contextmanager
+    def _operation(self, what: str, deadline: float) -> Iterator[None]:
+        self._check(what)
+        if not self._busy.acquire(timeout=seconds_left(deadline, what)):
+            raise TransportTimeout(f"{what}: another operation was under way until the deadline")
+        try:
+            self._check(what)
+            yield
+        except RuntimeError as error:
+            if self._closed.is_set():
+                raise TransportClosed(f"{what}: aborted") from error
+            self._broken = translated(error, what)
+            raise self._broken from error
+        finally:
+            self._busy.release()
+
+    def _check(self, what: str) -> None:
+        if self._closed.is_set():
+            raise TransportClosed(f"{what}: the communicator was closed")
+        if self._broken is not None:
+            raise TransportBroken(
+                f"{what}: the communicator is broken since: {self._broken.message}", hint="form a new generation"
+            )

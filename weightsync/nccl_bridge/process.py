@@ -1,0 +1,229 @@
+"""The bridge process: reads commands from its pipe, runs each in its lane, answers, and never outlives the daemon.
+
+Threads: the main one reads the pipe and answers what needs no waiting; `local` exports; `wire` works with the
+communicator; `fences` watches slots that somebody waits for. Answers come in the order in which work ends; ids match
+them to requests.
+
+When the pipe ends, for whatever reason, the daemon is gone: the arena is removed and the process exits at once, without
+asking threads that may be stuck in a collective. For the same reason nothing here waits for them on `Stop`.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+from weightsync.errors import CodecError, TransportBroken, WeightSyncError
+from weightsync.ipc.arena import Arena
+from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge.service import BridgeService, Lane
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["BridgeProcess", "Options"]
+
+logger = logging.getLogger(__name__)
+
+_SEND_SECONDS = 30  # for an answer to fit into the pipe; a daemon that reads nothing for so long is taken for dead
+_POLL_FIRST = 50e-6  # seconds between two looks at the fences somebody waits for, growing to …
+_POLL_LAST = 2e-3  # … this: under 1 % of a core however long the wait
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a bridge is started with."""
+
+    fd: int  # its end of the pipe, a connected stream socket
+    node: str
+    index: int
+    incarnation: str
+    directory: str
+    slots: int
+    slot_bytes: int
+    readers: int
+
+    @property
+    def name(self) -> str:
+        """Its name, also as a peer."""
+        return f"{self.node}/{self.index}"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A request on its way through a lane."""
+
+    id: int
+    command: c.AnyCommand
+    deadline: float
+    departures: int
+
+
+class BridgeProcess:
+    """The process as an object. `run` does not return."""
+
+    def __init__(self, options: Options) -> None:
+        self._options = options
+        self._pipe = socket.socket(fileno=options.fd)
+        self._pipe.setblocking(True)
+        self._pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
+        self._sending = threading.Lock()
+        self._arena: Arena | None = None
+
+    def run(self) -> NoReturn:
+        """Serve until `Stop` or the end of the pipe, then exit."""
+        try:
+            self._serve()
+        except (OSError, WeightSyncError):
+            logger.exception("[bridge=%s] the pipe broke", self._options.name)
+        self._exit(1)
+
+    def _serve(self) -> None:
+        failed: WeightSyncError | None = None
+        try:
+            self._arena = self._make_arena()
+        except WeightSyncError as error:  # told in answer to the first command; there is nobody to tell it now
+            failed = error
+        lanes = None if self._arena is None else self._start_lanes(self._arena)
+        while (request := self._read()) is not None:
+            if lanes is not None:
+                lanes.take(request)
+            elif failed is not None:
+                self._answer(c.Response(id=request.id, error=failed.record()))
+        logger.info("[bridge=%s] the daemon is gone", self._options.name)
+
+    def _make_arena(self) -> Arena:
+        o = self._options
+        return Arena.create(
+            node=o.node,
+            bridge=o.index,
+            incarnation=o.incarnation,
+            slots=o.slots,
+            slot_bytes=o.slot_bytes,
+            readers=o.readers,
+            directory=o.directory,
+        )
+
+    def _start_lanes(self, arena: Arena) -> Lanes:
+        service = BridgeService(self._options.name, self._options.incarnation, arena)
+        return Lanes(service, self._answer, self._stop)
+
+    def _read(self) -> c.Request | None:
+        header = self._read_exactly(c.HEADER.size)
+        if header is None:
+            return None
+        body = self._read_exactly(c.frame_length(header))
+        return None if body is None else c.decode_request(body)
+
+    def _read_exactly(self, count: int) -> bytes | None:
+        """`count` bytes of the pipe; None at its end. Waits as long as the daemon lives, which is a bridge's life."""
+        data = bytearray(count)
+        view, got = memoryview(data), 0
+        while got < count:
+            try:
+                more = self._pipe.recv_into(view[got:])
+            except ConnectionResetError:
+                return None
+            if more == 0:
+                return None
+            got += more
+        return bytes(data)
+
+    def _answer(self, response: c.Response) -> None:
+        try:
+            frame = c.encode(response)
+        except CodecError as error:
+            frame = c.encode(c.Response(id=response.id, error=error.record()))
+        try:
+            with self._sending:
+                self._pipe.sendall(frame)
+        except OSError as error:
+            logger.warning("[bridge=%s] no answer can be sent: %s", self._options.name, error)
+            self._exit(1)
+
+    def _stop(self) -> NoReturn:
+        self._exit(0)
+
+    def _exit(self, status: int) -> NoReturn:
+        if self._arena is not None:
+            self._arena.unlink()
+        logging.shutdown()
+        os._exit(status)
+
+
+class Lanes:
+    """Runs each request in its lane. `answer` is called from several threads."""
+
+    def __init__(
+        self, service: BridgeService, answer: Callable[[c.Response], None], stop: Callable[[], NoReturn]
+    ) -> None:
+        self._service = service
+        self._send = answer
+        self._stop = stop
+        self._queues: dict[Lane, queue.SimpleQueue[Task]] = {
+            Lane.LOCAL: queue.SimpleQueue(),
+            Lane.WIRE: queue.SimpleQueue(),
+            Lane.FENCE: queue.SimpleQueue(),
+        }
+        for lane, work in ((Lane.LOCAL, self._work), (Lane.WIRE, self._work), (Lane.FENCE, self._watch)):
+            threading.Thread(target=work, args=(self._queues[lane],), name=lane.name.lower(), daemon=True).start()
+
+    def take(self, request: c.Request) -> None:
+        """Run one request, or queue it. Returns without waiting."""
+        if isinstance(request.command, c.Leave):
+            self._service.interrupt()
+        task = Task(request.id, request.command, time.monotonic() + request.timeout, self._service.departures)
+        lane = self._service.lane(task.command)
+        if lane is Lane.NOW:
+            self._run(task)
+        else:
+            self._queues[lane].put(task)
+        if isinstance(task.command, c.Stop):
+            self._stop()
+
+    def _work(self, tasks: queue.SimpleQueue[Task]) -> None:
+        while True:
+            self._run(tasks.get())
+
+    def _watch(self, tasks: queue.SimpleQueue[Task]) -> None:
+        """Answer each `AwaitReleased` when its slot is free or its deadline passes."""
+        waiting: list[Task] = []
+        pause = _POLL_FIRST
+        while True:
+            try:
+                waiting.append(tasks.get(timeout=pause) if waiting else tasks.get())
+                pause = _POLL_FIRST
+            except queue.Empty:
+                pause = min(2 * pause, _POLL_LAST)
+            waiting = [task for task in waiting if not self._run(task)]
+
+    def _run(self, task: Task) -> bool:
+        """Do it and answer. False if it is to be run again, and was not answered."""
+        try:
+            reply = self._do(task)
+        except WeightSyncError as error:
+            self._send(c.Response(id=task.id, error=error.record()))
+        except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
+            logger.exception("[bridge=%s] %s failed", self._service.name, type(task.command).__name__)
+            broken = TransportBroken(f"bridge {self._service.name}: {type(error).__name__}: {error}")
+            self._send(c.Response(id=task.id, error=broken.record()))
+        else:
+            if reply is None:
+                return False
+            self._send(c.Response(id=task.id, reply=reply))
+        return True
+
+    def _do(self, task: Task) -> c.AnyReply | None:
+        command = task.command
+        if isinstance(command, c.AwaitReleased):
+            return c.Done() if self._service.released(command.slot, deadline=task.deadline) else None
+        if self._service.lane(command) is Lane.WIRE:
+            return self._service.handle_wire(command, deadline=task.deadline, departures=task.departures)
+        return self._service.handle(command)

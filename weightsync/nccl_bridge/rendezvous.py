@@ -1,0 +1,84 @@
+"""Where the members of a communicator find one another: a key-value store on one of their nodes.
+
+It listens on the one address it is given, not on all. Keys begin with a secret that the daemons tell their bridges over
+their own (authenticated) connections, so that a stranger who reaches the port can neither guess nor overwrite one.
+"""
+
+from __future__ import annotations
+
+import socket
+from datetime import timedelta
+from typing import Any
+
+from weightsync.errors import TransportBroken, TransportTimeout
+from weightsync.nccl_bridge.sockets import Sockets, open_sockets
+from weightsync.transports.base import seconds_left
+
+__all__ = ["Rendezvous"]
+
+
+class Rendezvous:
+    """One end of the store: made by `host` on one member's node, by `connect` elsewhere."""
+
+    def __init__(self, store: Any, port: int, before: Sockets) -> None:
+        self._store = store
+        self.port = port
+        self.before = before  # sockets of this process that are older, and so no part of the communicator to come
+
+    @classmethod
+    def host(cls, host: str, *, deadline: float) -> Rendezvous:
+        """Listen on `host`, an address of this node, at any free port. Raises `TransportBroken` if that is not ours."""
+        what = f"rendezvous on {host}"
+        left, before = seconds_left(deadline, what), open_sockets()
+        try:
+            family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
+            listening = socket.create_server((host, 0), family=family, backlog=128)
+        except OSError as error:
+            raise TransportBroken(
+                f"{what}: {error.strerror or error}", hint="it must be an address of this node"
+            ) from error
+        port = int(listening.getsockname()[1])
+        try:
+            store = _torch().TCPStore(
+                host,
+                port,
+                is_master=True,
+                wait_for_workers=False,
+                timeout=timedelta(seconds=left),
+                master_listen_fd=listening.detach(),  # bound already; torch itself would listen on every address
+            )
+        except RuntimeError as error:
+            raise translated(error, what) from error
+        return cls(store, port, before)
+
+    @classmethod
+    def connect(cls, host: str, port: int, *, deadline: float) -> Rendezvous:
+        """Connect to the store that another member hosts."""
+        what = f"rendezvous at {host}:{port}"
+        left, before = seconds_left(deadline, what), open_sockets()
+        try:
+            store = _torch().TCPStore(
+                host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=left)
+            )
+        except RuntimeError as error:
+            raise translated(error, what) from error
+        return cls(store, port, before)
+
+    def store(self, key: str, generation: int) -> Any:
+        """The part of the store (a `torch.distributed.Store`) of one generation, behind the secret `key`."""
+        return _torch().PrefixStore(f"weightsync/{key}/{generation}", self._store)
+
+
+def _torch() -> Any:
+    import torch.distributed  # noqa: TID251 - here and not above: 200 MB that only a member of a communicator needs
+
+    return torch.distributed
+
+
+def translated(error: RuntimeError, what: str) -> TransportBroken | TransportTimeout:
+    """torch's error as ours. torch tells a timeout by its text alone."""
+    text = str(error).split("\n", 1)[0].strip()
+    lowered = text.lower()
+    if "timed out" in lowered or "timeout" in lowered:
+        return TransportTimeout(f"{what}: {text}")
+    return TransportBroken(f"{what}: {text}", hint="a member of the communicator ended or cannot be reached")

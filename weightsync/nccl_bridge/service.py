@@ -1,0 +1,250 @@
+"""What each command does: to the arena, the senders of both transports and, once joined, the communicator.
+
+`lane` says in which thread a command runs, so that one that waits for a peer holds up neither the next export nor a
+question that is answered from memory. `handle` runs it. Nothing here knows of pipes or of the process's end.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
+from weightsync.ipc.descriptors import ALGORITHM
+from weightsync.ipc.ledger import Ledger
+from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge.communicator import GlooCommunicator
+from weightsync.nccl_bridge.rendezvous import Rendezvous
+from weightsync.transports.exports import Checksums
+from weightsync.transports.gloo import GlooReceiver, GlooSender
+from weightsync.transports.shm import ShmSender
+
+if TYPE_CHECKING:
+    from weightsync.ipc.arena import Arena
+
+__all__ = ["BridgeService", "Lane"]
+
+logger = logging.getLogger(__name__)
+
+_LEAVING = 1.0  # seconds that the last operation of an old generation has to end by itself
+
+
+class Lane(Enum):
+    """Where a command runs."""
+
+    NOW = "at once, in the thread that reads the pipe"
+    LOCAL = "behind other exports: a checksum takes its time"
+    WIRE = "behind other operations of the communicator: these wait for peers"
+    FENCE = "in the thread that watches fences"
+
+
+_LANES: dict[type[c.AnyCommand], Lane] = {
+    c.Export: Lane.LOCAL,
+    c.Host: Lane.WIRE,
+    c.Join: Lane.WIRE,
+    c.Leave: Lane.WIRE,
+    c.Send: Lane.WIRE,
+    c.Receive: Lane.WIRE,
+    c.AwaitReleased: Lane.FENCE,
+}
+
+
+class Member(NamedTuple):
+    """This bridge's part in one generation."""
+
+    communicator: GlooCommunicator
+    sender: GlooSender
+    receiver: GlooReceiver
+
+
+class BridgeService:
+    """The bridge called `name`, owner of `arena`."""
+
+    def __init__(self, name: str, incarnation: str, arena: Arena) -> None:
+        self.name = name
+        self.incarnation = incarnation
+        self.arena = arena
+        self._ledger = Ledger()
+        self._checksums = Checksums(arena)
+        self._shm = ShmSender(arena, ledger=self._ledger, checksums=self._checksums)
+        self._hosted: Rendezvous | None = None
+        self._member: Member | None = None
+        self._departures = 0
+        self._lock = threading.Lock()  # over the two above
+        self._sequences: dict[int, int] = {}  # slot → what was exported from it last
+
+    @staticmethod
+    def lane(command: c.AnyCommand) -> Lane:
+        """Where `command` runs."""
+        return _LANES.get(type(command), Lane.NOW)
+
+    def handle(self, command: c.AnyCommand) -> c.AnyReply:
+        """Do a command of the lanes NOW and LOCAL. Raises `WeightSyncError`."""
+        match command:
+            case c.Hello():
+                return self._hello()
+            case c.Offer():
+                return c.Offered(offer=self._shm.offer(command.reader))
+            case c.Export():
+                return self._export(command)
+            case c.Pending():
+                return c.PendingReaders(readers=self.pending(command.slot))
+            case c.Revoke():
+                return self._revoke(command)
+            case c.Ledger():
+                self._shm.settle()
+                return c.LedgerBooks(accounts=self._ledger.accounts())
+            case c.Stop():
+                return c.Done()
+        raise LocalProtocolError(f"{type(command).__name__} does not belong here")
+
+    def handle_wire(self, command: c.AnyCommand, *, deadline: float, departures: int) -> c.AnyReply:
+        """Do a command of the lane WIRE; `departures` is what `departures` was when it was read from the pipe.
+
+        Raises `WeightSyncError`; `TransportClosed` if a `Leave` has been read since.
+        """
+        match command:
+            case c.Leave():
+                self._leave()
+                self._hosted = None
+                return c.Done()
+            case c.Host():
+                self._hosted = Rendezvous.host(command.host, deadline=deadline)
+                return c.Hosted(port=self._hosted.port)
+            case c.Join():
+                self._join(command, deadline, departures)
+                return c.Done()
+        member = self._joined(departures)
+        match command:
+            case c.Send():
+                if self._sequences.get(command.slot) != command.sequence:
+                    raise LocalProtocolError(f"sequence {command.sequence} is not what slot {command.slot} exports")
+                member.sender.send(command.slot, deadline=deadline)
+                return c.Done()
+            case c.Receive():
+                return self._receive(member, command, deadline)
+        raise LocalProtocolError(f"{type(command).__name__} does not belong here")
+
+    @property
+    def departures(self) -> int:
+        """How often the communicator was told to be left."""
+        return self._departures
+
+    def interrupt(self) -> None:
+        """A `Leave` has been read: end what the wire lane is doing now, and what was read before and has not begun."""
+        with self._lock:
+            self._departures += 1
+            member = self._member
+        if member is not None:
+            member.communicator.abort()
+
+    def released(self, slot: int, *, deadline: float) -> bool:
+        """Whether nobody may read from `slot` any more. Raises `TransportTimeout` naming who may, after `deadline`."""
+        held = self.pending(slot)
+        if held and time.monotonic() >= deadline:
+            raise TransportTimeout(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
+        return not held
+
+    def pending(self, slot: int) -> tuple[str, ...]:
+        """Readers, then peers, that may still read from `slot`."""
+        readers = self._shm.pending(slot)
+        member = self._member
+        if member is None:
+            return readers
+        try:
+            return readers + member.sender.pending(slot)
+        except TransportClosed:  # the communicator is being left, and nobody reads through it any more
+            return readers
+
+    def _hello(self) -> c.Ready:
+        return c.Ready(
+            pid=os.getpid(),
+            incarnation=self.incarnation,
+            offer=self.arena.offer(),
+            slots=self.arena.slots,
+            slot_bytes=self.arena.slot_bytes,
+        )
+
+    def _export(self, command: c.Export) -> c.Exported:
+        slot, nbytes, sequence = command.slot, command.nbytes, command.sequence
+        if self._sequences.get(slot) != sequence and (held := self.pending(slot)):
+            raise LocalProtocolError(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
+        member = self._member
+        if command.peers and member is None:
+            raise LocalProtocolError(f"bridge {self.name} has joined no communicator that reaches {command.peers[0]}")
+        tickets = self._shm.export(slot, nbytes, sequence, command.readers)
+        self._sequences[slot] = sequence
+        peer_tickets = {}
+        if member is not None and command.peers:
+            for peer in command.peers:
+                member.sender.offer(peer)
+            peer_tickets = member.sender.export(slot, nbytes, sequence, command.peers)
+        return c.Exported(
+            tickets=tickets,
+            peer_tickets=peer_tickets,
+            algorithm=ALGORITHM,
+            checksum=self._checksums.of(slot, sequence, nbytes),
+        )
+
+    def _revoke(self, command: c.Revoke) -> c.Done:
+        member = self._member
+        for slot in range(self.arena.slots) if command.slot is None else (command.slot,):
+            self._shm.revoke(slot, command.reader)
+            if member is not None and not member.sender.closed:
+                member.sender.revoke(slot, command.reader)
+        return c.Done()
+
+    def _joined(self, departures: int) -> Member:
+        with self._lock:
+            if departures != self._departures:
+                raise TransportClosed(f"bridge {self.name} left the communicator before this was begun")
+            if self._member is None:
+                raise LocalProtocolError(f"bridge {self.name} has joined no communicator")
+            return self._member
+
+    def _receive(self, member: Member, command: c.Receive, deadline: float) -> c.Received:
+        if held := self.pending(command.slot):
+            raise LocalProtocolError(f"slot {command.slot} of bridge {self.name} is still held by {', '.join(held)}")
+        start = time.perf_counter()
+        arrival = member.receiver.receive_into(command.ticket, command.slot, deadline=deadline)
+        sequence = arrival.sequence if command.sequence is None else command.sequence
+        self._checksums.know(command.slot, sequence, arrival.nbytes, arrival.checksum)
+        return c.Received(sequence=sequence, nbytes=arrival.nbytes, seconds=time.perf_counter() - start)
+
+    def _join(self, command: c.Join, deadline: float, departures: int) -> None:
+        self._leave()
+        hosted = self._hosted
+        if hosted is None or hosted.port != command.port or command.rank != 0:
+            hosted = Rendezvous.connect(command.host, command.port, deadline=deadline)
+        communicator = GlooCommunicator(
+            generation=command.generation, rank=command.rank, world=command.world, address=command.address
+        )
+        sender = GlooSender(communicator, self.arena, ledger=self._ledger, checksums=self._checksums)
+        receiver = GlooReceiver(communicator, self.arena, self.name)
+        with self._lock:
+            self._member = Member(communicator, sender, receiver)  # before joining, so that `interrupt` finds it
+        try:
+            self._joined(departures)
+            communicator.join(hosted, command.key, deadline=deadline)
+        except BaseException:
+            self._leave()
+            raise
+        logger.info(
+            "[bridge=%s] join.complete generation=%d rank=%d world=%d",
+            self.name,
+            command.generation,
+            command.rank,
+            command.world,
+        )
+
+    def _leave(self) -> None:
+        with self._lock:
+            member, self._member = self._member, None
+        if member is not None:
+            member.sender.close()
+            member.receiver.close()
+            member.communicator.close(deadline=time.monotonic() + _LEAVING)

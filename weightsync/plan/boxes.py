@@ -1,0 +1,135 @@
+"""Arithmetic of boxes over many tensors at once. Pure numpy.
+
+Shapes and offsets of n tensors or shards are rows of int64 arrays [n, D]; a tensor with fewer than D dimensions has its
+unused, trailing dimensions filled with 1 (shapes) or 0 (offsets), which changes neither its elements nor their order.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "Ints",
+    "Words",
+    "box_runs",
+    "flat_boxes",
+    "measure",
+    "pad_shapes",
+    "padded_width",
+    "row_strides",
+    "splitmix64",
+]
+
+Ints: TypeAlias = npt.NDArray[np.int64]
+Words: TypeAlias = npt.NDArray[np.uint64]
+
+_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+_MIX1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX2 = np.uint64(0x94D049BB133111EB)
+
+
+def splitmix64(index: Words) -> Words:
+    """The index-th output (from 0) of the splitmix64 generator seeded with 0; any shape, arithmetic mod 2^64."""
+    z = (index + np.uint64(1)) * _GAMMA
+    z = (z ^ (z >> np.uint64(30))) * _MIX1
+    z = (z ^ (z >> np.uint64(27))) * _MIX2
+    mixed: Words = z ^ (z >> np.uint64(31))
+    return mixed
+
+
+def pad_shapes(shapes: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints:
+    """Tuples of at most `width` ints as the rows of an array [n, width], filled up with `fill`."""
+    rows = np.full((len(shapes), width), fill, dtype=np.int64)
+    by_length: dict[int, list[int]] = {}
+    for i, shape in enumerate(shapes):
+        by_length.setdefault(len(shape), []).append(i)
+    for length, where in by_length.items():
+        if length:
+            rows[where, :length] = [shapes[i] for i in where]
+    return rows
+
+
+def padded_width(rows: Ints, width: int, fill: int) -> Ints:
+    """`rows` [n, D] with columns of `fill` appended until it has `width` of them."""
+    if rows.shape[1] >= width:
+        return rows
+    wider = np.full((rows.shape[0], width), fill, dtype=np.int64)
+    wider[:, : rows.shape[1]] = rows
+    return wider
+
+
+def row_strides(dims: Ints) -> Ints:
+    """Elements one step of each dimension moves by in row-major order, per row of `dims` [n, D]."""
+    strides = np.ones_like(dims)
+    for d in range(dims.shape[1] - 2, -1, -1):
+        strides[:, d] = strides[:, d + 1] * dims[:, d + 1]
+    return strides
+
+
+def box_runs(
+    dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...], itemsize: int
+) -> tuple[Ints, int]:
+    """Where in a row-major tensor a box's contiguous runs of bytes start, ascending, and how long each of them is.
+
+    The tensor has at least one dimension, the box of shape `count` at `low` at least one element.
+    """
+    inner = itemsize  # bytes of one step of the dimension looked at
+    last = len(dims) - 1
+    while last > 0 and count[last] == dims[last]:
+        inner *= dims[last]
+        last -= 1
+    starts = np.array([low[last] * inner], dtype=np.int64)
+    stride = inner * dims[last]
+    for d in range(last - 1, -1, -1):
+        steps = (low[d] + np.arange(count[d], dtype=np.int64)) * stride
+        starts = (steps[:, None] + starts[None, :]).reshape(-1)
+        stride *= dims[d]
+    return starts, count[last] * inner
+
+
+def flat_boxes(dims: Ints, start: Ints, count: Ints) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+    """The boxes that the flat ranges [start, start + count) are inside tensors of shape `dims` [p, D].
+
+    Counts are at least 1, ranges lie inside their tensors. Returns offsets [p, D], shapes [p, D], and per range whether
+    it is a box at all; where it is not, offset and shape mean nothing.
+    """
+    strides = row_strides(dims)
+    offset = np.zeros_like(dims)
+    shape = np.ones_like(dims)
+    left = count.copy()
+    is_box = np.ones(len(start), dtype=np.bool_)
+    split = np.zeros(len(start), dtype=np.bool_)  # the dimension that limits the range has been passed
+    for d in range(dims.shape[1]):
+        stride = strides[:, d]
+        at = (start // stride) % np.maximum(dims[:, d], 1)
+        here = ~split & (left >= stride)  # the first dimension of which the range takes whole steps
+        steps = left // stride
+        is_box &= ~here | ((left % stride == 0) & (at + steps <= dims[:, d]))
+        is_box &= ~split | (at == 0)
+        offset[:, d] = at
+        shape[:, d] = np.where(split, dims[:, d], np.where(here, steps, 1))
+        split |= here
+    return offset, shape, is_box
+
+
+def measure(offset: Ints, shape: Ints, dims: Ints) -> Words:
+    """A random weight for each box [n, D] in a tensor of shape `dims` [n, D], adding up mod 2^64 over any tiling.
+
+    Each element weighs the product over dimensions of the differences of a hash, so the sum over a box telescopes.
+    Boxes, none of them empty, whose weights sum to the weight of the whole tensor tile it, but for a chance of about
+    2^-60.
+    """
+    weight = np.ones(len(offset), dtype=np.uint64)
+    for d in range(offset.shape[1]):
+        base = np.uint64(d << 56)  # another stretch of the generator per dimension
+        low = offset[:, d].astype(np.uint64)
+        high = (offset[:, d] + shape[:, d]).astype(np.uint64)
+        # A dimension of 1 cannot be cut: no need to spend bits of the weight on it.
+        weight *= np.where(dims[:, d] == 1, np.uint64(1), splitmix64(high + base) - splitmix64(low + base))
+    return weight

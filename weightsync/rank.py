@@ -1,0 +1,410 @@
+"""One trainer rank in one push: say what it holds, fill the slots it is given leases for, hear the outcome.
+
+The rank talks to its daemon and to the mapped arenas, and to no other rank. What it writes where is worked out once
+for a plan (`fill program`) and kept, so that later pushes of the same layout only copy.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import torch  # noqa: TID251 - slots are filled through tensors
+
+from weightsync.errors import (
+    DaemonLost,
+    LocalProtocolError,
+    PushAborted,
+    PushTimeout,
+    RemoteProtocolError,
+    WeightSyncError,
+)
+from weightsync.fingerprint import fingerprint
+from weightsync.ipc.arena import Arena
+from weightsync.plan.dtypes import BY_NAME
+from weightsync.plan.manifest import Manifest
+from weightsync.plan.parts import parts_by_bucket
+from weightsync.report import PushReport
+from weightsync.wire import messages as msg
+from weightsync.wire.control import TrainerLink
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.errors import ErrorRecord
+    from weightsync.plan.layout import Layout
+    from weightsync.sources.base import Source
+
+__all__ = ["RankPush", "TrainerPlace", "trainer_place"]
+
+logger = logging.getLogger(__name__)
+
+_PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
+_MASK = 2**64 - 1
+
+
+@dataclass(frozen=True)
+class TrainerPlace:
+    """Which rank of which trainer this process is."""
+
+    group: str  # the same on all ranks of one trainer, another on every other
+    rank: int
+    world: int
+
+
+def trainer_place(process_group: Any = None) -> TrainerPlace:
+    """This process's place, from `torch.distributed` where that is in use; talks to nobody.
+
+    Ranks recognise each other by what their launcher gave all of them: torchelastic's run id, the master's address and
+    port, and the ranks of the group.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise LocalProtocolError("process_group was given, but torch.distributed is not initialised")
+        return TrainerPlace(f"{socket.gethostname()}-{os.getpid()}-{_PROCESS}", 0, 1)
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        raise LocalProtocolError("this process is not in the process_group it pushes with")
+    ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+    shared = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    if len(ranks) == 1:
+        shared.append(_PROCESS)
+    whole = hashlib.blake2b("|".join([*shared, *map(str, ranks)]).encode(), digest_size=8).hexdigest()
+    return TrainerPlace(f"trainer-{whole}", rank, len(ranks))
+
+
+_PROCESS = secrets.token_hex(4)
+
+
+@dataclass(frozen=True, slots=True)
+class _Write:
+    """One part: a box of a local shard, and its place in the slot."""
+
+    shard: int
+    src_offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    itemsize: int
+    begin: int  # bytes of the slot that the part's piece takes up
+    end: int
+    piece_shape: tuple[int, ...]
+    dst_offset: tuple[int, ...]
+    whole_piece: bool
+    tensor: int
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _Program:
+    """Everything this rank writes in a push of one plan, by bucket."""
+
+    plan: bytes
+    writes: tuple[tuple[_Write, ...], ...]
+
+    @property
+    def buckets(self) -> int:
+        """In how many buckets this rank has a part."""
+        return sum(1 for bucket in self.writes if bucket)
+
+
+def _compile(plan: bytes, manifest: Manifest, layout: Layout, fills: np.ndarray[Any, Any]) -> _Program:
+    table = manifest.tensors
+    local = layout.tensors
+    dtypes = [getattr(torch, name) for name in table.dtypes]
+    writes: list[tuple[_Write, ...]] = []
+    offsets = layout.offset.tolist()
+    local_names = local.names
+    for parts in parts_by_bucket(manifest, layout, fills):
+        bucket: list[_Write] = []
+        for part in parts:
+            tensor = int(manifest.piece_tensor[part.piece])
+            itemsize = BY_NAME[table.dtypes[tensor]].itemsize
+            _, piece_shape = manifest.piece_box(part.piece)
+            begin = int(manifest.piece_offset[part.piece])
+            count = int(manifest.piece_count[part.piece])
+            shape = part.shape
+            shard_offset = offsets[part.shard][: len(shape)]
+            numel = 1
+            for length in shape:
+                numel *= length
+            assert local_names[int(layout.tensor[part.shard])] == table.names[tensor]
+            bucket.append(
+                _Write(
+                    shard=part.shard,
+                    src_offset=part.src_offset,
+                    shape=shape,
+                    dtype=dtypes[tensor],
+                    itemsize=itemsize,
+                    begin=begin,
+                    end=begin + count * itemsize,
+                    piece_shape=piece_shape,
+                    dst_offset=part.dst_offset,
+                    whole_piece=numel == count,
+                    tensor=tensor,
+                    global_shape=table.shapes[tensor],
+                    global_offset=tuple(a + b for a, b in zip(shard_offset, part.src_offset, strict=True)),
+                    nbytes=numel * itemsize,
+                )
+            )
+        writes.append(tuple(bucket))
+    return _Program(plan, tuple(writes))
+
+
+class _Memory:
+    """What this process keeps between pushes: idle links, mapped arenas, fill programs."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.links: dict[str, list[TrainerLink]] = {}
+        self.arenas: dict[bytes, Arena] = {}
+        self.programs: OrderedDict[bytes, _Program] = OrderedDict()  # by plan and layout digest
+        self.plans: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout digest) → newest plan
+
+    def take_link(self, endpoint: str) -> TrainerLink:
+        with self.lock:
+            idle = self.links.get(endpoint)
+            if idle:
+                return idle.pop()
+        return TrainerLink(endpoint)
+
+    def give_link(self, link: TrainerLink) -> None:
+        link.rest()
+        with self.lock:
+            self.links.setdefault(link.endpoint, []).append(link)
+
+    def map_arenas(self, offers: tuple[bytes, ...]) -> list[Arena]:
+        """The arenas of these offers; those of bridges that have been replaced are unmapped."""
+        with self.lock:
+            known = {offer: self.arenas.get(offer) or Arena.attach(offer, writable=True) for offer in offers}
+            nodes = {arena.name.rpartition("-")[0] for arena in known.values()}
+            for offer, arena in list(self.arenas.items()):
+                if offer not in known and arena.name.rpartition("-")[0] in nodes:
+                    del self.arenas[offer]
+                    arena.close()
+            self.arenas.update(known)
+            return [known[offer] for offer in offers]
+
+    def close_links(self) -> None:
+        """Let every idle link say its last words; at exit."""
+        with self.lock:
+            for link in [link for idle in self.links.values() for link in idle]:
+                link.close()
+            self.links.clear()
+
+    def keep_program(self, key: bytes, program: _Program) -> None:
+        with self.lock:
+            self.programs[key] = program
+            while len(self.programs) > _PROGRAMS:
+                self.programs.popitem(last=False)
+
+
+_MEMORY = _Memory()
+atexit.register(_MEMORY.close_links)
+
+
+class _Told(Exception):
+    """The daemon ended the push with `error`, on all ranks alike."""
+
+    def __init__(self, error: WeightSyncError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class RankPush:
+    """One call of `push_weights` on one rank."""
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        place: TrainerPlace,
+        version: int,
+        model: str,
+        endpoint: str,
+        pause: str,
+        started: float,
+        deadline: float,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """`on_progress(bytes so far, bytes of this rank)` is called after each bucket, in the pushing thread."""
+        self.version = version
+        self.deadline = deadline
+        self.filled = threading.Event()  # this rank's weights have been read
+        self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
+        self._pause, self._started, self._on_progress = pause, started, on_progress
+        self._layout = source.layout()
+        self._describe_seconds = time.monotonic() - started
+        self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
+        self._program: _Program | None = None
+        self._arenas: list[Arena] = []
+        self._buckets_left = 0
+        self._written = 0
+        self._busy_seconds = self._describe_seconds
+
+    def run(self) -> PushReport:
+        """Take part in the push to its end."""
+        link = _MEMORY.take_link(self._endpoint)
+        try:
+            link.start()
+            self._open(link)
+            outcome = self._converse(link)
+        except DaemonLost:
+            link.close(flush=0.0)
+            raise
+        except _Told as told:
+            _MEMORY.give_link(link)
+            raise told.error from None
+        except BaseException as error:
+            record = self._own_failure(error)
+            link.send(msg.Failed(id=self._number, error=record))
+            _MEMORY.give_link(link)
+            if isinstance(error, WeightSyncError) or not isinstance(error, Exception):
+                raise
+            raise record.error() from error
+        _MEMORY.give_link(link)
+        return PushReport.of(outcome, self._busy_seconds)
+
+    def _open(self, link: TrainerLink) -> None:
+        place, digest = self._place, self._layout.digest
+        plan = _MEMORY.plans.get((self._endpoint, digest))
+        if plan is not None and plan + digest not in _MEMORY.programs:
+            plan = None
+        link.send(
+            msg.Open(
+                id=self._number,
+                group=place.group,
+                rank=place.rank,
+                world=place.world,
+                model=self._model,
+                version=self.version,
+                pause=self._pause,
+                timeout=max(0.001, self.deadline - time.monotonic()),
+                layout=digest,
+                plan=plan,
+                describe_seconds=self._describe_seconds,
+            )
+        )
+
+    def _converse(self, link: TrainerLink) -> msg.PushOutcome:
+        # the daemon keeps the deadline and names what was missing; this side waits a little longer for its word
+        until = self.deadline + link.patience
+        while True:
+            message = link.receive(until)
+            if message is not None and message.id != self._number and not isinstance(message, msg.ErrorReply):
+                continue  # a late word about an earlier push
+            match message:
+                case None:
+                    raise PushTimeout("the daemon did not end the push in time", version=self.version)
+                case msg.Welcome():
+                    link.set_heartbeat(message.heartbeat)
+                case msg.AskDescription():
+                    link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
+                case msg.Planned():
+                    self._prepare(message)
+                case msg.Lease():
+                    self._fill(link, message)
+                case msg.Ended():
+                    link.send(msg.Stopped(id=self._number))
+                    if message.outcome is not None:
+                        return message.outcome
+                    if message.error is not None:
+                        raise _Told(message.error.error())
+                    raise RemoteProtocolError("the push ended with neither an outcome nor an error")
+                case msg.ErrorReply():
+                    raise message.error.error()  # a frame of ours was refused
+                case _:
+                    raise RemoteProtocolError(f"a trainer rank does not take {type(message).__name__}")
+
+    def _own_failure(self, error: BaseException) -> ErrorRecord:
+        """What went wrong on this rank, as the other ranks hear it."""
+        if isinstance(error, WeightSyncError):
+            record = error.record()
+            return record if record.rank is not None else msgspec.structs.replace(record, rank=self._place.rank)
+        reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
+        return PushAborted(f"rank {self._place.rank} {reason}", rank=self._place.rank).record()
+
+    # --- filling ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, message: msg.Planned) -> None:
+        digest = self._layout.digest
+        key = message.plan + digest
+        program = _MEMORY.programs.get(key)
+        if program is None:
+            if message.manifest is None or message.fills is None:
+                raise RemoteProtocolError("the daemon left out a plan that this rank does not have")
+            fills = np.frombuffer(message.fills, dtype="<i4")
+            program = _compile(message.plan, Manifest.unpack(message.manifest), self._layout, fills)
+            _MEMORY.keep_program(key, program)
+        _MEMORY.plans[self._endpoint, digest] = message.plan
+        self._program = program
+        self._buckets_left = program.buckets
+        self._arenas = _MEMORY.map_arenas(message.offers)
+        if not self._buckets_left:
+            self.filled.set()
+
+    def _fill(self, link: TrainerLink, lease: msg.Lease) -> None:
+        program = self._program
+        if program is None or lease.bucket >= len(program.writes) or lease.bridge >= len(self._arenas):
+            raise RemoteProtocolError(f"a lease for bucket {lease.bucket} that is not in the plan")
+        started = time.monotonic()
+        slot = torch.frombuffer(self._arenas[lease.bridge].slot(lease.slot), dtype=torch.uint8)
+        sums: dict[int, int] = {}
+        nbytes = 0
+        for write in program.writes[lease.bucket]:
+            sums[write.tensor] = (sums.get(write.tensor, 0) + self._write(slot, write)) & _MASK
+            nbytes += write.nbytes
+        del slot
+        link.send(
+            msg.Filled(
+                id=self._number,
+                bucket=lease.bucket,
+                nbytes=nbytes,
+                tensors=np.fromiter(sums.keys(), dtype="<u4", count=len(sums)).tobytes(),
+                fingerprints=np.fromiter(sums.values(), dtype="<u8", count=len(sums)).tobytes(),
+            )
+        )
+        self._written += nbytes
+        self._buckets_left -= 1
+        if not self._buckets_left:
+            self.filled.set()
+        self._busy_seconds += time.monotonic() - started
+        if self._on_progress is not None:
+            self._on_progress(self._written, nbytes)
+
+    def _write(self, slot: torch.Tensor, write: _Write) -> int:
+        """Copy one part into the slot; returns its fingerprint, taken from the source's own bytes where it can be."""
+        out = slot[write.begin : write.end].view(write.dtype).view(write.piece_shape)
+        if not write.whole_piece:
+            for dim, (start, length) in enumerate(zip(write.dst_offset, write.shape, strict=True)):
+                out = out.narrow(dim, start, length)
+        self._source.read_into(write.shard, write.src_offset, write.shape, out)
+        data = self._source.box_bytes(write.shard, write.src_offset, write.shape)
+        if data is None:
+            data = _bytes_of(out)
+        return fingerprint(
+            data,
+            itemsize=write.itemsize,
+            global_shape=write.global_shape,
+            offset=write.global_offset,
+            shape=write.shape,
+        )
+
+
+def _bytes_of(out: torch.Tensor) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor in host memory, row-major; a copy only where it is strided."""
+    return out.contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,0 +1,111 @@
+"""What `push_weights` returns: the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+if TYPE_CHECKING:
+    from weightsync.errors import ErrorRecord
+    from weightsync.wire.messages import PushOutcome
+
+__all__ = ["EngineReport", "PushReport"]
+
+
+@dataclass(frozen=True)
+class EngineReport:
+    """What the push came to on one engine."""
+
+    engine: str
+    node: str
+    outcome: str  # committed | skipped (untouched) | torn (paused until repaired) | lost (does not answer)
+    version: int | None  # what it serves now; None: nothing that was pushed
+    seconds: float  # from its pause to its resume
+    checked: int  # tensors whose bytes in the engine were compared with the trainer's
+    untouched: int  # tensors of the engine that the push did not hold
+    error: ErrorRecord | None
+
+
+@dataclass(frozen=True)
+class PushReport:
+    """A push that reached at least one engine. `str()` gives a table."""
+
+    model: str
+    version: int
+    bytes: int  # of the tensors, once
+    tensors: int
+    buckets: int
+    seconds: float  # from the first rank's call until every engine served again
+    blocked_seconds: float  # of that, how long this rank was busy describing and filling (differs by rank)
+    phases: dict[str, float]  # seconds with the phase under way: describe plan fill wire load finalise verify
+    engines: tuple[EngineReport, ...]
+
+    @classmethod
+    def of(cls, outcome: PushOutcome, blocked_seconds: float) -> PushReport:
+        """The report of an outcome told by the daemon."""
+        return cls(
+            model=outcome.model,
+            version=outcome.version,
+            bytes=outcome.nbytes,
+            tensors=outcome.tensors,
+            buckets=outcome.buckets,
+            seconds=outcome.seconds,
+            blocked_seconds=blocked_seconds,
+            phases=outcome.phases,
+            engines=tuple(
+                EngineReport(**{f: getattr(e, f) for f in EngineReport.__dataclass_fields__}) for e in outcome.engines
+            ),
+        )
+
+    @property
+    def complete(self) -> bool:
+        """Every engine of the model serves the new version."""
+        return all(e.outcome == "committed" for e in self.engines)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """Bytes once, over the whole push."""
+        return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        plain: dict[str, Any] = msgspec.to_builtins(self)
+        return {**plain, "complete": self.complete}
+
+    def __str__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        out = StringIO()
+        console = Console(file=out, width=120, color_system=None, highlight=False)
+        console.print(
+            f"version {self.version} of {self.model}: {self.bytes / 1e6:,.1f} MB, {self.tensors:,} tensors, "
+            f"{self.buckets} buckets in {self.seconds:.3f} s ({self.gigabytes_per_second:.2f} GB/s)"
+        )
+        console.print(self._phase_table())
+        console.print(self._engine_table())
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
+
+    def _phase_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for phase in self.phases:
+            table.add_column(phase, justify="right")
+        table.add_row(*(f"{seconds * 1e3:.1f} ms" for seconds in self.phases.values()))
+        return table
+
+    def _engine_table(self) -> Any:
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False)
+        for column in ("engine", "node", "outcome", "serves", "seconds", "tensors checked", "error"):
+            table.add_column(column, justify="right" if column in ("serves", "seconds", "tensors checked") else "left")
+        for e in self.engines:
+            serves = "–" if e.version is None else str(e.version)
+            error = e.error.message if e.error is not None else ""
+            table.add_row(e.engine, e.node, e.outcome, serves, f"{e.seconds:.3f}", str(e.checked), error)
+        return table

@@ -1,0 +1,249 @@
+"""What a session hears. Each event is a fact that has happened: a message of a trainer rank, or the outcome of an
+instruction.
+
+Events name things by id and count bytes; they hold no tensor. They are plain data, because a follower node sends the
+outcomes of the instructions it carried out back to the coordinating node in this same form.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from weightsync.errors import ErrorRecord
+
+__all__ = [
+    "BridgeLost",
+    "BucketExported",
+    "BucketLoaded",
+    "BucketPlan",
+    "BucketRelayed",
+    "BucketReleased",
+    "EngineAccepted",
+    "EngineBegun",
+    "EngineFailed",
+    "EngineFinished",
+    "EnginePaused",
+    "EngineProbed",
+    "EngineResumed",
+    "EngineVerified",
+    "Event",
+    "GroupFormed",
+    "LayoutReceived",
+    "LayoutsMissing",
+    "NodeLost",
+    "PlanFailed",
+    "PlanMade",
+    "RankFailed",
+    "RankFilled",
+    "RankLost",
+    "RankOpened",
+    "RankStopped",
+    "StopRequested",
+    "Tick",
+]
+
+
+class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Base of everything a session hears."""
+
+
+# --- from the trainer ranks ---------------------------------------------------------------------------------------
+
+
+class RankOpened(Event, frozen=True):
+    """A rank wants to push and says what it holds, by digest."""
+
+    rank: int
+    layout: bytes  # digest of its layout
+    describe_seconds: float = 0.0
+
+
+class LayoutReceived(Event, frozen=True):
+    """The layout asked for has arrived and is well-formed."""
+
+    rank: int
+
+
+class RankFilled(Event, frozen=True):
+    """The rank has written all its parts of the bucket; its writes are visible to readers (its fence has passed)."""
+
+    rank: int
+    bucket: int
+    nbytes: int  # bytes it wrote
+
+
+class RankFailed(Event, frozen=True):
+    """The rank cannot go on (an exception, or Ctrl-C) and will write nothing more."""
+
+    rank: int
+    error: ErrorRecord
+
+
+class RankLost(Event, frozen=True):
+    """The rank was not heard of for too long. It may still be alive and writing."""
+
+    rank: int
+    reason: str
+
+
+class RankStopped(Event, frozen=True):
+    """The rank has heard the outcome and will write nothing more."""
+
+    rank: int
+
+
+# --- outcomes of planning -----------------------------------------------------------------------------------------
+
+
+class LayoutsMissing(Event, frozen=True):
+    """No plan is cached for these layouts, and those of `ranks` are not known."""
+
+    ranks: tuple[int, ...]
+
+
+class BucketPlan(msgspec.Struct, frozen=True):
+    """What the session needs to know of one bucket."""
+
+    nbytes: int
+    owner: int  # index of the bridge of the trainer's node whose slot it is assembled in
+    fillers: tuple[int, ...]  # ranks that write at least one byte
+
+
+class PlanMade(Event, frozen=True):
+    """All layouts agree; this is the order of buckets."""
+
+    buckets: tuple[BucketPlan, ...]
+
+
+class PlanFailed(Event, frozen=True):
+    """The layouts contradict each other, leave holes, or do not fit into slots."""
+
+    error: ErrorRecord
+
+
+class GroupFormed(Event, frozen=True):
+    """The communicator reaches `nodes`; each has `slots` free slots per bridge. `failed` nodes are out of this push."""
+
+    nodes: tuple[str, ...]
+    failed: tuple[tuple[str, ErrorRecord], ...] = ()
+
+
+# --- outcomes at engines ------------------------------------------------------------------------------------------
+
+
+class EngineProbed(Event, frozen=True):
+    """The engine answered: who it is and what it serves."""
+
+    engine: str
+    tp_size: int
+    version: int | None
+    paused: bool
+    torn: bool
+
+
+class EngineAccepted(Event, frozen=True):
+    """The engine can take every tensor of the manifest; `untouched` of its own tensors are not in it."""
+
+    engine: str
+    untouched: int = 0
+
+
+class EnginePaused(Event, frozen=True):
+    """Generation stands still."""
+
+    engine: str
+
+
+class EngineBegun(Event, frozen=True):
+    """An update is open on the engine: its weights are in our hands."""
+
+    engine: str
+
+
+class BucketLoaded(Event, frozen=True):
+    """The engine answered that it loaded the bucket. It may still be reading the slot."""
+
+    engine: str
+    bucket: int
+
+
+class BucketReleased(Event, frozen=True):
+    """The fence has passed: no reader of this engine holds the bucket's slot any more."""
+
+    engine: str
+    bucket: int
+    leaked: bool = False  # the deadline passed first and the readers' hold was revoked
+
+
+class EngineFinished(Event, frozen=True):
+    """Post-processing is done and the version is set; the engine is still paused."""
+
+    engine: str
+
+
+class EngineVerified(Event, frozen=True):
+    """What lies in its memory is what the trainer holds (`checked` tensors compared), as far as it lets one look."""
+
+    engine: str
+    checked: int = 0
+
+
+class EngineResumed(Event, frozen=True):
+    """The engine serves again."""
+
+    engine: str
+
+
+class EngineFailed(Event, frozen=True):
+    """The instruction called `phase` failed on the engine; `lost` when it does not answer any more."""
+
+    engine: str
+    phase: str
+    error: ErrorRecord
+    lost: bool = False
+
+
+# --- outcomes on the wire -----------------------------------------------------------------------------------------
+
+
+class BucketExported(Event, frozen=True):
+    """The bucket lies whole in the node's slot, is checksummed, and each local reader has its ticket."""
+
+    bucket: int
+    node: str
+
+
+class BucketRelayed(Event, frozen=True):
+    """The broadcast has ended: `nodes` hold the bucket, `failed` do not."""
+
+    bucket: int
+    nodes: tuple[str, ...]
+    failed: tuple[tuple[str, ErrorRecord], ...] = ()
+
+
+class BridgeLost(Event, frozen=True):
+    """A bridge process died or was killed because it did not answer; its arena is gone."""
+
+    node: str
+    bridge: int
+    error: ErrorRecord
+
+
+class NodeLost(Event, frozen=True):
+    """A follower node does not answer any more."""
+
+    node: str
+    error: ErrorRecord
+
+
+# --- time and the operator ----------------------------------------------------------------------------------------
+
+
+class Tick(Event, frozen=True):
+    """Time has passed; sent when `PushSession.deadline()` is reached."""
+
+
+class StopRequested(Event, frozen=True):
+    """The daemon is stopping and has waited long enough."""
+
+    reason: str

@@ -1,0 +1,118 @@
+"""What a session remembers of each engine, each bucket and each phase while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weightsync.errors import ErrorRecord
+    from weightsync.session.instructions import Slot
+
+__all__ = ["PHASES", "BucketTrack", "Copy", "EngineStage", "EngineTrack", "PhaseClock"]
+
+PHASES = ("describe", "plan", "fill", "wire", "load", "finalise", "verify")
+"""The phases of a report, in order. They overlap; each counts the seconds in which it was under way at all."""
+
+
+class EngineStage(StrEnum):
+    """Where one engine stands in one push. The last four are ends."""
+
+    PROBING = "probing"
+    KNOWN = "known"
+    ACCEPTING = "accepting"
+    ACCEPTED = "accepted"
+    PAUSING = "pausing"
+    PAUSED = "paused"
+    BEGINNING = "beginning"
+    LOADING = "loading"
+    FINISHING = "finishing"
+    FINISHED = "finished"
+    VERIFYING = "verifying"
+    VERIFIED = "verified"
+    RESUMING = "resuming"
+    COMMITTED = "committed"  # serves the new version
+    SKIPPED = "skipped"  # untouched: still what it was before the push
+    TORN = "torn"  # touched and not completed: paused until repaired
+    LOST = "lost"  # does not answer, or not any more
+
+    @property
+    def ended(self) -> bool:
+        return self in _ENDS
+
+
+_ENDS = frozenset({EngineStage.COMMITTED, EngineStage.SKIPPED, EngineStage.TORN, EngineStage.LOST})
+
+
+@dataclass(slots=True)
+class EngineTrack:
+    """One engine in one push."""
+
+    name: str
+    node: str
+    stage: EngineStage = EngineStage.PROBING
+    asked: str | None = "probe"  # the one instruction under way at this engine, by phase
+    touched: bool = False  # True from the moment BeginEngine was issued
+    was_paused: bool = False  # before this push
+    was_torn: bool = False
+    paused_by_us: bool = False
+    at_rest: bool = False  # ended, and paused or resumed as that end demands
+    version: int | None = None  # served before this push
+    next_bucket: int = 0  # buckets are loaded in order; this one is under way or next
+    loaded: int = 0
+    checked: int = 0  # tensors compared after the push
+    untouched: int = 0  # tensors it holds that this push leaves as they are
+    error: ErrorRecord | None = None
+    seconds: float = 0.0  # from pause to resume
+
+
+@dataclass(slots=True)
+class Copy:
+    """One bucket in one node's slot."""
+
+    slot: Slot
+    exported: bool = False
+    exporting: bool = False
+    relaying: bool = False  # home only: the broadcast reads from this slot
+    readers: set[str] = field(default_factory=set)  # engines whose fence has not passed; fixed when exported
+
+
+@dataclass(slots=True)
+class BucketTrack:
+    """One bucket: who still writes it, and where it lies."""
+
+    nbytes: int
+    owner: int
+    fillers: frozenset[int]
+    unfilled: set[int] = field(default_factory=set)  # ranks that hold a lease and have not reported
+    filled: bool = False
+    relayed: bool = False  # or nobody needs it elsewhere
+    copies: dict[str, Copy] = field(default_factory=dict)  # by node
+    read_by: set[str] = field(default_factory=set)  # engines done with it (for validate and for release)
+
+
+class PhaseClock:
+    """Seconds during which at least one piece of work of a phase was under way."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
+        self._active: dict[str, int] = dict.fromkeys(PHASES, 0)
+        self._since: dict[str, float] = {}
+
+    def start(self, phase: str, now: float) -> None:
+        if self._active[phase] == 0:
+            self._since[phase] = now
+        self._active[phase] += 1
+
+    def stop(self, phase: str, now: float) -> None:
+        if self._active[phase] == 0:
+            return
+        self._active[phase] -= 1
+        if self._active[phase] == 0:
+            self.seconds[phase] += now - self._since.pop(phase)
+
+    def stop_all(self, now: float) -> None:
+        for phase in PHASES:
+            while self._active[phase]:
+                self.stop(phase, now)

@@ -1,0 +1,57 @@
+"""Where weights come from: what the ranks of a trainer hold, as a plan wants to know it and as slots want it copied.
+
+    source = source_of(model)           # or a mapping, pairs of (name, tensor), or CheckpointSource("/path")
+
+Importing this loads no torch.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from weightsync.errors import SourceError
+from weightsync.sources.base import Source
+
+if TYPE_CHECKING:
+    from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources.module import ModuleSource
+    from weightsync.sources.tensors import TensorSource
+
+__all__ = ["CheckpointSource", "ModuleSource", "Source", "TensorSource", "source_of"]
+
+_LAZY = {
+    "CheckpointSource": "weightsync.sources.checkpoint",
+    "ModuleSource": "weightsync.sources.module",
+    "TensorSource": "weightsync.sources.tensors",
+}
+
+
+def source_of(weights: object) -> Source:
+    """The source for whatever `push_weights` was given. Raises `SourceError` if that is none of what it accepts."""
+    if isinstance(weights, Source):
+        return weights
+    torch = sys.modules.get("torch")  # whoever has a module or tensors has imported it
+    if torch is not None and isinstance(weights, torch.nn.Module):
+        from weightsync.sources.module import ModuleSource
+
+        return ModuleSource(weights)
+    single = torch is not None and isinstance(weights, torch.Tensor)
+    if isinstance(weights, Mapping | Iterable) and not single and not isinstance(weights, str | bytes):
+        from weightsync.sources.tensors import TensorSource
+
+        return TensorSource(weights)
+    raise SourceError(
+        f"{type(weights).__name__} is nothing that can be pushed",
+        hint="give an nn.Module, a mapping of names to tensors, an iterable of (name, tensor) pairs, or an object of "
+        "weightsync.sources, such as CheckpointSource(directory)",
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_LAZY[name]), name)

@@ -1,0 +1,40 @@
+"""What a trainer rank's weights must offer to be pushed, wherever they lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch  # noqa: TID251
+
+    from weightsync.plan.manifest import Layout
+
+__all__ = ["Source"]
+
+
+@runtime_checkable
+class Source(Protocol):
+    """The weights one rank holds. A box below is given by its offset inside shard `shard` of `layout()`, and its shape."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards together."""
+
+    def layout(self) -> Layout:
+        """What this rank holds; the same object each time. Raises `SourceError` if that cannot be described."""
+
+    def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
+        """Copy a box into `out`, of the tensor's dtype and the box's shape; any strides. Done when it returns.
+
+        Raises `SourceError` if the bytes cannot be had any more.
+        """
+
+    def box_bytes(
+        self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> npt.NDArray[np.uint8] | None:
+        """A read-only view of a box's bytes where they lie in host memory, as `fingerprint` takes them: uint8 of shape
+        `(*shape[:-1], shape[-1] * itemsize)`, `(itemsize,)` for a box of no dimensions. None where they do not, or have
+        no such view; then the caller reads them back from what `read_into` wrote.
+        """

@@ -1,0 +1,124 @@
+"""A Hugging Face checkpoint on disk, read box by box as slots want it: memory does not grow with the checkpoint."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+import torch  # noqa: TID251
+
+from weightsync.errors import SourceError
+from weightsync.plan.boxes import box_runs
+from weightsync.plan.manifest import Layout, Shard
+from weightsync.sources.safetensors import StoredTensor, read_header, read_index
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    import numpy.typing as npt
+
+__all__ = ["CheckpointSource"]
+
+_SCRATCH = 1 << 22  # bytes read at a time where they cannot go straight to where they are wanted
+_DIRECT = 1 << 16  # bytes: runs of at least this are worth a system call each
+
+
+class CheckpointSource:
+    """All tensors of a safetensors checkpoint: `model.safetensors`, or what `model.safetensors.index.json` lists.
+
+    `path` is the directory, or a single `.safetensors` file. Files are opened and their headers checked at once, so that
+    a damaged checkpoint is refused before anything is sent; tensors that an index does not list are left out. Close it,
+    or use it as a context manager.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises `SourceError` naming file and tensor when the checkpoint is not whole."""
+        self._files: list[int] = []  # descriptors
+        self._paths: list[Path] = []
+        self._stored: list[tuple[int, StoredTensor]] = []  # file and place, per shard
+        try:
+            self._layout = self._open(Path(path))
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, path: Path) -> Layout:
+        shards = []
+        for file, wanted in _files_of(path):
+            try:
+                descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as error:
+                raise SourceError(f"cannot open {file}: {error.strerror}") from error
+            self._files.append(descriptor)
+            self._paths.append(file)
+            stored = read_header(descriptor, file)
+            for name in stored if wanted is None else wanted:
+                tensor = stored.get(name)
+                if tensor is None:
+                    raise SourceError(f"{file} does not have tensor {name!r}, which its index says it has")
+                shards.append(Shard(name, tensor.dtype.name, tensor.shape, (0,) * len(tensor.shape), tensor.shape))
+                self._stored.append((len(self._files) - 1, tensor))
+        return Layout.of(shards)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; reading is over. Closing twice is fine."""
+        while self._files:
+            os.close(self._files.pop())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together."""
+        return self._layout.nbytes
+
+    def layout(self) -> Layout:
+        """One shard per tensor: the whole of it."""
+        return self._layout
+
+    def box_bytes(
+        self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
+    ) -> npt.NDArray[np.uint8] | None:
+        """None: what was read is best fingerprinted where it was read to."""
+        return None
+
+    def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
+        """Read a box of a tensor from disk into `out`, without a copy where `out` is contiguous in host memory."""
+        if not self._files:
+            raise SourceError("the checkpoint is closed")
+        file, stored = self._stored[shard]
+        if tuple(out.shape) != shape or str(out.dtype) != f"torch.{stored.dtype.name}":
+            raise ValueError(f"a box of {stored.dtype.name} {shape} does not go into {out.dtype} {tuple(out.shape)}")
+        self._read(file, stored, src_offset, out)
+
+    def _read(self, file: int, stored: StoredTensor, offset: tuple[int, ...], out: torch.Tensor) -> None:
+        nbytes = out.numel() * stored.dtype.itemsize
+        if not nbytes:
+            return
+        if out.is_contiguous() and out.device.type == "cpu":
+            starts, length = box_runs(stored.shape or (1,), offset or (0,), tuple(out.shape) or (1,), stored.dtype.itemsize)
+            self._read_runs(file, stored.begin + starts, length, out.reshape(-1).view(torch.uint8).numpy())
+        elif nbytes <= _SCRATCH or out.dim() == 0:
+            scratch = torch.empty(out.shape, dtype=out.dtype)
+            self._read(file, stored, offset, scratch)
+            out.copy_(scratch)
+        else:
+            step = max(1, _SCRATCH // (nbytes // out.shape[0]))
+            if out.shape[0] == 1:  # one row larger than scratch: go along the next dimension that has several
+                step = 1
+            for row in range(0, out.shape[0], step):
+                some = out[row : row + step]
+                at = (offset[0] + row, *offset[1:])
+                self._read_rows(file, stored, at, some) if some.shape[0] == 1 else self._read(file, stored, at, some)

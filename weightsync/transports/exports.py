@@ -1,0 +1,103 @@
+"""What a sender has exported: the part of the bookkeeping that is the same for every transport."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weightsync.errors import LocalProtocolError
+from weightsync.ipc.descriptors import checksum
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightsync.ipc.arena import Arena
+
+__all__ = ["Checksums", "Export", "Exports"]
+
+
+@dataclass
+class Export:
+    """The current export of one slot."""
+
+    sequence: int
+    nbytes: int
+    checksum: int = 0
+    readers: set[str] = field(default_factory=set)  # all that it was ever given to
+    waiting: dict[str, int] = field(default_factory=dict)  # pending readers and their fence cells
+    opened: set[str] = field(default_factory=set)  # those of `waiting` that were seen to have opened it
+
+
+class Checksums:
+    """Checksums of an arena's slots, computed once for each sequence. Shared by the senders of one arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._known: dict[int, tuple[int, int, int]] = {}  # slot → (sequence, nbytes, checksum)
+        self._lock = threading.Lock()
+
+    def of(self, slot: int, sequence: int, nbytes: int, between: Callable[[], None] | None = None) -> int:
+        """The checksum of the first `nbytes` of `slot`. `between` is called every few MiB and may raise."""
+        with self._lock:
+            known = self._known.get(slot)
+        if known is not None and known[:2] == (sequence, nbytes):
+            return known[2]
+        found = checksum(self._arena.slot(slot)[:nbytes], between)
+        self.know(slot, sequence, nbytes, found)
+        return found
+
+    def know(self, slot: int, sequence: int, nbytes: int, value: int) -> None:
+        """Take `value` as the checksum of these bytes: they were received, and verified against it."""
+        with self._lock:
+            self._known[slot] = (sequence, nbytes, value)
+
+
+class Exports:
+    """The current export of each slot of an arena. Not locked: its sender holds a lock."""
+
+    def __init__(self, slots: int, slot_bytes: int) -> None:
+        self._slots = slots
+        self._slot_bytes = slot_bytes
+        self._by_slot: dict[int, Export] = {}
+
+    def begin(self, slot: int, nbytes: int, sequence: int, readers: Sequence[str]) -> Export:
+        """Check what `export` was asked for. Returns the export of this sequence, not yet recorded if it is new.
+
+        Raises `LocalProtocolError` as `BucketSender.export` promises. Settle pending readers first.
+        """
+        if not 0 <= slot < self._slots:
+            raise LocalProtocolError(f"there is no slot {slot}, only {self._slots}")
+        if not 0 <= nbytes <= self._slot_bytes:
+            raise LocalProtocolError(f"{nbytes} bytes do not lie in a slot of {self._slot_bytes}")
+        if not 0 <= sequence < 2**60:
+            raise LocalProtocolError(f"sequence {sequence} is outside 0 … 2^60 - 1")
+        if len(set(readers)) != len(readers):
+            raise LocalProtocolError(f"a reader is named twice: {', '.join(readers)}")
+        current = self._by_slot.get(slot)
+        if current is None or sequence > current.sequence:
+            if current is not None and current.waiting:
+                held = ", ".join(current.waiting)
+                raise LocalProtocolError(f"slot {slot} is still held by {held}", hint="wait_released, or revoke")
+            return Export(sequence, nbytes)
+        if sequence < current.sequence:
+            raise LocalProtocolError(f"slot {slot} is at sequence {current.sequence}; {sequence} is in the past")
+        if nbytes != current.nbytes:
+            raise LocalProtocolError(f"sequence {sequence} has {current.nbytes} bytes, not {nbytes}")
+        if again := current.readers.intersection(readers):
+            raise LocalProtocolError(f"sequence {sequence} was exported before to {', '.join(sorted(again))}")
+        return current
+
+    def record(self, slot: int, export: Export) -> None:
+        """Make `export` the current one of `slot`."""
+        self._by_slot[slot] = export
+
+    def get(self, slot: int) -> Export | None:
+        """The current export of `slot`. Raises `LocalProtocolError` if there is no such slot."""
+        if not 0 <= slot < self._slots:
+            raise LocalProtocolError(f"there is no slot {slot}, only {self._slots}")
+        return self._by_slot.get(slot)
+
+    def held(self) -> dict[int, Export]:
+        """Exports with pending readers, by slot."""
+        return {slot: export for slot, export in self._by_slot.items() if export.waiting}

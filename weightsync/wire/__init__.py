@@ -1,0 +1,1 @@
+"""What trainer ranks and daemons say to each other: `messages` (structs), `codec` (bytes), `control` (sockets)."""

@@ -1,0 +1,358 @@
+"""Every message between a trainer rank, an operator's command and a daemon, and between two daemons.
+
+Each is a frozen struct; on the wire it is one MessagePack map `{v, type, id, …}`. `id` pairs an answer with its
+question and is 0 where there is none. Fields are only ever added, with a default; a changed meaning takes a new type.
+
+    rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
+    daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
+    operator → daemon  StatusRequest                   daemon → operator   Status
+    daemon → daemon    Attach, Execute, Receive, Release, JoinRail, HostRail, Heartbeat
+                       Attached, Executed, Hosted
+    anyone             ErrorReply
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from weightsync.errors import ErrorRecord
+
+__all__ = [
+    "MESSAGES",
+    "AskDescription",
+    "Attach",
+    "Attached",
+    "BridgeStatus",
+    "Describe",
+    "Ended",
+    "EngineOutcome",
+    "EngineStatus",
+    "ErrorReply",
+    "Execute",
+    "Executed",
+    "Failed",
+    "Filled",
+    "Heartbeat",
+    "HostRail",
+    "Hosted",
+    "JoinRail",
+    "Lease",
+    "Message",
+    "Open",
+    "Planned",
+    "PushOutcome",
+    "PushStatus",
+    "Receive",
+    "Release",
+    "Status",
+    "StatusRequest",
+    "Stopped",
+    "Welcome",
+]
+
+Name = Annotated[str, Meta(min_length=1, max_length=256)]
+Text = Annotated[str, Meta(max_length=16384)]
+Natural = Annotated[int, Meta(ge=0, le=2**60)]
+Rank = Annotated[int, Meta(ge=0, lt=2**20)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Blob = Annotated[bytes, Meta(max_length=64 * 1024)]  # an offer or a ticket
+Column = Annotated[bytes, Meta(max_length=2**28)]  # packed numbers
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of all messages. `large` types may use frames beyond `codec.SMALL_FRAME` bytes."""
+
+    id: Natural = 0
+
+
+# --- a trainer rank and its daemon ---------------------------------------------------------------------------------
+
+
+class Open(Message, frozen=True, tag="open"):
+    """A rank calls `push_weights`."""
+
+    group: Name  # the same on all ranks of one trainer, another on every other
+    rank: Rank
+    world: Annotated[int, Meta(ge=1, le=2**20)]
+    model: Name
+    version: Natural
+    pause: Annotated[str, Meta(pattern="^(keep|wait|abort|none)$")]
+    timeout: Seconds  # for the whole push
+    layout: Digest
+    plan: Digest | None = None  # of the plan this rank has cached for the layout
+    describe_seconds: Seconds = 0.0
+
+
+class Welcome(Message, frozen=True, tag="welcome"):
+    """The daemon has heard; heartbeats go both ways from here to the end of the push."""
+
+    node: Name
+    heartbeat: Seconds  # how often it wants to hear from the rank
+
+
+class AskDescription(Message, frozen=True, tag="ask_description"):
+    """The daemon does not know the layout behind the digest."""
+
+
+class Describe(Message, frozen=True, tag="describe"):
+    """A packed `Layout`."""
+
+    layout: Column
+
+
+class Planned(Message, frozen=True, tag="planned"):
+    """The plan. `manifest` and `fills` are left out when the rank said that it has them."""
+
+    plan: Digest
+    offers: Annotated[tuple[Blob, ...], Meta(max_length=64)]  # by bridge: the arenas to write into
+    manifest: Column | None = None  # a packed `Manifest`
+    fills: Column | None = None  # little-endian i32: the shards this rank writes
+
+
+class Lease(Message, frozen=True, tag="lease"):
+    """The rank may write its parts of the bucket into the slot."""
+
+    bucket: Natural
+    bridge: Natural
+    slot: Natural
+
+
+class Filled(Message, frozen=True, tag="filled"):
+    """All parts of the bucket are written, with the fingerprint of each part's source, summed by tensor."""
+
+    bucket: Natural
+    nbytes: Natural
+    tensors: Column  # little-endian u32: index in the manifest
+    fingerprints: Column  # little-endian u64, as many
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """The rank cannot go on and will write nothing more."""
+
+    error: ErrorRecord
+
+
+class Stopped(Message, frozen=True, tag="stopped"):
+    """The rank has heard `Ended` and will write nothing more."""
+
+
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
+    """I am here."""
+
+
+class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a push came to on one engine."""
+
+    engine: Name
+    node: Name
+    outcome: Name  # committed | skipped | torn | lost
+    version: int | None  # it serves after the push; None where it serves none
+    seconds: float  # from pause to resume
+    checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
+    untouched: Natural = 0  # tensors of the engine that the push did not hold
+    error: ErrorRecord | None = None
+
+
+class PushOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a push came to; a `PushReport` is made from it."""
+
+    model: Name
+    version: Natural
+    nbytes: Natural
+    tensors: Natural
+    buckets: Natural
+    seconds: float
+    phases: dict[str, float]
+    engines: tuple[EngineOutcome, ...]
+
+
+class Ended(Message, frozen=True, tag="ended"):
+    """The push has ended: with an outcome, or with the error that every rank raises."""
+
+    outcome: PushOutcome | None = None
+    error: ErrorRecord | None = None
+
+
+# --- an operator and a daemon --------------------------------------------------------------------------------------
+
+
+class StatusRequest(Message, frozen=True, tag="status_request"):
+    """How are you?"""
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One engine as its daemon sees it."""
+
+    name: Name
+    node: Name
+    kind: Name
+    model: Name
+    url: str
+    state: Name  # serving | paused | torn | blank | lost | unknown
+    version: int | None = None
+    tp_size: int | None = None
+    software: str | None = None
+    profile: str | None = None
+    error: str | None = None
+
+
+class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One bridge process."""
+
+    node: Name
+    index: Natural
+    pid: int | None
+    restarts: Natural
+    slots: Natural
+    slot_bytes: Natural
+    outstanding: Natural  # exports that no reader has closed yet
+    error: str | None = None
+
+
+class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The push under way."""
+
+    model: Name
+    version: Natural
+    state: Name
+    seconds: float
+    nbytes: Natural
+    filled_bytes: Natural
+    waiting_for: str
+
+
+class Status(Message, frozen=True, tag="status"):
+    """Everything an operator asks for first."""
+
+    node: Name
+    software: str
+    pid: int
+    uptime: float
+    engines: tuple[EngineStatus, ...]
+    bridges: tuple[BridgeStatus, ...]
+    peers: dict[str, str]  # node name → connected | lost | …
+    push: PushStatus | None = None
+    last: PushOutcome | None = None
+    last_error: ErrorRecord | None = None
+
+
+# --- two daemons ---------------------------------------------------------------------------------------------------
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """The sender wants to coordinate pushes that reach this node's engines."""
+
+    node: Name
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """What this node has to offer."""
+
+    node: Name
+    incarnation: Name
+    engines: tuple[EngineStatus, ...]
+    slots: tuple[Natural, ...]  # by bridge
+    slot_bytes: Natural
+    address: Name  # for communicators
+
+
+class Execute(Message, frozen=True, tag="execute"):
+    """Carry out one instruction of a session on this node."""
+
+    push: Name
+    model: Name
+    version: Natural
+    instruction: dict[str, Any]  # a `weightsync.session.instructions.Instruction`, checked when it is decoded
+    timeout: Seconds
+    plan: Digest | None = None  # digest of the manifest the instruction is about
+    manifest: Column | None = None  # the manifest itself, once for each follower
+    fingerprints: Column | None = None  # for VerifyEngine: little-endian u64 for each tensor of the manifest
+
+
+class Executed(Message, frozen=True, tag="executed"):
+    """The outcome: a `weightsync.session.events.Event`."""
+
+    event: dict[str, Any]
+
+
+class HostRail(Message, frozen=True, tag="host_rail"):
+    """Open a rendezvous at this node's bridge `rail`."""
+
+    rail: Natural
+    generation: Natural
+    timeout: Seconds
+
+
+class Hosted(Message, frozen=True, tag="hosted"):
+    """The rendezvous is open."""
+
+    port: Natural
+
+
+class JoinRail(Message, frozen=True, tag="join_rail"):
+    """Bridge `rail` joins the communicator of the generation."""
+
+    rail: Natural
+    generation: Natural
+    rank: Rank
+    world: Natural
+    host: Name
+    port: Natural
+    key: Name
+    timeout: Seconds
+
+
+class Receive(Message, frozen=True, tag="receive"):
+    """Take part in the broadcast of one bucket, into the slot. Answered by `Executed` once the bucket is verified."""
+
+    push: Name
+    bucket: Natural
+    rail: Natural
+    slot: Natural
+    ticket: Blob
+    timeout: Seconds
+
+
+class Release(Message, frozen=True, tag="release"):
+    """The push has ended: the node is free for others, and engines that were only paused are let go."""
+
+    push: Name
+
+
+class ErrorReply(Message, frozen=True, tag="error"):
+    """The question of the same id, or a frame that could not be read, is answered with an error."""
+
+    error: ErrorRecord
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Open,
+    Welcome,
+    AskDescription,
+    Describe,
+    Planned,
+    Lease,
+    Filled,
+    Failed,
+    Stopped,
+    Heartbeat,
+    Ended,
+    StatusRequest,
+    Status,
+    Attach,
+    Attached,
+    Execute,
+    Executed,
+    HostRail,
+    Hosted,
+    JoinRail,
+    Receive,
+    Release,
+    ErrorReply,
+)
+LARGE: frozenset[type[Message]] = frozenset({Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed})
+"""Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""
