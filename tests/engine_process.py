@@ -86,6 +86,12 @@ class EngineProcess:
         assert answer.status == 200, answer
         return answer.body
 
+    def wait_running(self, count: int, *, seconds: float = 20.0) -> None:
+        """Return when exactly `count` requests are in flight."""
+        deadline = time.monotonic() + seconds
+        while self.info()["running"] != count:
+            assert time.monotonic() < deadline, f"never {count} requests in flight"
+
     def generate(self, prompt_ids: list[int], max_tokens: int, *, seconds: float = 30.0) -> Any:
         answer = self.post(
             "/generate", {"prompt_ids": prompt_ids, "max_tokens": max_tokens, "logprobs": True}, seconds=seconds

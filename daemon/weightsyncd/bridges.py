@@ -84,17 +84,17 @@ class Bridge:
     @property
     def pid(self) -> int | None:
         """Its process, None unless ready."""
-        return self._link.pid if self._link is not None else None
+        return link.pid if (link := self._alive()) is not None else None
 
     @property
     def incarnation(self) -> str | None:
         """Changes with every restart; None unless ready."""
-        return self._link.incarnation if self._link is not None else None
+        return link.incarnation if (link := self._alive()) is not None else None
 
     @property
     def offer(self) -> bytes | None:
         """For trainer ranks: `Arena.attach(offer, writable=True)`; None unless ready."""
-        return self._link.offer if self._link is not None else None
+        return link.offer if (link := self._alive()) is not None else None
 
     async def start(self, *, deadline: float) -> None:
         """Start it and wait until it is ready. Raises what it failed with (a full /dev/shm: `ConfigError`)."""
@@ -113,7 +113,7 @@ class Bridge:
 
     async def ready(self, *, deadline: float) -> None:
         """Wait until it is ready (again). `TransportTimeout` gives the last error; `TransportClosed`: it is stopped."""
-        while self.state != "ready":
+        while self._alive() is None:
             if self.state == "stopped":
                 raise TransportClosed(f"bridge {self.name} is stopped")
             try:
@@ -132,7 +132,7 @@ class Bridge:
         `TransportBroken` naming the bridge when it is not ready or ends under way; `TransportTimeout` when no answer
         came by `deadline`: the bridge is then taken for wedged, killed, and restarted in the background.
         """
-        link = self._link
+        link = self._alive()
         if link is None:
             if self.state == "stopped":
                 raise TransportClosed(f"bridge {self.name} is stopped")
@@ -161,6 +161,10 @@ class Bridge:
             restarts=self.restarts,
             last_error=self.last_error,
         )
+
+    def _alive(self) -> BridgeLink | None:
+        """The link, unless it has ended; the supervisor may not have seen that yet."""
+        return self._link if self._link is not None and not self._link.ended.done() else None
 
     async def _supervise(self, link: BridgeLink) -> None:
         attempts = 0

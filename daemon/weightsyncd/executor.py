@@ -186,20 +186,19 @@ class NodeExecutor:
 
     async def _offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
         """One attach descriptor for each tp rank of the engine and each arena of this node."""
-        readers = self._readers(engine)
-        offers: list[list[bytes]] = []
-        for reader in readers:
-            row = []
-            for bridge in self.bridges:
-                key = (bridge.incarnation or "", reader)
-                if key not in self._offers:
-                    reply = await bridge.call(commands.Offer(reader=reader), deadline=deadline)
-                    self._offers[key] = reply.offer
-                row.append(self._offers[key])
-            offers.append(row)
-        alive = {bridge.incarnation for bridge in self.bridges}
-        self._offers = {key: offer for key, offer in self._offers.items() if key[0] in alive}
-        return offers
+        return [
+            [await self._offer(bridge, reader, deadline) for bridge in self.bridges] for reader in self._readers(engine)
+        ]
+
+    async def _offer(self, bridge: Bridge, reader: str, deadline: float) -> bytes:
+        """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""
+        key = (bridge.incarnation or "", reader)
+        if key not in self._offers:
+            reply = await bridge.call(commands.Offer(reader=reader), deadline=deadline)
+            alive = {b.incarnation for b in self.bridges}
+            self._offers = {known: offer for known, offer in self._offers.items() if known[0] in alive}
+            self._offers[key] = reply.offer
+        return self._offers[key]
 
     @staticmethod
     def _readers(engine: Engine) -> list[str]:
@@ -219,8 +218,11 @@ class NodeExecutor:
             sequence=sequence,
             readers=tuple(reader for ranks in readers.values() for reader in ranks),
         )
+        bridge = self.bridges[slot.bridge]
         try:
-            reply = await self.bridges[slot.bridge].call(command, deadline=instruction.deadline)
+            for reader in command.readers:
+                await self._offer(bridge, reader, instruction.deadline)
+            reply = await bridge.call(command, deadline=instruction.deadline)
         except TransportError as error:
             logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
             return ev.BridgeLost(node=self.node, bridge=slot.bridge, error=error.record())

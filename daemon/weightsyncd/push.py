@@ -98,7 +98,7 @@ class Push:
             grace=config.timeouts.grace,
             last_version=last_version,
         )
-        logger.info("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+        logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
         self._carry_out(self.session.start(now))
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ class Push:
         before = self.session.state
         instructions = self.session.handle(event, time.monotonic())
         if self.session.state is not before:
-            logger.info("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
+            logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
         self._carry_out(instructions)
 
     def _carry_out(self, instructions: list[do.Instruction]) -> None:
@@ -134,7 +134,7 @@ class Push:
             self._timer.cancel()
         for node in set(self._engines.values()) - {self._services.config.node.name}:
             self._services.peers[node].tell(msg.Release(push=self.context.push))
-        logger.info("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
+        logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
 
     # --- trainer ranks ----------------------------------------------------------------------------------------------
@@ -229,7 +229,11 @@ class Push:
         task.add_done_callback(self._tasks.discard)
 
     async def _hear_outcome(self, work: Coroutine[None, None, ev.Event | None]) -> None:
-        event = await work
+        try:
+            event = await work
+        except Exception as error:  # noqa: BLE001 - the seam: a defect here must end the push, not leave it waiting
+            logger.exception("[push=%s v=%d] unexpected failure", self.session.model, self.session.version)
+            event = ev.StopRequested(reason=f"weightsyncd failed: {type(error).__name__}: {error}")
         if event is not None:
             self.hear(event)
 
@@ -288,7 +292,17 @@ class Push:
         session = self.session
         self.outcome = self._outcome()
         if error is not None:
-            logger.error("[push=%s v=%d] failed: %s", session.model, session.version, error.message)
+            logger.error("[push=%s v=%d] %s: %s", session.model, session.version, session.state, error.message)
+        else:
+            logger.info(
+                "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
+                session.model,
+                session.version,
+                len(session.committed),
+                len(session.engines),
+                self.outcome.nbytes / 1e6,
+                self.outcome.seconds,
+            )
         ended = msg.Ended(outcome=self.outcome if error is None else None, error=error)
         for rank in self.ranks:
             self._tell(rank, ended)

@@ -192,7 +192,7 @@ def test_an_unfinished_update_is_repaired_by_the_next_begin(
 def test_requests_go_on_through_a_push_without_pause(
     engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
 ) -> None:
-    """In flight from before the push until after it, on old, then new weights; the caches of the old ones are dropped."""
+    """In flight from before the push until after it: on old, then on new weights, and on no cache of the old ones."""
     prompt = PROMPT * 4
     answers = []
     running = threading.Thread(target=lambda: answers.append(engine.generate(prompt, 40)))
@@ -202,8 +202,7 @@ def test_requests_go_on_through_a_push_without_pause(
         async with connected(engine) as hands:
             await hands.pause("keep", deadline=soon())
             running.start()
-            while not engine.info()["running"]:
-                await asyncio.sleep(0.005)
+            await asyncio.to_thread(engine.wait_running, 1)
             await hands.resume(deadline=soon())
             await hand.push(hands, 30, tensors, pause="none")
 

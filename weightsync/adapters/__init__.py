@@ -1,9 +1,9 @@
-"""One folder per engine brand; each `control.py` is the daemon's hand, each `plugin.py` runs inside the engine's worker.
+"""One folder per engine brand; each `control.py` is the daemon's hand, each `plugin.py` runs in the engine's worker.
 
     from weightsync.adapters import adapter
     hand = adapter(spec)        # spec.kind says which brand
 
-A brand's modules are imported when its first adapter is made, so that a daemon loads no client library it does not need.
+A brand's modules are imported when its first adapter is made, so that a daemon loads nothing it does not need.
 """
 
 from __future__ import annotations

@@ -72,9 +72,7 @@ def row_strides(dims: Ints) -> Ints:
     return strides
 
 
-def box_runs(
-    dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...], itemsize: int
-) -> tuple[Ints, int]:
+def box_runs(dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...], itemsize: int) -> tuple[Ints, int]:
     """Where in a row-major tensor a box's contiguous runs of bytes start, ascending, and how long each of them is.
 
     The tensor has at least one dimension, the box of shape `count` at `low` at least one element.

@@ -115,7 +115,9 @@ def _union(layouts: Sequence[Layout]) -> tuple[TensorTable, list[npt.NDArray[np.
     return merged, [moved[layout.tensors.digest] for layout in layouts], begins
 
 
-_TIED_HINT = "list tied parameters in the same order on every rank: the first name is sent, the others become its aliases"
+_TIED_HINT = (
+    "list tied parameters in the same order on every rank: the first name is sent, the others become its aliases"
+)
 
 
 def _aliases(layouts: Sequence[Layout], first_rank: dict[bytes, int]) -> dict[str, tuple[str, int]]:

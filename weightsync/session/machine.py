@@ -760,6 +760,10 @@ class PushSession:
         )
         self._abandoned = True
 
+    def _on_stop_after_end(self, event: ev.StopRequested, now: float, out: list[Instruction]) -> None:
+        if not self.done:
+            self._abandon(now, out)
+
     def _ignore(self, event: Event, now: float, out: list[Instruction]) -> None:
         """Late, early or twice: of no consequence in this state."""
 
@@ -895,7 +899,7 @@ _SETTLING: dict[type, Row] = {
     ev.BucketLoaded: (_S._on_bucket_loaded, ()),
     ev.EngineFinished: (_S._on_engine_finished, ()),
     ev.EngineVerified: (_S._on_engine_verified, ()),
-    ev.StopRequested: (_S._ignore, ()),
+    ev.StopRequested: (_S._on_stop_after_end, ()),
     **{
         event: (method, ())
         for event, (method, _) in _ANYTIME.items()

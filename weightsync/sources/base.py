@@ -16,7 +16,7 @@ __all__ = ["Source"]
 
 @runtime_checkable
 class Source(Protocol):
-    """The weights one rank holds. A box below is given by its offset inside shard `shard` of `layout()`, and its shape."""
+    """The weights one rank holds. Boxes below are given by offset in shard `shard` of `layout()`, and shape."""
 
     @property
     def nbytes(self) -> int:

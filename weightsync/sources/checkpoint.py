@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -13,7 +12,7 @@ import torch  # noqa: TID251
 from weightsync.errors import SourceError
 from weightsync.plan.boxes import box_runs
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.safetensors import StoredTensor, read_header, read_index
+from weightsync.sources.safetensors_header import StoredTensor, read_header, read_index
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -29,9 +28,9 @@ _DIRECT = 1 << 16  # bytes: runs of at least this are worth a system call each
 class CheckpointSource:
     """All tensors of a safetensors checkpoint: `model.safetensors`, or what `model.safetensors.index.json` lists.
 
-    `path` is the directory, or a single `.safetensors` file. Files are opened and their headers checked at once, so that
-    a damaged checkpoint is refused before anything is sent; tensors that an index does not list are left out. Close it,
-    or use it as a context manager.
+    `path` is the directory, or a single `.safetensors` file. Files are opened and their headers checked at once, so
+    that a damaged checkpoint is refused before anything is sent; tensors that an index does not list are left out.
+    Close it, or use it as a context manager.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -108,17 +107,64 @@ class CheckpointSource:
         if not nbytes:
             return
         if out.is_contiguous() and out.device.type == "cpu":
-            starts, length = box_runs(stored.shape or (1,), offset or (0,), tuple(out.shape) or (1,), stored.dtype.itemsize)
+            shape = tuple(out.shape) or (1,)
+            starts, length = box_runs(stored.shape or (1,), offset or (0,), shape, stored.dtype.itemsize)
             self._read_runs(file, stored.begin + starts, length, out.reshape(-1).view(torch.uint8).numpy())
-        elif nbytes <= _SCRATCH or out.dim() == 0:
+        elif nbytes <= _SCRATCH:
             scratch = torch.empty(out.shape, dtype=out.dtype)
             self._read(file, stored, offset, scratch)
             out.copy_(scratch)
         else:
-            step = max(1, _SCRATCH // (nbytes // out.shape[0]))
-            if out.shape[0] == 1:  # one row larger than scratch: go along the next dimension that has several
-                step = 1
-            for row in range(0, out.shape[0], step):
-                some = out[row : row + step]
-                at = (offset[0] + row, *offset[1:])
-                self._read_rows(file, stored, at, some) if some.shape[0] == 1 else self._read(file, stored, at, some)
+            dim = next(d for d, length in enumerate(out.shape) if length > 1)
+            half = out.shape[dim] // 2
+            behind = (*offset[:dim], offset[dim] + half, *offset[dim + 1 :])
+            self._read(file, stored, offset, out.narrow(dim, 0, half))
+            self._read(file, stored, behind, out.narrow(dim, half, out.shape[dim] - half))
+
+    def _read_runs(self, file: int, starts: npt.NDArray[np.int64], length: int, target: npt.NDArray[np.uint8]) -> None:
+        """Read `length` bytes from each of `starts`, ascending, one after the other into `target`."""
+        spread = int(starts[-1] - starts[0]) // max(1, len(starts) - 1)  # bytes between one run's start and the next's
+        if spread >= _DIRECT or len(starts) == 1:
+            for i, start in enumerate(starts.tolist()):
+                self._read_bytes(file, start, target[i * length : (i + 1) * length])
+            return
+        scratch = np.empty(_SCRATCH, dtype=np.uint8)
+        done = 0
+        while done < len(starts):
+            begin = int(starts[done])
+            end = int(np.searchsorted(starts, begin + _SCRATCH - length, side="right"))
+            span = scratch[: int(starts[end - 1]) + length - begin]
+            self._read_bytes(file, begin, span)
+            for i, start in enumerate((starts[done:end] - begin).tolist(), start=done):
+                target[i * length : (i + 1) * length] = span[start : start + length]
+            done = end
+
+    def _read_bytes(self, file: int, begin: int, target: npt.NDArray[np.uint8]) -> None:
+        view = target.data
+        done = 0
+        while done < len(view):
+            try:
+                got = os.preadv(self._files[file], [view[done:]], begin + done)
+            except OSError as error:
+                raise SourceError(f"cannot read {self._paths[file]}: {error.strerror}") from error
+            if not got:
+                raise SourceError(f"{self._paths[file]} has become shorter: no byte at {begin + done}")
+            done += got
+
+
+def _files_of(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """The checkpoint's files, each with the tensors wanted of it; None: all."""
+    if path.is_file():
+        return [(path, None)]
+    if (single := path / "model.safetensors").is_file():
+        return [(single, None)]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        raise SourceError(
+            f"{path} is no safetensors checkpoint",
+            hint="give a directory with model.safetensors or model.safetensors.index.json, or a .safetensors file",
+        )
+    by_file: dict[str, list[str]] = {}
+    for name, file in read_index(index).items():
+        by_file.setdefault(file, []).append(name)
+    return [(path / file, wanted) for file, wanted in by_file.items()]

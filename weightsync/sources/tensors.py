@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
-import sys
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: TID251
 from torch.nn.parameter import is_lazy  # noqa: TID251
@@ -13,17 +11,15 @@ from torch.nn.parameter import is_lazy  # noqa: TID251
 from weightsync.errors import SourceError
 from weightsync.plan.dtypes import dtype_named
 from weightsync.plan.manifest import Layout, Shard
+from weightsync.sources.dtensors import Box, dtensor_boxes, is_dtensor
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy as np
     import numpy.typing as npt
-    from torch.distributed.tensor import DTensor  # noqa: TID251
 
 __all__ = ["TensorSource"]
-
-_Run = tuple[int, int]  # first index in the global dimension, length
 
 
 class TensorSource:
@@ -60,7 +56,7 @@ class TensorSource:
                     memory[key] = name
                 for start, offset, shape in boxes:
                     shards.append(Shard(name, dtype, tuple(tensor.shape), offset, shape))
-                    self._tensors.append(_narrowed(local, start, shape))
+                    self._tensors.append(_narrowed(local, start, shape) if local.numel() else local)
         self._kept = kept
         self._layout = Layout.of(shards, aliases)
 
@@ -108,17 +104,15 @@ def _pairs(weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tenso
         yield name, tensor
 
 
-def _local(
-    name: str, tensor: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
-    """The data this rank has of a tensor, and the boxes it holds: place in that data, in the global tensor, shape."""
-    if _is_dtensor(tensor):
-        local, boxes = _dtensor_boxes(name, tensor)
+def _local(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
+    """The data this rank has of a tensor, and the boxes of the tensor that it holds."""
+    if is_dtensor(tensor):
+        local, boxes = dtensor_boxes(name, tensor)
     else:
         if is_lazy(tensor):
             raise SourceError(f"tensor {name!r} is not initialised yet")
         local, none = tensor, (0,) * tensor.dim()
-        boxes = [(none, none, tuple(tensor.shape))]
+        boxes = [Box(none, none, tuple(tensor.shape))]
     if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise SourceError(
             f"tensor {name!r} is a {type(local).__name__}, which cannot be pushed", hint="give its plain tensors"
@@ -130,18 +124,12 @@ def _local(
     return local.detach(), boxes
 
 
-def _is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    # Loading torch.distributed.tensor takes a second; whoever has a DTensor has loaded it.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
 def _memory_key(tensor: torch.Tensor, local: torch.Tensor) -> tuple[object, ...] | None:
     """What two tensors have in common if and only if they are the same memory seen in the same way; None: no memory."""
     if not local.numel():
         return None
     key = (local.device, local.data_ptr(), tuple(local.shape), local.stride(), local.dtype, tuple(tensor.shape))
-    return (*key, tuple(map(str, tensor.placements))) if _is_dtensor(tensor) else key
+    return (*key, tuple(map(str, tensor.placements))) if is_dtensor(tensor) else key
 
 
 def _narrowed(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
@@ -150,86 +138,3 @@ def _narrowed(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int])
         if length != tensor.shape[dim]:
             tensor = tensor.narrow(dim, start, length)
     return tensor
-
-
-def _dtensor_boxes(
-    name: str, tensor: DTensor
-) -> tuple[torch.Tensor, list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]]:
-    """As `_local`. Plain shards are one box; what FSDP2 over tensor parallelism leaves of a dimension may be several.
-
-    Worked out here and not by torch's `compute_local_shape_and_global_offset`, which makes an index tensor as long as
-    the dimension for each parameter and gives the first offset only. What comes out is checked against the local data.
-    """
-    coordinate = tensor.device_mesh.get_coordinate()
-    local = tensor.to_local()
-    if coordinate is None:  # this rank is not in the tensor's mesh and holds none of it
-        return local, [((0,) * tensor.dim(), (0,) * tensor.dim(), (0,) * tensor.dim())] if tensor.dim() else []
-    runs: list[list[_Run]] = [[(0, length)] for length in tensor.shape]
-    for mesh_dim, placement in enumerate(tensor.placements):
-        if placement.is_replicate():
-            continue
-        kind = type(placement).__name__
-        if kind not in ("Shard", "_StridedShard"):
-            partial = placement.is_partial()
-            raise SourceError(
-                f"tensor {name!r} has placement {placement}: "
-                + ("its value is a sum over ranks" if partial else "where its parts lie is unknown"),
-                hint="redistribute it to Shard or Replicate first",
-            )
-        dim, chunks, mine = placement.dim, tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
-        splits = placement.split_factor if kind == "_StridedShard" else 1
-        length = sum(count for _, count in runs[dim])
-        if splits > 1 and length % (splits * chunks):
-            raise SourceError(
-                f"tensor {name!r} of shape {tuple(tensor.shape)} is sharded unevenly by {placement} over {chunks} ranks",
-                hint="parts of tensor-parallel parameters must be equal",
-            )
-        # As torch.chunk: chunks of the size rounded up, the last ones shorter or empty. A strided shard is cut into
-        # `splits` first, each of them into `chunks`.
-        outer = -(-length // splits)
-        inner = -(-outer // chunks)
-        picked = []
-        for first in range(0, splits * outer, outer or 1):
-            end = min(first + outer, length)
-            picked += _cut_runs(runs[dim], min(first + mine * inner, end), min(first + (mine + 1) * inner, end))
-        runs[dim] = picked
-    held = tuple(sum(count for _, count in dim) for dim in runs)
-    if held != tuple(local.shape) and (0 not in held or local.numel()):
-        raise SourceError(
-            f"tensor {name!r} has local data of shape {tuple(local.shape)} where its placements "
-            f"{tuple(map(str, tensor.placements))} leave {held}"
-        )
-    if 0 in held:
-        none = (0,) * tensor.dim()
-        return local, [(none, none, held)]
-    boxes = []
-    for several in itertools.product(*(_joined(dim) for dim in runs)):
-        boxes.append(
-            (tuple(start for start, _, _ in several), tuple(o for _, o, _ in several), tuple(n for _, _, n in several))
-        )
-    return local, boxes
-
-
-def _cut_runs(runs: list[_Run], begin: int, end: int) -> list[_Run]:
-    """The part [begin, end) of what these runs make up."""
-    cut: list[_Run] = []
-    at = 0
-    for start, length in runs:
-        low, high = max(begin, at), min(end, at + length)
-        if low < high:
-            cut.append((start + low - at, high - low))
-        at += length
-    return cut
-
-
-def _joined(runs: list[_Run]) -> list[tuple[int, int, int]]:
-    """Place in the local data, in the global dimension, and length of these runs, neighbours joined."""
-    joined: list[tuple[int, int, int]] = []
-    at = 0
-    for start, length in runs:
-        if joined and joined[-1][1] + joined[-1][2] == start:
-            joined[-1] = (*joined[-1][:2], joined[-1][2] + length)
-        else:
-            joined.append((at, start, length))
-        at += length
-    return joined

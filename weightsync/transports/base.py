@@ -165,8 +165,8 @@ class BucketSender(_End, ABC):
 
     @abstractmethod
     def revoke(self, slot: int, reader: str) -> None:
-        """Stop waiting for `reader` (it is lost), and make its ticket worthless if it was not opened. A reader that has
-        nothing of this slot is ignored."""
+        """Stop waiting for `reader`, which is lost; one that has nothing of this slot is ignored. A handoff also makes
+        its ticket worthless if it was not opened; a collective still needs it to take part, and is ended by `abort`."""
 
     def wait_released(self, slot: int, *, deadline: float) -> None:
         """Return when no reader of `slot` is pending. Raises `TransportTimeout` naming those that are."""

@@ -261,7 +261,13 @@ class GlooReceiver(BucketReceiver):
         self._check_mine(what, wanted.generation, wanted.reader, wanted.root)
         if wanted.nbytes > self._arena.slot_bytes:
             raise TransportBroken(f"{what}: {wanted.nbytes} bytes do not fit into a slot of {self._arena.slot_bytes}")
+        with self._freed:
+            self._check_unopened(wanted)  # before waiting for a slot, so that a ticket is not refused by a timeout
         return wanted
+
+    def _check_unopened(self, wanted: GlooTicket) -> None:
+        if (wanted.root, wanted.sequence) in self._opened:
+            raise TransportBroken(f"the ticket of sequence {wanted.sequence} was opened before")
 
     def _check_mine(self, what: str, generation: int, reader: str, root: int) -> None:
         mine = self._communicator
@@ -276,8 +282,7 @@ class GlooReceiver(BucketReceiver):
         what = f"bucket of sequence {wanted.sequence}"
         memory = self._arena.slot(slot)[: wanted.nbytes]
         with self._freed:
-            if (wanted.root, wanted.sequence) in self._opened:
-                raise TransportBroken(f"the ticket of sequence {wanted.sequence} was opened before")
+            self._check_unopened(wanted)
             self._opened[wanted.root, wanted.sequence] = None
             if len(self._opened) > _REMEMBERED:
                 self._opened.popitem(last=False)

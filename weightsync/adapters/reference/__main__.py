@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _wait(wake: int, workers: WorkerGroup) -> None:
-    """Return when somebody wrote to `wake`, or a worker ended. The one wait without end: it is this process's purpose."""
+    """Return when somebody wrote to `wake`, or a worker ended. A wait without end: it is what this process is for."""
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     for process in workers.processes:

@@ -6,14 +6,16 @@ Every worker gets the same commands in the same order and answers each with one 
 
 from __future__ import annotations
 
-import socket
 import struct
 from time import monotonic
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import msgspec
 
 from weightsync.errors import CodecError, TransportBroken, TransportTimeout
+
+if TYPE_CHECKING:
+    import socket
 
 __all__ = [
     "MANIFESTS_KEPT",

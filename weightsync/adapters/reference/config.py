@@ -55,7 +55,8 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         if self.moe:
             if not 1 <= self.num_experts_per_tok <= self.num_experts:
                 raise ValueError(
-                    f"num_experts_per_tok is {self.num_experts_per_tok}; it must be 1 to num_experts ({self.num_experts})"
+                    f"num_experts_per_tok is {self.num_experts_per_tok}; "
+                    f"it must be 1 to num_experts ({self.num_experts})"
                 )
             if self.moe_intermediate_size < 1:
                 raise ValueError("moe_intermediate_size must be at least 1")
@@ -120,9 +121,7 @@ def write_config(config: ModelConfig, directory: str | Path) -> None:
 def _own_words(raw: dict[str, Any]) -> dict[str, Any]:
     """`config.json` in the words of `ModelConfig`. Raises `ValueError` for features that this decoder has not."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ValueError("rope_parameters must be an object")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
+    if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError("rope_parameters: only the default rotary embedding is supported")
     for key in ("attention_bias", "use_sliding_window", "quantization_config"):
         if raw.get(key):

@@ -1,7 +1,7 @@
 """What the engine may do now: generate, pause, take new weights. No HTTP, no tensor, no torch.
 
-Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command at a
-time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed:
+Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command
+at a time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed:
 
     open    every request goes on
     drain   pausing with "wait": those in flight go on, new ones are refused, then the gate is `wait`
@@ -9,8 +9,8 @@ time. So a bucket is loaded between two steps, and a paused engine is one whose 
     wait    requests are refused
     abort   requests in flight were ended, new ones are refused
 
-From `begin` to `finish` the engine is torn. It serves in that time only where the push asked for no pause: a command that
-fails closes the gate, and so does a request that finds the update stalled.
+From `begin` to `finish` the engine is torn. It serves in that time only where the push asked for no pause: a command
+that fails closes the gate, and so does a request that finds the update stalled.
 """
 
 from __future__ import annotations
@@ -258,19 +258,20 @@ class Engine:
             elif self._gate == "open":
                 self._gate = "drain" if mode == "wait" else "keep"
             self._changed.notify_all()
-        if mode == "keep":
-            return
         with self._changed:
-            self._changed.wait_for(lambda: not self._running or self._gate not in ("drain", "abort"), _left(deadline))
-            if self._running and self._gate in ("drain", "abort"):
-                if self._gate == "drain":
-                    self._gate = "open"
-                    self._changed.notify_all()
-                raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, f"{self._running} requests did not end in time")
+            ended = self._changed.wait_for(lambda: not self._running or not self._ending, _left(deadline))
             if self._gate == "drain":
-                self._gate = "wait"
-            elif self._gate == "open":
+                self._gate = "wait" if ended else "open"
+                self._changed.notify_all()
+            if not ended:
+                raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, f"{self._running} requests did not end in time")
+            if not self.paused:
                 raise RequestError(HTTPStatus.CONFLICT, "the engine was resumed meanwhile")
+
+    @property
+    def _ending(self) -> bool:
+        """Whether requests in flight are on their way out."""
+        return self._gate in ("drain", "abort")
 
     def resume(self, *, deadline: float) -> None:
         """Serve again. Refused when torn; resuming a serving engine succeeds."""

@@ -4,8 +4,8 @@
     logits = model(input_ids)                  # int64[B, T] → float32[B, T, vocab]
     tokens = greedy(model, [1, 2, 3], 8)
 
-Computes in float32 (`ops.py`). While gradients are recorded every expert sees every token, weighted by zero where it was
-not chosen: each parameter then has a gradient on every rank, without which FSDP ranks disagree on what they reduce.
+Computes in float32 (`ops.py`). While gradients are recorded every expert sees every token, weighted by zero where it
+was not chosen: each parameter then has a gradient on every rank, without which FSDP ranks disagree on what they reduce.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, cast
 
 import torch  # noqa: TID251
-from torch import nn
-from torch.nn import functional
+from torch import nn  # noqa: TID251
+from torch.nn import functional  # noqa: TID251
 
 from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.checkpoint import open_checkpoint, random_checkpoint, save_tensors

@@ -7,7 +7,7 @@ Shapes: T new tokens, S tokens so far (S >= T), H heads, D head_dim, E experts; 
 from __future__ import annotations
 
 import torch  # noqa: TID251
-from torch.nn import functional
+from torch.nn import functional  # noqa: TID251
 
 __all__ = ["attention", "fused_mlp", "linear", "rms_norm", "rotary_tables", "rotate", "route"]
 
@@ -39,7 +39,10 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T positions, q[..., Hq, T, D], over all S, k and v[..., Hk, S, D] → [..., T, Hq · D]."""
+    """Causal attention of the last T positions, q[..., Hq, T, D], over all S, k and v[..., Hk, S, D].
+
+    Returns [..., T, Hq · D].
+    """
     groups = q.shape[-3] // k.shape[-3]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=-3), v.repeat_interleave(groups, dim=-3)
@@ -48,7 +51,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if new > 1:
         hidden = torch.ones(new, total, dtype=torch.bool).triu(total - new + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(-2, -3).flatten(-2)
+    out: Tensor = scores.softmax(-1) @ v
+    return out.transpose(-2, -3).flatten(-2)
 
 
 def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -58,7 +62,7 @@ def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, per_token: int, normalise: bool) -> Tensor:
-    """How much of each expert every token takes: router's logits[N, E] → [N, E], zero outside the chosen `per_token`."""
+    """How much of each expert every token takes: router's logits[N, E] → [N, E], zero but for `per_token` of them."""
     share = logits.softmax(-1)
     top, chosen = share.topk(per_token, dim=-1)
     if normalise:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch  # noqa: TID251
-from torch.distributed import FileStore, ProcessGroupGloo  # noqa: TID251
+import torch.distributed  # noqa: TID251
 
 from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.sharding import EMBED, HEAD, rank_layout
@@ -33,11 +33,15 @@ class Ranks:
         self._timeout = timedelta(seconds=timeout)
         if tp_size == 1:
             return
-        options = ProcessGroupGloo._Options()
+        # torch's stubs say little of what this class has. A group of our own, not torch.distributed's default one:
+        # nothing else may meet the ranks in a collective.
+        distributed: Any = torch.distributed
+        gloo = distributed.ProcessGroupGloo
+        options = gloo._Options()
         # Bound to loopback by hand: gloo would otherwise look up the host's name, which may lead to any interface.
-        options._devices = [ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = self._timeout
-        self._group = ProcessGroupGloo(FileStore(store_path, tp_size), tp_rank, tp_size, options)
+        self._group = gloo(distributed.FileStore(store_path, tp_size), tp_rank, tp_size, options)
 
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce in place."""
@@ -80,7 +84,7 @@ class ParallelDecoder:
 
     @torch.inference_mode()
     def step(self, sequence: int, start: int, tokens: list[int]) -> Choice:
-        """Take `tokens` as positions `start`… of a sequence, of which all earlier ones are cached, and choose the next."""
+        """Take `tokens` as positions `start`… of a sequence whose earlier ones are cached, and choose the next."""
         if start == 0:
             self._caches.pop(sequence, None)
         past = self._caches.get(sequence)
@@ -122,8 +126,8 @@ class ParallelDecoder:
         self, x: Tensor, prefix: str, tables: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         fused = ops.linear(x, self.params[f"{prefix}.qkv_proj.weight"])  # [T, (Hq + 2 Hk) · D]
-        heads = fused.unflatten(-1, (-1, self.config.head_dim)).transpose(0, 1)
-        q, k, v = heads.split([self._queries, self._keys, self._keys])
+        heads = fused.view(len(x), -1, self.config.head_dim).transpose(0, 1)
+        q, k, v = heads.tensor_split((self._queries, self._queries + self._keys))
         q = ops.rotate(self._norm(q, f"{prefix}.q_norm.weight"), tables)
         k = ops.rotate(self._norm(k, f"{prefix}.k_norm.weight"), tables)
         if past is not None:

@@ -1,8 +1,8 @@
 """The reading side, inside a worker: slices out of bucket slots straight into the parameters, without torch.
 
-A manifest is turned into a loading plan once, when it is accepted: for every bucket the boxes this rank needs of it, each
-with its place in the slot and a writable view of its place in a parameter. Loading a bucket then is one `copyto` per box
-(about a microsecond, plus the bytes). What was loaded is judged by what lies in the parameters, never by the slot.
+A manifest is turned into a loading plan once, when it is accepted: for every bucket the boxes this rank needs of it,
+each with its place in the slot and a writable view of its place in a parameter. Loading a bucket then is one `copyto`
+per box (two microseconds, plus the bytes). What was loaded is judged by what lies in the parameters, never by the slot.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class _Update:
 class BucketLoader:
     """Loads pushes into one rank's parameters.
 
-    `arrays` are the parameters' own memory by name, as unsigned integers of the element's size; they must stay where they
-    are. `receiver` is the reading end of a transport; it is closed with this loader.
+    `arrays` are the parameters' own memory by name, as unsigned integers of the element's size; they must stay where
+    they are. `receiver` is the reading end of a transport; it is closed with this loader.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class BucketLoader:
         self._update = None
 
     def residents(self, everything: bool = False) -> list[Resident]:
-        """Fingerprints of the parameters: of the latest update's tensors, or of all where there was none or it is asked."""
+        """Fingerprints of the parameters: of the latest update's tensors, or of all if there was none, or if asked."""
         if everything or self._latest is None:
             names: Iterable[tuple[str, str]] = ((name, name) for name in self._layout.slices)
         else:
@@ -163,11 +163,15 @@ class BucketLoader:
     def _view(self, box: Slice, low: Sequence[int], shape: Sequence[int]) -> np.ndarray[Any, Any]:
         """The place, in this rank, of the box `shape` at `low` (both of the checkpoint tensor) inside `box`."""
         stacked = len(box.at) - len(box.offset)
+        target = self._arrays[box.param]
+        for expert in box.at[:stacked]:
+            target = target[expert]
         index = tuple(
             slice(at + first - start, at + first - start + size)
             for at, first, start, size in zip(box.at[stacked:], low, box.offset, shape, strict=True)
         )
-        return self._arrays[box.param][(*box.at[:stacked], *index)]
+        view: np.ndarray[Any, Any] = target[index]
+        return view
 
     def _plan(self, manifest: Manifest) -> _Plan:
         names = held_names(self._config, manifest)

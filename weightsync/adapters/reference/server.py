@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hmac
 import logging
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from time import monotonic
@@ -29,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 import msgspec
 
 from weightsync import __version__
-from weightsync.adapters.base import PauseMode  # noqa: TC001 - msgspec reads the annotation
+from weightsync.adapters.base import PauseMode
 from weightsync.adapters.reference.engine import RequestError
 from weightsync.adapters.reference.faults import FaultOrder, Faults
 
@@ -94,7 +95,7 @@ class EngineServer(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log, instead of printing."""
-        logger.debug("connection from %s failed", client_address, exc_info=True)
+        logger.debug("connection from %s failed: %r", client_address, sys.exception())
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -113,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._answer()
 
-    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - the base class calls it so
+    def log_message(self, format: str, *arguments: Any) -> None:
         logger.debug(format, *arguments)
 
     def _answer(self) -> None:

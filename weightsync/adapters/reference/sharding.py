@@ -2,15 +2,15 @@
 
 An engine does not keep a checkpoint's tensors: it fuses, stacks, splits and pads them. Per layer, on every rank:
 
-    qkv_proj       the rank's query heads, then its key heads, then its value heads, all × hidden      (column-parallel)
-    o_proj         hidden × the rank's query heads                                                       (row-parallel)
-    gate_up_proj   the rank's part of gate_proj, then of up_proj, × hidden                              (column-parallel)
-    down_proj      hidden × the rank's part                                                              (row-parallel)
+    qkv_proj       the rank's query heads, then its key heads, then its value heads, all × hidden     (column-parallel)
+    o_proj         hidden × the rank's query heads                                                      (row-parallel)
+    gate_up_proj   the rank's part of gate_proj, then of up_proj, × hidden                             (column-parallel)
+    down_proj      hidden × the rank's part                                                             (row-parallel)
     w13, w2        the same two for every expert, stacked in front
     norms, router  whole on every rank
 
-With fewer key/value heads than ranks, neighbouring ranks hold the same head. Embedding and head are split by vocabulary,
-padded to a multiple of tp_size; the padding rows belong to no checkpoint tensor.
+With fewer key/value heads than ranks, neighbouring ranks hold the same head. Embedding and head are split by
+vocabulary, padded to a multiple of tp_size; the padding rows belong to no checkpoint tensor.
 """
 
 from __future__ import annotations

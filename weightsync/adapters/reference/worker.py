@@ -69,8 +69,11 @@ class Worker:
             for boxes in self.decoder.layout.slices.values():
                 for box in boxes:
                     stacked = len(box.at) - len(box.shape)
-                    index = (slice(a, a + n) for a, n in zip(box.at[stacked:], box.shape, strict=True))
-                    target = params[box.param][(*box.at[:stacked], *index)]
+                    target = params[box.param]
+                    for expert in box.at[:stacked]:
+                        target = target[expert]
+                    for d, (at, count) in enumerate(zip(box.at[stacked:], box.shape, strict=True)):
+                        target = target.narrow(d, at, count)
                     target.copy_(checkpoint.read_box(box.tensor, box.offset, box.shape))
 
     def answer(self, command: Command) -> Reply:
@@ -85,7 +88,7 @@ class Worker:
             return Reply(status=409, error=str(error))
         except WeightSyncError as error:
             return Reply(status=500, error=str(error))
-        except Exception as error:  # noqa: BLE001 - the seam: no collective was under way, so the rank is still in step
+        except Exception as error:  # the seam: no collective was under way, so the rank is still in step
             logger.exception("[rank=%d] %s.failed", self.decoder.ranks.tp_rank, type(command).__name__)
             return Reply(status=500, error=f"{type(error).__name__}: {error}")
 
@@ -109,12 +112,12 @@ class Worker:
     def _checksum(self) -> bytes:
         hasher = xxhash.xxh3_64()
         for array in self._arrays.values():
-            hasher.update(array.reshape(-1).view(np.uint8))
+            hasher.update(array.reshape(-1).view(np.uint8).data)
         return hasher.digest()
 
 
 def _integers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's own memory as unsigned integers of its element size: numpy knows no bfloat16, and copies need none."""
+    """The tensor's own memory as unsigned integers of its element size: numpy has no bfloat16, and copies need none."""
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     array: np.ndarray[Any, Any] = tensor.view(signed).numpy()
     return array.view(f"u{tensor.element_size()}")

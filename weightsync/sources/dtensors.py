@@ -1,0 +1,115 @@
+"""Which boxes of a DTensor this rank holds, and where in its local data they are."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
+
+from weightsync.errors import SourceError
+
+if TYPE_CHECKING:
+    import torch  # noqa: TID251
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor  # noqa: TID251
+    from torch.distributed.tensor import DTensor  # noqa: TID251
+
+__all__ = ["Box", "dtensor_boxes", "is_dtensor"]
+
+_Run = tuple[int, int]  # first index in the global dimension, length
+
+
+class Box(NamedTuple):
+    """A box of a tensor, in elements."""
+
+    start: tuple[int, ...]  # in the local data
+    offset: tuple[int, ...]  # in the global tensor
+    shape: tuple[int, ...]
+
+
+def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
+    """Whether it is one. Does not load torch.distributed.tensor, which takes a second; who has a DTensor has done so."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
+    """The local data and the boxes in it: one for plain shards, several where strided shards leave gaps.
+
+    Worked out here and not by torch's `compute_local_shape_and_global_offset`, which makes an index tensor as long as
+    the dimension for each parameter and gives the first offset only. What comes out is checked against the local data.
+    Call it without gradients. Raises `SourceError` naming the tensor where its placements do not say what lies where.
+    """
+    coordinate = tensor.device_mesh.get_coordinate()
+    local = tensor.to_local()
+    if type(local).__name__ == "AsyncCollectiveTensor":
+        local = cast("AsyncCollectiveTensor", local).wait()
+    none = (0,) * tensor.dim()
+    if coordinate is None:  # this rank is not in the tensor's mesh and holds none of it
+        return local, [Box(none, none, none)] if none else []
+    runs: list[list[_Run]] = [[(0, length)] for length in tensor.shape]
+    for mesh_dim, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            continue
+        shard: Any = placement
+        kind = type(placement).__name__
+        if kind not in ("Shard", "_StridedShard"):
+            partial = placement.is_partial()
+            raise SourceError(
+                f"tensor {name!r} has placement {placement}: "
+                + ("its value is a sum over ranks" if partial else "where its parts lie is unknown"),
+                hint="redistribute it to Shard or Replicate first",
+            )
+        dim, chunks, mine = shard.dim, tensor.device_mesh.size(mesh_dim), coordinate[mesh_dim]
+        splits = shard.split_factor if kind == "_StridedShard" else 1
+        length = sum(count for _, count in runs[dim])
+        if splits > 1 and length % (splits * chunks):
+            raise SourceError(
+                f"tensor {name!r} of shape {tuple(tensor.shape)} is sharded unevenly: {placement}, {chunks} ranks",
+                hint="parts of tensor-parallel parameters must be equal",
+            )
+        # As torch.chunk: chunks of the size rounded up, the last ones shorter or empty. A strided shard is cut into
+        # `splits` first, each of them into `chunks`.
+        outer = -(-length // splits)
+        inner = -(-outer // chunks)
+        picked = []
+        for first in range(0, splits * outer, outer or 1):
+            end = min(first + outer, length)
+            picked += _cut_runs(runs[dim], min(first + mine * inner, end), min(first + (mine + 1) * inner, end))
+        runs[dim] = picked
+    held = tuple(sum(count for _, count in dim) for dim in runs)
+    if held != tuple(local.shape) and (0 not in held or local.numel()):
+        raise SourceError(
+            f"tensor {name!r} has local data of shape {tuple(local.shape)} where its placements "
+            f"{tuple(map(str, tensor.placements))} leave {held}"
+        )
+    if 0 in held:
+        return local, [Box(none, none, held)]
+    boxes = []
+    for run in itertools.product(*map(_joined, runs)):  # one run of each dimension
+        boxes.append(Box(tuple(r[0] for r in run), tuple(r[1] for r in run), tuple(r[2] for r in run)))  # noqa: PERF401
+    return local, boxes
+
+
+def _cut_runs(runs: list[_Run], begin: int, end: int) -> list[_Run]:
+    """The part [begin, end) of what these runs make up."""
+    cut: list[_Run] = []
+    at = 0
+    for start, length in runs:
+        low, high = max(begin, at), min(end, at + length)
+        if low < high:
+            cut.append((start + low - at, high - low))
+        at += length
+    return cut
+
+
+def _joined(runs: list[_Run]) -> list[tuple[int, int, int]]:
+    """Place in the local data, in the global dimension, and length of these runs, neighbours joined."""
+    joined: list[tuple[int, int, int]] = []
+    at = 0
+    for start, length in runs:
+        if joined and joined[-1][1] + joined[-1][2] == start:
+            joined[-1] = (*joined[-1][:2], joined[-1][2] + length)
+        else:
+            joined.append((at, start, length))
+        at += length
+    return joined
