@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
     from weightsync.transports.conformance import MakePair
 
-__all__ = ["ManualClock", "check_transport", "eventually", "no_leaks", "transport_checks"]
+__all__ = ["LEAK_SECONDS", "ManualClock", "check_transport", "eventually", "no_leaks", "transport_checks"]
+
+LEAK_SECONDS = 5.0  # that a thread or a socket has to end after it was told to
 
 
 class ManualClock:
@@ -55,8 +57,8 @@ def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
 
 
 @contextmanager
-def no_leaks(*, directory: str = DIRECTORY, seconds: float = 5.0) -> Iterator[None]:
-    """Raise `AssertionError` if, `seconds` after the block, this process has file descriptors or threads, or
+def no_leaks(*, directory: str = DIRECTORY) -> Iterator[None]:
+    """Raise `AssertionError` if, `LEAK_SECONDS` after the block, this process has file descriptors or threads, or
     `directory` has arenas, that were not there before it. Run what loads modules or starts pools once beforehand."""
     files, threads, arenas = _files(), _threads(), _arenas(directory)
     yield
@@ -68,7 +70,7 @@ def no_leaks(*, directory: str = DIRECTORY, seconds: float = 5.0) -> Iterator[No
         extra = _threads() - threads
         return found + ([f"{extra} threads: {', '.join(t.name for t in threading.enumerate())}"] if extra > 0 else [])
 
-    if not eventually(lambda: not left(), seconds=seconds):
+    if not eventually(lambda: not left(), seconds=LEAK_SECONDS):
         raise AssertionError(f"left behind: {'; '.join(left())}")
 
 

@@ -34,6 +34,8 @@ __all__ = ["EVENTS", "INSTRUCTIONS", "Peer", "Rails"]
 
 logger = logging.getLogger(__name__)
 
+_LEAVE = 5.0  # seconds for a bridge to abort its communicator
+
 EVENTS = {kind.__name__: kind for kind in vars(ev).values() if isinstance(kind, type) and issubclass(kind, ev.Event)}
 INSTRUCTIONS = {
     kind.__name__: kind for kind in vars(do).values() if isinstance(kind, type) and issubclass(kind, do.Instruction)
@@ -266,9 +268,13 @@ class Rails:
     async def relay(self, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.Event:
         """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it."""
         bridge = self._bridges[instruction.slot.bridge]
-        peers = {target.node: target for target in instruction.targets}
+        targets = {target.node: target for target in instruction.targets}
+        readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
         export = commands.Export(
-            slot=instruction.slot.index, nbytes=instruction.nbytes, sequence=sequence, peers=tuple(sorted(peers))
+            slot=instruction.slot.index,
+            nbytes=instruction.nbytes,
+            sequence=sequence,
+            peers=tuple(sorted(readers.values())),
         )
         reply = await bridge.call(export, deadline=instruction.deadline)
         failed: dict[str, ErrorRecord] = {}
@@ -279,25 +285,27 @@ class Rails:
                 bucket=instruction.bucket,
                 rail=target.bridge,
                 slot=target.index,
-                ticket=reply.peer_tickets[node],
+                ticket=reply.peer_tickets[readers[node]],
                 timeout=max(0.0, instruction.deadline - time.monotonic()),
             )
             try:
                 await self._peers[node].ask(question, instruction.deadline + 1.0)
             except WeightSyncError as error:
                 failed[node] = error.record()
+                # nobody can complete a collective that one member has left: end it here instead of at its deadline
+                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
 
         send = commands.Send(slot=instruction.slot.index, sequence=sequence)
         async with asyncio.TaskGroup() as group:
-            for node, target in peers.items():
+            for node, target in targets.items():
                 group.create_task(receive(node, target))
             mine = group.create_task(_quietly(bridge.call(send, deadline=instruction.deadline)))
         own = mine.result()
         if failed or own is not None:
             self.break_up()
         if own is not None and not failed:
-            failed = dict.fromkeys(peers, own)
-        reached = tuple(sorted(set(peers) - set(failed)))
+            failed = dict.fromkeys(targets, own)
+        reached = tuple(sorted(set(targets) - set(failed)))
         return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
 
 

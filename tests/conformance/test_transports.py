@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
+from weightsync.errors import CodecError, TransportBroken
 from weightsync.ipc.arena import Arena
+from weightsync.ipc.descriptors import checksum, seal, unseal
 from weightsync.nccl_bridge.communicator import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.testing import check_transport, transport_checks
+from weightsync.transports.base import Lease
 from weightsync.transports.gloo import GlooReceiver, GlooSender
-from weightsync.transports.shm import ShmReceiver, ShmSender
+from weightsync.transports.shm import ShmReceiver, ShmSender, ShmTicket
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
-    from weightsync.transports.base import BucketReceiver, BucketSender, Lease
+    from weightsync.transports.base import BucketReceiver, BucketSender
 
 
 class Pair:
@@ -39,20 +44,28 @@ class Pair:
         return bytes(lease.view)
 
 
+def _close(*ends: BucketSender | BucketReceiver) -> None:
+    for end in ends:
+        end.close()
+
+
 class Shm:
-    def __init__(self, directory: Path) -> None:
+    def __init__(
+        self, directory: Path, sender: type[ShmSender] = ShmSender, receiver: type[ShmReceiver] = ShmReceiver
+    ) -> None:
         self.directory = str(directory)
+        self.sender = sender
+        self.receiver = receiver
 
     @contextmanager
     def __call__(self, readers: int, slots: int, slot_bytes: int) -> Iterator[Pair]:
         with Arena.create(node="test", bridge=0, slots=slots, slot_bytes=slot_bytes, directory=self.directory) as arena:
-            sender = ShmSender(arena)
-            receivers = [ShmReceiver() for _ in range(readers)]
+            sender = self.sender(arena)
+            receivers = [self.receiver() for _ in range(readers)]
             try:
                 yield Pair(sender, arena, [*receivers], [f"engine/{rank}" for rank in range(readers)])
             finally:
-                for end in (sender, *receivers):
-                    end.close()
+                _close(sender, *receivers)
 
 
 class Gloo:
@@ -91,10 +104,81 @@ class Gloo:
             try:
                 yield Pair(sender, arenas[0], [*receivers], names)
             finally:
-                for end in (sender, *receivers):
-                    end.close()
+                _close(sender, *receivers)
                 for member in members:
                     member.close(deadline=time.monotonic() + 1)
+
+
+class TrustingReceiver(ShmReceiver):
+    """Does not look at the checksum."""
+
+    def receive(self, ticket: bytes, *, deadline: float) -> Lease:
+        wanted = unseal(ticket, b"T", ShmTicket)
+        found = checksum(self._arenas[wanted.nonce].slot(wanted.slot)[: wanted.nbytes])
+        return super().receive(seal(b"T", msgspec.structs.replace(wanted, checksum=found)), deadline=deadline)
+
+
+class HastyReceiver(ShmReceiver):
+    """Releases what it has not read yet."""
+
+    def receive(self, ticket: bytes, *, deadline: float) -> Lease:
+        lease = super().receive(ticket, deadline=deadline)
+        copy = memoryview(bytes(lease.view)).toreadonly()
+        lease.release()
+        return Lease(sequence=lease.sequence, nbytes=lease.nbytes, view=copy, on_release=lambda: None)
+
+
+class PatientReceiver(ShmReceiver):
+    """Knows no deadlines."""
+
+    def receive(self, ticket: bytes, *, deadline: float) -> Lease:
+        return super().receive(ticket, deadline=deadline + 3600)
+
+
+class LeakyReceiver(ShmReceiver):
+    """Opens a file that nobody closes."""
+
+    def accept(self, offer: bytes, *, deadline: float) -> None:
+        super().accept(offer, deadline=deadline)
+        os.open("/dev/null", os.O_RDONLY)
+
+
+class ForgivingReceiver(ShmReceiver):
+    """Says of nonsense that the transport broke."""
+
+    def accept(self, offer: bytes, *, deadline: float) -> None:
+        try:
+            super().accept(offer, deadline=deadline)
+        except CodecError as error:
+            raise TransportBroken("?") from error
+
+
+class SharingSender(ShmSender):
+    """Gives everybody the same ticket."""
+
+    def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
+        tickets = super().export(slot, nbytes, sequence, readers)
+        return dict.fromkeys(tickets, next(iter(tickets.values())))
+
+
+@pytest.mark.parametrize(
+    ("sender", "receiver", "check"),
+    [
+        (ShmSender, TrustingReceiver, "altered_bytes"),
+        (ShmSender, HastyReceiver, "held_leases"),
+        (ShmSender, HastyReceiver, "close_releases"),
+        (ShmSender, PatientReceiver, "past_deadlines"),
+        (ShmSender, LeakyReceiver, "bytes_arrive"),
+        (ShmSender, ForgivingReceiver, "hostile_offers"),
+        (SharingSender, ShmReceiver, "a_ticket_for_each"),
+    ],
+)
+def test_the_suite_catches_a_transport_that(sender, receiver, check, tmp_path, monkeypatch):
+    """A suite that nothing fails proves nothing."""
+    monkeypatch.setattr("weightsync.testing.LEAK_SECONDS", 0.2)
+    with pytest.raises((AssertionError, TransportBroken)) as caught:
+        check_transport(Shm(tmp_path, sender, receiver), only=check, directory=str(tmp_path))
+    assert check in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("check", transport_checks())

@@ -614,7 +614,7 @@ class PushSession:
         for engine in self._live():
             if engine.node == node:
                 record = _about(error, engine=engine.name, phase=phase)
-                self._evict(engine, record, lost=not engine.touched or phase == "node", now=now, out=out)
+                self._evict(engine, record, lost=phase == "node", now=now, out=out)
         for bucket in self.buckets:
             bucket.copies.pop(node, None)
         self._after_eviction(now, out)

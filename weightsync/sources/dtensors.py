@@ -27,7 +27,7 @@ class Box(NamedTuple):
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one. Does not load torch.distributed.tensor, which takes a second; who has a DTensor has done so."""
+    """Whether it is one. Loads no torch.distributed.tensor, which takes a second; who has a DTensor has done so."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
