@@ -11,11 +11,13 @@ from weightsync.config import default_endpoint
 from weightsync.errors import ConfigError, PushTimeout, SourceError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from weightsync.adapters.base import PauseMode
     from weightsync.rank import RankPush
     from weightsync.report import PushReport
 
-__all__ = ["PushHandle", "push_weights", "push_weights_async"]
+__all__ = ["PushHandle", "push_source", "push_weights", "push_weights_async"]
 
 _PAUSE_MODES = ("keep", "wait", "abort", "none")
 
@@ -35,14 +37,16 @@ def push_weights(
     Call it on every trainer rank that takes part, with what that rank holds; each gets the same report, or the same
     error. No collective is used, so it may be called where ranks are at slightly different places.
 
-    weights: an `nn.Module` (plain, or FSDP2: each rank writes its own shards), a mapping or iterable of (checkpoint name,
+    weights: an `nn.Module` (plain, or FSDP2: each rank writes its own shards), a mapping or iterable of (checkpoint
+    name,
         tensor), or an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is
         read to its end before anything is sent. Nothing is gathered and nothing is changed.
     version: must be above every version that an engine of the model serves.
     model: which engines; the `model` key of `[[engines]]` in the node config.
     daemon: endpoint of the node's weightsyncd; default `$WEIGHTSYNC_DAEMON`, else the user's own socket.
     process_group: the ranks that take part; default all of `torch.distributed`, or just this process without it.
-    pause: what happens to requests in flight: "keep" them and go on with them on the new weights, "wait" for them to end,
+    pause: what happens to requests in flight: "keep" them and go on with them on the new weights, "wait" for them to
+    end,
         "abort" them, or "none": do not even pause (in-flight update).
     timeout: seconds for the whole push.
 
@@ -69,6 +73,25 @@ def push_weights_async(
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
     return PushHandle(_rank_push(weights, version, model, daemon, process_group, pause, timeout))
+
+
+def push_source(
+    source: Any,
+    *,
+    version: int,
+    model: str = "default",
+    daemon: str | None = None,
+    process_group: Any = None,
+    pause: str = "keep",
+    timeout: float = 600.0,
+    on_progress: Callable[[int], None] | None = None,
+) -> PushReport:
+    """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
+    thread.
+    """
+    push = _rank_push(source, version, model, daemon, process_group, pause, timeout)
+    push.on_progress = on_progress
+    return push.run()
 
 
 class PushHandle:

@@ -133,7 +133,9 @@ class NodeConfig(_Section, frozen=True):
 
 
 def runtime_dir() -> Path:
-    """The user's private directory for sockets: $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary one."""
+    """The user's private directory for sockets: $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary
+    one.
+    """
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "weightsync" if base else Path(tempfile.gettempdir()) / f"weightsync-{os.getuid()}"
 

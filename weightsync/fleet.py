@@ -1,7 +1,7 @@
 """A small fleet on this machine: daemons, reference engines and trainer ranks as child processes of this one.
 
-The demo, the benchmarks and the end-to-end tests all run on it, and so can you: it is real processes, the same that run in
-production, in a private directory, and nothing of them is left when the `with` block ends.
+The demo, the benchmarks and the end-to-end tests all run on it, and so can you: it is real processes, the same that run
+in production, in a private directory, and nothing of them is left when the `with` block ends.
 
     with Fleet() as fleet:
         engine = fleet.start_engine("e0", checkpoint, tp=2)
@@ -48,7 +48,6 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
-    waited: bool = False
 
     @property
     def pid(self) -> int:
@@ -249,19 +248,24 @@ class Fleet:
 
     # --- stopping -------------------------------------------------------------------------------------------------
 
+    def end(self, child: Child) -> None:
+        """End one child: SIGTERM, and SIGKILL for its whole group if it has not gone within some seconds."""
+        if child.process.poll() is None:
+            child.kill(signal.SIGTERM)
+        try:
+            child.wait(_STOP)
+        except FleetError:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.wait(_STOP)
+
     def stop(self) -> None:
-        """End every child, trainers first, and remove the directory."""
-        self.env = dict(self.env)
+        """End every child, the youngest first, and remove the directory."""
         for child in reversed(self.children):
             if child.process.poll() is None:
                 child.kill(signal.SIGTERM)
         for child in reversed(self.children):
-            try:
-                child.wait(_STOP)
-            except FleetError:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-                child.wait(_STOP)
+            self.end(child)
         self.children.clear()
         if self._own_root:
             shutil.rmtree(self.root, ignore_errors=True)

@@ -239,14 +239,14 @@ class RankPush:
         pause: str,
         started: float,
         deadline: float,
-        on_progress: Callable[[int, int], None] | None = None,
     ) -> None:
-        """`on_progress(bytes so far, bytes of this rank)` is called after each bucket, in the pushing thread."""
+        """Describe the source. Raises `SourceError`."""
+        self.on_progress: Callable[[int], None] | None = None  # called with bytes written so far, after each bucket
         self.version = version
         self.deadline = deadline
         self.filled = threading.Event()  # this rank's weights have been read
         self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
-        self._pause, self._started, self._on_progress = pause, started, on_progress
+        self._pause = pause
         self._layout = source.layout()
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
@@ -383,8 +383,8 @@ class RankPush:
         if not self._buckets_left:
             self.filled.set()
         self._busy_seconds += time.monotonic() - started
-        if self._on_progress is not None:
-            self._on_progress(self._written, nbytes)
+        if self.on_progress is not None:
+            self.on_progress(self._written)
 
     def _write(self, slot: torch.Tensor, write: _Write) -> int:
         """Copy one part into the slot; returns its fingerprint, taken from the source's own bytes where it can be."""

@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import weightsync
 from weightsync.errors import (
@@ -53,7 +53,8 @@ class BridgeConfig:
     slot_bytes: int
     readers: int = MAX_READERS
     directory: str = DIRECTORY
-    log_level: str = "INFO"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["human", "json"] = "human"
 
     @property
     def name(self) -> str:
@@ -237,6 +238,7 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         "--readers": config.readers,
         "--daemon": f"{os.getpid()}:{process_start(os.getpid())}",
         "--log-level": config.log_level,
+        "--log-format": config.log_format,
     }
     flat = [str(part) for pair in arguments.items() for part in pair]
     # -P: the working directory of the daemon is not searched for modules. A session of its own: a Ctrl-C on the

@@ -77,6 +77,9 @@ def models(checkpoints: dict[str, Path]) -> dict[str, CausalLM]:
 def engine(checkpoints: dict[str, Path]) -> Iterator[EngineProcess]:
     with running_engine(checkpoints["moe0"], tp=2, faults=True) as running:
         yield running
+        running.process.terminate()
+        assert running.wait_exit() == 0
+        assert running.log == "", "it has nothing to complain about"
 
 
 @pytest.fixture
@@ -258,6 +261,14 @@ def test_a_killed_worker_ends_the_whole_engine(checkpoints: dict[str, Path], mod
                     await hands.probe(deadline=soon(5))
 
         asyncio.run(push())
+
+
+def test_an_engine_that_cannot_start_says_why(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    (tmp_path / "config.json").write_bytes((checkpoints["tied0"] / "config.json").read_bytes())
+    with pytest.raises(AssertionError, match=r"(?s)ended with status 2.*holds no \*\.safetensors"):
+        running_engine(tmp_path).__enter__()
+    with pytest.raises(AssertionError, match=r"(?s)ended with status 2.*num_attention_heads is 4"):
+        running_engine(checkpoints["tied0"], tp=3).__enter__()
 
 
 def test_the_front_takes_its_workers_along(checkpoints: dict[str, Path]) -> None:

@@ -49,7 +49,7 @@ def test_adds_up(partition, strided):
     shape = data.shape[:-1]
     whole = of_box(data, (0,) * len(shape), shape, strided=False)
     assert 0 <= whole < 1 << 64
-    assert combine(of_box(data, *box, strided) for box in boxes) == whole
+    assert combine(of_box(data, offset, size, strided) for offset, size in boxes) == whole
 
 
 @settings(deadline=None, max_examples=200)

@@ -72,20 +72,23 @@ def worlds(draw):
 
 def planned(world: World):
     """The plan, or None where it is rightly refused because a fused group does not fit."""
+    refused = None
     try:
         return plan_push(world.layouts, slot_bytes=world.slot_bytes, owners=3, alignment=world.alignment)
     except PushRefused as error:
-        assert "fuse" in error.message
-        groups = defaultdict(list)
-        for name, data in world.tensors.items():
-            groups[group_key(name)].append(data.nbytes)
-        assert any(
-            max(sizes) <= world.slot_bytes < sum(math.ceil(n / world.alignment) * world.alignment for n in sizes)
-            for sizes in groups.values()
-        )
-        need = int(error.hint.rsplit(" ", 1)[1])
-        assert plan_push(world.layouts, slot_bytes=need, owners=3, alignment=world.alignment)
-        return None
+        refused = error
+    assert "fuse" in refused.message
+    groups = defaultdict(list)
+    for name, data in world.tensors.items():
+        groups[group_key(name)].append(data.nbytes)
+    assert any(
+        max(sizes) <= world.slot_bytes < sum(math.ceil(n / world.alignment) * world.alignment for n in sizes)
+        for sizes in groups.values()
+    )
+    assert refused.hint is not None
+    need = int(refused.hint.rsplit(" ", 1)[1])
+    assert plan_push(world.layouts, slot_bytes=need, owners=3, alignment=world.alignment)
+    return None
 
 
 @settings(deadline=None, max_examples=200)
@@ -130,7 +133,7 @@ def test_each_byte_is_written_once(world):
         return
     m = plan.manifest
     written = [np.zeros(n, np.uint8) for n in m.bucket_nbytes.tolist()]
-    fillers = [set() for _ in range(m.buckets)]
+    fillers: list[set[int]] = [set() for _ in range(m.buckets)]
     for rank, (layout, fills) in enumerate(zip(world.layouts, plan.fills, strict=True)):
         assert fills.tolist() == sorted(set(fills.tolist()))
         for bucket, parts in enumerate(parts_by_bucket(m, layout, fills)):
@@ -202,7 +205,9 @@ def test_boxes_that_overlap_are_refused(world, data):
 @given(worlds(), st.data())
 def test_packed_bytes_come_back_and_damage_is_noticed(world, data):
     plan = planned(world)
-    things: list[tuple[type, bytes]] = [(Layout, layout.pack()) for layout in world.layouts]
+    things: list[tuple[type[Layout | TensorTable | Manifest], bytes]] = [
+        (Layout, layout.pack()) for layout in world.layouts
+    ]
     things += [(TensorTable, world.layouts[0].tensors.pack())]
     if plan is not None:
         things.append((Manifest, plan.manifest.pack()))

@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["EngineAdapter", "EngineInfo", "PauseMode", "Resident"]
 
 PauseMode = Literal["keep", "wait", "abort", "none"]
-"""What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even paused."""
+"""What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even
+paused.
+"""
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportError, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.nccl_bridge.rendezvous import translated
 from weightsync.nccl_bridge.sockets import Sockets, cut, open_sockets
 from weightsync.transports.base import seconds_left
@@ -46,7 +46,7 @@ class GlooCommunicator:
         self._before: Sockets | None = None  # sockets of this process that are not ours
         self._busy = threading.Lock()
         self._closed = threading.Event()
-        self._broken: TransportError | None = None
+        self._broken = ""  # why; the error itself would keep its frames, and with them store and sockets, alive
 
     @property
     def closed(self) -> bool:
@@ -113,7 +113,7 @@ class GlooCommunicator:
         before = self._before
         if before is not None and self._busy.locked():
             count = cut(open_sockets() - before)
-            logger.info("[generation=%d rank=%d] abort cut %d connections", self.generation, self.rank, count)
+            logger.info("[generation=%d rank=%d] abort.complete connections=%d", self.generation, self.rank, count)
 
     @contextmanager
     def _operation(self, what: str, deadline: float) -> Iterator[None]:
@@ -126,15 +126,16 @@ class GlooCommunicator:
         except RuntimeError as error:
             if self._closed.is_set():
                 raise TransportClosed(f"{what}: aborted") from error
-            self._broken = translated(error, what)
-            raise self._broken from error
+            broken = translated(error, what)
+            self._broken = broken.message
+            raise broken from error
         finally:
             self._busy.release()
 
     def _check(self, what: str) -> None:
         if self._closed.is_set():
             raise TransportClosed(f"{what}: the communicator was closed")
-        if self._broken is not None:
+        if self._broken:
             raise TransportBroken(
-                f"{what}: the communicator is broken since: {self._broken.message}", hint="form a new generation"
+                f"{what}: the communicator is broken since: {self._broken}", hint="form a new generation"
             )

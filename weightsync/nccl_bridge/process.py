@@ -82,7 +82,7 @@ class BridgeProcess:
         try:
             self._serve()
         except (OSError, WeightSyncError):
-            logger.exception("[bridge=%s] the pipe broke", self._options.name)
+            logger.exception("pipe.failed")
         self._exit(1)
 
     def _serve(self) -> None:
@@ -97,7 +97,7 @@ class BridgeProcess:
                 lanes.take(request)
             elif failed is not None:
                 self._answer(c.Response(id=request.id, error=failed.record()))
-        logger.info("[bridge=%s] the daemon is gone", self._options.name)
+        logger.info("pipe.complete: the daemon is gone")
 
     def _make_arena(self) -> Arena:
         o = self._options
@@ -145,7 +145,7 @@ class BridgeProcess:
             with self._sending:
                 self._pipe.sendall(frame)
         except OSError as error:
-            logger.warning("[bridge=%s] no answer can be sent: %s", self._options.name, error)
+            logger.warning("answer.failed %s", error)
             self._exit(1)
 
     def _stop(self) -> NoReturn:
@@ -211,7 +211,7 @@ class Lanes:
         except WeightSyncError as error:
             self._send(c.Response(id=task.id, error=error.record()))
         except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
-            logger.exception("[bridge=%s] %s failed", self._service.name, type(task.command).__name__)
+            logger.exception("%s.failed", type(task.command).__name__.lower())
             broken = TransportBroken(f"bridge {self._service.name}: {type(error).__name__}: {error}")
             self._send(c.Response(id=task.id, error=broken.record()))
         else:

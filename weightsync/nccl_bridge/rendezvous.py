@@ -6,6 +6,7 @@ their own (authenticated) connections, so that a stranger who reaches the port c
 
 from __future__ import annotations
 
+import re
 import socket
 from datetime import timedelta
 from typing import Any
@@ -14,7 +15,9 @@ from weightsync.errors import TransportBroken, TransportTimeout
 from weightsync.nccl_bridge.sockets import Sockets, open_sockets
 from weightsync.transports.base import seconds_left
 
-__all__ = ["Rendezvous"]
+__all__ = ["Rendezvous", "translated"]
+
+_PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it is
 
 
 class Rendezvous:
@@ -77,7 +80,7 @@ def _torch() -> Any:
 
 def translated(error: RuntimeError, what: str) -> TransportBroken | TransportTimeout:
     """torch's error as ours. torch tells a timeout by its text alone."""
-    text = str(error).split("\n", 1)[0].strip()
+    text = _PLACE.sub("", str(error).split("\n", 1)[0]).partition(" This is typically caused by")[0].strip()
     lowered = text.lower()
     if "timed out" in lowered or "timeout" in lowered:
         return TransportTimeout(f"{what}: {text}")

@@ -233,13 +233,7 @@ class BridgeService:
         except BaseException:
             self._leave()
             raise
-        logger.info(
-            "[bridge=%s] join.complete generation=%d rank=%d world=%d",
-            self.name,
-            command.generation,
-            command.rank,
-            command.world,
-        )
+        logger.info("[generation=%d rank=%d] join.complete world=%d", command.generation, command.rank, command.world)
 
     def _leave(self) -> None:
         with self._lock:

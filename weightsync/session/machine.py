@@ -83,7 +83,9 @@ class PushSession:
         grace: float = 10.0,
         last_version: int | None = None,
     ) -> None:
-        """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at least."""
+        """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at
+        least.
+        """
         self.model, self.version, self.world, self.home, self.pause = model, version, world, home, pause
         self.push_deadline = deadline
         self.operation_timeout = operation_timeout
@@ -253,7 +255,9 @@ class PushSession:
         self._accept_when_known(now, out)
 
     def _accept_when_known(self, now: float, out: list[Instruction]) -> None:
-        """Once the plan is made, the group stands and every engine has answered or is out: check, then show the plan."""
+        """Once the plan is made, the group stands and every engine has answered or is out: check, then show the
+        plan.
+        """
         if self.ended or not (self._planned and self._group_ready):
             return
         live = self._live()
@@ -377,7 +381,9 @@ class PushSession:
             self._go_on(now, out)
 
     def _go_on(self, now: float, out: list[Instruction]) -> None:
-        """Issue whatever has become possible: in bucket order for slots and relays, in its own order for each engine."""
+        """Issue whatever has become possible: in bucket order for slots and relays, in its own order for each
+        engine.
+        """
         self._free_slots()
         if self.state is State.TRANSFERRING:
             self._grant(now, out)
@@ -508,7 +514,9 @@ class PushSession:
         self._resume_when_verified(now, out)
 
     def _resume_when_verified(self, now: float, out: list[Instruction]) -> None:
-        """All engines that are still in change over together, so that a fleet serves two versions as briefly as it can."""
+        """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
+        can.
+        """
         live = self._live()
         if any(e.stage is not EngineStage.VERIFIED for e in live):
             return
@@ -575,7 +583,9 @@ class PushSession:
     def _evict(
         self, engine: EngineTrack, error: ErrorRecord, *, lost: bool, now: float, out: list[Instruction]
     ) -> None:
-        """Take the engine out of this push; its readers' holds are revoked, since what it may still read is never served."""
+        """Take the engine out of this push; its readers' holds are revoked, since what it may still read is never
+        served.
+        """
         engine.error = engine.error or error
         for index, bucket in enumerate(self.buckets):
             copy = bucket.copies.get(engine.node)

@@ -39,9 +39,17 @@ PROMPT = 5.0  # within which an abort must be felt
 class TransportPair(Protocol):
     """A sender with a receiver for each reader, in one process as far as the checks can tell."""
 
-    sender: BucketSender
-    receivers: Sequence[BucketReceiver]
-    readers: Sequence[str]  # the name of each receiver's reader
+    @property
+    def sender(self) -> BucketSender:
+        """The one that is checked."""
+
+    @property
+    def receivers(self) -> Sequence[BucketReceiver]:
+        """One for each reader."""
+
+    @property
+    def readers(self) -> Sequence[str]:
+        """Their names, in the same order."""
 
     def fill(self, slot: int, data: bytes) -> None:
         """Write `data` to the beginning of a slot of the sender."""

@@ -1,0 +1,152 @@
+"""Run by torchrun for test_sources_fsdp2.py: real FSDP2 ranks that write down what their sources say and hold."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from weightsync.errors import SourceError
+from weightsync.sources import TensorSource, source_of
+
+OUT = Path(sys.argv[1])
+
+
+class Block(nn.Module):
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width, bias=False)
+        self.scale = nn.Parameter(torch.rand(1))  # one element: only one rank holds it
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.scale * self.down(self.up(x).relu())
+
+
+class Model(nn.Module):
+    def __init__(self, width: int = 6, inner: int = 10, tied: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, width)
+        self.layers = nn.ModuleList(Block(width, inner) for _ in range(2))
+        self.head = nn.Linear(width, 7, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def raw(tensor: torch.Tensor) -> np.ndarray:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return flat.view(f"u{tensor.itemsize}").reshape(tuple(tensor.shape))
+
+
+def record(case: str, weights: object) -> None:
+    """Write this rank's layout and shards; rank 0 also writes the whole tensors."""
+    source = source_of(weights)
+    layout = source.layout()
+    arrays = {}
+    for i in range(len(layout)):
+        shard = layout.shard(i)
+        out = torch.zeros(shard.shape, dtype=getattr(torch, shard.dtype))
+        none = (0,) * out.dim()
+        source.read_into(i, none, shard.shape, out)
+        data = source.box_bytes(i, none, shard.shape)
+        assert data is not None
+        assert data.tobytes() == raw(out).tobytes(), shard
+        arrays[f"shard{i}"] = raw(out)
+    rank = dist.get_rank()
+    (OUT / f"{case}.{rank}.layout").write_bytes(layout.pack())
+    np.savez(OUT / f"{case}.{rank}.npz", **arrays)
+    named = weights.named_parameters() if isinstance(weights, nn.Module) else dict(weights).items()  # type: ignore[call-overload]
+    whole = {name: raw(t.full_tensor() if isinstance(t, DTensor) else t) for name, t in named}
+    if rank == 0:
+        np.savez(OUT / f"{case}.whole.npz", **whole)
+
+
+def sharded(model: Model, mesh: DeviceMesh | None = None, **options: object) -> Model:
+    for layer in model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def train(model: nn.Module) -> None:
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.tensor([[1, 2, 3]])).sum().backward()
+    optimiser.step()
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    torch.manual_seed(0)  # the same weights everywhere before they are sharded
+    world = dist.get_world_size()
+
+    model = sharded(Model())
+    train(model)
+    record("trained", model)
+    record("state_dict", {name: t for name, t in model.state_dict().items()})
+    record("tied", sharded(Model(tied=True)))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    record("bfloat16", sharded(Model().to(torch.bfloat16), mp_policy=policy, reshard_after_forward=False))
+    unsharded = sharded(Model(), reshard_after_forward=False)
+    unsharded.unshard()
+    record("unsharded", unsharded)
+    record("narrow", sharded(Model(width=1, inner=2)))  # fewer rows than ranks: some ranks hold nothing
+
+    mesh = init_device_mesh("cpu", (world,))
+    whole = torch.arange(35.0).reshape(5, 7)
+    columns = distribute_tensor(whole, mesh, [Shard(1)])
+    record("mapping", {"columns": columns, "all": distribute_tensor(whole, mesh, [Replicate()]), "plain": whole[:2]})
+    partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
+    try:
+        TensorSource({"p": partial})
+    except SourceError as error:
+        assert "'p'" in error.message and "sum over ranks" in error.message, error
+    else:
+        raise AssertionError("a partial tensor was accepted")
+
+    if world == 3:  # a tensor that only ranks 0 and 2 have
+        some = DeviceMesh("cpu", [0, 2])
+        record("submesh", {"t": distribute_tensor(whole, some, [Shard(0)]), "all": whole})
+    if world == 4:
+        both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        record("hybrid", sharded(Model(), both))
+        record("grid", {"g": distribute_tensor(whole, both, [Shard(0), Shard(1)])})
+        record("nested", {"n": distribute_tensor(whole, both, [Shard(0), Shard(0)])})
+        # FSDP over tensor parallelism: FSDP cuts what tensor parallelism has cut (strided shards).
+        parallel = Model(width=8, inner=16)
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        for layer in parallel.layers:
+            parallelize_module(layer, both["inner"], plan)
+        record("tensor_parallel", sharded(parallel, both["outer"]))
+        from torch.distributed.tensor.placement_types import _StridedShard
+
+        rows = torch.arange(64.0).reshape(16, 4)
+        local = torch.cat([rows[4 * i + 2 * both.get_local_rank("outer") :][:2] for i in range(4)])
+        gaps = DTensor.from_local(local, both, [_StridedShard(0, split_factor=4), Replicate()], run_check=False)
+        record("gaps", [("g", gaps)])
+        uneven = DTensor.from_local(rows[:2], both, [_StridedShard(0, split_factor=3), Replicate()], run_check=False)
+        try:
+            TensorSource({"u": uneven})
+        except SourceError as error:
+            assert "'u'" in error.message, error
+        else:
+            raise AssertionError("an uneven strided shard was accepted")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

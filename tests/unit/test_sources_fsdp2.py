@@ -1,0 +1,80 @@
+"""Real FSDP2 ranks on gloo: what they say they hold, put together, is the model bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.plan_kit import filled, read_back
+from weightsync.plan.buckets import Plan, plan_push
+from weightsync.plan.manifest import Layout
+
+ROOT = Path(__file__).parents[2]
+CASES = {"trained", "state_dict", "tied", "bfloat16", "unsharded", "narrow", "mapping"}
+MORE = {2: set(), 3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps"}}
+
+
+def put_together(directory: Path, case: str, world: int) -> tuple[Plan, list[Layout]]:
+    """Plan the case, fill buckets from what its ranks wrote, compare with the whole tensors."""
+    layouts = [Layout.unpack((directory / f"{case}.{rank}.layout").read_bytes()) for rank in range(world)]
+    shards = []
+    for rank, layout in enumerate(layouts):
+        with np.load(directory / f"{case}.{rank}.npz") as arrays:
+            shards.append([arrays[f"shard{i}"] for i in range(len(layout))])
+    plan = plan_push(layouts, slot_bytes=512, owners=world, alignment=16)
+    back = read_back(plan.manifest, filled(plan, layouts, shards))
+    aliases = dict(plan.manifest.tensors.aliases)
+    with np.load(directory / f"{case}.whole.npz") as whole:
+        assert {*back, *aliases} == {*whole.files, *aliases}
+        for name in whole.files:
+            np.testing.assert_array_equal(back[aliases.get(name, name)], whole[name], err_msg=f"{case}: {name}")
+    return plan, layouts
+
+
+@pytest.mark.timeout(150)
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_what_ranks_hold_makes_up_the_model(tmp_path, world):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    done = subprocess.run(
+        [*command, str(ROOT / "tests/unit/fsdp2_ranks.py"), str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=140,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    cases = {path.name.split(".")[0] for path in tmp_path.glob("*.layout")}
+    assert cases == CASES | MORE[world]
+    for case in sorted(cases):
+        plan, layouts = put_together(tmp_path, case, world)
+        table = plan.manifest.tensors
+        if case == "tied":
+            assert table.aliases == (("head.weight", "embed.weight"),)
+        else:
+            assert not table.aliases
+        if case == "trained":
+            assert all(len(fill) for fill in plan.fills)
+        if case == "unsharded":  # replicas are shared out, not all written by rank 0
+            assert all(len(fill) for fill in plan.fills)
+        if case == "submesh":
+            assert layouts[1].shard(0).shape == (0, 0)
+        if case == "hybrid":
+            assert sum(len(fill) for fill in plan.fills) < sum(len(layout) for layout in layouts)
+        if case == "tensor_parallel":
+            up = [
+                layout.shard(i)
+                for layout in layouts
+                for i in range(len(layout))
+                if "0.up.weight" in layout.shard(i).name
+            ]
+            assert sorted(shard.offset[0] for shard in up) == [0, 4, 8, 12]
+        if case == "gaps":  # four runs of two rows on each rank
+            assert [len(layout) for layout in layouts] == [4, 4, 4, 4]
+            assert layouts[0].shard(1).offset == (4, 0)

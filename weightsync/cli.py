@@ -1,0 +1,180 @@
+"""`weightsync`: the operator's hand. Try `weightsync demo` first."""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from weightsync.config import default_endpoint
+from weightsync.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from weightsync.report import PushReport
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a checkpoint "
+    "directory; `status` and `engines` look at a running weightsyncd.",
+)
+
+DaemonOption = Annotated[
+    str | None,
+    typer.Option(
+        "--daemon",
+        envvar="WEIGHTSYNC_DAEMON",
+        help="Endpoint of the node's weightsyncd, such as ipc:///path/to.sock.  [default: the user's own socket]",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+
+
+@app.command()
+def demo(
+    steps: Annotated[int, typer.Option(min=1, max=1000, help="Optimiser steps, with a push after each.")] = 5,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the main job on this machine: two FSDP2 ranks train and push into three engines on two nodes.
+
+    Builds a small dense and a small mixture-of-experts model, starts real daemons and engines (tensor parallel 1 and
+    2, and 2 on a second node), and after each step compares every engine with the trainer: checksums of what lies in
+    each tensor-parallel rank, and greedy tokens. Needs no GPU, no download, and leaves nothing behind.
+    """
+    from rich.console import Console
+
+    from weightsync.demo.show import run_demo
+
+    console = Console(stderr=as_json, highlight=False)
+    result = run_demo(console, steps=steps)
+    if as_json:
+        typer.echo(json.dumps(result.as_dict()))
+    else:
+        good = sum(push["equal"] for push in result.pushes)
+        console.print(
+            f"\n{good} of {len(result.pushes)} pushes equal on every engine and rank, in {result.seconds:.0f} s; "
+            f"left behind: {', '.join(result.left_behind) or 'nothing'}"
+        )
+    raise typer.Exit(0 if result.ok else 1)
+
+
+@app.command()
+def push(
+    checkpoint: Annotated[
+        Path, typer.Argument(help="A safetensors directory in Hugging Face form.", show_default=False)
+    ],
+    version: Annotated[int, typer.Option(min=0, help="Must be above what the engines serve.", show_default=False)],
+    model: Annotated[str, typer.Option(help="Which engines: their `model` in the node config.")] = "default",
+    daemon: DaemonOption = None,
+    pause: Annotated[str, typer.Option(help="Requests in flight: keep, wait, abort or none.")] = "keep",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole push.")] = 600.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Push a checkpoint directory to every engine of a model. Streamed: needs memory for a few buckets, not the
+    model.
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from weightsync.client import push_source
+    from weightsync.sources.checkpoint import CheckpointSource
+
+    console = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with CheckpointSource(checkpoint) as source, Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("filling", total=source.nbytes)
+        report: PushReport = push_source(
+            source,
+            version=version,
+            model=model,
+            daemon=daemon,
+            pause=pause,
+            timeout=timeout,
+            on_progress=lambda done: progress.update(bar, completed=done, description=_stage(done, source.nbytes)),
+        )
+    typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
+    raise typer.Exit(0 if report.complete else 1)
+
+
+def _stage(done: int, total: int) -> str:
+    return "filling" if done < total else "engines finish"
+
+
+@app.command()
+def status(
+    daemon: DaemonOption = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every second until Ctrl-C.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """How a weightsyncd is: its engines and what they serve, its bridges, the push under way and the last one."""
+    endpoint = daemon or default_endpoint()
+    if as_json:
+        typer.echo(json.dumps(_fetch(endpoint)))
+        return
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not watch:
+        console.print(_status_view(endpoint))
+        return
+    from rich.live import Live
+
+    with Live(_status_view(endpoint), console=console, refresh_per_second=4) as live:
+        while True:
+            select.select([], [], [], 1.0)
+            live.update(_status_view(endpoint))
+
+
+@app.command()
+def engines(daemon: DaemonOption = None, as_json: JsonOption = False) -> None:
+    """Every engine a weightsyncd reaches: what it is, which protocol was chosen for it and why, what it serves."""
+    found = _fetch(daemon or default_endpoint())["engines"]
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    from rich.console import Console
+
+    from weightsync.views import engine_details
+
+    Console(highlight=False).print(engine_details(found))
+
+
+def _fetch(endpoint: str) -> dict[str, Any]:
+    import msgspec
+
+    from weightsync.operator import fetch_status
+
+    plain: dict[str, Any] = msgspec.to_builtins(fetch_status(endpoint))
+    plain.pop("type", None)
+    plain.pop("id", None)
+    return plain
+
+
+def _status_view(endpoint: str) -> Any:
+    from weightsync.views import status_view
+
+    return status_view(_fetch(endpoint), time.strftime("%H:%M:%S"))
+
+
+def main() -> None:
+    """Entry point of the console script: errors in words, exit status 1; 130 after Ctrl-C."""
+    try:
+        app(standalone_mode=True)
+    except WeightSyncError as error:
+        typer.echo(f"weightsync: {error}", err=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("weightsync: interrupted", err=True)
+        os._exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Tables for the terminal, made from the plain data of `weightsync status --json`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["engine_details", "status_view"]
+
+_COLOURS = {"serving": "green", "committed": "green", "connected": "green", "torn": "red", "lost": "red"}
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column)
+    return table
+
+
+def _coloured(word: str) -> Text:
+    return Text(word, style=_COLOURS.get(word, "yellow"))
+
+
+def _or_dash(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def status_view(status: dict[str, Any], clock: str) -> Group:
+    """A whole daemon at a glance."""
+    head = Text(
+        f"{status['software']} on node {status['node']}, pid {status['pid']}, up {status['uptime']:.0f} s, at {clock}"
+    )
+    engines = _table("engine", "node", "model", "state", "serves", "tp", "url", "problem")
+    for e in status["engines"]:
+        state = _coloured(e["state"])
+        version, tp = _or_dash(e["version"]), _or_dash(e["tp_size"])
+        engines.add_row(e["name"], e["node"], e["model"], state, version, tp, e["url"], e["error"] or "")
+    bridges = _table("bridge", "pid", "slots", "open exports", "restarts", "problem")
+    for b in status["bridges"]:
+        slots = f"{b['slots']} × {b['slot_bytes'] / 2**20:g} MiB"
+        name, restarts = f"{b['node']}/{b['index']}", str(b["restarts"])
+        bridges.add_row(name, _or_dash(b["pid"]), slots, str(b["outstanding"]), restarts, b["error"] or "")
+    parts: list[Any] = [head, Text(), engines, Text(), bridges]
+    if status["peers"]:
+        peers = _table("peer", "state")
+        for name, state in status["peers"].items():
+            peers.add_row(name, _coloured(state))
+        parts += [Text(), peers]
+    return Group(*parts, Text(), _push_line(status), *_last_push(status))
+
+
+def _push_line(status: dict[str, Any]) -> Text:
+    push = status["push"]
+    if push is None:
+        return Text("no push is under way")
+    share = 100 * push["filled_bytes"] / push["nbytes"] if push["nbytes"] else 0
+    text = f"pushing version {push['version']} of {push['model']}: {push['state']} for {push['seconds']:.1f} s, "
+    return Text(f"{text}{share:.0f} % filled" + (f", waiting for {push['waiting_for']}" if push["waiting_for"] else ""))
+
+
+def _last_push(status: dict[str, Any]) -> list[Any]:
+    last, error = status["last"], status["last_error"]
+    if last is None:
+        return []
+    if error is not None:
+        return [
+            Text(f"last push: version {last['version']} of {last['model']} failed: {error['message']}", style="red")
+        ]
+    phases = ", ".join(f"{name} {seconds * 1e3:.0f} ms" for name, seconds in last["phases"].items())
+    outcomes = ", ".join(f"{e['engine']} {e['outcome']}" for e in last["engines"])
+    size = f"{last['nbytes'] / 1e6:.1f} MB in {last['seconds']:.3f} s"
+    return [Text(f"last push: version {last['version']} of {last['model']}, {size} ({phases}); {outcomes}")]
+
+
+def engine_details(engines: list[dict[str, Any]]) -> Table:
+    """What each engine is and how it is spoken to."""
+    table = _table("engine", "node", "kind", "software", "profile", "tp", "state", "serves")
+    for e in engines:
+        software, profile = _or_dash(e["software"]), _or_dash(e["profile"])
+        tp, version = _or_dash(e["tp_size"]), _or_dash(e["version"])
+        table.add_row(e["name"], e["node"], e["kind"], software, profile, tp, _coloured(e["state"]), version)
+    return table
