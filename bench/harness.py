@@ -78,7 +78,7 @@ def report(
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log is wide enough for every column
     if json_path is not None:
         document: Mapping[str, Any] = {
             "title": title,

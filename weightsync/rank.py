@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import torch  # noqa: TID251 - slots are filled through tensors
+import torch
 
 from weightsync.errors import (
     DaemonLost,

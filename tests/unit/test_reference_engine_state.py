@@ -12,7 +12,8 @@ from tests.hand_push import Tensors, manifest_of, soon
 from weightsync.adapters.reference import engine as engine_module
 from weightsync.adapters.reference.commands import Accept, Begin, Command, Finish, Load, Reply, Step
 from weightsync.adapters.reference.config import ModelConfig
-from weightsync.adapters.reference.engine import Engine, Generated, RequestError
+from weightsync.adapters.reference.engine import Engine, Generated
+from weightsync.adapters.reference.gate import RequestError
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.adapters.reference.turns import Turns
 from weightsync.errors import EngineLost

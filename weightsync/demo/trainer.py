@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,11 @@ def main() -> None:
     parser.add_argument("--rows", required=True, help="file that gets one JSON line for each step")
     arguments = parser.parse_args()
     dist.init_process_group("gloo")
-    try:
-        train(arguments)
-    finally:
-        dist.destroy_process_group()
+    train(arguments)
+    dist.barrier()
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # torch 2.13's gloo threads now and then abort a process that ends the ordinary way
 
 
 def train(arguments: argparse.Namespace) -> None:

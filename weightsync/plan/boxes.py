@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Ints",
     "Words",
+    "as_tuples",
     "box_runs",
     "flat_boxes",
     "measure",
@@ -53,6 +54,18 @@ def pad_shapes(shapes: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints
         if length:
             rows[where, :length] = [shapes[i] for i in where]
     return rows
+
+
+def as_tuples(rows: Ints, ndims: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]:
+    """The first `ndims[i]` numbers of each row [n, D], as tuples; equal ones are one object, for few of many differ."""
+    tuples: list[tuple[int, ...]] = [()] * len(rows)
+    same: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for ndim in np.unique(ndims[ndims > 0]).tolist():
+        where = np.flatnonzero(ndims == ndim)
+        columns = rows[where, :ndim].T.tolist()
+        for i, row in zip(where.tolist(), zip(*columns, strict=True), strict=True):
+            tuples[i] = same.setdefault(row, row)
+    return tuples
 
 
 def padded_width(rows: Ints, width: int, fill: int) -> Ints:

@@ -48,6 +48,7 @@ EXPERT_MEMBERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "linear
 
 _GROUP_OF = {member: group for group, members in FUSED.items() for member in members}
 _EXPERT = frozenset(EXPERT_MEMBERS)
+_MEMBERS = _EXPERT.union(_GROUP_OF)
 _DIGITS = re.compile(r"\d+")
 
 
@@ -61,14 +62,14 @@ def group_key(name: str) -> str:
 
 
 def _group_key(name: str, parts: list[str]) -> str:
-    last = len(parts) - 1
-    for at in range(last, max(last - 3, -1), -1):
-        part = parts[at]
-        if part in _EXPERT and at >= 2 and parts[at - 2] == "experts" and parts[at - 1].isdecimal():
-            return ".".join(parts[:at]) + ".[expert]"
-        group = _GROUP_OF.get(part)
-        if group is not None:
-            return ".".join((*parts[:at], f"[{group}]"))
+    for back in (-1, -2, -3)[: len(parts)]:
+        part = parts[back]
+        if part not in _MEMBERS:
+            continue
+        if part in _EXPERT and parts[back - 2 : back - 1] == ["experts"] and parts[back - 1].isdecimal():
+            return ".".join((*parts[:back], "[expert]"))
+        if part in _GROUP_OF:
+            return ".".join((*parts[:back], f"[{_GROUP_OF[part]}]"))
     return name
 
 

@@ -70,10 +70,11 @@ def _union(layouts: Sequence[Layout]) -> tuple[TensorTable, list[npt.NDArray[np.
         if table.digest in positions:
             continue
         first_rank[table.digest] = rank
-        if not index:
-            index.update(table.index)
-            dtypes.extend(table.dtypes)
-            shapes.extend(table.shapes)
+        if not index:  # the first is usually the only one
+            index, dtypes, shapes = dict(table.index), list(table.dtypes), list(table.shapes)
+            owners = [rank] * len(index)
+            positions[table.digest] = np.arange(len(index), dtype=np.int32)
+            continue
         known = len(index)
         places = [index.setdefault(name, len(index)) for name in table.names]
         positions[table.digest] = np.array(places, dtype=np.int32)
@@ -83,7 +84,7 @@ def _union(layouts: Sequence[Layout]) -> tuple[TensorTable, list[npt.NDArray[np.
                 shapes.append(shape)
             elif dtypes[place] != dtype or shapes[place] != shape:
                 conflicts.append((name, owners[place], rank))
-        owners.extend([rank] * (len(index) - len(owners)))
+        owners.extend([rank] * (len(index) - known))
     if conflicts:
         name, one, other = min(conflicts, key=lambda conflict: natural_key(conflict[0]))
         raise PushRefused(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from weightsync.errors import RemoteProtocolError
-from weightsync.plan.boxes import Ints, padded_width, row_strides
+from weightsync.plan.boxes import Ints, as_tuples, padded_width, row_strides
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -77,16 +77,16 @@ def parts_by_bucket(manifest: Manifest, layout: Layout, fills: npt.NDArray[np.in
     met = overlaps(manifest, tensor, offset, shape)
     order = np.lexsort((fills[met.box], met.piece))
     box, piece, start = met.box[order], met.piece[order], met.offset[order]
-    rows = zip(
+    ndims = manifest.tensors.ndims[manifest.piece_tensor[piece]]
+    columns = zip(
         fills[box].tolist(),
         piece.tolist(),
-        (start - offset[box]).tolist(),
-        met.shape[order].tolist(),
-        (start - manifest.piece_boxes[0][piece]).tolist(),
-        manifest.tensors.ndims[manifest.piece_tensor[piece]].tolist(),
+        as_tuples(start - offset[box], ndims),
+        as_tuples(met.shape[order], ndims),
+        as_tuples(start - manifest.piece_boxes[0][piece], ndims),
         strict=True,
     )
-    parts = [Part(s, p, tuple(a[:n]), tuple(b[:n]), tuple(c[:n])) for s, p, a, b, c, n in rows]
+    parts = list(map(Part._make, columns))
     bounds = np.searchsorted(piece, manifest.bucket_first).tolist()
     return tuple(tuple(parts[a:b]) for a, b in pairwise(bounds))
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.errors import CodecError, SourceError
-from weightsync.plan.boxes import Ints, pad_shapes
+from weightsync.plan.boxes import Ints, as_tuples, pad_shapes
 from weightsync.plan.dtypes import BY_CODE, BY_NAME
 from weightsync.plan.packing import FORMAT, Packed, column, digest_of, frozen, pack, unpack
 
@@ -175,7 +175,7 @@ class TensorTable:
         table = cls(
             names=tuple(names),
             dtypes=tuple(map(_NAMES.__getitem__, raw.dtypes)),
-            shapes=_shape_tuples(dims, ndims),
+            shapes=tuple(as_tuples(dims, ndims)),
             aliases=tuple((other, names[at]) for other, at in zip(others, targets.tolist(), strict=True)),
         )
         # What is known already need not be worked out again; the packed bytes are kept, for digests are of them.
@@ -221,17 +221,6 @@ def _split_names(data: bytes, what: str) -> list[str]:
         return data.decode().split("\0")
     except UnicodeDecodeError as error:
         raise CodecError(f"{what} names are not utf-8: {error}") from error
-
-
-def _shape_tuples(dims: Ints, ndims: npt.NDArray[np.uint8]) -> tuple[tuple[int, ...], ...]:
-    shapes: list[tuple[int, ...]] = [()] * len(ndims)
-    same: dict[tuple[int, ...], tuple[int, ...]] = {}  # tensors by the million share few shapes; so do their tuples
-    for ndim in np.unique(ndims[ndims > 0]).tolist():
-        where = np.flatnonzero(ndims == ndim)
-        rows = zip(*dims[where, :ndim].T.tolist(), strict=True)
-        for i, row in zip(where.tolist(), rows, strict=True):
-            shapes[i] = same.setdefault(row, row)
-    return tuple(shapes)
 
 
 def _table_fault(names: Sequence[str], others: Sequence[str], targets: Ints, dims: Ints, itemsizes: Ints) -> str | None:

@@ -45,7 +45,7 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
         local = cast("AsyncCollectiveTensor", local).wait()
     none = (0,) * tensor.dim()
     if coordinate is None:  # this rank is not in the tensor's mesh and holds none of it
-        return local, [Box(none, none, none)] if none else []
+        return local.new_empty(none), [Box(none, none, none)] if none else []
     runs: list[list[_Run]] = [[(0, length)] for length in tensor.shape]
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_replicate():
@@ -83,7 +83,7 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
             f"{tuple(map(str, tensor.placements))} leave {held}"
         )
     if 0 in held:
-        return local, [Box(none, none, held)]
+        return local.new_empty(held), [Box(none, none, held)]
     boxes = []
     for run in itertools.product(*map(_joined, runs)):  # one run of each dimension
         boxes.append(Box(tuple(r[0] for r in run), tuple(r[1] for r in run), tuple(r[2] for r in run)))  # noqa: PERF401

@@ -56,7 +56,7 @@ class TensorSource:
                     memory[key] = name
                 for start, offset, shape in boxes:
                     shards.append(Shard(name, dtype, tuple(tensor.shape), offset, shape))
-                    self._tensors.append(_narrowed(local, start, shape) if local.numel() else local)
+                    self._tensors.append(_narrowed(local, start, shape))
         self._kept = kept
         self._layout = Layout.of(shards, aliases)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import msgspec
-import torch  # noqa: TID251
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 

@@ -1,13 +1,7 @@
 """What the engine may do now: generate, pause, take new weights. No HTTP, no tensor, no torch.
 
 Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command
-at a time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed:
-
-    open    every request goes on
-    drain   pausing with "wait": those in flight go on, new ones are refused, then the gate is `wait`
-    keep    requests, new ones too, wait at the gate and go on when it opens, on the weights they find then
-    wait    requests are refused
-    abort   requests in flight were ended, new ones are refused
+at a time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed.
 
 From `begin` to `finish` the engine is torn. It serves in that time only where the push asked for no pause: a command
 that fails closes the gate, and so does a request that finds the update stalled.
@@ -17,8 +11,8 @@ from __future__ import annotations
 
 import itertools
 import logging
-import threading
 import uuid
+from collections import deque
 from contextlib import contextmanager
 from http import HTTPStatus
 from time import monotonic
@@ -36,9 +30,10 @@ from weightsync.adapters.reference.commands import (
     Residents,
     Step,
 )
+from weightsync.adapters.reference.gate import Gate, RequestError
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.adapters.reference.turns import Turns
-from weightsync.errors import CodecError, EngineError, EngineLost
+from weightsync.errors import CodecError, EngineLost
 from weightsync.plan.manifest import Manifest
 
 if TYPE_CHECKING:
@@ -49,24 +44,12 @@ if TYPE_CHECKING:
     from weightsync.adapters.reference.config import ModelConfig
     from weightsync.adapters.reference.group import WorkerGroup
 
-__all__ = ["Engine", "Generated", "RequestError"]
+__all__ = ["Engine", "Generated"]
 
 logger = logging.getLogger(__name__)
 
-Gate = Literal["open", "drain", "keep", "wait", "abort"]
-
-_MAX_RUNNING = 256
 _LOST_SECONDS = 90.0  # beyond a command's deadline; longer than one rank waits for another in a collective
 _STALLED_SECONDS = 30.0  # of an update that nobody carries on, while the engine serves
-
-
-class RequestError(EngineError):
-    """A request that is answered with something else than success."""
-
-    def __init__(self, status: HTTPStatus, message: str, **more: Any) -> None:
-        super().__init__(message)
-        self.status = status
-        self.body = {"error": message, **more}
 
 
 class Generated(NamedTuple):
@@ -104,12 +87,8 @@ class Engine:
         self._dirty: frozenset[str] = frozenset()  # names that unfinished updates may have overwritten
         self._touched = 0.0  # when somebody last worked on the update
         self._flushes = 0  # caches of a request are gone when this has moved on
-        self._ended: list[int] = []  # sequences whose caches the workers may forget; told with the next step
-        # Guarded by `_changed`, which is notified of every change; the gate moves only in a turn, but for draining.
-        self._changed = threading.Condition()
-        self._gate: Gate = "open"
-        self._aborts = 0
-        self._running = 0
+        self._ended: deque[int] = deque()  # sequences whose caches the workers may forget; told with the next step
+        self._gate = Gate()
         self._sequences = itertools.count(1)
 
     @property
@@ -120,7 +99,7 @@ class Engine:
     @property
     def paused(self) -> bool:
         """Whether requests do not go on."""
-        return self._gate not in ("open", "drain")
+        return self._gate.paused
 
     def info(self) -> dict[str, Any]:
         """What it is and how it stands."""
@@ -134,7 +113,7 @@ class Engine:
             "torn": self.torn,
             "updating": self._updating,
             "blank": self.blank,
-            "running": self._running,
+            "running": self._gate.running,
             "incarnation": self.incarnation,
             "worker_pids": [process.pid for process in self._workers.processes],
             "model": {
@@ -251,75 +230,44 @@ class Engine:
         """Stop generation as `mode` says; on return no decode step is under way. Pausing a paused engine succeeds."""
         if mode == "none":
             return
-        with self._turn(deadline), self._changed:
-            if mode == "abort":
-                self._gate = "abort"
-                self._aborts += 1
-            elif self._gate == "open":
-                self._gate = "drain" if mode == "wait" else "keep"
-            self._changed.notify_all()
-        with self._changed:
-            ended = self._changed.wait_for(lambda: not self._running or not self._ending, _left(deadline))
-            if self._gate == "drain":
-                self._gate = "wait" if ended else "open"
-                self._changed.notify_all()
-            if not ended:
-                raise RequestError(HTTPStatus.GATEWAY_TIMEOUT, f"{self._running} requests did not end in time")
-            if not self.paused:
-                raise RequestError(HTTPStatus.CONFLICT, "the engine was resumed meanwhile")
-
-    @property
-    def _ending(self) -> bool:
-        """Whether requests in flight are on their way out."""
-        return self._gate in ("drain", "abort")
+        with self._turn(deadline):
+            self._gate.close(mode)
+        self._gate.settle(deadline=deadline)
 
     def resume(self, *, deadline: float) -> None:
         """Serve again. Refused when torn; resuming a serving engine succeeds."""
         with self._turn(deadline):
             if self.torn:
                 raise RequestError(HTTPStatus.CONFLICT, "the engine is torn: only a whole update mends it", torn=True)
-            with self._changed:
-                self._gate = "open"
-                self._changed.notify_all()
+            self._gate.open()
 
     def _close_gate(self, why: str) -> None:
         """Stop serving because of an update; requests in flight wait for its repair."""
-        with self._changed:
-            if self._gate in ("open", "drain"):
-                logger.warning("[engine=%s] %s while serving: pausing", self.name, why)
-                self._gate = "keep"
-                self._changed.notify_all()
+        if self._gate.shut():
+            logger.warning("[engine=%s] %s while serving: pausing", self.name, why)
 
     # -- generation ------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: Sequence[int], max_tokens: int, *, deadline: float) -> Generated:
         """Continue `prompt` greedily by at most `max_tokens` tokens."""
         self._check_prompt(prompt, max_tokens)
-        with self._changed:
-            if self.blank:
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine holds no weights yet")
-            if self._gate not in ("open", "keep"):
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine is paused")
-            if self._running >= _MAX_RUNNING:
-                raise RequestError(HTTPStatus.TOO_MANY_REQUESTS, f"{self._running} requests are running")
-            self._running += 1
-            aborts = self._aborts
+        if self.blank:
+            raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine holds no weights yet")
+        entered = self._gate.enter()
         sequence = next(self._sequences)
         try:
-            return self._generate(sequence, list(prompt), max_tokens, aborts, deadline)
+            return self._generate(sequence, list(prompt), max_tokens, entered, deadline)
         finally:
-            with self._changed:
-                self._running -= 1
-                self._ended.append(sequence)
-                self._changed.notify_all()
+            self._ended.append(sequence)
+            self._gate.leave()
 
-    def _generate(self, sequence: int, tokens: list[int], max_tokens: int, aborts: int, deadline: float) -> Generated:
+    def _generate(self, sequence: int, tokens: list[int], max_tokens: int, entered: int, deadline: float) -> Generated:
         prompt = len(tokens)
         logprobs: list[float] = []
         version, flushes, cached = self.version, self._flushes, 0
         while len(logprobs) < max_tokens:
             with self._turn(deadline):
-                if self._aborts != aborts:
+                if self._gate.aborted(entered):
                     return Generated(tokens[prompt:], logprobs, "abort", version)
                 if self.torn and monotonic() - self._touched > _STALLED_SECONDS:
                     self._close_gate("the update stalled")
@@ -330,7 +278,7 @@ class Engine:
                     version = self.version
                     chosen = self._step(sequence, cached, tokens[cached:])
             if chosen is None:
-                self._wait_at_gate(aborts, deadline)
+                self._gate.wait_open(entered, deadline=deadline)
                 continue
             cached = len(tokens)
             tokens.append(chosen.token)
@@ -340,14 +288,8 @@ class Engine:
         return Generated(tokens[prompt:], logprobs, "length", version)
 
     def _step(self, sequence: int, start: int, tokens: list[int]) -> Reply:
-        with self._changed:
-            ended, self._ended = tuple(self._ended), []
+        ended = tuple(self._ended.popleft() for _ in range(len(self._ended)))
         return self._call(Step(sequence, start, tuple(tokens), ended), monotonic())[0]
-
-    def _wait_at_gate(self, aborts: int, deadline: float) -> None:
-        with self._changed:
-            if not self._changed.wait_for(lambda: not self.paused or self._aborts != aborts, _left(deadline)):
-                raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine was not resumed in time")
 
     def _check_prompt(self, prompt: Sequence[int], max_tokens: int) -> None:
         if not prompt or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:
@@ -386,7 +328,3 @@ class Engine:
             rank = replies.index(worst)
             raise RequestError(HTTPStatus(worst.status), f"tp_rank {rank}: {worst.error}", tp_rank=rank)
         return replies
-
-
-def _left(deadline: float) -> float:
-    return max(deadline - monotonic(), 0)

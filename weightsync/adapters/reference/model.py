@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
-import torch  # noqa: TID251
-from torch import nn  # noqa: TID251
-from torch.nn import functional  # noqa: TID251
+import torch
+from torch import nn
+from torch.nn import functional
 
 from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.checkpoint import open_checkpoint, random_checkpoint, save_tensors

@@ -6,8 +6,8 @@ Shapes: T new tokens, S tokens so far (S >= T), H heads, D head_dim, E experts; 
 
 from __future__ import annotations
 
-import torch  # noqa: TID251
-from torch.nn import functional  # noqa: TID251
+import torch
+from torch.nn import functional
 
 __all__ = ["attention", "fused_mlp", "linear", "rms_norm", "rotary_tables", "rotate", "route"]
 

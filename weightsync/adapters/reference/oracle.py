@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch  # noqa: TID251
+import torch
 import xxhash
 
 from weightsync.adapters.reference.sharding import rank_layout

@@ -5,8 +5,8 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch  # noqa: TID251
-import torch.distributed  # noqa: TID251
+import torch
+import torch.distributed
 
 from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.sharding import EMBED, HEAD, rank_layout

@@ -31,8 +31,8 @@ import msgspec
 
 from weightsync import __version__
 from weightsync.adapters.base import PauseMode
-from weightsync.adapters.reference.engine import RequestError
 from weightsync.adapters.reference.faults import FaultOrder, Faults
+from weightsync.adapters.reference.gate import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

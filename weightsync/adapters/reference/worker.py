@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
-import torch  # noqa: TID251
+import torch
 import xxhash
 
 from weightsync.adapters.reference.checkpoint import open_checkpoint

@@ -1,0 +1,237 @@
+"""How fast each transport moves a bucket, against what one core copies: `python -m bench.bench_transports --json PATH`.
+
+* `shm`: this process fills a slot from private memory and exports it, another one receives, verifies and copies it into
+  private memory of its own. Two copies and two checksums, one after the other, as a bucket lives them.
+* `gloo`: two bridge processes; export, broadcast over loopback from slot to slot, checksum at the receiver. Its two
+  copies are the kernel's, into the socket and out of it.
+
+Figures are of warm slots: the first pass over a slot, which pays for its page faults, is `first`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import multiprocessing
+import secrets
+import statistics
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bench.harness import copy_ceiling, report
+from weightsync.ipc.arena import Arena
+from weightsync.nccl_bridge import commands as c
+from weightsync.transports import receiver
+from weightsync.transports.shm import ShmSender
+from weightsyncd.bridges import Bridge, BridgeConfig
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+SIZES = tuple(2**20 * size for size in (1, 4, 16, 64, 256, 1024))
+WAIT = 120.0  # seconds, for anything
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One bucket size over one transport."""
+
+    transport: str
+    nbytes: int
+    runs: int
+    seconds: float  # median, for one bucket from full private memory to full private memory (gloo: slot to slot)
+    first: float  # seconds of the first bucket
+    gb_per_s: float
+    ratio: float  # to what one core copies
+    copies: int  # made of each byte; checksums, which read it once more each, are not counted
+    ratio_per_copy: float
+    phases: dict[str, float]  # median seconds
+
+
+def measure_shm(nbytes: int, runs: int, ceiling: float) -> Figure:
+    """Fill, export, receive with verification, copy out."""
+    ours, theirs = multiprocessing.get_context("spawn").Pipe()
+    child = multiprocessing.get_context("spawn").Process(target=_read, args=(theirs, nbytes), daemon=True)
+    child.start()
+    theirs.close()
+    source = np.random.default_rng(0).integers(0, 256, nbytes, np.uint8)
+    phases: list[dict[str, float]] = []
+    with Arena.create(node="bench", bridge=0, slots=1, slot_bytes=nbytes) as arena:
+        sender = ShmSender(arena)
+        ours.send_bytes(sender.offer("reader/0"))
+        ours.recv()
+        for sequence in range(runs + 1):
+            start = time.perf_counter()
+            np.copyto(np.frombuffer(arena.slot(0), np.uint8), source)
+            filled = time.perf_counter()
+            ticket = sender.export(0, nbytes, sequence, ["reader/0"])["reader/0"]
+            exported = time.perf_counter()
+            ours.send_bytes(ticket)
+            received, copied = ours.recv()
+            sender.wait_released(0, deadline=time.monotonic() + WAIT)
+            end = time.perf_counter()
+            spent = {"fill": filled - start, "export": exported - filled, "receive": received, "copy out": copied}
+            phases.append({**spent, "hand over": end - start - sum(spent.values()), "all": end - start})
+        ours.send_bytes(b"")
+        child.join(WAIT)
+        sender.close()
+    ours.close()
+    return _figure("shm", nbytes, phases, ceiling, copies=2)
+
+
+def _read(pipe: Connection, nbytes: int) -> None:
+    """The reader's process."""
+    reader = receiver("shm")
+    reader.accept(pipe.recv_bytes(), deadline=time.monotonic() + WAIT)
+    target = np.ones(nbytes, np.uint8)
+    pipe.send(None)
+    while ticket := pipe.recv_bytes():
+        start = time.perf_counter()
+        with reader.receive(ticket, deadline=time.monotonic() + WAIT) as lease:
+            received = time.perf_counter()
+            np.copyto(target, np.frombuffer(lease.view, np.uint8))
+            copied = time.perf_counter()
+        pipe.send((received - start, copied - received))
+    reader.close()
+
+
+async def measure_gloo(sizes: tuple[int, ...], runs: int, ceiling: float) -> tuple[list[Figure], dict[str, int]]:
+    """Export, send and receive between two bridges; also their resident memory before and after they join."""
+    configs = [
+        BridgeConfig(node=f"bench-{rank}", index=0, slots=1, slot_bytes=max(sizes), log_level="warning")
+        for rank in range(2)
+    ]
+    bridges = [Bridge(config) for config in configs]
+    figures = []
+    try:
+        for bridge in bridges:
+            await bridge.start(deadline=_soon())
+        before = _resident(bridges[0])
+        await _join(bridges)
+        memory = {"bridge, started": before, "bridge, joined": _resident(bridges[0])}
+        assert bridges[0].offer is not None
+        with Arena.attach(bridges[0].offer, writable=True) as arena:
+            np.frombuffer(arena.slot(0), np.uint8)[:] = np.random.default_rng(0).integers(0, 256, max(sizes), np.uint8)
+        sequence = 0
+        for nbytes in sizes:
+            phases = []
+            for _ in range(runs + 1):
+                sequence += 1
+                phases.append(await _broadcast(bridges, nbytes, sequence))
+            figures.append(_figure("gloo", nbytes, phases, ceiling, copies=2))
+    finally:
+        for bridge in bridges:
+            await bridge.stop(deadline=_soon())
+    return figures, memory
+
+
+async def _join(bridges: list[Bridge]) -> None:
+    hosted = await bridges[0].call(c.Host(generation=1, host="127.0.0.1"), deadline=_soon())
+    key = secrets.token_hex(8)
+    joins = [
+        bridge.call(
+            c.Join(
+                generation=1,
+                rank=rank,
+                world=len(bridges),
+                host="127.0.0.1",
+                port=hosted.port,
+                address="127.0.0.1",
+                key=key,
+            ),
+            deadline=_soon(),
+        )
+        for rank, bridge in enumerate(bridges)
+    ]
+    await asyncio.gather(*joins)
+
+
+async def _broadcast(bridges: list[Bridge], nbytes: int, sequence: int) -> dict[str, float]:
+    root, other = bridges
+    start = time.perf_counter()
+    exported = await root.call(
+        c.Export(slot=0, nbytes=nbytes, sequence=sequence, peers=(other.name,)), deadline=_soon()
+    )
+    middle = time.perf_counter()
+    _, received = await asyncio.gather(
+        root.call(c.Send(slot=0, sequence=sequence), deadline=_soon()),
+        other.call(c.Receive(ticket=exported.peer_tickets[other.name], slot=0), deadline=_soon()),
+    )
+    end = time.perf_counter()
+    hand_over = end - middle - received.seconds
+    return {"export": middle - start, "receive": received.seconds, "hand over": hand_over, "all": end - start}
+
+
+def _figure(transport: str, nbytes: int, phases: list[dict[str, float]], ceiling: float, *, copies: int) -> Figure:
+    first, warm = phases[0], phases[1:]
+    median = {name: statistics.median(run[name] for run in warm) for name in first}
+    seconds = median.pop("all")
+    speed = nbytes / seconds
+    return Figure(
+        transport=transport,
+        nbytes=nbytes,
+        runs=len(warm),
+        seconds=seconds,
+        first=first["all"],
+        gb_per_s=speed / 1e9,
+        ratio=speed / ceiling,
+        copies=copies,
+        ratio_per_copy=copies * speed / ceiling,
+        phases=median,
+    )
+
+
+def _resident(bridge: Bridge) -> int:
+    """Bytes in RAM, libraries included, without the shared slots: those are the node's."""
+    status = Path(f"/proc/{bridge.pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines())
+    return 1024 * (int(fields["VmRSS"].split()[0]) - int(fields["RssShmem"].split()[0]))
+
+
+def _soon() -> float:
+    return time.monotonic() + WAIT
+
+
+def _row(figure: Figure) -> list[str]:
+    phases = ", ".join(f"{name} {1e3 * seconds:.2f}" for name, seconds in figure.phases.items())
+    return [
+        f"{figure.transport} {figure.nbytes // 2**20} MiB",
+        f"{1e3 * figure.seconds:.2f}",
+        f"{1e3 * figure.first:.2f}",
+        f"{figure.gb_per_s:.2f}",
+        f"{figure.ratio:.2f}",
+        f"{figure.ratio_per_copy:.2f}",
+        phases,
+    ]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(prog="python -m bench.bench_transports", description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--largest", type=int, default=1024, help="MiB of the largest bucket")
+    arguments = parser.parse_args()
+    sizes = tuple(size for size in SIZES if size <= arguments.largest * 2**20)
+    ceiling = copy_ceiling()
+    figures = [measure_shm(nbytes, arguments.runs, ceiling) for nbytes in sizes]
+    over_gloo, memory = asyncio.run(measure_gloo(sizes, arguments.runs, ceiling))
+    figures += over_gloo
+    document: dict[str, Any] = {
+        "copy_ceiling_gb_per_s": ceiling / 1e9,
+        "transports": [asdict(figure) for figure in figures],
+        "memory_bytes": memory,
+    }
+    rows = [_row(figure) for figure in figures]
+    rows += [[name, "", "", "", "", "", f"{nbytes / 2**20:.0f} MiB resident"] for name, nbytes in memory.items()]
+    title = f"One bucket from memory to memory; one core copies {ceiling / 1e9:.1f} GB/s"
+    columns = ("transport", "ms", "first ms", "GB/s", "of a copy", "per copied byte", "phases, ms")
+    report(title, columns, rows, document, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
