@@ -45,3 +45,13 @@ def no_leaks():
     assert not (_segments() - segments), f"left shared memory: {_segments() - segments}"
     assert not new_threads, f"left threads: {new_threads}"
     assert not new_fds, f"left file descriptors: {new_fds}"
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A TCP port on loopback that nobody listens on right now."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

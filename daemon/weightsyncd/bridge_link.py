@@ -38,6 +38,7 @@ R = TypeVar("R", bound=c.Reply)
 _MARGIN = (
     0.5  # seconds, or a tenth of the time there is: what a bridge gets less, so that it answers before the deadline
 )
+_LONGEST = 1e6  # seconds that a command can be given
 _FAIR = 1.0  # seconds; a bridge that was asked in a hurry has as long to answer late before it is taken for wedged
 _REAP = 5.0  # seconds from SIGKILL to the end of a process; longer only if the kernel itself is stuck
 _ROOT = str(Path(next(iter(weightsync.__path__))).parent)
@@ -120,7 +121,7 @@ class BridgeLink:
         if self.ended.done():
             raise self._lost(self.ended.result())
         assert self._writer is not None  # set by `open`, the only way to a link
-        left = deadline - time.monotonic()
+        left = min(deadline - time.monotonic(), _LONGEST)
         if left <= 0:
             raise TransportTimeout(f"{_what(command)} of bridge {self.config.name}: its deadline passed")
         number, self._next_id = self._next_id, self._next_id + 1

@@ -12,7 +12,7 @@ import asyncio
 import logging
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypeVar
 
 from weightsync.errors import (
     ErrorRecord,
@@ -33,6 +33,7 @@ __all__ = ["Bridge", "BridgeConfig", "BridgeStatus", "kill_orphans"]
 
 logger = logging.getLogger(__name__)
 
+P = ParamSpec("P")
 R = TypeVar("R", bound=Reply)
 State = Literal["stopped", "starting", "ready", "lost"]
 
@@ -98,18 +99,23 @@ class Bridge:
 
     async def start(self, *, deadline: float) -> None:
         """Start it and wait until it is ready. Raises what it failed with (a full /dev/shm: `ConfigError`)."""
-        if self.state != "stopped":
-            raise LocalProtocolError(f"bridge {self.name} is {self.state} already")
+        before = self.state
+        if before != "stopped":
+            raise LocalProtocolError(f"bridge {self.name} is {before} already")
         self._become("starting")
         try:
-            self._link = await BridgeLink.open(self.config, deadline=deadline)
+            link = await BridgeLink.open(self.config, deadline=deadline)
         except BaseException as error:
             if isinstance(error, WeightSyncError):
                 self.last_error = error.record()
             self._become("stopped")
             raise
+        if self.state != "starting":  # `stop` did not wait for this
+            await link.end()
+            raise TransportClosed(f"bridge {self.name} was stopped while it started")
+        self._link = link
         self._become("ready")
-        self._supervisor = asyncio.create_task(self._supervise(self._link), name=f"bridge {self.name}")
+        self._supervisor = asyncio.create_task(self._supervise(link), name=f"bridge {self.name}")
 
     async def ready(self, *, deadline: float) -> None:
         """Wait until it is ready (again). `TransportTimeout` gives the last error; `TransportClosed`: it is stopped."""
@@ -178,15 +184,13 @@ class Bridge:
             logger.warning("[bridge=%s] lost: %s", self.name, error.message)
             self._become("lost")
             ending = asyncio.ensure_future(link.end())
-            if self._on_lost is not None:
-                self._on_lost(self, error)
+            self._tell(self._on_lost, self, error)
             await _finish(ending)
             link, attempts = await self._restart(attempts)
             self.restarts += 1
             self._link = link
             self._become("ready")
-            if self._on_ready is not None:
-                self._on_ready(self)
+            self._tell(self._on_ready, self)
 
     async def _restart(self, attempts: int) -> tuple[BridgeLink, int]:
         while True:
@@ -198,6 +202,14 @@ class Bridge:
             except WeightSyncError as error:
                 self.last_error = error.record()
                 logger.warning("[bridge=%s] restart.failed attempt=%d: %s", self.name, attempts, error.message)
+
+    def _tell(self, callback: Callable[P, None] | None, *args: P.args, **kwargs: P.kwargs) -> None:
+        if callback is None:
+            return
+        try:
+            callback(*args, **kwargs)
+        except Exception:  # the seam: a bug in who listens must not end the supervision
+            logger.exception("[bridge=%s] a callback failed", self.name)
 
     def _become(self, state: State) -> None:
         self.state = state

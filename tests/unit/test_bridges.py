@@ -72,10 +72,11 @@ class Watched:
         self.lost: list[WeightSyncError] = []
         self.readied: list[str | None] = []
         self._lost = asyncio.Event()
+        self._ready = asyncio.Event()
         self.bridge = Bridge(
             config,
             on_lost=self._note,
-            on_ready=lambda bridge: self.readied.append(bridge.incarnation),
+            on_ready=self.note_ready,
         )
 
     def kill(self, number: int = signal.SIGKILL) -> int:
@@ -88,6 +89,15 @@ class Watched:
     async def until_lost(self) -> None:
         async with asyncio.timeout(20):
             await self._lost.wait()
+
+    async def until_ready(self) -> None:
+        """Until it is ready again."""
+        async with asyncio.timeout(20):
+            await self._ready.wait()
+
+    def note_ready(self, bridge: Bridge) -> None:
+        self.readied.append(bridge.incarnation)
+        self._ready.set()
 
     def _note(self, bridge: Bridge, error: WeightSyncError) -> None:
         assert bridge is self.bridge
@@ -263,6 +273,36 @@ async def test_stopping_while_it_restarts(config):
     await watched.bridge.stop(deadline=_soon(5))
     assert watched.bridge.state == "stopped"
     assert eventually(lambda: _arenas(config) == [])
+
+
+@run
+async def test_stopping_while_it_starts(config):
+    watched = Watched(config)
+    starting = asyncio.create_task(watched.bridge.start(deadline=_soon()))
+    await asyncio.sleep(0)
+    await watched.bridge.stop(deadline=_soon())
+    with pytest.raises(TransportClosed):
+        await starting
+    assert (watched.bridge.state, watched.bridge.pid, _arenas(config)) == ("stopped", None, [])
+    starting = asyncio.create_task(watched.bridge.start(deadline=_soon()))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert watched.bridge.state == "stopped"
+    assert eventually(lambda: _arenas(config) == [])
+
+
+@run
+async def test_a_listener_with_a_bug_does_not_end_the_supervision(config, caplog):
+    watched = Watched(config)
+    watched.bridge = Bridge(config, on_lost=lambda bridge, error: [][0], on_ready=watched.note_ready)
+    await watched.bridge.start(deadline=_soon(float("inf")))
+    watched.kill()
+    await watched.until_ready()
+    assert "a callback failed" in caplog.text
+    await watched.bridge.stop(deadline=_soon())
 
 
 @run

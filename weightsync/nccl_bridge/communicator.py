@@ -28,6 +28,7 @@ __all__ = ["GlooCommunicator"]
 
 logger = logging.getLogger(__name__)
 
+_LONGEST_CLOSE = 60.0  # seconds; nothing that is left has more to say
 _CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends within a millisecond
 
 
@@ -56,7 +57,7 @@ class GlooCommunicator:
     def join(self, rendezvous: Rendezvous, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`."""
         what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
-        import torch.distributed  # noqa: TID251
+        import torch.distributed
 
         dist: Any = torch.distributed  # its stubs leave out what is needed here
         with self._operation(what, deadline):
@@ -85,7 +86,7 @@ class GlooCommunicator:
             left = seconds_left(deadline, what)
             if len(memory) == 0 or self.world == 1:
                 return
-            import torch  # noqa: TID251
+            import torch
 
             options = torch.distributed.BroadcastOptions()
             options.rootRank = root
@@ -97,7 +98,7 @@ class GlooCommunicator:
 
         The other members see it as broken if they are still in it.
         """
-        taken = self._busy.acquire(timeout=max(0.0, deadline - time.monotonic()))
+        taken = self._busy.acquire(timeout=min(max(0.0, deadline - time.monotonic()), _LONGEST_CLOSE))
         while not taken:
             self.abort()  # again and again, since a `join` may be about to connect
             taken = self._busy.acquire(timeout=_CUT_AGAIN)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    import torch  # noqa: TID251
+    import torch
 
     from weightsync.plan.manifest import Layout
 

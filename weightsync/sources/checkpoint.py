@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch  # noqa: TID251
+import torch
 
 from weightsync.errors import SourceError
 from weightsync.plan.boxes import box_runs

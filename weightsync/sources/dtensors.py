@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard, cast
 from weightsync.errors import SourceError
 
 if TYPE_CHECKING:
-    import torch  # noqa: TID251
-    from torch.distributed._functional_collectives import AsyncCollectiveTensor  # noqa: TID251
-    from torch.distributed.tensor import DTensor  # noqa: TID251
+    import torch
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+    from torch.distributed.tensor import DTensor
 
 __all__ = ["Box", "dtensor_boxes", "is_dtensor"]
 

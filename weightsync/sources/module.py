@@ -8,7 +8,7 @@ from weightsync.errors import SourceError
 from weightsync.sources.tensors import TensorSource
 
 if TYPE_CHECKING:
-    from torch import nn  # noqa: TID251
+    from torch import nn
 
 __all__ = ["ModuleSource"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch  # noqa: TID251
-from torch.nn.parameter import is_lazy  # noqa: TID251
+import torch
+from torch.nn.parameter import is_lazy
 
 from weightsync.errors import SourceError
 from weightsync.plan.dtypes import dtype_named

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["BucketReceiver", "BucketSender", "Capabilities", "Lease", "seconds_left"]
 
 _POLL_FIRST = 50e-6  # seconds; a reader that only copies a small bucket is done by then
+_LONGEST = 1e6  # seconds; what is waited for longer may as well time out, and no timer overflows
 _POLL_LAST = 2e-3  # seconds; keeps a fence that stays closed for minutes at well under 1 % of a core
 
 
@@ -60,7 +61,7 @@ def seconds_left(deadline: float, what: str) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
         raise TransportTimeout(f"{what}: its deadline passed")
-    return left
+    return min(left, _LONGEST)
 
 
 class Lease:

@@ -8,7 +8,6 @@ ticket what comes next. As in any collective, all members take the buckets in on
 from __future__ import annotations
 
 import threading
-import time
 from collections import OrderedDict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
 import msgspec
 from msgspec import Meta
 
-from weightsync.errors import LocalProtocolError, TransportBroken, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.ipc.descriptors import ALGORITHM, Natural, ReaderName, checksum, seal, unseal
 from weightsync.ipc.ledger import Ledger
 from weightsync.transports.base import BucketReceiver, BucketSender, Capabilities, Lease, seconds_left
@@ -302,10 +301,7 @@ class GlooReceiver(BucketReceiver):
                     if slot not in self._leased:
                         self._leased[slot] = None
                         return slot
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    raise TransportTimeout(f"all {self._arena.slots} slots of this receiver are leased")
-                self._freed.wait(left)
+                self._freed.wait(seconds_left(deadline, f"all {self._arena.slots} slots of this receiver are leased"))
 
     def _free(self, slot: int) -> None:
         with self._freed:

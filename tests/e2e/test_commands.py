@@ -1,0 +1,133 @@
+"""The console scripts, as an operator runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+pytestmark = pytest.mark.e2e
+
+
+def run(*arguments: str, node=None, timeout: float = 50) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
+    if node is not None:
+        env["WEIGHTSYNC_DAEMON"] = node.daemon.endpoint
+    script = Path(sys.executable).with_name(arguments[0])
+    return subprocess.run(
+        [script, *arguments[1:]], env=env, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def test_push_a_checkpoint_directory(node):
+    version = next(node.versions)
+    done = run("weightsync", "push", node.checkpoint("B"), "--version", str(version), "--json", node=node)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["complete"]
+    assert report["version"] == version
+    node.assert_holds(node.weights("B"), version)
+    again = run("weightsync", "push", node.checkpoint("B"), "--version", str(version), node=node)
+    assert again.returncode == 1
+    assert "is not above version" in again.stderr
+    assert "Traceback" not in again.stderr
+
+
+def test_push_something_that_is_no_checkpoint(node, tmp_path):
+    done = run("weightsync", "push", str(tmp_path), "--version", "1000", node=node)
+    assert done.returncode == 1
+    assert str(tmp_path) in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_status_and_engines(node):
+    version = next(node.versions)
+    run("weightsync", "push", node.checkpoint("A"), "--version", str(version), node=node)
+    status = json.loads(run("weightsync", "status", "--json", node=node).stdout)
+    assert status["node"] == "node0"
+    assert {e["name"]: (e["state"], e["version"]) for e in status["engines"]} == {
+        "e1": ("serving", version),
+        "e2": ("serving", version),
+    }
+    assert status["last"]["version"] == version
+    assert [b["outstanding"] for b in status["bridges"]] == [0]
+    table = run("weightsync", "status", node=node).stdout
+    assert "serving" in table
+    assert "last push" in table
+    engines = json.loads(run("weightsync", "engines", "--json", node=node).stdout)
+    assert [e["tp_size"] for e in engines] == [1, 2]
+    assert "reference" in run("weightsync", "engines", node=node).stdout
+
+
+def test_status_where_nobody_listens(tmp_path):
+    done = run("weightsync", "status", "--daemon", f"ipc://{tmp_path}/none.sock")
+    assert done.returncode == 1
+    assert "no weightsyncd listens" in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["push", "--help"], ["status", "--help"], ["demo", "--help"]])
+def test_help_teaches(arguments):
+    done = run("weightsync", *arguments)
+    assert done.returncode == 0
+    assert len(done.stdout) > 200
+
+
+def test_the_service_checks_its_config_and_lists_every_mistake(tmp_path):
+    config = tmp_path / "node.toml"
+    config.write_text('[arena]\nslot = 3\nslots = 0\n[[engines]]\nname = "a"\n')
+    done = run("weightsyncd", "--node-config", str(config))
+    assert done.returncode == 2
+    for words in ("arena.slot: unknown key; did you mean slots?", "arena.slots = 0", "engines[0].url: is missing"):
+        assert words in done.stderr
+    config.write_text("")
+    assert run("weightsyncd", "--node-config", str(config), "--check").returncode == 0
+    assert run("weightsyncd", "--node-config", str(tmp_path / "none.toml")).returncode == 2
+
+
+def test_metrics_and_health(node, unused_port):
+    daemon = node.fleet.start_daemon(
+        "metrics-node", [], http={"listen": f"127.0.0.1:{unused_port}"}, log={"format": "json"}
+    )
+    try:
+        url = f"http://127.0.0.1:{unused_port}"
+        assert httpx.get(f"{url}/healthz", trust_env=False).text == "ok\n"
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert 'weightsync_bridge_restarts{bridge="metrics-node/0"} 0.0' in metrics
+        assert httpx.get(f"{url}/other", trust_env=False).status_code == 404
+    finally:
+        daemon.kill(signal.SIGTERM)
+        assert daemon.wait(20) == 0
+    lines = daemon.log.read_text().splitlines()
+    assert all(json.loads(line)["level"] for line in lines if line.startswith("{"))
+    assert any(line.startswith("{") for line in lines)
+
+
+def test_a_second_daemon_of_the_same_node_is_refused(node):
+    done = subprocess.run(
+        [Path(sys.executable).with_name("weightsyncd"), "--node-config", node.daemon.config],
+        env=node.fleet.env, capture_output=True, text=True, timeout=30, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "another weightsyncd serves node 'node0'" in done.stderr
+
+
+@pytest.mark.timeout(240)
+def test_the_demo(no_leaks):
+    done = run("weightsync", "demo", "--steps", "2", "--json", timeout=220)
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert result["ok"]
+    assert [(p["model"], p["version"]) for p in result["pushes"]] == [
+        ("dense", 1),
+        ("dense", 2),
+        ("moe", 1),
+        ("moe", 2),
+    ]
+    assert all(p["ranks_equal"] == p["ranks"] == 5 and p["tokens_equal"] == 3 for p in result["pushes"])
+    assert result["left_behind"] == []
