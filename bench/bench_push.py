@@ -91,9 +91,7 @@ def measure_model(fleet: Fleet, pushes: int, tp: int, slot: str) -> dict[str, An
     nbytes = sum(w.nbytes for w in weights.values())
     engine = fleet.start_engine("big", checkpoint, tp=tp, flags=("--load-format", "dummy"))
     daemon = fleet.start_daemon("big-node", [engine], arena={"slot_bytes": slot, "slots": 3})
-    reports = []
-    for version in range(pushes + 2):
-        reports.append(push_weights(weights, version=version, daemon=daemon.endpoint, timeout=120))
+    reports = [push_weights(weights, version=v, daemon=daemon.endpoint, timeout=120) for v in range(pushes + 2)]
     measured = reports[2:]
     ceiling = copy_ceiling()
     seconds = statistics.median(r.seconds for r in measured)

@@ -31,8 +31,8 @@ DIGEST = bytes(range(16))
 
 EXAMPLES: tuple[msg.Message, ...] = (
     msg.Open(
-        id=7, group="trainer-1", rank=1, world=2, model="default", version=3, pause="keep", timeout=600.0, layout=DIGEST,
-        plan=DIGEST[::-1], describe_seconds=0.25,
+        id=7, group="trainer-1", rank=1, world=2, model="default", version=3, pause="keep", timeout=600.0,
+        layout=DIGEST, plan=DIGEST[::-1], describe_seconds=0.25,
     ),
     msg.Welcome(id=7, node="n0", heartbeat=1.0),
     msg.AskDescription(id=7),

@@ -22,8 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a checkpoint "
-    "directory; `status` and `engines` look at a running weightsyncd.",
+    help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a "
+    "checkpoint directory; `status` and `engines` look at a running weightsyncd.",
 )
 
 DaemonOption = Annotated[

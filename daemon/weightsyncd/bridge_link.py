@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar
 import weightsync
 from weightsync.errors import (
     CodecError,
+    LocalProtocolError,
     TransportBroken,
     TransportClosed,
     TransportTimeout,
@@ -125,11 +126,11 @@ class BridgeLink:
         if left <= 0:
             raise TransportTimeout(f"{_what(command)} of bridge {self.config.name}: its deadline passed")
         number, self._next_id = self._next_id, self._next_id + 1
+        frame = _frame(number, left - min(_MARGIN, left / 10), command)
         answer: asyncio.Future[c.Response] = asyncio.get_running_loop().create_future()
-        self._waiting[number] = answer
-        request = c.Request(id=number, timeout=left - min(_MARGIN, left / 10), command=command)  # type: ignore[arg-type]
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))
-        self._writer.write(c.encode(request))
+        self._waiting[number] = answer
+        self._writer.write(frame)
         try:
             async with asyncio.timeout(left):
                 response = await asyncio.shield(answer)
@@ -256,6 +257,16 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         stdout=asyncio.subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
     )
+
+
+def _frame(number: int, timeout: float, command: c.Command[R]) -> bytes:
+    """The bytes of a request. Checked here: to the bridge, bytes that it cannot take mean that the pipe is broken."""
+    try:
+        frame = c.encode(c.Request(id=number, timeout=timeout, command=command))  # type: ignore[arg-type]
+        c.decode_request(frame[c.HEADER.size :])
+    except CodecError as error:
+        raise LocalProtocolError(f"{_what(command)} cannot be sent to a bridge: {error.message}") from error
+    return frame
 
 
 def _loop_time(deadline: float) -> float:

@@ -51,6 +51,7 @@ class Peer:
         endpoint: str,
         config: NodeConfig,
         *,
+        on_attached: Callable[[str], None],
         on_lost: Callable[[str, ErrorRecord], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
@@ -60,6 +61,7 @@ class Peer:
         self.info: msg.Attached | None = None
         self.problem = "not reached yet"
         self._config = config
+        self._on_attached = on_attached
         self._on_lost = on_lost
         self._taken = taken
         self._link: PeerLink | None = None
@@ -74,10 +76,12 @@ class Peer:
         """Attach, watch, and attach again, for ever."""
         patience = self._config.timeouts.liveness
         self._link = link = PeerLink(self.endpoint, patience=patience)
+        looked = 0.0
         try:
             while True:
-                if self.info is None:
+                if self.info is None or time.monotonic() - looked > self._config.timeouts.probe_every:
                     await self._attach(link)
+                    looked = time.monotonic()
                 link.beat()
                 await asyncio.sleep(patience / 5)
                 if self.info is not None and link.silent:
@@ -106,8 +110,11 @@ class Peer:
         if refusal is not None:
             self.problem = refusal
             return
+        new = self.info is None or self.info.incarnation != answer.incarnation
         self.info = answer
-        logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
+        if new:
+            logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
+            self._on_attached(self.name)
 
     def _lose(self, link: PeerLink, reason: str) -> None:
         logger.warning("[node=%s] lost: %s", self.name, reason)
@@ -116,11 +123,10 @@ class Peer:
         link.fail(error)
         self._on_lost(self.name, error.record())
 
-    async def refresh(self, deadline: float) -> None:
-        """Ask again for its engines and incarnation. Raises `DaemonLost`."""
-        answer = await self.ask(msg.Attach(node=self._config.node.name), deadline)
-        if isinstance(answer, msg.Attached):
-            self.info = answer
+    async def refresh(self) -> None:
+        """Look again at its engines and its incarnation; `info` says what came of it."""
+        if self._link is not None and self.info is not None:
+            await self._attach(self._link)
 
     async def ask(self, message: msg.Message, deadline: float) -> msg.Message:
         """One question to that node. Raises `DaemonLost`, or the error it is answered with."""
@@ -191,6 +197,7 @@ class Rails:
         """See that every rail reaches `nodes`; those that cannot be reached are left out and named."""
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
+            await asyncio.gather(*(self._peers[node].refresh() for node in nodes))
             wanted = list(nodes)
             while wanted:
                 members = self._present(wanted, failed)

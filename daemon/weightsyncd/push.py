@@ -231,7 +231,7 @@ class Push:
     async def _hear_outcome(self, work: Coroutine[None, None, ev.Event | None]) -> None:
         try:
             event = await work
-        except Exception as error:  # noqa: BLE001 - the seam: a defect here must end the push, not leave it waiting
+        except Exception as error:
             logger.exception("[push=%s v=%d] unexpected failure", self.session.model, self.session.version)
             event = ev.StopRequested(reason=f"weightsyncd failed: {type(error).__name__}: {error}")
         if event is not None:

@@ -98,7 +98,14 @@ class Server:
         self.engines = Engines(config.engines, config.timeouts, busy=lambda: self.busy)
         self.executor = NodeExecutor(config.node.name, self.engines, self.bridges)
         self.peers = {
-            name: Peer(name, endpoint, config, on_lost=self._peer_lost, taken=self._names_taken)
+            name: Peer(
+                name,
+                endpoint,
+                config,
+                on_attached=self._peer_attached,
+                on_lost=self._peer_lost,
+                taken=self._names_taken,
+            )
             for name, endpoint in config.cluster.peers.items()
         }
         self._control = ControlServer(config.endpoint)
@@ -378,6 +385,17 @@ class Server:
         self._services.rails.break_up()
         if self.push is not None:
             self.push.hear(ev.BridgeLost(node=self.config.node.name, bridge=bridge.config.index, error=error.record()))
+
+    def _peer_attached(self, node: str) -> None:
+        if not self.busy:
+            self._spawn(self._form_rails())
+
+    async def _form_rails(self) -> None:
+        """Join the peers' bridges before the first push needs them: loading gloo takes seconds."""
+        nodes = [name for name, peer in self.peers.items() if peer.info is not None]
+        formed = await self._services.rails.form(nodes, time.monotonic() + self.config.timeouts.operation)
+        for node, error in formed.failed:
+            logger.warning("[node=%s] no communicator yet: %s", node, error.message)
 
     def _peer_lost(self, node: str, error: ErrorRecord) -> None:
         self._services.rails.break_up()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator  # noqa: TC003 - dataclass fields
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 import pytest
@@ -43,8 +44,9 @@ class Node:
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(f"{self.checkpoint(name)}/model.safetensors")
 
-    def info(self, engine: Engine) -> dict:
-        return httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+    def info(self, engine: Engine) -> dict[str, Any]:
+        shown: dict[str, Any] = httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+        return shown
 
     def assert_holds(self, weights: dict[str, torch.Tensor], version: int) -> None:
         """Every rank of every engine holds exactly these weights and serves this version."""

@@ -160,6 +160,9 @@ async def test_errors_of_the_bridge_are_raised_here(config):
             await watched.bridge.call(c.AwaitReleased(slot=0), deadline=_soon(0.3))
         with pytest.raises(TransportTimeout):
             await watched.bridge.call(c.Hello(), deadline=_soon(-1))
+        for command in (c.Pending(slot=-1), c.Receive(ticket=bytes(c.MAX_FRAME), slot=0)):
+            with pytest.raises(LocalProtocolError, match="cannot be sent"):
+                await watched.bridge.call(command, deadline=_soon())
     assert watched.lost == [], "a bridge that answers in time is not wedged"
 
 

@@ -28,7 +28,7 @@ __all__ = ["GlooCommunicator"]
 
 logger = logging.getLogger(__name__)
 
-_LONGEST_CLOSE = 60.0  # seconds; nothing that is left has more to say
+_LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
 _CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends within a millisecond
 
 
@@ -98,10 +98,14 @@ class GlooCommunicator:
 
         The other members see it as broken if they are still in it.
         """
-        taken = self._busy.acquire(timeout=min(max(0.0, deadline - time.monotonic()), _LONGEST_CLOSE))
+        start = time.monotonic()
+        taken = self._busy.acquire(timeout=min(max(0.0, deadline - start), _LONGEST_CLOSE))
         while not taken:
             self.abort()  # again and again, since a `join` may be about to connect
             taken = self._busy.acquire(timeout=_CUT_AGAIN)
+            if not taken and time.monotonic() - start > _LONGEST_CLOSE:
+                logger.error("[generation=%d rank=%d] close.failed: gloo is wedged", self.generation, self.rank)
+                return  # nothing but the end of the process helps, and that is the daemon's to decide
         try:
             self._closed.set()
             self._group = None  # joins gloo's threads, which have nothing to do

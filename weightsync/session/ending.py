@@ -1,0 +1,190 @@
+"""How engines leave a push before their time, and how the push itself ends.
+
+A *touched* engine that leaves is torn: paused where it still served, and never resumed. An untouched one is let go: it
+is resumed if this push paused it. After the end, outcomes still under way are awaited, up to a grace period.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
+from weightsync.session.state import PUSH_ERRORS, SessionState, State, about
+from weightsync.session.tracks import EngineStage, EngineTrack
+
+if TYPE_CHECKING:
+    from weightsync.errors import ErrorRecord
+    from weightsync.session.events import Event
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["SETTLED", "Ending"]
+
+SETTLED: dict[type[Event], str] = {
+    ev.EngineProbed: "probe",
+    ev.EngineAccepted: "accept",
+    ev.EnginePaused: "pause",
+    ev.EngineBegun: "begin",
+}
+"""Successes of engines that change nothing after the end, and the instruction that each answers."""
+
+
+class Ending(SessionState):
+    """Rules for what leaves and ends."""
+
+    # --- engines ------------------------------------------------------------------------------------------------
+
+    def _answered(self, name: str, phase: str, now: float, out: list[Instruction]) -> EngineTrack | None:
+        """The engine whose instruction `phase` has just ended, or None when that is of no consequence any more."""
+        engine = self.engines.get(name)
+        if engine is None or engine.asked != phase:
+            return None
+        engine.asked = None
+        if engine.stage.ended:  # it was evicted meanwhile, and this was its last answer
+            self._let_rest(engine, now, out)
+            return None
+        return engine
+
+    def _evict(
+        self, engine: EngineTrack, error: ErrorRecord, *, lost: bool, now: float, out: list[Instruction]
+    ) -> None:
+        """Take the engine out of this push; its readers' holds are revoked, since what it may still read is never
+        served.
+        """
+        engine.error = engine.error or error
+        for index, bucket in enumerate(self.buckets):
+            copy = bucket.copies.get(engine.node)
+            if copy is not None and engine.name in copy.readers:
+                copy.readers.discard(engine.name)
+                self._revoke(engine.name, index, now, out)
+        if lost:
+            engine.stage = EngineStage.LOST
+            engine.asked = None
+        else:
+            self._tear(engine, now, out)
+
+    def _revoke(self, engine: str, bucket: int, now: float, out: list[Instruction]) -> None:
+        out.append(do.RevokeBucket(engine=engine, bucket=bucket, deadline=now + self.operation_timeout))
+
+    def _retire(self, node: str, bridge: int, reason: str, now: float, out: list[Instruction]) -> None:
+        until = now + self.operation_timeout
+        out.append(do.RetireBridge(node=node, bridge=bridge, reason=reason, deadline=until))
+
+    def _tear(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        """End an engine that answers but will not commit: torn where touched, let go where not."""
+        engine.stage = EngineStage.TORN if engine.touched or engine.was_torn else EngineStage.SKIPPED
+        self._let_rest(engine, now, out)
+
+    def _let_rest(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        """Once an ended engine has nothing under way: pause it if it serves a mixture, resume it if we paused it."""
+        if engine.asked is not None or engine.at_rest:
+            return
+        engine.at_rest = True
+        until = now + self.operation_timeout
+        if engine.stage is EngineStage.TORN and engine.touched and self.pause == "none":
+            engine.asked = "pause"
+            out.append(do.PauseEngine(engine=engine.name, mode="abort", deadline=until))
+        elif engine.stage is EngineStage.SKIPPED and engine.paused_by_us and not engine.was_paused:
+            engine.asked = "resume"
+            out.append(do.ResumeEngine(engine=engine.name, deadline=until))
+
+    def _drop_node(
+        self, node: str, error: ErrorRecord, phase: str, *, lost: bool = False, now: float, out: list[Instruction]
+    ) -> None:
+        """A follower is out of this push, with each of its engines that has not ended. The caller goes on without."""
+        if node not in self._nodes or node == self.home:
+            return
+        self._nodes.discard(node)
+        for engine in self._live():
+            if engine.node == node:
+                self._evict(engine, about(error, engine=engine.name, phase=phase), lost=lost, now=now, out=out)
+        for bucket in self.buckets:
+            bucket.copies.pop(node, None)
+
+    def _end_when_all_ended(self, now: float, out: list[Instruction]) -> None:
+        if self.ended or self._live():
+            return
+        if self.committed:
+            self._end(State.COMMITTED, None, now, out)
+        else:
+            self._fail_without_engines(now, out)
+
+    # --- the push -------------------------------------------------------------------------------------------------
+
+    def _refuse(self, message: str, now: float, out: list[Instruction]) -> None:
+        hint = "versions must rise; push a higher number"
+        self._fail(self._record("PushRefused", message, hint=hint), now, out)
+
+    def _fail_without_engines(self, now: float, out: list[Instruction]) -> None:
+        reasons = "; ".join(f"{e.name}: {e.error.message}" for e in self.engines.values() if e.error is not None)
+        first = next((e for e in self.engines.values() if e.error is not None), None)
+        message = f"no engine of model {self.model!r} is left to push to ({reasons or 'none is configured'})"
+        error = self._record("PushAborted", message)
+        if first is not None and first.error is not None:
+            detail = first.error
+            error = about(error, engine=first.name, phase=detail.phase, bucket=detail.bucket, hint=detail.hint)
+        self._fail(error, now, out)
+
+    def _fail(self, error: ErrorRecord, now: float, out: list[Instruction]) -> None:
+        """End the push as a whole: engines not touched are let go, touched ones stay paused."""
+        error = about(error, model=self.model, version=self.version)
+        if error.kind not in PUSH_ERRORS:  # of an engine, a bridge, a rank: what broke is told, how it ends is ours
+            error = about(error, kind="PushAborted")
+        for engine in self._live():
+            if engine.asked is None:
+                self._evict(engine, error, lost=False, now=now, out=out)
+        kept = (EngineStage.LOST, EngineStage.RESUMING, EngineStage.COMMITTED)
+        touched = [e.name for e in self.engines.values() if e.touched and e.stage not in kept]
+        if touched:
+            error = about(error, message=f"{error.message}; torn and paused: {', '.join(touched)}")
+        was_touched = any(e.touched for e in self.engines.values())
+        self._end(State.TORN if was_touched else State.ABORTED, error, now, out)
+
+    def _end(self, state: State, error: ErrorRecord | None, now: float, out: list[Instruction]) -> None:
+        self.state, self.error, self.finished = state, error, now
+        self.phases.stop_all(now)
+        self._drain_until = now + self.operation_timeout + self.grace
+        for engine in self.engines.values():
+            if not engine.stage.ended and engine.error is None:
+                engine.error = error
+        out.append(do.EndPush(error=error))
+        self._free_slots()
+
+    # --- after the end --------------------------------------------------------------------------------------------
+
+    def _settle_engine(self, event: Event, now: float, out: list[Instruction]) -> None:
+        """A late success of an engine in a push that has failed: it is not going to commit."""
+        engine = self._answered(getattr(event, "engine", ""), SETTLED[type(event)], now, out)
+        if engine is not None:
+            self._evict_late(engine, now, out)
+
+    def _evict_late(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        error = self.error or self._record("PushAborted", "the push had ended")
+        self._evict(engine, error, lost=False, now=now, out=out)
+        self._free_slots()
+
+    def _abandon(self, now: float, out: list[Instruction]) -> None:
+        """The grace is over. Whoever has not answered is given up; arenas they may still touch are replaced."""
+        error = self._record("PushTimeout", f"no answer within the grace period; waited for {self.waiting_for()}")
+        for engine in self.engines.values():
+            if engine.asked is not None:
+                engine.asked = None
+                if not engine.stage.ended:
+                    self._evict(engine, error, lost=True, now=now, out=out)
+        suspects = set()
+        for index, bucket in enumerate(self.buckets):
+            for node, copy in bucket.copies.items():
+                for name in sorted(copy.readers):
+                    self._revoke(name, index, now, out)
+                if bucket.unfilled or copy.exporting or copy.relaying:
+                    suspects.add((node, copy.slot.bridge))
+        for node, bridge in sorted(suspects):
+            self._retire(node, bridge, "work on its arena did not end within the grace period", now, out)
+        self._abandoned = True
+
+    def _on_stop_after_end(self, event: ev.StopRequested, now: float, out: list[Instruction]) -> None:
+        if not self.done:
+            self._abandon(now, out)
+
+    def _ignore(self, event: Event, now: float, out: list[Instruction]) -> None:
+        """Late, early or twice: of no consequence in this state."""

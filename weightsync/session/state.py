@@ -1,0 +1,248 @@
+"""What a session knows of its push, what it is asked about it, and what must always hold.
+
+The rules that change it are in `opening`, `transferring`, `committing`, `ending` and `failing`, each a class on top of
+the one it uses; `machine` puts them together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.errors import ErrorRecord
+from weightsync.session.tracks import BucketTrack, Copy, EngineStage, EngineTrack, PhaseClock
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weightsync.session.events import Event
+
+__all__ = ["SessionState", "State", "about"]
+
+STORY_LENGTH = 64
+
+
+class State(StrEnum):
+    """Where a push stands; see `machine`. The last three are ends."""
+
+    OPENING = "opening"
+    TRANSFERRING = "transferring"
+    COMMITTING = "committing"
+    COMMITTED = "committed"
+    ABORTED = "aborted"
+    TORN = "torn"
+
+    @property
+    def ended(self) -> bool:
+        return self in _ENDED
+
+
+_ENDED = frozenset({State.COMMITTED, State.ABORTED, State.TORN})
+
+
+class SessionState:
+    """Everything a `PushSession` remembers. Changed by the rules alone."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        version: int,
+        world: int,
+        home: str,
+        engines: Mapping[str, str],
+        slots: Mapping[tuple[str, int], int],
+        pause: str = "keep",
+        deadline: float,
+        operation_timeout: float = 60.0,
+        grace: float = 10.0,
+        last_version: int | None = None,
+    ) -> None:
+        """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at
+        least.
+        """
+        self.model, self.version, self.world, self.home, self.pause = model, version, world, home, pause
+        self.push_deadline = deadline
+        self.operation_timeout = operation_timeout
+        self.grace = grace
+        self.last_version = last_version
+        self.state = State.OPENING
+        self.error: ErrorRecord | None = None
+        self.engines = {name: EngineTrack(name, node) for name, node in engines.items()}
+        self.buckets: list[BucketTrack] = []
+        self.phases = PhaseClock()
+        self.nbytes = 0  # of the whole plan
+        self.filled_bytes = 0
+        self.started = self.finished = 0.0
+        self.story: list[str] = []  # the last events, for error messages and logs
+        self._free = {place: list(range(count)) for place, count in slots.items()}
+        self._capacity = dict(slots)
+        self._layouts: dict[int, bytes] = {}
+        self._awaited_layouts: set[int] = set()
+        self._planning = self._planned = False
+        self._remote = sorted({node for node in engines.values() if node != home})
+        self._group_ready = not self._remote
+        self._nodes: set[str] = {home, *self._remote}
+        self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
+        self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
+        self._active: set[int] = set()  # buckets that lie in a slot somewhere
+        self._relay_busy: set[int] = set()  # bridges with a broadcast under way
+        self._stopped: set[int] = set()  # ranks that will write nothing more
+        self._drain_until: float | None = None
+        self._abandoned = False
+        self._begun_at: dict[str, float] = {}
+
+    # --- what the daemon asks -----------------------------------------------------------------------------------
+
+    @property
+    def ended(self) -> bool:
+        """The outcome is decided."""
+        return self.state.ended
+
+    @property
+    def done(self) -> bool:
+        """Ended, and nothing of it is under way any more: the next push may use engines and slots."""
+        return self.ended and (self._abandoned or not self._outstanding())
+
+    @property
+    def torn(self) -> tuple[str, ...]:
+        return tuple(e.name for e in self.engines.values() if e.stage is EngineStage.TORN)
+
+    @property
+    def committed(self) -> tuple[str, ...]:
+        return tuple(e.name for e in self.engines.values() if e.stage is EngineStage.COMMITTED)
+
+    def deadline(self) -> float | None:
+        """When `Tick` is due; None once done."""
+        if self.done:
+            return None
+        return self._drain_until if self.ended else self.push_deadline
+
+    def waiting_for(self) -> str:
+        """What keeps the push from going on, in words, for errors and status."""
+        return self._blame()[0]
+
+    def _blame(self) -> tuple[str, dict[str, int | str]]:
+        """What is waited for, in words and as fields of an error."""
+        if self.state is State.OPENING:
+            missing = [r for r in range(self.world) if r not in self._layouts]
+            if missing:
+                words = f"rank{'s' if len(missing) > 1 else ''} {_listed(missing)} of {self.world} to call push_weights"
+                return words, {"rank": missing[0], "phase": "open"}
+            if self._awaited_layouts:
+                ranks = sorted(self._awaited_layouts)
+                return f"the layout of rank {_listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
+            if not self._group_ready:
+                return f"the communicator to {', '.join(self._remote)}", {"phase": "open"}
+        writing = [(i, sorted(b.unfilled)) for i, b in enumerate(self.buckets) if b.unfilled]
+        if writing:
+            bucket, ranks = writing[0]
+            words = f"rank {_listed(ranks)} to fill bucket {bucket}"
+            return words, {"rank": ranks[0], "bucket": bucket, "phase": "fill"}
+        busy = [e for e in self.engines.values() if e.asked]
+        if busy:
+            words = ", ".join(
+                f"{e.name} ({e.asked}{f', bucket {e.next_bucket}' if e.asked == 'load' else ''})" for e in busy
+            )
+            first = busy[0]
+            fields: dict[str, int | str] = {"engine": first.name, "phase": first.asked or ""}
+            if first.asked == "load":
+                fields["bucket"] = first.next_bucket
+            return f"engine {words}", fields
+        if self.state is State.OPENING:
+            return "the plan", {"phase": "plan"}
+        return "the wire", {"phase": "wire"}
+
+    def validate(self) -> None:
+        """Raise AssertionError if a promise does not hold; cheap enough to call after each event in tests."""
+        held: set[tuple[str, int, int]] = set()
+        for index, bucket in enumerate(self.buckets):
+            assert bucket.unfilled <= bucket.fillers, f"bucket {index} waits for a rank that does not fill it"
+            for node, copy in bucket.copies.items():
+                key = (node, copy.slot.bridge, copy.slot.index)
+                assert key not in held, f"slot {key} holds two buckets"
+                assert copy.slot.index not in self._free.get(key[:2], []), f"slot {key} is free and holds {index}"
+                held.add(key)
+                assert not copy.exported or not bucket.unfilled, f"bucket {index} was exported before it was filled"
+        for engine in self.engines.values():
+            assert engine.next_bucket <= len(self.buckets)
+            if engine.stage is EngineStage.COMMITTED:
+                assert engine.loaded == len(self.buckets), f"{engine.name} committed without every bucket"
+                assert self.state in (State.COMMITTING, State.COMMITTED, State.TORN)
+            if engine.stage is EngineStage.SKIPPED:
+                assert not engine.touched, f"{engine.name} was touched and counts as untouched"
+            if engine.touched and engine.stage is EngineStage.RESUMING:
+                assert engine.loaded == len(self.buckets), f"{engine.name} is resumed with a mixture"
+            if engine.asked == "resume" and engine.touched:
+                assert engine.stage is EngineStage.RESUMING, f"{engine.name} is torn and is being resumed"
+        if self.state is State.ABORTED:
+            assert not any(e.touched for e in self.engines.values()), "aborted, yet an engine was touched"
+        if self.ended:
+            assert self.state is State.COMMITTED or self.error is not None
+            if self.error is not None:
+                assert self.error.kind in PUSH_ERRORS, f"a push ends with a {self.error.kind}"
+        else:
+            assert self.error is None
+
+    # --- what the rules share -----------------------------------------------------------------------------------
+
+    def _remember(self, event: Event) -> None:
+        self.story.append(f"{self.state}: {event}")
+        del self.story[:-STORY_LENGTH]
+
+    def _until(self, now: float) -> float:
+        """When an operation that begins now must have ended."""
+        return min(self.push_deadline, now + self.operation_timeout)
+
+    def _live(self) -> list[EngineTrack]:
+        """Engines that may still commit."""
+        return [e for e in self.engines.values() if not e.stage.ended]
+
+    def _remote_nodes(self) -> list[str]:
+        return sorted(self._nodes - {self.home})
+
+    def _copy(self, bucket: int, node: str) -> Copy | None:
+        return self.buckets[bucket].copies.get(node) if 0 <= bucket < len(self.buckets) else None
+
+    def _outstanding(self) -> bool:
+        return bool(self._active) or any(e.asked for e in self.engines.values())
+
+    def _free_slots(self) -> None:
+        """Take back each copy that nobody writes, sends or reads any more."""
+        remote = self._remote_nodes()
+        for index in list(self._active):
+            bucket = self.buckets[index]
+            for node, copy in list(bucket.copies.items()):
+                idle = not (bucket.unfilled or copy.readers or copy.exporting or copy.relaying)
+                served = copy.exported and (node != self.home or bucket.relayed or not remote)
+                if idle and (served or self.ended):
+                    del bucket.copies[node]
+                    self._free.setdefault((node, copy.slot.bridge), []).append(copy.slot.index)
+            if not bucket.copies:
+                self._active.discard(index)
+
+    def _phase(self) -> str:
+        return {State.OPENING: "open", State.TRANSFERRING: "transfer"}.get(self.state, "finalise")
+
+    def _record(self, kind: str, message: str, *, hint: str | None = None, **where: object) -> ErrorRecord:
+        """An error of this push; `where` is any of rank, engine, bucket and phase."""
+        record = ErrorRecord(kind=kind, message=message, model=self.model, version=self.version, hint=hint)
+        return about(record, **where)
+
+
+PUSH_ERRORS = frozenset({"PushRefused", "PushAborted", "PushTimeout"})
+"""How a push as a whole may end, besides well."""
+
+
+def about(error: ErrorRecord, **changes: object) -> ErrorRecord:
+    """The same error with who and where filled in; `message` and `kind` replace, the rest only fills gaps."""
+    fill = {k: v for k, v in changes.items() if k in ("message", "kind") or getattr(error, k) is None}
+    return msgspec.structs.replace(error, **fill)
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(str(n) for n in numbers[:8])
+    return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
