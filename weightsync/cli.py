@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import select
 import time
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
@@ -25,6 +25,8 @@ app = typer.Typer(
     help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a "
     "checkpoint directory; `status` and `engines` look at a running weightsyncd.",
 )
+
+_INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
 
 DaemonOption = Annotated[
     str | None,
@@ -89,17 +91,21 @@ def push(
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with CheckpointSource(checkpoint) as source, Progress(*columns, console=console, transient=True) as progress:
-        bar = progress.add_task("filling", total=source.nbytes)
-        report: PushReport = push_source(
-            source,
-            version=version,
-            model=model,
-            daemon=daemon,
-            pause=pause,
-            timeout=timeout,
-            on_progress=lambda done: progress.update(bar, completed=done, description=_stage(done, source.nbytes)),
-        )
+    try:
+        with CheckpointSource(checkpoint) as source, Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("filling", total=source.nbytes)
+            report: PushReport = push_source(
+                source,
+                version=version,
+                model=model,
+                daemon=daemon,
+                pause=pause,
+                timeout=timeout,
+                on_progress=lambda done: progress.update(bar, completed=done, description=_stage(done, source.nbytes)),
+            )
+    except KeyboardInterrupt:
+        typer.echo("weightsync: interrupted; the push is aborted, and `weightsync status` shows every engine", err=True)
+        raise typer.Exit(_INTERRUPTED) from None
     typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
     raise typer.Exit(0 if report.complete else 1)
 
@@ -127,7 +133,10 @@ def status(
         return
     from rich.live import Live
 
-    with Live(_status_view(endpoint), console=console, refresh_per_second=4) as live:
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        Live(_status_view(endpoint), console=console, refresh_per_second=4) as live,
+    ):
         while True:
             select.select([], [], [], 1.0)
             live.update(_status_view(endpoint))
@@ -167,13 +176,10 @@ def _status_view(endpoint: str) -> Any:
 def main() -> None:
     """Entry point of the console script: errors in words, exit status 1; 130 after Ctrl-C."""
     try:
-        app(standalone_mode=True)
+        app()
     except WeightSyncError as error:
         typer.echo(f"weightsync: {error}", err=True)
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        typer.echo("weightsync: interrupted", err=True)
-        os._exit(130)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from weightsync.operator import fetch_status
+from weightsync.testing import eventually
+
 pytestmark = pytest.mark.e2e
 
 
@@ -37,6 +40,38 @@ def test_push_a_checkpoint_directory(node):
     assert again.returncode == 1
     assert "is not above version" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+def pushing_state(node) -> str | None:
+    push = fetch_status(node.daemon.endpoint).push
+    return push.state if push is not None else None
+
+
+def test_ctrl_c_aborts_a_push_and_says_so(node):
+    """The engines are stopped, so that the push is certainly under way when the signal comes."""
+    version = next(node.versions)
+    for engine in node.engines:
+        os.kill(engine.pid, signal.SIGSTOP)
+    try:
+        pushing = subprocess.Popen(
+            [Path(sys.executable).with_name("weightsync"), "push", node.checkpoint("B"), "--version", str(version)],
+            env={**os.environ, "WEIGHTSYNC_DAEMON": node.daemon.endpoint}, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert eventually(lambda: pushing_state(node) == "opening", seconds=20)
+        pushing.send_signal(signal.SIGINT)
+        _, said = pushing.communicate(timeout=20)
+        assert pushing.returncode == 130
+        assert "interrupted; the push is aborted" in said
+        assert pushing_state(node) == "aborted"  # it waits for the stopped engines to answer
+    finally:
+        for engine in node.engines:
+            os.kill(engine.pid, signal.SIGCONT)
+    assert eventually(lambda: pushing_state(node) is None, seconds=20)
+    last = fetch_status(node.daemon.endpoint).last_error
+    assert last is not None
+    assert "rank 0 was interrupted" in last.message
+    again = run("weightsync", "push", node.checkpoint("B"), "--version", str(next(node.versions)), "--json", node=node)
+    assert json.loads(again.stdout)["complete"]
 
 
 def test_push_something_that_is_no_checkpoint(node, tmp_path):

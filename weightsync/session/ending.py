@@ -58,8 +58,8 @@ class Ending(SessionState):
                 copy.readers.discard(engine.name)
                 self._revoke(engine.name, index, now, out)
         if lost:
-            engine.stage = EngineStage.LOST
-            engine.asked = None
+            engine.stage, engine.asked = EngineStage.LOST, None
+            self._let_rest(engine, now, out)
         else:
             self._tear(engine, now, out)
 
@@ -76,12 +76,16 @@ class Ending(SessionState):
         self._let_rest(engine, now, out)
 
     def _let_rest(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        """Once an ended engine has nothing under way: pause it if it serves a mixture, resume it if we paused it."""
+        """Once an ended engine has nothing under way: pause it if it serves a mixture, resume it if we paused it.
+
+        A lost engine may only be slow, and serve: it is told to pause all the same.
+        """
         if engine.asked is not None or engine.at_rest:
             return
         engine.at_rest = True
         until = now + self.operation_timeout
-        if engine.stage is EngineStage.TORN and engine.touched and self.pause == "none":
+        ended_half_way = engine.touched and engine.stage in (EngineStage.TORN, EngineStage.LOST)
+        if ended_half_way and self.pause == "none":
             engine.asked = "pause"
             out.append(do.PauseEngine(engine=engine.name, mode="abort", deadline=until))
         elif engine.stage is EngineStage.SKIPPED and engine.paused_by_us and not engine.was_paused:
@@ -97,6 +101,7 @@ class Ending(SessionState):
         self._nodes.discard(node)
         for engine in self._live():
             if engine.node == node:
+                engine.at_rest = lost  # there is nobody to tell
                 self._evict(engine, about(error, engine=engine.name, phase=phase), lost=lost, now=now, out=out)
         for bucket in self.buckets:
             bucket.copies.pop(node, None)

@@ -76,6 +76,7 @@ class Copy:
     exporting: bool = False
     relaying: bool = False  # home only: the broadcast reads from this slot
     readers: set[str] = field(default_factory=set)  # engines whose fence has not passed; fixed when exported
+    named: frozenset[str] = frozenset()  # engines it was exported to
 
 
 @dataclass(slots=True)
@@ -89,7 +90,6 @@ class BucketTrack:
     filled: bool = False
     relayed: bool = False  # or nobody needs it elsewhere
     copies: dict[str, Copy] = field(default_factory=dict)  # by node
-    read_by: set[str] = field(default_factory=set)  # engines done with it (for validate and for release)
 
 
 class PhaseClock:

@@ -1,0 +1,72 @@
+"""Everything is loaded: engines finish and verify, each for itself, and then resume together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.session import instructions as do
+from weightsync.session.ending import Ending
+from weightsync.session.state import State
+from weightsync.session.tracks import EngineStage
+
+if TYPE_CHECKING:
+    from weightsync.session import events as ev
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["Committing"]
+
+
+class Committing(Ending):
+    """Rules of the state COMMITTING."""
+
+    def _begin_commit(self, now: float, out: list[Instruction]) -> None:
+        self.state = State.COMMITTING
+        for engine in self._live():
+            engine.stage, engine.asked = EngineStage.FINISHING, "finish"
+            self.phases.start("finalise", now)
+            out.append(do.FinishEngine(engine=engine.name, deadline=self._until(now)))
+
+    def _on_engine_finished(self, event: ev.EngineFinished, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "finish", now, out)
+        if engine is None:
+            return
+        self.phases.stop("finalise", now)
+        if self.ended:
+            self._evict_late(engine, now, out)
+            return
+        engine.stage, engine.asked = EngineStage.VERIFYING, "verify"
+        self.phases.start("verify", now)
+        out.append(do.VerifyEngine(engine=engine.name, deadline=self._until(now)))
+
+    def _on_engine_verified(self, event: ev.EngineVerified, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "verify", now, out)
+        if engine is None:
+            return
+        self.phases.stop("verify", now)
+        engine.checked = event.checked
+        if self.ended:
+            self._evict_late(engine, now, out)
+            return
+        engine.stage = EngineStage.VERIFIED
+        self._resume_when_verified(now, out)
+
+    def _resume_when_verified(self, now: float, out: list[Instruction]) -> None:
+        """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
+        can. Also those that this push did not pause: an earlier one may have left them so, or they paused themselves.
+        """
+        live = self._live()
+        if any(e.stage is not EngineStage.VERIFIED for e in live):
+            return
+        for engine in live:
+            engine.stage, engine.asked = EngineStage.RESUMING, "resume"
+            self.phases.start("finalise", now)
+            out.append(do.ResumeEngine(engine=engine.name, deadline=self._until(now)))
+
+    def _on_engine_resumed(self, event: ev.EngineResumed, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "resume", now, out)
+        if engine is None:
+            return
+        self.phases.stop("finalise", now)
+        engine.stage = EngineStage.COMMITTED
+        engine.seconds = now - self._begun_at.get(engine.name, now)
+        self._end_when_all_ended(now, out)

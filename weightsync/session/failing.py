@@ -1,0 +1,141 @@
+"""What may go wrong, and what it means: one engine is out, one node is out, or the push fails as a whole."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.session.opening import Opening
+from weightsync.session.state import PUSH_ERRORS, State, about
+
+if TYPE_CHECKING:
+    from weightsync.session import events as ev
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["Failing"]
+
+_PHASES = {
+    "load": "load",
+    "finish": "finalise",
+    "resume": "finalise",
+    "verify": "verify",
+}  # of a report, by instruction
+
+
+class Failing(Opening):
+    """Rules for failures, whenever they come."""
+
+    # --- engines ------------------------------------------------------------------------------------------------
+
+    def _on_engine_failed(self, event: ev.EngineFailed, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, event.phase, now, out)
+        if engine is None:
+            return
+        phase = _PHASES.get(event.phase)
+        if phase is not None:
+            self.phases.stop(phase, now)
+        self._evict(engine, event.error, lost=event.lost, now=now, out=out)
+        if event.error.kind == "EngineRefused" and not self.ended:  # it is well, and what was asked is wrong
+            message = f"engine {engine.name} cannot take these weights: {event.error.message}"
+            self._fail(about(event.error, kind="PushRefused", message=message, engine=engine.name), now, out)
+            return
+        self._go_on_without(now, out)
+
+    def _go_on_without(self, now: float, out: list[Instruction]) -> None:
+        """One engine or more has left: whatever waited for it goes on."""
+        if self.ended:
+            self._free_slots()
+        elif not self._live():
+            self._end_when_all_ended(now, out)
+        elif self.state is State.OPENING:
+            self._open_on(now, out)
+        elif self.state is State.COMMITTING:
+            self._resume_when_verified(now, out)
+        else:
+            self._go_on(now, out)
+
+    def _on_node_lost(self, event: ev.NodeLost, now: float, out: list[Instruction]) -> None:
+        self._drop_node(event.node, event.error, "node", lost=True, now=now, out=out)
+        for engine in self.engines.values():
+            if engine.node == event.node:
+                engine.asked = None
+        self._go_on_without(now, out)
+
+    # --- bridges --------------------------------------------------------------------------------------------------
+
+    def _on_bridge_lost(self, event: ev.BridgeLost, now: float, out: list[Instruction]) -> None:
+        """Its arena is gone, with every lease and export in it."""
+        place = (event.node, event.bridge)
+        for index in self._active:
+            bucket = self.buckets[index]
+            copy = bucket.copies.get(event.node)
+            if copy is not None and copy.slot.bridge == event.bridge:
+                if event.node == self.home:
+                    bucket.unfilled.clear()
+                del bucket.copies[event.node]
+        if event.node == self.home:
+            self._relay_busy.discard(event.bridge)
+        if place in self._capacity:
+            self._free[place] = list(range(self._capacity[place]))
+        if self.state is State.OPENING and event.node == self.home:
+            self._home_bridge_lost(now, out)
+        elif self.state is State.TRANSFERRING and event.node == self.home:
+            self._fail(about(event.error, phase="wire"), now, out)
+        elif self.state is State.TRANSFERRING:
+            self._drop_node(event.node, event.error, "wire", now=now, out=out)
+            self._go_on_without(now, out)
+        self._free_slots()
+
+    # --- trainer ranks --------------------------------------------------------------------------------------------
+
+    def _on_rank_failed(self, event: ev.RankFailed, now: float, out: list[Instruction]) -> None:
+        bucket, phase = self._at_work(event.rank)
+        self._rank_stopped(event.rank)
+        if not self.ended:
+            error = about(event.error, rank=event.rank, bucket=bucket, phase=phase)
+            if error.kind not in PUSH_ERRORS:
+                error = about(error, kind="PushAborted", message=f"trainer rank {event.rank} failed: {error.message}")
+            self._fail(error, now, out)
+        self._free_slots()
+
+    def _on_rank_lost(self, event: ev.RankLost, now: float, out: list[Instruction]) -> None:
+        """The rank may be alive and still writing: the arenas it holds leases in are replaced."""
+        bucket, phase = self._at_work(event.rank)
+        held = {
+            b.copies[self.home].slot.bridge for b in self.buckets if event.rank in b.unfilled and self.home in b.copies
+        }
+        for bridge in sorted(held):
+            self._retire(self.home, bridge, f"rank {event.rank} was lost while it held a lease", now, out)
+        self._rank_stopped(event.rank)
+        if self.state in (State.OPENING, State.TRANSFERRING):
+            message = f"trainer rank {event.rank} was lost: {event.reason}"
+            error = self._record("PushAborted", message, rank=event.rank, bucket=bucket, phase=phase)
+            self._fail(error, now, out)
+        self._free_slots()
+
+    def _on_rank_stopped(self, event: ev.RankStopped, now: float, out: list[Instruction]) -> None:
+        if self.ended:
+            self._rank_stopped(event.rank)
+            self._free_slots()
+
+    def _at_work(self, rank: int) -> tuple[int | None, str]:
+        """The bucket that the rank was filling, if it was, and the phase it was in."""
+        bucket = next((i for i, b in enumerate(self.buckets) if rank in b.unfilled), None)
+        return bucket, "fill" if bucket is not None else self._phase()
+
+    def _rank_stopped(self, rank: int) -> None:
+        for bucket in self.buckets:
+            bucket.unfilled.discard(rank)
+
+    # --- time and the operator ------------------------------------------------------------------------------------
+
+    def _on_tick(self, event: ev.Tick, now: float, out: list[Instruction]) -> None:
+        if self.ended:
+            if self._drain_until is not None and now >= self._drain_until and not self.done:
+                self._abandon(now, out)
+        elif now >= self.push_deadline:
+            words, where = self._blame()
+            message = f"the push did not end before its deadline; it was waiting for {words}"
+            self._fail(self._record("PushTimeout", message, **where), now, out)
+
+    def _on_stop_requested(self, event: ev.StopRequested, now: float, out: list[Instruction]) -> None:
+        self._fail(self._record("PushAborted", event.reason, phase=self._phase()), now, out)

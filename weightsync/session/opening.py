@@ -1,0 +1,142 @@
+"""Before anything is touched: ranks arrive, engines are probed, the plan is made, every engine accepts it."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+from weightsync.session import instructions as do
+from weightsync.session.state import State
+from weightsync.session.tracks import BucketTrack, EngineStage
+from weightsync.session.transferring import Transferring
+
+if TYPE_CHECKING:
+    from weightsync.session import events as ev
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["Opening"]
+
+
+class Opening(Transferring):
+    """Rules of the state OPENING."""
+
+    def start(self, now: float) -> list[Instruction]:
+        """Probe the engines and form the communicator while ranks arrive."""
+        self.started = now
+        until = self._until(now)
+        out: list[Instruction] = [do.ProbeEngine(engine=e.name, deadline=until) for e in self.engines.values()]
+        self._form_group(now, out)
+        return out
+
+    def _form_group(self, now: float, out: list[Instruction]) -> None:
+        remote = self._remote_nodes()
+        self._group_ready = not remote
+        if remote:
+            out.append(do.FormGroup(nodes=tuple(remote), deadline=self._until(now)))
+
+    def _on_rank_opened(self, event: ev.RankOpened, now: float, out: list[Instruction]) -> None:
+        if event.rank in self._layouts:
+            return
+        self._layouts[event.rank] = event.layout
+        self.phases.seconds["describe"] = max(self.phases.seconds["describe"], event.describe_seconds)
+        self._plan_when_open(now, out)
+
+    def _plan_when_open(self, now: float, out: list[Instruction]) -> None:
+        if len(self._layouts) == self.world and not self._planning and not self._awaited_layouts:
+            self._planning = True
+            self.phases.start("plan", now)
+            out.append(do.MakePlan(deadline=self._until(now)))
+
+    def _on_layouts_missing(self, event: ev.LayoutsMissing, now: float, out: list[Instruction]) -> None:
+        if not self._planning:
+            return
+        self._planning = False
+        self.phases.stop("plan", now)
+        self._awaited_layouts = set(event.ranks)
+        out.extend(do.AskLayout(rank=rank) for rank in event.ranks)
+
+    def _on_layout_received(self, event: ev.LayoutReceived, now: float, out: list[Instruction]) -> None:
+        if event.rank in self._awaited_layouts:
+            self._awaited_layouts.discard(event.rank)
+            self._plan_when_open(now, out)
+
+    def _on_plan_made(self, event: ev.PlanMade, now: float, out: list[Instruction]) -> None:
+        if not self._planning or self._planned:
+            return
+        self._planned = True
+        self.phases.stop("plan", now)
+        self.buckets = [BucketTrack(b.nbytes, b.owner, frozenset(b.fillers)) for b in event.buckets]
+        self.nbytes = sum(b.nbytes for b in self.buckets)
+        self._ungranted.clear()
+        self._unrelayed.clear()
+        for index, bucket in enumerate(self.buckets):
+            self._ungranted.setdefault(bucket.owner, deque()).append(index)
+            self._unrelayed.setdefault(bucket.owner, deque()).append(index)
+        self._open_on(now, out)
+
+    def _on_plan_failed(self, event: ev.PlanFailed, now: float, out: list[Instruction]) -> None:
+        if self._planning and not self._planned:
+            self._fail(event.error, now, out)
+
+    def _on_group_formed(self, event: ev.GroupFormed, now: float, out: list[Instruction]) -> None:
+        if self._group_ready:
+            return
+        self._group_ready = True
+        for node, error in event.failed:
+            self._drop_node(node, error, "open", now=now, out=out)
+        self._open_on(now, out)
+
+    def _on_engine_probed(self, event: ev.EngineProbed, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "probe", now, out)
+        if engine is None:
+            return
+        engine.stage = EngineStage.KNOWN
+        engine.version, engine.was_paused, engine.was_torn = event.version, event.paused, event.torn
+        self._open_on(now, out)
+
+    def _on_engine_accepted(self, event: ev.EngineAccepted, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "accept", now, out)
+        if engine is None:
+            return
+        engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
+        self._open_on(now, out)
+
+    def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:
+        """Nothing was leased yet: its successor will do, once the plan and the group stand on it."""
+        if self._planned:
+            self._planned = False
+            self.phases.start("plan", now)
+            out.append(do.MakePlan(deadline=self._until(now)))
+        if self._group_ready:
+            self._form_group(now, out)
+
+    # --- going on ---------------------------------------------------------------------------------------------------
+
+    def _open_on(self, now: float, out: list[Instruction]) -> None:
+        """Once the plan is made and the group stands: show the plan to every engine that has answered its probe; once
+        all have accepted it, begin.
+        """
+        if self.state is not State.OPENING or not (self._planned and self._group_ready):
+            return
+        live = self._live()
+        if not live:
+            self._fail_without_engines(now, out)
+        elif all(e.stage is EngineStage.ACCEPTED for e in live):
+            self._begin_transfer(now, out)
+        elif all(e.stage is EngineStage.KNOWN for e in live) and self._version_rises(now, out):
+            for engine in live:
+                engine.stage, engine.asked = EngineStage.ACCEPTING, "accept"
+                out.append(do.AcceptEngine(engine=engine.name, deadline=self._until(now)))
+
+    def _version_rises(self, now: float, out: list[Instruction]) -> bool:
+        """Whether every engine serves an older version; if not, the push is refused."""
+        served = {e.version: e.name for e in self._live() if e.version is not None}
+        newest = max(served, default=None)
+        if newest is not None and newest >= self.version:
+            which = f"version {newest}, which engine {served[newest]} serves"
+        elif self.last_version is not None and self.last_version >= self.version:
+            which = f"version {self.last_version}, pushed before"
+        else:
+            return True
+        self._refuse(f"version {self.version} is not above {which}", now, out)
+        return False

@@ -1,0 +1,204 @@
+"""Buckets on their way: slots are leased and filled, exported, relayed to other nodes, loaded, and free again."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.session import instructions as do
+from weightsync.session.committing import Committing
+from weightsync.session.state import State
+from weightsync.session.tracks import Copy, EngineStage, EngineTrack
+
+if TYPE_CHECKING:
+    from weightsync.session import events as ev
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["Transferring"]
+
+
+class Transferring(Committing):
+    """Rules of the state TRANSFERRING."""
+
+    def _begin_transfer(self, now: float, out: list[Instruction]) -> None:
+        self.state = State.TRANSFERRING
+        out.append(do.AnnouncePlan())
+        for engine in self._live():
+            if self.pause == "none":
+                engine.stage = EngineStage.PAUSED
+                continue
+            engine.stage, engine.asked, engine.paused_by_us = EngineStage.PAUSING, "pause", True
+            self._begun_at[engine.name] = now
+            out.append(do.PauseEngine(engine=engine.name, mode=self.pause, deadline=self._until(now)))
+        self._go_on(now, out)
+
+    def _on_engine_paused(self, event: ev.EnginePaused, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "pause", now, out)
+        if engine is not None:
+            engine.stage = EngineStage.PAUSED
+            self._go_on(now, out)
+
+    def _on_engine_begun(self, event: ev.EngineBegun, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "begin", now, out)
+        if engine is not None:
+            engine.stage = EngineStage.LOADING
+            self._go_on(now, out)
+
+    def _on_rank_filled(self, event: ev.RankFilled, now: float, out: list[Instruction]) -> None:
+        if not 0 <= event.bucket < len(self.buckets):
+            return
+        bucket = self.buckets[event.bucket]
+        if event.rank not in bucket.unfilled:
+            return
+        bucket.unfilled.discard(event.rank)
+        self.filled_bytes += event.nbytes
+        if not bucket.unfilled and not bucket.filled:
+            bucket.filled = True
+            self.phases.stop("fill", now)
+            if not self.ended:
+                self._export(event.bucket, self.home, now, out)
+        self._go_on(now, out)
+
+    def _on_bucket_exported(self, event: ev.BucketExported, now: float, out: list[Instruction]) -> None:
+        copy = self._copy(event.bucket, event.node)
+        if copy is None or not copy.exporting:
+            return
+        copy.exporting, copy.exported = False, True
+        self.phases.stop("wire", now)
+        for name in sorted(copy.named - copy.readers):  # evicted meanwhile: only now is there a hold to revoke
+            self._revoke(name, event.bucket, now, out)
+        self._go_on(now, out)
+
+    def _on_bucket_relayed(self, event: ev.BucketRelayed, now: float, out: list[Instruction]) -> None:
+        home = self._copy(event.bucket, self.home)
+        if home is None or not home.relaying:
+            return
+        bucket = self.buckets[event.bucket]
+        home.relaying, bucket.relayed = False, True
+        self._relay_busy.discard(bucket.owner)
+        self.phases.stop("wire", now)
+        for node, error in event.failed:
+            self._drop_node(node, error, "relay", now=now, out=out)
+        if not self.ended:
+            for node in event.nodes:
+                if node in self._nodes and node in bucket.copies:
+                    self._export(event.bucket, node, now, out)
+        self._go_on(now, out)
+
+    def _on_bucket_loaded(self, event: ev.BucketLoaded, now: float, out: list[Instruction]) -> None:
+        known = self.engines.get(event.engine)
+        if known is None or known.next_bucket != event.bucket:
+            return
+        engine = self._answered(event.engine, "load", now, out)
+        if engine is None:
+            return
+        self.phases.stop("load", now)
+        if self.ended:
+            self._evict_late(engine, now, out)
+            return
+        engine.next_bucket += 1
+        engine.loaded += 1
+        out.append(do.AwaitRelease(engine=engine.name, bucket=event.bucket, deadline=self._until(now)))
+        self._go_on(now, out)
+
+    def _on_bucket_released(self, event: ev.BucketReleased, now: float, out: list[Instruction]) -> None:
+        engine = self.engines.get(event.engine)
+        if engine is None or not 0 <= event.bucket < engine.loaded:
+            return
+        copy = self._copy(event.bucket, engine.node)
+        if copy is not None and event.engine in copy.readers:
+            copy.readers.discard(event.engine)
+            self._go_on(now, out)
+
+    # --- going on ---------------------------------------------------------------------------------------------------
+
+    def _go_on(self, now: float, out: list[Instruction]) -> None:
+        """Issue whatever has become possible: in bucket order for slots and relays, in its own order for each
+        engine.
+        """
+        self._free_slots()
+        if self.state is not State.TRANSFERRING:
+            return
+        live = self._live()
+        if not live:
+            self._end_when_all_ended(now, out)
+            return
+        self._grant(now, out)
+        self._relay(now, out)
+        for engine in live:
+            self._advance(engine, now, out)
+        if all(e.stage is EngineStage.LOADING and self._all_loaded(e) for e in live):
+            self._begin_commit(now, out)
+
+    def _all_loaded(self, engine: EngineTrack) -> bool:
+        return engine.asked is None and engine.next_bucket == len(self.buckets)
+
+    def _grant(self, now: float, out: list[Instruction]) -> None:
+        for owner, waiting in self._ungranted.items():
+            free = self._free[self.home, owner]
+            while waiting and free:
+                index = waiting.popleft()
+                bucket = self.buckets[index]
+                slot = do.Slot(self.home, owner, free.pop(0))
+                bucket.unfilled = set(bucket.fillers)
+                bucket.copies[self.home] = Copy(slot)
+                self._active.add(index)
+                self.phases.start("fill", now)
+                out.append(do.GrantLease(bucket=index, slot=slot, ranks=tuple(sorted(bucket.fillers))))
+
+    def _export(self, index: int, node: str, now: float, out: list[Instruction]) -> None:
+        bucket = self.buckets[index]
+        copy = bucket.copies[node]
+        copy.exporting = True
+        copy.readers = {e.name for e in self._live() if e.node == node}
+        copy.named = frozenset(copy.readers)
+        self.phases.start("wire", now)
+        out.append(
+            do.ExportBucket(
+                bucket=index,
+                slot=copy.slot,
+                nbytes=bucket.nbytes,
+                engines=tuple(sorted(copy.readers)),
+                deadline=self._until(now),
+            )
+        )
+
+    def _relay(self, now: float, out: list[Instruction]) -> None:
+        """One broadcast at a time on each bridge, in bucket order, as soon as every remote node has a free slot."""
+        remote = self._remote_nodes()
+        if not remote:
+            return
+        for rail, waiting in self._unrelayed.items():
+            if not waiting or rail in self._relay_busy:
+                continue
+            bucket = self.buckets[waiting[0]]
+            home = bucket.copies.get(self.home)
+            places = [(node, rail) for node in remote]
+            if home is None or not home.exported or not all(self._free.get(place) for place in places):
+                continue
+            index = waiting.popleft()
+            targets = tuple(do.Slot(node, rail, self._free[node, rail].pop(0)) for node, _ in places)
+            for target in targets:
+                bucket.copies[target.node] = Copy(target)
+            home.relaying = True
+            self._relay_busy.add(rail)
+            self.phases.start("wire", now)
+            out.append(
+                do.RelayBucket(
+                    bucket=index, slot=home.slot, nbytes=bucket.nbytes, targets=targets, deadline=self._until(now)
+                )
+            )
+
+    def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        """Begin the engine at its first bucket, then load bucket after bucket."""
+        if engine.asked is not None:
+            return
+        copy = self._copy(engine.next_bucket, engine.node)
+        there = copy is not None and copy.exported
+        if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
+            engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
+            self._begun_at.setdefault(engine.name, now)
+            out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
+        elif engine.stage is EngineStage.LOADING and there:
+            engine.asked = "load"
+            self.phases.start("load", now)
+            out.append(do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, deadline=self._until(now)))
