@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,7 @@ __all__ = ["RankPush", "TrainerPlace", "trainer_place"]
 logger = logging.getLogger(__name__)
 
 _PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
+_FINGERPRINT = 600.0  # seconds for one bucket: a bound, not an expectation
 _MASK = 2**64 - 1
 
 
@@ -170,6 +172,7 @@ class _Memory:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="weightsync-fingerprint")  # starts with its first work
         self.links: dict[str, list[TrainerLink]] = {}
         self.arenas: dict[bytes, Arena] = {}
         self.programs: OrderedDict[bytes, _Program] = OrderedDict()  # by plan and layout digest
@@ -363,12 +366,16 @@ class RankPush:
             raise RemoteProtocolError(f"a lease for bucket {lease.bucket} that is not in the plan")
         started = time.monotonic()
         slot = torch.frombuffer(self._arenas[lease.bridge].slot(lease.slot), dtype=torch.uint8)
+        writes = program.writes[lease.bucket]
+        # numpy and torch both let go of the GIL: a bucket is fingerprinted on one core while another copies it
+        ahead = _MEMORY.pool.submit(lambda: [self._fingerprint(write) for write in writes])
+        copied = [self._write(slot, write) for write in writes]
         sums: dict[int, int] = {}
-        nbytes = 0
-        for write in program.writes[lease.bucket]:
-            sums[write.tensor] = (sums.get(write.tensor, 0) + self._write(slot, write)) & _MASK
-            nbytes += write.nbytes
-        del slot
+        for write, out, found in zip(writes, copied, ahead.result(_FINGERPRINT), strict=True):
+            part = _fingerprint(_bytes_of(out), write) if found is None else found
+            sums[write.tensor] = (sums.get(write.tensor, 0) + part) & _MASK
+        nbytes = sum(write.nbytes for write in writes)
+        del slot, copied
         link.send(
             msg.Filled(
                 id=self._number,
@@ -386,23 +393,29 @@ class RankPush:
         if self.on_progress is not None:
             self.on_progress(self._written)
 
-    def _write(self, slot: torch.Tensor, write: _Write) -> int:
-        """Copy one part into the slot; returns its fingerprint, taken from the source's own bytes where it can be."""
+    def _write(self, slot: torch.Tensor, write: _Write) -> torch.Tensor:
+        """Copy one part into the slot; returns where it lies there."""
         out = slot[write.begin : write.end].view(write.dtype).view(write.piece_shape)
         if not write.whole_piece:
             for dim, (start, length) in enumerate(zip(write.dst_offset, write.shape, strict=True)):
                 out = out.narrow(dim, start, length)
         self._source.read_into(write.shard, write.src_offset, write.shape, out)
+        return out
+
+    def _fingerprint(self, write: _Write) -> int | None:
+        """Of the source's own bytes; None where they do not lie in host memory."""
         data = self._source.box_bytes(write.shard, write.src_offset, write.shape)
-        if data is None:
-            data = _bytes_of(out)
-        return fingerprint(
-            data,
-            itemsize=write.itemsize,
-            global_shape=write.global_shape,
-            offset=write.global_offset,
-            shape=write.shape,
-        )
+        return None if data is None else _fingerprint(data, write)
+
+
+def _fingerprint(data: np.ndarray[Any, Any], write: _Write) -> int:
+    return fingerprint(
+        data,
+        itemsize=write.itemsize,
+        global_shape=write.global_shape,
+        offset=write.global_offset,
+        shape=write.shape,
+    )
 
 
 def _bytes_of(out: torch.Tensor) -> np.ndarray[Any, Any]:

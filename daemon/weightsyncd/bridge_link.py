@@ -178,6 +178,10 @@ class BridgeLink:
                 await self._writer.wait_closed()
         remove_stale(self.config.directory, self.config.node, bridge=self.config.index)
 
+    def give_up(self, reason: str) -> None:
+        """Take it for lost: whatever it was asked fails now, and `ended` is set."""
+        self._end(TransportBroken(f"bridge {self.config.name} was replaced: {reason}"))
+
     def _doubt(self, answer: asyncio.Future[c.Response], command: c.Command[R], waited: float) -> None:
         """It did not answer in time: it is wedged, unless it never had the time that any answer takes."""
 

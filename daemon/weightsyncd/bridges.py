@@ -19,10 +19,11 @@ from weightsync.errors import (
     LocalProtocolError,
     TransportBroken,
     TransportClosed,
+    TransportError,
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.nccl_bridge.commands import Command, Reply
+from weightsync.nccl_bridge.commands import Command, Hello, Reply
 from weightsyncd.bridge_link import BridgeConfig, BridgeLink
 from weightsyncd.orphans import kill_orphans
 
@@ -40,6 +41,7 @@ State = Literal["stopped", "starting", "ready", "lost"]
 _PAUSE_FIRST = 0.1  # seconds before the second attempt to restart; doubled for each further one up to …
 _PAUSE_LAST = 5.0
 _STEADY = 10.0  # seconds a bridge must have lived for its next restart to be a first attempt again
+_PROMPT = 5.0  # seconds for an answer that needs no work; a bridge that takes longer is wedged
 _RESTART_SECONDS = 30.0  # for one attempt; starting takes 0.2 s, allocating a large arena some seconds
 
 
@@ -130,6 +132,27 @@ class Bridge:
                 raise TransportTimeout(
                     f"bridge {self.name} is not ready{why}", hint=self.last_error.hint if self.last_error else None
                 ) from None
+
+    async def prompt(self, *, deadline: float) -> None:
+        """Wait until it is ready and answers: one that is wedged is found out, and replaced, now and not in the middle
+        of something. Raises as `ready` does.
+        """
+        while True:
+            await self.ready(deadline=deadline)
+            left = deadline - time.monotonic()
+            try:
+                await self.call(Hello(), deadline=time.monotonic() + min(_PROMPT, left / 2))
+            except TransportError:
+                if time.monotonic() >= deadline:
+                    raise
+            else:
+                return
+
+    def retire(self, reason: str) -> None:
+        """Take it for lost, whatever it is doing: it is killed and replaced. Nothing happens where none is ready."""
+        link = self._alive()
+        if link is not None:
+            link.give_up(reason)
 
     async def call(self, command: Command[R], *, deadline: float) -> R:
         """Send one command and return its reply.

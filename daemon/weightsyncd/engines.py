@@ -36,6 +36,8 @@ class Engine:
         self.info: EngineInfo | None = None
         self.error: ErrorRecord | None = None
         self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
+        self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
+        self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
 
     @property
     def state(self) -> str:
@@ -54,6 +56,7 @@ class Engine:
         """Note what the engine says of itself; a restarted engine has accepted nothing yet."""
         if self.info is None or info.incarnation != self.info.incarnation:
             self.accepted.clear()
+            self.paused_by_us = False
             logger.info(
                 "[engine=%s] %s, %s, tp %d, version %s",
                 self.name,
@@ -111,6 +114,9 @@ class Engines:
     def __iter__(self) -> Iterator[Engine]:
         return iter(self._engines.values())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._engines
+
     def __getitem__(self, name: str) -> Engine:
         """The engine of that name. Raises `EngineLost` where there is none."""
         engine = self._engines.get(name)
@@ -131,10 +137,26 @@ class Engines:
             await asyncio.sleep(self._timeouts.probe_every)
 
     async def _look(self, engine: Engine, until: float) -> None:
+        """See how it is, and put right what a push could not because the engine, or a daemon, did not answer."""
         try:
-            await engine.probe(until)
+            info = await engine.probe(until)
+            if (info.torn and not info.paused) or engine.paused_by_us:
+                await self._put_right(engine, info, until)
         except WeightSyncError as error:
-            logger.debug("[engine=%s] probe failed: %s", engine.name, error)
+            logger.debug("[engine=%s] look.failed: %s", engine.name, error)
+
+    async def _put_right(self, engine: Engine, info: EngineInfo, until: float) -> None:
+        async with engine.lock:  # a push that begins meanwhile waits for its turn
+            if self._busy():
+                return
+            if info.torn and not info.paused:
+                logger.warning("[engine=%s] serves though it is torn: pausing it", engine.name)
+                await engine.adapter.pause("abort", deadline=until)
+            elif info.paused and not info.torn:
+                logger.warning("[engine=%s] was left paused by a push that never touched it: resuming it", engine.name)
+                await engine.adapter.resume(deadline=until)
+            engine.paused_by_us = False
+            await engine.probe(until)
 
     async def close(self) -> None:
         """Let go of every engine as it is."""

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import os
-import signal
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from weightsync.adapters.verify import compare
 from weightsync.errors import (
@@ -23,6 +23,7 @@ from weightsync.errors import (
     ErrorRecord,
     LocalProtocolError,
     TransportError,
+    TransportTimeout,
     WeightSyncError,
 )
 from weightsync.nccl_bridge import commands
@@ -44,6 +45,7 @@ __all__ = ["NodeExecutor", "PushContext", "phase_of"]
 logger = logging.getLogger(__name__)
 
 _POLL_FIRST, _POLL_LAST = 0.0005, 0.02  # seconds between looks at a fence that has not passed
+_REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
 
 
 @dataclass
@@ -57,8 +59,11 @@ class PushContext:
     expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
     places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
-    paused: set[str] = field(default_factory=set)  # engines paused here and not resumed
+    incarnations: dict[str, str] = field(default_factory=dict)  # engine → what it was when it was probed
+    modes: dict[str, str] = field(default_factory=dict)  # engine that was paused here and not resumed → how
     begun: set[str] = field(default_factory=set)  # engines touched here and not resumed
+    held: set[tuple[str, int]] = field(default_factory=set)  # (engine, bucket) exported, not released
+    exporting: set[asyncio.Task[ev.Event]] = field(default_factory=set)
 
     def known_manifest(self) -> Manifest:
         if self.manifest is None:
@@ -89,6 +94,7 @@ class NodeExecutor:
         self.bridges = bridges
         self._sequences = itertools.count(1)
         self._offers: dict[tuple[str, str], bytes] = {}  # (bridge incarnation, reader) → offer
+        self._letting_go: set[asyncio.Task[ev.Event]] = set()
         self.leaks = 0  # exports whose reader never released them
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
@@ -99,7 +105,7 @@ class NodeExecutor:
             case do.AwaitRelease():
                 return await self._await_release(context, instruction)
             case do.RevokeBucket():
-                await self._revoke(context, instruction.engine, instruction.bucket)
+                await self._revoke(context, instruction.engine, instruction.bucket, instruction.deadline)
                 return None
             case do.RetireBridge():
                 self._retire(instruction)
@@ -116,7 +122,7 @@ class NodeExecutor:
         logger.debug("[engine=%s v=%d] %s.started bucket=%s", name, context.version, phase, bucket)
         try:
             engine = self.engines[name]
-            async with asyncio.timeout_at(instruction.deadline):
+            async with asyncio.timeout_at(instruction.deadline), engine.lock:
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
             error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline")
@@ -129,6 +135,8 @@ class NodeExecutor:
             logger.debug("[engine=%s v=%d] %s.complete bucket=%s", name, context.version, phase, bucket)
             return event
         lost = isinstance(error, EngineLost)
+        if lost and name in self.engines:
+            self.engines[name].lost(error)
         logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", name, context.version, phase, bucket, error.message)
         record = error.record()
         about = {"engine": name, "phase": phase, "bucket": bucket, "version": context.version, "model": context.model}
@@ -141,6 +149,7 @@ class NodeExecutor:
         match instruction:
             case do.ProbeEngine():
                 info = await engine.probe(deadline)
+                context.incarnations[name] = info.incarnation
                 return ev.EngineProbed(
                     engine=name, tp_size=info.tp_size, version=info.version, paused=info.paused, torn=info.torn
                 )
@@ -153,13 +162,17 @@ class NodeExecutor:
                     engine.accepted[manifest.digest] = untouched
                 return ev.EngineAccepted(engine=name, untouched=len(untouched))
             case do.PauseEngine():
-                context.paused.add(name)
+                if name not in context.begun and (engine.info is None or not engine.info.paused):
+                    engine.paused_by_us = True
+                context.modes[name] = instruction.mode
                 await hand.pause(instruction.mode, deadline=deadline)  # type: ignore[arg-type]
                 return ev.EnginePaused(engine=name)
             case do.BeginEngine():
+                manifest, offers = context.known_manifest(), await self._offers_for(engine, deadline)
+                await self._check_unchanged(context, engine, deadline)
                 context.begun.add(name)
-                offers = await self._offers_for(engine, deadline)
-                await hand.begin(context.version, context.known_manifest(), offers, deadline=deadline)
+                engine.paused_by_us = False  # from here on only a whole update may take it back to serving
+                await hand.begin(context.version, manifest, offers, deadline=deadline)
                 return ev.EngineBegun(engine=name)
             case do.LoadBucket():
                 tickets = context.tickets.pop((name, instruction.bucket), None)
@@ -179,10 +192,24 @@ class NodeExecutor:
                 )
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)
-                context.paused.discard(name)
+                engine.paused_by_us = False
+                context.modes.pop(name, None)
                 context.begun.discard(name)
                 return ev.EngineResumed(engine=name)
         raise LocalProtocolError(f"{type(instruction).__name__} is not for an engine")
+
+    @staticmethod
+    async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
+        """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
+        that somebody resumed must not serve while it loads.
+        """
+        info = await engine.probe(deadline)
+        if info.incarnation != context.incarnations.get(engine.name):
+            raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")
+        mode = context.modes.get(engine.name)
+        if mode is not None and not info.paused:
+            logger.warning("[engine=%s v=%d] was resumed by somebody else; pausing it", engine.name, context.version)
+            await engine.adapter.pause(mode, deadline=deadline)  # type: ignore[arg-type]
 
     async def _offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
         """One attach descriptor for each tp rank of the engine and each arena of this node."""
@@ -209,6 +236,13 @@ class NodeExecutor:
     # --- the wire -------------------------------------------------------------------------------------------------
 
     async def _export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
+        """Runs to its end even when nobody waits any more: what was exported has to be revoked by `sweep`."""
+        work = asyncio.create_task(self._export_now(context, instruction))
+        context.exporting.add(work)
+        work.add_done_callback(context.exporting.discard)
+        return await asyncio.shield(work)
+
+    async def _export_now(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
         slot, bucket = instruction.slot, instruction.bucket
         readers = {name: self._readers(self.engines[name]) for name in instruction.engines}
         sequence = self.sequence_of(context, bucket, slot)
@@ -219,16 +253,34 @@ class NodeExecutor:
             readers=tuple(reader for ranks in readers.values() for reader in ranks),
         )
         bridge = self.bridges[slot.bridge]
+        incarnation = bridge.incarnation
+        context.held.update((name, bucket) for name in readers)
         try:
             for reader in command.readers:
                 await self._offer(bridge, reader, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except TransportError as error:
             logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
-            return ev.BridgeLost(node=self.node, bridge=slot.bridge, error=error.record())
+            return self.bridge_lost(slot.bridge, incarnation, error, bucket)
         for name, ranks in readers.items():
             context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
         return ev.BucketExported(bucket=bucket, node=self.node)
+
+    def bridge_lost(
+        self, index: int, incarnation: str | None, error: WeightSyncError, bucket: int | None = None
+    ) -> ev.BridgeLost:
+        """The event for a bridge that failed while it was `incarnation`. If it still is, it is replaced: the session
+        takes its arena for gone.
+        """
+        bridge = self.bridges[index]
+        if incarnation is not None and bridge.incarnation == incarnation:
+            bridge.retire(error.message)
+        record = error.record()
+        return ev.BridgeLost(
+            node=self.node,
+            bridge=index,
+            error=msgspec.structs.replace(record, bucket=bucket if record.bucket is None else record.bucket),
+        )
 
     def sequence_of(self, context: PushContext, bucket: int, slot: do.Slot) -> int:
         """The number under which this bucket's bytes in this slot are exported; new for every filling of a slot."""
@@ -256,43 +308,76 @@ class NodeExecutor:
                 reply = await self.bridges[slot.bridge].call(
                     commands.Pending(slot=slot.index), deadline=instruction.deadline
                 )
+            except TransportTimeout:
+                break
             except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
                 logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
                 return released
             if not any(reader.rpartition("/")[0] == engine for reader in reply.readers):
+                context.held.discard((engine, bucket))
                 return released
             await asyncio.sleep(pause)
             pause = min(2 * pause, _POLL_LAST)
         logger.error("[engine=%s v=%d bucket=%d] never released its slot", engine, context.version, bucket)
         self.leaks += 1
-        await self._revoke(context, engine, bucket)
+        await self._revoke(context, engine, bucket, time.monotonic() + _REVOKE)
         return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
 
-    async def _revoke(self, context: PushContext, engine: str, bucket: int) -> None:
-        place = context.places.get(bucket)
-        if place is None:
-            return
+    async def _revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:
         context.tickets.pop((engine, bucket), None)
-        for reader in self._readers(self.engines[engine]):
-            try:
-                await self.bridges[place[0].bridge].call(
-                    commands.Revoke(reader=reader, slot=place[0].index), deadline=time.monotonic() + 5.0
-                )
-            except TransportError as error:
-                logger.debug("[engine=%s bucket=%d] revoke: %s", engine, bucket, error.message)
-                return
+        context.held.discard((engine, bucket))
+        place = context.places.get(bucket)
+        if place is None or engine not in self.engines:
+            return
+        slot = place[0]
+        bridge = self.bridges[slot.bridge]
+        calls = (
+            bridge.call(commands.Revoke(reader=reader, slot=slot.index), deadline=deadline)
+            for reader in self._readers(self.engines[engine])
+        )
+        for failure in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(failure, TransportError):
+                logger.debug("[engine=%s bucket=%d] revoke: %s", engine, bucket, failure.message)
+            elif isinstance(failure, BaseException):
+                raise failure
 
     def _retire(self, instruction: do.RetireBridge) -> None:
         bridge = self.bridges[instruction.bridge]
-        logger.warning("bridge %s is replaced: %s", bridge.name, instruction.reason)
-        if bridge.pid is not None:
-            os.kill(bridge.pid, signal.SIGKILL)  # its supervisor starts another, with a fresh arena
+        logger.warning("[bridge=%s] retired: %s", bridge.name, instruction.reason)
+        bridge.retire(instruction.reason)
 
-    # --- the end of a coordinator ------------------------------------------------------------------------------------
+    # --- the end of a push -------------------------------------------------------------------------------------------
+
+    async def sweep(self, context: PushContext) -> None:
+        """The push is over: take away whatever its readers still hold, so that the next may use every slot."""
+        if context.exporting:
+            await asyncio.wait(list(context.exporting), timeout=_REVOKE)
+        until = time.monotonic() + _REVOKE
+        await asyncio.gather(*(self._revoke(context, *hold, until) for hold in list(context.held)))
 
     async def let_go(self, context: PushContext, deadline: float) -> None:
-        """The push is over and nobody drives it any more: resume engines that were paused and never touched."""
+        """Nobody drives the push any more: engines that it paused and never touched are resumed, and those that it has
+        touched are left torn, and paused. Returns when that is on its way, and before anything that comes later.
+        """
+        await self.sweep(context)
+        ends: list[do.Instruction] = [
+            do.ResumeEngine(engine=name, deadline=deadline)
+            for name in sorted(set(context.modes) - context.begun)
+            if self.engines[name].paused_by_us
+        ]
         for name in sorted(context.begun):
             logger.warning("[engine=%s v=%d] is left torn and paused: its push ended half-way", name, context.version)
-        for name in sorted(context.paused - context.begun):
-            await self.execute(context, do.ResumeEngine(engine=name, deadline=deadline))
+            if name not in context.modes:
+                ends.append(do.PauseEngine(engine=name, mode="abort", deadline=deadline))
+        for instruction in ends:
+            work = asyncio.create_task(self._at_engine(context, instruction))
+            self._letting_go.add(work)
+            work.add_done_callback(self._letting_go.discard)
+        await asyncio.sleep(0)  # each stands in line for its engine now
+
+    async def settle(self, deadline: float) -> None:
+        """Wait until every engine that was let go has heard of it; for a daemon that ends."""
+        if self._letting_go:
+            await asyncio.wait(list(self._letting_go), timeout=max(0.0, deadline - time.monotonic()))
+        for work in list(self._letting_go):
+            work.cancel()

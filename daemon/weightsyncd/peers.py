@@ -35,6 +35,7 @@ __all__ = ["EVENTS", "INSTRUCTIONS", "Peer", "Rails"]
 logger = logging.getLogger(__name__)
 
 _LEAVE = 5.0  # seconds for a bridge to abort its communicator
+_MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
 
 EVENTS = {kind.__name__: kind for kind in vars(ev).values() if isinstance(kind, type) and issubclass(kind, ev.Event)}
 INSTRUCTIONS = {
@@ -73,60 +74,68 @@ class Peer:
         return "connected" if self.info is not None else self.problem
 
     async def keep(self) -> None:
-        """Attach, watch, and attach again, for ever."""
+        """Attach, look again with every heartbeat, and attach again after a loss, for ever."""
         patience = self._config.timeouts.liveness
-        self._link = link = PeerLink(self.endpoint, patience=patience)
-        looked = 0.0
         try:
             while True:
-                if self.info is None or time.monotonic() - looked > self._config.timeouts.probe_every:
-                    await self._attach(link)
-                    looked = time.monotonic()
-                link.beat()
+                if self._link is None:
+                    self._link = PeerLink(self.endpoint, patience=patience)
+                await self._attach(self._link)
                 await asyncio.sleep(patience / 5)
-                if self.info is not None and link.silent:
-                    self._lose(link, f"node {self.name} has not been heard for {patience:g} s")
         finally:
-            await link.close()
-
-    async def _attach(self, link: PeerLink) -> None:
-        try:
-            answer = await link.ask(
-                msg.Attach(node=self._config.node.name), deadline=time.monotonic() + self._config.timeouts.liveness
-            )
-        except (DaemonError, ProtocolError) as error:
-            self.problem = error.message
-            return
-        if not isinstance(answer, msg.Attached) or answer.node != self.name:
-            self.problem = f"the daemon there calls itself {getattr(answer, 'node', '?')!r}"
-            return
-        if answer.slot_bytes < self._config.arena.slot_bytes:
-            self.problem = (
-                f"its slots hold {answer.slot_bytes} bytes, this node's {self._config.arena.slot_bytes}; "
-                "set arena.slot_bytes alike on both"
-            )
-            return
-        refusal = self._taken(self.name, [e.name for e in answer.engines])
-        if refusal is not None:
-            self.problem = refusal
-            return
-        new = self.info is None or self.info.incarnation != answer.incarnation
-        self.info = answer
-        if new:
-            logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
-            self._on_attached(self.name)
-
-    def _lose(self, link: PeerLink, reason: str) -> None:
-        logger.warning("[node=%s] lost: %s", self.name, reason)
-        self.info, self.problem = None, reason
-        error = DaemonLost(reason)
-        link.fail(error)
-        self._on_lost(self.name, error.record())
+            if self._link is not None:
+                await self._link.close()
 
     async def refresh(self) -> None:
         """Look again at its engines and its incarnation; `info` says what came of it."""
         if self._link is not None and self.info is not None:
             await self._attach(self._link)
+
+    async def _attach(self, link: PeerLink) -> None:
+        question = msg.Attach(node=self._config.node.name)
+        try:
+            answer = await link.ask(question, deadline=time.monotonic() + self._config.timeouts.liveness)
+        except (DaemonError, ProtocolError) as error:
+            if link is not self._link or (self.info is not None and not link.silent):
+                return  # replaced meanwhile; or heard, if too late for this question
+            if self.info is None:
+                self.problem = error.message
+            else:
+                await self._lose(link, f"it has not been heard for {self._config.timeouts.liveness:g} s")
+            return
+        problem = self._problem_of(answer)
+        if problem is not None or not isinstance(answer, msg.Attached):
+            self.problem = problem or "its answer makes no sense"
+            if self.info is not None:
+                await self._lose(link, self.problem)
+            return
+        before, self.info = self.info, answer
+        if before is not None and _daemon_of(before) != _daemon_of(answer):
+            link.fail(DaemonLost(f"node {self.name} was restarted"))
+            self._on_lost(self.name, DaemonLost(f"node {self.name} was restarted").record())
+        if before is None or before.incarnation != answer.incarnation:
+            logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
+            self._on_attached(self.name)
+
+    def _problem_of(self, answer: msg.Message) -> str | None:
+        """Why the daemon that gives this answer cannot be a peer, if it cannot."""
+        if not isinstance(answer, msg.Attached) or answer.node != self.name:
+            return f"the daemon there calls itself {getattr(answer, 'node', '?')!r}"
+        if answer.slot_bytes < self._config.arena.slot_bytes:
+            return (
+                f"its slots hold {answer.slot_bytes} bytes, this node's {self._config.arena.slot_bytes}; "
+                "set arena.slot_bytes alike on both"
+            )
+        return self._taken(self.name, [e.name for e in answer.engines])
+
+    async def _lose(self, link: PeerLink, reason: str) -> None:
+        """It is gone. With the link goes what was queued for it: a daemon that comes back must not carry it out."""
+        logger.warning("[node=%s] lost: %s", self.name, reason)
+        self.info, self.problem, self._link = None, reason, None
+        error = DaemonLost(f"node {self.name} was lost: {reason}")
+        link.fail(error)
+        self._on_lost(self.name, error.record())
+        await link.close()
 
     async def ask(self, message: msg.Message, deadline: float) -> msg.Message:
         """One question to that node. Raises `DaemonLost`, or the error it is answered with."""
@@ -136,7 +145,7 @@ class Peer:
 
     def tell(self, message: msg.Message) -> None:
         """Say something that needs no answer."""
-        if self._link is not None and self.info is not None:
+        if self._link is not None:
             self._link.tell(message)
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
@@ -200,17 +209,27 @@ class Rails:
             await asyncio.gather(*(self._peers[node].refresh() for node in nodes))
             wanted = list(nodes)
             while wanted:
+                try:
+                    await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._bridges))
+                except TransportError as error:
+                    failed.update(dict.fromkeys(wanted, error.record()))
+                    break
                 members = self._present(wanted, failed)
                 wanted = [node for node in wanted if node not in failed]
                 if members == self._members or not wanted:
                     break
                 bad = await self._rendezvous(wanted, deadline)
                 if not bad:
-                    self._members = self._present(wanted, failed)
+                    self._members = members
                     break
                 failed.update(bad)
-                wanted = [node for node in wanted if node not in bad]
-            return ev.GroupFormed(nodes=tuple(wanted), failed=tuple(sorted(failed.items())))
+                wanted = [node for node in wanted if node not in failed]
+            return ev.GroupFormed(nodes=tuple(n for n in nodes if n not in failed), failed=tuple(sorted(failed.items())))
+
+    def _stands(self, nodes: Sequence[str]) -> bool:
+        """Whether the standing generation is one of exactly these nodes, as far as is known here."""
+        missing: dict[str, ErrorRecord] = {}
+        return self._present(nodes, missing) == self._members and not missing
 
     def _present(self, nodes: Sequence[str], failed: dict[str, ErrorRecord]) -> tuple[tuple[str, str], ...]:
         members = [(bridge.name, bridge.incarnation or "") for bridge in self._bridges]
@@ -223,67 +242,106 @@ class Rails:
         return tuple(members)
 
     async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
-        """Form a new generation on every rail. Returns the nodes that could not join."""
+        """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
         self._generation += 1
         self._members = ()
-        generation, key = self._generation, secrets.token_hex(16)
-        step = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
-        bad: dict[str, ErrorRecord] = {}
-        address = self._config.cluster.address
+        until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
-            bridge = self._bridges[rail]
             try:
-                hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=step)
-            except TransportError as error:
+                await self._join_all(rail, nodes, until)
+            except _NodeFailed as failed:
+                return {failed.node: failed.error}
+            except WeightSyncError as error:
                 return dict.fromkeys(nodes, error.record())
+        return {}
 
-            async def join(node: str, rank: int, rail: int = rail, port: int = hosted.port) -> None:
-                question = msg.JoinRail(
-                    rail=rail,
-                    generation=generation,
-                    rank=rank,
-                    world=len(nodes) + 1,
-                    host=address,
-                    port=port,
-                    key=key,
-                    timeout=max(0.0, step - time.monotonic()),
-                )
-                try:
-                    await self._peers[node].ask(question, step + 1.0)
-                except WeightSyncError as error:
-                    bad[node] = error.record()
+    async def _join_all(self, rail: int, nodes: Sequence[str], until: float) -> None:
+        """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
+        bridge, address, key = self._bridges[rail], self._config.cluster.address, secrets.token_hex(16)
+        generation, world = self._generation, len(nodes) + 1
+        hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
+        first: list[_NodeFailed] = []
 
-            own = commands.Join(
+        async def join(node: str, rank: int) -> None:
+            question = msg.JoinRail(
+                rail=rail,
                 generation=generation,
-                rank=0,
-                world=len(nodes) + 1,
+                rank=rank,
+                world=world,
                 host=address,
                 port=hosted.port,
-                address=address,
                 key=key,
+                timeout=max(0.0, until - time.monotonic()),
             )
-            async with asyncio.TaskGroup() as group:
-                for rank, node in enumerate(nodes, start=1):
-                    group.create_task(join(node, rank))
-                mine = group.create_task(_quietly(bridge.call(own, deadline=step)))
-            if (problem := mine.result()) is not None and not bad:
-                return dict.fromkeys(nodes, problem)
-            if bad:
-                return bad
-        return bad
+            try:
+                await self._peers[node].ask(question, until + _MOMENT)
+            except WeightSyncError as error:
+                first.append(_NodeFailed(node, error.record()))
+                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+
+        own = commands.Join(
+            generation=generation,
+            rank=0,
+            world=world,
+            host=address,
+            port=hosted.port,
+            address=address,
+            key=key,
+        )
+        async with asyncio.TaskGroup() as group:
+            for rank, node in enumerate(nodes, start=1):
+                group.create_task(join(node, rank))
+            mine = group.create_task(_quietly(bridge.call(own, deadline=until)))
+        if first:
+            raise first[0]
+        if (problem := mine.result()) is not None:
+            raise problem.error()
 
     async def relay(self, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.Event:
-        """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it."""
-        bridge = self._bridges[instruction.slot.bridge]
+        """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it.
+
+        A broadcast that fails breaks the communicator for every node, whoever broke it. So it is formed again with
+        those that can be reached, and they get the bucket in a second broadcast.
+        """
         targets = {target.node: target for target in instruction.targets}
+        failed: dict[str, ErrorRecord] = {}
+        now = time.monotonic()
+        for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
+            errors: dict[str, ErrorRecord] = {}
+            if not self._stands(sorted(targets)):
+                errors.update((await self.form(sorted(targets), until)).failed)
+            left = {node: target for node, target in targets.items() if node not in errors}
+            if left:
+                errors.update(await self._broadcast(context, instruction, left, sequence, until))
+            failed.update(errors)
+            for node in set(targets) - set(errors):
+                failed.pop(node, None)
+            if not errors:
+                break
+            logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, _sentences(errors))
+            targets = {node: targets[node] for node in errors}
+        reached = tuple(sorted({target.node for target in instruction.targets} - set(failed)))
+        return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
+
+    async def _broadcast(
+        self,
+        context: PushContext,
+        instruction: do.RelayBucket,
+        targets: dict[str, do.Slot],
+        sequence: int,
+        until: float,
+    ) -> dict[str, ErrorRecord]:
+        """One attempt. Returns the nodes that do not hold the bucket, and why."""
+        bridge = self._bridges[instruction.slot.bridge]
         readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
-        export = commands.Export(
-            slot=instruction.slot.index,
-            nbytes=instruction.nbytes,
-            sequence=sequence,
-            peers=tuple(sorted(readers.values())),
-        )
-        reply = await bridge.call(export, deadline=instruction.deadline)
+        peers = tuple(sorted(readers.values()))
+        slot, nbytes = instruction.slot.index, instruction.nbytes
+        export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers)
+        try:
+            reply = await bridge.call(export, deadline=until)
+        except ProtocolError as error:  # it has restarted, and joined nobody yet
+            self.break_up()
+            return dict.fromkeys(targets, error.record())
         failed: dict[str, ErrorRecord] = {}
 
         async def receive(node: str, target: do.Slot) -> None:
@@ -293,33 +351,48 @@ class Rails:
                 rail=target.bridge,
                 slot=target.index,
                 ticket=reply.peer_tickets[readers[node]],
-                timeout=max(0.0, instruction.deadline - time.monotonic()),
+                timeout=max(0.0, until - time.monotonic()),
             )
             try:
-                await self._peers[node].ask(question, instruction.deadline + 1.0)
+                await self._peers[node].ask(question, until + _MOMENT)
             except WeightSyncError as error:
                 failed[node] = error.record()
                 # nobody can complete a collective that one member has left: end it here instead of at its deadline
                 await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
 
-        send = commands.Send(slot=instruction.slot.index, sequence=sequence)
         async with asyncio.TaskGroup() as group:
             for node, target in targets.items():
                 group.create_task(receive(node, target))
-            mine = group.create_task(_quietly(bridge.call(send, deadline=instruction.deadline)))
+            send = commands.Send(slot=slot, sequence=sequence)
+            mine = group.create_task(_quietly(bridge.call(send, deadline=until)))
         own = mine.result()
         if failed or own is not None:
             self.break_up()
         if own is not None and not failed:
             failed = dict.fromkeys(targets, own)
-        reached = tuple(sorted(set(targets) - set(failed)))
-        return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
+        return failed
+
+
+class _NodeFailed(Exception):
+    def __init__(self, node: str, error: ErrorRecord) -> None:
+        super().__init__(f"{node}: {error.message}")
+        self.node = node
+        self.error = error
 
 
 async def _quietly(call: Awaitable[object]) -> ErrorRecord | None:
     """The error a bridge call ends with, as a value: its siblings must run to their own ends."""
     try:
         await call
-    except TransportError as error:
+    except WeightSyncError as error:
         return error.record()
     return None
+
+
+def _daemon_of(info: msg.Attached) -> str:
+    """The part of the incarnation that changes with the daemon, and not with one of its bridges."""
+    return info.incarnation.partition(":")[0]
+
+
+def _sentences(errors: dict[str, ErrorRecord]) -> str:
+    return "; ".join(f"{node}: {error.message}" for node, error in sorted(errors.items()))

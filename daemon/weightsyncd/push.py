@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -72,8 +73,9 @@ class Push:
         self._terms = (first.version, first.model, first.world, first.pause)
         self._engines = engines
         self._plan: CachedPlan | None = None
-        self._late_error: ErrorRecord | None = None
+        self._announced = False
         self._tasks: set[asyncio.Task[None]] = set()
+        self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
         nodes = sorted(set(engines.values()) - {config.node.name})
         slots = {(config.node.name, b): config.arena.slots for b in range(config.node.bridges)}
@@ -82,8 +84,9 @@ class Push:
             if info is not None:
                 slots.update({(node, b): count for b, count in enumerate(info.slots)})
         self._owners = services.rails.count(nodes) if nodes else config.node.bridges
+        # a name of its own for every attempt: what is late from an earlier one must not be taken for it
         self.context = PushContext(
-            push=f"{first.group}:{first.model}:{first.version}", model=first.model, version=first.version
+            push=f"{config.node.name}-{secrets.token_hex(8)}", model=first.model, version=first.version
         )
         self.session = PushSession(
             model=first.model,
@@ -206,7 +209,7 @@ class Push:
                 self._tell(instruction.rank, msg.AskDescription())
             case do.AnnouncePlan():
                 self._announce()
-            case do.GrantLease():
+            case do.GrantLease() if self._announced:
                 lease = msg.Lease(
                     bucket=instruction.bucket, bridge=instruction.slot.bridge, slot=instruction.slot.index
                 )
@@ -214,19 +217,26 @@ class Push:
                     self._tell(rank, lease)
             case do.EndPush():
                 self._end(instruction.error)
+            case do.GrantLease():
+                pass
             case do.MakePlan():
-                self._start(self._make_plan())
+                self._start(self._make_plan(instruction.deadline))
             case do.FormGroup():
                 self._start(self._services.rails.form(instruction.nodes, instruction.deadline))
             case do.RelayBucket():
                 self._start(self._relay(instruction))
+            case do.RevokeBucket() | do.RetireBridge():
+                self._start(self._at_node(instruction), self._chores)
             case _:
                 self._start(self._at_node(instruction))
 
-    def _start(self, work: Coroutine[None, None, ev.Event | None]) -> None:
+    def _start(
+        self, work: Coroutine[None, None, ev.Event | None], tasks: set[asyncio.Task[None]] | None = None
+    ) -> None:
+        tasks = self._tasks if tasks is None else tasks
         task = asyncio.create_task(self._hear_outcome(work))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
 
     async def _hear_outcome(self, work: Coroutine[None, None, ev.Event | None]) -> None:
         try:
@@ -251,13 +261,16 @@ class Push:
         return await self._services.peers[node].execute(self.context, instruction)
 
     async def _relay(self, instruction: do.RelayBucket) -> ev.Event:
-        sequence = self._services.executor.sequence_of(self.context, instruction.bucket, instruction.slot)
+        executor, index = self._services.executor, instruction.slot.bridge
+        sequence = executor.sequence_of(self.context, instruction.bucket, instruction.slot)
+        incarnation = executor.bridges[index].incarnation
         try:
             return await self._services.rails.relay(self.context, instruction, sequence)
         except TransportError as error:
-            return ev.BridgeLost(node=instruction.slot.node, bridge=instruction.slot.bridge, error=error.record())
+            return executor.bridge_lost(index, incarnation, error, instruction.bucket)
 
-    async def _make_plan(self) -> ev.Event:
+    async def _make_plan(self, deadline: float) -> ev.Event:
+        """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
         digests = tuple(self.ranks[rank].layout for rank in range(self.world))
         plans = self._services.plans
         missing = plans.missing(digests, self._owners)
@@ -265,6 +278,7 @@ class Push:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
             self._plan = await plans.plan(digests, self._owners)
+            await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._services.executor.bridges))
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest
@@ -275,14 +289,17 @@ class Push:
     def _announce(self) -> None:
         plan = self._plan
         assert plan is not None, "AnnouncePlan comes after PlanMade"
-        offers = tuple(bridge.offer or b"" for bridge in self._services.executor.bridges)
+        offers = tuple(bridge.offer for bridge in self._services.executor.bridges)
+        self._announced = None not in offers
+        if not self._announced:
+            return  # a bridge has just ended: `BridgeLost` is on its way here
         for rank, known in self.ranks.items():
             has_it = known.cached_plan == plan.digest
             self._tell(
                 rank,
                 msg.Planned(
                     plan=plan.digest,
-                    offers=offers,
+                    offers=tuple(offer for offer in offers if offer is not None),
                     manifest=None if has_it else plan.manifest.pack(),
                     fills=None if has_it else plan.fills[rank],
                 ),
@@ -354,10 +371,14 @@ class Push:
     def succeeded(self) -> bool:
         return self.session.state is State.COMMITTED
 
-    async def cancel(self) -> None:
-        """Stop everything under way; for a daemon that ends."""
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+    async def close(self) -> None:
+        """Stop what is still under way and let go of every slot. Call it once `done`, or when the daemon ends."""
         if self._timer is not None:
             self._timer.cancel()
+        if self._chores:
+            await asyncio.wait(list(self._chores), timeout=self._services.config.timeouts.operation)
+        left = [*self._tasks, *self._chores]
+        for task in left:
+            task.cancel()
+        await asyncio.gather(*left, return_exceptions=True)
+        await self._services.executor.sweep(self.context)

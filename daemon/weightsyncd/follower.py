@@ -1,0 +1,254 @@
+"""Following: this node's part in a push that another daemon coordinates, one push at a time.
+
+The coordinator's `Execute`, `Receive` and `Release` arrive here. It holds this node from its first instruction until it
+releases it, goes on to another push, comes back under another connection, or falls silent; whichever it is, what it
+left under way is stopped, engines it only paused are let go, and those it has touched stay paused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
+from weightsync.nccl_bridge import commands
+from weightsync.plan.manifest import Manifest
+from weightsync.session import instructions as do
+from weightsync.wire import messages as msg
+from weightsync.wire.codec import plain, structured
+from weightsyncd.executor import PushContext
+from weightsyncd.peers import INSTRUCTIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightsync.config import NodeConfig
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.executor import NodeExecutor
+
+__all__ = ["Follower"]
+
+logger = logging.getLogger(__name__)
+
+_MANIFESTS = 16  # kept: as many as a coordinator keeps plans
+
+
+@dataclass(eq=False)
+class _Held:
+    """A push elsewhere that holds this node."""
+
+    identity: bytes  # of the coordinator's connection
+    context: PushContext
+    heard: float
+    tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
+    end: asyncio.Task[None] | None = None  # set once it is being let go
+
+
+class Follower:
+    """See the module. `busy` says whether this node has a push of its own; `on_free` is called when it is let go."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        incarnation: str,
+        executor: NodeExecutor,
+        bridges: Sequence[Bridge],
+        *,
+        busy: Callable[[], bool],
+        on_free: Callable[[], None],
+        on_taken: Callable[[], None],
+    ) -> None:
+        """`on_taken` is called when a coordinator has taken a bridge into a communicator of its own."""
+        self._config = config
+        self._incarnation = incarnation
+        self._executor = executor
+        self._bridges = bridges
+        self._busy = busy
+        self._on_free = on_free
+        self._on_taken = on_taken
+        self._held: _Held | None = None
+        self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
+        self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
+
+    @property
+    def following(self) -> str | None:
+        """The push elsewhere that holds this node, if one does."""
+        return self._held.context.push if self._held is not None else None
+
+    # --- what a coordinator says ----------------------------------------------------------------------------------
+
+    def heard(self, identity: bytes) -> None:
+        """Something has come from this connection."""
+        if self._held is not None and self._held.identity == identity:
+            self._held.heard = time.monotonic()
+
+    async def attach(self, identity: bytes, message: msg.Attach) -> msg.Attached:
+        """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
+        self.heard(identity)
+        self._nodes[identity] = message.node
+        while len(self._nodes) > 1024:
+            self._nodes.popitem(last=False)
+        held = self._held
+        if held is not None and held.identity != identity and self._nodes.get(held.identity) == message.node:
+            await self._let_go(held, f"node {message.node} came back")
+        return msg.Attached(
+            node=self._config.node.name,
+            incarnation=f"{self._incarnation}:{':'.join(b.incarnation or '-' for b in self._bridges)}",
+            engines=tuple(e.status(self._config.node.name) for e in self._executor.engines),
+            slots=tuple(self._config.arena.slots for _ in self._bridges),
+            slot_bytes=self._config.arena.slot_bytes,
+            address=self._config.cluster.address,
+        )
+
+    async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:
+        """Carry out one instruction."""
+        kind = INSTRUCTIONS.get(str(message.instruction.get("type")))
+        if kind is None:
+            raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
+        instruction = structured({**message.instruction, "deadline": self._until(message.timeout)}, kind)
+        self._check_places(instruction)
+        held = await self._hold(identity, message.push, message.model, message.version)
+        context = held.context
+        if message.manifest is not None:
+            manifest = Manifest.unpack(message.manifest)
+            self._manifests[manifest.digest] = manifest
+            while len(self._manifests) > _MANIFESTS:
+                self._manifests.popitem(last=False)
+        if message.plan is not None:
+            if message.plan not in self._manifests:
+                raise RemoteProtocolError("the manifest of this digest was never sent here")
+            self._manifests.move_to_end(message.plan)
+            context.manifest = self._manifests[message.plan]
+        if message.fingerprints is not None:
+            if len(message.fingerprints) != 8 * len(context.known_manifest().tensors):
+                raise RemoteProtocolError("fingerprints and manifest differ in length")
+            context.expected = np.frombuffer(message.fingerprints, dtype="<u8")
+        with _Working(held):
+            event = await self._executor.execute(context, instruction)
+        return msg.Executed(event=plain(event) if event is not None else {})
+
+    async def at_rail(self, identity: bytes, message: msg.HostRail | msg.JoinRail | msg.Receive) -> msg.Message:
+        """Something for a bridge."""
+        until = self._until(message.timeout)
+        if message.rail >= len(self._bridges):
+            raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
+        bridge = self._bridges[message.rail]
+        match message:
+            case msg.HostRail():
+                host = commands.Host(generation=message.generation, host=self._config.cluster.address)
+                return msg.Hosted(port=(await bridge.call(host, deadline=until)).port)
+            case msg.JoinRail():
+                self._on_taken()
+                await bridge.prompt(deadline=until)
+                join = commands.Join(
+                    generation=message.generation,
+                    rank=message.rank,
+                    world=message.world,
+                    host=message.host,
+                    port=message.port,
+                    address=self._config.cluster.address,
+                    key=message.key,
+                )
+                await bridge.call(join, deadline=until)
+            case msg.Receive():
+                slot = do.Slot(self._config.node.name, message.rail, message.slot)
+                self._check_slot(slot)
+                held = await self._hold(identity, message.push)
+                with _Working(held):
+                    await self._executor.receive(held.context, message.bucket, slot, message.ticket, until)
+        return msg.Executed(event={})
+
+    async def release(self, identity: bytes, push: str) -> None:
+        """The coordinator is done with the push."""
+        held = self._held
+        if held is not None and held.identity == identity and held.context.push == push:
+            await self._let_go(held, None)
+
+    # --- holding and letting go -----------------------------------------------------------------------------------
+
+    async def check(self, liveness: float) -> None:
+        """Let go of a push whose coordinator has fallen silent. To be called now and then."""
+        held = self._held
+        if held is not None and time.monotonic() - held.heard > liveness:
+            await self._let_go(held, f"its coordinator has not been heard for {liveness:g} s")
+
+    async def close(self, reason: str) -> None:
+        """Let go of whatever holds this node, because it stops."""
+        if self._held is not None:
+            await self._let_go(self._held, reason)
+
+    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> _Held:
+        """The push's place here, taken at its first instruction. Raises `PushRefused` while another holds it."""
+        node = self._config.node.name
+        while True:
+            held = self._held
+            if self._busy():
+                raise PushRefused(f"node {node} is busy with a push of its own")
+            if held is None:
+                held = self._held = _Held(identity, PushContext(push, model, version), time.monotonic())
+            if held.identity != identity:
+                raise PushRefused(f"node {node} is busy with push {held.context.push}")
+            if held.context.push == push and held.end is None:
+                held.heard = time.monotonic()
+                return held
+            await self._let_go(held, "its coordinator has gone on")
+
+    async def _let_go(self, held: _Held, why: str | None) -> None:
+        if held.end is None:
+            if why is not None:
+                logger.warning("[push=%s] is let go: %s", held.context.push, why)
+            held.end = asyncio.create_task(self._end(held))
+        await asyncio.shield(held.end)
+
+    async def _end(self, held: _Held) -> None:
+        for task in held.tasks:
+            task.cancel()
+        await asyncio.gather(*held.tasks, return_exceptions=True)
+        try:
+            await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
+        finally:
+            if self._held is held:
+                self._held = None
+                self._on_free()
+
+    # --- what may be asked ------------------------------------------------------------------------------------------
+
+    def _until(self, timeout: float) -> float:
+        """Nobody elsewhere keeps an engine or a bridge of this node busy for longer than its own config allows."""
+        return time.monotonic() + min(timeout, self._config.timeouts.operation)
+
+    def _check_places(self, instruction: do.Instruction) -> None:
+        match instruction:
+            case do.ExportBucket(slot=slot):
+                self._check_slot(slot)
+            case do.RetireBridge(bridge=bridge):
+                self._check_slot(do.Slot(self._config.node.name, bridge, 0))
+            case _ if not hasattr(instruction, "engine"):
+                raise RemoteProtocolError(f"a follower does not carry out {type(instruction).__name__}")
+
+    def _check_slot(self, slot: do.Slot) -> None:
+        if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._config.arena.slots):
+            raise RemoteProtocolError(f"node {self._config.node.name} has no slot {slot.bridge}/{slot.index}")
+
+
+class _Working:
+    """While inside, the current task is one that ends with the push it works for."""
+
+    def __init__(self, held: _Held) -> None:
+        self._held = held
+        self._task: asyncio.Task[object] | None = asyncio.current_task()
+
+    def __enter__(self) -> None:
+        assert self._task is not None, "instructions are carried out in tasks"
+        self._held.tasks.add(self._task)
+
+    def __exit__(self, *_: object) -> None:
+        assert self._task is not None
+        self._held.tasks.discard(self._task)
+        self._held.heard = time.monotonic()
