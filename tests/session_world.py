@@ -10,6 +10,7 @@ from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 
 ERROR = ErrorRecord(kind="EngineError", message="made to fail")
+REFUSAL = ErrorRecord(kind="EngineRefused", message="made to refuse")
 
 
 def layout_of(rank: int) -> bytes:
@@ -72,7 +73,7 @@ class World:
 
     def hear(self, event: ev.Event) -> None:
         self.history.append(event)
-        if isinstance(event, ev.EngineFailed):
+        if isinstance(event, ev.EngineFailed) or (isinstance(event, ev.BucketReleased) and event.leaked):
             self.evicted.add(event.engine)
         self._take(self.session.handle(event, self.now))
         self.session.validate()
@@ -152,7 +153,7 @@ class World:
                 return ev.EngineResumed(engine=name)
         raise AssertionError(f"unknown instruction {instruction}")
 
-    def fail(self, instruction: do.Instruction, *, lost: bool = False) -> None:
+    def fail(self, instruction: do.Instruction, *, lost: bool = False, error: ErrorRecord = ERROR) -> None:
         """The instruction ends badly."""
         self.pending.remove(instruction)
         names = {
@@ -174,7 +175,7 @@ class World:
             case _:
                 name = getattr(instruction, "engine", "")
                 phase = names[type(instruction)]
-                self.hear(ev.EngineFailed(engine=name, phase=phase, error=ERROR, lost=lost))
+                self.hear(ev.EngineFailed(engine=name, phase=phase, error=error, lost=lost))
 
     def open_all(self) -> None:
         for rank in range(self.session.world):

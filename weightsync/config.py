@@ -13,8 +13,10 @@ that `api_key_env` names. A complete example is in docs/configuration.md; the sm
 from __future__ import annotations
 
 import difflib
+import ipaddress
 import os
 import re
+import stat
 import tempfile
 import tomllib
 from pathlib import Path
@@ -24,6 +26,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
+from weightsync.adapters import KINDS
 from weightsync.errors import ConfigError
 
 __all__ = [
@@ -35,13 +38,16 @@ __all__ = [
     "NodeConfig",
     "NodeSection",
     "TimeoutConfig",
+    "check_endpoint",
     "default_endpoint",
+    "is_loopback",
     "load_node_config",
     "parse_node_config",
+    "private_directory",
     "runtime_dir",
 ]
 
-ENGINE_KINDS = ("reference",)
+_SOCKET_PATH = 100  # characters; the kernel allows 107
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Bytes = Annotated[int, Meta(ge=1)]  # in TOML: 268435456 or "256MiB"
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -236,26 +242,98 @@ def _contradictions(config: NodeConfig) -> list[str]:
     seen: dict[str, int] = {}
     for i, engine in enumerate(config.engines):
         where = f"engines[{i}]"
-        if engine.kind not in ENGINE_KINDS:
-            problems.append(f"{where}.kind = {engine.kind!r}: one of {', '.join(ENGINE_KINDS)}")
-        parts = urlsplit(engine.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            problems.append(f"{where}.url = {engine.url!r}: not an http(s) URL such as http://127.0.0.1:8000")
-        if parts.username or parts.password:
-            problems.append(f"{where}.url: holds a secret; put it into a variable and name that in api_key_env")
+        if engine.kind not in KINDS:
+            problems.append(f"{where}.kind = {engine.kind!r}: one of {', '.join(sorted(KINDS))}")
+        problems.extend(f"{where}.url: {problem}" for problem in _url_problems(engine.url))
         if engine.name in seen:
             problems.append(f"{where}.name = {engine.name!r}: engines[{seen[engine.name]}] has it already")
         seen.setdefault(engine.name, i)
         if engine.api_key_env and engine.api_key is None:
             problems.append(f"{where}.api_key_env: the environment variable {engine.api_key_env} is not set")
+    if config.arena.alignment % 8:
+        problems.append(f"arena.alignment = {config.arena.alignment}: must be a multiple of 8, the largest element")
     if config.arena.slot_bytes % config.arena.alignment:
         problems.append(f"arena.slot_bytes: must be a multiple of arena.alignment ({config.arena.alignment})")
     if config.node.name in config.cluster.peers:
         problems.append(f"cluster.peers.{config.node.name}: is this node itself")
     if config.http.listen:
         host, _, port = config.http.listen.rpartition(":")
-        if not port.isdigit() or not host:
+        if not port.isdigit() or not 0 < int(port) < 65536 or not host:
             problems.append(f"http.listen = {config.http.listen!r}: write it as 127.0.0.1:9464")
-        elif not host.startswith(("127.", "localhost", "[::1]")):
+        elif not is_loopback(host):
             problems.append(f"http.listen = {config.http.listen!r}: only loopback; put a proxy in front to go beyond")
+    if not is_loopback(config.cluster.address):
+        problems.append(
+            f"cluster.address = {config.cluster.address!r}: only loopback; communicators between machines need keys, "
+            "which are not built yet"
+        )
+    endpoints = {"node.listen": config.node.listen} if config.node.listen else {}
+    endpoints |= {f"cluster.peers.{name}": endpoint for name, endpoint in config.cluster.peers.items()}
+    for key, endpoint in endpoints.items():
+        try:
+            check_endpoint(endpoint, key)
+        except ConfigError as error:
+            problems.append(error.message + (f"; {error.hint}" if error.hint else ""))
     return problems
+
+
+def _url_problems(url: str) -> list[str]:
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # parsed when asked for
+    except ValueError as error:
+        return [f"not a URL: {error}"]
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        return [f"{url!r} is not an http(s) URL such as http://127.0.0.1:8000"]
+    if parts.username or parts.password:
+        return ["holds a secret; put it into a variable and name that in api_key_env"]
+    return []
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine itself: a loopback address, or `localhost`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+def check_endpoint(endpoint: str, key: str) -> None:
+    """Raise `ConfigError` naming `key` unless the endpoint is a private ipc socket or TCP on loopback."""
+    try:
+        parts = urlsplit(endpoint)
+        host, port = parts.hostname or "", parts.port
+    except ValueError as error:
+        raise ConfigError(f"{key} = {endpoint!r} is no endpoint: {error}") from error
+    if parts.scheme == "ipc":
+        if not parts.path.startswith("/"):
+            raise ConfigError(f"{key} = {endpoint!r} is no absolute path", hint="ipc:///run/weightsync.sock")
+        if len(parts.path) > _SOCKET_PATH:
+            hint = f"{_SOCKET_PATH} characters at most"
+            raise ConfigError(f"{key} = {endpoint!r} is longer than a socket path may be", hint=hint)
+    elif parts.scheme == "tcp":
+        if not is_loopback(host):
+            raise ConfigError(
+                f"{key} = {endpoint!r} reaches beyond this machine, which needs keys",
+                hint="use ipc://… or tcp://127.0.0.1:PORT; links between machines under CURVE keys are not built yet",
+            )
+        if not port:
+            raise ConfigError(f"{key} = {endpoint!r} has no port", hint="tcp://127.0.0.1:29600")
+    else:
+        raise ConfigError(
+            f"{key} = {endpoint!r} is neither ipc:// nor tcp://", hint="ipc:///path or tcp://127.0.0.1:PORT"
+        )
+
+
+def private_directory(path: Path) -> Path:
+    """Make the directory, or see that it is this user's alone. Raises `ConfigError` where it is not."""
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = path.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise ConfigError(
+            f"{path} is not a directory of yours alone, so others could stand in for weightsyncd",
+            hint=f"remove it, or: chmod 700 {path}; or set XDG_RUNTIME_DIR to a private directory",
+        )
+    return path

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from weightsync.errors import (
+    CodecError,
     DaemonLost,
     LocalProtocolError,
     PushAborted,
@@ -69,8 +70,8 @@ class TrainerPlace:
 def trainer_place(process_group: Any = None) -> TrainerPlace:
     """This process's place, from `torch.distributed` where that is in use; talks to nobody.
 
-    Ranks recognise each other by what their launcher gave all of them: torchelastic's run id, the master's address and
-    port, and the ranks of the group.
+    Ranks recognise each other by what their launcher gave all of them: torchelastic's run id and how often it has
+    started them again, the master's address and port, and the ranks of the group.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
@@ -81,7 +82,7 @@ def trainer_place(process_group: Any = None) -> TrainerPlace:
     if rank < 0:
         raise LocalProtocolError("this process is not in the process_group it pushes with")
     ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
-    shared = [os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT")]
+    shared = [os.environ.get(name, "") for name in _LAUNCH]
     if len(ranks) == 1:
         shared.append(_PROCESS)
     whole = hashlib.blake2b("|".join([*shared, *map(str, ranks)]).encode(), digest_size=8).hexdigest()
@@ -89,6 +90,7 @@ def trainer_place(process_group: Any = None) -> TrainerPlace:
 
 
 _PROCESS = secrets.token_hex(4)
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +219,16 @@ class _Memory:
 
 
 _MEMORY = _Memory()
-atexit.register(_MEMORY.close_links)
+atexit.register(lambda: _MEMORY.close_links())
+
+
+def _forget_after_fork() -> None:
+    """Threads, sockets and the pool stayed with the parent."""
+    global _MEMORY
+    _MEMORY = _Memory()
+
+
+os.register_at_fork(after_in_child=_forget_after_fork)
 
 
 class _Told(Exception):
@@ -275,10 +286,18 @@ class RankPush:
         except BaseException as error:
             record = self._own_failure(error)
             link.send(msg.Failed(id=self._number, error=record))
-            _MEMORY.give_link(link)
-            if isinstance(error, WeightSyncError) or not isinstance(error, Exception):
+            if not isinstance(error, Exception):  # Ctrl-C: whoever pressed it does not wait for words
+                _MEMORY.give_link(link)
                 raise
-            raise record.error() from error
+            try:
+                heard = None if isinstance(error, PushTimeout) else self._hear_the_end(link)
+            except DaemonLost as lost:  # with it went its arenas: that may be all that was wrong here
+                link.close(flush=0.0)
+                raise lost from error
+            _MEMORY.give_link(link)
+            if heard is None and isinstance(error, WeightSyncError):
+                raise
+            raise heard or record.error() from error
         _MEMORY.give_link(link)
         return PushReport.of(outcome, self._busy_seconds)
 
@@ -332,6 +351,19 @@ class RankPush:
                     raise message.error.error()  # a frame of ours was refused
                 case _:
                     raise RemoteProtocolError(f"a trainer rank does not take {type(message).__name__}")
+
+    def _hear_the_end(self, link: TrainerLink) -> WeightSyncError | None:
+        """After a failure of this rank: what every rank is told, which names the engines left torn. None if nothing is
+        heard. Raises `DaemonLost`.
+        """
+        until = time.monotonic() + link.patience
+        try:
+            while (message := link.receive(until)) is not None:
+                if isinstance(message, msg.Ended) and message.id == self._number:
+                    return message.error.error() if message.error is not None else None
+        except CodecError as error:
+            logger.debug("the end of the push was not heard: %s", error)
+        return None
 
     def _own_failure(self, error: BaseException) -> ErrorRecord:
         """What went wrong on this rank, as the other ranks hear it."""

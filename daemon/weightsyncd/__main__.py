@@ -20,6 +20,8 @@ from weightsyncd.server import Server
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 logger = logging.getLogger("weightsyncd")
 
+_STOPS = (signal.SIGTERM, signal.SIGINT)
+
 
 class JsonFormatter(logging.Formatter):
     """One JSON object a line."""
@@ -51,9 +53,12 @@ async def serve(config: NodeConfig) -> None:
     """Run until SIGTERM or SIGINT."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in _STOPS:
         loop.add_signal_handler(number, stop.set)
-    await Server(config).run(stop)
+    try:
+        await Server(config).run(stop)
+    finally:  # nothing is left: a signal that comes now must not make the end look like a failure
+        signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 
 @app.command()

@@ -27,7 +27,7 @@ from weightsync.errors import (
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.ipc.arena import DIRECTORY, MAX_READERS, remove_stale
+from weightsync.ipc.arena import DIRECTORY, MAX_READERS, discard, segment_name
 from weightsync.nccl_bridge import commands as c
 
 __all__ = ["BridgeConfig", "BridgeLink", "process_start"]
@@ -100,7 +100,6 @@ class BridgeLink:
                 process = await _spawn(config, incarnation, theirs.fileno())
         except BaseException as error:
             ours.close()
-            remove_stale(config.directory, config.node, bridge=config.index)
             if isinstance(error, OSError):
                 raise TransportBroken(f"bridge {config.name} cannot be started: {error}") from error
             raise
@@ -176,7 +175,12 @@ class BridgeLink:
             self._writer.close()
             with suppress(OSError):
                 await self._writer.wait_closed()
-        remove_stale(self.config.directory, self.config.node, bridge=self.config.index)
+        self._remove_arena()
+
+    def _remove_arena(self) -> None:
+        """Its own alone: a daemon elsewhere on this machine may call its node the same."""
+        name = segment_name(self.config.node, self.config.index, self.incarnation)
+        discard(self.config.directory, name)
 
     def give_up(self, reason: str) -> None:
         """Take it for lost: whatever it was asked fails now, and `ended` is set."""

@@ -40,7 +40,7 @@ State = Literal["stopped", "starting", "ready", "lost"]
 
 _PAUSE_FIRST = 0.1  # seconds before the second attempt to restart; doubled for each further one up to …
 _PAUSE_LAST = 5.0
-_STEADY = 10.0  # seconds a bridge must have lived for its next restart to be a first attempt again
+_STEADY = 2.0  # seconds a bridge must have lived for its next restart to be a first attempt again
 _PROMPT = 5.0  # seconds for an answer that needs no work; a bridge that takes longer is wedged
 _RESTART_SECONDS = 30.0  # for one attempt; starting takes 0.2 s, allocating a large arena some seconds
 
@@ -122,23 +122,32 @@ class Bridge:
     async def ready(self, *, deadline: float) -> None:
         """Wait until it is ready (again). `TransportTimeout` gives the last error; `TransportClosed`: it is stopped."""
         while self._alive() is None:
-            if self.state == "stopped":
-                raise TransportClosed(f"bridge {self.name} is stopped")
-            try:
-                async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                    await self._changed.wait()
-            except TimeoutError:
-                why = f": {self.last_error.message}" if self.last_error is not None else ""
-                raise TransportTimeout(
-                    f"bridge {self.name} is not ready{why}", hint=self.last_error.hint if self.last_error else None
-                ) from None
+            await self._change(deadline)
+
+    async def _change(self, deadline: float) -> None:
+        """Wait for another state, or for another attempt to have failed."""
+        if self.state == "stopped":
+            raise TransportClosed(f"bridge {self.name} is stopped")
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._changed.wait()
+        except TimeoutError:
+            raise TransportTimeout(self._not_ready(), hint=self.last_error.hint if self.last_error else None) from None
+
+    def _not_ready(self) -> str:
+        why = f": {self.last_error.message}" if self.last_error is not None else ""
+        return f"bridge {self.name} is not ready{why}"
 
     async def prompt(self, *, deadline: float) -> None:
         """Wait until it is ready and answers: one that is wedged is found out, and replaced, now and not in the middle
-        of something. Raises as `ready` does.
+        of something. Raises as `ready` does, and `TransportBroken` at once when only an operator can help, such as by
+        making room for its arena.
         """
         while True:
-            await self.ready(deadline=deadline)
+            while self._alive() is None:
+                if self.state == "lost" and self.last_error is not None and self.last_error.kind == "ConfigError":
+                    raise TransportBroken(self._not_ready(), hint=self.last_error.hint)
+                await self._change(deadline)
             left = deadline - time.monotonic()
             try:
                 await self.call(Hello(), deadline=time.monotonic() + min(_PROMPT, left / 2))
@@ -165,8 +174,7 @@ class Bridge:
         if link is None:
             if self.state == "stopped":
                 raise TransportClosed(f"bridge {self.name} is stopped")
-            why = f": {self.last_error.message}" if self.last_error is not None else ""
-            raise TransportBroken(f"bridge {self.name} is not ready{why}", hint="it is being restarted")
+            raise TransportBroken(self._not_ready(), hint="it is being restarted")
         return await link.call(command, deadline=deadline)
 
     async def stop(self, *, deadline: float) -> None:
@@ -225,6 +233,7 @@ class Bridge:
             except WeightSyncError as error:
                 self.last_error = error.record()
                 logger.warning("[bridge=%s] restart.failed attempt=%d: %s", self.name, attempts, error.message)
+                self._become("lost")
 
     def _tell(self, callback: Callable[P, None] | None, *args: P.args, **kwargs: P.kwargs) -> None:
         if callback is None:

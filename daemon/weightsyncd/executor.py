@@ -20,7 +20,6 @@ from weightsync.adapters.verify import compare
 from weightsync.errors import (
     EngineError,
     EngineLost,
-    ErrorRecord,
     LocalProtocolError,
     TransportError,
     TransportTimeout,
@@ -138,11 +137,15 @@ class NodeExecutor:
         if lost and name in self.engines:
             self.engines[name].lost(error)
         logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", name, context.version, phase, bucket, error.message)
-        record = error.record()
-        about = {"engine": name, "phase": phase, "bucket": bucket, "version": context.version, "model": context.model}
-        gaps = {key: value for key, value in about.items() if getattr(record, key) is None}
-        filled = ErrorRecord(**{**{f: getattr(record, f) for f in record.__struct_fields__}, **gaps})
-        return ev.EngineFailed(engine=name, phase=phase, error=filled, lost=lost)
+        record = msgspec.structs.replace(
+            error.record(),
+            engine=name,
+            phase=phase,  # whatever the engine itself calls it
+            bucket=bucket,
+            version=context.version,
+            model=context.model,
+        )
+        return ev.EngineFailed(engine=name, phase=phase, error=record, lost=lost)
 
     async def _ask(self, context: PushContext, engine: Engine, instruction: do.Instruction) -> ev.Event:
         hand, name, deadline = engine.adapter, engine.name, instruction.deadline
@@ -239,7 +242,13 @@ class NodeExecutor:
         """Runs to its end even when nobody waits any more: what was exported has to be revoked by `sweep`."""
         work = asyncio.create_task(self._export_now(context, instruction))
         context.exporting.add(work)
-        work.add_done_callback(context.exporting.discard)
+
+        def ended(work: asyncio.Task[ev.Event]) -> None:
+            context.exporting.discard(work)
+            if not work.cancelled():
+                work.exception()  # whoever asked may be gone: then it is no fault worth a log line
+
+        work.add_done_callback(ended)
         return await asyncio.shield(work)
 
     async def _export_now(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:

@@ -8,6 +8,7 @@ left under way is stopped, engines it only paused are let go, and those it has t
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import OrderedDict
@@ -37,6 +38,7 @@ __all__ = ["Follower"]
 logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
+_MAX_IN_LINES = 64  # communicators that wait to be formed
 
 
 @dataclass(eq=False)
@@ -73,6 +75,11 @@ class Follower:
         self._on_free = on_free
         self._on_taken = on_taken
         self._held: _Held | None = None
+        self._lines = [asyncio.Lock() for _ in bridges]  # a bridge forms one communicator at a time
+        self._in_lines = 0
+        self._free = asyncio.Event()
+        self._free.set()
+        self._stopping = False
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
 
@@ -135,33 +142,51 @@ class Follower:
 
     async def at_rail(self, identity: bytes, message: msg.HostRail | msg.JoinRail | msg.Receive) -> msg.Message:
         """Something for a bridge."""
-        until = self._until(message.timeout)
         if message.rail >= len(self._bridges):
             raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
-        bridge = self._bridges[message.rail]
         match message:
-            case msg.HostRail():
-                host = commands.Host(generation=message.generation, host=self._config.cluster.address)
-                return msg.Hosted(port=(await bridge.call(host, deadline=until)).port)
-            case msg.JoinRail():
-                self._on_taken()
-                await bridge.prompt(deadline=until)
-                join = commands.Join(
-                    generation=message.generation,
-                    rank=message.rank,
-                    world=message.world,
-                    host=message.host,
-                    port=message.port,
-                    address=self._config.cluster.address,
-                    key=message.key,
-                )
-                await bridge.call(join, deadline=until)
+            case msg.HostRail() | msg.JoinRail():
+                return await self._in_line(identity, message)
             case msg.Receive():
+                until = self._until(message.timeout)
                 slot = do.Slot(self._config.node.name, message.rail, message.slot)
                 self._check_slot(slot)
                 held = await self._hold(identity, message.push)
                 with _Working(held):
                     await self._executor.receive(held.context, message.bucket, slot, message.ticket, until)
+        return msg.Executed(event={})
+
+    async def _in_line(self, identity: bytes, message: msg.HostRail | msg.JoinRail) -> msg.Message:
+        """Form a communicator: at each bridge one at a time, and none while a push that is not the asker's needs it."""
+        self._check_free(identity)
+        until, line = self._until(message.timeout), self._lines[message.rail]
+        if self._in_lines >= _MAX_IN_LINES:
+            raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
+        self._in_lines += 1
+        try:
+            async with line:
+                self._check_free(identity)
+                return await self._form(message, until)
+        finally:
+            self._in_lines -= 1
+
+    async def _form(self, message: msg.HostRail | msg.JoinRail, until: float) -> msg.Message:
+        bridge, address = self._bridges[message.rail], self._config.cluster.address
+        if isinstance(message, msg.HostRail):
+            host = commands.Host(generation=message.generation, host=address)
+            return msg.Hosted(port=(await bridge.call(host, deadline=until)).port)
+        self._on_taken()
+        await bridge.prompt(deadline=until)
+        join = commands.Join(
+            generation=message.generation,
+            rank=message.rank,
+            world=message.world,
+            host=message.host,
+            port=message.port,
+            address=address,
+            key=message.key,
+        )
+        await bridge.call(join, deadline=until)
         return msg.Executed(event={})
 
     async def release(self, identity: bytes, push: str) -> None:
@@ -178,26 +203,38 @@ class Follower:
         if held is not None and time.monotonic() - held.heard > liveness:
             await self._let_go(held, f"its coordinator has not been heard for {liveness:g} s")
 
-    async def close(self, reason: str) -> None:
-        """Let go of whatever holds this node, because it stops."""
+    async def finish(self, until: float) -> None:
+        """Follow nobody any more; the push that holds this node has half of the time to end, and is let go then."""
+        self._stopping = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout((until - time.monotonic()) / 2):
+                await self._free.wait()
         if self._held is not None:
-            await self._let_go(self._held, reason)
+            await self._let_go(self._held, "weightsyncd is stopping")
 
     async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> _Held:
         """The push's place here, taken at its first instruction. Raises `PushRefused` while another holds it."""
         node = self._config.node.name
         while True:
+            self._check_free(identity)
             held = self._held
-            if self._busy():
-                raise PushRefused(f"node {node} is busy with a push of its own")
             if held is None:
+                if self._stopping:
+                    raise PushRefused(f"node {node} is stopping")
+                self._free.clear()
                 held = self._held = _Held(identity, PushContext(push, model, version), time.monotonic())
-            if held.identity != identity:
-                raise PushRefused(f"node {node} is busy with push {held.context.push}")
             if held.context.push == push and held.end is None:
                 held.heard = time.monotonic()
                 return held
             await self._let_go(held, "its coordinator has gone on")
+
+    def _check_free(self, identity: bytes) -> None:
+        """Raise `PushRefused` while a push that is not of this coordinator holds the node."""
+        node = self._config.node.name
+        if self._busy():
+            raise PushRefused(f"node {node} is busy with a push of its own")
+        if self._held is not None and self._held.identity != identity:
+            raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
 
     async def _let_go(self, held: _Held, why: str | None) -> None:
         if held.end is None:
@@ -215,6 +252,7 @@ class Follower:
         finally:
             if self._held is held:
                 self._held = None
+                self._free.set()
                 self._on_free()
 
     # --- what may be asked ------------------------------------------------------------------------------------------

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 from importlib.metadata import version as version_of
+from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -29,25 +33,29 @@ __all__ = ["HealthPage", "measure_node", "measure_push", "status_of"]
 logger = logging.getLogger(__name__)
 
 _STATES = ("serving", "paused", "torn", "blank", "lost", "unknown")
-_LOOK = 1.0  # seconds a bridge may take to show its ledger
+_GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
 
 
-async def _accounts(bridge: Bridge) -> tuple[Any, ...]:
+async def _accounts(bridge: Bridge, patience: float) -> tuple[Any, ...]:
+    """The bridge's books. One that does not show them within `patience` seconds is taken for wedged, and replaced."""
     try:
-        books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + _LOOK)
+        books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + patience)
     except TransportError as error:
-        logger.debug("bridge %s shows no ledger: %s", bridge.name, error.message)
+        logger.debug("[bridge=%s] shows no ledger: %s", bridge.name, error.message)
         return ()
     return books.accounts
 
 
 async def status_of(server: Server) -> msg.Status:
     """Everything an operator asks for first."""
-    config = server.config
+    config, trainers = server.config, server.trainers
     bridges = []
     for bridge in server.bridges:
         how = bridge.status()
-        accounts = await _accounts(bridge) if bridge.incarnation else ()
+        accounts: tuple[Any, ...] = ()
+        with contextlib.suppress(TimeoutError):  # a question that somebody gave up on condemns nobody
+            async with asyncio.timeout(_GLANCE):
+                accounts = await _accounts(bridge, config.timeouts.operation)
         bridges.append(
             msg.BridgeStatus(
                 node=config.node.name,
@@ -69,9 +77,9 @@ async def status_of(server: Server) -> msg.Status:
         engines=(*(e.status(config.node.name) for e in server.engines), *remote),
         bridges=tuple(bridges),
         peers={name: peer.state for name, peer in server.peers.items()},
-        push=server.push.status() if server.push is not None else None,
-        last=server.last,
-        last_error=server.last_error,
+        push=trainers.push.status() if trainers.push is not None else None,
+        last=trainers.last,
+        last_error=trainers.last_error,
     )
 
 
@@ -100,7 +108,7 @@ async def measure_node(server: Server) -> None:
     metrics.exports_leaked.set(server.executor.leaks)
     for bridge in server.bridges:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
-        for account in await _accounts(bridge) if bridge.incarnation else ():
+        for account in await _accounts(bridge, server.config.timeouts.operation):
             metrics.exports.labels(account.reader).set(account.exports)
             metrics.exports_outstanding.labels(account.reader).set(account.outstanding)
 
@@ -122,7 +130,7 @@ class HealthPage:
             return [b"/metrics or /healthz\n"]
 
         try:
-            self._server: WSGIServer = make_server(host.strip("[]"), int(port), app, handler_class=_Quiet)
+            self._server = make_server(host.strip("[]"), int(port), app, _Pages, _Quiet)
         except OSError as error:
             raise ConfigError(f"http.listen = {listen!r}: {error.strerror}", hint="choose a free port") from error
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
@@ -139,6 +147,18 @@ class HealthPage:
         self._server.server_close()
 
 
+class _Pages(ThreadingMixIn, WSGIServer):
+    """A thread for each connection: who connects and says nothing keeps nobody waiting, least of all `close`."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        logger.debug("connection from %s failed: %r", client_address, sys.exception())
+
+
 class _Quiet(WSGIRequestHandler):
+    timeout = 10.0  # seconds for a request to arrive
+
     def log_message(self, format: str, *args: Any) -> None:
         logger.debug(format, *args)

@@ -224,7 +224,8 @@ class Rails:
                     break
                 failed.update(bad)
                 wanted = [node for node in wanted if node not in failed]
-            return ev.GroupFormed(nodes=tuple(n for n in nodes if n not in failed), failed=tuple(sorted(failed.items())))
+            reached = tuple(node for node in nodes if node not in failed)
+            return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
 
     def _stands(self, nodes: Sequence[str]) -> bool:
         """Whether the standing generation is one of exactly these nodes, as far as is known here."""

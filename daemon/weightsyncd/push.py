@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from weightsync.errors import ErrorRecord, PushRefused, TransportError, WeightSyncError
+from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
-from weightsync.session.machine import PushSession, State
+from weightsync.session.machine import PushSession
 from weightsync.wire import messages as msg
 from weightsyncd.executor import PushContext
 
@@ -190,7 +190,7 @@ class Push:
         return self.hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
 
     def _rank_is_confused(self, rank: int, why: str) -> None:
-        error = PushRefused(f"rank {rank} sent a message that makes no sense here: {why}", rank=rank)
+        error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
         self.hear(ev.RankFailed(rank=rank, error=error.record()))
 
     def check_alive(self, liveness: float) -> None:
@@ -199,6 +199,8 @@ class Push:
         for rank, known in self.ranks.items():
             if now - known.heard > liveness:
                 known.heard = float("inf")
+                version = self.session.version
+                logger.warning("[push=%s v=%d] rank %d has not been heard", self.session.model, version, rank)
                 self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
@@ -220,7 +222,7 @@ class Push:
             case do.GrantLease():
                 pass
             case do.MakePlan():
-                self._start(self._make_plan(instruction.deadline))
+                self._start(self._make_plan())
             case do.FormGroup():
                 self._start(self._services.rails.form(instruction.nodes, instruction.deadline))
             case do.RelayBucket():
@@ -269,8 +271,9 @@ class Push:
         except TransportError as error:
             return executor.bridge_lost(index, incarnation, error, instruction.bucket)
 
-    async def _make_plan(self, deadline: float) -> ev.Event:
+    async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
+        deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
         digests = tuple(self.ranks[rank].layout for rank in range(self.world))
         plans = self._services.plans
         missing = plans.missing(digests, self._owners)
@@ -366,10 +369,6 @@ class Push:
             filled_bytes=session.filled_bytes,
             waiting_for="" if session.ended else session.waiting_for(),
         )
-
-    @property
-    def succeeded(self) -> bool:
-        return self.session.state is State.COMMITTED
 
     async def close(self) -> None:
         """Stop what is still under way and let go of every slot. Call it once `done`, or when the daemon ends."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.session_world import ERROR, World, layout_of
+from tests.session_world import ERROR, REFUSAL, World, layout_of
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import TRANSITIONS, State
@@ -73,17 +73,19 @@ def test_a_version_that_does_not_rise_is_refused_before_anything_is_touched(serv
 def test_an_engine_that_refuses_ends_the_push_for_all_before_anything_is_touched():
     world = World()
     world.open_all()
-    refusal = world.run_until(do.AcceptEngine, engine="b")
-    world.fail(refusal)
+    world.fail(world.run_until(do.AcceptEngine, engine="b"), error=REFUSAL)
     world.run()
     assert world.session.state is State.ABORTED
     assert world.session.done
+    error = world.ended[0].error
+    assert error is not None
+    assert (error.kind, error.engine) == ("PushRefused", "b")
     assert outcomes(world) == {"a": "skipped", "b": "skipped"}
 
 
 @pytest.mark.parametrize(
     ("kind", "outcome"),
-    [(do.ProbeEngine, "skipped"), (do.PauseEngine, "skipped"), (do.BeginEngine, "torn"), (do.LoadBucket, "torn"),
+    [(do.ProbeEngine, "skipped"), (do.AcceptEngine, "skipped"), (do.PauseEngine, "skipped"), (do.BeginEngine, "torn"), (do.LoadBucket, "torn"),
      (do.FinishEngine, "torn"), (do.VerifyEngine, "torn"), (do.ResumeEngine, "torn")],
 )  # fmt: skip
 @pytest.mark.parametrize("lost", [False, True])
@@ -241,3 +243,28 @@ def test_duplicates_of_every_event_change_nothing():
     assert doubled.session.state is State.COMMITTED
     assert doubled.models == plain.models
     assert doubled.session.filled_bytes == plain.session.filled_bytes
+
+
+def test_a_reader_that_never_lets_go_costs_its_engine_the_push():
+    """It may still read a slot that is about to be filled again: what it holds then is nobody's version."""
+    world = World(slots=1)
+    world.open_all()
+    world.fail(world.run_until(do.AwaitRelease, engine="b"))
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world) == {"a": "committed", "b": "torn"}
+    error = world.session.engines["b"].error
+    assert error is not None
+    assert "never released bucket" in error.message
+
+
+def test_the_version_of_a_torn_engine_does_not_count():
+    """It is a number that nobody found right; the push that mends the engine may carry it again."""
+    world = World(engines={"a": "home", "b": "home"})
+    world.open_all()
+    for probe in [i for i in world.pending if isinstance(i, do.ProbeEngine)]:
+        world.pending.remove(probe)
+        torn = probe.engine == "a"
+        world.hear(ev.EngineProbed(engine=probe.engine, tp_size=1, version=2 if torn else 1, paused=torn, torn=torn))
+    world.run()
+    assert world.session.state is State.COMMITTED

@@ -35,7 +35,7 @@ from weightsync.ipc.fences import CELL_BYTES, FenceTable
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DIRECTORY", "MAX_READERS", "Arena", "ArenaOffer", "remove_stale", "segment_name"]
+__all__ = ["DIRECTORY", "MAX_READERS", "Arena", "ArenaOffer", "discard", "remove_stale", "segment_name"]
 
 DIRECTORY = "/dev/shm"
 MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 4 KiB of table per slot
@@ -258,7 +258,7 @@ def remove_stale(
             with suppress(FileNotFoundError):
                 status = entry.stat(follow_symlinks=False)
                 if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                    os.unlink(entry.path)
+                    discard(directory, entry.name)
                     removed.append(entry.name)
     return tuple(removed)
 
@@ -283,6 +283,28 @@ def _open(offer: ArenaOffer, flags: int) -> int:
         return os.open(offer.name, flags | os.O_NOFOLLOW | os.O_NOCTTY, 0o600, dir_fd=directory)
     finally:
         os.close(directory)
+
+
+def discard(directory: str, name: str) -> None:
+    """Remove the arena of a bridge that is gone, and give its pages back at once.
+
+    Trainers and engines unmap an arena only when they are offered its successor, for which there may be no room before
+    that. So the file is emptied first: whoever has it mapped reads zeros from now on (fences and checksums tell), and
+    nobody gets a SIGBUS.
+    """
+    try:
+        fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return
+    try:
+        size = os.fstat(fd).st_size
+        if size:
+            whole = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+            with whole, suppress(OSError):  # a directory that is no tmpfs cannot; the file goes with its last mapping
+                whole.madvise(mmap.MADV_REMOVE)
+    finally:
+        os.close(fd)
+        _unlink(directory, name)
 
 
 def _unlink(directory: str, name: str) -> None:

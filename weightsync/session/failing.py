@@ -53,6 +53,22 @@ class Failing(Opening):
         else:
             self._go_on(now, out)
 
+    def _on_bucket_released(self, event: ev.BucketReleased, now: float, out: list[Instruction]) -> None:
+        engine = self.engines.get(event.engine)
+        if engine is None or not 0 <= event.bucket < engine.loaded:
+            return
+        copy = self._copy(event.bucket, engine.node)
+        if copy is None or event.engine not in copy.readers:
+            return
+        copy.readers.discard(event.engine)
+        if event.leaked and not engine.stage.ended:  # it may still read a slot that is about to be filled again
+            message = f"engine {engine.name} never released bucket {event.bucket}"
+            error = self._record("EngineError", message, engine=engine.name, bucket=event.bucket, phase="load")
+            self._evict(engine, error, lost=False, now=now, out=out)
+            self._go_on_without(now, out)
+            return
+        self._go_on(now, out)
+
     def _on_node_lost(self, event: ev.NodeLost, now: float, out: list[Instruction]) -> None:
         self._drop_node(event.node, event.error, "node", lost=True, now=now, out=out)
         for engine in self.engines.values():
@@ -135,7 +151,7 @@ class Failing(Opening):
         elif now >= self.push_deadline:
             words, where = self._blame()
             message = f"the push did not end before its deadline; it was waiting for {words}"
-            self._fail(self._record("PushTimeout", message, **where), now, out)
+            self._fail(about(self._record("PushTimeout", message), **where), now, out)
 
     def _on_stop_requested(self, event: ev.StopRequested, now: float, out: list[Instruction]) -> None:
         self._fail(self._record("PushAborted", event.reason, phase=self._phase()), now, out)

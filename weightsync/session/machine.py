@@ -50,7 +50,6 @@ class PushSession(Failing):
         """Hear one event. A duplicate or late one changes nothing."""
         rule, follows = TRANSITIONS[self.state, type(event)]
         before = self.state
-        self._remember(event)
         out: list[Instruction] = []
         rule(self, event, now, out)
         if self.state is not before and self.state not in follows:

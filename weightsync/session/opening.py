@@ -130,7 +130,7 @@ class Opening(Transferring):
 
     def _version_rises(self, now: float, out: list[Instruction]) -> bool:
         """Whether every engine serves an older version; if not, the push is refused."""
-        served = {e.version: e.name for e in self._live() if e.version is not None}
+        served = {e.version: e.name for e in self._live() if e.version is not None and not e.was_torn}
         newest = max(served, default=None)
         if newest is not None and newest >= self.version:
             which = f"version {newest}, which engine {served[newest]} serves"

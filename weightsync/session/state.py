@@ -6,7 +6,6 @@ the one it uses; `machine` puts them together.
 
 from __future__ import annotations
 
-from collections import deque
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,13 +15,11 @@ from weightsync.errors import ErrorRecord
 from weightsync.session.tracks import BucketTrack, Copy, EngineStage, EngineTrack, PhaseClock
 
 if TYPE_CHECKING:
+    from collections import deque
     from collections.abc import Mapping
 
-    from weightsync.session.events import Event
 
 __all__ = ["SessionState", "State", "about"]
-
-STORY_LENGTH = 64
 
 
 class State(StrEnum):
@@ -77,7 +74,6 @@ class SessionState:
         self.nbytes = 0  # of the whole plan
         self.filled_bytes = 0
         self.started = self.finished = 0.0
-        self.story: list[str] = []  # the last events, for error messages and logs
         self._free = {place: list(range(count)) for place, count in slots.items()}
         self._capacity = dict(slots)
         self._layouts: dict[int, bytes] = {}
@@ -187,10 +183,6 @@ class SessionState:
             assert self.error is None
 
     # --- what the rules share -----------------------------------------------------------------------------------
-
-    def _remember(self, event: Event) -> None:
-        self.story.append(f"{self.state}: {event}")
-        del self.story[:-STORY_LENGTH]
 
     def _until(self, now: float) -> float:
         """When an operation that begins now must have ended."""

@@ -100,15 +100,6 @@ class Transferring(Committing):
         out.append(do.AwaitRelease(engine=engine.name, bucket=event.bucket, deadline=self._until(now)))
         self._go_on(now, out)
 
-    def _on_bucket_released(self, event: ev.BucketReleased, now: float, out: list[Instruction]) -> None:
-        engine = self.engines.get(event.engine)
-        if engine is None or not 0 <= event.bucket < engine.loaded:
-            return
-        copy = self._copy(event.bucket, engine.node)
-        if copy is not None and event.engine in copy.readers:
-            copy.readers.discard(event.engine)
-            self._go_on(now, out)
-
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def _go_on(self, now: float, out: list[Instruction]) -> None:

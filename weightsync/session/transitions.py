@@ -47,7 +47,7 @@ _TRANSFERRING: dict[type[ev.Event], Row] = {
     ev.EngineBegun: (Rules._on_engine_begun, (_C,)),
     ev.BucketRelayed: (Rules._on_bucket_relayed, (_C, _ABORT, _TORN)),
     ev.BucketLoaded: (Rules._on_bucket_loaded, (_C,)),
-    ev.BucketReleased: (Rules._on_bucket_released, ()),
+    ev.BucketReleased: (Rules._on_bucket_released, (_C, _ABORT, _TORN)),
     ev.EngineResumed: (Rules._on_engine_resumed, ()),  # of one that has left untouched
     ev.EngineFailed: (Rules._on_engine_failed, (_C, _ABORT, _TORN)),
     ev.NodeLost: (Rules._on_node_lost, (_C, _ABORT, _TORN)),
@@ -64,7 +64,7 @@ _COMMITTING: dict[type[ev.Event], Row] = {  # everything is loaded: the push no 
     ev.EnginePaused: (Rules._on_engine_paused, ()),  # of one that has left torn, or lost
     ev.BucketRelayed: (Rules._on_bucket_relayed, ()),
     ev.BucketExported: (Rules._on_bucket_exported, ()),
-    ev.BucketReleased: (Rules._on_bucket_released, ()),
+    ev.BucketReleased: (Rules._on_bucket_released, (_OK, _TORN)),
     ev.EngineFailed: (Rules._on_engine_failed, (_OK, _TORN)),
     ev.NodeLost: (Rules._on_node_lost, (_OK, _TORN)),
     ev.BridgeLost: (Rules._on_bridge_lost, ()),

@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import queue
+import socket
 import threading
 import time
 from pathlib import Path
@@ -24,6 +25,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 
+from weightsync.config import check_endpoint
 from weightsync.errors import CodecError, ConfigError, DaemonError, DaemonLost
 from weightsync.wire.codec import MAX_FRAME, decode_untrusted, encode
 from weightsync.wire.messages import ErrorReply, Heartbeat, Message
@@ -31,36 +33,13 @@ from weightsync.wire.messages import ErrorReply, Heartbeat, Message
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
 
-__all__ = ["ControlServer", "PeerLink", "TrainerLink", "check_endpoint", "socket_path"]
+__all__ = ["ControlServer", "PeerLink", "TrainerLink", "socket_path"]
 
 logger = logging.getLogger(__name__)
 
 _QUEUE = 10_000  # messages a peer may lag behind before it is dropped
-_LOOPBACK = ("127.", "localhost", "[::1]")
-
-
-def check_endpoint(endpoint: str, key: str) -> None:
-    """Raise `ConfigError` naming `key` unless the endpoint is a private ipc socket or TCP on loopback."""
-    parts = urlsplit(endpoint)
-    if parts.scheme == "ipc":
-        if not parts.path.startswith("/"):
-            raise ConfigError(f"{key} = {endpoint!r} is no absolute path", hint="ipc:///run/weightsync.sock")
-        if len(socket_path(endpoint)) > 100:
-            raise ConfigError(
-                f"{key} = {endpoint!r} is longer than a socket path may be", hint="100 characters at most"
-            )
-    elif parts.scheme == "tcp":
-        if not parts.netloc.startswith(_LOOPBACK):
-            raise ConfigError(
-                f"{key} = {endpoint!r} listens beyond this machine, which needs keys",
-                hint="use ipc://… or tcp://127.0.0.1:PORT; links between machines under CURVE keys are not built yet",
-            )
-        if not (parts.netloc.rpartition(":")[2]).isdigit():
-            raise ConfigError(f"{key} = {endpoint!r} has no port", hint="tcp://127.0.0.1:29600")
-    else:
-        raise ConfigError(
-            f"{key} = {endpoint!r} is neither ipc:// nor tcp://", hint="ipc:///path or tcp://127.0.0.1:PORT"
-        )
+_KNOCK = 1.0  # seconds for a listening daemon's kernel to say that it is there
+_FAIR = 0.005  # seconds of reading frames before others on the loop have their turn
 
 
 def socket_path(endpoint: str) -> str:
@@ -68,11 +47,11 @@ def socket_path(endpoint: str) -> str:
     return endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else ""
 
 
-def _options(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
-    socket.setsockopt(zmq.SNDHWM, _QUEUE)
-    socket.setsockopt(zmq.RCVHWM, _QUEUE)
+def _options(line: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
+    line.setsockopt(zmq.LINGER, 0)
+    line.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
+    line.setsockopt(zmq.SNDHWM, _QUEUE)
+    line.setsockopt(zmq.RCVHWM, _QUEUE)
 
 
 # --- a trainer rank ------------------------------------------------------------------------------------------------
@@ -81,8 +60,8 @@ def _options(socket: zmq.Socket[bytes] | zmq.asyncio.Socket) -> None:
 class TrainerLink:
     """One rank's line to its daemon, for one push after another; not for two at a time.
 
-    `send` never blocks. `receive` raises `DaemonLost` when the daemon has been silent for `patience` seconds after
-    `start`, until `rest` is called; an idle link costs nothing and says nothing.
+    `send` never blocks. Between `start` and `rest`, `receive` raises `DaemonLost` as soon as the daemon hangs up, and
+    when it has been silent for `patience` seconds; an idle link costs nothing and says nothing.
     """
 
     def __init__(self, endpoint: str, *, patience: float = 10.0) -> None:
@@ -104,11 +83,11 @@ class TrainerLink:
         self._thread.start()
 
     def start(self) -> None:
-        """Expect the daemon from now on. Raises `DaemonLost` at once where no daemon has ever listened."""
-        path = socket_path(self.endpoint)
-        if path and not Path(path).exists():
+        """Expect the daemon from now on. Raises `DaemonLost` at once where no daemon listens."""
+        problem = _nobody_at(self.endpoint)
+        if problem is not None:
             raise DaemonLost(
-                f"no weightsyncd listens at {self.endpoint}",
+                f"no weightsyncd listens at {self.endpoint} ({problem})",
                 hint="start one with: weightsyncd --node-config node.toml; or set WEIGHTSYNC_DAEMON to its endpoint",
             )
         while not self._inbox.empty():
@@ -158,40 +137,49 @@ class TrainerLink:
         wake = self._context.socket(zmq.PAIR)
         wake.setsockopt(zmq.LINGER, 0)
         wake.connect(self._address)
-        socket = self._context.socket(zmq.DEALER)
-        _options(socket)
-        socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        socket.connect(self.endpoint)
+        line = self._context.socket(zmq.DEALER)
+        _options(line)
+        line.setsockopt(zmq.RECONNECT_IVL, 50)
+        hung_up = line.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+        line.connect(self.endpoint)
         try:
-            self._loop(socket, wake)
+            self._loop(line, wake, hung_up)
         finally:
-            socket.close(linger=int(self._flush * 1000))
+            line.disable_monitor()
+            hung_up.close(linger=0)
+            line.close(linger=int(self._flush * 1000))
             wake.close()
 
-    def _loop(self, socket: zmq.Socket[bytes], wake: zmq.Socket[bytes]) -> None:
+    def _loop(self, line: zmq.Socket[bytes], wake: zmq.Socket[bytes], hung_up: zmq.Socket[bytes]) -> None:
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(wake, zmq.POLLIN)
+        for one in (line, wake, hung_up):
+            poller.register(one, zmq.POLLIN)
         heard = said = time.monotonic()
-        was_listening = False
+        was_listening = gone = False
         beat = encode(Heartbeat())
         while True:
             now = time.monotonic()
             if self._listening and not was_listening:
                 heard = said = now
+                _drain(hung_up)  # it may have restarted while nobody listened
+                gone = False
             was_listening = self._listening
-            if was_listening and now - heard > self.patience:
+            gone = _drain(hung_up) or gone
+            if was_listening and ((gone and not line.poll(0)) or now - heard > self.patience):
                 self._listening = was_listening = False
+                how = "hung up" if gone else f"has not been heard for {self.patience:g} s"
                 self._inbox.put(
                     DaemonLost(
-                        f"weightsyncd at {self.endpoint} has not been heard for {self.patience:g} s",
+                        f"weightsyncd at {self.endpoint} {how}",
                         hint="look at its log; weightsync status shows whether it runs",
                     )
                 )
             if was_listening and now - said >= self._interval:
-                socket.send(beat, zmq.DONTWAIT)
+                line.send(beat, zmq.DONTWAIT)
                 said = now
             due = min(said + self._interval, heard + self.patience) - now if was_listening else 60.0
+            if was_listening and gone:
+                due = 0.0  # once its last words are read
             ready = dict(poller.poll(max(1, int(due * 1000))))
             if wake in ready:
                 while wake.poll(0):
@@ -201,18 +189,47 @@ class TrainerLink:
                 if frame is None:
                     return
                 try:
-                    socket.send(frame, zmq.DONTWAIT)
+                    line.send(frame, zmq.DONTWAIT)
                 except zmq.Again:
                     self._inbox.put(DaemonLost(f"weightsyncd at {self.endpoint} takes no more messages"))
-            while socket.poll(0):
+            while line.poll(0):
                 heard = time.monotonic()
                 try:
-                    message = decode_untrusted(socket.recv())
+                    message = decode_untrusted(line.recv())
                 except CodecError as error:
                     self._inbox.put(error)
                     continue
                 if not isinstance(message, Heartbeat):
                     self._inbox.put(message)
+
+
+def _drain(monitor: zmq.Socket[bytes]) -> bool:
+    """Whether the monitor has reported anything."""
+    reported = False
+    while monitor.poll(0):
+        monitor.recv_multipart()
+        reported = True
+    return reported
+
+
+def _nobody_at(endpoint: str) -> str | None:
+    """Why nobody listens at the endpoint, if so. ZeroMQ itself would try again for ever without a word."""
+    path = socket_path(endpoint)
+    try:
+        if path:
+            if os.stat(path).st_uid != os.geteuid():  # in a directory that others may write to
+                return "the socket there belongs to another user"
+            with socket.socket(socket.AF_UNIX) as knock:
+                knock.settimeout(_KNOCK)
+                knock.connect(path)
+        else:
+            parts = urlsplit(endpoint)
+            socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_KNOCK).close()
+    except (TimeoutError, BlockingIOError):
+        return None  # somebody does, and is busy
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 # --- a daemon ------------------------------------------------------------------------------------------------------
@@ -245,12 +262,16 @@ class ControlServer:
     def remove_stale(self) -> None:
         """Remove the socket file that a killed daemon left. Only for the holder of the node's lock."""
         path = socket_path(self.endpoint)
-        if path:
+        if path and Path(path).is_socket():
             Path(path).unlink(missing_ok=True)
 
     async def frames(self, refused: Callable[[], None]) -> AsyncIterator[tuple[bytes, Message]]:
         """Every readable message with its sender; an unreadable frame is answered with its error and dropped."""
+        since = time.monotonic()
         while True:
+            if time.monotonic() - since > _FAIR:  # a full socket never makes this coroutine wait
+                await asyncio.sleep(0)
+                since = time.monotonic()
             parts = await self._socket.recv_multipart()
             identity, frame = parts[0], parts[-1]
             if len(parts) != 2:

@@ -3,8 +3,8 @@
 Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command
 at a time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed.
 
-From `begin` to `finish` the engine is torn. It serves in that time only where the push asked for no pause: a command
-that fails closes the gate, and so does a request that finds the update stalled.
+From `begin` to the `resume` after `finish` the engine is torn. It serves in that time only where the push asked for no
+pause: a command that fails closes the gate, and so does a request that finds the update stalled.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class Engine:
         self.version: int | None = None
         self.blank = blank  # holds no weights at all yet
         self._updating: int | None = None  # version of the open update
-        self._dirty: frozenset[str] = frozenset()  # names that unfinished updates may have overwritten
+        self._dirty: frozenset[str] = frozenset()  # names overwritten since the last resume: not known to be right yet
+        self._finished = False  # the update of the dirty names is whole; its verdict is the next resume
         self._touched = 0.0  # when somebody last worked on the update
         self._flushes = 0  # caches of a request are gone when this has moved on
         self._ended: deque[int] = deque()  # sequences whose caches the workers may forget; told with the next step
@@ -93,7 +94,7 @@ class Engine:
 
     @property
     def torn(self) -> bool:
-        """Whether an update began and did not end."""
+        """Whether an update began that nobody has found good: it is open, broke off, or failed its verification."""
         return self._updating is not None or bool(self._dirty)
 
     @property
@@ -169,6 +170,7 @@ class Engine:
             with self._part_of_update():
                 self._expect(self._call_each(lambda rank: Begin(digest, tuple(offers[rank]), deadline), deadline))
             self._updating = version
+            self._finished = False
 
     def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         """Load one bucket of the open update on every rank."""
@@ -181,7 +183,11 @@ class Engine:
                 self._expect(self._call_each(lambda rank: Load(bucket, tickets[rank], deadline), deadline))
 
     def finish(self, version: int, *, deadline: float) -> None:
-        """End the open update: every piece was loaded once, so the engine holds `version`. Drops all caches."""
+        """End the open update: every piece was loaded once. Drops all caches.
+
+        The engine holds `version` now, and goes on counting as torn until `resume` says that it was found right: a
+        daemon that ends in between leaves no engine that passes for whole.
+        """
         with self._turn(deadline):
             if self._updating != version:
                 message = "no update is open" if self._updating is None else f"the open update is to {self._updating}"
@@ -190,7 +196,7 @@ class Engine:
             self.version = version
             self.blank = False
             self._updating = None
-            self._dirty = frozenset()
+            self._finished = True
             self._flushes += 1
 
     def residents(self, *, everything: bool, deadline: float) -> list[bytes]:
@@ -235,10 +241,14 @@ class Engine:
         self._gate.settle(deadline=deadline)
 
     def resume(self, *, deadline: float) -> None:
-        """Serve again. Refused when torn; resuming a serving engine succeeds."""
+        """Serve again, and take a finished update for good. Refused when an update is unfinished; resuming a serving
+        engine succeeds.
+        """
         with self._turn(deadline):
-            if self.torn:
+            if self.torn and not self._finished:
                 raise RequestError(HTTPStatus.CONFLICT, "the engine is torn: only a whole update mends it", torn=True)
+            self._dirty = frozenset()
+            self._finished = False
             self._gate.open()
 
     def _close_gate(self, why: str) -> None:

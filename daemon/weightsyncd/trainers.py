@@ -1,0 +1,263 @@
+"""The daemon's trainers: who may push now, who has to wait, and what each rank's messages mean for the push.
+
+One push at a time. A rank that calls while another trainer's push is under way is refused; one that calls while the
+last push only lets go of its slots, or while another daemon pushes to this node, waits. A rank that calls for a push
+that has just failed without it is told so: its siblings were.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, WeightSyncError
+from weightsync.session import events as ev
+from weightsync.wire import messages as msg
+from weightsyncd.health import measure_push
+from weightsyncd.push import Push, Services
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.metrics import Metrics
+
+__all__ = ["Trainers"]
+
+logger = logging.getLogger(__name__)
+
+_MAX_WAITING = 4096  # ranks
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    """A call that waits for the node to be free."""
+
+    identity: bytes
+    message: msg.Open
+    since: float
+
+
+@dataclass(frozen=True)
+class _Failed:
+    """A push that failed before all its ranks had called."""
+
+    group: str
+    model: str
+    version: int
+    ranks: frozenset[int]  # that had
+    error: ErrorRecord
+    until: float  # how long the missing ones may still be on their way
+
+
+class Trainers:
+    """See the module. `following` names the push of another daemon that holds this node, if one does."""
+
+    def __init__(self, services: Services, metrics: Metrics, following: Callable[[], str | None]) -> None:
+        self.push: Push | None = None
+        self.last: msg.PushOutcome | None = None
+        self.last_error: ErrorRecord | None = None
+        self.stopping = False
+        self._services = services
+        self._metrics = metrics
+        self._following = following
+        self._versions: dict[str, int] = {}  # model → newest version committed on any engine
+        self._waiting: list[_Waiting] = []
+        self._failed: _Failed | None = None
+        self._ending: asyncio.Task[None] | None = None
+
+    # --- a call of push_weights -----------------------------------------------------------------------------------
+
+    def open(self, identity: bytes, message: msg.Open) -> None:
+        """A rank has called `push_weights`."""
+        config = self._services.config
+        welcome = msg.Welcome(id=message.id, node=config.node.name, heartbeat=config.timeouts.liveness / 5)
+        self._services.send(identity, welcome)
+        self._admit(_Waiting(identity, message, time.monotonic()))
+
+    def _admit(self, call: _Waiting) -> None:
+        message, push = call.message, self.push
+        if push is not None and not push.session.ended:
+            if push.group == message.group:
+                push.open(call.identity, message)
+                return
+            if self.stopping:
+                self._refuse(call, "weightsyncd is stopping", None)
+                return
+            version, model = push.session.version, push.session.model
+            reason = f"a push of version {version} of {model!r} by another trainer is under way"
+            self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
+        elif (error := self._missed(message)) is not None:
+            self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        elif self.stopping:
+            self._refuse(call, "weightsyncd is stopping", None)
+        elif push is None and self._following() is None:
+            self._begin(call)
+        elif len(self._waiting) < _MAX_WAITING:
+            self._waiting.append(call)
+        else:
+            self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
+
+    def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
+        message = call.message
+        logger.warning("[push=%s v=%d] refused: %s", message.model, message.version, reason)
+        error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
+        self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
+
+    def _missed(self, message: msg.Open) -> ErrorRecord | None:
+        """The error of the push that this rank calls for, if that has failed without it."""
+        failed = self._failed
+        if failed is None or time.monotonic() > failed.until or message.rank in failed.ranks:
+            return None
+        same = (failed.group, failed.model, failed.version) == (message.group, message.model, message.version)
+        return failed.error if same else None
+
+    def _begin(self, call: _Waiting) -> None:
+        message = call.message
+        left = message.timeout - (time.monotonic() - call.since)
+        if left <= 0:
+            return  # its rank has given up
+        engines = self._engines_of(message.model)
+        if not engines:
+            models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
+            self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
+            return
+        self._failed = None
+        first = msgspec.structs.replace(message, timeout=left)
+        self.push = Push(self._services, first, engines, self._versions.get(message.model))
+        self._ending = asyncio.create_task(self._when_done(self.push), name="push")
+        self.push.open(call.identity, message)
+
+    def _engines_of(self, model: str) -> dict[str, str]:
+        """Name → node of every engine of the model, wherever it is."""
+        services = self._services
+        engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
+        for name, peer in services.peers.items():
+            if peer.info is not None:
+                engines.update({e.name: name for e in peer.info.engines if e.model == model})
+        return engines
+
+    def _models(self) -> list[str]:
+        infos = [peer.info for peer in self._services.peers.values() if peer.info is not None]
+        remote = {e.model for info in infos for e in info.engines}
+        return sorted(remote | {e.config.model for e in self._services.executor.engines})
+
+    # --- its end --------------------------------------------------------------------------------------------------
+
+    async def _when_done(self, push: Push) -> None:
+        await push.done.wait()
+        await push.close()
+        session = push.session
+        self.last, self.last_error = push.outcome, session.error
+        if session.committed:
+            self._versions[session.model] = session.version
+        if session.error is not None and len(push.ranks) < push.world:
+            self._failed = _Failed(
+                group=push.group,
+                model=session.model,
+                version=session.version,
+                ranks=frozenset(push.ranks),
+                error=session.error,
+                until=min(session.push_deadline, session.finished + self._services.config.timeouts.operation),
+            )
+        node = self._services.config.node.name
+        answering = [e.name for e in session.engines.values() if e.node == node and str(e.stage) != "lost"]
+        await asyncio.gather(*(self._look(name) for name in answering))
+        measure_push(self._metrics, session, push.outcome)
+        self.push = None
+        self.go_on()
+
+    async def _look(self, name: str) -> None:
+        """Note what an engine serves now, for status and metrics."""
+        with contextlib.suppress(WeightSyncError):  # Engine.probe has logged it and shows it as lost
+            until = time.monotonic() + self._services.config.timeouts.probe
+            await self._services.executor.engines[name].probe(until)
+
+    def go_on(self) -> None:
+        """The node may be free: whoever waits tries again."""
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
+            self._admit(call)
+
+    async def finish(self, until: float) -> None:
+        """Begin no push any more; let the one under way end, or end it. Takes three quarters of the time at most."""
+        self.stopping = True
+        left = until - time.monotonic()
+        if self.push is not None:
+            logger.info("stopping; a push is under way and has %.1f s to end", left)
+            await self._wait_done(self.push, left / 2)
+            self.push.hear(ev.StopRequested(reason="weightsyncd was told to stop"))
+            if not await self._wait_done(self.push, left / 4):
+                logger.warning("the push did not let go in time; stopping all the same")
+        for call in self._waiting:
+            self._refuse(call, "weightsyncd is stopping", None)
+        self._waiting.clear()
+
+    async def close(self, until: float) -> None:
+        """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
+        push = self.push
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
+        if push is not None:
+            await push.close()
+            if not push.done.is_set():
+                await self._services.executor.let_go(push.context, until)
+
+    @staticmethod
+    async def _wait_done(push: Push, seconds: float) -> bool:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await push.done.wait()
+        return push.done.is_set()
+
+    # --- what ranks say during a push -------------------------------------------------------------------------------
+
+    def heard(self, identity: bytes) -> None:
+        """A rank has shown that it is alive."""
+        if self.push is not None:
+            self.push.rank_of(identity)
+
+    def check_alive(self, liveness: float) -> None:
+        """Notice ranks that have fallen silent. To be called now and then."""
+        if self.push is not None:
+            self.push.check_alive(liveness)
+
+    def hear(self, event: ev.Event) -> None:
+        """Something has happened that concerns the push under way, if there is one."""
+        if self.push is not None:
+            self.push.hear(event)
+
+    @property
+    def busy(self) -> bool:
+        """A push from here holds this node."""
+        return self.push is not None
+
+    def route(self, identity: bytes, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> None:
+        """Give a rank's message to the push it is for. Raises `CodecError` for a layout that is none."""
+        push = self.push
+        rank = push.rank_of(identity) if push is not None else None
+        if push is None or rank is None or push.ranks[rank].number != message.id:
+            if isinstance(message, msg.Failed):  # it gave up waiting
+                self._waiting = [w for w in self._waiting if (w.identity, w.message.id) != (identity, message.id)]
+            logger.debug("%s from nobody in a push", type(message).__name__)
+            return
+        match message:
+            case msg.Describe():
+                digest = self._services.plans.learn(message.layout)
+                if digest != push.ranks[rank].layout:
+                    error = RemoteProtocolError("it described another layout than it opened with", rank=rank)
+                    push.hear(ev.RankFailed(rank=rank, error=error.record()))
+                else:
+                    push.hear(ev.LayoutReceived(rank=rank))
+            case msg.Filled():
+                push.filled(rank, message)
+            case msg.Failed():
+                push.hear(ev.RankFailed(rank=rank, error=message.error))
+            case msg.Stopped():
+                push.hear(ev.RankStopped(rank=rank))
