@@ -83,6 +83,11 @@ def trainer_place(process_group: Any = None) -> TrainerPlace:
         raise LocalProtocolError("this process is not in the process_group it pushes with")
     ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
     shared = [os.environ.get(name, "") for name in _LAUNCH]
+    if len(ranks) > 1 and not any(os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
+        raise LocalProtocolError(
+            "ranks cannot recognise each other: their launcher gave them neither a run id nor a master's port",
+            hint="use torchrun, or set the same TORCHELASTIC_RUN_ID, unlike any other job's, on all ranks",
+        )
     if len(ranks) == 1:
         shared.append(_PROCESS)
     whole = hashlib.blake2b("|".join([*shared, *map(str, ranks)]).encode(), digest_size=8).hexdigest()

@@ -12,7 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from weightsync.adapters import adapter
-from weightsync.errors import EngineLost, ErrorRecord, WeightSyncError
+from weightsync.errors import EngineError, EngineLost, ErrorRecord, WeightSyncError
 from weightsync.wire.messages import EngineStatus
 
 if TYPE_CHECKING:
@@ -82,6 +82,11 @@ class Engine:
         except WeightSyncError as error:
             self.lost(error)
             raise
+        except Exception as error:  # the seam: an engine's strange answer costs that engine, not this daemon
+            logger.exception("[engine=%s] probe failed in an unexpected way", self.name)
+            strange = EngineError(f"unexpected {type(error).__name__} in its adapter: {error}", engine=self.name)
+            self.lost(strange)
+            raise strange from error
         self.learned(info)
         return info
 

@@ -300,10 +300,11 @@ class NodeExecutor:
 
     async def receive(self, context: PushContext, bucket: int, slot: do.Slot, ticket: bytes, deadline: float) -> None:
         """Take part in the broadcast of a bucket into `slot`. Raises `TransportError`."""
-        reply = await self.bridges[slot.bridge].call(
-            commands.Receive(ticket=ticket, slot=slot.index), deadline=deadline
-        )
-        context.places[bucket] = (slot, reply.sequence)
+        # numbered by this node, whose bridge counts on: a coordinator that was restarted begins at 1 again
+        sequence = next(self._sequences)
+        receive = commands.Receive(ticket=ticket, slot=slot.index, sequence=sequence)
+        await self.bridges[slot.bridge].call(receive, deadline=deadline)
+        context.places[bucket] = (slot, sequence)
 
     async def _await_release(self, context: PushContext, instruction: do.AwaitRelease) -> ev.Event:
         engine, bucket = instruction.engine, instruction.bucket

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -24,7 +24,7 @@ from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
 from weightsyncd.executor import PushContext
-from weightsyncd.peers import INSTRUCTIONS
+from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,6 +81,7 @@ class Follower:
         self._free.set()
         self._stopping = False
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
+        self._released: deque[tuple[bytes, str]] = deque(maxlen=64)  # pushes whose late instructions are refused
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
 
     @property
@@ -129,7 +130,7 @@ class Follower:
                 self._manifests.popitem(last=False)
         if message.plan is not None:
             if message.plan not in self._manifests:
-                raise RemoteProtocolError("the manifest of this digest was never sent here")
+                raise RemoteProtocolError("the manifest of this digest is not known here", phase=MANIFEST_UNKNOWN)
             self._manifests.move_to_end(message.plan)
             context.manifest = self._manifests[message.plan]
         if message.fingerprints is not None:
@@ -191,6 +192,7 @@ class Follower:
 
     async def release(self, identity: bytes, push: str) -> None:
         """The coordinator is done with the push."""
+        self._released.append((identity, push))
         held = self._held
         if held is not None and held.identity == identity and held.context.push == push:
             await self._let_go(held, None)
@@ -217,6 +219,8 @@ class Follower:
         node = self._config.node.name
         while True:
             self._check_free(identity)
+            if (identity, push) in self._released:
+                raise PushRefused(f"push {push} has ended")
             held = self._held
             if held is None:
                 if self._stopping:

@@ -14,7 +14,7 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
-from weightsync.errors import DaemonError, DaemonLost, ErrorRecord, ProtocolError, TransportError, WeightSyncError
+from weightsync.errors import DaemonLost, ErrorRecord, ProtocolError, TransportError, WeightSyncError
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -30,10 +30,11 @@ if TYPE_CHECKING:
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import PushContext
 
-__all__ = ["EVENTS", "INSTRUCTIONS", "Peer", "Rails"]
+__all__ = ["EVENTS", "INSTRUCTIONS", "MANIFEST_UNKNOWN", "Peer", "Rails"]
 
 logger = logging.getLogger(__name__)
 
+MANIFEST_UNKNOWN = "manifest"  # the phase of a follower's error about a digest that it does not know (any more)
 _LEAVE = 5.0  # seconds for a bridge to abort its communicator
 _MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
 
@@ -95,7 +96,7 @@ class Peer:
         question = msg.Attach(node=self._config.node.name)
         try:
             answer = await link.ask(question, deadline=time.monotonic() + self._config.timeouts.liveness)
-        except (DaemonError, ProtocolError) as error:
+        except WeightSyncError as error:
             if link is not self._link or (self.info is not None and not link.silent):
                 return  # replaced meanwhile; or heard, if too late for this question
             if self.info is None:
@@ -175,6 +176,9 @@ class Peer:
                 return None
             return structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))
         except WeightSyncError as error:
+            if manifest is not None and not send and error.phase == MANIFEST_UNKNOWN:
+                self._known.discard((incarnation, manifest.digest))  # it keeps only so many: send it again
+                return await self.execute(context, instruction)
             lost = isinstance(error, DaemonLost)
             engine = getattr(instruction, "engine", None)
             if engine is not None and not isinstance(instruction, (do.AwaitRelease, do.RevokeBucket)):

@@ -27,7 +27,7 @@ _LAYOUTS = 4096  # kept: ranks of a trainer × the same
 class CachedPlan:
     """A plan in the forms that pushes need."""
 
-    digest: bytes  # of everything it was made from
+    digest: bytes  # of the manifest and of what every rank fills
     manifest: Manifest
     buckets: tuple[BucketPlan, ...]
     fills: tuple[bytes, ...]  # by rank: little-endian i32
@@ -64,21 +64,25 @@ class Plans:
         known = self._plans.get(key)
         if known is None:
             layouts = [self._layouts[digest] for digest in digests]
-            known = await asyncio.to_thread(self._make, key, layouts, owners)
+            known = await asyncio.to_thread(self._make, layouts, owners)
             self._plans[key] = known
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return known
 
-    def _make(self, key: bytes, layouts: list[Layout], owners: int) -> CachedPlan:
+    def _make(self, layouts: list[Layout], owners: int) -> CachedPlan:
         plan = plan_push(layouts, slot_bytes=self._arena.slot_bytes, owners=owners, alignment=self._arena.alignment)
         manifest = plan.manifest
         buckets = tuple(
             BucketPlan(int(nbytes), int(owner), fillers)
             for nbytes, owner, fillers in zip(manifest.bucket_nbytes, manifest.bucket_owner, plan.fillers, strict=True)
         )
-        return CachedPlan(key, manifest, buckets, tuple(fill.astype("<i4").tobytes() for fill in plan.fills))
+        fills = tuple(fill.astype("<i4").tobytes() for fill in plan.fills)
+        whole = hashlib.blake2b(manifest.digest, digest_size=16)
+        for fill in fills:
+            whole.update(hashlib.blake2b(fill, digest_size=16).digest())
+        return CachedPlan(whole.digest(), manifest, buckets, fills)
 
     def _key(self, digests: tuple[bytes, ...], owners: int) -> bytes:
         """What a plan depends on, in 16 bytes."""

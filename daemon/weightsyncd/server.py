@@ -236,6 +236,10 @@ class Server:
     async def _answer(self, identity: bytes, number: int, work: Coroutine[None, None, msg.Message]) -> None:
         try:
             answer = await work
+        except asyncio.CancelledError:
+            gone = LocalProtocolError("the push was let go before this was done")
+            self._control.send(identity, msg.ErrorReply(id=number, error=gone.record()))
+            raise
         except WeightSyncError as error:
             answer = msg.ErrorReply(error=error.record())
         except Exception as error:  # the seam: whoever asked must not wait for an answer that never comes

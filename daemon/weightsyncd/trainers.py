@@ -151,6 +151,13 @@ class Trainers:
 
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
+        try:
+            await self._wind_up(push)
+        finally:  # whatever went wrong with its tail, the next push may begin
+            self.push = None
+            self.go_on()
+
+    async def _wind_up(self, push: Push) -> None:
         await push.close()
         session = push.session
         self.last, self.last_error = push.outcome, session.error
@@ -169,8 +176,6 @@ class Trainers:
         answering = [e.name for e in session.engines.values() if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
         measure_push(self._metrics, session, push.outcome)
-        self.push = None
-        self.go_on()
 
     async def _look(self, name: str) -> None:
         """Note what an engine serves now, for status and metrics."""

@@ -154,7 +154,7 @@ class ReferenceAdapter(EngineAdapter):
                 status, body = await self._http.request(method, path, content, timeout_seconds=min(left, 3600))
         except TimeoutError as error:
             raise EngineLost(f"no answer to {method} {path} in {left:.1f} s", engine=self.name, phase=phase) from error
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, UnicodeError) as error:
             reason = "the connection was closed" if isinstance(error, EOFError) else str(error)
             raise EngineLost(f"{method} {path}: {reason}", engine=self.name, phase=phase) from error
         except RemoteProtocolError as error:
@@ -165,14 +165,14 @@ class ReferenceAdapter(EngineAdapter):
             raise EngineLost(f"{method} {path} did not end in {left:.1f} s", engine=self.name, phase=phase)
         try:
             problem = msgspec.json.decode(body, type=_Problem)
-        except msgspec.DecodeError:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             problem = _Problem(error=f"{method} {path} was not answered by a reference engine")
         raise _Refusal(status, problem, self.name, phase)
 
     def _parse(self, body: bytes, kind: type[_Answer], phase: str) -> _Answer:
         try:
             return msgspec.json.decode(body, type=kind)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             raise EngineError(
                 f"an answer that is none of a reference engine: {error}", engine=self.name, phase=phase
             ) from error
