@@ -1,7 +1,7 @@
 """Writes the diagram and the table of docs/session.md from `weightsync.session.machine.TRANSITIONS`.
 
-    python docs/make_state_diagram.py            write
-    python docs/make_state_diagram.py --check    exit status 1 when the page is not what the table says
+python docs/make_state_diagram.py            write
+python docs/make_state_diagram.py --check    exit status 1 when the page is not what the table says
 """
 
 from __future__ import annotations

@@ -180,6 +180,7 @@ class Fleet:
     def start_daemon(
         self,
         node: str,
+        /,  # so that there may be a section of this name
         engines: Sequence[Engine] = (),
         *,
         peers: Sequence[Daemon] = (),

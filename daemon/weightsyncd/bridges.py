@@ -23,7 +23,7 @@ from weightsync.errors import (
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.nccl_bridge.commands import Command, Hello, Reply
+from weightsync.nccl_bridge.commands import Command, Hello, Reply, Warm
 from weightsyncd.bridge_link import BridgeConfig, BridgeLink
 from weightsyncd.orphans import kill_orphans
 
@@ -156,6 +156,18 @@ class Bridge:
                     raise
             else:
                 return
+
+    async def warm(self, *, longest: float, deadline: float) -> None:
+        """Have it load what communicators need, and wait for it until `deadline`. It has `longest` seconds, so that one
+        that loads slowly is not taken for wedged. Raises `TransportError`.
+        """
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self.call(Warm(), deadline=time.monotonic() + longest)
+        except TimeoutError:
+            raise TransportTimeout(
+                f"bridge {self.name} is still loading", hint="it is ready for the next push"
+            ) from None
 
     def retire(self, reason: str) -> None:
         """Take it for lost, whatever it is doing: it is killed and replaced. Nothing happens where none is ready."""

@@ -178,6 +178,7 @@ class Follower:
             return msg.Hosted(port=(await bridge.call(host, deadline=until)).port)
         self._on_taken()
         await bridge.prompt(deadline=until)
+        await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         join = commands.Join(
             generation=message.generation,
             rank=message.rank,

@@ -68,7 +68,7 @@ async def status_of(server: Server) -> msg.Status:
                 error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
             )
         )
-    remote = [e for peer in server.peers.values() if peer.info is not None for e in peer.info.engines]
+    remote = [e for peer in server.peers.values() for e in peer.engines]
     return msg.Status(
         node=config.node.name,
         software=f"weightsync {version_of('weightsync')}",
@@ -76,7 +76,7 @@ async def status_of(server: Server) -> msg.Status:
         uptime=time.monotonic() - server.started,
         engines=(*(e.status(config.node.name) for e in server.engines), *remote),
         bridges=tuple(bridges),
-        peers={name: peer.state for name, peer in server.peers.items()},
+        peers={name: server.rails.state_of(name) for name in server.peers},
         push=trainers.push.status() if trainers.push is not None else None,
         last=trainers.last,
         last_error=trainers.last_error,

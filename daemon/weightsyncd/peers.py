@@ -14,6 +14,8 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from weightsync.errors import DaemonLost, ErrorRecord, ProtocolError, TransportError, WeightSyncError
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
@@ -53,7 +55,6 @@ class Peer:
         endpoint: str,
         config: NodeConfig,
         *,
-        on_attached: Callable[[str], None],
         on_lost: Callable[[str, ErrorRecord], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
@@ -63,11 +64,18 @@ class Peer:
         self.info: msg.Attached | None = None
         self.problem = "not reached yet"
         self._config = config
-        self._on_attached = on_attached
         self._on_lost = on_lost
         self._taken = taken
         self._link: PeerLink | None = None
         self._known: set[tuple[str, bytes]] = set()  # (incarnation, manifest digest) sent before
+        self._engines: tuple[msg.EngineStatus, ...] = ()
+
+    @property
+    def engines(self) -> tuple[msg.EngineStatus, ...]:
+        """Its engines. Those of a lost node are lost and not forgotten: a push must say that it missed them."""
+        if self.info is not None:
+            return self.info.engines
+        return tuple(msgspec.structs.replace(e, state="lost", error=self.problem) for e in self._engines)
 
     @property
     def state(self) -> str:
@@ -110,13 +118,12 @@ class Peer:
             if self.info is not None:
                 await self._lose(link, self.problem)
             return
-        before, self.info = self.info, answer
+        before, self.info, self._engines = self.info, answer, answer.engines
         if before is not None and _daemon_of(before) != _daemon_of(answer):
             link.fail(DaemonLost(f"node {self.name} was restarted"))
             self._on_lost(self.name, DaemonLost(f"node {self.name} was restarted").record())
         if before is None or before.incarnation != answer.incarnation:
             logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
-            self._on_attached(self.name)
 
     def _problem_of(self, answer: msg.Message) -> str | None:
         """Why the daemon that gives this answer cannot be a peer, if it cannot."""
@@ -195,6 +202,7 @@ class Rails:
         self._peers = peers
         self._generation = 0
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
+        self._taken = False  # by another daemon, whose communicators these bridges have joined since
         self._lock = asyncio.Lock()
 
     def count(self, nodes: Sequence[str]) -> int:
@@ -205,6 +213,35 @@ class Rails:
     def break_up(self) -> None:
         """The standing generation is not to be used again."""
         self._members = ()
+
+    def taken(self) -> None:
+        """Another daemon takes a bridge of this node into a communicator of its own."""
+        self._members, self._taken = (), True
+
+    def state_of(self, name: str) -> str:
+        """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
+        nodes = [node for node, peer in sorted(self._peers.items()) if peer.info is not None]
+        if name in nodes and not self._taken and not self._stands(nodes):
+            return "joining"
+        return self._peers[name].state
+
+    async def keep(self, busy: Callable[[], bool]) -> None:
+        """Between pushes, form what is broken, for ever: the first push after a fault should not wait for it. What
+        another daemon has taken is left to it until this one pushes.
+        """
+        told: dict[str, str] = {}
+        while True:
+            await asyncio.sleep(self._config.timeouts.liveness / 5)
+            nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
+            if not nodes or self._taken or busy() or self._stands(nodes):
+                continue
+            formed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
+            problems = {node: error.message for node, error in formed.failed}
+            for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
+                logger.warning("[node=%s] no communicator: %s", node, problems[node])
+            told = problems
+            if problems:
+                await asyncio.sleep(self._config.timeouts.probe_every)
 
     async def form(self, nodes: Sequence[str], deadline: float) -> ev.GroupFormed:
         """See that every rail reaches `nodes`; those that cannot be reached are left out and named."""
@@ -249,7 +286,7 @@ class Rails:
     async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
         self._generation += 1
-        self._members = ()
+        self._members, self._taken = (), False
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
             try:
@@ -263,6 +300,7 @@ class Rails:
     async def _join_all(self, rail: int, nodes: Sequence[str], until: float) -> None:
         """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
         bridge, address, key = self._bridges[rail], self._config.cluster.address, secrets.token_hex(16)
+        await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         generation, world = self._generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
         first: list[_NodeFailed] = []

@@ -156,8 +156,10 @@ class Push:
         if terms != self._terms or message.rank >= message.world:
             names = ("version", "model", "world size", "pause")
             differ = [f"{n} {b!r}, not {a!r}" for n, a, b in zip(names, self._terms, terms, strict=True) if a != b]
-            what = "; ".join(differ) or f"rank {message.rank} of {message.world}"
-            error = PushRefused(f"rank {message.rank} pushes {what} as the ranks before it", rank=message.rank)
+            what = f"pushes {'; '.join(differ)} as the ranks before it"
+            if not differ:
+                what = f"is not in a world of {message.world}, whose ranks are 0 to {message.world - 1}"
+            error = PushRefused(f"rank {message.rank} {what}", rank=message.rank)
             self.hear(ev.RankFailed(rank=message.rank, error=error.record()))
             return
         self.hear(ev.RankOpened(rank=message.rank, layout=message.layout, describe_seconds=message.describe_seconds))

@@ -73,7 +73,6 @@ class Server:
                     log_format=config.log.format,
                 ),
                 on_lost=self._bridge_lost,
-                on_ready=self._bridge_ready,
             )
             for index in range(config.node.bridges)
         ]
@@ -84,15 +83,14 @@ class Server:
                 name,
                 endpoint,
                 config,
-                on_attached=self._peer_attached,
                 on_lost=self._peer_lost,
                 taken=self._names_taken,
             )
             for name, endpoint in config.cluster.peers.items()
         }
         self._control = ControlServer(config.endpoint)
-        self._rails = Rails(config, self.bridges, self.peers)
-        services = Services(config, self.executor, self.peers, self._rails, Plans(config.arena), self._control.send)
+        self.rails = Rails(config, self.bridges, self.peers)
+        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._control.send)
         self.follower = Follower(
             config,
             secrets.token_hex(8),
@@ -100,7 +98,7 @@ class Server:
             self.bridges,
             busy=lambda: self.trainers.busy,
             on_free=lambda: self.trainers.go_on(),
-            on_taken=self._rails.break_up,
+            on_taken=self.rails.taken,
         )
         self.trainers = Trainers(services, self.metrics, lambda: self.follower.following)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -170,6 +168,7 @@ class Server:
                 asyncio.create_task(self._watch(), name="watch"),
                 asyncio.create_task(self.engines.watch(), name="engines"),
                 asyncio.create_task(self._measure(), name="measure"),
+                asyncio.create_task(self.rails.keep(lambda: self.busy), name="rails"),
                 *(asyncio.create_task(peer.keep(), name=f"peer {name}") for name, peer in self.peers.items()),
             ]
             stopped = asyncio.create_task(stop.wait(), name="stop")
@@ -263,35 +262,19 @@ class Server:
     # --- bridges and peers ----------------------------------------------------------------------------------------
 
     def _bridge_lost(self, bridge: Bridge, error: WeightSyncError) -> None:
-        self._rails.break_up()
+        self.rails.break_up()
         lost = ev.BridgeLost(node=self.config.node.name, bridge=bridge.config.index, error=error.record())
         self.trainers.hear(lost)
 
-    def _bridge_ready(self, bridge: Bridge) -> None:
-        self._peer_attached(bridge.name)
-
-    def _peer_attached(self, name: str) -> None:
-        if not self.busy:
-            self._spawn(self._form_rails())
-
-    async def _form_rails(self) -> None:
-        """Join the peers' bridges before the first push needs them: loading gloo takes seconds."""
-        nodes = [name for name, peer in self.peers.items() if peer.info is not None]
-        if not nodes:
-            return
-        formed = await self._rails.form(nodes, time.monotonic() + self.config.timeouts.operation)
-        for node, error in formed.failed:
-            logger.warning("[node=%s] no communicator yet: %s", node, error.message)
-
     def _peer_lost(self, node: str, error: ErrorRecord) -> None:
-        self._rails.break_up()
+        self.rails.break_up()
         self.trainers.hear(ev.NodeLost(node=node, error=error))
 
     def _names_taken(self, node: str, names: Sequence[str]) -> str | None:
         known = {e.name: self.config.node.name for e in self.engines}
         for other, peer in self.peers.items():
-            if other != node and peer.info is not None:
-                known.update({e.name: other for e in peer.info.engines})
+            if other != node:
+                known.update({e.name: other for e in peer.engines})
         for name in names:
             if name in known:
                 return f"its engine {name!r} has the name of one on {known[name]}; rename one of them"

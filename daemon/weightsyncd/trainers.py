@@ -138,13 +138,11 @@ class Trainers:
         services = self._services
         engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
         for name, peer in services.peers.items():
-            if peer.info is not None:
-                engines.update({e.name: name for e in peer.info.engines if e.model == model})
+            engines.update({e.name: name for e in peer.engines if e.model == model})
         return engines
 
     def _models(self) -> list[str]:
-        infos = [peer.info for peer in self._services.peers.values() if peer.info is not None]
-        remote = {e.model for info in infos for e in info.engines}
+        remote = {e.model for peer in self._services.peers.values() for e in peer.engines}
         return sorted(remote | {e.config.model for e in self._services.executor.engines})
 
     # --- its end --------------------------------------------------------------------------------------------------

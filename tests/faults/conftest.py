@@ -11,7 +11,22 @@ from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.fleet import Fleet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
+
+    from weightsync.fleet import Daemon
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With a failure goes what the daemons logged during the test."""
+    report = yield
+    if report.failed and isinstance(item, pytest.Function):
+        for node in item.funcargs.values():
+            if isinstance(node, Node):
+                for daemon in [node.daemon, *node.others]:
+                    words = daemon.log.read_text(errors="replace")[node.marks.get(daemon.name, 0) :]
+                    report.sections.append((f"log of {daemon.name}", words[-20_000:]))
+    return report
 
 
 def _prepared(fleet: Fleet) -> None:
@@ -33,10 +48,46 @@ def _one_node() -> Iterator[Node]:
         daemon = fleet.start_daemon("fault0", engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
         until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
         yield Node(fleet, daemon, engines, trainer)
+        _no_surprises(daemon)
+    assert not segments("fault0")
+
+
+@pytest.fixture(scope="session")
+def _two_nodes() -> Iterator[Node]:
+    with Fleet() as fleet:
+        _prepared(fleet)
+        engines = [
+            fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
+            for name, tp in (("home", 1), ("away1", 1), ("away2", 2))
+        ]
+        trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
+        for engine in engines:
+            fleet.wait_engine(engine)
+        timeouts, log = {**TIMEOUTS, "operation": 8}, {"level": "debug"}
+        away = fleet.start_daemon("fault2", engines[1:], arena=ARENA, timeouts=timeouts, log=log)
+        home = fleet.start_daemon("fault1", engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
+        until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
+        node = Node(fleet, home, engines, trainer, [away])
+        node.wait_attached()
+        yield node
+        _no_surprises(home, away)
+    assert not segments("fault1") | segments("fault2")
+
+
+def _no_surprises(*daemons: Daemon) -> None:
+    """Nothing happened that nobody had thought of."""
+    for daemon in daemons:
         words = daemon.log.read_text()
         assert "Traceback" not in words, words[words.index("Traceback") - 500 :]
         assert "never retrieved" not in words
-    assert not segments("fault0")
+
+
+@pytest.fixture
+def pair(_two_nodes: Node) -> Iterator[Node]:
+    """Two nodes: the engine `home` where the trainer is, and `away1` and `away2` reached through another daemon. As
+    `node` otherwise.
+    """
+    yield from _tried(_two_nodes)
 
 
 @pytest.fixture

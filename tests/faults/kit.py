@@ -55,8 +55,23 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> No
 
 
 def segments(node: str) -> set[str]:
-    """Arenas of a node in /dev/shm."""
-    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
+    """Arenas of a node in /dev/shm; not those of a node of that name that another run of these tests has here."""
+    found = {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
+    return found - _foreign_segments(found) if found else found
+
+
+def _foreign_segments(names: set[str]) -> set[str]:
+    foreign = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            words = process.cmdline()
+            if "weightsync.nccl_bridge" not in words:
+                continue
+            ancestors = {parent.pid for parent in process.parents()}
+            if process.ppid() != 1 and os.getpid() not in ancestors:
+                incarnation = words[words.index("--incarnation") + 1]
+                foreign |= {name for name in names if name.endswith(incarnation)}
+    return foreign
 
 
 class Rank:
@@ -138,6 +153,7 @@ class Node:
     names: Iterator[str] = field(default_factory=lambda: itertools.cycle("AB"))
     ranks: list[Rank] = field(default_factory=list)
     fds: dict[int, int] = field(default_factory=dict)  # daemon pid → descriptors when first seen idle
+    marks: dict[str, int] = field(default_factory=dict)  # daemon → length of its log when the test began
     before: str = ""  # the checkpoint that every engine holds since the last check; "" if that failed
 
     # --- acting ---------------------------------------------------------------------------------------------------
@@ -186,10 +202,18 @@ class Node:
         """Return once a push has touched the engine."""
         until(lambda: bool(self.info(engine)["torn"]), f"{engine.name} was touched")
 
-    def wait_log(self, words: str, daemon: Daemon | None = None, *, since: int = 0) -> None:
-        """Return once the daemon has logged these words, after its first `since` characters."""
+    def wait_log(self, words: str, daemon: Daemon | None = None, *, since: int | None = None) -> None:
+        """Return once the daemon has logged these words, since the test began or after so many characters."""
         log = (daemon or self.daemon).log
-        until(lambda: words in log.read_text()[since:], f"{log.name} says {words!r}")
+        begin = self.marks.get((daemon or self.daemon).name, 0) if since is None else since
+        until(lambda: words in log.read_text()[begin:], f"{log.name} says {words!r}")
+
+    def wait_attached(self) -> None:
+        """Return once this daemon is connected to those it reaches, and knows their engines to be well."""
+        until(
+            lambda: all(state == "connected" for state in self.status().peers.values()),
+            "the daemons are connected",
+        )
 
     def log_length(self, daemon: Daemon | None = None) -> int:
         return len((daemon or self.daemon).log.read_text())
@@ -280,11 +304,13 @@ class Node:
         self.ranks.clear()
         with contextlib.suppress(DaemonLost):
             self.wait_idle()
+            self.wait_attached()
         self.before, name = "", next(self.names)
         report = self.push(name, **options)
         self.holds(name, report)
         self.nothing_left()
         self.before = name
+        self.marks = {daemon.name: self.log_length(daemon) for daemon in [self.daemon, *self.others]}
         return name
 
     def holds(self, name: str, report: Any) -> None:

@@ -108,7 +108,7 @@ def test_an_engine_slower_than_the_deadline_is_lost_and_its_late_work_harms_nobo
     if endpoint in ("/begin", "/load"):
         node.does_not_serve(slow)
     elif endpoint == "/pause":  # untouched: once it answers, it is let go
-        node.wait_log(f"[engine={slow.name}] was left paused by a push that never touched it", since=0)
+        node.wait_log(f"[engine={slow.name}] was left paused by a push that never touched it")
         node.wait_unpaused(slow)
         node.serves(slow, node.before)
 

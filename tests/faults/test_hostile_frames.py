@@ -337,7 +337,7 @@ def test_noise_below_the_messages(node):
 
 
 class StutteringLink(TrainerLink):
-    """A rank's link that says everything twice, and after the end all of it again."""
+    """A rank's link that says everything twice, and after the end all of it again, and that it gives up."""
 
     said: list[msg.Message]
 
@@ -352,17 +352,30 @@ class StutteringLink(TrainerLink):
             self.said = []
 
 
+class ReopeningLink(TrainerLink):
+    """A rank's link that calls for a push again when it has ended."""
+
+    call: msg.Open
+
+    def send(self, message):
+        super().send(message)
+        if isinstance(message, msg.Open):
+            self.call = message
+        if isinstance(message, msg.Stopped):
+            super().send(self.call)
+
+
 @pytest.fixture
-def stuttering(node, monkeypatch):
-    """Pushes by this process say everything twice."""
+def speak(node, monkeypatch):
+    """Sets the kind of link by which this process pushes."""
     memory = weightsync.rank._MEMORY
     memory.close_links()
-    monkeypatch.setattr(weightsync.rank, "TrainerLink", StutteringLink)
-    yield
+    yield lambda kind: monkeypatch.setattr(weightsync.rank, "TrainerLink", kind)
     memory.close_links()
 
 
-def test_what_is_said_twice_counts_once(node, stuttering):
+def test_what_is_said_twice_counts_once(node, speak):
+    speak(StutteringLink)
     engine = node.engines[0]
     weights = node.weights("C")
     total = sum(w.numel() * w.element_size() for w in weights.values())
@@ -377,12 +390,13 @@ def test_what_is_said_twice_counts_once(node, stuttering):
         pushing.join(20)
         assert filled == total
         report = reports.pop()
-        assert report.nbytes == total
+        assert report.bytes == total
         node.holds("C", report)
         node.wait_idle()
 
 
-def test_an_open_that_is_repeated_after_the_end_is_refused(node, stuttering):
+def test_an_open_that_is_repeated_after_the_end_is_refused(node, speak):
+    speak(ReopeningLink)
     since = node.log_length()
     node.push("C")
     node.wait_log("is not above version", since=since)

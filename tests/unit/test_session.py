@@ -85,8 +85,8 @@ def test_an_engine_that_refuses_ends_the_push_for_all_before_anything_is_touched
 
 @pytest.mark.parametrize(
     ("kind", "outcome"),
-    [(do.ProbeEngine, "skipped"), (do.AcceptEngine, "skipped"), (do.PauseEngine, "skipped"), (do.BeginEngine, "torn"), (do.LoadBucket, "torn"),
-     (do.FinishEngine, "torn"), (do.VerifyEngine, "torn"), (do.ResumeEngine, "torn")],
+    [(do.ProbeEngine, "skipped"), (do.AcceptEngine, "skipped"), (do.PauseEngine, "skipped"), (do.BeginEngine, "torn"),
+     (do.LoadBucket, "torn"), (do.FinishEngine, "torn"), (do.VerifyEngine, "torn"), (do.ResumeEngine, "torn")],
 )  # fmt: skip
 @pytest.mark.parametrize("lost", [False, True])
 def test_one_engine_that_fails_is_out_and_the_other_goes_on(kind, outcome, lost):

@@ -46,6 +46,7 @@ __all__ = [
     "Revoke",
     "Send",
     "Stop",
+    "Warm",
     "decode_request",
     "decode_response",
     "encode",
@@ -186,6 +187,12 @@ class Ledger(Command[LedgerBooks], frozen=True, kw_only=True, tag="ledger"):
     reply = LedgerBooks
 
 
+class Warm(Command[Done], frozen=True, kw_only=True, tag="warm"):
+    """Load what a communicator needs. It takes seconds, the first time, which no `Join` should have to spend."""
+
+    reply = Done
+
+
 class Host(Command[Hosted], frozen=True, kw_only=True, tag="host"):
     """Open the rendezvous of `generation` on `host` (an address of this node), at any free port."""
 
@@ -241,7 +248,20 @@ class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):
 
 
 AnyCommand = (
-    Hello | Offer | Export | Pending | AwaitReleased | Revoke | Ledger | Host | Join | Leave | Send | Receive | Stop
+    Hello
+    | Offer
+    | Export
+    | Pending
+    | AwaitReleased
+    | Revoke
+    | Ledger
+    | Warm
+    | Host
+    | Join
+    | Leave
+    | Send
+    | Receive
+    | Stop
 )
 AnyReply = Done | Ready | Offered | Exported | PendingReaders | LedgerBooks | Hosted | Received
 

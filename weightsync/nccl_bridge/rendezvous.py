@@ -15,7 +15,7 @@ from weightsync.errors import TransportBroken, TransportTimeout
 from weightsync.nccl_bridge.sockets import Sockets, open_sockets
 from weightsync.transports.base import seconds_left
 
-__all__ = ["Rendezvous", "translated"]
+__all__ = ["Rendezvous", "load", "translated"]
 
 _PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it is
 
@@ -76,6 +76,11 @@ def _torch() -> Any:
     import torch.distributed  # noqa: TID251 - here and not above: 200 MB that only a member of a communicator needs
 
     return torch.distributed
+
+
+def load() -> None:
+    """Do now what the first rendezvous of this process would do: seconds of loading."""
+    _torch()
 
 
 def translated(error: RuntimeError, what: str) -> TransportBroken | TransportTimeout:

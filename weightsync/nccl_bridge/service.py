@@ -18,7 +18,7 @@ from weightsync.ipc.descriptors import ALGORITHM
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.communicator import GlooCommunicator
-from weightsync.nccl_bridge.rendezvous import Rendezvous
+from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.exports import Checksums
 from weightsync.transports.gloo import GlooReceiver, GlooSender
 from weightsync.transports.shm import ShmSender
@@ -44,6 +44,7 @@ class Lane(Enum):
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Export: Lane.LOCAL,
+    c.Warm: Lane.WIRE,
     c.Host: Lane.WIRE,
     c.Join: Lane.WIRE,
     c.Leave: Lane.WIRE,
@@ -111,6 +112,9 @@ class BridgeService:
             case c.Leave():
                 self._leave()
                 self._hosted = None
+                return c.Done()
+            case c.Warm():
+                load()
                 return c.Done()
             case c.Host():
                 self._hosted = Rendezvous.host(command.host, deadline=deadline)
