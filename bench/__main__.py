@@ -1,4 +1,4 @@
-"""All CPU benchmarks, one after the other: `python -m bench [--json-dir DIR]`; each runs alone too, with more options."""
+"""All CPU benchmarks, one after the other: `python -m bench [--json-dir DIR]`. Each runs alone too, with options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A small world around a `PushSession`: carries out its instructions by the book, or not, and watches the promises."""
+"""A small world around a `PushSession`: carries out its instructions by the book, or not, and watches the promises.
+
+It keeps its own account of what bridges, ranks and engines would do, and believes nothing that the session says of
+them: who may write into which slot, who holds an export of it, which engine serves.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +29,11 @@ class EngineModel:
     begun: bool = False
     finished: bool = False
     serving: bool = True
+    deaf: bool = False  # a pause or resume of it failed, or its outcome was lost: it may not be as it was told to be
+
+    @property
+    def mixed(self) -> bool:
+        return self.begun and not self.finished
 
 
 class World:
@@ -40,7 +49,9 @@ class World:
         pause: str = "keep",
         served: int | None = 1,
         owners: int = 1,
+        torn: str = "",
     ) -> None:
+        """`torn` names an engine that an earlier push has left torn, and so paused."""
         self.engines = engines if engines is not None else {"a": "home", "b": "home"}
         nodes = {"home", *self.engines.values()}
         self.session = PushSession(
@@ -60,12 +71,15 @@ class World:
         self.plan = tuple(
             ev.BucketPlan(100, i % owners, tuple(range(world)) if i % 2 == 0 else (i % world,)) for i in range(buckets)
         )
-        self.models = {name: EngineModel() for name in self.engines}
+        self.models = {name: EngineModel(serving=name != torn) for name in self.engines}
+        self.torn = torn
         self.pending: list[do.Instruction] = []
         self.leases: list[tuple[int, int]] = []  # (rank, bucket) to fill
-        self.slots: dict[tuple[str, int, int], int] = {}  # what lies where
         self.reading: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot it may be reading
         self.exported: dict[tuple[str, int], do.Slot] = {}  # (node, bucket)
+        self.holds: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot, as the books of its bridge say
+        self.void: set[int] = set()  # exports under way into an arena that is gone by now, by id
+        self.writing: dict[tuple[int, int], do.Slot] = {}  # (rank, bucket) → slot that the rank may still write into
         self.evicted: set[str] = set()
         self.ended: list[do.EndPush] = []
         self.history: list[ev.Event] = []
@@ -73,16 +87,44 @@ class World:
 
     def hear(self, event: ev.Event) -> None:
         self.history.append(event)
-        if isinstance(event, ev.EngineFailed) or (isinstance(event, ev.BucketReleased) and event.leaked):
-            self.evicted.add(event.engine)
+        match event:
+            case ev.EngineFailed(engine=name) | ev.BucketReleased(engine=name, leaked=True):
+                self.evicted.add(name)
+            case ev.BridgeLost(node=node, bridge=bridge):
+                self._forget_arena(node, bridge)
+            case ev.NodeLost(node=node):
+                self.holds = {k: s for k, s in self.holds.items() if s.node != node}
+            case ev.RankFailed(rank=rank):
+                self._rank_stops(rank)
+            case ev.RankStopped(rank=rank) if self.session.ended:
+                self._rank_stops(rank)
         self._take(self.session.handle(event, self.now))
         self.session.validate()
 
+    def _rank_stops(self, rank: int) -> None:
+        self.writing = {k: s for k, s in self.writing.items() if k[0] != rank}
+        self.leases = [lease for lease in self.leases if lease[0] != rank]
+
+    def _forget_arena(self, node: str, bridge: int) -> None:
+        """A bridge has another arena: whatever was in the old one is of no consequence any more."""
+
+        def elsewhere(slot: do.Slot) -> bool:
+            return (slot.node, slot.bridge) != (node, bridge)
+
+        self.void |= {id(i) for i in self.pending if isinstance(i, do.ExportBucket) and not elsewhere(i.slot)}
+        self.holds = {k: s for k, s in self.holds.items() if elsewhere(s)}
+        self.writing = {k: s for k, s in self.writing.items() if elsewhere(s)}
+        self.reading = {k: s for k, s in self.reading.items() if elsewhere(s)}
+
     def _take(self, instructions: list[do.Instruction]) -> None:
         for instruction in instructions:
+            if not isinstance(instruction, do.AskLayout | do.AnnouncePlan | do.GrantLease | do.EndPush):
+                assert instruction.deadline > self.now, f"{instruction} has no time"
             match instruction:
                 case do.GrantLease():
                     slot = instruction.slot
+                    assert slot not in self.writing.values(), f"{slot} is leased while a rank may write into it"
+                    self.writing.update({(rank, instruction.bucket): slot for rank in instruction.ranks})
                     for (engine, bucket), place in self.reading.items():
                         assert place != slot or engine in self.evicted, (
                             f"{slot} is leased while {engine} may read bucket {bucket} in it"
@@ -92,9 +134,16 @@ class World:
                     self.ended.append(instruction)
                 case do.RevokeBucket():
                     self.reading.pop((instruction.engine, instruction.bucket), None)
+                    self.holds.pop((instruction.engine, instruction.bucket), None)
                     self.evicted.add(instruction.engine)
-                case do.AnnouncePlan() | do.RetireBridge():
+                case do.RetireBridge():
+                    self._forget_arena(instruction.node, instruction.bridge)
+                case do.AnnouncePlan():
                     pass
+                case do.ExportBucket(slot=slot):
+                    held = [key for key, place in self.holds.items() if place == slot]
+                    assert not held, f"{slot} is exported while {held} hold it: the bridge refuses"
+                    self.pending.append(instruction)
                 case do.ResumeEngine():
                     model = self.models[instruction.engine]
                     whole = model.finished and sorted(model.loaded) == list(range(len(self.plan)))
@@ -117,7 +166,8 @@ class World:
     def _success(self, instruction: do.Instruction) -> ev.Event | None:
         match instruction:
             case do.ProbeEngine(engine=name):
-                return ev.EngineProbed(engine=name, tp_size=1, version=self.served, paused=False, torn=False)
+                torn = name == self.torn
+                return ev.EngineProbed(engine=name, tp_size=1, version=self.served, paused=torn, torn=torn)
             case do.AskLayout(rank=rank):
                 return ev.LayoutReceived(rank=rank)
             case do.MakePlan():
@@ -130,10 +180,14 @@ class World:
                 self.models[name].serving = False
                 return ev.EnginePaused(engine=name)
             case do.BeginEngine(engine=name):
-                self.models[name].begun = True
+                model = self.models[name]
+                assert not model.serving or self.session.pause == "none", f"{name} serves while it is loaded"
+                model.begun = True
                 return ev.EngineBegun(engine=name)
-            case do.ExportBucket(bucket=bucket, slot=slot):
+            case do.ExportBucket(bucket=bucket, slot=slot, engines=names):
                 self.exported[slot.node, bucket] = slot
+                if id(instruction) not in self.void:
+                    self.holds.update({(name, bucket): slot for name in names})
                 return ev.BucketExported(bucket=bucket, node=slot.node)
             case do.RelayBucket(bucket=bucket, targets=targets):
                 return ev.BucketRelayed(bucket=bucket, nodes=tuple(t.node for t in targets))
@@ -142,6 +196,7 @@ class World:
                 return ev.BucketLoaded(engine=name, bucket=bucket)
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
+                self.holds.pop((name, bucket), None)
                 return ev.BucketReleased(engine=name, bucket=bucket)
             case do.FinishEngine(engine=name):
                 self.models[name].finished = True
@@ -169,13 +224,39 @@ class World:
                 self.hear(ev.BridgeLost(node=slot.node, bridge=slot.bridge, error=ERROR))
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
+                self.holds.pop((name, bucket), None)  # revoked by whoever waited
                 self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=True))
             case do.AskLayout(rank=rank):
                 self.hear(ev.RankFailed(rank=rank, error=ERROR))
             case _:
                 name = getattr(instruction, "engine", "")
                 phase = names[type(instruction)]
+                self.models[name].deaf |= lost or isinstance(instruction, do.PauseEngine | do.ResumeEngine)
                 self.hear(ev.EngineFailed(engine=name, phase=phase, error=error, lost=lost))
+
+    def lose(self, instruction: do.Instruction) -> None:
+        """Its outcome never comes."""
+        self.pending.remove(instruction)
+        name = getattr(instruction, "engine", "")
+        if name in self.models:
+            self.models[name].deaf = True
+
+    def check_done(self) -> None:
+        """What the next push may count on."""
+        session = self.session
+        assert not self.holds, f"slots are held after the end: {self.holds}"
+        assert not self.writing, f"ranks may write after the end: {self.writing}"
+        unanswered = {getattr(instruction, "engine", "") for instruction in self.pending}
+        for name, model in self.models.items():
+            track = session.engines[name]
+            if model.deaf or name in unanswered or str(track.stage) == "lost":
+                continue
+            if str(track.stage) == "committed":
+                assert model.serving, f"{name} is committed, and does not serve"
+            elif model.mixed or name == self.torn:
+                assert not model.serving, f"{name} serves a mixture"
+            elif not model.begun:
+                assert model.serving, f"{name} was not touched, and does not serve"
 
     def open_all(self) -> None:
         for rank in range(self.session.world):
@@ -183,6 +264,7 @@ class World:
 
     def fill(self, rank: int, bucket: int) -> None:
         self.leases.remove((rank, bucket))
+        self.writing.pop((rank, bucket), None)
         self.hear(ev.RankFilled(rank=rank, bucket=bucket, nbytes=100))
 
     def run(self, steps: int = 10_000) -> None:

@@ -239,8 +239,9 @@ class Node:
         """Order a fault of the engine; see `weightsync/adapters/reference/faults.py`."""
         self.post(engine, "/faults", fault).raise_for_status()
 
-    def delay(self, engine: Engine, endpoint: str, seconds: float = 60.0, after: int = 0) -> None:
-        self.order(engine, delay={"endpoint": endpoint, "seconds": seconds, "after": after})
+    def delay(self, engine: Engine, endpoint: str, *, after: int = 0, times: int = 1) -> None:
+        """Have the engine hold a request back, until `clear`."""
+        self.order(engine, delay={"endpoint": endpoint, "seconds": 60, "after": after, "times": times})
 
     def clear(self) -> None:
         """No engine has a fault any more, and those that are held back go on."""
@@ -302,10 +303,11 @@ class Node:
         for rank in self.ranks:
             rank.close()
         self.ranks.clear()
+        self.before = ""
         with contextlib.suppress(DaemonLost):
             self.wait_idle()
             self.wait_attached()
-        self.before, name = "", next(self.names)
+        name = next(self.names)
         report = self.push(name, **options)
         self.holds(name, report)
         self.nothing_left()

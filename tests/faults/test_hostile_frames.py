@@ -63,6 +63,15 @@ class Stranger:
             id=MARK, group="last", rank=0, world=1, model="none", version=1, pause="keep", timeout=60, layout=DIGEST
         )
         until(lambda: "no engine serves model 'none'" in self.ask(nothing), "the node is free")
+        # bridges form communicators in turn: once this one is, none that was asked for before is under way
+        until(self._hosts, "the bridge has nothing else to do", 40)
+
+    def _hosts(self):
+        self.say([encode(msg.HostRail(id=MARK, rail=0, generation=1, timeout=60))])
+        answer = self._take()
+        while answer.id != MARK or not isinstance(answer, msg.Hosted | msg.ErrorReply):
+            answer = self._take()
+        return isinstance(answer, msg.Hosted)
 
     def ask(self, message):
         """The words of the error that ends the push."""

@@ -129,32 +129,6 @@ def test_ctrl_c_in_one_rank_is_told_to_all(node, read):
     assert all(rank.report()["complete"] for rank in ranks)
 
 
-def test_weights_that_cannot_be_read_fail_every_rank_alike(node):
-    ranks = node.start_ranks(2)
-    node.push_all(ranks, node.next_version(), only={1: {"broken": True}})
-    errors = [rank.error() for rank in ranks]
-    for error in errors:
-        error.pop("seconds")
-        assert (error["kind"], error["rank"]) == ("PushAborted", 1)
-        assert "the weights cannot be read" in error["message"]
-    assert errors[0] == errors[1]
-    node.torn_or_whole(node.before)
-
-
-def test_a_rank_that_never_calls_is_named_on_those_that_did(node):
-    ranks = node.start_ranks(3)
-    version = node.next_version()
-    for number in (0, 2):
-        ranks[number].push(**node.terms(number, 3, version=version, timeout=1.0))
-    errors = [ranks[number].error() for number in (0, 2)]
-    for error in errors:
-        assert 0.9 < error.pop("seconds") < 4
-        assert (error["kind"], error["rank"], error["phase"]) == ("PushTimeout", 1, "open")
-        assert "rank 1 of 3 to call push_weights" in error["message"]
-    assert errors[0] == errors[1]
-    assert node.torn_or_whole(node.before) == set()
-
-
 def test_a_rank_that_is_slow_to_fill_is_named_when_time_is_up(node):
     ranks = node.start_ranks(2)
     node.push_all(ranks, node.next_version(), timeout=2.0, only={0: {"gate": ["read", 3]}})

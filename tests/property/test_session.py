@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.session_world import ERROR, World, layout_of
+from tests.session_world import ERROR, REFUSAL, World, layout_of
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import State
@@ -26,10 +26,10 @@ class AnyOrder(RuleBasedStateMachine):
         slots=st.integers(1, 3),
         pause=st.sampled_from(["keep", "none"]),
         owners=st.integers(1, 2),
+        torn=st.sampled_from(["", "", "a", "b"]),
     )
     def begin(self, **terms):
         self.world = World(**terms)
-        self.steps = 0
 
     @rule(data=st.data())
     def open_a_rank(self, data):
@@ -64,10 +64,23 @@ class AnyOrder(RuleBasedStateMachine):
     def an_instruction_fails(self, data, lost):
         self.world.fail(data.draw(st.sampled_from(self.world.pending)), lost=lost)
 
+    @precondition(lambda self: any(isinstance(i, do.AcceptEngine) for i in self.world.pending))
+    @rule(data=st.data())
+    def an_engine_refuses(self, data):
+        asked = [i for i in self.world.pending if isinstance(i, do.AcceptEngine)]
+        self.world.fail(data.draw(st.sampled_from(asked)), error=REFUSAL)
+
+    @precondition(lambda self: any(isinstance(i, do.MakePlan) for i in self.world.pending))
+    @rule(data=st.data())
+    def layouts_are_missing(self, data):
+        self.world.pending.remove(next(i for i in self.world.pending if isinstance(i, do.MakePlan)))
+        rank = data.draw(st.integers(0, self.world.session.world - 1))
+        self.world.hear(ev.LayoutsMissing(ranks=(rank,)))
+
     @precondition(lambda self: self.world.pending)
     @rule(data=st.data())
     def an_outcome_is_lost(self, data):
-        self.world.pending.remove(data.draw(st.sampled_from(self.world.pending)))
+        self.world.lose(data.draw(st.sampled_from(self.world.pending)))
 
     @precondition(lambda self: self.world.history)
     @rule(data=st.data())
@@ -122,6 +135,11 @@ class AnyOrder(RuleBasedStateMachine):
         session = self.world.session
         session.validate()
         assert len(self.world.ended) == int(session.ended)
+        if session.error is not None and session.error.kind == "PushTimeout":
+            assert session.error.phase is not None
+        for name, model in self.world.models.items():
+            if model.mixed and session.pause != "none":
+                assert not model.serving, f"{name} serves a mixture"
         for name, track in session.engines.items():
             model = self.world.models[name]
             if track.stage is EngineStage.COMMITTED:
@@ -140,6 +158,7 @@ class AnyOrder(RuleBasedStateMachine):
             self.world.now = max(self.world.now, due)
             self.world.hear(ev.Tick())
         assert session.done
+        self.world.check_done()
         assert session.state in (State.COMMITTED, State.ABORTED, State.TORN)
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 

@@ -127,7 +127,10 @@ class TrainerLink:
         self._rouse()
         self._thread.join(timeout=5.0 + flush)
         self._wake.close()
-        self._context.term()
+        if self._thread.is_alive():  # `term` would wait for it without end
+            logger.warning("the line to weightsyncd at %s does not close", self.endpoint)
+        else:
+            self._context.term()
 
     def _rouse(self) -> None:
         with self._lock, contextlib.suppress(zmq.ZMQError):  # the thread is gone: nobody to rouse
@@ -175,16 +178,13 @@ class TrainerLink:
                     )
                 )
             if was_listening and now - said >= self._interval:
-                line.send(beat, zmq.DONTWAIT)
+                with contextlib.suppress(zmq.Again):  # it does not read: its silence will tell
+                    line.send(beat, zmq.DONTWAIT)
                 said = now
             due = min(said + self._interval, heard + self.patience) - now if was_listening else 60.0
             if was_listening and gone:
                 due = 0.0  # once its last words are read
-            ready = dict(poller.poll(max(1, int(due * 1000))))
-            if wake in ready:
-                while wake.poll(0):
-                    wake.recv()
-            while not self._outbox.empty():
+            while not self._outbox.empty():  # before waiting: who filled it may have called before anyone could hear
                 frame = self._outbox.get()
                 if frame is None:
                     return
@@ -192,6 +192,9 @@ class TrainerLink:
                     line.send(frame, zmq.DONTWAIT)
                 except zmq.Again:
                     self._inbox.put(DaemonLost(f"weightsyncd at {self.endpoint} takes no more messages"))
+            poller.poll(max(1, int(due * 1000)))
+            while wake.poll(0):
+                wake.recv()
             while line.poll(0):
                 heard = time.monotonic()
                 try:
