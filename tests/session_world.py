@@ -88,7 +88,11 @@ class World:
     def hear(self, event: ev.Event) -> None:
         self.history.append(event)
         match event:
-            case ev.EngineFailed(engine=name) | ev.BucketReleased(engine=name, leaked=True):
+            case (
+                ev.EngineFailed(engine=name)
+                | ev.BucketReleased(engine=name, leaked=True)
+                | ev.BucketReleased(engine=name, damaged=True)
+            ):
                 self.evicted.add(name)
             case ev.BridgeLost(node=node, bridge=bridge):
                 self._forget_arena(node, bridge)
@@ -225,7 +229,7 @@ class World:
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)  # revoked by whoever waited
-                self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=True))
+                self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=not lost, damaged=lost))
             case do.AskLayout(rank=rank):
                 self.hear(ev.RankFailed(rank=rank, error=ERROR))
             case _:

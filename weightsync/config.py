@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from weightsync.adapters import KINDS
+from weightsync.adapters import KINDS, PATHS
 from weightsync.errors import ConfigError
 
 __all__ = [
@@ -102,6 +102,9 @@ class EngineConfig(_Section, frozen=True):
     url: str
     model: Name = "default"
     api_key_env: str | None = None  # environment variable that holds its bearer key
+    ca_file: str | None = None  # certificates (PEM) for an https URL, where the system's do not do
+    path: str = "auto"  # which way into the engine, see PATHS
+    target: Literal["all", "model", "draft"] = "all"  # which of its models takes what is pushed
 
     @property
     def api_key(self) -> str | None:
@@ -244,7 +247,11 @@ def _contradictions(config: NodeConfig) -> list[str]:
         where = f"engines[{i}]"
         if engine.kind not in KINDS:
             problems.append(f"{where}.kind = {engine.kind!r}: one of {', '.join(sorted(KINDS))}")
+        elif engine.path not in PATHS[engine.kind]:
+            problems.append(f"{where}.path = {engine.path!r}: one of {', '.join(PATHS[engine.kind])}")
         problems.extend(f"{where}.url: {problem}" for problem in _url_problems(engine.url))
+        if engine.ca_file is not None and not os.access(engine.ca_file, os.R_OK):
+            problems.append(f"{where}.ca_file = {engine.ca_file!r}: no file that can be read")
         if engine.name in seen:
             problems.append(f"{where}.name = {engine.name!r}: engines[{seen[engine.name]}] has it already")
         seen.setdefault(engine.name, i)

@@ -92,7 +92,7 @@ class NodeExecutor:
         self.engines = engines
         self.bridges = bridges
         self._sequences = itertools.count(1)
-        self._offers: dict[tuple[str, str], bytes] = {}  # (bridge incarnation, reader) → offer
+        self._offers: dict[tuple[str, str, str], bytes] = {}  # (bridge incarnation, reader, transport) → offer
         self._letting_go: set[asyncio.Task[ev.Event]] = set()
         self.leaks = 0  # exports whose reader never released them
 
@@ -217,24 +217,26 @@ class NodeExecutor:
     async def _offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
         """One attach descriptor for each tp rank of the engine and each arena of this node."""
         return [
-            [await self._offer(bridge, reader, deadline) for bridge in self.bridges] for reader in self._readers(engine)
+            [await self._offer(bridge, reader, transport, deadline) for bridge in self.bridges]
+            for reader, transport in self._readers(engine).items()
         ]
 
-    async def _offer(self, bridge: Bridge, reader: str, deadline: float) -> bytes:
+    async def _offer(self, bridge: Bridge, reader: str, transport: str, deadline: float) -> bytes:
         """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""
-        key = (bridge.incarnation or "", reader)
+        key = (bridge.incarnation or "", reader, transport)
         if key not in self._offers:
-            reply = await bridge.call(commands.Offer(reader=reader), deadline=deadline)
+            reply = await bridge.call(commands.Offer(reader=reader, transport=transport), deadline=deadline)
             alive = {b.incarnation for b in self.bridges}
             self._offers = {known: offer for known, offer in self._offers.items() if known[0] in alive}
             self._offers[key] = reply.offer
         return self._offers[key]
 
     @staticmethod
-    def _readers(engine: Engine) -> list[str]:
+    def _readers(engine: Engine) -> dict[str, str]:
+        """The readers of an engine, by tp rank, and the transport of each."""
         if engine.info is None:
             raise EngineLost("it has not been probed", engine=engine.name)
-        return [f"{engine.name}/{rank}" for rank in range(engine.info.tp_size)]
+        return {f"{engine.name}/{rank}": engine.info.transport for rank in range(engine.info.tp_size)}
 
     # --- the wire -------------------------------------------------------------------------------------------------
 
@@ -265,10 +267,11 @@ class NodeExecutor:
         incarnation = bridge.incarnation
         context.held.update((name, bucket) for name in readers)
         try:
-            for reader in command.readers:
-                await self._offer(bridge, reader, instruction.deadline)
+            for ranks in readers.values():
+                for reader, transport in ranks.items():
+                    await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
-        except TransportError as error:
+        except (TransportError, LocalProtocolError) as error:
             logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
             return self.bridge_lost(slot.bridge, incarnation, error, bucket)
         for name, ranks in readers.items():
@@ -325,7 +328,10 @@ class NodeExecutor:
                 return released
             if not any(reader.rpartition("/")[0] == engine for reader in reply.readers):
                 context.held.discard((engine, bucket))
-                return released
+                damaged = [reader for reader in reply.damaged if reader.rpartition("/")[0] == engine]
+                if damaged:
+                    logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, damaged)
+                return msgspec.structs.replace(released, damaged=bool(damaged))
             await asyncio.sleep(pause)
             pause = min(2 * pause, _POLL_LAST)
         logger.error("[engine=%s v=%d bucket=%d] never released its slot", engine, context.version, bucket)

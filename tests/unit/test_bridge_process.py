@@ -360,6 +360,7 @@ def test_frames_are_bounded_and_validated():
 def test_every_command_survives_the_pipe(kind):
     samples: dict[str, object] = {
         "reader": "e/0",
+        "transport": "shm",
         "slot": 1,
         "nbytes": 2,
         "sequence": 3,

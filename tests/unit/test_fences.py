@@ -49,6 +49,15 @@ def test_only_a_fresh_export_is_opened(table, before, why):
     assert table.read(0, 0) == was
 
 
+def test_a_reader_tells_what_it_read_back(table):
+    for sequence, found in ((7, 2**64 - 1), (8, 0)):
+        table.export(1, 2, sequence)
+        table.open(1, 2, sequence)
+        assert table.close(1, 2, sequence, found)
+        assert table.read_back(1, 2) == found
+        assert table.read(1, 2) == (sequence, State.CLOSED)
+
+
 def test_a_stale_release_changes_nothing(table):
     table.export(0, 0, 7)
     table.open(0, 0, 7)
@@ -83,9 +92,9 @@ def test_the_table_fits_its_memory():
 
 _WRITER = """
 import mmap, sys
-from weightsync.ipc.fences import FenceTable
+from weightsync.ipc.fences import CELL_BYTES, FenceTable
 memory = mmap.mmap(int(sys.argv[1]), 4096)
-table = FenceTable(memoryview(memory)[:8], 1, 1)
+table = FenceTable(memoryview(memory)[:CELL_BYTES], 1, 1)
 for _ in range(50_000):
     table.export(0, 0, 0)
     table.revoke(0, 0, 2**60 - 1)
@@ -98,7 +107,7 @@ def test_no_cell_is_ever_seen_half_written(tmp_path):
     fd = os.open(tmp_path / "cells", os.O_RDWR | os.O_CREAT)
     os.ftruncate(fd, 4096)
     with mmap.mmap(fd, 4096) as memory:
-        view = memoryview(memory)[:8]
+        view = memoryview(memory)[:CELL_BYTES]
         table = FenceTable(view, 1, 1)
         writer = subprocess.Popen(
             [sys.executable, "-c", _WRITER, str(fd)], pass_fds=(fd,), env=os.environ | {"PYTHONPATH": os.getcwd()}

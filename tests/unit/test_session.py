@@ -258,6 +258,17 @@ def test_a_reader_that_never_lets_go_costs_its_engine_the_push():
     assert "never released bucket" in error.message
 
 
+def test_a_reader_that_read_back_other_bytes_costs_its_engine_the_push():
+    world = World(slots=1)
+    world.open_all()
+    world.fail(world.run_until(do.AwaitRelease, engine="b"), lost=True)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "torn"}
+    error = world.session.engines["b"].error
+    assert error is not None
+    assert "read back other bytes" in error.message
+
+
 def test_the_version_of_a_torn_engine_does_not_count():
     """It is a number that nobody found right; the push that mends the engine may carry it again."""
     world = World(engines={"a": "home", "b": "home"})

@@ -138,6 +138,30 @@ def test_the_error_names_both_checksums(sender, reader, arena):
         reader.receive(ticket, deadline=_soon())
 
 
+def test_a_reader_that_copies_confirms_its_copy(sender, reader, arena, ledger):
+    arena.slot(0)[:4] = b"abcd"
+    for name in ("a/0", "b/0", "c/0"):
+        reader.accept(sender.offer(name), deadline=_soon())
+    tickets = sender.export(0, 4, 1, ["a/0", "b/0", "c/0"])
+    with reader.receive(tickets["a/0"], deadline=_soon(), verify=False) as lease:
+        lease.confirm(memoryview(bytes(lease.view)))
+    with (
+        pytest.raises(TransportBroken, match="sequence 1 differs"),
+        reader.receive(tickets["b/0"], deadline=_soon(), verify=False) as lease,
+    ):
+        lease.confirm(memoryview(b"abce"))
+    reader.receive(tickets["c/0"], deadline=_soon()).release()
+    assert sender.pending(0) == ()
+    assert sender.damaged(0) == ("b/0",)
+    assert [(a.reader, a.closes, a.confirmed) for a in ledger.accounts()] == [
+        ("a/0", 1, 1),
+        ("b/0", 1, 0),
+        ("c/0", 1, 0),
+    ]
+    sender.export(0, 4, 2, ["a/0"])
+    assert sender.damaged(0) == (), "that was an earlier export"
+
+
 def test_an_offer_to_a_trainer_is_none_to_a_reader(arena, reader):
     with pytest.raises(TransportBroken, match="trainer"):
         reader.accept(arena.offer(), deadline=_soon())

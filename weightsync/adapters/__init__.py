@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.base import EngineAdapter
 
-__all__ = ["KINDS", "EngineSpec", "adapter"]
+__all__ = ["KINDS", "PATHS", "EngineSpec", "adapter"]
 
 
 class EngineSpec(Protocol):
@@ -40,11 +40,32 @@ class EngineSpec(Protocol):
     def api_key(self) -> str | None:
         """Its bearer key; never logged, never in a repr."""
 
+    @property
+    def ca_file(self) -> str | None:
+        """Certificates (PEM) that an https URL is checked against; None: those of the system."""
+
+    @property
+    def path(self) -> str:
+        """Which way into the engine: one that its brand knows, or "auto" for the best that it offers."""
+
+    @property
+    def target(self) -> str:
+        """Which of its models takes what is pushed: "all", "model" or "draft"."""
+
 
 KINDS: dict[str, tuple[str, str]] = {
     "reference": ("weightsync.adapters.reference.control", "ReferenceAdapter"),
+    "sglang": ("weightsync.adapters.sglang.control", "SGLangAdapter"),
+    "vllm": ("weightsync.adapters.vllm.control", "VLLMAdapter"),
 }
 """Kind of engine → the module and class of its adapter."""
+
+PATHS: dict[str, tuple[str, ...]] = {
+    "reference": ("auto",),
+    "sglang": ("auto", "plugin", "tensor", "ipc"),
+    "vllm": ("auto", "plugin", "extension", "ipc"),
+}
+"""Kind of engine → the ways into it, see docs/engines.md."""
 
 
 def adapter(spec: EngineSpec) -> EngineAdapter:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["EngineAdapter", "EngineInfo", "PauseMode", "Resident"]
+__all__ = ["EngineAdapter", "EngineInfo", "Finding", "PauseMode", "Resident"]
 
 PauseMode = Literal["keep", "wait", "abort", "none"]
 """What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even
@@ -42,8 +42,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None  # the version it serves; None: none of ours
     paused: bool
     torn: bool  # an update began and did not end
-    transports: tuple[str, ...] = ("shm",)  # what its workers can read from, by transport name
+    transport: str = "shm"  # whose tickets its readers take, see weightsync.transports
     incarnation: str = ""  # changes when the engine restarts
+    asleep: bool = False  # its weights are not in memory: `begin` wakes it, `resume` wakes the rest
 
 
 class Resident(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,6 +55,14 @@ class Resident(msgspec.Struct, frozen=True, kw_only=True):
     offset: tuple[int, ...]  # of the box, in elements of the whole tensor
     shape: tuple[int, ...]
     fingerprint: int  # 64 bit, see weightsync.fingerprint
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing `weightsync doctor` looked at."""
+
+    level: Literal["ok", "warn", "fail"]
+    what: str  # what was found, as a sentence
+    fix: str = ""  # the flag or variable that mends it
 
 
 class EngineAdapter(ABC):
@@ -96,6 +105,11 @@ class EngineAdapter(ABC):
     @abstractmethod
     async def resume(self, *, deadline: float) -> None:
         """Serve again. Resuming a serving engine succeeds."""
+
+    async def examine(self, *, deadline: float) -> Sequence[Finding]:
+        """What would hinder a push, found by questions that change nothing. Raises as `probe` does."""
+        info = await self.probe(deadline=deadline)
+        return [Finding(level="ok", what=f"{info.software}: {info.profile}")]
 
     @abstractmethod
     async def close(self) -> None:

@@ -1,7 +1,7 @@
 """The arena: a file of slots in shared memory, made by a bridge, mapped by trainer ranks and by readers.
 
     0            header   magic, version, slots, slot_bytes, readers, nonce
-    64 KiB       fences   one 8-byte cell for every slot and reader (`fences.py`)
+    64 KiB       fences   one 16-byte cell for every slot and reader (`fences.py`)
     control      slots    each begins at a multiple of 64 KiB, which is a multiple of every page size
 
 The file is called `weightsync-<uid>-<node>-<bridge>-<incarnation>`, belongs to its maker alone (0600) and is never
@@ -38,16 +38,17 @@ if TYPE_CHECKING:
 __all__ = ["DIRECTORY", "MAX_READERS", "Arena", "ArenaOffer", "discard", "remove_stale", "segment_name"]
 
 DIRECTORY = "/dev/shm"
-MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 4 KiB of table per slot
+MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 8 KiB of table per slot
 
 _MAGIC = b"WSARENA\0"
-_VERSION = 1
+_VERSION = 2
 _HEADER = struct.Struct("<8sIIQI16s")
 _ALIGN = 64 * 1024
 _NAME = (
     r"weightsync-(?P<uid>\d{1,10})-(?P<node>[A-Za-z0-9._-]{1,128})-(?P<bridge>\d{1,6})-(?P<incarnation>[0-9a-f]{16})"
 )
 _NAME_PATTERN = re.compile(_NAME)
+_FILE_PATTERN = re.compile(rf"{_NAME}(?:-x\d{{1,18}})?")  # arenas, and what a bridge exports beside its arena
 
 
 class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
@@ -250,7 +251,7 @@ def remove_stale(
     removed = []
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
-            found = _NAME_PATTERN.fullmatch(entry.name)
+            found = _FILE_PATTERN.fullmatch(entry.name)
             if found is None or found["node"] != node or found["incarnation"] in keep:
                 continue
             if bridge is not None and int(found["bridge"]) != bridge:

@@ -1,10 +1,12 @@
 """Who still reads which slot: a table of cells in the arena, one for every slot and reader.
 
-A cell is eight bytes: the sequence number of an export and what became of it. The owner of the arena writes `EXPORTED`
-and `REVOKED`; the reader, in its own process, writes `OPENED` and `CLOSED`. Because the sequence travels in the same
-eight bytes, the release of an earlier export can never pass for the release of this one.
+A cell is two words of eight bytes. The first is the sequence number of an export and what became of it: the owner of
+the arena writes `EXPORTED` and `REVOKED`; the reader, in its own process, writes `OPENED` and `CLOSED`. Because the
+sequence travels in the same eight bytes, the release of an earlier export can never pass for the release of this one.
+The second is written by the reader before `CLOSED`: the checksum of the bytes as they lie on its side, 0 if it did not
+look.
 
-Cells are read and written through a `memoryview` of 64-bit items: one aligned 8-byte load or store each, which x86-64
+Words are read and written through a `memoryview` of 64-bit items: one aligned 8-byte load or store each, which x86-64
 and aarch64 never tear. Two processes see them in order because a reader's store comes after its interpreter's (and its
 copy's) own synchronisation, and a ticket travels through the kernel between `EXPORTED` and `OPENED`. The table needs no
 lock: a cell has one writer at a time. Only a reader that lost its ticket may write beside it, and is not believed.
@@ -18,7 +20,7 @@ from weightsync.errors import TransportBroken
 
 __all__ = ["CELL_BYTES", "MAX_SEQUENCE", "FenceTable", "State"]
 
-CELL_BYTES = 8
+CELL_BYTES = 16
 MAX_SEQUENCE = 2**60
 _BITS = 3
 
@@ -34,7 +36,7 @@ class State(IntEnum):
 
 
 class FenceTable:
-    """Cells `[slots][readers]` in `memory`, a writable memoryview of exactly that many 8-byte cells."""
+    """Cells `[slots][readers]` in `memory`, a writable memoryview of exactly that many cells."""
 
     def __init__(self, memory: memoryview, slots: int, readers: int) -> None:
         if memory.nbytes != slots * readers * CELL_BYTES:
@@ -69,10 +71,17 @@ class FenceTable:
             why = f"overtaken: the slot's sequence is {found}" if found > sequence else "not exported"
         raise TransportBroken(f"the ticket of sequence {sequence} was {why}", hint="a ticket is opened exactly once")
 
-    def close(self, slot: int, cell: int, sequence: int) -> bool:
-        """Reader: it has read. False, and nothing written, if the cell has gone on without it."""
+    def read_back(self, slot: int, cell: int) -> int:
+        """Owner, of a `CLOSED` cell: the checksum that its reader found on its own side; 0: it did not look."""
+        return self._cells[self._at(slot, cell) + 1]
+
+    def close(self, slot: int, cell: int, sequence: int, read_back: int = 0) -> bool:
+        """Reader: it has read, and found `read_back`. False, and nothing written, if the cell has gone on without
+        it.
+        """
         if self.read(slot, cell) != (sequence, State.OPENED):
             return False
+        self._cells[self._at(slot, cell) + 1] = read_back
         self._write(slot, cell, sequence, State.CLOSED)
         return True
 
@@ -84,4 +93,4 @@ class FenceTable:
     def _at(self, slot: int, cell: int) -> int:
         if not (0 <= slot < self._slots and 0 <= cell < self._readers):
             raise ValueError(f"no cell {slot}, {cell} in a table of {self._slots} × {self._readers}")
-        return slot * self._readers + cell
+        return 2 * (slot * self._readers + cell)

@@ -24,6 +24,7 @@ class Account(msgspec.Struct, frozen=True, kw_only=True):
     exports: Count = 0  # tickets made for it
     opens: Count = 0  # tickets it opened
     closes: Count = 0  # leases it released
+    confirmed: Count = 0  # … of which it read the bucket back, and found what was exported
     revoked: Count = 0  # exports given up because the reader was lost
 
     @property
@@ -39,6 +40,7 @@ class Ledger:
         self._exports: Counter[str] = Counter()
         self._opens: Counter[str] = Counter()
         self._closes: Counter[str] = Counter()
+        self._confirmed: Counter[str] = Counter()
         self._revoked: Counter[str] = Counter()
 
     def exported(self, reader: str) -> None:
@@ -49,9 +51,10 @@ class Ledger:
         """Its reader opened it."""
         self._opens[reader] += 1
 
-    def closed(self, reader: str) -> None:
-        """Its reader released the lease."""
+    def closed(self, reader: str, *, confirmed: bool = False) -> None:
+        """Its reader released the lease; `confirmed` if it read the bucket back and found what was exported."""
         self._closes[reader] += 1
+        self._confirmed[reader] += confirmed
 
     def revoked(self, reader: str) -> None:
         """Nobody waits for this reader any more."""
@@ -70,6 +73,7 @@ class Ledger:
                 exports=self._exports[reader],
                 opens=self._opens[reader],
                 closes=self._closes[reader],
+                confirmed=self._confirmed[reader],
                 revoked=self._revoked[reader],
             )
             for reader in sorted(self._exports)

@@ -98,9 +98,10 @@ class Exported(Reply, frozen=True, kw_only=True, tag="exported"):
 
 
 class PendingReaders(Reply, frozen=True, kw_only=True, tag="pending_readers"):
-    """Readers and peers that may still read from the slot."""
+    """Readers and peers that may still read from the slot, and readers that released it having read something else."""
 
     readers: Names
+    damaged: Names = ()
 
 
 class LedgerBooks(Reply, frozen=True, kw_only=True, tag="ledger_books"):
@@ -139,14 +140,16 @@ class Hello(Command[Ready], frozen=True, kw_only=True, tag="hello"):
 
 
 class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
-    """Make the attach descriptor of one local reader, "engine/tp_rank"."""
+    """Make the attach descriptor of one local reader, "engine/tp_rank", who takes the tickets of `transport`."""
 
     reply = Offered
     reader: Name
+    transport: Name = "shm"
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
-    """Give the first `nbytes` of `slot` to local `readers` (shm) and to `peers`, bridges of other nodes (gloo).
+    """Give the first `nbytes` of `slot` to local `readers` (each by the transport of its last `Offer`) and to `peers`,
+    bridges of other nodes (gloo).
 
     Exporting the same slot and sequence again adds readers to it. Peers stay pending until `Send` has ended.
     """

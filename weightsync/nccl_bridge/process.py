@@ -76,6 +76,7 @@ class BridgeProcess:
         self._pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
         self._sending = threading.Lock()
         self._arena: Arena | None = None
+        self._service: BridgeService | None = None
 
     def run(self) -> NoReturn:
         """Serve until `Stop` or the end of the pipe, then exit."""
@@ -112,8 +113,8 @@ class BridgeProcess:
         )
 
     def _start_lanes(self, arena: Arena) -> Lanes:
-        service = BridgeService(self._options.name, self._options.incarnation, arena)
-        return Lanes(service, self._answer, self._stop)
+        self._service = BridgeService(self._options.name, self._options.incarnation, arena)
+        return Lanes(self._service, self._answer, self._stop)
 
     def _read(self) -> c.Request | None:
         header = self._read_exactly(c.HEADER.size)
@@ -152,6 +153,8 @@ class BridgeProcess:
         self._exit(0)
 
     def _exit(self, status: int) -> NoReturn:
+        if self._service is not None:
+            self._service.close()
         if self._arena is not None:
             self._arena.unlink()
         logging.shutdown()

@@ -22,6 +22,7 @@ from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.exports import Checksums
 from weightsync.transports.gloo import GlooReceiver, GlooSender
 from weightsync.transports.shm import ShmSender
+from weightsync.transports.torch_shm import TorchShmSender
 
 if TYPE_CHECKING:
     from weightsync.ipc.arena import Arena
@@ -71,7 +72,11 @@ class BridgeService:
         self.arena = arena
         self._ledger = Ledger()
         self._checksums = Checksums(arena)
-        self._shm = ShmSender(arena, ledger=self._ledger, checksums=self._checksums)
+        self._senders: dict[str, ShmSender | TorchShmSender] = {  # to local readers, by transport
+            "shm": ShmSender(arena, ledger=self._ledger, checksums=self._checksums),
+            "torch-shm": TorchShmSender(arena, ledger=self._ledger, checksums=self._checksums),
+        }
+        self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None
         self._member: Member | None = None
         self._departures = 0
@@ -89,15 +94,17 @@ class BridgeService:
             case c.Hello():
                 return self._hello()
             case c.Offer():
-                return c.Offered(offer=self._shm.offer(command.reader))
+                return c.Offered(offer=self._offer(command.reader, command.transport))
             case c.Export():
                 return self._export(command)
             case c.Pending():
-                return c.PendingReaders(readers=self.pending(command.slot))
+                damaged = [reader for sender in self._senders.values() for reader in sender.damaged(command.slot)]
+                return c.PendingReaders(readers=self.pending(command.slot), damaged=tuple(damaged))
             case c.Revoke():
                 return self._revoke(command)
             case c.Ledger():
-                self._shm.settle()
+                for sender in self._senders.values():
+                    sender.settle()
                 return c.LedgerBooks(accounts=self._ledger.accounts())
             case c.Stop():
                 return c.Done()
@@ -155,7 +162,7 @@ class BridgeService:
 
     def pending(self, slot: int) -> tuple[str, ...]:
         """Readers, then peers, that may still read from `slot`."""
-        readers = self._shm.pending(slot)
+        readers = tuple(reader for sender in self._senders.values() for reader in sender.pending(slot))
         member = self._member
         if member is None:
             return readers
@@ -173,6 +180,22 @@ class BridgeService:
             slot_bytes=self.arena.slot_bytes,
         )
 
+    def _offer(self, reader: str, transport: str) -> bytes:
+        sender = self._senders.get(transport)
+        if sender is None:
+            raise LocalProtocolError(
+                f"bridge {self.name} has no transport {transport!r} for reader {reader}",
+                hint=f"one of: {', '.join(self._senders)}",
+            )
+        offer = sender.offer(reader)
+        self._transports[reader] = transport
+        return offer
+
+    def close(self) -> None:
+        """Remove what was exported beside the arena, which the caller owns."""
+        for sender in self._senders.values():
+            sender.close()
+
     def _export(self, command: c.Export) -> c.Exported:
         slot, nbytes, sequence = command.slot, command.nbytes, command.sequence
         if self._sequences.get(slot) != sequence and (held := self.pending(slot)):
@@ -180,7 +203,11 @@ class BridgeService:
         member = self._member
         if command.peers and member is None:
             raise LocalProtocolError(f"bridge {self.name} has joined no communicator that reaches {command.peers[0]}")
-        tickets = self._shm.export(slot, nbytes, sequence, command.readers)
+        tickets = {}
+        for transport, sender in self._senders.items():
+            readers = [reader for reader in command.readers if self._transports.get(reader, "shm") == transport]
+            if readers or transport == "shm":  # … which checks what is asked, whoever the readers are
+                tickets.update(sender.export(slot, nbytes, sequence, readers))
         self._sequences[slot] = sequence
         peer_tickets = {}
         if member is not None and command.peers:
@@ -197,7 +224,8 @@ class BridgeService:
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member
         for slot in range(self.arena.slots) if command.slot is None else (command.slot,):
-            self._shm.revoke(slot, command.reader)
+            for sender in self._senders.values():
+                sender.revoke(slot, command.reader)
             if member is not None and not member.sender.closed:
                 member.sender.revoke(slot, command.reader)
         return c.Done()

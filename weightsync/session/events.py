@@ -173,6 +173,7 @@ class BucketReleased(Event, frozen=True):
     engine: str
     bucket: int
     leaked: bool = False  # the deadline passed first and the readers' hold was revoked
+    damaged: bool = False  # a reader read back other bytes than were exported
 
 
 class EngineFinished(Event, frozen=True):

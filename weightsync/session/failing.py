@@ -61,8 +61,10 @@ class Failing(Opening):
         if copy is None or event.engine not in copy.readers:
             return
         copy.readers.discard(event.engine)
-        if event.leaked and not engine.stage.ended:  # it may still read a slot that is about to be filled again
-            message = f"engine {engine.name} never released bucket {event.bucket}"
+        if (event.leaked or event.damaged) and not engine.stage.ended:
+            # one that never lets go may still read a slot that is about to be filled again
+            what = "never released" if event.leaked else "read back other bytes than were sent of"
+            message = f"engine {engine.name} {what} bucket {event.bucket}"
             error = self._record("EngineError", message, engine=engine.name, bucket=event.bucket, phase="load")
             self._evict(engine, error, lost=False, now=now, out=out)
             self._go_on_without(now, out)

@@ -35,7 +35,8 @@ import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
-from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
+from weightsync.ipc.descriptors import ALGORITHM, checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -77,9 +78,12 @@ class Lease:
         nbytes: int,
         view: memoryview | None,
         on_release: Callable[[], None],
+        checksum: int | None = None,
     ) -> None:
         self.sequence = sequence
         self.nbytes = nbytes
+        self.checksum = checksum  # of what was exported, by `weightsync.ipc.descriptors.checksum`; None: not known
+        self.read_back = 0  # of the bytes as the reader has them: set by `confirm`, told to the sender by the release
         self._view = view
         self._on_release: Callable[[], None] | None = on_release
         self._lock = threading.Lock()
@@ -91,6 +95,19 @@ class Lease:
         if self._view is None:
             raise LocalProtocolError("this lease gives no host memory", hint="it was released, or lies on a device")
         return self._view
+
+    def confirm(self, mine: memoryview) -> None:
+        """Check the reader's own copy of the bytes, and let the sender know what it was found to be on release.
+
+        Raises `TransportBroken` if it is not what was exported.
+        """
+        self.read_back = checksum(mine)
+        if self.checksum is not None and self.read_back != self.checksum:
+            raise TransportBroken(
+                f"bucket of sequence {self.sequence} differs from what was exported: {ALGORITHM} is "
+                f"{self.read_back:016x}, not {self.checksum:016x}",
+                hint="something wrote into the slot after it was filled",
+            )
 
     @property
     def released(self) -> bool:
@@ -164,6 +181,10 @@ class BucketSender(_End, ABC):
     def pending(self, slot: int) -> tuple[str, ...]:
         """Readers that may still read from `slot`, in the order in which they were exported to. Never blocks."""
 
+    def damaged(self, slot: int) -> tuple[str, ...]:
+        """Readers of the slot's current export that released it and had read back something else. Never blocks."""
+        return ()
+
     @abstractmethod
     def revoke(self, slot: int, reader: str) -> None:
         """Stop waiting for `reader`, which is lost; one that has nothing of this slot is ignored. A handoff also makes
@@ -202,8 +223,10 @@ class BucketReceiver(_End, ABC):
         """
 
     @abstractmethod
-    def receive(self, ticket: bytes, *, deadline: float) -> Lease:
+    def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
         """Open `ticket`, once, and return a lease of its bytes, whose length and checksum are verified.
+
+        `verify=False` leaves the checksum to a reader that copies the bytes anyway, and calls `Lease.confirm` then.
 
         Raises `CodecError` for bytes that are no ticket, `TransportBroken` for a ticket that was opened before,
         revoked, or belongs to a sender or reader not accepted here, and when the bytes differ from what was exported

@@ -27,6 +27,7 @@ class Export:
     readers: set[str] = field(default_factory=set)  # all that it was ever given to
     waiting: dict[str, int] = field(default_factory=dict)  # pending readers and their fence cells
     opened: set[str] = field(default_factory=set)  # those of `waiting` that were seen to have opened it
+    damaged: set[str] = field(default_factory=set)  # those that released it and had read back something else
 
 
 class Checksums:

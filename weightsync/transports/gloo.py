@@ -215,14 +215,19 @@ class GlooReceiver(BucketReceiver):
         seconds_left(deadline, "accepting an offer")
         self._check_mine("the offer", wanted.generation, wanted.reader, wanted.root)
 
-    def receive(self, ticket: bytes, *, deadline: float) -> Lease:
+    def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
+        """See the base class; what came is always verified, since it decides whether the broadcast succeeded."""
         wanted = self._wanted(ticket, deadline)
         slot = self._take_slot(deadline)
         try:
             self._receive(wanted, slot, deadline)
             view = self._arena.slot(slot)[: wanted.nbytes].toreadonly()
             lease = Lease(
-                sequence=wanted.sequence, nbytes=wanted.nbytes, view=view, on_release=partial(self._free, slot)
+                sequence=wanted.sequence,
+                nbytes=wanted.nbytes,
+                view=view,
+                on_release=partial(self._free, slot),
+                checksum=wanted.checksum,
             )
             with self._freed:
                 self._check_open()

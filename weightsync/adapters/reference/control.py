@@ -89,7 +89,6 @@ class ReferenceAdapter(EngineAdapter):
             version=info.weight_version,
             paused=info.paused,
             torn=info.torn,
-            transports=("shm",),
             incarnation=info.incarnation,
         )
 

@@ -1,0 +1,137 @@
+"""The part of our plugins that is the same in every engine's worker."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from tests.plan_kit import rank, whole
+from weightsync.adapters.worker import SlotReader
+from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
+from weightsync.ipc.arena import Arena
+from weightsync.plan.buckets import plan_push
+from weightsync.transports.shm import ShmSender
+
+TENSORS = {
+    "embed.weight": torch.randn(40, 8),
+    "norm.weight": torch.randn(7).to(torch.bfloat16),
+    "scale": torch.tensor(3.5),
+    "big": torch.randint(-100, 100, (50, 6, 4), dtype=torch.int8),
+}
+
+
+def _soon() -> float:
+    return time.monotonic() + 20
+
+
+class World:
+    """An arena, its sender and a plan over TENSORS; buckets are filled as a trainer would."""
+
+    def __init__(self, directory, slot_bytes: int) -> None:
+        self.arena = Arena.create(node="w", bridge=0, slots=2, slot_bytes=slot_bytes, directory=str(directory))
+        self.sender = ShmSender(self.arena)
+        layout = rank(
+            *(whole(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in TENSORS.items())
+        )
+        self.manifest = plan_push([layout], slot_bytes=slot_bytes, owners=1, alignment=64).manifest
+        self.sequence = 0
+        self.offer = self.sender.offer("e/0")
+
+    def ticket(self, bucket: int) -> bytes:
+        slot, self.sequence = self.arena.slot(0), self.sequence + 1
+        m = self.manifest
+        for piece in m.bucket_pieces(bucket):
+            tensor = TENSORS[m.tensors.names[int(m.piece_tensor[piece])]]
+            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+            size = tensor.element_size()
+            first, nbytes = int(m.piece_start[piece]) * size, int(m.piece_nbytes[piece])
+            at = int(m.piece_offset[piece])
+            slot[at : at + nbytes] = raw[first : first + nbytes].data
+        return self.sender.export(0, int(m.bucket_nbytes[bucket]), self.sequence, ["e/0"])["e/0"]
+
+    def close(self) -> None:
+        self.sender.close()
+        self.arena.close()
+        self.arena.unlink()
+
+
+@pytest.fixture
+def slots():
+    with closing(SlotReader("cpu")) as made:
+        yield made
+
+
+@pytest.fixture
+def world(tmp_path):
+    made: list[World] = []
+
+    def make(slot_bytes: int) -> World:
+        made.append(World(tmp_path, slot_bytes))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+@pytest.mark.parametrize("slot_bytes", [100_000, 1500, 400])
+def test_every_tensor_comes_whole_once_and_stays_when_the_slot_goes_on(world, slots, slot_bytes):
+    here = world(slot_bytes)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    assert set(slots.names) == set(TENSORS)
+    found: list[tuple[str, torch.Tensor]] = []
+    for bucket in range(here.manifest.buckets):
+        found += slots.read(bucket, here.ticket(bucket), deadline=_soon())
+        assert here.sender.pending(0) == (), "released before it is loaded"
+        here.arena.slot(0)[:] = bytes(slot_bytes)
+    slots.finish()
+    assert sorted(name for name, _ in found) == sorted(TENSORS)
+    for name, tensor in found:
+        assert tensor.dtype == TENSORS[name].dtype
+        assert torch.equal(tensor, TENSORS[name]), name
+    assert here.sender.damaged(0) == ()
+
+
+def test_what_did_not_come_is_named(world, slots):
+    here = world(1500)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.read(0, here.ticket(0), deadline=_soon())
+    with pytest.raises(LocalProtocolError, match="did not come whole"):
+        slots.finish()
+    with pytest.raises(LocalProtocolError, match="begin first"):
+        slots.finish()
+
+
+def test_a_bucket_is_read_once(world, slots):
+    here = world(1500)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.read(0, here.ticket(0), deadline=_soon())
+    with pytest.raises(LocalProtocolError, match="read before"):
+        slots.read(0, here.ticket(0), deadline=_soon())
+    with pytest.raises(LocalProtocolError, match="buckets 0 to"):
+        slots.read(99, b"", deadline=_soon())
+
+
+def test_bytes_that_changed_under_way_are_found_and_told(world, slots):
+    here = world(100_000)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    ticket = here.ticket(0)
+    np.frombuffer(here.arena.slot(0), dtype=np.uint8)[3] ^= 1
+    with pytest.raises(TransportBroken, match="differs from what was exported"):
+        slots.read(0, ticket, deadline=_soon())
+    assert here.sender.pending(0) == ()
+    assert here.sender.damaged(0) == ("e/0",)
+
+
+def test_foreign_bytes_begin_nothing(world, slots):
+    here = world(100_000)
+    with pytest.raises(CodecError):
+        slots.begin(b"\x80\x04N.", [here.offer], deadline=_soon())
+    with pytest.raises(CodecError):
+        slots.begin(here.manifest.pack(), [b"nonsense"], deadline=_soon())
+    with pytest.raises(LocalProtocolError, match="begin first"):
+        slots.read(0, b"", deadline=_soon())

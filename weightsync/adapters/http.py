@@ -1,0 +1,165 @@
+"""HTTP to an engine somebody else wrote: every call has a deadline, carries the engine's key, and fails in our words.
+
+    http = EngineHttp(spec)
+    info = await http.get("/server_info", deadline=...)          # decoded JSON
+    await http.post("/pause", {"mode": "abort"}, deadline=...)
+
+What is no success is an `EngineAnswer` (an `EngineError`) with the status and the engine's own reason in it; no answer
+at all is `EngineLost`. The key is sent as a bearer token and is in no message, log or repr. Only loopback may be spoken
+to in the clear where a key is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+import msgspec
+
+from weightsync.errors import ConfigError, EngineError, EngineLost
+
+if TYPE_CHECKING:
+    from weightsync.adapters import EngineSpec
+
+__all__ = ["EngineAnswer", "EngineHttp"]
+
+_REASON = 600  # characters of an engine's reason that are worth repeating
+_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=4.0)
+"""uvicorn closes idle connections after 5 s: let go of ours before, or a call meets a closing one."""
+
+
+class EngineAnswer(EngineError):
+    """An answer that is no success: `status` is the HTTP status, `reason` what the engine said."""
+
+    def __init__(self, call: str, status: int, reason: str, *, engine: str, phase: str | None = None) -> None:
+        super().__init__(f"{call} answered {status}: {reason}", engine=engine, phase=phase)
+        self.status = status
+        self.reason = reason
+
+
+class EngineHttp:
+    """JSON over HTTP to one engine, from one asyncio loop; calls may overlap."""
+
+    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Connects to nothing yet. `transport` replaces the network in tests.
+
+        Raises `ConfigError` for a URL, key or certificate file that cannot be used.
+        """
+        self.engine = spec.name
+        self.url = spec.url.rstrip("/")
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ConfigError(
+                f"engine {spec.name!r} cannot be reached by {spec.url!r}",
+                engine=spec.name,
+                hint="a URL such as http://127.0.0.1:8000 or https://[::1]:8000",
+            )
+        key = spec.api_key
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ConfigError(
+                f"the key of engine {spec.name!r} has characters that no header may have", engine=spec.name
+            )
+        headers = {"Accept": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            verify=_tls(spec) if parts.scheme == "https" else False,
+            timeout=None,  # each call has its own, below: httpx's are per read, and not for the whole
+            limits=_LIMITS,
+            transport=transport,
+            trust_env=False,  # an engine is never behind the proxy that the environment names for the world outside
+            follow_redirects=False,
+        )
+
+    def __repr__(self) -> str:
+        return f"EngineHttp({self.engine!r}, {self.url!r})"
+
+    async def get(self, path: str, params: dict[str, Any] | None = None, *, deadline: float) -> Any:
+        """The decoded JSON of a successful answer; None for an empty one. Raises `EngineLost` or `EngineAnswer`."""
+        return await self.call("GET", path, params=params, deadline=deadline)
+
+    async def post(self, path: str, body: Any = None, params: dict[str, Any] | None = None, *, deadline: float) -> Any:
+        """POST `body` as JSON (no body at all for None); otherwise like `get`."""
+        return await self.call("POST", path, body=body, params=params, deadline=deadline)
+
+    async def has(self, method: str, path: str, *, deadline: float) -> bool:
+        """Whether the route exists, asked without using it: by a method it does not take, so that nothing runs.
+
+        An unknown path answers 404, a known one 405. Only for where /openapi.json is switched off.
+        """
+        probe = "GET" if method == "POST" else "DELETE"
+        status, _ = await self._send(probe, path, None, None, deadline)
+        return status != httpx.codes.NOT_FOUND
+
+    async def call(
+        self, method: str, path: str, *, body: Any = None, params: dict[str, Any] | None = None, deadline: float
+    ) -> Any:
+        """One request; see `get`."""
+        status, content = await self._send(method, path, body, params, deadline)
+        what = f"{method} {path}"
+        if not httpx.codes.is_success(status):
+            raise EngineAnswer(what, status, _reason(content), engine=self.engine)
+        if not content:
+            return None
+        try:
+            return msgspec.json.decode(content)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            return content.decode("utf-8", "replace")  # such as "Cache flushed.\n"
+
+    async def close(self) -> None:
+        """Drop all connections."""
+        await self._client.aclose()
+
+    async def _send(
+        self, method: str, path: str, body: Any, params: dict[str, Any] | None, deadline: float
+    ) -> tuple[int, bytes]:
+        left = max(deadline - monotonic(), 0.0)
+        content = None if body is None else msgspec.json.encode(body)
+        headers = {} if body is None else {"Content-Type": "application/json"}
+        what = f"{method} {path}"
+        try:
+            async with asyncio.timeout(left):
+                response = await self._client.request(method, path, content=content, params=params, headers=headers)
+        except TimeoutError as error:
+            raise EngineLost(f"no answer to {what} in {left:.1f} s", engine=self.engine) from error
+        except httpx.HTTPError as error:
+            why = str(error) or type(error).__name__
+            raise EngineLost(f"{what} at {self.url}: {why}", engine=self.engine, hint=_hint(why)) from error
+        return response.status_code, response.content
+
+
+def _tls(spec: EngineSpec) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=spec.ca_file)
+    except OSError as error:
+        raise ConfigError(
+            f"engine {spec.name!r}: the certificates in ca_file = {spec.ca_file!r} cannot be used: {error}",
+            engine=spec.name,
+            hint="a PEM file with the certificate of the engine's authority, or of the engine itself",
+        ) from error
+
+
+def _hint(why: str) -> str | None:
+    if "CERTIFICATE_VERIFY_FAILED" in why:
+        return "name the engine's certificate in ca_file"
+    if "record layer failure" in why or "WRONG_VERSION_NUMBER" in why:
+        return "the engine speaks plain HTTP: its URL begins with http://"
+    return None
+
+
+def _reason(content: bytes) -> str:
+    """What the engine says is wrong, from the shapes that vLLM, SGLang and FastAPI give their errors."""
+    text = content.decode("utf-8", "replace").strip()
+    try:
+        found: Any = msgspec.json.decode(content)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        found = None
+    for key in ("error", "message", "detail"):
+        while isinstance(found, dict) and key in found:
+            found = found[key]
+    reason = found if isinstance(found, str) else text
+    return (reason[: _REASON - 1] + "…" if len(reason) > _REASON else reason) or "no reason given"

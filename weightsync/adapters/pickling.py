@@ -1,0 +1,99 @@
+"""Writes pickles of things that are not imported here: torch's rebuild functions, its dtypes, plain containers.
+
+Stock engines take their handles as pickles. The daemon neither imports torch nor unpickles anything; it writes, by
+name, what the engine's own unpickler will call:
+
+    dumps([Call(Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor"), args)])
+
+Protocol 4, no memo: every value is written where it stands, and lists are fresh lists.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Call", "Global", "dumps", "namespace"]
+
+
+@dataclass(frozen=True)
+class Global:
+    """The object called `name` in `module`, such as a function, a class or `torch.bfloat16`."""
+
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Call:
+    """What `function(*args)` returns when it is unpickled; `state` then becomes its attributes."""
+
+    function: Global
+    args: tuple[Any, ...]
+    state: dict[str, Any] | None = field(default=None)
+
+
+def namespace(**attributes: Any) -> Call:
+    """A `types.SimpleNamespace`, which every unpickler that SGLang has had lets through."""
+    return Call(Global("types", "SimpleNamespace"), (), attributes)
+
+
+def dumps(value: Any) -> bytes:
+    """The pickle of None, bool, int, float, str, bytes, list, tuple, dict, `Global` and `Call`, nested at will.
+
+    Raises `TypeError` for anything else.
+    """
+    out = bytearray(b"\x80\x04")
+    _write(out, value)
+    out += b"."
+    return bytes(out)
+
+
+def _write(out: bytearray, value: Any) -> None:
+    match value:
+        case None:
+            out += b"N"
+        case bool():
+            out += b"\x88" if value else b"\x89"
+        case int():
+            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            if len(raw) > 255:
+                raise TypeError("an integer of more than 255 bytes cannot be pickled here")
+            out += b"\x8a" + bytes([len(raw)]) + raw
+        case float():
+            out += b"G" + struct.pack(">d", value)
+        case str():
+            raw = value.encode()
+            out += b"X" + struct.pack("<I", len(raw)) + raw
+        case bytes():
+            out += b"B" + struct.pack("<I", len(value)) + value
+        case list():
+            out += b"]("
+            for item in value:
+                _write(out, item)
+            out += b"e"
+        case tuple():
+            out += b"("
+            for item in value:
+                _write(out, item)
+            out += b"t"
+        case dict():
+            out += b"}("
+            for key, item in value.items():
+                _write(out, key)
+                _write(out, item)
+            out += b"u"
+        case Global():
+            if "\n" in value.module + value.name:
+                raise TypeError("a name with a line break cannot be pickled")
+            out += b"c" + f"{value.module}\n{value.name}\n".encode()
+        case Call():
+            _write(out, value.function)
+            _write(out, value.args)
+            out += b"R"
+            if value.state is not None:
+                _write(out, value.state)
+                out += b"b"
+        case _:
+            raise TypeError(f"a {type(value).__name__} cannot be pickled here")

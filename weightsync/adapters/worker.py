@@ -1,0 +1,155 @@
+"""What our plugins have in common inside an engine's worker: tickets in, named tensors out.
+
+    slots = SlotReader(device)
+    slots.begin(manifest, offers, deadline=...)
+    for bucket, ticket in ...:
+        model.load_weights(slots.read(bucket, ticket, deadline=...))
+    slots.finish()
+
+Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there as far as the
+device lets one, and its slot released before any of it is loaded: engines may keep what they are given for as long as
+they like, and the next bucket is on its way while they load.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
+from weightsync.plan.manifest import Manifest
+from weightsync.transports.shm import ShmReceiver
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["SlotReader"]
+
+
+class _Update:
+    """An update under way."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.read = np.zeros(manifest.pieces, dtype=np.bool_)
+        self.missing: dict[int, int] = {}  # tensor cut over several buckets → bytes that have not come yet
+        self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
+
+
+class SlotReader:
+    """Reads buckets out of this node's arenas onto `device`. One for each worker; not for several threads."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self._receiver = ShmReceiver()
+        self._manifests: dict[bytes, Manifest] = {}  # by their bytes: the latest only
+        self._update: _Update | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors of the update that is open. Raises `LocalProtocolError` if none is."""
+        return self._open().manifest.tensors.names
+
+    def begin(self, manifest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
+        """Open an update, dropping one that is open, and attach to the arenas on offer.
+
+        Raises `CodecError` or `TransportBroken`, with nothing begun.
+        """
+        self._update = None
+        known = self._manifests.get(manifest)
+        if known is None:
+            known = Manifest.unpack(manifest)
+            self._manifests = {manifest: known}
+        for dtype in sorted(set(known.tensors.dtypes)):
+            if not isinstance(getattr(torch, dtype, None), torch.dtype):
+                raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
+        for offer in offers:
+            self._receiver.accept(offer, deadline=deadline)
+        self._update = _Update(known)
+
+    def read(self, bucket: int, ticket: bytes, *, deadline: float) -> list[tuple[str, torch.Tensor]]:
+        """The tensors that are whole once this bucket is read, by checkpoint name, on this reader's device.
+
+        Raises `LocalProtocolError` for a bucket that is not of the update or was read before, otherwise as
+        `BucketReceiver.receive`.
+        """
+        update = self._open()
+        manifest = update.manifest
+        if not 0 <= bucket < manifest.buckets:
+            raise LocalProtocolError(f"the update has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
+        pieces = manifest.bucket_pieces(bucket)
+        if update.read[pieces.start]:
+            raise LocalProtocolError("the bucket was read before", bucket=bucket)
+        data = self._copy(ticket, int(manifest.bucket_nbytes[bucket]), deadline)
+        update.read[pieces.start : pieces.stop] = True
+        found = []
+        for piece in pieces:
+            tensor = int(manifest.piece_tensor[piece])
+            start, nbytes = int(manifest.piece_offset[piece]), int(manifest.piece_nbytes[piece])
+            whole = self._whole(update, tensor, piece, data[start : start + nbytes])
+            if whole is not None:
+                found.append((manifest.tensors.names[tensor], whole))
+        return found
+
+    def finish(self) -> None:
+        """End the update. Raises `LocalProtocolError` naming the first tensor that did not come whole."""
+        update, self._update = self._open(), None
+        if not update.read.all():
+            piece = int(np.argmin(update.read))
+            name = update.manifest.tensors.names[int(update.manifest.piece_tensor[piece])]
+            missing = int(update.read.size - np.count_nonzero(update.read))
+            raise LocalProtocolError(
+                f"tensor {name!r} did not come whole; {missing} of {update.manifest.pieces} pieces are missing",
+                bucket=int(update.manifest.piece_bucket[piece]),
+            )
+
+    def close(self) -> None:
+        """Drop an update that is open and detach from every arena."""
+        self._update = None
+        self._receiver.close()
+
+    def _open(self) -> _Update:
+        if self._update is None:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        return self._update
+
+    def _copy(self, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
+        """The bucket on this device, uint8 [nbytes]; its slot is released."""
+        on_host = self.device.type == "cpu"
+        with self._receiver.receive(ticket, deadline=deadline, verify=not on_host) as lease:
+            if lease.nbytes != nbytes:
+                raise TransportBroken(f"the bucket has {lease.nbytes} bytes, its manifest says {nbytes}")
+            mine = np.empty(nbytes, dtype=np.uint8) if on_host else None
+            if mine is not None:
+                np.copyto(mine, np.frombuffer(lease.view, dtype=np.uint8))
+                lease.confirm(mine.data)
+                return torch.from_numpy(mine)
+            data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            data.copy_(torch.frombuffer(lease.view, dtype=torch.uint8))
+            torch.accelerator.synchronize(self.device)  # the slot may change as soon as it is released
+            return data
+
+    def _whole(self, update: _Update, tensor: int, piece: int, data: torch.Tensor) -> torch.Tensor | None:
+        """The tensor that this piece completes; None if more of it is to come."""
+        table = update.manifest.tensors
+        nbytes = int(table.sizes[tensor])
+        if data.numel() < nbytes:
+            itemsize = int(table.itemsizes[tensor])
+            start = int(update.manifest.piece_start[piece]) * itemsize
+            parts = update.parts.get(tensor)
+            if parts is None:
+                parts = update.parts[tensor] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+                update.missing[tensor] = nbytes
+            parts[start : start + data.numel()] = data
+            update.missing[tensor] -= data.numel()
+            if update.missing[tensor]:
+                return None
+            data = update.parts.pop(tensor)
+            del update.missing[tensor]
+        shape = table.shapes[tensor]
+        assert data.numel() == nbytes == math.prod(shape) * int(table.itemsizes[tensor])
+        dtype: torch.dtype = getattr(torch, table.dtypes[tensor])
+        return data.view(dtype).view(shape)
