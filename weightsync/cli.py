@@ -9,10 +9,11 @@ import time
 from pathlib import Path  # noqa: TC003 - typer reads the annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from weightsync.config import default_endpoint
-from weightsync.errors import WeightSyncError
+from weightsync.errors import ConfigError, WeightSyncError
 
 if TYPE_CHECKING:
     from weightsync.report import PushReport
@@ -23,7 +24,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a "
-    "checkpoint directory; `status` and `engines` look at a running weightsyncd.",
+    "checkpoint directory; `status` and `engines` look at a running weightsyncd; `doctor` says what an engine lacks.",
 )
 
 _INTERRUPTED = 130  # exit status after Ctrl-C, as shells have it
@@ -156,9 +157,59 @@ def engines(daemon: DaemonOption = None, as_json: JsonOption = False) -> None:
     Console(highlight=False).print(engine_details(found))
 
 
-def _fetch(endpoint: str) -> dict[str, Any]:
-    import msgspec
+@app.command()
+def doctor(
+    engine: Annotated[str | None, typer.Option(help="The engine's own URL.", show_default=False)] = None,
+    node_config: Annotated[
+        Path | None, typer.Option(help="Look at every engine of this node config instead.", show_default=False)
+    ] = None,
+    kind: Annotated[str, typer.Option(help="vllm, sglang or reference; auto asks the engine.")] = "auto",
+    path: Annotated[str, typer.Option(help="The way into it that you mean to use.")] = "auto",
+    api_key_env: Annotated[
+        str | None, typer.Option(help="Environment variable that holds its key.", show_default=False)
+    ] = None,
+    ca_file: Annotated[
+        str | None, typer.Option(help="Certificates (PEM) for an https URL.", show_default=False)
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each engine's answers.")] = 10.0,
+    as_json: JsonOption = False,
+) -> None:
+    """What would keep an engine from taking weights, and the exact flag or variable that mends it. Changes nothing."""
+    from weightsync.config import EngineConfig, load_node_config
+    from weightsync.doctor import examine
 
+    if (engine is None) == (node_config is None):
+        raise ConfigError("say which engine: --engine URL, or --node-config FILE for all of a node's")
+    if node_config is not None:
+        specs = load_node_config(node_config).engines
+    else:
+        specs = (
+            EngineConfig(
+                name="engine", kind=kind, url=str(engine), path=path, api_key_env=api_key_env, ca_file=ca_file
+            ),
+        )
+    found = {
+        spec.name: [msgspec.structs.asdict(finding) for finding in examine(spec, timeout=timeout)] for spec in specs
+    }
+    if as_json:
+        typer.echo(json.dumps(found if node_config else found["engine"]))
+    else:
+        _show_findings({spec.name: spec.url for spec in specs}, found)
+    raise typer.Exit(1 if any(f["level"] == "fail" for findings in found.values() for f in findings) else 0)
+
+
+def _show_findings(urls: dict[str, str], found: dict[str, list[dict[str, Any]]]) -> None:
+    from rich.console import Console
+
+    from weightsync.views import findings_view
+
+    console = Console(highlight=False)
+    for name, findings in found.items():
+        console.print(f"{name} at {urls[name]}")
+        console.print(findings_view(findings))
+
+
+def _fetch(endpoint: str) -> dict[str, Any]:
     from weightsync.operator import fetch_status
 
     plain: dict[str, Any] = msgspec.to_builtins(fetch_status(endpoint))

@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["engine_details", "status_view"]
+__all__ = ["engine_details", "findings_view", "status_view"]
 
 _COLOURS = {"serving": "green", "committed": "green", "connected": "green", "torn": "red", "lost": "red"}
 
@@ -73,6 +73,15 @@ def _last_push(status: dict[str, Any]) -> list[Any]:
     outcomes = ", ".join(f"{e['engine']} {e['outcome']}" for e in last["engines"])
     size = f"{last['nbytes'] / 1e6:.1f} MB in {last['seconds']:.3f} s"
     return [Text(f"last push: version {last['version']} of {last['model']}, {size} ({phases}); {outcomes}")]
+
+
+def findings_view(findings: list[dict[str, Any]]) -> Table:
+    """What the doctor found, and what mends it."""
+    table = _table("", "found", "what mends it")
+    colours = {"ok": "green", "warn": "yellow", "fail": "red"}
+    for finding in findings:
+        table.add_row(Text(finding["level"], style=colours[finding["level"]]), finding["what"], finding["fix"])
+    return table
 
 
 def engine_details(engines: list[dict[str, Any]]) -> Table:

@@ -29,8 +29,9 @@ from weightsync.errors import (
 )
 from weightsync.ipc.arena import DIRECTORY, MAX_READERS, discard, segment_name
 from weightsync.nccl_bridge import commands as c
+from weightsync.processes import started
 
-__all__ = ["BridgeConfig", "BridgeLink", "process_start"]
+__all__ = ["BridgeConfig", "BridgeLink"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,17 +63,6 @@ class BridgeConfig:
     def name(self) -> str:
         """ "node/index", also its name as a peer."""
         return f"{self.node}/{self.index}"
-
-
-def process_start(pid: int) -> str:
-    """When process `pid` started, in the kernel's own ticks: with the pid, the name of one process for ever.
-
-    Empty if there is none.
-    """
-    with suppress(OSError):
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return status.rpartition(")")[2].split()[19]
-    return ""
 
 
 class BridgeLink:
@@ -246,7 +236,7 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         "--slots": config.slots,
         "--slot-bytes": config.slot_bytes,
         "--readers": config.readers,
-        "--daemon": f"{os.getpid()}:{process_start(os.getpid())}",
+        "--daemon": f"{os.getpid()}:{started(os.getpid())}",
         "--log-level": config.log_level,
         "--log-format": config.log_format,
     }

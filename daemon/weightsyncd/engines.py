@@ -41,13 +41,15 @@ class Engine:
 
     @property
     def state(self) -> str:
-        """serving | paused | torn | blank | lost | unknown"""
+        """serving | paused | asleep | torn | blank | lost | unknown"""
         if self.error is not None:
             return "lost"
         if self.info is None:
             return "unknown"
         if self.info.torn:
             return "torn"
+        if self.info.asleep:
+            return "asleep"
         if self.info.paused:
             return "paused"
         return "blank" if self.info.version is None else "serving"

@@ -32,7 +32,7 @@ __all__ = ["HealthPage", "measure_node", "measure_push", "status_of"]
 
 logger = logging.getLogger(__name__)
 
-_STATES = ("serving", "paused", "torn", "blank", "lost", "unknown")
+_STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
 _GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weightsync.ipc.arena import DIRECTORY, remove_stale
-from weightsyncd.bridge_link import process_start
+from weightsync.processes import started
 
 __all__ = ["kill_orphans"]
 
@@ -66,7 +66,7 @@ def _bridge(pid: int, node: str, directory: str) -> _Found | None:
         if options.get("--shm-dir") != directory:
             return None
         daemon, _, start = options.get("--daemon", "").partition(":")
-        alive = daemon.isdigit() and start != "" and process_start(int(daemon)) == start
+        alive = daemon.isdigit() and start != "" and started(int(daemon)) == start
         return _Found(pid, options.get("--incarnation", ""), not alive)
     return None
 

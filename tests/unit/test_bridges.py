@@ -29,8 +29,8 @@ from weightsync.errors import (
 )
 from weightsync.ipc.arena import Arena, segment_name
 from weightsync.nccl_bridge import commands as c
+from weightsync.processes import started
 from weightsync.testing import eventually, no_leaks
-from weightsyncd.bridge_link import process_start
 from weightsyncd.bridges import Bridge, BridgeConfig, kill_orphans
 
 if TYPE_CHECKING:
@@ -359,7 +359,7 @@ def _start_by_hand(directory: Path, node: str, daemon: str) -> tuple[subprocess.
 @pytest.mark.parametrize("daemon", ["dead", "reused", "unknown"])
 def test_orphans_are_ended(tmp_path, daemon):
     mine = os.getpid()
-    name = {"dead": "4194305:1", "reused": f"{mine}:{int(process_start(mine)) - 1}", "unknown": ""}[daemon]
+    name = {"dead": "4194305:1", "reused": f"{mine}:{int(started(mine)) - 1}", "unknown": ""}[daemon]
     process, pipe = _start_by_hand(tmp_path, "orphaned", name)
     os.kill(process.pid, signal.SIGSTOP)
     pipe.close()  # as if the daemon had ended: a stopped bridge does not notice
@@ -374,7 +374,7 @@ def test_orphans_are_ended(tmp_path, daemon):
 
 def test_bridges_of_a_living_daemon_are_left_alone(tmp_path):
     mine = os.getpid()
-    process, pipe = _start_by_hand(tmp_path, "lively", f"{mine}:{process_start(mine)}")
+    process, pipe = _start_by_hand(tmp_path, "lively", f"{mine}:{started(mine)}")
     stale = tmp_path / segment_name("lively", 1, "f" * 16)
     stale.touch()
     assert kill_orphans("lively", str(tmp_path)) == 0
@@ -385,9 +385,9 @@ def test_bridges_of_a_living_daemon_are_left_alone(tmp_path):
     assert process.wait(10) in (0, 1)
 
 
-def test_process_start():
-    assert int(process_start(os.getpid())) > 0
-    assert process_start(4194305) == ""
+def test_when_a_process_started():
+    assert int(started(os.getpid())) > 0
+    assert started(4194305) == ""
 
 
 def test_margins_leave_a_bridge_time_to_answer():

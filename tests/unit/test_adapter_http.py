@@ -1,0 +1,211 @@
+"""The client for engines somebody else wrote, against real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import json
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from contextlib import contextmanager
+from functools import wraps
+
+import pytest
+
+from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.config import EngineConfig
+from weightsync.errors import ConfigError, EngineLost
+
+KEY = "s3cret-key"
+
+
+def on_loop(test):
+    @wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.answer()
+
+    def do_POST(self):
+        self.answer()
+
+    def answer(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        seen = {"path": self.path, "auth": self.headers.get("Authorization"), "body": body.decode()}
+        routes = {
+            "/echo": (200, json.dumps(seen)),
+            "/plain": (200, "Cache flushed.\n"),
+            "/empty": (200, ""),
+            "/vllm-error": (500, json.dumps({"error": {"message": "no such method", "type": "x"}})),
+            "/sglang-error": (400, json.dumps({"success": False, "message": "dp_size must be 1"})),
+            "/fastapi-error": (422, json.dumps({"detail": "field required"})),
+            "/long-error": (500, "x" * 5000),
+            "/redirect": (307, ""),
+        }
+        if self.path.startswith("/slow"):
+            self.server.release.wait(20)
+        status, text = routes.get(self.path.partition("?")[0], (404, json.dumps({"detail": "Not Found"})))
+        self.send_response(status)
+        if status == 307:
+            self.send_header("Location", "http://127.0.0.1:1/")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *args):
+        pass
+
+
+class V6Server(http.server.ThreadingHTTPServer):
+    address_family = socket.AF_INET6
+
+
+@contextmanager
+def serving(kind=http.server.ThreadingHTTPServer, host="127.0.0.1", context=None):
+    server = kind((host, 0), Handler)
+    server.release = threading.Event()
+    if context is not None:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.release.set()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def port():
+    with serving() as found:
+        yield found
+
+
+def spec(url, **more):
+    return EngineConfig(name="e", kind="vllm", url=url, **more)
+
+
+def soon():
+    return time.monotonic() + 10
+
+
+@on_loop
+async def test_the_key_goes_along_and_is_shown_nowhere(port, monkeypatch):
+    monkeypatch.setenv("E_KEY", KEY)
+    http = EngineHttp(spec(f"http://127.0.0.1:{port}/", api_key_env="E_KEY"))
+    seen = await http.post("/echo", {"a": [1, None]}, {"mode": "keep"}, deadline=soon())
+    assert seen == {"path": "/echo?mode=keep", "auth": f"Bearer {KEY}", "body": '{"a":[1,null]}'}
+    assert KEY not in repr(http)
+    await http.close()
+
+
+@on_loop
+async def test_answers_of_every_shape(port):
+    http = EngineHttp(spec(f"http://127.0.0.1:{port}"))
+    assert await http.get("/plain", deadline=soon()) == "Cache flushed.\n"
+    assert await http.get("/empty", deadline=soon()) is None
+    for path, status, reason in (
+        ("/vllm-error", 500, "no such method"),
+        ("/sglang-error", 400, "dp_size must be 1"),
+        ("/fastapi-error", 422, "field required"),
+        ("/nowhere", 404, "Not Found"),
+        ("/redirect", 307, "no reason given"),
+    ):
+        with pytest.raises(EngineAnswer) as caught:
+            await http.post(path, {}, deadline=soon())
+        assert (caught.value.status, caught.value.reason, caught.value.engine) == (status, reason, "e")
+    with pytest.raises(EngineAnswer) as caught:
+        await http.get("/long-error", deadline=soon())
+    assert len(caught.value.reason) == 600
+    assert await http.has("POST", "/echo", deadline=soon())
+    assert not await http.has("POST", "/nowhere", deadline=soon())
+    await http.close()
+
+
+@on_loop
+async def test_no_answer_in_time_is_a_lost_engine(port):
+    http = EngineHttp(spec(f"http://127.0.0.1:{port}"))
+    with pytest.raises(EngineLost, match="no answer to GET /slow in 0.2 s"):
+        await http.get("/slow", deadline=time.monotonic() + 0.2)
+    with pytest.raises(EngineLost, match="in 0.0 s"):
+        await http.get("/echo", deadline=time.monotonic() - 1)
+    await http.close()
+
+
+@on_loop
+async def test_nobody_there_is_a_lost_engine():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        http = EngineHttp(spec(f"http://127.0.0.1:{taken.getsockname()[1]}"))
+        with pytest.raises(EngineLost, match="GET /echo at http://127.0.0.1"):
+            await http.get("/echo", deadline=soon())
+        await http.close()
+
+
+@on_loop
+async def test_ipv6():
+    try:
+        with serving(V6Server, "::1") as port:
+            http = EngineHttp(spec(f"http://[::1]:{port}"))
+            assert (await http.get("/echo", deadline=soon()))["path"] == "/echo"
+            await http.close()
+    except OSError:
+        pytest.skip("this machine has no IPv6 loopback")
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    where = tmp_path_factory.mktemp("tls")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+        + ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", where / "key.pem", "-out", where / "cert.pem"],
+        check=True,
+        capture_output=True,
+        timeout=30,
+    )
+    return where
+
+
+@on_loop
+async def test_tls_is_verified_against_the_file_that_is_named(certificate):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    with serving(context=context) as port:
+        trusted = EngineHttp(spec(f"https://127.0.0.1:{port}", ca_file=str(certificate / "cert.pem")))
+        assert (await trusted.get("/echo", deadline=soon()))["path"] == "/echo"
+        await trusted.close()
+        strict = EngineHttp(spec(f"https://127.0.0.1:{port}"))
+        with pytest.raises(EngineLost, match="ca_file"):
+            await strict.get("/echo", deadline=soon())
+        await strict.close()
+
+
+@on_loop
+async def test_https_to_a_plain_server_says_so(port):
+    http = EngineHttp(spec(f"https://127.0.0.1:{port}"))
+    with pytest.raises(EngineLost, match="http://"):
+        await http.get("/echo", deadline=soon())
+    await http.close()
+
+
+def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="cannot be reached"):
+        EngineHttp(spec("ftp://x"))
+    with pytest.raises(ConfigError, match="ca_file"):
+        EngineHttp(spec("https://127.0.0.1:1", ca_file=str(tmp_path / "missing.pem")))
+    monkeypatch.setenv("E_KEY", "two\nlines")
+    with pytest.raises(ConfigError, match="characters") as caught:
+        EngineHttp(spec("http://127.0.0.1:1", api_key_env="E_KEY"))
+    assert "two" not in str(caught.value)

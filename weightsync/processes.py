@@ -1,0 +1,59 @@
+"""What /proc tells of other processes of this machine: who listens, since when, with which environment."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+__all__ = ["environment", "listener", "same_namespace", "started"]
+
+_LISTEN = "0A"
+
+
+def listener(port: int) -> int | None:
+    """The process that listens on TCP `port`, as far as this user may see; the eldest of several."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with suppress(OSError):
+            for line in Path("/proc/net", table).read_text().splitlines()[1:]:
+                fields = line.split()
+                if fields[3] == _LISTEN and int(fields[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{fields[9]}]")
+    holders = [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and _holds(int(entry), sockets)]
+    return min(holders, key=lambda pid: (int(started(pid) or 0), pid), default=None)
+
+
+def _holds(pid: int, sockets: set[str]) -> bool:
+    with suppress(OSError):
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            with suppress(OSError):
+                if os.readlink(f"/proc/{pid}/fd/{fd}") in sockets:
+                    return True
+    return False
+
+
+def started(pid: int) -> str:
+    """When the process began, in the kernel's own ticks: with the pid, the name of one process for ever.
+
+    Empty if there is none.
+    """
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        return status.rpartition(")")[2].split()[19]
+    return ""
+
+
+def environment(pid: int) -> dict[str, str]:
+    """The variables it was started with; none if they may not be read."""
+    with suppress(OSError):
+        lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
+        return dict(line.partition("=")[::2] for line in lines if "=" in line)
+    return {}
+
+
+def same_namespace(pid: int, kind: str) -> bool:
+    """Whether it shares this process's namespace of `kind` ("pid", "ipc", "net"); True where one cannot tell."""
+    with suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
+    return True
