@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from enum import Enum
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
 from weightsync.ipc.descriptors import ALGORITHM
@@ -22,10 +22,12 @@ from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.exports import Checksums
 from weightsync.transports.gloo import GlooReceiver, GlooSender
 from weightsync.transports.shm import ShmSender
+from weightsync.transports.torch_cuda import TorchCudaSender
 from weightsync.transports.torch_shm import TorchShmSender
 
 if TYPE_CHECKING:
     from weightsync.ipc.arena import Arena
+    from weightsync.transports.copies import CopySender
 
 __all__ = ["BridgeService", "Lane"]
 
@@ -38,12 +40,13 @@ class Lane(Enum):
     """Where a command runs."""
 
     NOW = "at once, in the thread that reads the pipe"
-    LOCAL = "behind other exports: a checksum takes its time"
+    LOCAL = "behind other exports: a checksum, or a copy, takes its time"
     WIRE = "behind other operations of the communicator: these wait for peers"
     FENCE = "in the thread that watches fences"
 
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
+    c.Offer: Lane.LOCAL,  # the first that takes a GPU loads torch and a CUDA context
     c.Export: Lane.LOCAL,
     c.Warm: Lane.WIRE,
     c.Host: Lane.WIRE,
@@ -72,9 +75,12 @@ class BridgeService:
         self.arena = arena
         self._ledger = Ledger()
         self._checksums = Checksums(arena)
-        self._senders: dict[str, ShmSender | TorchShmSender] = {  # to local readers, by transport
-            "shm": ShmSender(arena, ledger=self._ledger, checksums=self._checksums),
-            "torch-shm": TorchShmSender(arena, ledger=self._ledger, checksums=self._checksums),
+        books: dict[str, Any] = {"ledger": self._ledger, "checksums": self._checksums}
+        index = int(name.rpartition("/")[2])
+        self._senders: dict[str, ShmSender | CopySender] = {  # to local readers, by transport
+            "shm": ShmSender(arena, **books),
+            "torch-shm": TorchShmSender(arena, **books),
+            "torch-cuda": TorchCudaSender(arena, **books, index=index),
         }
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None

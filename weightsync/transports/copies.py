@@ -1,0 +1,139 @@
+"""Exports for readers that know torch and nothing of ours: a copy of the bucket for each of them.
+
+Stock engines open what they are given with torch's own functions, and torch counts who holds it: a storage shared by
+file name has a reference count, a CUDA-IPC export has one too. Both say when a reader is done, which is the fence; both
+demand that every export is opened exactly once. Here is the bookkeeping that both share. What a copy is, and how it is
+opened, is `torch_shm.py` and `torch_cuda.py`.
+
+A copy for each reader is the price of independence where a reader cannot be made to map a slot.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Protocol
+
+from weightsync.errors import LocalProtocolError
+from weightsync.ipc.ledger import Ledger
+from weightsync.transports.base import BucketSender, seconds_left
+from weightsync.transports.exports import Checksums, Exports
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from weightsync.ipc.arena import Arena
+
+__all__ = ["Copy", "CopySender"]
+
+
+class Copy(Protocol):
+    """One export: a bucket copied for one reader."""
+
+    @property
+    def released(self) -> bool:
+        """Whether its reader has opened it and let it go."""
+
+    def ticket(self, reader: str, checksum: int) -> bytes:
+        """What the reader opens it by."""
+
+    def remove(self) -> None:
+        """Give its memory back; a reader that still has it open keeps what it has mapped."""
+
+
+class CopySender(BucketSender):
+    """Exports copies of slots of `arena`, which the caller owns and closes."""
+
+    def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums | None = None) -> None:
+        super().__init__()
+        self._arena = arena
+        self._ledger = ledger if ledger is not None else Ledger()
+        self._checksums = checksums if checksums is not None else Checksums(arena)
+        self._exports = Exports(arena.slots, arena.slot_bytes)
+        self._copies: dict[tuple[int, str], Copy] = {}  # (slot, reader)
+        self._readers: set[str] = set()
+        self._lock = threading.RLock()
+
+    @abstractmethod
+    def _check_possible(self) -> None:
+        """Raise `LocalProtocolError` or `TransportError` where such copies cannot be made at all."""
+
+    @abstractmethod
+    def _copy(self, data: memoryview) -> Copy:
+        """A copy of a bucket. Raises `TransportError` when there is no room."""
+
+    def offer(self, reader: str) -> bytes:
+        """There is nothing to attach to: every ticket says all that its reader needs."""
+        self._check_open()
+        self._check_possible()
+        with self._lock:
+            self._readers.add(reader)
+        return b""
+
+    def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
+        names = list(readers)
+        with self._lock:
+            self._check_open()
+            if strangers := [name for name in names if name not in self._readers]:
+                raise LocalProtocolError(f"nothing was offered to {', '.join(strangers)}")
+            self._settle(slot)
+            export = self._exports.begin(slot, nbytes, sequence, names)
+            export.checksum = self._checksums.of(slot, sequence, nbytes, self._check_open)
+            self._exports.record(slot, export)
+            tickets = {}
+            for name in names:
+                copy = self._copies[slot, name] = self._copy(self._arena.slot(slot)[:nbytes])
+                export.readers.add(name)
+                export.waiting[name] = 0
+                self._ledger.exported(name)
+                tickets[name] = copy.ticket(name, export.checksum)
+            return tickets
+
+    def send(self, slot: int, *, deadline: float) -> None:
+        """Nothing to move: the readers look at their own copies."""
+        self._check_open()
+        seconds_left(deadline, f"send of slot {slot}")
+
+    def pending(self, slot: int) -> tuple[str, ...]:
+        with self._lock:
+            self._check_open()
+            return self._settle(slot)
+
+    def revoke(self, slot: int, reader: str) -> None:
+        with self._lock:
+            self._check_open()
+            if reader in self._settle(slot):
+                self._forget(slot, reader)
+                self._ledger.revoked(reader)
+
+    def settle(self) -> None:
+        """Bring the ledger up to what the readers have done."""
+        with self._lock:
+            for slot in self._exports.held():
+                self._settle(slot)
+
+    def close(self) -> None:
+        self._ended.set()
+        with self._lock:
+            while self._copies:
+                self._copies.popitem()[1].remove()
+
+    def abort(self) -> None:
+        self.close()
+
+    def _settle(self, slot: int) -> tuple[str, ...]:
+        """Forget and book the readers of `slot` that are done; the others."""
+        export = self._exports.get(slot)
+        if export is None:
+            return ()
+        for reader in [name for name in export.waiting if self._copies[slot, name].released]:
+            self._forget(slot, reader)
+            self._ledger.opened(reader)
+            self._ledger.closed(reader)
+        return tuple(export.waiting)
+
+    def _forget(self, slot: int, reader: str) -> None:
+        self._copies.pop((slot, reader)).remove()
+        export = self._exports.get(slot)
+        if export is not None:
+            export.waiting.pop(reader, None)
