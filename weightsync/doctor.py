@@ -11,7 +11,6 @@ import asyncio
 import os
 import shutil
 import socket
-import subprocess
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,8 @@ from weightsync.adapters import adapter
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.config import EngineConfig, is_loopback
-from weightsync.errors import EngineError, EngineLost, WeightSyncError
+from weightsync.errors import ConfigError, EngineError, EngineLost, WeightSyncError
+from weightsync.gpus import all_gpus, seen_by
 from weightsync.processes import environment, listener, same_namespace
 
 if TYPE_CHECKING:
@@ -157,35 +157,23 @@ def _shared_memory(pid: int) -> Finding:
 
 
 def _visible_gpus(theirs: Mapping[str, str]) -> list[Finding]:
-    wanted = [name.strip() for name in theirs.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    if mig := [name for name in wanted if name.startswith("MIG-")]:
+    wanted = theirs.get("CUDA_VISIBLE_DEVICES", "")
+    if not wanted.strip():
+        return []
+    gpus = all_gpus()
+    try:
+        seen = seen_by(theirs, gpus)
+    except ConfigError as error:
+        return [Finding(level="fail", what=f"the engine runs on {error.message}", fix=error.hint or "")]
+    if gpus and len(seen) < len(wanted.split(",")):
         return [
             Finding(
                 level="fail",
-                what=f"the engine runs on {mig[0]}: memory cannot be shared between MIG instances",
-                fix="give it a whole GPU",
+                what=f"the engine's CUDA_VISIBLE_DEVICES={wanted} names GPUs that are not visible here",
+                fix="start weightsyncd where all of the node's GPUs are visible; it needs no CUDA_VISIBLE_DEVICES",
             )
         ]
-    named = [name for name in wanted if name.startswith("GPU-")]
-    here = _gpu_uuids() if named else []
-    return [
-        Finding(
-            level="fail",
-            what=f"the engine runs on {name}, which is not visible here",
-            fix="start weightsyncd where all of the node's GPUs are visible; it needs no CUDA_VISIBLE_DEVICES",
-        )
-        for name in named
-        if not any(uuid.startswith(name) for uuid in here)
-    ]
-
-
-def _gpu_uuids() -> list[str]:
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
-    try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return listed.split()
+    return []
 
 
 def _here(environ: Mapping[str, str]) -> list[Finding]:

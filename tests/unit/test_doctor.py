@@ -94,9 +94,10 @@ def test_the_listener_of_a_port_is_found():
 
 
 def test_what_the_environment_says(monkeypatch):
-    monkeypatch.setattr(doctor, "_gpu_uuids", lambda: ["GPU-aa11"])
-    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == []
-    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-aa"}) == []
+    monkeypatch.setattr(doctor, "all_gpus", lambda: ["aa11", "aa22"])
+    assert doctor._visible_gpus({}) == []
+    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "1,0"}) == []
+    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-aa1"}) == []
     (hidden,) = doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-bb"})
     assert "not visible" in hidden.what
     (mig,) = doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-cc"})

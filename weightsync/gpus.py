@@ -1,0 +1,54 @@
+"""Which GPUs a process sees, told from the outside: its CUDA_VISIBLE_DEVICES and the driver's list, no CUDA context.
+
+Ordinals mean something in one process only. Between processes a GPU is named by its UUID, here as torch prints it,
+without the `GPU-` that the driver and CUDA_VISIBLE_DEVICES put before it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+from typing import TYPE_CHECKING
+
+from weightsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+__all__ = ["all_gpus", "seen_by"]
+
+
+def all_gpus() -> list[str]:
+    """UUIDs of this machine's GPUs (of this container's), in the driver's order; empty where there is none.
+
+    Asks nvidia-smi, and gives it ten seconds.
+    """
+    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    try:
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [line.strip().removeprefix("GPU-") for line in listed.splitlines() if line.strip()]
+
+
+def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:
+    """What a process started with `environment` sees of `gpus`: UUIDs by its ordinals.
+
+    CUDA's own rules: numbers count in the driver's order, UUIDs may be shortened, and the list ends before the first
+    entry that names none. Raises `ConfigError` for MIG instances, between which memory is not shared.
+    """
+    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return list(gpus)
+    found = []
+    for name in (part.strip() for part in wanted.split(",")):
+        if name.startswith("MIG-"):
+            raise ConfigError(f"{name}: memory cannot be shared between MIG instances", hint="use whole GPUs")
+        if name.isdecimal():
+            at = int(name)
+            matches = [gpus[at]] if at < len(gpus) else []
+        else:
+            matches = [gpu for gpu in gpus if name and gpu.startswith(name.removeprefix("GPU-"))]
+        if len(matches) != 1:
+            break
+        found += matches
+    return found
