@@ -105,6 +105,7 @@ class EngineConfig(_Section, frozen=True):
     ca_file: str | None = None  # certificates (PEM) for an https URL, where the system's do not do
     path: str = "auto"  # which way into the engine, see PATHS
     target: Literal["all", "model", "draft"] = "all"  # which of its models takes what is pushed
+    gpus: tuple[str, ...] = ()  # UUIDs of its ranks' GPUs, where its process cannot be looked at
 
     @property
     def api_key(self) -> str | None:

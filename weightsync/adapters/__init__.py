@@ -49,6 +49,10 @@ class EngineSpec(Protocol):
         """Which way into the engine: one that its brand knows, or "auto" for the best that it offers."""
 
     @property
+    def gpus(self) -> tuple[str, ...]:
+        """UUIDs of its ranks' GPUs, where they cannot be told from its process; else empty."""
+
+    @property
     def target(self) -> str:
         """Which of its models takes what is pushed: "all", "model" or "draft"."""
 

@@ -1,0 +1,42 @@
+"""On which GPUs an engine's readers are: what a CUDA-IPC handle for a stock engine has to name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from weightsync.errors import EngineError
+from weightsync.gpus import all_gpus, seen_by
+from weightsync.processes import environment, listener
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["reader_gpus"]
+
+
+def reader_gpus(url: str, ordinals: Sequence[int], *, named: Sequence[str], engine: str) -> list[str]:
+    """The UUID of each reader's GPU, by tp rank. `ordinals` is how the engine counts them in its own process.
+
+    `named` is what the operator's config says, and wins. Otherwise the process that listens at `url` is looked at.
+    Raises `EngineError` where neither tells.
+    """
+    if named:
+        if len(named) != len(ordinals):
+            raise EngineError(
+                f"its config names {len(named)} GPUs, and it has {len(ordinals)} ranks",
+                engine=engine,
+                hint="gpus has one UUID for each tensor-parallel rank, in their order",
+            )
+        return [name.removeprefix("GPU-") for name in named]
+    parts = urlsplit(url)
+    pid = listener(parts.port or (443 if parts.scheme == "https" else 80))
+    seen = seen_by(environment(pid), all_gpus()) if pid is not None else []
+    if any(at >= len(seen) for at in ordinals):
+        raise EngineError(
+            f"it cannot be told on which GPUs its {len(ordinals)} ranks are: "
+            + (f"its process ({pid}) sees {len(seen)}" if pid is not None else f"nobody is seen to listen at {url}"),
+            engine=engine,
+            hint='name them in its config: gpus = ["GPU-…", …], by tensor-parallel rank (nvidia-smi -L lists them)',
+        )
+    return [seen[at] for at in ordinals]
