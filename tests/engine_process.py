@@ -41,6 +41,7 @@ class EngineProcess:
     """One engine, front and workers. `kind`, `name`, `url` and `api_key` make it the spec of its own adapter."""
 
     kind = "reference"
+    ca_file, path, gpus, target = None, "auto", (), "all"  # what other brands' adapters ask for
 
     def __init__(self, process: subprocess.Popen[bytes], name: str, directory: Path, api_key: str | None) -> None:
         self.process = process

@@ -31,6 +31,7 @@ class Served:
     """A server in a thread, over fake workers; `kind`, `name`, `url` and `api_key` make it an engine's spec."""
 
     kind, name = "reference", "engine-a"
+    ca_file, path, gpus, target = None, "auto", (), "all"  # what other brands' adapters ask for
 
     def __init__(self, api_key: str | None, faults: bool) -> None:
         self.workers = Workers()
@@ -195,7 +196,7 @@ def test_the_adapter_takes_an_engine_through_a_push(serve: Callable[..., Served]
     async def push() -> None:
         async with connected(served) as hands:
             info = await hands.probe(deadline=soon())
-            assert (info.tp_size, info.version, info.transports) == (2, None, ("shm",))
+            assert (info.tp_size, info.version, info.transport) == (2, None, "shm")
             assert await hands.accept(WHOLE, deadline=soon()) == ()
             await hands.pause("keep", deadline=soon())
             await hands.begin(1, WHOLE, [[b"\x00\xff"], []], deadline=soon())

@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 __all__ = ["EngineAnswer", "EngineHttp"]
 
 _REASON = 600  # characters of an engine's reason that are worth repeating
-_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=8, keepalive_expiry=4.0)
-"""uvicorn closes idle connections after 5 s: let go of ours before, or a call meets a closing one."""
+_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
+"""A connection for each call: uvicorn drops idle ones, and any after it answered 500, without a word, and the next call
+on it would pass for a lost engine. A new one on this machine costs less than a millisecond.
+"""
 
 
 class EngineAnswer(EngineError):

@@ -31,7 +31,7 @@ class Call:
 
     function: Global
     args: tuple[Any, ...]
-    state: dict[str, Any] | None = field(default=None)
+    state: Any = field(default=None)
 
 
 def namespace(**attributes: Any) -> Call:

@@ -1,0 +1,409 @@
+"""The adapter against what real SGLang servers answered: recorded exchanges, and the rules that they do not show."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.hand_push import Tensors, manifest_of, soon
+from tests.recorded import FIXTURES, Replay
+from weightsync.adapters.sglang.control import SGLangAdapter
+from weightsync.errors import EngineError, EngineLost, EngineRefused
+from weightsync.ipc.descriptors import seal
+from weightsync.transports.torch_shm import TorchShmTicket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightsync.adapters.base import EngineInfo, PauseMode
+    from weightsync.plan.manifest import Manifest
+
+VERSIONS = ("0.5.23", "0.5.20", "0.5.15.post1")
+URL = "http://127.0.0.1:31021"
+NORMS: Tensors = {
+    f"model.layers.{i}.input_layernorm.weight": ("float32", (128,), np.full(128, 0.5 + i, np.float32).tobytes())
+    for i in range(2)
+}
+MANIFEST = manifest_of(NORMS, slot_bytes=512)
+ODD = manifest_of({**NORMS, "model.layers.0.bogus.weight": ("float32", (1,), bytes(4))}, slot_bytes=512)
+TICKET = seal(b"S", TorchShmTicket(reader="e/0", handle=b"/weightsync-none", nbytes=512, checksum=0))
+
+
+def spec(path: str = "auto", target: str = "all", key: str | None = None, url: str = URL) -> Any:
+    return SimpleNamespace(kind="sglang", name="sgl", url=url, api_key=key, ca_file=None, path=path, target=target)
+
+
+async def push(
+    hand: SGLangAdapter,
+    version: int,
+    offers: Sequence[Sequence[bytes]],
+    ticket: Callable[[int], bytes],
+    mode: PauseMode = "keep",
+    manifest: Manifest = MANIFEST,
+) -> EngineInfo:
+    """A whole push of `manifest`; how the engine is while it is under way."""
+    await hand.probe(deadline=soon())
+    await hand.accept(manifest, deadline=soon())
+    await hand.pause(mode, deadline=soon())
+    await hand.begin(version, manifest, offers, deadline=soon())
+    during = await hand.probe(deadline=soon())
+    for bucket in range(manifest.buckets):
+        await hand.load(bucket, [ticket(bucket)], deadline=soon())
+    await hand.finish(version, deadline=soon())
+    assert await hand.verify(deadline=soon()) is None
+    await hand.resume(deadline=soon())
+    return during
+
+
+def replayed(name: str, version: str = "0.5.23", **options: Any) -> tuple[SGLangAdapter, Replay]:
+    replay = Replay(FIXTURES / f"sglang-{version}-{name}.json")
+    return SGLangAdapter(spec(**options), transport=replay), replay
+
+
+async def tensor_story(hand: SGLangAdapter, ticket: Callable[[int], bytes]) -> None:
+    before = await hand.probe(deadline=soon())
+    assert before.software.startswith("sglang 0.5.")
+    assert before.profile.endswith("path tensor: asked for")
+    assert (before.transport, before.tp_size, before.paused, before.torn) == ("torch-shm", 1, False, False)
+    during = await push(hand, 17, [[b""]], ticket, "keep")
+    assert (during.paused, during.torn, during.version) == (True, True, before.version)
+    after = await hand.probe(deadline=soon())
+    assert (after.version, after.paused, after.torn) == (17, False, False)
+    assert after.incarnation == before.incarnation != ""
+    # a push that stops half-way, and the next one
+    await hand.pause("wait", deadline=soon())
+    await hand.begin(18, MANIFEST, [[b""]], deadline=soon())
+    assert (await hand.probe(deadline=soon())).version == 17
+    await push(hand, 19, [[b""]], ticket, "abort")
+    assert (await hand.probe(deadline=soon())).version == 19
+
+
+async def plugin_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], ticket: Callable[[int], bytes]) -> None:
+    info = await hand.probe(deadline=soon())
+    assert info.profile.endswith("path plugin: our plugin answers")
+    assert (info.transport, info.asleep) == ("shm", False)
+    with pytest.raises(EngineRefused, match=r"no place for 'model\.layers\.0\.bogus\.weight'"):
+        await hand.accept(ODD, deadline=soon())
+    left = await hand.accept(MANIFEST, deadline=soon())
+    assert "model.layers.0.self_attn.qkv_proj.weight" in left
+    assert "model.layers.0.input_layernorm.weight" not in left
+    await hand.pause("none", deadline=soon())
+    await hand.begin(3, MANIFEST, offers, deadline=soon())
+    with pytest.raises(EngineError, match="ShmTicket") as failure:
+        await hand.load(0, [b"no ticket"], deadline=soon())
+    assert failure.value.phase == "load"
+    torn = await hand.probe(deadline=soon())
+    assert (torn.paused, torn.torn) == (True, True)
+    await push(hand, 4, offers, ticket)
+    assert (await hand.probe(deadline=soon())).version == 4
+
+
+async def sleep_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], ticket: Callable[[int], bytes]) -> None:
+    """The server's weights and cache are released when it begins."""
+    assert (await hand.probe(deadline=soon())).asleep
+    await push(hand, 5, offers, ticket)
+    assert not (await hand.probe(deadline=soon())).asleep
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_push_into_a_stock_server_and_its_repair(version: str) -> None:
+    async def run() -> None:
+        hand, replay = replayed("tensor", version, path="tensor")
+        await tensor_story(hand, lambda _: TICKET)
+        await hand.close()
+        assert replay.rest() == []
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize(("fixture", "story"), [("plugin", plugin_story), ("asleep", sleep_story)])
+def test_a_push_through_the_plugin(fixture: str, story: Any, version: str) -> None:
+    async def run() -> None:
+        hand, replay = replayed(fixture, version)
+        await story(hand, [[b"o" * 100]], lambda _: b"t" * 100)
+        await hand.close()
+        assert replay.rest() == []
+
+    asyncio.run(run())
+
+
+def test_the_doctor_of_a_guarded_server() -> None:
+    async def findings(fixture: str, key: str) -> list[tuple[str, str]]:
+        hand, _ = replayed(fixture, key=key)
+        found = await hand.examine(deadline=soon())
+        await hand.close()
+        return [(finding.level, finding.what) for finding in found]
+
+    assert ("fail", "its weight endpoints do not take our key") in asyncio.run(findings("wrong-key", "no"))
+    right = asyncio.run(findings("right-key", "secret"))
+    assert ("ok", "its weight endpoints take our calls") in right
+    assert ("warn", "our plugin is not loaded: unknown names would be left out silently") in right
+
+
+class Server(httpx.AsyncBaseTransport):
+    """Answers like a stock server; single answers can be replaced. Remembers what it was asked."""
+
+    def __init__(self, version: str = "0.5.23", *, openapi: bool = True, **facts: Any) -> None:
+        self.facts = {"version": version, "tp_size": 1, "dp_size": 1, "device": "cpu", "random_seed": 1, **facts}
+        self.sessions = version >= "0.5.21"
+        self.openapi = openapi
+        self.weights = "default"
+        self.replaced: dict[str, tuple[int, Any]] = {}
+        self.asked: list[tuple[str, Any]] = []
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        path, content = request.url.path, await request.aread()
+        body: Any = json.loads(content) if content else None
+        if request.method == "POST":
+            self.asked.append((path, body))
+        if path in self.replaced:
+            status, answer = self.replaced[path]
+            return httpx.Response(status, json=answer)
+        if path == "/update_weight_version" and request.method == "POST":
+            self.weights = body["new_version"]
+        answers: dict[str, Any] = {
+            "/server_info": self.facts,
+            "/model_info": {"weight_version": self.weights},
+            "/openapi.json": self._openapi() if self.openapi else None,
+        }
+        if path not in self._paths() and path != "/openapi.json":
+            return httpx.Response(404, json={"detail": "Not Found"})
+        if request.method == "GET" and path not in answers:
+            return httpx.Response(405, json={"detail": "Method Not Allowed"})
+        answer = answers.get(path, {"success": True, "message": "Success"})
+        return httpx.Response(404 if answer is None else 200, json=answer)
+
+    def _paths(self) -> list[str]:
+        paths = ["server_info", "model_info", "pause_generation", "continue_generation", "flush_cache"]
+        paths += ["update_weight_version", "update_weights_from_tensor", "resume_memory_occupation"]
+        return [f"/{path}" for path in paths + ["begin_weight_update", "end_weight_update"] * self.sessions]
+
+    def _openapi(self) -> dict[str, Any]:
+        reference = {"content": {"application/json": {"schema": {"$ref": "#/components/schemas/T"}}}}
+        fields = ["serialized_named_tensors", "load_format", "flush_cache"]
+        fields += ["selector" if self.sessions else "disable_draft_model"]
+        paths: dict[str, Any] = {path: {"post": {}} for path in self._paths()}
+        paths["/update_weights_from_tensor"] = {"post": {"requestBody": reference}}
+        return {"paths": paths, "components": {"schemas": {"T": {"properties": {field: {} for field in fields}}}}}
+
+    def said(self, path: str) -> list[Any]:
+        return [body for asked, body in self.asked if asked == path]
+
+
+def served(server: Server, **options: Any) -> SGLangAdapter:
+    return SGLangAdapter(spec(**options), transport=server)
+
+
+def pushed(server: Server, mode: PauseMode = "keep", **options: Any) -> None:
+    async def run() -> None:
+        hand = served(server, **options)
+        try:
+            await push(hand, 2, [[b""]], lambda _: TICKET, mode)
+        finally:
+            await hand.close()
+
+    asyncio.run(run())
+
+
+def test_the_cache_is_flushed_once_and_the_version_set_last() -> None:
+    server = Server()
+    pushed(server)
+    order = [path for path, _ in server.asked]
+    assert order.count("/flush_cache") == 1
+    assert order.index("/end_weight_update") < order.index("/flush_cache")
+    assert server.said("/update_weight_version") == [
+        {"new_version": ">2", "abort_all_requests": False},
+        {"new_version": "2", "abort_all_requests": False},
+    ]
+    assert [body["flush_cache"] for body in server.said("/update_weights_from_tensor")] == [False, False]
+
+
+@pytest.mark.parametrize(
+    ("version", "mode", "waits", "word"),
+    [
+        ("0.5.23", "keep", False, "retract"),
+        ("0.5.23", "wait", True, "retract"),
+        ("0.5.23", "abort", False, "abort"),
+        ("0.5.23", "none", False, "in_place"),
+        ("0.5.15.post1", "keep", True, "abort"),
+        ("0.5.15.post1", "wait", True, "abort"),
+        ("0.5.15.post1", "none", False, "in_place"),
+    ],
+)
+def test_pause_modes(version: str, mode: PauseMode, waits: bool, word: str) -> None:
+    async def run() -> Server:
+        server = Server(version)
+        hand = served(server)
+        await hand.pause(mode, deadline=soon())
+        await hand.pause(mode, deadline=soon())  # waits for nobody: it is paused
+        await hand.close()
+        return server
+
+    server = asyncio.run(run())
+    assert server.said("/pause_generation") == [{"mode": word}] * 2
+    drained = server.said("/update_weights_from_tensor")
+    assert [body["load_format"] for body in drained] == ["direct"] * waits
+
+
+def test_a_wait_outside_a_session_is_refused_after_the_wait_and_that_is_fine() -> None:
+    server = Server()
+    message = "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+    server.replaced["/update_weights_from_tensor"] = (400, {"success": False, "message": message})
+
+    async def run() -> None:
+        hand = served(server)
+        await hand.pause("wait", deadline=soon())
+        await hand.close()
+
+    asyncio.run(run())
+    assert server.said("/pause_generation") == [{"mode": "retract"}]
+
+
+@pytest.mark.parametrize(
+    ("version", "target", "field"),
+    [
+        ("0.5.23", "all", {"selector": "all"}),
+        ("0.5.23", "model", {"selector": "target"}),
+        ("0.5.23", "draft", {"selector": "draft"}),
+        ("0.5.15.post1", "all", {}),
+        ("0.5.15.post1", "model", {"disable_draft_model": True}),
+    ],
+)
+def test_which_model_takes_the_tensors(version: str, target: str, field: dict[str, Any]) -> None:
+    server = Server(version)
+    pushed(server, target=target)
+    for body in server.said("/update_weights_from_tensor")[-2:]:
+        del body["serialized_named_tensors"], body["load_format"], body["flush_cache"]
+        assert body == field
+    assert server.said("/begin_weight_update") == ([field] if version == "0.5.23" else [])
+
+
+@pytest.mark.parametrize(
+    ("version", "facts", "options", "reason"),
+    [
+        ("0.5.23", {"dp_size": 2}, {}, "dp_size 2"),
+        ("0.5.23", {"pp_size": 2}, {}, "pp_size 2"),
+        ("0.5.23", {"weight_cache_mode": "client"}, {}, "--weight-cache-mode client"),
+        ("0.5.15.post1", {"quantization": "fp8"}, {}, "does not restore packed weights"),
+        ("0.5.15.post1", {}, {"target": "draft"}, "cannot load into the draft model alone"),
+        ("0.5.23", {"device": "cuda"}, {"path": "ipc"}, "UUID"),
+        ("0.5.23", {"tp_size": 2}, {"path": "ipc"}, "only --tp 1"),
+    ],
+)
+def test_refusals(version: str, facts: dict[str, Any], options: dict[str, Any], reason: str) -> None:
+    server = Server(version, **facts)
+    with pytest.raises(EngineRefused, match=reason):
+        pushed(server, **options)
+    assert server.asked == []
+
+
+def test_stock_servers_refuse_parts() -> None:
+    async def run() -> None:
+        hand = served(Server())
+        big = manifest_of({"lm_head.weight": ("float32", (4, 128), bytes(2048))}, slot_bytes=1024)
+        with pytest.raises(EngineRefused, match=r"whole ones only: 'lm_head\.weight'") as refusal:
+            await hand.accept(big, deadline=soon())
+        assert refusal.value.hint is not None
+        assert "at least 2048" in refusal.value.hint
+        await hand.close()
+
+    asyncio.run(run())
+
+
+def test_a_failed_load_ends_the_session() -> None:
+    server = Server()
+    server.replaced["/update_weights_from_tensor"] = (400, {"success": False, "message": "no such parameter"})
+    with pytest.raises(EngineError, match="no such parameter"):
+        pushed(server)
+    assert server.asked[-1][0] == "/end_weight_update"
+    assert server.weights == ">2"
+
+
+def test_a_success_of_false_is_a_failure_whatever_the_status() -> None:
+    server = Server()
+    server.replaced["/end_weight_update"] = (200, {"success": False, "message": "post-processing failed"})
+    with pytest.raises(EngineError, match="post-processing failed"):
+        pushed(server)
+
+
+@pytest.mark.parametrize(("mode", "fails"), [("keep", True), ("none", False)])
+def test_a_cache_that_cannot_be_flushed(mode: PauseMode, fails: bool) -> None:
+    server = Server()
+    server.replaced["/flush_cache"] = (400, "Flush cache failed.")
+    if fails:
+        with pytest.raises(EngineError, match="the cache could not be flushed"):
+            pushed(server, mode)
+    else:
+        pushed(server, mode)
+    assert server.weights == (">2" if fails else "2")
+
+
+def test_somebody_else_sets_the_version() -> None:
+    server = Server()
+    server.replaced["/update_weight_version"] = (200, {"success": True})
+    with pytest.raises(EngineError, match="weight version is 'default' after it was set to '2'"):
+        pushed(server)
+
+
+def test_a_restart_is_another_incarnation() -> None:
+    async def run() -> None:
+        server = Server()
+        hand = served(server)
+        first = await hand.probe(deadline=soon())
+        await hand.pause("keep", deadline=soon())
+        assert (await hand.probe(deadline=soon())).paused
+        server.facts["random_seed"] = 2
+        second = await hand.probe(deadline=soon())
+        assert second.incarnation != first.incarnation
+        assert not second.paused
+        await hand.close()
+
+    asyncio.run(run())
+
+
+def test_endpoints_are_asked_for_where_openapi_is_off() -> None:
+    async def run() -> str:
+        hand = served(Server(openapi=False))
+        info = await hand.probe(deadline=soon())
+        await hand.close()
+        return info.profile
+
+    assert asyncio.run(run()).startswith("sglang-session (0.5.23")
+
+
+@pytest.mark.parametrize("answer", ["hello", [], {"version": 5}])
+def test_no_sglang_server(answer: Any) -> None:
+    server = Server()
+    server.replaced["/server_info"] = (200, answer)
+    with pytest.raises(EngineError, match="not that of an SGLang server"):
+        pushed(server)
+
+
+def test_the_plugin_is_asked_for_and_does_not_answer() -> None:
+    with pytest.raises(EngineError, match="no plugin answers"):
+        pushed(Server(), path="plugin")
+    old: dict[str, Any] = {"internal_states": [{"weightsync": {"protocol": 7}}]}
+    with pytest.raises(EngineError, match="a plugin of protocol 7 answers"):
+        pushed(Server(**old), path="plugin")
+
+
+def test_a_deadline_that_passes() -> None:
+    class Silent(httpx.AsyncBaseTransport):
+        async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    async def run() -> None:
+        hand = SGLangAdapter(spec(), transport=Silent())
+        with pytest.raises(EngineLost):
+            await hand.probe(deadline=soon(0.01))
+        await hand.close()
+
+    asyncio.run(run())

@@ -1,0 +1,171 @@
+"""Our plugin as SGLang's scheduler calls it: a model of torch, real shared memory, and what it needs of SGLang."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from types import ModuleType, SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+
+from tests.hand_push import HandPush, Tensors
+from weightsync.adapters.sglang import orders, plugin
+from weightsync.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TENSORS: Tensors = {
+    "proj.weight": ("float32", (64, 8), np.arange(512, dtype=np.float32).tobytes()),
+    "norm.weight": ("float32", (8,), np.ones(8, np.float32).tobytes()),
+}
+
+
+class Model(torch.nn.Module):
+    """Takes what it is given, and refuses shapes that differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = torch.nn.Linear(8, 64, bias=False)
+        self.norm = torch.nn.LayerNorm(8, bias=False)
+
+    def load_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
+        with torch.no_grad():
+            for name, tensor in tensors:
+                parameter = dict(self.named_parameters())[name]
+                if parameter.shape != tensor.shape:
+                    raise ValueError(f"{name} has another shape")
+                parameter.copy_(tensor)
+
+
+class Reply(msgspec.Struct):
+    success: bool
+    message: str
+
+
+class Scheduler:
+    """What the plugin sees of SGLang's manager of weights, 0.5.21 and later."""
+
+    tp_cpu_group = None
+
+    def __init__(self) -> None:
+        self.model = Model()
+
+    def _select_runners(self, target: str) -> list[tuple[str, Any]]:
+        return [(target, SimpleNamespace(model=self.model))]
+
+    def ask(self, order: orders.Order | str) -> Any:
+        action = order if isinstance(order, str) else orders.encode(order)
+        return plugin._check_weights(lambda _self, request: request.action, self, SimpleNamespace(action=action))
+
+
+@pytest.fixture
+def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
+    structs = ModuleType("sglang.srt.managers.io_struct")
+    structs.CheckWeightsReqOutput = Reply  # type: ignore[attr-defined]
+    for name in ("sglang", "sglang.srt", "sglang.srt.managers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, structs.__name__, structs)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 0)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 1)
+    worker = plugin._Worker()
+    monkeypatch.setattr(plugin, "_worker", worker)
+    yield Scheduler()
+    if worker._slots is not None:
+        worker._slots.close()
+
+
+def begin(hand: HandPush, target: str = "all") -> orders.Begin:
+    offers = tuple(tuple(rank) for rank in hand.offers("e", 1))
+    return orders.Begin(manifest=hand.manifest(TENSORS).pack(), target=target, offers=offers, seconds=10.0)
+
+
+def load(hand: HandPush, bucket: int) -> orders.Load:
+    tickets = hand.tickets(hand.manifest(TENSORS), bucket, TENSORS, "e", 1)
+    return orders.Load(bucket=bucket, tickets=tuple(tickets), seconds=10.0)
+
+
+def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        assert scheduler.ask(begin(hand)).message == "begun"
+        buckets = hand.manifest(TENSORS).buckets
+        assert buckets > 1
+        for bucket in range(buckets):
+            assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
+        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+    for name, parameter in scheduler.model.named_parameters():
+        assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_names_are_judged_before_anything_is_loaded(scheduler: Scheduler) -> None:
+    with HandPush() as hand:
+        odd: Tensors = {"norm.weight": TENSORS["norm.weight"], "norm.scale.x": ("float32", (1,), bytes(4))}
+        answer = scheduler.ask(orders.Accept(manifest=hand.manifest(odd).pack(), target="all"))
+    assert answer.success
+    accepted = msgspec.json.decode(answer.message, type=orders.Accepted)
+    assert accepted == orders.Accepted(unknown=("norm.scale.x",), untouched=("proj.weight",))
+
+
+def test_failures_are_answers(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:
+    assert "begin first" in scheduler.ask(orders.Finish()).message
+    assert not scheduler.ask("weightsync1:!").success
+    assert "another protocol" in scheduler.ask("weightsync9:gaA=").message
+    scheduler.model.proj = torch.nn.Linear(4, 4, bias=False)
+    with HandPush() as hand:
+        assert scheduler.ask(begin(hand)).success
+        answer = scheduler.ask(load(hand, 0))
+        assert (answer.success, answer.message) == (False, "ValueError: proj.weight has another shape")
+        assert "Load failed" in caplog.text
+        scheduler.model.proj = torch.nn.Linear(8, 64, bias=False)
+        assert scheduler.ask(begin(hand)).success  # the next push
+        assert scheduler.ask(load(hand, 0)).success
+        assert scheduler.ask(orders.Finish()).success
+
+
+def test_an_update_that_is_not_complete_does_not_finish(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        assert scheduler.ask(begin(hand)).success
+        answer = scheduler.ask(orders.Finish())
+    assert not answer.success
+    assert "did not come whole" in answer.message
+
+
+def test_actions_of_sglang_itself_go_on_to_it(scheduler: Scheduler) -> None:
+    assert scheduler.ask("checksum") == "checksum"
+
+
+def test_before_selectors_there_is_the_served_model_only(scheduler: Scheduler) -> None:
+    runner = SimpleNamespace(model=scheduler.model)
+    old = SimpleNamespace(tp_worker=SimpleNamespace(model_runner=runner), draft_worker=object())
+    assert plugin._models(old, "target") == [scheduler.model]
+    with pytest.raises(LocalProtocolError, match="draft model"):
+        plugin._models(old, "all")
+
+
+def test_a_failure_of_another_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(out: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        out[0].copy_(mine)
+        out[1][:4] = torch.tensor(list(b"oops"), dtype=torch.uint8)
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", gather)
+    assert plugin._agree("", None) == "tp rank 1: oops"
+    assert plugin._agree("é" * 2000, None).startswith("tp rank 0: éé")
+
+
+def test_what_server_info_tells() -> None:
+    result = SimpleNamespace(internal_state={})
+    plugin._get_internal_state(
+        result,
+        SimpleNamespace(_engine_paused=True, weight_updater=SimpleNamespace(offload_tags={"weights", "kv_cache"})),
+    )
+    assert result.internal_state["weightsync"] == {"protocol": 1, "paused": True, "asleep": ["kv_cache", "weights"]}
+
+
+def test_processes_without_a_scheduler_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    plugin.register()  # sglang is not installed here: importing any of it would fail

@@ -1,0 +1,469 @@
+"""The vLLM adapter against what a real server answered, and against one that answers as told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from functools import wraps
+
+import httpx
+import pytest
+
+from tests.hand_push import manifest_of
+from tests.recorded import FIXTURES, Replay
+from weightsync.adapters.vllm.control import VLLMAdapter
+from weightsync.adapters.vllm.path_ipc import IpcPath
+from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
+from weightsync.config import EngineConfig
+from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+
+OFFER = [[b"offer" * 20]]
+TICKET = [b"ticket" * 20]
+MODEL = {f"model.layers.{i}.mlp.down_proj.weight": ("bfloat16", (64, 8), bytes(1024)) for i in range(3)}
+GETS = ("/is_paused", "/get_world_size", "/weight_info", "/server_info", "/is_sleeping", "/version", "/metrics")
+ROUTES = (
+    *("/pause", "/resume", "/is_paused", "/get_world_size", "/reset_prefix_cache", "/reset_encoder_cache"),
+    *("/collective_rpc", "/update_weights", "/init_weight_transfer_engine", "/start_weight_update"),
+    *("/finish_weight_update", "/start_draft_weight_update", "/weight_info", "/update_weight_version", "/wake_up"),
+)
+
+
+def on_loop(test):
+    @wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+def soon():
+    return time.monotonic() + 29.5
+
+
+def adapter(transport, path="auto", target="all"):
+    spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", path=path, target=target)
+    return VLLMAdapter(spec, transport=transport)
+
+
+def replayed(release, name, path):
+    replay = Replay(FIXTURES / f"vllm-{release}-{name}.json")
+    return replay, adapter(replay, path)
+
+
+def manifest(names=tuple(MODEL), slot_bytes=1024):
+    """As many buckets as were recorded."""
+    return manifest_of({name: MODEL[name] for name in names}, slot_bytes=slot_bytes)
+
+
+async def push(hand, version, mode="keep"):
+    plan = manifest()
+    await hand.probe(deadline=soon())
+    await hand.accept(plan, deadline=soon())
+    await hand.pause(mode, deadline=soon())
+    await hand.begin(version, plan, OFFER, deadline=soon())
+    for bucket in range(plan.buckets):
+        await hand.load(bucket, TICKET, deadline=soon())
+    await hand.finish(version, deadline=soon())
+    await hand.resume(deadline=soon())
+    return await hand.probe(deadline=soon())
+
+
+RELEASES = ["0.27.1", "0.32.0"]
+
+
+@pytest.mark.parametrize("path", ["plugin", "extension"])
+@pytest.mark.parametrize("release", RELEASES)
+@on_loop
+async def test_a_recorded_push(release, path):
+    replay, hand = replayed(release, f"{path}-push", path)
+    info = await push(hand, 41)
+    assert replay.rest() == []
+    assert info.version == 41
+    assert not info.torn
+    assert not info.paused
+    assert info.software == f"vllm {release}"
+    assert info.incarnation
+    assert f"path {path}" in info.profile
+    await hand.close()
+
+
+@pytest.mark.parametrize("path", ["plugin", "extension"])
+@pytest.mark.parametrize("release", RELEASES)
+@on_loop
+async def test_a_recorded_failure_and_its_repair(release, path):
+    replay, hand = replayed(release, f"{path}-repair", path)
+    plan = manifest()
+    await hand.probe(deadline=soon())
+    await hand.pause("keep", deadline=soon())
+    await hand.begin(42, plan, OFFER, deadline=soon())
+    await hand.begin(43, plan, OFFER, deadline=soon())  # nobody ended the first
+    await hand.load(0, TICKET, deadline=soon())
+    with pytest.raises(EngineError, match="its checksum differs"):
+        await hand.load(1, TICKET, deadline=soon())
+    info = await hand.probe(deadline=soon())
+    assert info.torn
+    assert info.version == 41
+    assert info.paused
+    with pytest.raises(EngineRefused, match=r"torn or asleep.*and 13 more"):
+        await hand.accept(manifest([next(iter(MODEL))]), deadline=soon())
+    assert (await push(hand, 44, mode="abort")).version == 44
+    with pytest.raises(EngineRefused, match=r"no parameter for 'model\.layers\.0\.self_attn\.z_proj\.weight'"):
+        await hand.accept(plan, deadline=soon())
+    assert len(await hand.accept(plan, deadline=soon())) == 18
+    assert replay.rest() == []
+    await hand.close()
+
+
+@pytest.mark.parametrize("release", RELEASES)
+@on_loop
+async def test_a_recorded_examination(release):
+    replay, hand = replayed(release, "doctor", "auto")
+    findings = await hand.examine(deadline=soon())
+    assert [finding.level for finding in findings] == ["ok", "ok", "ok"]
+    assert replay.rest() == []
+    await hand.close()
+
+
+@on_loop
+async def test_a_recorded_stock_server():
+    replay = Replay(FIXTURES / "vllm-0.32.0-stock-ipc.json")
+    spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa",))
+    hand = VLLMAdapter(spec, transport=replay)
+    findings = await hand.examine(deadline=soon())
+    assert [finding.level for finding in findings] == ["ok", "ok", "warn", "warn"]
+    info = await hand.probe(deadline=soon())
+    assert info.transport == "torch-cuda"
+    assert "path ipc: no plugin answered" in info.profile
+    assert await hand.accept(manifest(), deadline=soon()) == ()
+    assert replay.rest() == []
+    await hand.close()
+
+
+class Server:
+    """A vLLM server as told: its state, and every POST it got."""
+
+    def __init__(self, *, version="0.32.0", backend="weightsync", plugin=True, routes=ROUTES, world=1, each=1):
+        self.version, self.backend, self.plugin, self.routes = version, backend, plugin, set(routes)
+        self.world, self.each = world, each
+        self.weight_version = "default"
+        self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
+        self.started = 1.5
+        self.protocol = 1
+        self.posted: list[tuple[str, dict[str, str]]] = []
+        self.answers: dict[str, tuple[int, object]] = {}
+
+    def transport(self):
+        return httpx.MockTransport(self.handle)
+
+    def handle(self, request):
+        path, query = request.url.path, dict(request.url.params)
+        body = json.loads(request.content or b"{}")
+        if request.method == "POST":
+            self.posted.append((path, query))
+        if path in self.answers:
+            status, answer = self.answers[path]
+            return httpx.Response(status, json=answer)
+        match path:
+            case "/version":
+                return httpx.Response(200, json={"version": self.version})
+            case "/openapi.json" if not self.docs_off:
+                return httpx.Response(200, json={"paths": {route: {} for route in self.routes}})
+            case "/metrics" if not self.metrics_off:
+                text = f"process_start_time_seconds {self.started}\n"
+                return httpx.Response(200, text=text + self.sleep_state())
+        if path in ("/server_info", "/is_sleeping"):
+            pass
+        elif path in self.routes and (request.method == "GET") != (path in GETS):
+            return httpx.Response(405, json={"detail": "Method Not Allowed"})
+        elif path not in self.routes:
+            return httpx.Response(404, json={"detail": "Not Found"})
+        match path:
+            case "/server_info":
+                if self.info_off:
+                    return error("'NoneType' object has no attribute 'splitlines'")
+                transfer = {"backend": self.backend} if self.backend else None
+                return httpx.Response(200, json={"vllm_config": {"weight_transfer_config": transfer}, "vllm_env": {}})
+            case "/is_sleeping":
+                return httpx.Response(200, json={"is_sleeping": self.sleeping or self.paused})
+            case "/is_paused":
+                return httpx.Response(200, json={"is_paused": self.paused})
+            case "/get_world_size":
+                return httpx.Response(200, json={"world_size": self.each if query else self.world})
+            case "/weight_info":
+                return httpx.Response(200, json={"weight_version": self.weight_version})
+            case "/update_weight_version":
+                self.weight_version = body["new_version"]
+            case "/collective_rpc":
+                return self.worker(body)
+            case "/init_weight_transfer_engine" if self.backend != "weightsync":
+                return error(
+                    "Invalid init_info for IPCWeightTransferEngine: unexpected keyword argument 'weightsync'"
+                    if self.backend
+                    else "Weight transfer not configured. Please set weight_transfer_config to enable weight transfer."
+                )
+            case "/reset_prefix_cache":
+                return httpx.Response(200, json={"success": True})
+        return httpx.Response(200, json={"status": "done"})
+
+    def worker(self, body):
+        if not self.plugin:
+            return error("'CPUWorker' object has no attribute 'weightsync'")
+        asked = json.loads(body["args"][0])
+        answers = {
+            "hello": {
+                "protocol": self.protocol,
+                "rank": 0,
+                "platform": "cpu",
+                "replicas": 1,
+                "world_size": 1,
+                "incarnation": "token",
+                "weight_version": "5",
+                "backend": self.backend,
+            },
+            "check": {"unknown": [], "unknowns": 0, "partial": [], "partials": 0, "untouched": []},
+        }
+        return httpx.Response(200, json={"results": [answers.get(asked["do"], {})]})
+
+    def sleep_state(self):
+        return f'vllm:engine_sleep_state{{engine="0",sleep_state="weights_offloaded"}} {float(self.sleeping)}\n'
+
+    def paths(self):
+        return [path for path, _ in self.posted]
+
+
+def error(message):
+    return httpx.Response(500, json={"error": {"message": message, "type": "InternalServerError", "code": 500}})
+
+
+async def way(server, path="auto", target="all"):
+    hand = adapter(server.transport(), path, target)
+    info = await hand.probe(deadline=soon())
+    return hand, info
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "kind", "transport"),
+    [
+        ({}, "auto", PluginPath, "shm"),
+        ({"backend": "nccl"}, "auto", ExtensionPath, "shm"),
+        ({"backend": None}, "auto", ExtensionPath, "shm"),
+        ({"backend": "ipc", "plugin": False}, "auto", IpcPath, "torch-cuda"),
+        ({"version": "0.19.1"}, "plugin", ExtensionPath, "shm"),  # takes no backends of others
+    ],
+)
+@on_loop
+async def test_ways_in(options, path, kind, transport):
+    hand, info = await way(Server(**options), path)
+    assert type(hand._path) is kind
+    assert info.transport == transport
+
+
+@on_loop
+async def test_a_backend_is_found_where_server_info_fails():
+    server = Server(backend="ipc", plugin=False)
+    server.info_off = True
+    hand, _ = await way(server)
+    assert isinstance(hand._path, IpcPath)
+
+
+@pytest.mark.parametrize(("backend", "path"), [(None, "auto"), ("nccl", "auto"), ("ipc", "plugin"), (None, "plugin")])
+@on_loop
+async def test_no_way_in_is_told_with_the_flag(backend, path):
+    with pytest.raises(EngineError) as caught:
+        await way(Server(backend=backend, plugin=False), path)
+    assert '--weight-transfer-config \'{"backend": "weightsync"}\'' in (caught.value.hint or "")
+
+
+@on_loop
+async def test_a_plugin_of_another_weightsync():
+    server = Server()
+    server.protocol = 2
+    with pytest.raises(EngineError, match="speaks protocol 2, this daemon 1"):
+        await way(server)
+
+
+@on_loop
+async def test_routes_are_asked_for_one_by_one_without_openapi():
+    server = Server()
+    server.docs_off = True
+    _, info = await way(server)
+    assert "vllm-0.29" in info.profile
+
+
+@on_loop
+async def test_production_mode():
+    with pytest.raises(EngineError, match="answers 404") as caught:
+        await way(Server(routes=[]))
+    assert "VLLM_SERVER_DEV_MODE=1" in (caught.value.hint or "")
+
+
+@on_loop
+async def test_a_torn_server_is_known_by_its_version():
+    server = Server()
+    server.weight_version = "16>17"
+    _, info = await way(server)
+    assert info.torn
+    assert info.version == 16
+
+
+@on_loop
+async def test_the_version_is_torn_before_anything_and_served_after_everything():
+    server = Server()
+    hand, _ = await way(server)
+    server.posted.clear()
+    plan = manifest()
+    await hand.begin(5, plan, OFFER, deadline=soon())
+    assert server.weight_version == ">5"
+    assert server.paths()[:2] == ["/update_weight_version", "/start_weight_update"]
+    server.posted.clear()
+    await hand.finish(5, deadline=soon())
+    assert server.weight_version == "5"
+    assert server.paths()[:4] == [
+        "/finish_weight_update",
+        "/reset_prefix_cache",
+        "/reset_encoder_cache",
+        "/update_weight_version",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "paused_as", "running"),
+    [("keep", "keep", "true"), ("wait", "wait", "true"), ("abort", "abort", "true"), ("none", "keep", "false")],
+)
+@on_loop
+async def test_pause_modes(mode, paused_as, running):
+    server = Server()
+    hand, _ = await way(server)
+    await hand.pause(mode, deadline=soon())
+    assert server.posted[-1] == ("/pause", {"mode": paused_as, "clear_cache": "false"})
+    await hand.finish(5, deadline=soon())
+    resets = [query for path, query in server.posted if path == "/reset_prefix_cache"]
+    assert resets == [{"reset_running_requests": running}]
+
+
+@on_loop
+async def test_a_cache_that_was_not_reset_leaves_the_server_torn():
+    server = Server()
+    hand, _ = await way(server)
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    server.answers["/reset_prefix_cache"] = (200, {"success": False})
+    with pytest.raises(EngineError, match="prefix cache could not be reset"):
+        await hand.finish(5, deadline=soon())
+    assert (await hand.probe(deadline=soon())).torn
+    await hand.pause("none", deadline=soon())
+    await hand.finish(5, deadline=soon())  # its KV was to be kept
+    assert not (await hand.probe(deadline=soon())).torn
+
+
+@on_loop
+async def test_a_sleeping_server_is_woken_by_parts():
+    server = Server()
+    server.sleeping = True
+    hand, info = await way(server)
+    assert info.asleep
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.resume(deadline=soon())
+    woken = [query for path, query in server.posted if path == "/wake_up"]
+    assert woken == [{"tags": "weights"}, {"tags": "kv_cache"}]
+    assert server.paths()[-1] == "/resume"
+
+
+@on_loop
+async def test_a_paused_server_is_not_asleep():
+    server = Server()
+    server.paused = True
+    _, info = await way(server)
+    assert info.paused
+    assert not info.asleep
+
+
+@on_loop
+async def test_a_draft_model():
+    server = Server()
+    hand, _ = await way(server, target="draft")
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    assert "/start_draft_weight_update" in server.paths()
+    assert "/start_weight_update" not in server.paths()
+
+
+@on_loop
+async def test_replicas_are_refused():
+    hand, info = await way(Server(world=4, each=2))
+    assert info.tp_size == 4
+    with pytest.raises(EngineRefused, match="data parallelism"):
+        await hand.accept(manifest(), deadline=soon())
+
+
+@on_loop
+async def test_a_restart_is_another_incarnation():
+    server = Server()
+    hand, before = await way(server)
+    server.started, server.version = 2.5, "0.29.0"
+    after = await hand.probe(deadline=soon())
+    assert before.incarnation != after.incarnation
+    assert after.software == "vllm 0.29.0"
+
+
+@on_loop
+async def test_without_metrics_the_workers_tell_incarnations():
+    server = Server()
+    server.metrics_off = True
+    _, info = await way(server)
+    assert info.incarnation == "token"
+
+
+@on_loop
+async def test_workers_keep_the_version_where_the_server_does_not():
+    routes = [route for route in ROUTES if route not in ("/weight_info", "/update_weight_version")]
+    _, info = await way(Server(version="0.24.0", routes=routes))
+    assert info.version == 5
+
+
+@on_loop
+async def test_nothing_is_done_before_a_probe():
+    hand = adapter(Server().transport())
+    with pytest.raises(LocalProtocolError, match="was not probed"):
+        await hand.load(0, TICKET, deadline=soon())
+
+
+def judged(findings):
+    return [(finding.level, finding.fix) for finding in findings if finding.level != "ok"]
+
+
+@on_loop
+async def test_examining_a_server_without_anything():
+    server = Server(backend=None, plugin=False)
+    found = judged(await adapter(server.transport()).examine(deadline=soon()))
+    assert [level for level, _ in found] == ["warn", "fail"]
+    assert "pip install weightsync" in found[0][1]
+    assert '{"backend": "weightsync"}' in found[1][1]
+
+
+@on_loop
+async def test_examining_stock_ipc_that_allows_no_pickles():
+    found = judged(await adapter(Server(backend="ipc", plugin=False).transport(), "ipc").examine(deadline=soon()))
+    assert "VLLM_ALLOW_INSECURE_SERIALIZATION=1" in found[-1][1]
+
+
+@on_loop
+async def test_examining_production_mode():
+    found = judged(await adapter(Server(routes=[]).transport()).examine(deadline=soon()))
+    assert len(found) == 1
+    assert "VLLM_SERVER_DEV_MODE=1" in found[0][1]
+
+
+@on_loop
+async def test_examining_changes_nothing():
+    server = Server(backend="ipc", plugin=False)
+    server.info_off = True
+    await adapter(server.transport()).examine(deadline=soon())
+    assert set(server.paths()) <= {"/collective_rpc", "/init_weight_transfer_engine"}
+
+
+@on_loop
+async def test_an_address_that_others_reach():
+    spec = EngineConfig(name="e", kind="vllm", url="http://10.0.0.7:8000")
+    found = judged(await VLLMAdapter(spec, transport=Server().transport()).examine(deadline=soon()))
+    assert found[0][0] == "warn"
+    assert "--host 127.0.0.1" in found[0][1]

@@ -1,0 +1,206 @@
+"""What stock vLLM's ipc backend is sent, opened as its worker opens it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import inspect
+import pickle
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
+
+from tests.hand_push import manifest_of
+from weightsync.adapters.torch_handles import cuda_args
+from weightsync.adapters.vllm.path_ipc import IpcPath, broken_groups, misfits, update_info
+from weightsync.adapters.vllm.profiles import PROFILES, Choice
+from weightsync.errors import EngineError, EngineRefused
+from weightsync.ipc.descriptors import seal
+from weightsync.plan.buckets import plan_push
+from weightsync.plan.manifest import Layout, Shard
+from weightsync.transports.torch_cuda import TorchCudaTicket
+
+HANDLE = b"\x07" * 64
+
+
+def ticket(reader="e/0", nbytes=4096):
+    made = TorchCudaTicket(
+        reader=reader,
+        nbytes=nbytes,
+        checksum=1,
+        device=3,
+        storage_handle=HANDLE,
+        storage_nbytes=1 << 21,
+        storage_offset=512,
+        counter_handle=b"/torch_1_2_3",
+        counter=5,
+        event_handle=b"\x01" * 64,
+        event_sync=True,
+    )
+    return seal(b"U", made)
+
+
+def args():
+    return cuda_args(TorchCudaTicket.unpack(ticket()), 0)
+
+
+def tensors(*shapes):
+    names = ("model.a.weight", "model.b.weight", "model.c.weight")
+    return {
+        name: ("bfloat16", shape, bytes(2 * int(np.prod(shape)))) for name, shape in zip(names, shapes, strict=False)
+    }
+
+
+def manifest(*shapes, slot_bytes=1 << 20, alignment=256):
+    shards = [Shard(name, d, s, (0,) * len(s), s) for name, (d, s, _) in tensors(*shapes).items()]
+    return plan_push([Layout.of(shards)], slot_bytes=slot_bytes, owners=1, alignment=alignment).manifest
+
+
+def opened(info):
+    return pickle.loads(base64.b64decode(info["ipc_handles_pickled"]))
+
+
+def test_the_workers_unpickler_gets_the_arguments_of_rebuild_cuda_tensor():
+    info = update_info(manifest((4, 128), (128,)), 0, {"aa-bb": args()}, flagged=False)
+    found = opened(info)["aa-bb"]
+    assert len(found) == len(inspect.signature(rebuild_cuda_tensor).parameters)
+    assert found[0] is torch.Tensor
+    assert found[5] is torch.uint8
+    assert found[6] == 0  # the worker's own ordinal comes here
+    assert found[7] == HANDLE
+    assert list(info) == ["names", "dtype_names", "shapes", "tensor_sizes", "ipc_handles_pickled"]
+
+
+def test_one_dict_for_all_workers_where_there_are_no_lists():
+    info = update_info(manifest((128,)), 0, {"a": args(), "b": args()}, flagged=True)
+    assert set(opened(info)) == {"a", "b"}
+    assert info["packed"] is True
+
+
+def test_the_buffer_is_cut_up_as_it_was_filled():
+    plan = manifest((4, 128), (128,))
+    info = update_info(plan, 0, {"a": args()}, flagged=False)
+    assert info["names"] == ["model.a.weight", "model.b.weight"]
+    assert info["shapes"] == [[4, 128], [128]]
+    assert info["tensor_sizes"] == [1024, 256]
+    assert info["dtype_names"] == ["bfloat16", "bfloat16"]
+    assert sum(info["tensor_sizes"]) == int(plan.bucket_nbytes[0])
+
+
+def test_gaps_between_tensors_do_not_fit():
+    assert misfits(manifest((4, 128), (128,))) == []
+    found = misfits(manifest((3,), (128,)))
+    assert found == ["'model.b.weight' starts 250 bytes behind the tensor before it"]
+
+
+def test_cut_tensors_do_not_fit():
+    assert misfits(manifest((8, 128), slot_bytes=1024)) == ["'model.a.weight' is cut over several buckets"]
+
+
+def test_broken_groups():
+    layer = "model.layers.0"
+    attention = [f"{layer}.self_attn.{m}_proj.weight" for m in "qkv"]
+    assert broken_groups(attention) == []
+    assert "without k_proj, v_proj" in broken_groups(attention[:1])[0]
+    both = [f"{layer}.mlp.{m}_proj.weight" for m in ("gate", "up")]
+    assert broken_groups(both) == []
+    assert broken_groups(both[1:]) == []  # a model without gates
+    assert "without gate_proj" in broken_groups([*both, "model.layers.1.mlp.up_proj.weight"])[0]
+
+
+class Http:
+    """Remembers what was posted."""
+
+    engine = "stock"
+
+    def __init__(self):
+        self.posted = []
+
+    async def post(self, path, body=None, params=None, *, deadline):
+        self.posted.append((path, body))
+
+
+class StockServer:
+    engine = "stock"
+    version = "0.x"
+    world = 2
+
+    def __init__(self, profile):
+        self.http = Http()
+        self.profile = profile
+        self.choice = Choice(profile, "")
+
+
+def ipc_push(profile, *, torn=False):
+    server: Any = StockServer(profile)
+    path = IpcPath(server, draft=False, gpus=lambda: ["u0", "u1"])
+    plan = manifest((4, 128), (128,))
+
+    async def run():
+        assert await path.check(plan, whole=False, deadline=0) == ()
+        await path.begin(3, plan, [[b""], [b""]], torn=torn, deadline=0)
+        await path.load(0, [ticket("e/0"), ticket("e/1")], deadline=0)
+        await path.finish(3, deadline=0)
+
+    asyncio.run(run())
+    return server.http.posted
+
+
+def by_name(name):
+    return next(profile for profile in PROFILES if profile.name == name)
+
+
+def test_newer_servers_get_a_list_with_each_workers_own_handle():
+    init, start, update, finish = ipc_push(by_name("vllm-0.29"))
+    assert init == ("/init_weight_transfer_engine", {"init_info": {"packed": True}})
+    assert start == ("/start_weight_update", {})
+    assert [list(opened(worker)) for worker in update[1]["update_info"]] == [["u0"], ["u1"]]
+    assert "packed" not in update[1]["update_info"][0]
+    assert finish == ("/finish_weight_update", None)
+
+
+def test_older_servers_get_one_dict_that_says_it_is_packed():
+    init, _, update, _ = ipc_push(by_name("vllm-0.22"))
+    assert init[1] == {"init_info": {}}
+    assert set(opened(update[1]["update_info"])) == {"u0", "u1"}
+    assert update[1]["update_info"]["packed"] is True
+
+
+def test_a_torn_server_is_opened_and_closed_once_first():
+    paths = [path for path, _ in ipc_push(by_name("vllm-0.29"), torn=True)]
+    assert paths == [
+        "/init_weight_transfer_engine",
+        "/finish_weight_update",
+        "/start_weight_update",
+        "/finish_weight_update",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+    ]
+
+
+def nobody():
+    raise EngineError("it cannot be told on which GPUs its ranks are", hint="name them")
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "shapes", "match"),
+    [
+        ("vllm-0.21", list, ((128,),), "takes no packed buffers"),
+        ("vllm-0.29", nobody, ((128,),), "cannot be told on which GPUs"),
+        ("vllm-0.29", list, ((3,), (128,)), "starts 250 bytes behind"),
+        ("vllm-0.27", lambda: ["a", "a"], ((128,),), "several of its workers share a GPU"),
+    ],
+)
+def test_what_stock_ipc_cannot_take_is_refused(name, gpus, shapes, match):
+    server: Any = StockServer(by_name(name))
+    path = IpcPath(server, draft=False, gpus=gpus)
+    with pytest.raises(EngineRefused, match=match):
+        asyncio.run(path.check(manifest(*shapes), whole=False, deadline=0))
+
+
+def test_hand_made_manifests_are_like_planned_ones():
+    assert manifest_of(tensors((128,)), slot_bytes=1 << 20) == manifest((128,))

@@ -1,0 +1,211 @@
+"""Our side in a vLLM worker, with stand-ins for the few things of vLLM that it calls."""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from contextlib import nullcontext
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
+
+import pytest
+import torch
+
+from tests.hand_push import HandPush, as_bytes, manifest_of
+from weightsync.adapters.vllm.extension import answer
+from weightsync.adapters.vllm.reload import WeightReload, worker_index
+from weightsync.errors import EngineError, LocalProtocolError
+
+RELOAD = "vllm.model_executor.model_loader.reload"
+
+
+class Info:
+    def __init__(self, half_loaded):
+        self.half_loaded = half_loaded
+        self.load_numel = 7
+        self.loaded_weights = ["something"]
+
+    def can_load(self):
+        return self.half_loaded
+
+
+class Model(torch.nn.Module):
+    """Loads what it knows, by copying, and says what it loaded."""
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+
+    def __init__(self):
+        super().__init__()
+        self.config = SimpleNamespace()
+        self.embed = torch.nn.Linear(4, 8, bias=False)
+        self.norm = torch.nn.Linear(2, 2, bias=False)
+        self.head = self.embed
+        self.deaf: set[str] = set()
+        self.asked: list[str] = []
+
+    def load_weights(self, weights):
+        known = dict(self.named_parameters(remove_duplicate=False))
+        loaded = set()
+        for name, tensor in weights:
+            self.asked.append(name)
+            if name not in self.deaf:
+                known[name].data.copy_(tensor)
+                loaded.add(name)
+        return loaded
+
+
+@pytest.fixture
+def vllm(monkeypatch):
+    """What was done to the model's reload, in order."""
+    calls: list[str] = []
+    infos: dict[torch.nn.Module, Info] = {}
+    reload: Any = ModuleType(RELOAD)
+    reload.initialize_layerwise_reload = lambda model: calls.append("initialize")
+    reload.finalize_layerwise_reload = lambda model, config: calls.append("finalize")
+    layerwise: Any = ModuleType(f"{RELOAD}.layerwise")
+    layerwise.get_layerwise_info = lambda layer: infos.setdefault(layer, Info(False))
+    config: Any = ModuleType("vllm.config")
+    config.set_current_vllm_config = lambda config: nullcontext()
+    for module in (reload, layerwise, config):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.model_loader"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    return SimpleNamespace(calls=calls, infos=infos)
+
+
+def vllm_config(**parallel):
+    ranks = {"rank": 0, "world_size": 1, "data_parallel_size": 1, "data_parallel_index": 0, "pipeline_parallel_size": 1}
+    return SimpleNamespace(
+        parallel_config=SimpleNamespace(**{**ranks, **parallel}),
+        model_config=SimpleNamespace(quantization=None),
+        speculative_config=None,
+    )
+
+
+class Worker:
+    def __init__(self, model):
+        self.vllm_config = vllm_config()
+        self.device = torch.device("cpu")
+        self.model_runner = SimpleNamespace(get_model=lambda: model)
+
+    def ask(self, do, **request):
+        return answer(self, json.dumps({"do": do, **request}))
+
+
+def text(data):
+    return base64.b64encode(data).decode()
+
+
+def weights(*names):
+    shapes = {"embed.weight": (8, 4), "norm.weight": (2, 2), "other.weight": (2, 2)}
+    return as_bytes((name, torch.rand(shapes[name])) for name in names)
+
+
+def push(worker, tensors, version=3, aliases=()):
+    with HandPush(slot_bytes=256) as hand:
+        manifest = hand.manifest(tensors, aliases)
+        offers = [[text(offer) for offer in rank] for rank in hand.offers("e", 1)]
+        worker.ask("begin", version=version, manifest=text(manifest.pack()), offers=offers, seconds=30)
+        for bucket in range(manifest.buckets):
+            tickets = [text(ticket) for ticket in hand.tickets(manifest, bucket, tensors, "e", 1)]
+            worker.ask("load", bucket=bucket, tickets=tickets, seconds=30)
+        worker.ask("finish")
+        return worker.ask("serve", version=version)
+
+
+def test_a_push_through_the_extension(vllm):
+    model = Model()
+    worker = Worker(model)
+    tensors = weights("embed.weight", "norm.weight")
+    assert push(worker, tensors) == {"weight_version": "3"}
+    assert as_bytes(model.named_parameters()) == tensors
+    assert vllm.calls == ["initialize", "finalize"]
+    assert worker.ask("hello")["weight_version"] == "3"
+
+
+def test_further_names_of_a_tensor_are_loaded_too(vllm):
+    model = Model()
+    push(Worker(model), weights("embed.weight"), aliases=[("head.weight", "embed.weight"), ("gone", "embed.weight")])
+    assert model.asked == ["embed.weight", "head.weight"]
+
+
+def test_what_the_model_ignores_is_named_and_the_worker_stays_torn(vllm):
+    model = Model()
+    model.deaf = {"norm.weight"}
+    worker = Worker(model)
+    with pytest.raises(EngineError, match=r"the model ignored norm\.weight"):
+        push(worker, weights("embed.weight", "norm.weight"))
+    assert worker.ask("hello")["weight_version"] == ">3"
+    model.deaf = set()
+    assert push(worker, weights("embed.weight", "norm.weight"), 4) == {"weight_version": "4"}
+
+
+def test_what_a_loader_trips_over_is_named(vllm):
+    tensors = {"norm.weight": ("float32", (3, 1), bytes(12))}
+    with pytest.raises(EngineError, match=r"could not load one of norm\.weight \(3, 1\): RuntimeError"):
+        push(Worker(Model()), tensors)
+
+
+def test_an_update_that_is_not_whole_does_not_finish(vllm):
+    worker = Worker(Model())
+    tensors = weights("embed.weight", "norm.weight")
+    with HandPush(slot_bytes=256) as hand:
+        manifest = text(hand.manifest(tensors).pack())
+        offers = [[text(offer) for offer in rank] for rank in hand.offers("e", 1)]
+        worker.ask("begin", version=3, manifest=manifest, offers=offers, seconds=30)
+        with pytest.raises(LocalProtocolError, match="did not come whole"):
+            worker.ask("finish")
+    assert "finalize" not in vllm.calls
+
+
+def test_half_loaded_layers_are_put_back_before_the_next_update(vllm):
+    model = Model()
+    left = vllm.infos[model.norm] = Info(True)
+    push(Worker(model), weights("embed.weight"))
+    assert vllm.calls[:2] == ["finalize", "initialize"]
+    assert left.loaded_weights == []
+    assert left.load_numel == 0
+
+
+def test_a_check_loads_nothing(vllm):
+    model = Model()
+    fit = Worker(model).ask("check", manifest=text(manifest_of(weights("other.weight"), slot_bytes=256).pack()))
+    assert fit["unknown"] == ("other.weight",)
+    assert fit["unknowns"] == 1
+    assert fit["untouched"] == ("embed.weight", "norm.weight", "head.weight")
+    assert model.asked == []
+    assert vllm.calls == []
+
+
+def test_experts_that_a_cpu_would_not_repack_are_refused(vllm):
+    model = Model()
+    model.config.num_experts = 2
+    fit = WeightReload(vllm_config(), torch.device("cpu")).fit(
+        model, manifest_of(weights("embed.weight"), slot_bytes=256).pack()
+    )
+    assert "does not repack expert weights" in fit.partial[0]
+
+
+def test_a_draft_model_that_is_not_there(vllm):
+    with pytest.raises(EngineError, match="no draft model"):
+        Worker(Model()).ask("check", manifest="", draft=True)
+
+
+def test_an_unknown_request(vllm):
+    with pytest.raises(LocalProtocolError, match="cannot do 'dance'"):
+        Worker(Model()).ask("dance")
+
+
+def test_the_backends_state_is_the_workers(vllm):
+    worker: Any = Worker(Model())
+    state = WeightReload(None, torch.device("cpu"))
+    worker.weight_transfer_engine = SimpleNamespace(weightsync=state)
+    assert worker.ask("hello")["incarnation"] == state.incarnation
+    assert state.config is worker.vllm_config
+
+
+def test_worker_index():
+    assert worker_index(vllm_config(rank=1, world_size=4, data_parallel_index=2).parallel_config) == 9
+    older = SimpleNamespace(rank=1, world_size=4, data_parallel_rank=2)
+    assert worker_index(older) == 9

@@ -1,0 +1,180 @@
+"""Stock SGLang's `/update_weights_from_ipc`: checkpoint-engine's worker protocol, which old and new versions have.
+
+One HTTP call lasts as long as the whole update, while a ZeroMQ REP socket in every rank's worker asks for one message
+after the other: a buffer, where the tensors lie in it, and so on until None. The worker unpickles what it is sent; what
+it answers is nothing, or the text of an error, and is never unpickled. The buffer is taken back after every bucket, by
+sending an empty one, so that its release passes the fence before the next is on its way.
+
+The protocol has no way to give up: a worker whose peer dies waits for ever, which is why this is not the default path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import shutil
+import tempfile
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import zmq
+import zmq.asyncio
+
+from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
+from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["CheckpointEnginePath"]
+
+_LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
+_LINGER = 500  # milliseconds that a last message has to leave
+_OVERTAKEN = 1.0  # seconds by which the call's own answer may overtake a worker's last one
+
+
+class _Update:
+    """An update under way: sockets in a directory that nobody else may enter, and the call that lasts as long."""
+
+    def __init__(self, server: SGLangServer, keys: Sequence[str], manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._engine = server.engine
+        self._directory = tempfile.mkdtemp(prefix="weightsync-ce-")
+        self._context = zmq.asyncio.Context()
+        self._sockets = []
+        handles = {}
+        for rank, key in enumerate(keys):
+            socket = self._context.socket(zmq.REQ)
+            socket.setsockopt(zmq.LINGER, _LINGER)
+            socket.setsockopt(zmq.REQ_RELAXED, 1)  # the end can be sent to a worker that has not answered
+            socket.setsockopt(zmq.REQ_CORRELATE, 1)
+            handles[key] = f"ipc://{self._directory}/{rank}"
+            socket.bind(handles[key])
+            self._sockets.append(socket)
+        body = {"zmq_handles": handles, "flush_cache": False}
+        self._call = asyncio.create_task(server.call("/update_weights_from_ipc", body, deadline=monotonic() + _LONGEST))
+
+    async def say(self, messages: Sequence[bytes], *, deadline: float) -> None:
+        """Send `messages[rank]` to every rank; returns when all have answered that it is done."""
+        async with asyncio.TaskGroup() as group:
+            for socket, message in zip(self._sockets, messages, strict=True):
+                group.create_task(self._say(socket, message, deadline))
+
+    async def ended(self, *, deadline: float) -> None:
+        """Wait for the call to end. Raises what it failed with."""
+        done, _ = await asyncio.wait({self._call}, timeout=max(deadline - monotonic(), 0))
+        if not done:
+            raise EngineLost("its checkpoint-engine worker did not end in time", engine=self._engine)
+        self._call.result()
+
+    async def close(self) -> None:
+        """Let go of everything; workers that still listen are told that this was all."""
+        for socket in self._sockets:
+            if not self._call.done():
+                with suppress(zmq.ZMQError):  # of a worker that never came
+                    await socket.send(end(), zmq.NOBLOCK)
+            socket.close()
+        self._call.cancel()
+        with suppress(asyncio.CancelledError, EngineError):
+            await self._call
+        await asyncio.to_thread(self._context.term)
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _say(self, socket: zmq.asyncio.Socket, message: bytes, deadline: float) -> None:
+        answer = asyncio.create_task(_exchange(socket, message))
+        try:
+            left = max(deadline - monotonic(), 0)
+            await asyncio.wait({answer, self._call}, timeout=left, return_when="FIRST_COMPLETED")
+            if self._call.done() and not answer.done():
+                self._call.result()
+                await asyncio.wait({answer}, timeout=_OVERTAKEN)
+            if not answer.done():
+                raise EngineLost("its checkpoint-engine worker does not answer", engine=self._engine)
+            if text := answer.result():
+                raise EngineError(f"its checkpoint-engine worker says: {text[:600]!r}", engine=self._engine)
+        finally:
+            answer.cancel()
+
+
+async def _exchange(socket: zmq.asyncio.Socket, message: bytes) -> bytes:
+    await socket.send(message)  # waits for a worker to come
+    answer: bytes = await socket.recv()
+    return answer
+
+
+class CheckpointEnginePath(LoadPath):
+    """Buckets as checkpoint-engine's buffers."""
+
+    name = "ipc"
+    transport = "torch-shm"
+
+    def __init__(self, server: SGLangServer, facts: ServerFacts) -> None:
+        self._server = server
+        self._facts = facts
+        self._update: _Update | None = None
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """See the base class. Names are not checked: SGLang leaves out those it does not know, with a log line."""
+        refuse_stock(manifest, self._server.engine)
+        problem = hint = None
+        if self._facts.device != "cpu":
+            problem = "it looks for its GPU's UUID among the handles, and CUDA-IPC handles are not built yet"
+        elif self._facts.tp_size > 1:
+            problem = "on a CPU every rank looks for the same handle, so only --tp 1 can be served this way"
+        elif self._facts.quantization:
+            problem = f"it quantises to {self._facts.quantization!r}, and this path does not restore packed weights"
+        elif self._facts.speculative_algorithm:
+            problem = "it would ask for everything once more for its draft model"
+        if problem:
+            hint = 'path = "tensor", or the engine\'s plugin'
+            raise EngineRefused(
+                f"/update_weights_from_ipc cannot be used here: {problem}",
+                engine=self._server.engine,
+                phase="accept",
+                hint=hint,
+            )
+        return ()
+
+    async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """See the base class. There is nothing to attach to, and an update that failed has ended by itself."""
+        await self.close()
+        self._update = _Update(self._server, [f"GPU-{platform.machine()}"], manifest)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        update = self._open()
+        steps = (
+            [open_buffer(ticket) for ticket in tickets],
+            [tensor_list(update.manifest, bucket)] * len(tickets),
+            [close_buffer()] * len(tickets),
+        )
+        for messages in steps:
+            await self._say(messages, deadline)
+
+    async def finish(self, *, deadline: float) -> None:
+        update = self._open()
+        await self._say([end()] * self._facts.tp_size, deadline)
+        await update.ended(deadline=deadline)
+        await self.close()
+
+    async def close(self) -> None:
+        """Let go of the update that is open."""
+        update, self._update = self._update, None
+        if update is not None:
+            await update.close()
+
+    async def _say(self, messages: Sequence[bytes], deadline: float) -> None:
+        try:
+            await self._open().say(messages, deadline=deadline)
+        except BaseExceptionGroup as group:
+            await self.close()
+            raise next((e for e in group.exceptions if not isinstance(e, EngineLost)), group.exceptions[0]) from None
+
+    def _open(self) -> _Update:
+        if self._update is None:
+            raise LocalProtocolError("no update is open", engine=self._server.engine, hint="begin first")
+        return self._update

@@ -1,0 +1,244 @@
+"""The daemon's hand inside one SGLang server.
+
+The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
+loaded and the cache is flushed. Its dialect and the way in are chosen when it is first probed, and again when it has
+restarted. What a server does not say (whether it is paused, before 0.5.20 and without our plugin) is remembered here.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.pickling import dumps
+from weightsync.adapters.sglang import orders
+from weightsync.adapters.sglang.doctor import examine
+from weightsync.adapters.sglang.ordered import PluginPath
+from weightsync.adapters.sglang.paths import refuse_server
+from weightsync.adapters.sglang.profiles import choose
+from weightsync.adapters.sglang.server import SGLangServer
+from weightsync.adapters.sglang.tensor import TensorPath
+from weightsync.adapters.versions import read, serving, updating
+from weightsync.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import httpx
+
+    from weightsync.adapters import EngineSpec
+    from weightsync.adapters.base import Finding, PauseMode, Resident
+    from weightsync.adapters.sglang.paths import LoadPath
+    from weightsync.adapters.sglang.profiles import Profile
+    from weightsync.adapters.sglang.server import ServerFacts
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["SGLangAdapter"]
+
+
+class _Server(NamedTuple):
+    """What is known of one incarnation."""
+
+    incarnation: str
+    facts: ServerFacts
+    profile: Profile
+    why: str
+    says_ready: bool
+    path: LoadPath
+
+
+class SGLangAdapter(EngineAdapter):
+    """One SGLang HTTP server."""
+
+    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        """Connects to nothing yet. `transport` replaces the network in tests."""
+        self.name = spec.name
+        self._way, self._target = spec.path, spec.target
+        self._keyed = spec.api_key is not None
+        self._http = EngineHttp(spec, transport=transport)
+        self._server = SGLangServer(self._http)
+        self._known: _Server | None = None
+        self._mode: PauseMode | None = None  # in which we paused it
+        self._asleep: tuple[str, ...] = ()
+        self._version: int | None = None
+
+    def __repr__(self) -> str:
+        return f"SGLangAdapter({self.name!r}, {self._http.url!r})"
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        facts = await self._server.facts(deadline=deadline)
+        incarnation = self._server.incarnation(facts)
+        known = self._known
+        if known is None or known.incarnation != incarnation:
+            known = await self._meet(facts, incarnation, deadline)
+        weights = read(await self._server.weight_version(deadline=deadline))
+        self._version = weights.version
+        plugin = facts.plugin
+        self._asleep = plugin.asleep if plugin else ()
+        if known.says_ready:
+            paused = await self._server.paused(deadline=deadline)
+        else:
+            paused = self._mode is not None or (plugin is not None and plugin.paused)
+        return EngineInfo(
+            software=f"sglang {facts.version}",
+            profile=known.why,
+            tp_size=facts.tp_size,
+            version=weights.version,
+            paused=paused,
+            torn=weights.torn,
+            transport=known.path.transport,
+            incarnation=incarnation,
+            asleep="weights" in self._asleep,
+        )
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
+        known = await self._met(deadline)
+        refuse_server(known.facts, known.profile, self._target, self.name)
+        return await known.path.accept(manifest, deadline=deadline)
+
+    async def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        """See the base class.
+
+        keep retracts: requests go back to the queue, lose their cached keys and values and go on with the new weights.
+        From 0.5.12 to 0.5.20 the cache cannot be flushed while any are queued, so there keep is wait. wait lets
+        requests end that have begun; the few that begin between their end and the pause are kept, or on those versions
+        aborted. none freezes requests where they are, and they go on with the keys and values they have.
+        """
+        known = await self._met(deadline)
+        queued = known.profile.flushes_queued
+        if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
+            await self._drain(known, deadline)
+        word = "abort" if mode == "abort" else "in_place" if mode == "none" else "retract" if queued else "abort"
+        await self._server.call("/pause_generation", {"mode": word}, deadline=deadline)
+        self._mode = mode
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
+    ) -> None:
+        known = await self._met(deadline)
+        if "weights" in self._asleep:
+            await self._wake(("weights",), deadline)
+        await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
+        await known.path.begin(manifest, offers, deadline=deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        await (await self._met(deadline)).path.finish(deadline=deadline)
+        await self._flush(deadline)
+        text = serving(version)
+        await self._server.set_weight_version(text, deadline=deadline)
+        found = await self._server.weight_version(deadline=deadline)
+        if found != text:
+            raise EngineError(
+                f"its weight version is {found!r} after it was set to {text!r}",
+                engine=self.name,
+                phase="finish",
+                hint="let nobody else set this server's weight version",
+            )
+        self._version = version
+
+    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
+        """None: SGLang keeps weights fused, and its own checksums are of that."""
+        return None
+
+    async def resume(self, *, deadline: float) -> None:
+        if self._asleep:
+            await self._wake(self._asleep, deadline)
+        await self._server.call("/continue_generation", {}, deadline=deadline)
+        self._mode = None
+
+    async def examine(self, *, deadline: float) -> Sequence[Finding]:
+        known = await self._met(deadline)
+        return await examine(
+            self._server,
+            known.facts,
+            known.profile,
+            known.why,
+            target=self._target,
+            keyed=self._keyed,
+            deadline=deadline,
+        )
+
+    async def close(self) -> None:
+        if self._known is not None:
+            await self._known.path.close()
+        await self._http.close()
+
+    async def _met(self, deadline: float) -> _Server:
+        if self._known is None:
+            await self.probe(deadline=deadline)
+        assert self._known is not None
+        return self._known
+
+    async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Server:
+        """Choose dialect and path for a server that was not known, or has restarted."""
+        if self._known is not None:
+            await self._known.path.close()
+        surface = await self._server.surface(deadline=deadline)
+        chosen = choose(facts.version, surface)
+        path, reason = self._path(facts, chosen.profile)
+        why = f"{chosen.why}, path {path.name}: {reason}"
+        self._mode = None
+        self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path)
+        return self._known
+
+    def _path(self, facts: ServerFacts, profile: Profile) -> tuple[LoadPath, str]:
+        plugin = facts.plugin
+        usable = plugin is not None and plugin.protocol == orders.PROTOCOL
+        if self._way == "plugin" and not usable:
+            found = f"a plugin of protocol {plugin.protocol}" if plugin else "no plugin"
+            raise EngineError(
+                f'path = "plugin" is asked for, and {found} answers',
+                engine=self.name,
+                phase="probe",
+                hint="pip install weightsync in the engine's environment (SGLang 0.5.12 or later), and let "
+                "SGLANG_PLUGINS, if it is set, name weightsync",
+            )
+        if self._way == "plugin" or (self._way == "auto" and usable):
+            return PluginPath(self._server, profile, self._target), "our plugin answers"
+        if self._way == "ipc":
+            from weightsync.adapters.sglang.checkpoint_engine import CheckpointEnginePath
+
+            return CheckpointEnginePath(self._server, facts), "asked for"
+        reason = "asked for" if self._way == "tensor" else "no plugin answers" if plugin is None else "another plugin"
+        return TensorPath(self._server, profile, self._target), reason
+
+    async def _drain(self, known: _Server, deadline: float) -> None:
+        """Wait until the requests that run now have ended.
+
+        An update that is not paused waits for them, and keeps new ones waiting: this one has nothing in it, and outside
+        a session is refused after the wait.
+        """
+        body = {
+            "serialized_named_tensors": [b64encode(dumps([])).decode()] * known.facts.tp_size,
+            "load_format": "direct",
+            "flush_cache": False,
+        }
+        try:
+            await self._server.call("/update_weights_from_tensor", body, deadline=deadline)
+        except EngineAnswer as answer:
+            if "begin_weight_update" not in answer.reason:
+                raise
+
+    async def _flush(self, deadline: float) -> None:
+        """Forget what the old weights computed. Requests that none froze keep theirs, and so does the cache then."""
+        try:
+            await self._server.flush(deadline=deadline)
+        except EngineAnswer as answer:
+            if self._mode == "none":
+                return
+            raise EngineError(
+                f"the weights are loaded, and the cache could not be flushed: {answer.reason.strip()}",
+                engine=self.name,
+                phase="finish",
+                hint='pause = "keep", "wait" or "abort"; and let nobody else resume the engine during a push',
+            ) from answer
+
+    async def _wake(self, tags: tuple[str, ...], deadline: float) -> None:
+        await self._server.call("/resume_memory_occupation", {"tags": list(tags)}, deadline=deadline)
+        self._asleep = tuple(tag for tag in self._asleep if tag not in tags)

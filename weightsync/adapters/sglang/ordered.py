@@ -1,0 +1,95 @@
+"""The way through our plugin: orders in plain MessagePack, buckets straight out of the node's arenas.
+
+Nothing is pickled, tensors may be cut over several buckets, every rank's bytes are checksummed as they arrive, names
+the model does not know are refused before anything is touched, and a failure of any rank is an answer.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.sglang import orders
+from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
+from weightsync.errors import EngineError, EngineLost, EngineRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters.sglang.profiles import Profile
+    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["PluginPath"]
+
+_SHOWN = 5
+
+
+class PluginPath(LoadPath):
+    """Talks to the `plugin.py` of this folder, inside the scheduler of every rank."""
+
+    name = "plugin"
+    transport = "shm"
+
+    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+        self._server = server
+        self._session = Session(server, profile, target)
+        self._target = SELECTORS[target]
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        answer = await self._order(orders.Accept(manifest=manifest.pack(), target=self._target), deadline, "accept")
+        try:
+            accepted = msgspec.json.decode(answer, type=orders.Accepted)
+        except msgspec.DecodeError as error:
+            raise EngineError(f"an answer that is none of our plugin's: {error}", engine=self._server.engine) from error
+        if accepted.unknown:
+            names = ", ".join(map(repr, accepted.unknown[:_SHOWN]))
+            more = len(accepted.unknown) - _SHOWN
+            raise EngineRefused(
+                f"its model has no place for {names}" + (f" and {more} more" if more > 0 else ""),
+                engine=self._server.engine,
+                phase="accept",
+                hint="names as in the model's own checkpoint",
+            )
+        return accepted.untouched
+
+    async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        await self._session.open(deadline=deadline)
+        order = orders.Begin(
+            manifest=manifest.pack(),
+            target=self._target,
+            offers=tuple(tuple(rank) for rank in offers),
+            seconds=_seconds(deadline),
+        )
+        await self._in_session(order, deadline, "begin")
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        order = orders.Load(bucket=bucket, tickets=tuple(tickets), seconds=_seconds(deadline))
+        await self._in_session(order, deadline, "load")
+
+    async def finish(self, *, deadline: float) -> None:
+        await self._in_session(orders.Finish(), deadline, "finish")
+        await self._session.end(deadline=deadline)
+
+    async def _in_session(self, order: orders.Order, deadline: float, phase: str) -> None:
+        try:
+            await self._order(order, deadline, phase)
+        except EngineLost:
+            raise
+        except EngineError:
+            await self._session.abandon(deadline=deadline)
+            raise
+
+    async def _order(self, order: orders.Order, deadline: float, phase: str) -> str:
+        try:
+            return await self._server.call("/weights_checker", {"action": orders.encode(order)}, deadline=deadline)
+        except EngineAnswer as answer:
+            raise EngineError(answer.reason, engine=self._server.engine, phase=phase) from answer
+
+
+def _seconds(deadline: float) -> float:
+    """What is left of the time, for a worker with a clock of its own."""
+    return min(max(deadline - monotonic(), 0.001), 86400.0)

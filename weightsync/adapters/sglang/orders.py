@@ -1,0 +1,84 @@
+"""What the daemon tells our plugin inside SGLang's scheduler: plain MessagePack, in a field that stock servers have.
+
+An order travels as the `action` of `POST /weights_checker`: it reaches every tensor-parallel rank, it neither waits for
+running requests nor blocks new ones, nothing in it is unpickled, and a server without the plugin answers
+"Unsupported action" and is left as it was. The plugin's answer is the `message` of the reply.
+"""
+
+from __future__ import annotations
+
+import binascii
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from weightsync.errors import CodecError
+
+__all__ = ["PREFIX", "PROTOCOL", "Accept", "Accepted", "Begin", "Finish", "Load", "Order", "decode", "encode"]
+
+PROTOCOL = 1
+PREFIX = f"weightsync{PROTOCOL}:"
+
+Target = Annotated[str, Meta(pattern="^(all|target|draft)$")]
+Seconds = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class Order(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Anything the daemon may ask for."""
+
+
+class Accept(Order, frozen=True, tag="accept"):
+    """Would the model take these tensors? Answered by `Accepted`, as JSON."""
+
+    manifest: bytes
+    target: Target
+
+
+class Begin(Order, frozen=True, tag="begin"):
+    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors."""
+
+    manifest: bytes
+    target: Target
+    offers: tuple[tuple[bytes, ...], ...]
+    seconds: Seconds
+
+
+class Load(Order, frozen=True, tag="load"):
+    """Load one bucket. `tickets[tp_rank]` is that rank's own."""
+
+    bucket: int
+    tickets: tuple[bytes, ...]
+    seconds: Seconds
+
+
+class Finish(Order, frozen=True, tag="finish"):
+    """The last bucket was loaded: end the update."""
+
+
+class Accepted(msgspec.Struct, frozen=True):
+    """What a model says of the names of a manifest."""
+
+    unknown: tuple[str, ...] = ()
+    untouched: tuple[str, ...] = ()
+
+
+def encode(order: Order) -> str:
+    """The action that stands for `order`."""
+    return PREFIX + binascii.b2a_base64(msgspec.msgpack.encode(order), newline=False).decode()
+
+
+def decode(action: str) -> Accept | Begin | Load | Finish | None:
+    """The order in an action; None for an action that is none of ours. Raises `CodecError` for a damaged one."""
+    if not action.startswith("weightsync"):
+        return None
+    if not action.startswith(PREFIX):
+        raise CodecError(
+            f"the daemon speaks another protocol than this plugin, which speaks {PREFIX[:-1]}",
+            hint="install the same weightsync in the engine's environment as on the node",
+        )
+    try:
+        packed = binascii.a2b_base64(action[len(PREFIX) :].encode("ascii"), strict_mode=True)
+        return msgspec.msgpack.decode(packed, type=Accept | Begin | Load | Finish)
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise CodecError(f"an order that cannot be read: {error}") from error

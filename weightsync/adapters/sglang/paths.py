@@ -1,0 +1,129 @@
+"""What every way of loading a bucket into SGLang has in common, and what they share: sessions and first refusals."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import suppress
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.sglang.payloads import DTYPES
+from weightsync.errors import EngineError, EngineRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters.sglang.profiles import Profile
+    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["SELECTORS", "LoadPath", "Session", "refuse_server", "refuse_stock"]
+
+SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
+"""`target` of an engine's configuration → SGLang's word for it."""
+
+
+class LoadPath(ABC):
+    """One way into a server. An instance lives as long as the server does; updates follow one another."""
+
+    name: ClassVar[str]
+    transport: ClassVar[str]  # whose tickets it takes
+
+    @abstractmethod
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """Refuse what cannot be loaded; the names that would be left as they are, as far as the server tells."""
+
+    @abstractmethod
+    async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """Open an update. One that an earlier push left open is ended first."""
+
+    @abstractmethod
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        """Load one bucket. After a failure nothing is left open that would hinder the next `begin`."""
+
+    @abstractmethod
+    async def finish(self, *, deadline: float) -> None:
+        """Everything is loaded. Caches are flushed elsewhere."""
+
+    async def close(self) -> None:  # noqa: B027  (most hold nothing)
+        """Let go of what this side holds."""
+
+
+class Session:
+    """SGLang's weight-update session (0.5.21): packed weights are restored when it opens, packed again when it ends.
+
+    Servers before have none, and nothing happens.
+    """
+
+    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+        self._server = server
+        self._needed = profile.sessions
+        self._selector = SELECTORS[target]
+
+    async def open(self, *, deadline: float) -> None:
+        """Open one; an open one, left by a push that failed, is ended first."""
+        if not self._needed:
+            return
+        body = {"selector": self._selector}
+        try:
+            await self._server.call("/begin_weight_update", body, deadline=deadline)
+        except EngineAnswer as answer:
+            if "already open" not in answer.reason:
+                raise
+            await self.end(deadline=deadline)
+            await self._server.call("/begin_weight_update", body, deadline=deadline)
+
+    async def end(self, *, deadline: float) -> None:
+        """End the open one."""
+        if self._needed:
+            await self._server.call("/end_weight_update", {}, deadline=deadline)
+
+    async def abandon(self, *, deadline: float) -> None:
+        """End the open one after a failure, whose error is the one to tell: there is no way to abort."""
+        with suppress(EngineError):
+            await self.end(deadline=deadline)
+
+
+def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str) -> None:
+    """Raise `EngineRefused` for a server that no path can load into, with the reason."""
+    problem = hint = None
+    if facts.dp_size != 1:
+        problem, hint = f"it runs with dp_size {facts.dp_size}", "one server for each replica (dp attention is fine)"
+    elif facts.pp_size != 1:
+        problem, hint = f"it runs with pp_size {facts.pp_size}", "tensor parallelism only: --pp-size 1"
+    elif facts.weight_cache_mode != "off":
+        problem = f"it shares its weights with others (--weight-cache-mode {facts.weight_cache_mode})"
+        hint = "--weight-cache-mode off"
+    elif facts.quantization and not profile.sessions:
+        problem = (
+            f"it quantises to {facts.quantization!r}, and SGLang {facts.version} does not restore packed weights "
+            "before new ones are loaded over them: it would serve garbage"
+        )
+        hint = "SGLang 0.5.21 or later"
+    elif target == "draft" and profile.draft != "selector":
+        problem, hint = f"SGLang {facts.version} cannot load into the draft model alone", 'target = "all" or "model"'
+    elif target == "model" and profile.draft == "none" and facts.speculative_algorithm:
+        problem, hint = f"SGLang {facts.version} cannot leave out the draft model", 'target = "all"'
+    if problem:
+        raise EngineRefused(f"SGLang cannot take weights: {problem}", engine=engine, phase="accept", hint=hint)
+
+
+def refuse_stock(manifest: Manifest, engine: str) -> None:
+    """Raise `EngineRefused` naming what a server without our plugin cannot be given: parts, and unknown dtypes."""
+    table = manifest.tensors
+    counts = np.bincount(manifest.piece_tensor, minlength=len(table))
+    cut = np.flatnonzero(counts > 1)
+    if len(cut):
+        largest = int(table.sizes[cut].max())
+        names = ", ".join(repr(table.names[i]) for i in cut[:5].tolist())
+        raise EngineRefused(
+            f"{len(cut)} tensors are larger than a bucket, and stock SGLang takes whole ones only: {names}",
+            engine=engine,
+            phase="accept",
+            hint=f"arena.slot_bytes of at least {largest}, or the engine's plugin",
+        )
+    for name, dtype in zip(table.names, table.dtypes, strict=True):
+        if dtype not in DTYPES:
+            raise EngineRefused(f"stock SGLang takes no {dtype}, the dtype of {name!r}", engine=engine, phase="accept")

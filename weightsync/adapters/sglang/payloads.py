@@ -1,0 +1,99 @@
+"""The pickles that stock SGLang servers take, written without torch and for one reader each.
+
+A ticket becomes the expression that opens it (`opened`); everything else here is the same for every kind of memory.
+SGLang lets only known globals through (`SafeUnpickler.ALLOWED_GLOBALS` since 0.5.21, prefixes before); the ones used
+here are torch's own rebuild functions, `torch.Size`, dtypes and `types.SimpleNamespace`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from weightsync.adapters.pickling import Call, Global, dumps, namespace
+from weightsync.transports.torch_shm import TorchShmTicket
+
+if TYPE_CHECKING:
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["DTYPES", "close_buffer", "end", "flattened_bucket", "open_buffer", "opened", "tensor_list"]
+
+DTYPES = frozenset(
+    {
+        *("float32", "float16", "bfloat16", "float64", "int8", "uint8", "int16", "int32", "int64", "bool"),
+        *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+    }
+)
+"""Element types whose names every SGLang since 0.5.9 lets through."""
+
+_BYTES = Global("torch", "uint8")
+_FIRST = Call(
+    Global("functools", "partial"),
+    (Global("builtins", "min"),),
+    (Global("builtins", "min"), (), {"key": Global("builtins", "callable")}, None),
+)
+"""A function that gives back its first argument: none of a handle's arguments is callable, so all are equally small."""
+
+
+def opened(ticket: bytes) -> Call:
+    """The expression whose value is the bucket, as a uint8 tensor; it may be evaluated once."""
+    shared = TorchShmTicket.unpack(ticket)
+    storage = Call(
+        Global("torch.multiprocessing.reductions", "rebuild_storage_filename"),
+        (Global("torch.storage", "TypedStorage"), b"", shared.handle, shared.nbytes, _BYTES),
+    )
+    return Call(Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, (shared.nbytes,), (1,), False, None))
+
+
+def flattened_bucket(ticket: bytes, manifest: Manifest, bucket: int) -> bytes:
+    """One rank's payload of `/update_weights_from_tensor` with `load_format="flattened_bucket"`."""
+    return dumps(
+        {"flattened_tensor": opened(ticket), "metadata": [namespace(**item) for item in _items(manifest, bucket)]}
+    )
+
+
+def open_buffer(ticket: bytes) -> bytes:
+    """checkpoint-engine's first message: a function and its arguments, which make the buffer.
+
+    Its worker puts its own device in place of argument 6, which is right for a CUDA handle, and which anything else has
+    to let pass: on a CPU the device is "cpu".
+    """
+    return dumps((_FIRST, (opened(ticket), 0, 0, 0, 0, 0, 0)))
+
+
+def close_buffer() -> bytes:
+    """checkpoint-engine's first message once more, for an empty buffer: the worker lets go of the one it has."""
+    return dumps((_FIRST, (Call(Global("torch", "ByteTensor"), (0,)), 0, 0, 0, 0, 0, 0)))
+
+
+def tensor_list(manifest: Manifest, bucket: int) -> bytes:
+    """checkpoint-engine's second message: where each tensor lies in the buffer."""
+    return dumps(
+        [
+            {"name": item["name"], "shape": item["shape"], "dtype": item["dtype"], "offset": item["start_idx"]}
+            for item in _items(manifest, bucket)
+        ]
+    )
+
+
+def end() -> bytes:
+    """checkpoint-engine's last message: that was all."""
+    return dumps(None)
+
+
+def _items(manifest: Manifest, bucket: int) -> list[dict[str, Any]]:
+    """The bucket's tensors in SGLang's terms. Indices and `numel` are bytes there."""
+    table, items = manifest.tensors, []
+    for piece in manifest.bucket_pieces(bucket):
+        tensor, start = int(manifest.piece_tensor[piece]), int(manifest.piece_offset[piece])
+        nbytes = int(manifest.piece_nbytes[piece])
+        items.append(
+            {
+                "name": table.names[tensor],
+                "shape": Call(Global("torch", "Size"), (list(table.shapes[tensor]),)),
+                "dtype": Global("torch", table.dtypes[tensor]),
+                "start_idx": start,
+                "end_idx": start + nbytes,
+                "numel": nbytes,
+            }
+        )
+    return items

@@ -1,0 +1,176 @@
+"""Inside SGLang's scheduler processes: orders of the daemon in, tensors into the model. Loaded as a plugin.
+
+    [project.entry-points."sglang.srt.plugins"]
+    weightsync = "weightsync.adapters.sglang.plugin:register"
+
+Two methods are hooked (SGLang 0.5.12 and later have hooks). `check_weights` takes an order from the `action` of
+`/weights_checker`, see `orders.py`; any other action is SGLang's own. `get_internal_state` tells, in `/server_info`,
+that the plugin is there and what the server itself does not say. A hook never raises: that would end the scheduler.
+Ranks agree on every answer, for only rank 0's is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import sys
+from importlib import import_module
+from importlib.util import find_spec
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import torch
+import torch.distributed
+
+from weightsync.adapters.sglang import orders
+from weightsync.adapters.sglang.names import look_up
+from weightsync.adapters.worker import SlotReader
+from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
+from weightsync.plan.manifest import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["register"]
+
+logger = logging.getLogger(__name__)
+
+_SCHEDULER = "sglang.srt.managers.scheduler"
+_HOMES = (  # of check_weights, newest first
+    ("sglang.srt.managers.scheduler_components.weight_updater", "SchedulerWeightUpdaterManager"),
+    ("sglang.srt.managers.scheduler_update_weights_mixin", "SchedulerUpdateWeightsMixin"),
+)
+_REASON = 1024  # bytes of a failure that ranks tell each other
+
+
+class _Worker:
+    """One rank's side: what it reads with, and the models of the update that is open."""
+
+    def __init__(self) -> None:
+        self._slots: SlotReader | None = None
+        self._models: list[Any] = []
+
+    def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
+        """Carry out one order; what to answer. Raises whatever goes wrong."""
+        rank = torch.distributed.get_rank(manager.tp_cpu_group)
+        match order:
+            case orders.Accept():
+                return self._accept(_models(manager, order.target), order)
+            case orders.Begin():
+                return self._begin(_models(manager, order.target), order, rank)
+            case orders.Load():
+                return self._load(order, rank)
+            case orders.Finish():
+                return self._finish()
+
+    def _accept(self, models: list[Any], order: orders.Accept) -> str:
+        manifest = Manifest.unpack(order.manifest)
+        unknown: set[str] = set(manifest.tensors.names)
+        untouched: list[str] = []
+        for model in models:
+            nowhere, left = look_up(model, manifest.tensors.names)
+            unknown &= set(nowhere)  # a draft shares names with its target, and each has some of its own
+            untouched += left if model is models[0] else []
+        known = [name for name in manifest.tensors.names if name in unknown]
+        return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
+
+    def _begin(self, models: list[Any], order: orders.Begin, rank: int) -> str:
+        device = next(models[0].parameters()).device
+        if self._slots is None or self._slots.device != device:
+            self._slots = SlotReader(device)
+        self._models = []
+        self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
+        self._models = models
+        return "begun"
+
+    def _load(self, order: orders.Load, rank: int) -> str:
+        if self._slots is None or not self._models:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        tensors = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
+        for model in self._models:
+            if tensors:
+                model.load_weights(list(tensors))
+        return "loaded"
+
+    def _finish(self) -> str:
+        if self._slots is None or not self._models:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        self._models = []
+        self._slots.finish()
+        return "finished"
+
+
+_worker = _Worker()
+
+
+def register() -> None:
+    """Hook the scheduler, in the processes that have one. Called by SGLang."""
+    if multiprocessing.parent_process() is not None and _SCHEDULER not in sys.modules:
+        return  # the detokenizer: importing the scheduler there would only cost memory. The server imports it anyway
+    hooks = import_module("sglang.srt.plugins.hook_registry")
+    home = next((f"{module}.{name}" for module, name in _HOMES if find_spec(module) is not None), None)
+    if home is None:
+        logger.error("weightsync: this SGLang has no check_weights where it was in 0.5.12 to 0.5.23; the plugin is off")
+        return
+    hooks.HookRegistry.register(f"{home}.check_weights", _check_weights, hooks.HookType.AROUND)
+    hooks.HookRegistry.register(f"{_SCHEDULER}.Scheduler.get_internal_state", _get_internal_state, hooks.HookType.AFTER)
+
+
+def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> Any:
+    reply = import_module("sglang.srt.managers.io_struct").CheckWeightsReqOutput
+    try:
+        order = orders.decode(request.action)
+    except CodecError as error:
+        return reply(success=False, message=str(error))
+    if order is None:
+        return original(manager, request)
+    answer, problem = "", ""
+    try:
+        answer = _worker.obey(manager, order)
+    except WeightSyncError as error:
+        logger.warning("weightsync: %s failed: %s", type(order).__name__, error)
+        problem = str(error)
+    except Exception as error:
+        logger.exception("weightsync: %s failed", type(order).__name__)
+        problem = f"{type(error).__name__}: {error}"
+    problem = _agree(problem, manager.tp_cpu_group)
+    return reply(success=not problem, message=problem or answer)
+
+
+def _agree(problem: str, group: Any) -> str:
+    """The first problem that any rank has; empty if none has one."""
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return problem
+    mine = torch.zeros(_REASON, dtype=torch.uint8)
+    text = problem.encode()[:_REASON]
+    mine[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8) if text else mine[:0]
+    all_ranks = [torch.zeros_like(mine) for _ in range(size)]
+    torch.distributed.all_gather(all_ranks, mine, group=group)
+    for rank, told in enumerate(all_ranks):
+        text = bytes(told.tolist()).rstrip(b"\0")
+        if text:
+            return f"tp rank {rank}: {text.decode('utf-8', 'replace')}"
+    return ""
+
+
+def _models(manager: Any, target: str) -> list[Any]:
+    """The models that `target` (SGLang's selector) stands for, the served one first."""
+    if hasattr(manager, "_select_runners"):
+        return [runner.model for _, runner in manager._select_runners(target)]
+    if target != "target" and manager.draft_worker is not None:
+        raise LocalProtocolError(
+            "before SGLang 0.5.21 the plugin loads into the served model only, and this server has a draft model",
+            hint='target = "model", or path = "tensor"',
+        )
+    return [manager.tp_worker.model_runner.model]
+
+
+def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
+    updater = getattr(scheduler, "weight_updater", scheduler)
+    result.internal_state["weightsync"] = {
+        "protocol": orders.PROTOCOL,
+        "paused": bool(getattr(scheduler, "_engine_paused", False)),
+        "asleep": sorted(getattr(updater, "offload_tags", ())),
+    }

@@ -1,0 +1,169 @@
+"""The HTTP endpoints of one SGLang server, and what their answers mean.
+
+Every reply has `success` and `message`; a `success` of false is a failure whatever its status. The server remembers our
+version as its weight version. It does not say whether it is paused before 0.5.20, nor whether its memory was released
+at all: our plugin adds that to `/server_info`, which is also how it is found.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import msgspec
+
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.sglang.profiles import Surface, surface_of
+from weightsync.errors import EngineError
+
+if TYPE_CHECKING:
+    from weightsync.adapters.http import EngineHttp
+
+__all__ = ["PluginState", "SGLangServer", "ServerFacts"]
+
+_PROBED = (
+    ("POST", "/begin_weight_update"),
+    ("POST", "/end_weight_update"),
+    ("GET", "/server_info"),
+    ("GET", "/model_info"),
+    ("GET", "/ready"),
+    ("POST", "/pause_generation"),
+    ("POST", "/continue_generation"),
+    ("POST", "/update_weight_version"),
+    ("POST", "/update_weights_from_tensor"),
+    ("POST", "/update_weights_from_ipc"),
+)
+"""Paths asked for one by one where /openapi.json is switched off. /flush_cache takes any method, so it is not."""
+
+
+class PluginState(msgspec.Struct, frozen=True):
+    """What our plugin adds to `/server_info`."""
+
+    protocol: int
+    paused: bool = False
+    asleep: tuple[str, ...] = ()  # tags of the memory that was released
+
+
+class _Internal(msgspec.Struct, frozen=True):
+    weightsync: PluginState | None = None
+
+
+class ServerFacts(msgspec.Struct, frozen=True):
+    """The part of `/server_info` that matters here. SGLang's own names."""
+
+    version: str
+    tp_size: int = 1
+    dp_size: int = 1
+    pp_size: int = 1
+    device: str | None = None
+    random_seed: int | None = None
+    startup_time: Any = None
+    quantization: str | None = None
+    weight_cache_mode: str = "off"
+    enable_memory_saver: bool = False
+    tokenizer_worker_num: int = 1
+    speculative_algorithm: str | None = None
+    internal_states: tuple[_Internal, ...] = ()
+
+    @property
+    def plugin(self) -> PluginState | None:
+        """What our plugin says; None where it is not loaded."""
+        return self.internal_states[0].weightsync if self.internal_states else None
+
+
+class SGLangServer:
+    """One server. Raises as `EngineHttp` does, and `EngineError` for answers that are no success."""
+
+    def __init__(self, http: EngineHttp) -> None:
+        self.http = http
+        self.engine = http.engine
+
+    async def facts(self, *, deadline: float) -> ServerFacts:
+        """Ask who it is."""
+        answer = await self.http.get("/server_info", deadline=deadline)
+        try:
+            return msgspec.convert(answer, ServerFacts, strict=False)
+        except msgspec.ValidationError as error:
+            raise EngineError(
+                f"/server_info is not that of an SGLang server: {error}",
+                engine=self.engine,
+                phase="probe",
+                hint="the engine's own URL, not that of a router",
+            ) from error
+
+    async def surface(self, *, deadline: float) -> Surface:
+        """Which endpoints it has."""
+        try:
+            found = surface_of(await self.http.get("/openapi.json", deadline=deadline))
+        except EngineAnswer:  # DISABLE_OPENAPI_DOC
+            found = None
+        if found is not None:
+            return found
+        paths = [path for method, path in _PROBED if await self.http.has(method, path, deadline=deadline)]
+        return Surface(frozenset(paths) | {"/flush_cache"})
+
+    async def paused(self, *, deadline: float) -> bool:
+        """Whether it takes no requests. Only for servers that have /ready (0.5.20)."""
+        try:
+            await self.http.get("/ready", deadline=deadline)
+        except EngineAnswer as answer:
+            if answer.status != HTTPStatus.SERVICE_UNAVAILABLE:
+                raise
+            return True
+        return False
+
+    async def weight_version(self, *, deadline: float) -> object:
+        """The string that says which weights it holds."""
+        info = await self.http.get("/model_info", deadline=deadline)
+        return info.get("weight_version") if isinstance(info, dict) else None
+
+    async def set_weight_version(self, text: str, *, deadline: float) -> None:
+        """Let it say that it holds other weights. Its default would abort every request."""
+        await self.call("/update_weight_version", {"new_version": text, "abort_all_requests": False}, deadline=deadline)
+
+    async def flush(self, *, deadline: float) -> None:
+        """Forget every cached prefix. Raises `EngineAnswer` while requests are running."""
+        await self.http.post("/flush_cache", deadline=deadline)
+
+    async def call(self, path: str, body: dict[str, Any], *, deadline: float) -> str:
+        """POST; the message of a success. Raises `EngineError` with the server's own sentence for any other answer."""
+        answer = await self.http.post(path, body, deadline=deadline)
+        if not isinstance(answer, dict):
+            return ""
+        message = str(answer.get("message", ""))
+        if answer.get("success") is False:
+            raise EngineAnswer(f"POST {path}", HTTPStatus.OK, message or "no reason given", engine=self.engine)
+        return message
+
+    def incarnation(self, facts: ServerFacts) -> str:
+        """Something that changes when the server restarts.
+
+        Newer servers tell how long each step of their start took; all draw a random seed unless they are given one; and
+        on this machine the socket that it listens on has a number which is never that of an earlier one.
+        """
+        seen = msgspec.json.encode([facts.version, facts.random_seed, facts.startup_time, _listening(self.http.url)])
+        return hashlib.blake2b(seen, digest_size=8).hexdigest()
+
+
+def _listening(url: str) -> list[str]:
+    """Inodes of the sockets that listen on the port of a loopback `url`; nothing for any other, or elsewhere."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    host = parts.hostname or ""
+    try:
+        if host != "localhost" and not ipaddress.ip_address(host).is_loopback:
+            return []
+    except ValueError:
+        return []
+    found = []
+    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
+        try:
+            with open(table) as lines:
+                rows = [line.split() for line in lines]
+        except OSError:
+            continue
+        found += [row[9] for row in rows[1:] if row[3] == "0A" and row[1].endswith(f":{port:04X}")]
+    return sorted(found)

@@ -1,0 +1,99 @@
+"""The weight-transfer backend `weightsync`: vLLM's own routes and state, our tickets, no pickles.
+
+vLLM's base class changed in 0.25: before, the worker itself opened and closed the layerwise reload and passed the
+model's loader to `receive_weights`; the constructor got a `parallel_config` and the model alone. Both are served here;
+the routes and what the calls carry are the same.
+"""
+
+from __future__ import annotations
+
+from base64 import b64decode
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from weightsync.adapters.vllm.reload import WeightReload, worker_index
+from weightsync.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["InitInfo", "UpdateInfo", "WeightSyncEngine"]
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Nothing has to be agreed on; `weightsync` tells this backend from any other."""
+
+    weightsync: int = 1
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """One step of an update, for all workers: lists are indexed by replica × world size + rank."""
+
+    do: str
+    version: int = 0
+    manifest: str = ""  # base64, as all bytes are here
+    offers: list[list[str]] = field(default_factory=list)
+    bucket: int = 0
+    tickets: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """One worker's end. vLLM makes it after the model is loaded."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        device = getattr(self, "device", None) or next(self.model.parameters()).device
+        # before 0.25 the configuration is not given; the daemon's first question brings it
+        self.weightsync = WeightReload(getattr(self, "vllm_config", None), torch.device(device))
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Nothing to agree on."""
+
+    def start_weight_update(self) -> None:
+        """Open the layerwise reload (from vLLM 0.25 on)."""
+        self.weightsync.open(self.model, self.model_config)
+
+    def finish_weight_update(self) -> None:
+        """Close the layerwise reload (from vLLM 0.25 on)."""
+        self.weightsync.close(self.model, self.model_config)
+
+    def receive_weights(self, update_info: UpdateInfo, load_weights: Callable[[Any], Any] | None = None) -> None:
+        """Do one step of an update."""
+        info = update_info
+        index = worker_index(self.parallel_config)
+        match info.do:
+            case "begin":
+                if load_weights is not None:  # the worker opened the reload, over whatever an earlier update left
+                    self.weightsync.open(self.model)
+                offers = [b64decode(offer) for offer in info.offers[index]]
+                self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds)
+            case "load":
+                ticket = b64decode(info.tickets[index])
+                self.weightsync.load(self.model, info.bucket, ticket, info.seconds, load_weights)
+            case "check-whole":
+                self.weightsync.check_whole()
+            case "abandon":
+                raise LocalProtocolError("abandoned, as was asked")  # a failed update is one that vLLM closes
+            case _:
+                raise LocalProtocolError(f"a vLLM worker cannot do {info.do!r}")
+
+    def shutdown(self) -> None:
+        """Detach from all arenas."""
+        self.weightsync.shutdown()
+
+    def trainer_send_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Abstract up to vLLM 0.27; the daemon sends."""
+        raise NotImplementedError("weightsyncd sends the weights")

@@ -1,0 +1,248 @@
+"""The daemon's hand inside a vLLM server.
+
+What the server is, is found out once for each incarnation: its protocol (`profiles.py`) and the way into it
+(`path_plugin.py`, `path_ipc.py`). What is the same for all ways is here: pausing, waking, the prefix cache, and the
+weight version by which a torn server is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from weightsync.adapters import versions
+from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.readers import reader_gpus
+from weightsync.adapters.vllm import doctor
+from weightsync.adapters.vllm.path import torn_text
+from weightsync.adapters.vllm.path_ipc import IpcPath
+from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
+from weightsync.adapters.vllm.server import Server, configured, field
+from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import httpx
+
+    from weightsync.adapters import EngineSpec
+    from weightsync.adapters.base import Finding, PauseMode, Resident
+    from weightsync.adapters.vllm.path import EnginePath
+    from weightsync.adapters.vllm.server import Hello
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["VLLMAdapter"]
+
+logger = logging.getLogger(__name__)
+
+_STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
+_SLEEPS = re.compile(
+    r'^vllm:engine_sleep_state\{[^}]*sleep_state="(?:weights_offloaded|discard_all)"[^}]*\} (\d+(?:\.\d+)?)$',
+    re.MULTILINE,
+)
+_MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
+_PLUGIN_HINT = (
+    "install weightsync in the engine's environment and start it with --weight-transfer-config "
+    """'{"backend": "weightsync"}'"""
+)
+
+
+class VLLMAdapter(EngineAdapter):
+    """Talks to one vLLM server. `transport` replaces the network in tests."""
+
+    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+        self.name = spec.name
+        self._spec = spec
+        self._http = EngineHttp(spec, transport=transport)
+        self._started: str | None = None
+        self._path: EnginePath | None = None
+        self._why = ""
+        self._info: EngineInfo | None = None
+        self._mode: PauseMode = "keep"
+
+    def __repr__(self) -> str:
+        return f"VLLMAdapter({self.name!r}, {self._spec.url!r})"
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        incarnation, asleep = await self._metrics(deadline=deadline)
+        if self._path is None or incarnation != self._started:
+            self._path, self._why = await self._find_path(deadline=deadline)
+            self._started = incarnation
+        path, server = self._path, self._path.server
+        incarnation = incarnation or await path.incarnation(deadline=deadline)
+        paused = field(
+            await self._http.get("/is_paused", deadline=deadline), "is_paused", bool, "/is_paused", self.name
+        )
+        if asleep is None:
+            asleep = await self._asleep(deadline=deadline)
+        said = versions.read(await path.weight_version(deadline=deadline))
+        self._info = EngineInfo(
+            software=f"vllm {server.version}",
+            profile=self._why,
+            tp_size=server.world,
+            version=said.version,
+            paused=paused,
+            torn=said.torn,
+            transport=path.transport,
+            incarnation=incarnation,
+            asleep=asleep,
+        )
+        return self._info
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """See the base class. Stock servers cannot be asked for names: there, what they do not know fails to load."""
+        path, info = self._probed()
+        single = await self._http.get("/get_world_size", {"include_dp": "false"}, deadline=deadline)
+        if (each := single.get("world_size") if isinstance(single, dict) else None) != path.server.world:
+            raise EngineRefused(
+                f"it runs {path.server.world} workers, and {each} hold the model: data parallelism is not supported",
+                engine=self.name,
+                phase="accept",
+                hint="one server for each replica",
+            )
+        return await path.check(manifest, whole=info.torn or info.asleep, deadline=deadline)
+
+    async def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
+        self._mode = mode
+        await self._http.call(
+            "POST", "/pause", params={"mode": _MODES[mode], "clear_cache": "false"}, deadline=deadline
+        )
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
+    ) -> None:
+        path, info = self._probed()
+        if info.asleep:
+            await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
+        current = await path.weight_version(deadline=deadline)
+        await path.set_weight_version(torn_text(current, version), deadline=deadline)
+        await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await self._probed()[0].load(bucket, tickets, deadline=deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        """See the base class. The version is set last: a server that says it has flushed its caches, too."""
+        path, _ = self._probed()
+        await path.finish(version, deadline=deadline)
+        await self._flush(path.server, deadline=deadline)
+        text = versions.serving(version)
+        await path.set_weight_version(text, deadline=deadline)
+        if (said := await path.weight_version(deadline=deadline)) != text:
+            raise EngineError(
+                f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="finish"
+            )
+
+    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
+        """None: what vLLM holds is fused, sharded and packed for its kernels."""
+        return None
+
+    async def resume(self, *, deadline: float) -> None:
+        """See the base class. Waking what is awake does nothing."""
+        if await self._asleep(deadline=deadline):
+            await self._http.call("POST", "/wake_up", params={"tags": "kv_cache"}, deadline=deadline)
+        await self._http.post("/resume", deadline=deadline)
+
+    async def examine(self, *, deadline: float) -> Sequence[Finding]:
+        return await doctor.examine(self._http, self._spec.path, deadline=deadline)
+
+    async def close(self) -> None:
+        await self._http.close()
+
+    def _probed(self) -> tuple[EnginePath, EngineInfo]:
+        if self._path is None or self._info is None:
+            raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
+        return self._path, self._info
+
+    async def _metrics(self, *, deadline: float) -> tuple[str, bool | None]:
+        """When the server's process began, and whether it sleeps, of which its metrics tell; "" and None if not."""
+        try:
+            metrics = await self._http.get("/metrics", deadline=deadline)
+        except EngineAnswer:
+            metrics = None
+        if not isinstance(metrics, str):
+            return "", None
+        started, states = _STARTED.search(metrics), _SLEEPS.findall(metrics)
+        return started[1] if started else "", any(float(state) for state in states) if states else None
+
+    async def _asleep(self, *, deadline: float) -> bool:
+        """Whether it sleeps or is paused: /is_sleeping does not tell them apart."""
+        try:
+            answer = await self._http.get("/is_sleeping", deadline=deadline)
+        except EngineAnswer:
+            return False
+        return bool(isinstance(answer, dict) and answer.get("is_sleeping"))
+
+    async def _find_path(self, *, deadline: float) -> tuple[EnginePath, str]:
+        """The way in that the configuration asks for, or the best there is; and a line about it."""
+        server = await Server.find(self._http, deadline=deadline)
+        draft = self._spec.target == "draft"
+        if draft and not server.profile.draft and self._spec.path == "ipc":
+            raise EngineError(
+                f"vllm {server.version} cannot update a draft model alone", engine=self.name, hint="vllm 0.26 or later"
+            )
+        wanted, why = self._spec.path, "as configured"
+        hello: list[Hello] | None = None
+        if wanted != "ipc":
+            hello = await self._hello(server, deadline=deadline)
+            if hello is None and wanted != "auto":
+                raise EngineError("our plugin is not in its workers", engine=self.name, hint=_PLUGIN_HINT)
+        if wanted == "auto":
+            wanted, why = await self._best(server, hello, deadline=deadline)
+        path: EnginePath
+        match wanted:
+            case "plugin" if server.profile.custom_backend and not (draft and not server.profile.draft):
+                path = PluginPath(server, draft=draft)
+            case "plugin" | "extension":
+                path = ExtensionPath(server, draft=draft)
+            case "ipc":
+                path = IpcPath(server, draft=draft, gpus=partial(self._gpus, server.world))
+            case _:
+                raise EngineError(f"there is no way {wanted!r} into vllm", engine=self.name)
+        memory = "" if path.keeps_version or server.profile.keeps_version else "; its version is remembered here only"
+        return path, f"{server.profile.name} ({server.choice.why}), path {path.name}: {why}{memory}"
+
+    def _gpus(self, world: int) -> Sequence[str]:
+        """The GPU of each worker: vLLM gives rank n the n-th that its server sees."""
+        return reader_gpus(self._spec.url, range(world), named=self._spec.gpus, engine=self.name)
+
+    async def _hello(self, server: Server, *, deadline: float) -> list[Hello] | None:
+        try:
+            return await server.hello(deadline=deadline)
+        except EngineAnswer as answer:
+            logger.debug("[engine=%s] no plugin: %s", self.name, answer.reason)
+            return None
+
+    async def _best(self, server: Server, hello: list[Hello] | None, *, deadline: float) -> tuple[str, str]:
+        if hello is not None:
+            if hello[0].backend == "weightsync":
+                return "plugin", "our backend is configured"
+            return "extension", f"our plugin answered, the configured backend is {hello[0].backend}"
+        backend, _ = await configured(server.http, hello, deadline=deadline)
+        if backend == "ipc":
+            return "ipc", "no plugin answered, the backend is ipc"
+        raise EngineError(
+            f"there is no way into it: no plugin answered, and its weight-transfer backend is {backend}",
+            engine=self.name,
+            phase="probe",
+            hint=_PLUGIN_HINT,
+        )
+
+    async def _flush(self, server: Server, *, deadline: float) -> None:
+        """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
+        kept = self._mode == "none"
+        answer: Any = await self._http.call(
+            "POST",
+            "/reset_prefix_cache",
+            params={"reset_running_requests": "false" if kept else "true"},
+            deadline=deadline,
+        )
+        # before /reset_prefix_cache had a body, 200 was all it said
+        if isinstance(answer, dict) and answer.get("success") is False and not kept:
+            raise EngineError("its prefix cache could not be reset", engine=self.name, phase="finish")
+        if "/reset_encoder_cache" in server.routes:
+            await self._http.post("/reset_encoder_cache", deadline=deadline)

@@ -1,0 +1,122 @@
+"""What would hinder a push to a vLLM server, found by questions that change nothing."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from weightsync.adapters.base import Finding
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.vllm.profiles import DEV_ROUTES, Choice, choose, release
+from weightsync.adapters.vllm.server import Server, configured, find_routes, version_of
+from weightsync.errors import EngineError
+
+if TYPE_CHECKING:
+    from weightsync.adapters.http import EngineHttp
+    from weightsync.adapters.vllm.server import Hello
+
+__all__ = ["examine", "judge_address", "judge_backend"]
+
+_DEV = "VLLM_SERVER_DEV_MODE=1 in its environment"
+_FLAG = """--weight-transfer-config '{"backend": "weightsync"}'"""
+_INSTALL = "pip install weightsync in the engine's environment (vllm.general_plugins finds it), then restart it"
+
+
+async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Finding]:
+    """Everything worth knowing, good news included. Raises `EngineLost` where nobody answers."""
+    findings = [judge_address(http.url)]
+    version = await version_of(http, deadline=deadline)
+    routes = await find_routes(http, deadline=deadline)
+    if missing := [route for route in DEV_ROUTES if route not in routes]:
+        findings.append(Finding(level="fail", what=f"vllm {version} answers 404 to {', '.join(missing)}", fix=_DEV))
+        return findings
+    try:
+        choice = choose(version, routes, engine=http.engine)
+    except EngineError as error:
+        findings.append(Finding(level="fail", what=error.message, fix=error.hint or ""))
+        return findings
+    findings.append(_judge_version(version, choice))
+    size = await http.get("/get_world_size", deadline=deadline)
+    server = Server(http, version, choice, routes, int(size["world_size"]))
+    try:
+        hello: list[Hello] | None = await server.hello(deadline=deadline)
+    except EngineAnswer:
+        hello = None
+    except EngineError as error:
+        findings.append(Finding(level="fail", what=error.message, fix="the same weightsync here and in the engine"))
+        return findings
+    backend, insecure = await configured(http, hello, deadline=deadline)
+    findings += judge_backend(path, choice, backend, plugin=hello is not None, insecure=insecure)
+    if hello is not None and hello[0].replicas > 1:
+        findings.append(
+            Finding(
+                level="fail",
+                what=f"it runs {hello[0].replicas} data-parallel replicas",
+                fix="one server for each replica",
+            )
+        )
+    return findings
+
+
+def judge_address(url: str) -> Finding:
+    """Whether anybody else can reach its routes: no key guards them."""
+    host = urlsplit(url).hostname or ""
+    try:
+        loopback = ip_address(host).is_loopback
+    except ValueError:
+        loopback = host == "localhost"
+    if loopback:
+        return Finding(level="ok", what=f"it is reached at {host}; its weight routes are guarded by nothing else")
+    return Finding(
+        level="warn",
+        what=f"it listens at {host}: anybody who reaches it may pause it and load weights, --api-key guards /v1 alone",
+        fix="--host 127.0.0.1, or a firewall that lets nobody but weightsyncd through",
+    )
+
+
+def judge_backend(
+    path: str, choice: Choice, backend: str | None, *, plugin: bool, insecure: bool | None
+) -> list[Finding]:
+    """Whether the way in that is asked for can be gone."""
+    found = []
+    if plugin:
+        found.append(Finding(level="ok", what="our plugin answers in its workers"))
+        if backend != "weightsync" and path in ("auto", "plugin"):
+            fix = _FLAG if choice.profile.custom_backend else ""
+            what = f"its weight-transfer backend is {backend}: pushes go through /collective_rpc"
+            found.append(Finding(level="warn" if fix else "ok", what=what, fix=fix))
+        return found
+    if path in ("plugin", "extension"):
+        return [Finding(level="fail", what="our plugin is not in its workers", fix=_INSTALL)]
+    found.append(Finding(level="warn", what="our plugin is not in its workers", fix=_INSTALL))
+    if backend is None:
+        fix = _FLAG if path == "auto" else """--weight-transfer-config '{"backend": "ipc"}'"""
+        found.append(Finding(level="fail", what="it was started without a weight-transfer backend", fix=fix))
+    elif backend != "ipc":
+        found.append(Finding(level="fail", what=f"its weight-transfer backend is {backend}", fix=_FLAG))
+    elif insecure is False:
+        found.append(
+            Finding(
+                level="fail",
+                what="its ipc backend refuses handles that come over HTTP",
+                fix="VLLM_ALLOW_INSECURE_SERIALIZATION=1 in its environment, or our plugin, which needs no pickles",
+            )
+        )
+    elif insecure is None:
+        what = "whether its ipc backend takes handles over HTTP cannot be asked"
+        found.append(
+            Finding(level="warn", what=what, fix="VLLM_ALLOW_INSECURE_SERIALIZATION=1 in its environment, for path ipc")
+        )
+    else:
+        found.append(Finding(level="ok", what="its ipc backend takes handles over HTTP"))
+    return found
+
+
+def _judge_version(version: str, choice: Choice) -> Finding:
+    number = release(version)
+    known = number is not None and choice.profile.first <= number <= choice.profile.last
+    what = f"vllm {version}, protocol {choice.profile.name}: {choice.why}"
+    if known and choice.profile.verified != "from source only":
+        return Finding(level="ok", what=what)
+    return Finding(level="warn", what=what, fix="push to one such server before a fleet of them")

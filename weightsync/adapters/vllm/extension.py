@@ -1,0 +1,132 @@
+"""What our plugin gives every vLLM worker: one method, `weightsync`, that answers through `/collective_rpc`.
+
+    --worker-extension-cls weightsync.adapters.vllm.extension.WeightSyncExtension
+
+It takes one JSON string and returns plain data, so no server has to allow pickles. vLLM refuses an extension whose
+attributes the worker has already, and a plugin may have installed them before; so the class itself is empty, and
+importing this module in an engine does the work.
+"""
+
+from __future__ import annotations
+
+import os
+from base64 import b64decode
+from importlib import import_module
+from typing import Any
+
+import msgspec
+
+from weightsync.adapters.vllm.profiles import PROTOCOL
+from weightsync.adapters.vllm.reload import WeightReload, worker_index
+from weightsync.errors import EngineError, LocalProtocolError
+
+__all__ = ["Request", "WeightSyncExtension", "answer", "install"]
+
+_NAMES_SHOWN = 8
+
+
+class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
+    """One call. Lists for all workers are indexed by replica × world size + rank."""
+
+    do: str
+    version: int = 0
+    manifest: str = ""  # base64, as all bytes are here
+    offers: list[list[str]] = []
+    bucket: int = 0
+    tickets: list[str] = []
+    seconds: float = 0.0
+    draft: bool = False
+
+
+class WeightSyncExtension:
+    """Name it as `--worker-extension-cls`; it adds nothing by itself."""
+
+
+def install() -> None:
+    """Give vLLM's workers the method `weightsync`. Harmless when repeated."""
+    base: Any = import_module("vllm.v1.worker.worker_base").WorkerBase
+    base.weightsync = answer
+
+
+def answer(worker: Any, request: str) -> dict[str, Any]:
+    """Do what `request`, a JSON `Request`, says, in `worker`. What is raised reaches the daemon as an HTTP 500."""
+    asked = msgspec.json.decode(request, type=Request)
+    state = _state(worker)
+    model, model_config = _target(worker, asked.draft)
+    index = worker_index(worker.vllm_config.parallel_config)
+    match asked.do:
+        case "hello":
+            return _hello(worker, state)
+        case "check":
+            fit = state.fit(model, b64decode(asked.manifest))
+            return {
+                "unknown": fit.unknown[:_NAMES_SHOWN],
+                "unknowns": len(fit.unknown),
+                "partial": fit.partial[:_NAMES_SHOWN],
+                "partials": len(fit.partial),
+                "untouched": fit.untouched,
+            }
+        case "begin":
+            offers = [b64decode(offer) for offer in asked.offers[index]]
+            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds)
+            state.open(model, model_config)
+        case "load":
+            state.load(model, asked.bucket, b64decode(asked.tickets[index]), asked.seconds)
+        case "finish":
+            state.close(model, model_config)
+            if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):
+                worker.model_runner.reset_lora_state()
+        case "serve":
+            state.finish(asked.version)
+        case _:
+            raise LocalProtocolError(f"a vLLM worker cannot do {asked.do!r}")
+    return {"weight_version": state.weight_version}
+
+
+def _state(worker: Any) -> WeightReload:
+    """The worker's own, or that of the weight-transfer backend in it."""
+    found = getattr(getattr(worker, "weight_transfer_engine", None), "weightsync", None)
+    if found is None:
+        found = worker.__dict__.get("_weightsync")
+    if found is None:
+        found = worker._weightsync = WeightReload(worker.vllm_config, worker.device)
+    if not isinstance(found, WeightReload):
+        raise LocalProtocolError("this worker's weightsync state is somebody else's")
+    found.config = found.config or worker.vllm_config
+    return found
+
+
+def _hello(worker: Any, state: WeightReload) -> dict[str, Any]:
+    parallel = worker.vllm_config.parallel_config
+    transfer = getattr(worker.vllm_config, "weight_transfer_config", None)
+    return {
+        "protocol": PROTOCOL,
+        "rank": worker_index(parallel),
+        "pid": os.getpid(),
+        "platform": worker.device.type,
+        "replicas": parallel.data_parallel_size,
+        "world_size": parallel.world_size,
+        "backend": getattr(transfer, "backend", None),
+        "incarnation": state.incarnation,
+        "weight_version": state.weight_version,
+    }
+
+
+def _target(worker: Any, draft: bool) -> tuple[Any, Any]:
+    """The model that takes what is pushed, and its configuration."""
+    if not draft:
+        return worker.model_runner.get_model(), worker.vllm_config.model_config
+    find = getattr(worker.model_runner, "get_draft_model", None)
+    model = find() if find is not None else getattr(getattr(worker.model_runner, "drafter", None), "model", None)
+    speculative = worker.vllm_config.speculative_config
+    if model is None or speculative is None:
+        raise EngineError("the engine has no draft model", hint='target = "model", or a server with a draft model')
+    return model, speculative.draft_model_config
+
+
+try:
+    import_module("vllm.v1.worker.worker_base")
+except ImportError:
+    pass  # imported outside an engine, where there is no worker to give anything to
+else:
+    install()

@@ -1,0 +1,127 @@
+"""Which parameter of vLLM's model takes a checkpoint's tensor, and what would be left half-loaded. Pure, for workers.
+
+vLLM fuses and renames while it loads, and says too late what it could not place: by then the model is half new. And a
+layer of which only a part arrives is filled up with uninitialised memory when it is reloaded. So both are looked for
+before the first byte: with the model's own tables of renamings (`hf_to_vllm_mapper`) and fusions
+(`packed_modules_mapping`).
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+__all__ = ["Fit", "ModelNames"]
+
+_EXPERT = re.compile(r"(?P<experts>.+\.experts)\.(?P<index>\d+)\.(?P<member>\w+)\.(?P<leaf>.+)")
+_STACKED = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
+_SKIPPED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached", ".kv_scale")
+_PLAIN = (".weight", ".bias")
+
+
+class Fit(NamedTuple):
+    """How a set of tensors fits a model."""
+
+    unknown: tuple[str, ...]  # tensors that no parameter takes
+    partial: tuple[str, ...]  # sentences: layers that would be left half-loaded
+    untouched: tuple[str, ...]  # parameters that none of the tensors go into
+
+
+class ModelNames:
+    """The parameters of one model, by the names under which a checkpoint has them.
+
+    `parameters` are all names, tied ones included; `tied` says which of them is another's memory. `fused` is vLLM's
+    `packed_modules_mapping`, `rename` its `hf_to_vllm_mapper` for one name (None: the model drops this tensor).
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[str],
+        *,
+        fused: Mapping[str, Sequence[str]],
+        rename: Callable[[str], str | None] | None = None,
+        tied: Mapping[str, str] | None = None,
+        experts: int = 0,
+    ) -> None:
+        self._parameters = dict.fromkeys(parameters)
+        self._fused = fused
+        self._fused_of = {member: module for module, members in fused.items() for member in members}
+        self._rename = rename
+        self.tied = dict(tied or {})
+        self._experts = experts
+        self._stacked = {
+            (name.rpartition(".experts.")[0] + ".experts", kind, leaf): name
+            for name in self._parameters
+            if ".experts." in name
+            for kind, leaf in [_stack_of(name)]
+        }
+
+    def parameter_of(self, name: str) -> str | None:
+        """The parameter that takes tensor `name`; "" where the model drops it on purpose, None where nothing fits."""
+        if name.endswith(_SKIPPED):
+            return ""
+        for candidate in dict.fromkeys((self._renamed(name), name)):
+            if candidate is None:
+                return ""
+            if found := self._place(candidate):
+                return found
+        return None
+
+    def fit(self, names: Sequence[str], *, whole: bool = True) -> Fit:
+        """How these tensors fit. `whole` is False for a model of which this worker has a part only (pipeline
+        parallelism): then what is unknown here may be known elsewhere.
+        """
+        places = {name: self.parameter_of(name) for name in names}
+        taken: dict[str, list[str]] = {}
+        for name, parameter in places.items():
+            if parameter:
+                taken.setdefault(self.tied.get(parameter, parameter), []).append(name)
+        unknown = tuple(name for name, parameter in places.items() if parameter is None) if whole else ()
+        untouched = tuple(name for name in self._parameters if self.tied.get(name, name) not in taken)
+        return Fit(unknown, tuple(self._partial(taken)), untouched)
+
+    def _partial(self, taken: Mapping[str, Sequence[str]]) -> Iterable[str]:
+        for parameter, names in taken.items():
+            module, _, leaf = parameter.rpartition(".")
+            fused = self._fused.get(module.rpartition(".")[2])
+            if fused and len(members := _members(names, fused)) < len(fused):
+                lacking = ", ".join(member for member in fused if member not in members)
+                yield f"{names[0]!r} comes without {lacking} of the same fused {parameter!r}"
+            if ".experts." in parameter and self._experts:
+                indices = {found["index"] for name in names if (found := _EXPERT.match(name))}
+                if indices and len(indices) < self._experts:
+                    yield f"{len(indices)} of {self._experts} experts of {parameter!r}"
+            other = f"{module}.{'bias' if leaf == 'weight' else 'weight'}"
+            if f".{leaf}" in _PLAIN and other in self._parameters and other not in taken:
+                yield f"{names[0]!r} comes without {other!r}"
+
+    def _renamed(self, name: str) -> str | None:
+        return self._rename(name) if self._rename is not None else name
+
+    def _place(self, name: str) -> str | None:
+        if name in self._parameters:
+            return name
+        if found := _EXPERT.fullmatch(name):
+            kind = _STACKED.get(found["member"])
+            return self._stacked.get((found["experts"], kind, found["leaf"])) if kind else None
+        parts = name.split(".")
+        for back in (-2, -3):
+            if len(parts) >= -back and (fused := self._fused_of.get(parts[back])):
+                candidate = ".".join((*parts[:back], fused, *parts[back + 1 :]))
+                if candidate in self._parameters:
+                    return candidate
+        return None
+
+
+def _stack_of(parameter: str) -> tuple[str, str]:
+    kind, _, leaf = parameter.rpartition(".")[2].partition("_")
+    return kind, leaf
+
+
+def _members(names: Sequence[str], fused: Sequence[str]) -> set[str]:
+    """Which members of a fused module the tensors are, also under the names that the module has itself."""
+    found = {part for name in names for part in name.split(".")[-3:] if part in fused}
+    return found or set(fused)  # it came fused already, or under names of its own: nothing can be said

@@ -1,0 +1,173 @@
+"""Into a stock server, through its `ipc` backend: CUDA-IPC handles as pickles that the engine's worker opens.
+
+A bucket is one packed buffer for vLLM: its tensors whole and back to back, cut up by their sizes. The worker clones
+what it takes before it answers, and keeps the mapping until the update is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from base64 import b64encode
+from typing import TYPE_CHECKING, Any
+
+from weightsync.adapters.pickling import dumps
+from weightsync.adapters.torch_handles import cuda_args
+from weightsync.adapters.vllm.path import EnginePath
+from weightsync.adapters.vllm.server import first_names
+from weightsync.errors import ConfigError, EngineError, LocalProtocolError
+from weightsync.plan.groups import group_key
+from weightsync.transports.torch_cuda import TorchCudaTicket
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from weightsync.adapters.vllm.server import Server
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["IpcPath", "broken_groups", "misfits", "update_info"]
+
+
+def misfits(manifest: Manifest) -> list[str]:
+    """Sentences about what a packed buffer cannot carry: tensors that are cut up, gaps between them."""
+    table = manifest.tensors
+    found = []
+    for piece in range(manifest.pieces):
+        tensor = int(manifest.piece_tensor[piece])
+        if int(manifest.piece_count[piece]) != table.numel(tensor):
+            if int(manifest.piece_start[piece]) == 0:
+                found.append(f"{table.names[tensor]!r} is cut over several buckets")
+            continue
+        bucket = int(manifest.piece_bucket[piece])
+        first = piece == int(manifest.bucket_first[bucket])
+        expected = 0 if first else int(manifest.piece_offset[piece - 1] + manifest.piece_nbytes[piece - 1])
+        at, itemsize = int(manifest.piece_offset[piece]), int(table.itemsizes[tensor])
+        if at != expected:
+            found.append(f"{table.names[tensor]!r} starts {at - expected} bytes behind the tensor before it")
+        elif at % itemsize:
+            found.append(f"{table.names[tensor]!r} starts at byte {at}, no multiple of its {itemsize}")
+    return found
+
+
+def broken_groups(names: Sequence[str]) -> list[str]:
+    """Sentences about fused groups that did not come whole, as far as names can tell: q, k and v always go together,
+    of the others a group must have what any group of its kind has.
+    """
+    groups: dict[str, dict[str, str]] = {}  # group → member → a tensor of it
+    kinds: dict[str, set[str]] = {"qkv": {"q_proj", "k_proj", "v_proj"}}
+    for name in names:
+        key = group_key(name)
+        if key != name and name.endswith(".weight"):
+            member = name.split(".")[-2]
+            groups.setdefault(key, {})[member] = name
+            kinds.setdefault(_kind(key), set()).add(member)
+    return [
+        f"{next(iter(found.values()))!r} comes without {', '.join(sorted(lacking))} of its fused group"
+        for key, found in groups.items()
+        if (lacking := kinds[_kind(key)].difference(found))
+    ]
+
+
+def _kind(group: str) -> str:
+    return group[group.rfind("[") + 1 : -1]
+
+
+def update_info(
+    manifest: Manifest, bucket: int, handles: Mapping[str, tuple[Any, ...]], *, flagged: bool
+) -> dict[str, Any]:
+    """The update of one bucket. `handles`: a worker's GPU → the arguments of `rebuild_cuda_tensor` for its own handle.
+
+    `flagged`: it has to say that it is packed.
+    """
+    table = manifest.tensors
+    tensors = [int(manifest.piece_tensor[piece]) for piece in manifest.bucket_pieces(bucket)]
+    return {
+        "names": [table.names[tensor] for tensor in tensors],
+        "dtype_names": [table.dtypes[tensor] for tensor in tensors],
+        "shapes": [list(table.shapes[tensor]) for tensor in tensors],
+        "tensor_sizes": [table.nbytes(tensor) for tensor in tensors],
+        "ipc_handles_pickled": b64encode(dumps(dict(handles))).decode("ascii"),
+        **({"packed": True} if flagged else {}),
+    }
+
+
+class IpcPath(EnginePath):
+    """Needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in the server, and GPUs.
+
+    The mapping of a bucket is kept by the worker until the next bucket comes or the update is finished.
+    """
+
+    name = "ipc"
+    transport = "torch-cuda"
+
+    def __init__(self, server: Server, *, draft: bool, gpus: Callable[[], Sequence[str]]) -> None:
+        """`gpus` finds out on which GPU each worker is; it may block, and is called once."""
+        super().__init__(server, draft=draft)
+        self._find_gpus = gpus
+        self._gpus: tuple[str, ...] = ()
+        self._manifest: Manifest | None = None
+
+    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+        """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
+        if self.server.profile.packed is None:
+            raise self.refused(
+                f"vllm {self.server.version} takes no packed buffers", "use our plugin, or vllm 0.22 or later"
+            )
+        if broken := broken_groups(manifest.tensors.names):
+            raise self.refused(
+                first_names(broken, len(broken)),
+                "send fused groups whole: vllm would leave the rest of a layer uninitialised",
+            )
+        if found := misfits(manifest):
+            raise self.refused(
+                f"stock ipc takes whole tensors back to back, and {first_names(found, len(found))}",
+                "arena.alignment = 8 and an arena.slot_bytes above the largest tensor, or our plugin",
+            )
+        try:
+            await self._readers()
+        except (EngineError, ConfigError) as error:
+            raise self.refused(error.message, error.hint) from error
+        return ()
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
+    ) -> None:
+        self._manifest = manifest
+        http, packed = self.server.http, self.server.profile.packed
+        init = {"packed": True} if packed == "init" else {}
+        await http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
+        if torn:  # an update that failed left layers half-collected: opening and closing one puts them back
+            await self.attempt("/finish_weight_update", None, deadline=deadline)
+            await self.start(deadline=deadline)
+            await http.post("/finish_weight_update", None, deadline=deadline)
+        await self.start(deadline=deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        if self._manifest is None:
+            raise LocalProtocolError("no update is open", engine=self.server.engine, hint="begin first")
+        profile, manifest = self.server.profile, self._manifest
+        # the worker puts its own ordinal in the place of this one
+        handles = [cuda_args(TorchCudaTicket.unpack(ticket), 0) for ticket in tickets]
+        by_worker = list(zip(await self._readers(), handles, strict=True))
+        flagged = profile.packed == "update"
+        info: Any
+        if profile.per_worker:
+            info = [update_info(manifest, bucket, dict([worker]), flagged=flagged) for worker in by_worker]
+        else:
+            info = update_info(manifest, bucket, dict(by_worker), flagged=flagged)
+        await self.server.http.post("/update_weights", {"update_info": info}, deadline=deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+        self._manifest = None
+
+    async def _readers(self) -> tuple[str, ...]:
+        if not self._gpus:
+            gpus = tuple(await asyncio.to_thread(self._find_gpus))
+            if len(set(gpus)) < len(gpus) and not self.server.profile.per_worker:
+                raise EngineError(
+                    f"several of its workers share a GPU, whose handles vllm {self.server.version} cannot tell apart",
+                    engine=self.server.engine,
+                    hint="our plugin, or vllm 0.29 or later",
+                )
+            self._gpus = gpus
+        return self._gpus

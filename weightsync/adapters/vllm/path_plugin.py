@@ -1,0 +1,127 @@
+"""Into a server that has our plugin: through vLLM's own weight-update routes, or through `/collective_rpc`."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.vllm.path import EnginePath
+from weightsync.adapters.vllm.server import first_names, ticket_seconds
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["ExtensionPath", "PluginPath"]
+
+
+def _text(data: bytes) -> str:
+    return b64encode(data).decode("ascii")
+
+
+class ExtensionPath(EnginePath):
+    """Everything through `/collective_rpc`. Works from vLLM 0.19 on, whatever backend the server was started with."""
+
+    name = "extension"
+    keeps_version = True
+
+    async def incarnation(self, *, deadline: float) -> str:
+        return (await self.server.hello(deadline=deadline))[0].incarnation
+
+    async def weight_version(self, *, deadline: float) -> str:
+        """See the base class. Where the server keeps no version, its workers do."""
+        if self.server.profile.keeps_version:
+            return await super().weight_version(deadline=deadline)
+        said = {worker.weight_version for worker in await self.server.hello(deadline=deadline)}
+        return said.pop() if len(said) == 1 else next((text for text in said if ">" in text), "default")
+
+    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+        """The workers compare every name with the model they hold."""
+        asked = {"manifest": _text(manifest.pack()), "draft": self.draft}
+        untouched: dict[str, None] = {}
+        for fit in await self.server.workers("check", deadline=deadline, **asked):
+            if fit["unknowns"]:
+                names = first_names([repr(name) for name in fit["unknown"]], fit["unknowns"])
+                raise self.refused(f"the model has no parameter for {names}")
+            if fit["partials"]:
+                raise self.refused(
+                    first_names(fit["partial"], fit["partials"]),
+                    "send every layer whole: vllm would leave the rest of it uninitialised",
+                )
+            untouched.update(dict.fromkeys(fit["untouched"]))
+        if untouched and whole:
+            names = first_names([repr(name) for name in untouched], len(untouched))
+            raise self.refused(
+                f"its weights are torn or asleep, and this would leave {names} as they are",
+                "push all tensors of the model",
+            )
+        return tuple(untouched)
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
+    ) -> None:
+        await self.server.workers("begin", deadline=deadline, **self._begin(version, manifest, offers, deadline))
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await self.server.workers("load", deadline=deadline, **self._load(bucket, tickets, deadline))
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        await self.server.workers("finish", deadline=deadline, draft=self.draft)
+
+    async def set_weight_version(self, text: str, *, deadline: float) -> None:
+        await super().set_weight_version(text, deadline=deadline)
+        if text.isdecimal():
+            await self.server.workers("serve", deadline=deadline, version=int(text))
+
+    def _begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], deadline: float
+    ) -> dict[str, Any]:
+        return {
+            "version": version,
+            "manifest": _text(manifest.pack()),
+            "offers": [[_text(offer) for offer in worker] for worker in offers],
+            "seconds": ticket_seconds(deadline, monotonic()),
+            **({"draft": True} if self.draft else {}),
+        }
+
+    def _load(self, bucket: int, tickets: Sequence[bytes], deadline: float) -> dict[str, Any]:
+        return {
+            "bucket": bucket,
+            "tickets": [_text(ticket) for ticket in tickets],
+            "seconds": ticket_seconds(deadline, monotonic()),
+            **({"draft": True} if self.draft else {}),
+        }
+
+
+class PluginPath(ExtensionPath):
+    """The steps through vLLM's own routes, so that its state, metrics and logs know of the update."""
+
+    name = "plugin"
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
+    ) -> None:
+        try:
+            await self.start(deadline=deadline)
+        except EngineAnswer as answer:
+            if "already active" not in answer.reason:
+                raise
+            await self.attempt("/update_weights", {"update_info": {"do": "abandon"}}, deadline=deadline)
+            await self.attempt("/finish_weight_update", None, deadline=deadline)  # 0.22 does not close a failed one
+            await self.start(deadline=deadline)
+        await self._update({"do": "begin", **self._begin(version, manifest, offers, deadline)}, deadline=deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await self._update({"do": "load", **self._load(bucket, tickets, deadline)}, deadline=deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        if not self.server.profile.engine_reloads:
+            await self._update({"do": "check-whole"}, deadline=deadline)
+        await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+
+    async def _update(self, step: dict[str, Any], *, deadline: float) -> None:
+        step.pop("draft", None)  # the start route said so
+        await self.server.http.post("/update_weights", {"update_info": step}, deadline=deadline)

@@ -1,0 +1,30 @@
+"""vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`).
+
+    --weight-transfer-config '{"backend": "weightsync"}'
+
+Then vLLM's own weight-update routes take our tickets. Without that flag the same is done through `/collective_rpc`,
+for which `register` gives the workers a method.
+"""
+
+from __future__ import annotations
+
+import logging
+from importlib import import_module
+
+__all__ = ["BACKEND", "register"]
+
+logger = logging.getLogger(__name__)
+
+BACKEND = "weightsync"
+
+
+def register() -> None:
+    """Make vLLM know our backend and our workers' method. May be called any number of times."""
+    import_module("weightsync.adapters.vllm.extension").install()
+    try:
+        factory = import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
+    except ImportError as error:
+        logger.warning("this vllm has no weight transfer backends, use its /collective_rpc: %s", error)
+        return
+    if BACKEND not in factory._registry:  # plugins are loaded in every process, some twice
+        factory.register_engine(BACKEND, "weightsync.adapters.vllm.backend", "WeightSyncEngine")

@@ -1,0 +1,192 @@
+"""An update inside one vLLM worker: buckets in, layers reloaded, whichever way the daemon's calls came in.
+
+vLLM's layerwise reload holds the tensors of a layer back until it is whole, processes them as after the first load and
+copies the result over what the kernels (and CUDA graphs) hold. An update that failed leaves layers half-collected;
+taken up again they would be completed with a mixture, so they are put back first.
+"""
+
+from __future__ import annotations
+
+import secrets
+from contextlib import ExitStack, contextmanager
+from importlib import import_module
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightsync.adapters.versions import serving, updating
+from weightsync.adapters.vllm import cpu_repairs
+from weightsync.adapters.vllm.names import Fit, ModelNames
+from weightsync.adapters.worker import SlotReader
+from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.plan.manifest import Manifest
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+__all__ = ["WeightReload", "worker_index"]
+
+_RELOAD = "vllm.model_executor.model_loader.reload"
+_LOADERS_RAISE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+_EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
+
+
+def worker_index(parallel_config: Any) -> int:
+    """Which entry of a list for all workers is this worker's."""
+    replica: Any = getattr(parallel_config, "data_parallel_index", None)
+    if replica is None:
+        replica = getattr(parallel_config, "data_parallel_rank", 0)
+    return int(replica) * int(parallel_config.world_size) + int(parallel_config.rank)
+
+
+class WeightReload:
+    """What one worker remembers of the pushes it takes, and how it takes them."""
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        self.incarnation = secrets.token_hex(8)
+        self.weight_version = "default"
+        self.config = vllm_config  # may come later
+        self._device = device
+        self._slots = SlotReader(device)
+        self._held: int | None = None  # the version that was served last
+        self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
+        if device.type == "cpu":
+            cpu_repairs.mend()
+
+    def fit(self, model: torch.nn.Module, manifest: bytes) -> Fit:
+        """How the tensors of a manifest fit the model; loads nothing."""
+        table = Manifest.unpack(manifest).tensors
+        names = self._names(model)
+        further = [other for other, _ in table.aliases if names.parameter_of(other)]
+        fit = names.fit([*table.names, *further], whole=self.config.parallel_config.pipeline_parallel_size == 1)
+        if self.config.model_config.quantization:  # scales have too many names to be sure of them
+            fit = fit._replace(unknown=tuple(name for name in fit.unknown if name.endswith((".weight", ".bias"))))
+        if self._device.type == "cpu" and self._experts(model) and not cpu_repairs.mended_experts():
+            fit = fit._replace(
+                partial=("this vllm on CPU does not repack expert weights that are loaded again", *fit.partial)
+            )
+        return fit
+
+    def open(self, model: torch.nn.Module, model_config: Any = None) -> None:
+        """Make the model ready to be reloaded, whatever an earlier update left."""
+        reload = import_module(_RELOAD)
+        if self.config is None:
+            raise LocalProtocolError("this worker was not asked for its hello", hint="weightsyncd asks for it first")
+        model_config = model_config or self.config.model_config
+        with self._as_vllm():
+            self._put_back(model, model_config)
+            reload.initialize_layerwise_reload(model)
+
+    def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float) -> None:
+        """From here on this worker is torn until `finish`."""
+        self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
+        aliases: dict[str, tuple[str, ...]] = {}
+        for other, name in Manifest.unpack(manifest).tensors.aliases:
+            aliases[name] = (*aliases.get(name, ()), other)
+        self._aliases = aliases
+        self.weight_version = updating(self._held, version)
+
+    def load(
+        self,
+        model: torch.nn.Module,
+        bucket: int,
+        ticket: bytes,
+        seconds: float,
+        load_weights: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Read one bucket and hand its tensors to the model. Raises `EngineError` naming what the model ignored."""
+        tensors = self._slots.read(bucket, ticket, deadline=monotonic() + seconds)
+        names = self._names(model)
+        for name, tensor in list(tensors):
+            tensors += [(other, tensor) for other in self._aliases.get(name, ()) if names.parameter_of(other)]
+        try:
+            with self._as_vllm():
+                loaded = (load_weights or model.load_weights)(iter(tensors))  # type: ignore[operator]
+        except _LOADERS_RAISE as error:  # many of its loaders assert, without a word
+            shown = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors[:8])
+            raise EngineError(
+                f"the model could not load one of {shown}: {type(error).__name__} {error}", bucket=bucket
+            ) from error
+        if loaded is None:
+            return
+        tied = names.tied
+        placed = {tied.get(name, name) for name in loaded}
+        ignored = [
+            name
+            for name, _ in tensors
+            if (parameter := names.parameter_of(name))
+            and ".experts." not in parameter  # a worker has some of the experts only
+            and tied.get(parameter, parameter) not in placed
+        ]
+        if ignored:
+            raise EngineError(f"the model ignored {', '.join(ignored[:5])}", bucket=bucket)
+
+    def close(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Check that everything came, and complete the reload."""
+        self._slots.finish()
+        with self._as_vllm():
+            import_module(_RELOAD).finalize_layerwise_reload(model, model_config)
+        if self._device.type != "cpu":
+            torch.accelerator.synchronize(self._device)
+
+    def check_whole(self) -> None:
+        """Check that everything came, where vLLM's worker itself completes the reload."""
+        self._slots.finish()
+
+    def finish(self, version: int) -> None:
+        """What was loaded is `version`."""
+        self._held = version
+        self.weight_version = serving(version)
+
+    def shutdown(self) -> None:
+        """Detach from all arenas."""
+        self._slots.close()
+
+    @contextmanager
+    def _as_vllm(self) -> Iterator[None]:
+        """What vLLM's loading code expects around it."""
+        config = import_module("vllm.config")
+        with ExitStack() as stack:
+            stack.enter_context(config.set_current_vllm_config(self.config))
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(self._device)
+            yield
+
+    def _put_back(self, model: torch.nn.Module, model_config: Any) -> None:
+        """Layers that an earlier update began and did not end get their tensors back, and forget what came."""
+        info_of = import_module(f"{_RELOAD}.layerwise").get_layerwise_info
+        left = [info for layer in model.modules() if (info := info_of(layer)).can_load()]
+        for info in left:
+            info.load_numel = 0
+            info.loaded_weights = []
+        if left:
+            import_module(_RELOAD).finalize_layerwise_reload(model, model_config)
+
+    def _experts(self, model: torch.nn.Module) -> int:
+        config = getattr(model, "config", None)
+        config = getattr(config, "text_config", config)
+        return next((int(n) for key in _EXPERT_COUNTS if isinstance(n := getattr(config, key, None), int)), 0)
+
+    def _names(self, model: torch.nn.Module) -> ModelNames:
+        known: ModelNames | None = getattr(model, "_weightsync_names", None)
+        if known is not None:
+            return known
+        first: dict[int, str] = {}
+        tied: dict[str, str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if (other := first.setdefault(id(parameter), name)) != name:
+                tied[name] = other
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        rename = getattr(mapper, "map_name", None) or getattr(mapper, "_map_name", None)
+        known = ModelNames(
+            [*first.values(), *tied],
+            fused=getattr(model, "packed_modules_mapping", None) or {},
+            rename=rename,
+            tied=tied,
+            experts=self._experts(model),
+        )
+        if not first:
+            raise LocalProtocolError("the model has no parameters")
+        model._weightsync_names = known  # type: ignore[assignment]
+        return known

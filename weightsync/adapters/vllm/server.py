@@ -1,0 +1,183 @@
+"""One vLLM server as the ways into it see it: its HTTP, its profile, and what it says of itself."""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.vllm.profiles import DEV_ROUTES, PROFILES, PROTOCOL, Choice, choose
+from weightsync.errors import EngineError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters.http import EngineHttp
+    from weightsync.adapters.vllm.profiles import Profile
+
+__all__ = [
+    "BACKENDS",
+    "Hello",
+    "Server",
+    "backend_named",
+    "configured",
+    "field",
+    "find_routes",
+    "first_names",
+    "ticket_seconds",
+    "version_of",
+]
+
+_WORTH_ASKING = tuple(dict.fromkeys(route for profile in PROFILES for route in profile.routes))
+_GETS = ("/is_paused", "/get_world_size", "/weight_info")
+BACKENDS = {
+    "NCCLWeightTransferEngine": "nccl",
+    "IPCWeightTransferEngine": "ipc",
+    "SparseNCCLWeightTransferEngine": "sparse_nccl",
+    "WeightSyncEngine": "weightsync",
+}
+
+
+class Hello(msgspec.Struct, kw_only=True):
+    """What one worker of ours says of itself."""
+
+    protocol: int
+    rank: int
+    platform: str
+    replicas: int
+    world_size: int
+    incarnation: str
+    weight_version: str
+    pid: int = 0
+    backend: str | None = None
+
+
+def ticket_seconds(deadline: float, now: float) -> float:
+    """How long a worker may take over one call: its clock is not ours. Whole seconds."""
+    return float(max(ceil(deadline - now), 1))
+
+
+class Server:
+    """A server whose version and routes are known."""
+
+    def __init__(self, http: EngineHttp, version: str, choice: Choice, routes: frozenset[str], world: int) -> None:
+        self.http = http
+        self.engine = http.engine
+        self.version = version
+        self.choice = choice
+        self.routes = routes
+        self.world = world  # workers that read, replicas included
+
+    @property
+    def profile(self) -> Profile:
+        """Which protocol it speaks."""
+        return self.choice.profile
+
+    @classmethod
+    async def find(cls, http: EngineHttp, *, deadline: float) -> Server:
+        """Ask for version, routes and size. Raises `EngineError` where it is no server that takes weights."""
+        version = await version_of(http, deadline=deadline)
+        routes = await find_routes(http, deadline=deadline)
+        choice = choose(version, routes, engine=http.engine)
+        size = await http.get("/get_world_size", deadline=deadline)
+        return cls(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
+
+    async def workers(self, do: str, *, deadline: float, **request: Any) -> list[dict[str, Any]]:
+        """Call our method in every worker. Raises `EngineAnswer`, or `EngineError` for what is no answer of ours."""
+        body = {"method": "weightsync", "args": [msgspec.json.encode({"do": do, **request}).decode()]}
+        answer = await self.http.post("/collective_rpc", body, deadline=deadline)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        if not isinstance(results, list) or not results or not all(isinstance(one, dict) for one in results):
+            raise EngineError(f"its workers answered {do!r} in a way that is none of ours", engine=self.engine)
+        return results
+
+    async def hello(self, *, deadline: float) -> list[Hello]:
+        """What every worker says of itself. Raises `EngineAnswer` where our plugin is in none."""
+        results = await self.workers("hello", deadline=deadline)
+        try:
+            workers = msgspec.convert(results, list[Hello])
+        except msgspec.ValidationError as error:
+            raise EngineError(f"its workers speak another weightsync: {error}", engine=self.engine) from error
+        if other := [worker.protocol for worker in workers if worker.protocol != PROTOCOL]:
+            raise EngineError(
+                f"the plugin in its workers speaks protocol {other[0]}, this daemon {PROTOCOL}",
+                engine=self.engine,
+                hint="install the same weightsync in the engine's environment and here",
+            )
+        return workers
+
+
+async def configured(
+    http: EngineHttp, hello: Sequence[Hello] | None, *, deadline: float
+) -> tuple[str | None, bool | None]:
+    """The weight-transfer backend a server was started with (None: none), and whether it lets pickles in over HTTP
+    (None: it does not say). `hello` is what its workers said, if they have our plugin.
+    """
+    try:
+        info = await http.get("/server_info", {"config_format": "json"}, deadline=deadline)
+        transfer = info["vllm_config"]["weight_transfer_config"]
+        backend = None if transfer is None else str(transfer["backend"])
+        return backend, bool(info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION"))
+    except (EngineAnswer, KeyError, TypeError, AttributeError):
+        pass  # it answers 500 in an environment without pip
+    if hello is not None:
+        return hello[0].backend, None
+    try:
+        # our own backend takes this, any other names itself in refusing it; neither does anything
+        await http.post("/init_weight_transfer_engine", {"init_info": {"weightsync": 1}}, deadline=deadline)
+    except EngineAnswer as answer:
+        return backend_named(answer.reason), None
+    return "weightsync", None
+
+
+def backend_named(reason: str) -> str | None:
+    """The backend that refused our init in these words."""
+    if "not configured" in reason or "NoneType" in reason:
+        return None
+    _, found, rest = reason.partition("Invalid init_info for ")
+    name = rest.partition(":")[0].strip()
+    return BACKENDS.get(name, name) if found else None
+
+
+async def version_of(http: EngineHttp, *, deadline: float) -> str:
+    """What /version says."""
+    try:
+        answer = await http.get("/version", deadline=deadline)
+    except EngineAnswer as error:
+        raise EngineError(f"no vllm server: {error.message}", engine=http.engine, phase="probe") from error
+    return str(field(answer, "version", str, "/version", http.engine))
+
+
+async def find_routes(http: EngineHttp, *, deadline: float) -> frozenset[str]:
+    """Which of the routes that matter here the server has, from /openapi.json or by asking for each."""
+    try:
+        document = await http.get("/openapi.json", deadline=deadline)
+        paths = document["paths"]
+        if isinstance(paths, dict):
+            return frozenset(paths)
+    except (EngineAnswer, KeyError, TypeError):
+        pass  # switched off by --disable-fastapi-docs
+    found = []
+    for route in _WORTH_ASKING:
+        if await http.has("GET" if route in _GETS else "POST", route, deadline=deadline):
+            found.append(route)
+        elif route in DEV_ROUTES:
+            break  # not in development mode: none of the others is there
+    return frozenset(found)
+
+
+def field(answer: Any, name: str, kind: type, call: str, engine: str) -> Any:
+    """A field of an answer. Raises `EngineError` if it is missing or of another type."""
+    value = answer.get(name) if isinstance(answer, dict) else None
+    if not isinstance(value, kind):
+        raise EngineError(f"{call} answered without a {name!r} that is {kind.__name__}", engine=engine)
+    return value
+
+
+def first_names(names: Sequence[str], count: int, most: int = 5) -> str:
+    """A list for a sentence: the first few, and how many more there are."""
+    shown = list(names[:most])
+    more = count - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
