@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
-.PHONY: setup demo test style types test-gpu bench docs clean
+.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/weightsync demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not engines"
 
 style: setup
 	$(BIN)/ruff check .
@@ -35,6 +35,19 @@ style: setup
 
 types: setup
 	$(BIN)/mypy
+
+engines:
+	PYTHON=$(PYTHON) bash engines/setup.sh
+
+test-engines: setup engines
+	$(BIN)/python -m pytest -m "engines and not engines_slow" tests/engines
+
+test-engines-all: setup engines
+	$(BIN)/python -m pytest -m engines tests/engines
+
+# one older version of each: WEIGHTSYNC_ENGINES=.engines/older .venv/bin/python -m pytest -m engines tests/engines
+engines-older:
+	PYTHON=$(PYTHON) bash engines/setup.sh .engines/older engines/pins/older
 
 test-gpu: setup
 	$(BIN)/python -m pytest -m gpu

@@ -180,8 +180,8 @@ class World:
                 return ev.GroupFormed(nodes=nodes)
             case do.AcceptEngine(engine=name):
                 return ev.EngineAccepted(engine=name)
-            case do.PauseEngine(engine=name):
-                self.models[name].serving = False
+            case do.PauseEngine(engine=name, mode=mode):
+                self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)
             case do.BeginEngine(engine=name):
                 model = self.models[name]

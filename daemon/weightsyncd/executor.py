@@ -210,7 +210,7 @@ class NodeExecutor:
         if info.incarnation != context.incarnations.get(engine.name):
             raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")
         mode = context.modes.get(engine.name)
-        if mode is not None and not info.paused:
+        if mode not in (None, "none") and not info.paused:
             logger.warning("[engine=%s v=%d] was resumed by somebody else; pausing it", engine.name, context.version)
             await engine.adapter.pause(mode, deadline=deadline)  # type: ignore[arg-type]
 
@@ -383,7 +383,7 @@ class NodeExecutor:
         ]
         for name in sorted(context.begun):
             logger.warning("[engine=%s v=%d] is left torn and paused: its push ended half-way", name, context.version)
-            if name not in context.modes:
+            if context.modes.get(name, "none") == "none":
                 ends.append(do.PauseEngine(engine=name, mode="abort", deadline=deadline))
         for instruction in ends:
             work = asyncio.create_task(self._at_engine(context, instruction))

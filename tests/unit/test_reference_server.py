@@ -382,4 +382,4 @@ def test_a_key_that_cannot_be_sent_is_refused_and_not_shown() -> None:
 def test_an_unknown_kind_of_engine() -> None:
     with pytest.raises(ConfigError, match="'abacus'") as raised:
         adapter(SimpleNamespace(kind="abacus", name="e", url="http://h", api_key=None))
-    assert raised.value.hint == "one of: reference"
+    assert raised.value.hint == "one of: reference, sglang, vllm"

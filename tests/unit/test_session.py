@@ -168,6 +168,15 @@ def test_an_unpaused_engine_that_is_torn_is_paused_at_once():
     assert not world.models["a"].serving
 
 
+def test_an_engine_hears_of_a_push_that_does_not_pause_it():
+    """Not every engine can load while it serves: its adapter does what comes nearest."""
+    world = World(pause="none", engines={"a": "home"})
+    world.open_all()
+    world.run_until(do.BeginEngine)
+    assert ev.EnginePaused(engine="a") in world.history
+    assert world.models["a"].serving
+
+
 def test_a_rank_that_never_opens_is_named_when_time_is_up():
     world = World(world=3)
     world.hear(ev.RankOpened(rank=0, layout=layout_of(0)))

@@ -36,7 +36,8 @@ TICKET = seal(b"S", TorchShmTicket(reader="e/0", handle=b"/weightsync-none", nby
 
 
 def spec(path: str = "auto", target: str = "all", key: str | None = None, url: str = URL) -> Any:
-    return SimpleNamespace(kind="sglang", name="sgl", url=url, api_key=key, ca_file=None, path=path, target=target)
+    known = {"kind": "sglang", "name": "sgl", "url": url, "api_key": key, "ca_file": None, "gpus": ()}
+    return SimpleNamespace(**known, path=path, target=target)
 
 
 async def push(
@@ -293,7 +294,6 @@ def test_which_model_takes_the_tensors(version: str, target: str, field: dict[st
         ("0.5.23", {"weight_cache_mode": "client"}, {}, "--weight-cache-mode client"),
         ("0.5.15.post1", {"quantization": "fp8"}, {}, "does not restore packed weights"),
         ("0.5.15.post1", {}, {"target": "draft"}, "cannot load into the draft model alone"),
-        ("0.5.23", {"device": "cuda"}, {"path": "ipc"}, "UUID"),
         ("0.5.23", {"tp_size": 2}, {"path": "ipc"}, "only --tp 1"),
     ],
 )
@@ -302,6 +302,21 @@ def test_refusals(version: str, facts: dict[str, Any], options: dict[str, Any], 
     with pytest.raises(EngineRefused, match=reason):
         pushed(server, **options)
     assert server.asked == []
+
+
+@pytest.mark.parametrize("path", ["tensor", "ipc"])
+def test_stock_servers_on_gpus_take_handles_for_their_own_gpus(path: str) -> None:
+    async def run() -> None:
+        named = SimpleNamespace(**vars(spec(path)) | {"gpus": ("GPU-aa", "bb")})
+        hand = SGLangAdapter(named, transport=Server(device="cuda", tp_size=2))
+        assert (await hand.probe(deadline=soon())).transport == "torch-cuda"
+        await hand.close()
+        blind = SGLangAdapter(spec(path, url="http://127.0.0.1:1"), transport=Server(device="cuda"))
+        with pytest.raises(EngineError, match="cannot be told on which GPUs"):
+            await blind.probe(deadline=soon())
+        await blind.close()
+
+    asyncio.run(run())
 
 
 def test_stock_servers_refuse_parts() -> None:

@@ -57,7 +57,7 @@ def check(named: dict[str, torch.Tensor]) -> None:
 
 
 def test_a_flattened_bucket_as_sglang_takes_it_apart(ticket: bytes) -> None:
-    bucket = pickle.loads(payloads.flattened_bucket(ticket, MANIFEST, 0))
+    bucket = pickle.loads(payloads.flattened_bucket(ticket, None, MANIFEST, 0))
     named = {
         item.name: bucket["flattened_tensor"][item.start_idx : item.end_idx].view(item.dtype).reshape(item.shape)
         for item in bucket["metadata"]
@@ -78,7 +78,7 @@ def test_messages_as_checkpoint_engine_takes_them(ticket: bytes, device: Any) ->
         assert made.dtype == torch.uint8
         return made  # type: ignore[no-any-return]
 
-    mine = buffer(payloads.open_buffer(ticket))
+    mine = buffer(payloads.open_buffer(ticket, None))
     named = {
         item["name"]: mine[item["offset"] : item["offset"] + item["dtype"].itemsize * item["shape"].numel()]
         .view(item["dtype"])
@@ -108,7 +108,7 @@ def test_every_global_is_one_that_sglang_lets_through(ticket: bytes) -> None:
             met.add((module, name))
             return super().find_class(module, name)
 
-    Unpickler(io.BytesIO(payloads.flattened_bucket(ticket, MANIFEST, 0))).load()
+    Unpickler(io.BytesIO(payloads.flattened_bucket(ticket, None, MANIFEST, 0))).load()
     assert met <= allowed
 
 

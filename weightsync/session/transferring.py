@@ -22,10 +22,7 @@ class Transferring(Committing):
     def _begin_transfer(self, now: float, out: list[Instruction]) -> None:
         self.state = State.TRANSFERRING
         out.append(do.AnnouncePlan())
-        for engine in self._live():
-            if self.pause == "none":
-                engine.stage = EngineStage.PAUSED
-                continue
+        for engine in self._live():  # with "none" too: what comes nearest to it is the engine's own affair
             engine.stage, engine.asked, engine.paused_by_us = EngineStage.PAUSING, "pause", True
             self._begun_at[engine.name] = now
             out.append(do.PauseEngine(engine=engine.name, mode=self.pause, deadline=self._until(now)))

@@ -12,7 +12,7 @@ import torch
 from weightsync.errors import SourceError
 from weightsync.plan.boxes import box_runs
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.safetensors_header import StoredTensor, read_header, read_index
+from weightsync.sources.safetensors_header import StoredTensor, files_of, read_header
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -46,7 +46,7 @@ class CheckpointSource:
 
     def _open(self, path: Path) -> Layout:
         shards = []
-        for file, wanted in _files_of(path):
+        for file, wanted in files_of(path):
             try:
                 descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
             except OSError as error:
@@ -150,21 +150,3 @@ class CheckpointSource:
             if not got:
                 raise SourceError(f"{self._paths[file]} has become shorter: no byte at {begin + done}")
             done += got
-
-
-def _files_of(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """The checkpoint's files, each with the tensors wanted of it; None: all."""
-    if path.is_file():
-        return [(path, None)]
-    if (single := path / "model.safetensors").is_file():
-        return [(single, None)]
-    index = path / "model.safetensors.index.json"
-    if not index.is_file():
-        raise SourceError(
-            f"{path} is no safetensors checkpoint",
-            hint="give a directory with model.safetensors or model.safetensors.index.json, or a .safetensors file",
-        )
-    by_file: dict[str, list[str]] = {}
-    for name, file in read_index(index).items():
-        by_file.setdefault(file, []).append(name)
-    return [(path / file, wanted) for file, wanted in by_file.items()]

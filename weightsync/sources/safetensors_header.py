@@ -17,7 +17,7 @@ from weightsync.plan.dtypes import BY_SAFETENSORS, Dtype
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["StoredTensor", "read_header", "read_index"]
+__all__ = ["StoredTensor", "files_of", "read_header", "read_index"]
 
 _MAX_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _MAX_INDEX = 1 << 30
@@ -107,3 +107,21 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _whole_numbers(value: Any) -> bool:
     return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 62 for number in value)
+
+
+def files_of(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """A checkpoint's files, each with the tensors wanted of it; None: all. Raises `SourceError` where there is none."""
+    if path.is_file():
+        return [(path, None)]
+    if (single := path / "model.safetensors").is_file():
+        return [(single, None)]
+    index = path / "model.safetensors.index.json"
+    if not index.is_file():
+        raise SourceError(
+            f"{path} is no safetensors checkpoint",
+            hint="give a directory with model.safetensors or model.safetensors.index.json, or a .safetensors file",
+        )
+    by_file: dict[str, list[str]] = {}
+    for name, file in read_index(index).items():
+        by_file.setdefault(file, []).append(name)
+    return [(path / file, wanted) for file, wanted in by_file.items()]

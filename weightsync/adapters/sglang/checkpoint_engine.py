@@ -111,20 +111,20 @@ class CheckpointEnginePath(LoadPath):
     """Buckets as checkpoint-engine's buffers."""
 
     name = "ipc"
-    transport = "torch-shm"
 
-    def __init__(self, server: SGLangServer, facts: ServerFacts) -> None:
+    def __init__(self, server: SGLangServer, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
+        """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
         self._server = server
         self._facts = facts
+        self._gpus = gpus
+        self.transport = "torch-shm" if gpus[0] is None else "torch-cuda"
         self._update: _Update | None = None
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. Names are not checked: SGLang leaves out those it does not know, with a log line."""
         refuse_stock(manifest, self._server.engine)
         problem = hint = None
-        if self._facts.device != "cpu":
-            problem = "it looks for its GPU's UUID among the handles, and CUDA-IPC handles are not built yet"
-        elif self._facts.tp_size > 1:
+        if self._gpus[0] is None and self._facts.tp_size > 1:
             problem = "on a CPU every rank looks for the same handle, so only --tp 1 can be served this way"
         elif self._facts.quantization:
             problem = f"it quantises to {self._facts.quantization!r}, and this path does not restore packed weights"
@@ -143,12 +143,13 @@ class CheckpointEnginePath(LoadPath):
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class. There is nothing to attach to, and an update that failed has ended by itself."""
         await self.close()
-        self._update = _Update(self._server, [f"GPU-{platform.machine()}"], manifest)
+        keys = [f"GPU-{platform.machine() if gpu is None else gpu}" for gpu in self._gpus]
+        self._update = _Update(self._server, keys, manifest)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         update = self._open()
         steps = (
-            [open_buffer(ticket) for ticket in tickets],
+            [open_buffer(ticket, gpu) for ticket, gpu in zip(tickets, self._gpus, strict=True)],
             [tensor_list(update.manifest, bucket)] * len(tickets),
             [close_buffer()] * len(tickets),
         )

@@ -7,12 +7,15 @@ restarted. What a server does not say (whether it is paused, before 0.5.20 and w
 
 from __future__ import annotations
 
+import asyncio
 from base64 import b64encode
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.adapters.pickling import dumps
+from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
 from weightsync.adapters.sglang.ordered import PluginPath
@@ -47,6 +50,7 @@ class _Server(NamedTuple):
     why: str
     says_ready: bool
     path: LoadPath
+    checkpoint: CheckpointCheck
 
 
 class SGLangAdapter(EngineAdapter):
@@ -56,6 +60,7 @@ class SGLangAdapter(EngineAdapter):
         """Connects to nothing yet. `transport` replaces the network in tests."""
         self.name = spec.name
         self._way, self._target = spec.path, spec.target
+        self._named_gpus = spec.gpus
         self._keyed = spec.api_key is not None
         self._http = EngineHttp(spec, transport=transport)
         self._server = SGLangServer(self._http)
@@ -97,6 +102,7 @@ class SGLangAdapter(EngineAdapter):
         """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
         known = await self._met(deadline)
         refuse_server(known.facts, known.profile, self._target, self.name)
+        await known.checkpoint.refuse(manifest)
         return await known.path.accept(manifest, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
@@ -181,13 +187,15 @@ class SGLangAdapter(EngineAdapter):
             await self._known.path.close()
         surface = await self._server.surface(deadline=deadline)
         chosen = choose(facts.version, surface)
-        path, reason = self._path(facts, chosen.profile)
+        path, reason = await self._path(facts, chosen.profile)
         why = f"{chosen.why}, path {path.name}: {reason}"
         self._mode = None
-        self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path)
+        alone = facts.speculative_algorithm is None  # a draft has names of its own
+        checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name)
+        self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
 
-    def _path(self, facts: ServerFacts, profile: Profile) -> tuple[LoadPath, str]:
+    async def _path(self, facts: ServerFacts, profile: Profile) -> tuple[LoadPath, str]:
         plugin = facts.plugin
         usable = plugin is not None and plugin.protocol == orders.PROTOCOL
         if self._way == "plugin" and not usable:
@@ -201,12 +209,21 @@ class SGLangAdapter(EngineAdapter):
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
             return PluginPath(self._server, profile, self._target), "our plugin answers"
+        gpus = await self._gpus(facts)
         if self._way == "ipc":
             from weightsync.adapters.sglang.checkpoint_engine import CheckpointEnginePath
 
-            return CheckpointEnginePath(self._server, facts), "asked for"
+            return CheckpointEnginePath(self._server, facts, gpus), "asked for"
         reason = "asked for" if self._way == "tensor" else "no plugin answers" if plugin is None else "another plugin"
-        return TensorPath(self._server, profile, self._target), reason
+        return TensorPath(self._server, profile, self._target, gpus), reason
+
+    async def _gpus(self, facts: ServerFacts) -> list[str | None]:
+        """UUIDs of its ranks' GPUs, by tp rank; None for ranks on a CPU."""
+        if facts.device != "cuda":
+            return [None] * facts.tp_size
+        url, named = self._http.url, self._named_gpus
+        found = await asyncio.to_thread(reader_gpus, url, facts.ordinals, named=named, engine=self.name)
+        return list(found)
 
     async def _drain(self, known: _Server, deadline: float) -> None:
         """Wait until the requests that run now have ended.

@@ -29,7 +29,7 @@ class LoadPath(ABC):
     """One way into a server. An instance lives as long as the server does; updates follow one another."""
 
     name: ClassVar[str]
-    transport: ClassVar[str]  # whose tickets it takes
+    transport: str  # whose tickets it takes
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:

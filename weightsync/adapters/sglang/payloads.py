@@ -10,6 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.pickling import Call, Global, dumps, namespace
+from weightsync.adapters.torch_handles import cuda_args, host_buffer
+from weightsync.transports.torch_cuda import TorchCudaTicket
 from weightsync.transports.torch_shm import TorchShmTicket
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ DTYPES = frozenset(
 )
 """Element types whose names every SGLang since 0.5.9 lets through."""
 
-_BYTES = Global("torch", "uint8")
+_REBUILD_CUDA = Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor")
 _FIRST = Call(
     Global("functools", "partial"),
     (Global("builtins", "min"),),
@@ -34,30 +36,31 @@ _FIRST = Call(
 """A function that gives back its first argument: none of a handle's arguments is callable, so all are equally small."""
 
 
-def opened(ticket: bytes) -> Call:
-    """The expression whose value is the bucket, as a uint8 tensor; it may be evaluated once."""
-    shared = TorchShmTicket.unpack(ticket)
-    storage = Call(
-        Global("torch.multiprocessing.reductions", "rebuild_storage_filename"),
-        (Global("torch.storage", "TypedStorage"), b"", shared.handle, shared.nbytes, _BYTES),
-    )
-    return Call(Global("torch._utils", "_rebuild_tensor_v2"), (storage, 0, (shared.nbytes,), (1,), False, None))
+def opened(ticket: bytes, gpu: str | None) -> Call:
+    """The expression whose value is the bucket, as a uint8 tensor; it may be evaluated once.
+
+    `gpu` is the UUID of the reader's GPU, which SGLang's patched torch takes for a device; None for a reader on a CPU.
+    """
+    if gpu is None:
+        return host_buffer(TorchShmTicket.unpack(ticket))
+    return Call(_REBUILD_CUDA, cuda_args(TorchCudaTicket.unpack(ticket), gpu))
 
 
-def flattened_bucket(ticket: bytes, manifest: Manifest, bucket: int) -> bytes:
+def flattened_bucket(ticket: bytes, gpu: str | None, manifest: Manifest, bucket: int) -> bytes:
     """One rank's payload of `/update_weights_from_tensor` with `load_format="flattened_bucket"`."""
-    return dumps(
-        {"flattened_tensor": opened(ticket), "metadata": [namespace(**item) for item in _items(manifest, bucket)]}
-    )
+    metadata = [namespace(**item) for item in _items(manifest, bucket)]
+    return dumps({"flattened_tensor": opened(ticket, gpu), "metadata": metadata})
 
 
-def open_buffer(ticket: bytes) -> bytes:
+def open_buffer(ticket: bytes, gpu: str | None) -> bytes:
     """checkpoint-engine's first message: a function and its arguments, which make the buffer.
 
     Its worker puts its own device in place of argument 6, which is right for a CUDA handle, and which anything else has
     to let pass: on a CPU the device is "cpu".
     """
-    return dumps((_FIRST, (opened(ticket), 0, 0, 0, 0, 0, 0)))
+    if gpu is None:
+        return dumps((_FIRST, (opened(ticket, None), 0, 0, 0, 0, 0, 0)))
+    return dumps((_REBUILD_CUDA, cuda_args(TorchCudaTicket.unpack(ticket), 0)))
 
 
 def close_buffer() -> bytes:

@@ -59,6 +59,9 @@ class ServerFacts(msgspec.Struct, frozen=True):
     dp_size: int = 1
     pp_size: int = 1
     device: str | None = None
+    model_path: str | None = None
+    base_gpu_id: int = 0
+    gpu_id_step: int = 1
     random_seed: int | None = None
     startup_time: Any = None
     quantization: str | None = None
@@ -67,6 +70,11 @@ class ServerFacts(msgspec.Struct, frozen=True):
     tokenizer_worker_num: int = 1
     speculative_algorithm: str | None = None
     internal_states: tuple[_Internal, ...] = ()
+
+    @property
+    def ordinals(self) -> tuple[int, ...]:
+        """Its ranks' GPUs as it counts them itself, by tp rank."""
+        return tuple(self.base_gpu_id + rank * self.gpu_id_step for rank in range(self.tp_size))
 
     @property
     def plugin(self) -> PluginState | None:

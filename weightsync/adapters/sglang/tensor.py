@@ -32,10 +32,12 @@ class TensorPath(LoadPath):
     """Buckets as flattened tensors."""
 
     name = "tensor"
-    transport = "torch-shm"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: SGLangServer, profile: Profile, target: str, gpus: Sequence[str | None]) -> None:
+        """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
         self._server = server
+        self._gpus = gpus
+        self.transport = "torch-shm" if gpus[0] is None else "torch-cuda"
         self._session = Session(server, profile, target)
         self._manifest: Manifest | None = None
         self._models: dict[str, Any] = {}
@@ -61,7 +63,8 @@ class TensorPath(LoadPath):
         manifest = self._manifest
         body = {
             "serialized_named_tensors": [
-                b64encode(flattened_bucket(ticket, manifest, bucket)).decode() for ticket in tickets
+                b64encode(flattened_bucket(ticket, gpu, manifest, bucket)).decode()
+                for ticket, gpu in zip(tickets, self._gpus, strict=True)
             ],
             "load_format": "flattened_bucket",
             "flush_cache": False,

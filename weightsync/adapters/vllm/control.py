@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters import versions
 from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.vllm import doctor
@@ -58,6 +59,7 @@ class VLLMAdapter(EngineAdapter):
         self._spec = spec
         self._http = EngineHttp(spec, transport=transport)
         self._started: str | None = None
+        self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None
         self._why = ""
         self._info: EngineInfo | None = None
@@ -71,6 +73,7 @@ class VLLMAdapter(EngineAdapter):
         if self._path is None or incarnation != self._started:
             self._path, self._why = await self._find_path(deadline=deadline)
             self._started = incarnation
+            self._checkpoint = None
         path, server = self._path, self._path.server
         incarnation = incarnation or await path.incarnation(deadline=deadline)
         paused = field(
@@ -103,6 +106,10 @@ class VLLMAdapter(EngineAdapter):
                 phase="accept",
                 hint="one server for each replica",
             )
+        if self._checkpoint is None:
+            model = None if self._spec.target == "draft" else await path.server.model(deadline=deadline)
+            self._checkpoint = CheckpointCheck(model, self.name)
+        await self._checkpoint.refuse(manifest)
         return await path.check(manifest, whole=info.torn or info.asleep, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:

@@ -84,6 +84,15 @@ class Server:
         size = await http.get("/get_world_size", deadline=deadline)
         return cls(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
 
+    async def model(self, *, deadline: float) -> str | None:
+        """What it was started on, a path or a name on the hub; None where it does not say."""
+        try:
+            answer = await self.http.get("/v1/models", deadline=deadline)
+            root = answer["data"][0]["root"]
+        except (EngineAnswer, KeyError, IndexError, TypeError):
+            return None
+        return root if isinstance(root, str) else None
+
     async def workers(self, do: str, *, deadline: float, **request: Any) -> list[dict[str, Any]]:
         """Call our method in every worker. Raises `EngineAnswer`, or `EngineError` for what is no answer of ours."""
         body = {"method": "weightsync", "args": [msgspec.json.encode({"do": do, **request}).decode()]}

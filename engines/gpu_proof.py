@@ -1,0 +1,328 @@
+"""gpu_proof.py: push into real vLLM and SGLang servers on this machine's GPUs, and compare what they then generate.
+
+    python engines/gpu_proof.py --models DIR --vllm vllm --sglang "python -m sglang.launch_server" --json proof.json
+
+DIR holds pairs of checkpoints NAME-base and NAME-new of one shape. For every case (engine, quantisation,
+tensor-parallel size) a server is started on NEW and asked for greedy tokens and logprobs; then others are started on
+BASE, one for each way into the engine, pushed to NEW, asked the same, and pushed back to BASE. Prints a table, exits 1
+unless all agree. Servers of a round run side by side. Needs weightsync importable, and CUDA.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weightsync.client import push_source
+from weightsync.errors import WeightSyncError
+from weightsync.operator import fetch_status
+from weightsync.sources.checkpoint import CheckpointSource
+
+PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
+TOKENS = 8
+START = 240.0
+EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    path: str
+    model: str = "dense"
+    tp: int = 1
+    quantization: str = ""
+
+    @property
+    def oracle(self) -> tuple[Any, ...]:
+        return (self.kind, self.model, self.tp, self.quantization)
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, [self.kind, self.path, self.model, f"tp{self.tp}", self.quantization]))
+
+
+@dataclass
+class Outcome:
+    case: str
+    software: str = ""
+    profile: str = ""
+    tokens_equal: bool = False
+    worst_logprob: float = float("nan")
+    back_equal: bool = False
+    moved: bool = False  # the two checkpoints do generate differently
+    seconds: list[float] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def good(self) -> bool:
+        return self.tokens_equal and self.back_equal and self.moved and not self.problem
+
+
+class Server:
+    def __init__(self, case: Case, checkpoint: Path, port: int, gpus: str, options: argparse.Namespace) -> None:
+        self.case, self.port, self.url = case, port, f"http://127.0.0.1:{port}"
+        self.log = options.logs / f"{case.name}-{checkpoint.name}.log"
+        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
+        if case.path in ("plugin", "extension"):
+            env["EXTRA_PYTHONPATH"] = str(options.plugins)
+            env["PYTHONPATH"] = f"{options.plugins}:{env.get('PYTHONPATH', '')}"
+        else:
+            env.pop("PYTHONPATH", None)
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self._command(checkpoint, options),
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,
+            )
+
+    def _command(self, checkpoint: Path, options: argparse.Namespace) -> list[str]:
+        case = self.case
+        common = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
+        if case.quantization:
+            common += ["--quantization", case.quantization]
+        if case.kind == "vllm":
+            command = [
+                *shlex.split(options.vllm),
+                "serve",
+                str(checkpoint),
+                "--enforce-eager",
+                "--max-model-len",
+                "1024",
+            ]
+            command += ["--max-num-seqs", "8", "--gpu-memory-utilization", str(options.memory)]
+            command += ["--attention-backend", "TRITON_ATTN", "--disable-custom-all-reduce"]
+            command += ["--tensor-parallel-size", str(case.tp), *common]
+            if case.path in ("ipc", "plugin"):
+                backend = "ipc" if case.path == "ipc" else "weightsync"
+                command += ["--weight-transfer-config", json.dumps({"backend": backend})]
+            if case.path == "extension":
+                command += ["--worker-extension-cls", EXTENSION]
+            return command
+        command = [*shlex.split(options.sglang), "--model-path", str(checkpoint), "--tp", str(case.tp)]
+        command += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-cuda-graph"]
+        command += ["--context-length", "1024", "--max-running-requests", "8", "--max-total-tokens", "16384"]
+        command += ["--mem-fraction-static", str(options.memory), "--disable-custom-all-reduce", "--skip-server-warmup"]
+        return [*command, *common]
+
+    def wait(self) -> str:
+        """ "" when it answers; else why not."""
+        deadline = time.monotonic() + START
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                return f"ended: {self.tail()}"
+            try:
+                urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
+            except OSError:
+                time.sleep(0.5)
+            else:
+                return ""
+        return f"was not ready in {START:g} s: {self.tail()}"
+
+    def tail(self) -> str:
+        lines = self.log.read_text(errors="replace").splitlines()
+        telling = [line for line in lines if "Error" in line or "error:" in line] or lines
+        return " | ".join(line.strip()[-200:] for line in telling[-3:])
+
+    def generate(self) -> list[tuple[list[int], list[float]]]:
+        return [self._generate(prompt) for prompt in PROMPTS]
+
+    def _generate(self, prompt: str) -> tuple[list[int], list[float]]:
+        if self.case.kind == "vllm":
+            body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
+            body |= {"ignore_eos": True, "return_token_ids": True}
+            choice = self._post("/v1/completions", body)["choices"][0]
+            return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+        sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        answer = self._post("/generate", {"text": prompt, "sampling_params": sampling, "return_logprob": True})
+        return answer["output_ids"], [p[0] for p in answer["meta_info"]["output_token_logprobs"]]
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        request = urllib.request.Request(
+            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.loads(answer.read())
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(8)
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(10)
+
+
+def compare(found: list[Any], wanted: list[Any]) -> tuple[bool, float]:
+    tokens = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
+    worst = max(abs(a - b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f[1], w[1], strict=True))
+    return tokens, worst
+
+
+class Daemon:
+    """One weightsyncd for the servers of a round."""
+
+    def __init__(self, servers: list[Server], options: argparse.Namespace) -> None:
+        self.endpoint = f"ipc://{options.logs}/d.sock"
+        config = options.logs / "node.toml"
+        lines = [
+            "[node]",
+            'name = "gpuproof"',
+            f'listen = "{self.endpoint}"',
+            "[arena]",
+            f'slot_bytes = "{options.slot}"',
+        ]
+        lines += ["alignment = 2", "[timeouts]", "operation = 120", "probe = 20"]
+        for server in servers:
+            case = server.case
+            lines += ["[[engines]]", f'name = "{case.name}"', f'kind = "{case.kind}"', f'url = "{server.url}"']
+            lines += [f'path = "{case.path}"', f'model = "{case.name}"']
+        config.write_text("\n".join(lines) + "\n")
+        self.log = options.logs / "weightsyncd.log"
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "weightsyncd", "--node-config", str(config)],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                self.engines = {e.name: e for e in fetch_status(self.endpoint).engines}
+            except WeightSyncError:
+                time.sleep(0.3)
+                continue
+            if all(e.state not in ("unknown",) for e in self.engines.values()):
+                return
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(30)
+
+
+def prove(case: Case, server: Server, daemon: Daemon, wanted: list[Any], options: argparse.Namespace) -> Outcome:
+    outcome = Outcome(case.name)
+    about = daemon.engines.get(case.name)
+    if about is not None:
+        outcome.software, outcome.profile = about.software or "", about.profile or ""
+    base = server.generate()
+    outcome.moved = not compare(base, wanted)[0]
+    try:
+        for version, tag in ((1, "new"), (2, "base"), (3, "new"), (4, "base")):
+            with CheckpointSource(options.models / f"{case.model}-{tag}") as source:
+                report = push_source(source, version=version, model=case.name, daemon=daemon.endpoint, timeout=300.0)
+            outcome.seconds.append(round(report.seconds, 3))
+            if not report.complete:
+                outcome.problem = "; ".join(str(e.error.message) for e in report.engines if e.error)
+                return outcome
+            if version == 1:
+                outcome.tokens_equal, outcome.worst_logprob = compare(server.generate(), wanted)
+        outcome.back_equal = compare(server.generate(), base)[0]
+    except (WeightSyncError, OSError) as error:
+        outcome.problem = f"{type(error).__name__}: {error}"
+    return outcome
+
+
+def rounds(cases: list[Case], most: int) -> list[list[Case]]:
+    return [cases[at : at + most] for at in range(0, len(cases), most)]
+
+
+def start(cases: list[Case], tag: str, gpus: int, options: argparse.Namespace, port: int) -> list[Server]:
+    servers = []
+    for i, case in enumerate(cases):
+        visible = ",".join(str((i + k) % gpus) for k in range(case.tp))
+        servers.append(Server(case, options.models / f"{case.model}-{tag}", port + 20 * i, visible, options))
+    return servers
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--models", type=Path, required=True)
+    p.add_argument("--vllm", default="")
+    p.add_argument("--sglang", default="")
+    p.add_argument("--plugins", type=Path, default=None, help="folder that makes weightsync's plugins known")
+    p.add_argument("--logs", type=Path, default=Path("/tmp/gpu-proof"))
+    p.add_argument("--memory", type=float, default=0.05)
+    p.add_argument("--slot", default="4MiB")
+    p.add_argument("--side-by-side", type=int, default=6)
+    p.add_argument("--only", default="", help="substring of cases' names")
+    p.add_argument("--json", type=Path, default=None)
+    options = p.parse_args()
+    options.logs.mkdir(parents=True, exist_ok=True)
+    import torch
+
+    gpus = torch.cuda.device_count()
+    ways = {"vllm": ("ipc", "plugin", "extension"), "sglang": ("tensor", "ipc", "plugin")}
+    cases = [
+        case
+        for kind in ("vllm", "sglang")
+        if getattr(options, kind)
+        for case in (
+            *(Case(kind, way) for way in ways[kind]),
+            *(Case(kind, way, "moe") for way in ways[kind][:2]),
+            *(Case(kind, way, tp=2) for way in ways[kind] if gpus > 1),
+            *(Case(kind, way, quantization="fp8") for way in ways[kind]),
+        )
+    ]
+    cases = [case for case in cases if options.only in case.name]
+    wanted: dict[tuple[Any, ...], list[Any]] = {}
+    outcomes: list[Outcome] = []
+    firsts = list({case.oracle: Case(case.kind, "", case.model, case.tp, case.quantization) for case in cases}.values())
+    port = 34000
+    for batch in rounds(firsts, options.side_by_side):
+        began, port = time.monotonic(), port + 200
+        servers = start(batch, "new", gpus, options, port)
+        for server in servers:
+            problem = server.wait()
+            if problem:
+                print(f"oracle {server.case.name}: {problem}", flush=True)
+            else:
+                wanted[server.case.oracle] = server.generate()
+        for server in servers:
+            server.stop()
+        print(f"{len(batch)} oracles in {time.monotonic() - began:.0f} s", flush=True)
+    for batch in rounds([case for case in cases if case.oracle in wanted], options.side_by_side):
+        began, port = time.monotonic(), port + 200
+        servers = start(batch, "base", gpus, options, port)
+        problems = {server.case.name: server.wait() for server in servers}
+        ready = [server for server in servers if not problems[server.case.name]]
+        outcomes += [Outcome(name, problem=problem) for name, problem in problems.items() if problem]
+        daemon = Daemon(ready, options)
+        for server in ready:
+            outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
+            o = outcomes[-1]
+            print(
+                f"{'good' if o.good else 'BAD':4} {o.case:28} tokens {o.tokens_equal!s:5} logprob {o.worst_logprob:.0e} "
+                f"back {o.back_equal!s:5} seconds {o.seconds} {o.problem[:300]}",
+                flush=True,
+            )
+        daemon.stop()
+        for server in servers:
+            server.stop()
+        print(f"{len(batch)} cases in {time.monotonic() - began:.0f} s", flush=True)
+    good = sum(o.good for o in outcomes)
+    print(f"{good} of {len(cases)} cases good on {gpus} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}")
+    if options.json is not None:
+        about = {"gpus": gpus, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "command": sys.argv}
+        options.json.write_text(
+            json.dumps({**about, "cases": [asdict(o) | {"good": o.good} for o in outcomes]}, indent=1)
+        )
+    return 0 if good == len(cases) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,18 @@
+"""serve_vllm.py MODEL [flags]: `vllm serve`, whose engine core and workers fork from it.
+
+vLLM spawns them on CPU, and each imports vLLM anew: half of the start. Nothing else is changed.
+"""
+
+import multiprocessing
+import sys
+
+import vllm.utils.system_utils
+
+vllm.utils.system_utils.get_mp_context = lambda: multiprocessing.get_context("fork")
+
+
+if __name__ == "__main__":
+    from vllm.entrypoints.cli.main import main
+
+    sys.argv[:1] = ["vllm", "serve"]
+    main()

@@ -1,0 +1,248 @@
+"""Pushes into real vLLM and SGLang servers, each way into them.
+
+What an engine generates after a push is compared with what transformers generates from the same checkpoint: greedy
+tokens, and their logprobs to 1e-4.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+
+from tests.engines.kit import oracle
+from tests.engines.yard import Need, Part
+from weightsync.errors import SourceError, WeightSyncError
+from weightsync.sources.checkpoint import CheckpointSource
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
+
+SGLANG = [Need("sglang", "tensor"), Need("sglang", "ipc"), Need("sglang", "plugin")]
+VLLM = [Need("vllm", "plugin"), Need("vllm", "extension")]
+OURS = [need for need in (*SGLANG, *VLLM) if not need.stock]
+LONGER = 3500  # tokens: a request that no push outlives
+PROMPTS = ([5, 17, 211, 3, 42], [66, 4])
+MIB = 2**20
+
+
+def ways(*needs: Need, slow: tuple[Need, ...] = ()):
+    """Run the test for each need; those in `slow` by `make test-engines-all` alone."""
+    found = [pytest.param(need, id=str(need)) for need in needs if need not in slow]
+    found += [pytest.param(need, id=str(need), marks=pytest.mark.engines_slow) for need in slow]
+    return pytest.mark.parametrize("node", found, indirect=True)
+
+
+# --- what a push is for ---------------------------------------------------------------------------------------------
+
+
+@ways(*SGLANG, *VLLM)
+def test_there_and_back(node):
+    for tag in ("pert", "base", "pert"):
+        report = node.push(tag)
+        node.check(tag)
+        assert report.bytes == sum(w.nbytes for w in node.weights(tag).values())
+        assert report.buckets > 2, "more buckets than slots, or the test shows little"
+        assert node.engine_status().version == report.version
+
+
+@ways(*SGLANG, *VLLM)
+def test_requests_are_kept_and_go_on_with_the_new_weights(node):
+    node.push("base")
+    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    node.push("pert", pause="keep")
+    for request in requests:
+        request.wait_tokens(24)
+    for request in requests:
+        request.leave()
+        assert not request.error
+        node.check_goes_on(request)
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_requests_are_waited_for(node):
+    node.push("base")
+    wanted = [node.engine.generate(prompt, 300).tokens for prompt in PROMPTS]
+    requests = [node.engine.start_request(prompt, 300) for prompt in PROMPTS]
+    node.push("pert", pause="wait")
+    for request, tokens in zip(requests, wanted, strict=True):
+        request.wait_end()
+        assert (request.error, tuple(request.tokens)) == ("", tokens)
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_requests_are_aborted(node):
+    node.push("base")
+    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    node.push("pert", pause="abort")
+    for request in requests:
+        request.wait_end()
+        assert len(request.tokens) < LONGER
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_requests_are_not_even_paused(node):
+    node.push("base")
+    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    node.push("pert", pause="none")
+    for request in requests:
+        request.wait_tokens(24)
+        request.leave()
+        assert not request.error
+    node.engine.flush_cache()  # it is kept for those requests
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_a_model_in_two_parts(node):
+    node.push("base")
+    parts: list[dict[str, torch.Tensor]] = [{}, {}]
+    for name, tensor in node.weights("pert").items():
+        parts[name.startswith("model.layers.1.")][name] = tensor
+    for part in parts:
+        node.push(part)
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM, slow=(SGLANG[1], VLLM[1]))
+def test_fifty_versions_leave_memory_as_it_was(node):
+    def push(count: int) -> tuple[int, int]:
+        for number in range(count):
+            node.push("pert" if number % 2 else "base")
+        return node.engine.rss(), len(node.engine.segments())
+
+    rss, segments = push(10)
+    rss_after, segments_after = push(40)
+    assert rss_after - rss < 32 * MIB, f"{(rss_after - rss) / MIB:.0f} MiB more after 40 pushes"
+    assert segments_after <= segments
+    node.check("pert")
+
+
+@ways(SGLANG[0], VLLM[0])
+def test_the_command(node):
+    command = ("push", str(node.folder("pert")), "--version", str(next(node.versions)), "--json")
+    pushed = subprocess.run(
+        [sys.executable, "-m", "weightsync.cli", *command, "--daemon", node.daemon.endpoint],
+        capture_output=True,
+        timeout=60,
+        check=True,
+        env=node.fleet.env,
+    )
+    assert json.loads(pushed.stdout)["complete"]
+    node.check("pert")
+
+
+# --- what is wrong with the weights ---------------------------------------------------------------------------------
+
+
+@ways(*OURS)
+@pytest.mark.parametrize(
+    "name", ["model.layers.9.mlp.up_proj.weight", "model.layers.0.self_attn.q_projj.weight", "model.norms.weight"]
+)
+def test_a_name_that_the_engine_does_not_know_is_refused(node, name):
+    node.push("base")
+    with pytest.raises(WeightSyncError, match=name.replace(".", r"\.")):
+        node.push(node.weights("pert") | {name: torch.zeros(128)})
+    node.check("base")
+    node.push("pert")
+    node.check("pert")
+
+
+@ways(*OURS)
+def test_a_tensor_of_another_shape_is_named_and_the_next_push_repairs(node):
+    node.push("base")
+    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight"):
+        node.push(node.weights("pert") | {"model.norm.weight": torch.zeros(129)})
+    node.push("pert")
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_weights_that_are_no_numbers_do_not_stop_the_engine(node):
+    node.push(node.weights("base") | {"model.norm.weight": torch.full((128,), float("nan"))})
+    with contextlib.suppress(httpx.HTTPStatusError):  # any answer will do
+        node.engine.generate(PROMPTS[0], 4, seconds=30)
+    node.push("base")
+    node.check("base")
+
+
+# --- what ends during a push ----------------------------------------------------------------------------------------
+
+
+@ways(*SGLANG, *VLLM)
+def test_a_trainer_that_fails_during_a_push(node):
+    def fail() -> None:
+        raise SourceError("the disk is gone")
+
+    node.push("base")
+    with CheckpointSource(node.folder("pert")) as source, pytest.raises(WeightSyncError, match="the disk is gone"):
+        node.try_push(Part(source, fail))
+    node.wait_state("torn")
+    node.push("pert")
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM)
+def test_a_daemon_killed_during_a_push(node):
+    node.push("base")
+    with CheckpointSource(node.folder("pert")) as source, pytest.raises(WeightSyncError):
+        node.try_push(Part(source, node.daemon.kill))
+    node.fleet.restart_daemon(node.daemon)
+    node.wait_state("torn")
+    node.push("pert")
+    node.check("pert")
+
+
+@ways(*SGLANG, *VLLM, slow=(SGLANG[1], SGLANG[2], VLLM[1]))
+def test_an_engine_killed_during_a_push(node):
+    node.push("pert")
+    with CheckpointSource(node.folder("base")) as source, pytest.raises(WeightSyncError):
+        node.try_push(Part(source, node.engine.kill))
+    node.wait_state("lost")
+    node.restart_engine()
+    node.push("pert")
+    node.check("pert")
+
+
+# --- other models ---------------------------------------------------------------------------------------------------
+
+
+def _other(checkpoint: str, tp: int = 1, dtype: str = "float32") -> list[Need]:
+    return [Need(n.kind, n.path, checkpoint, tp, dtype) for n in (*SGLANG, *VLLM)]
+
+
+MOE, TIED, TP2 = _other("moe"), _other("tied", dtype="bfloat16"), _other("dense", tp=2)
+
+
+@ways(*MOE, slow=(MOE[2],))
+def test_experts(node):
+    for tag in ("pert", "base"):
+        node.push(tag)
+        node.check(tag)
+
+
+@ways(*TIED, slow=(TIED[2],))
+def test_tied_embeddings(node):
+    node.push("base")
+    for prompt, exact in oracle("tied_base").said.items():
+        said = node.engine.generate(prompt, 1)
+        assert said.tokens == exact.tokens[:1]
+        assert said.logprobs == pytest.approx(exact.logprobs[:1], abs=0.2), "in bfloat16"
+    node.push("pert")
+    node.check("pert")
+
+
+@ways(*TP2, slow=(TP2[2],))
+def test_two_ranks(node):
+    for tag in ("pert", "base"):
+        report = node.push(tag)
+        node.check(tag)
+        assert node.engine_status().tp_size == 2
+        assert report.complete
