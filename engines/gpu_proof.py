@@ -306,7 +306,8 @@ def main() -> int:
             outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
             o = outcomes[-1]
             print(
-                f"{'good' if o.good else 'BAD':4} {o.case:28} tokens {o.tokens_equal!s:5} logprob {o.worst_logprob:.0e} "
+                f"{'good' if o.good else 'BAD':4} {o.case:26} tokens {o.tokens_equal!s:5} "
+                f"logprob {o.worst_logprob:.0e} "
                 f"back {o.back_equal!s:5} seconds {o.seconds} {o.problem[:300]}",
                 flush=True,
             )

@@ -43,7 +43,7 @@ def test_what_fits_fits():
 
 
 def test_a_tensor_of_another_shape_is_named_with_both():
-    found = misfits(manifest(**{"model__layers__0__mlp__gate_proj__weight": (32, 8)}), SHAPES)
+    found = misfits(manifest(model__layers__0__mlp__gate_proj__weight=(32, 8)), SHAPES)
     assert found == "'model.layers.0.mlp.gate_proj.weight' is [32, 8] and should be [16, 8]"
 
 
