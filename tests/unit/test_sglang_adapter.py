@@ -292,7 +292,10 @@ def test_which_model_takes_the_tensors(version: str, target: str, field: dict[st
         ("0.5.23", {"dp_size": 2}, {}, "dp_size 2"),
         ("0.5.23", {"pp_size": 2}, {}, "pp_size 2"),
         ("0.5.23", {"weight_cache_mode": "client"}, {}, "--weight-cache-mode client"),
-        ("0.5.15.post1", {"quantization": "fp8"}, {}, "does not restore packed weights"),
+        ("0.5.15.post1", {"quantization": "fp8"}, {}, "cannot load new weights over quantised ones"),
+        ("0.5.23", {"quantization": "fp8"}, {}, "cannot load new weights over quantised ones"),
+        ("0.5.15.post1", {"quantization": "fp8", "load_format": "flash_rl"}, {}, "--load-format flash_rl"),
+        ("0.5.15.post1", {"quantization": "compressed-tensors"}, {}, "cannot load new weights"),
         ("0.5.15.post1", {}, {"target": "draft"}, "cannot load into the draft model alone"),
         ("0.5.23", {"tp_size": 2}, {"path": "ipc"}, "only --tp 1"),
     ],
@@ -302,6 +305,12 @@ def test_refusals(version: str, facts: dict[str, Any], options: dict[str, Any], 
     with pytest.raises(EngineRefused, match=reason):
         pushed(server, **options)
     assert server.asked == []
+
+
+def test_a_loader_that_quantises_anew_takes_weights() -> None:
+    server = Server("0.5.23", quantization="fp8", load_format="flash_rl")
+    pushed(server)
+    assert server.weights == "2"
 
 
 @pytest.mark.parametrize("path", ["tensor", "ipc"])

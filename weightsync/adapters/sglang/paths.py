@@ -10,6 +10,7 @@ import numpy as np
 
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang.payloads import DTYPES
+from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineRefused
 
 if TYPE_CHECKING:
@@ -23,6 +24,9 @@ __all__ = ["SELECTORS", "LoadPath", "Session", "refuse_server", "refuse_stock"]
 
 SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
 """`target` of an engine's configuration → SGLang's word for it."""
+
+
+_REQUANTISES = (0, 5, 22)  # the first SGLang whose flash_rl loader shards, then quantises
 
 
 class LoadPath(ABC):
@@ -96,18 +100,31 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
     elif facts.weight_cache_mode != "off":
         problem = f"it shares its weights with others (--weight-cache-mode {facts.weight_cache_mode})"
         hint = "--weight-cache-mode off"
-    elif facts.quantization and not profile.sessions:
+    elif facts.quantization and not _reloads(facts, profile):
         problem = (
-            f"it quantises to {facts.quantization!r}, and SGLang {facts.version} does not restore packed weights "
-            "before new ones are loaded over them: it would serve garbage"
+            f"it quantises to {facts.quantization!r}, and SGLang {facts.version} "
+            f"(--load-format {facts.load_format or 'auto'}) cannot load new weights over quantised ones"
         )
-        hint = "SGLang 0.5.21 or later"
+        hint = "fp8 with --load-format flash_rl, from SGLang 0.5.22 on; or no quantisation"
     elif target == "draft" and profile.draft != "selector":
         problem, hint = f"SGLang {facts.version} cannot load into the draft model alone", 'target = "all" or "model"'
     elif target == "model" and profile.draft == "none" and facts.speculative_algorithm:
         problem, hint = f"SGLang {facts.version} cannot leave out the draft model", 'target = "all"'
     if problem:
         raise EngineRefused(f"SGLang cannot take weights: {problem}", engine=engine, phase="accept", hint=hint)
+
+
+def _reloads(facts: ServerFacts, profile: Profile) -> bool:
+    """Whether weights may be loaded again into a quantised model.
+
+    Run on 0.5.17: fp8 over fp8 ends the server, and so does its `flash_rl` loader for models that normalise queries.
+    From 0.5.22 on (its source) that loader quantises anew what it is given. A session unpacks what few methods pack in
+    place (`restore_weights_before_loading` in srt/layers/quantization, to 0.5.23), fp8 not among them.
+    """
+    if facts.quantization == "fp8":
+        numbers = numbers_of(facts.version)
+        return facts.load_format == "flash_rl" and (numbers is None or numbers >= _REQUANTISES)
+    return profile.sessions and facts.quantization == "compressed-tensors"
 
 
 def refuse_stock(manifest: Manifest, engine: str) -> None:

@@ -16,7 +16,7 @@ from weightsync.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["OLDEST", "PROFILES", "Chosen", "Profile", "Surface", "choose", "surface_of"]
+__all__ = ["OLDEST", "PROFILES", "Chosen", "Profile", "Surface", "choose", "numbers_of", "surface_of"]
 
 _TENSOR = "/update_weights_from_tensor"
 _NUMBERS = re.compile(r"(\d+)\.(\d+)\.(\d+)(?:\.post(\d+))?")
@@ -135,7 +135,7 @@ def choose(version: str, surface: Surface) -> Chosen:
 
     A version without numbers in it, such as that of a build from a checkout, is judged by its surface alone.
     """
-    numbers = _numbers(version)
+    numbers = numbers_of(version)
     candidates = [profile for profile in PROFILES if numbers is None or profile.first <= numbers]
     if not candidates:
         raise EngineError(f"SGLang {version} is older than any that is supported", hint=f"SGLang {OLDEST} or later")
@@ -168,7 +168,8 @@ def surface_of(openapi: Any) -> Surface | None:
     return Surface(frozenset(openapi["paths"]), fields)
 
 
-def _numbers(version: str) -> tuple[int, ...] | None:
+def numbers_of(version: str) -> tuple[int, ...] | None:
+    """`(0, 5, 23)` of "0.5.23", `(0, 5, 15, 1)` of "0.5.15.post1"; None for what says nothing."""
     match = _NUMBERS.match(version)
     if match is None or match.group(1, 2, 3) == ("0", "0", "0"):
         return None

@@ -65,6 +65,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
     random_seed: int | None = None
     startup_time: Any = None
     quantization: str | None = None
+    load_format: str | None = None
     weight_cache_mode: str = "off"
     enable_memory_saver: bool = False
     tokenizer_worker_num: int = 1
