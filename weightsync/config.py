@@ -251,6 +251,10 @@ def _contradictions(config: NodeConfig) -> list[str]:
         elif engine.path not in PATHS[engine.kind]:
             problems.append(f"{where}.path = {engine.path!r}: one of {', '.join(PATHS[engine.kind])}")
         problems.extend(f"{where}.url: {problem}" for problem in _url_problems(engine.url))
+        if engine.kind == "vllm" and engine.path == "ipc" and config.arena.slots < 2:
+            problems.append(
+                f"{where}.path = 'ipc': vLLM holds a bucket until the next one comes: arena.slots of at least 2"
+            )
         if engine.ca_file is not None and not os.access(engine.ca_file, os.R_OK):
             problems.append(f"{where}.ca_file = {engine.ca_file!r}: no file that can be read")
         if engine.name in seen:

@@ -60,14 +60,14 @@ class Profile:
     draft: Literal["none", "disable_draft_model", "selector"]  # the field that says which model takes the tensors
     flushes_queued: bool  # the cache can be flushed while retracted requests wait for their turn
     plugins: bool  # loads `sglang.srt.plugins` entry points
-    ran: tuple[str, ...]  # versions that pushes were run against, on a CPU; the others were read
+    ran: tuple[str, ...]  # versions that pushes were run against; the others were read
     paths: tuple[str, ...] = ()
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def verified(self) -> str:
         """What is known of this dialect, for operators."""
-        return f"run against {', '.join(self.ran)} on a CPU" if self.ran else "from its source only"
+        return f"run against {', '.join(self.ran)}" if self.ran else "from its source only"
 
     def missing(self, surface: Surface) -> list[str]:
         """What a server would need to have for this profile, and has not."""
@@ -91,7 +91,7 @@ PROFILES = (
         draft="selector",
         flushes_queued=True,
         plugins=True,
-        ran=("0.5.23",),
+        ran=("0.5.23 on a CPU",),
         paths=("/begin_weight_update", "/end_weight_update"),
         fields={_TENSOR: ("selector",), "/begin_weight_update": ("selector",)},
     ),
@@ -103,7 +103,7 @@ PROFILES = (
         draft="disable_draft_model",
         flushes_queued=False,
         plugins=True,
-        ran=("0.5.15.post1", "0.5.20"),
+        ran=("0.5.15.post1 and 0.5.20 on a CPU", "0.5.17 on H200 GPUs"),
         fields={_TENSOR: ("disable_draft_model",)},
     ),
     Profile(

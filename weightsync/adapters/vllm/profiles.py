@@ -73,6 +73,7 @@ PROFILES: tuple[Profile, ...] = (
         engine_reloads=True,
         packed="update",
         draft=True,
+        verified="run against 0.26.0 on H200 GPUs",
     ),
     Profile(
         first=(0, 27),
