@@ -195,6 +195,9 @@ class NodeExecutor:
                 )
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)
+                if name in context.begun and engine.info is not None:  # it said so in `finish`, and was found right
+                    info = msgspec.structs.replace(engine.info, version=context.version, torn=False, paused=False)
+                    engine.learned(info)
                 engine.paused_by_us = False
                 context.modes.pop(name, None)
                 context.begun.discard(name)

@@ -39,6 +39,7 @@ _STOP = 15.0
 _PORTS = (23000, 23100)
 _LOOK = 0.1  # seconds between looks at a server that starts
 _ANSWER = 60.0  # seconds for a request that nothing holds back
+_HTTP = httpx.Client(trust_env=False, verify=False, limits=httpx.Limits(max_keepalive_connections=0))
 LOGPROB = 1e-4  # what two implementations in fp32 may differ by
 
 
@@ -122,6 +123,11 @@ class Running:
     def done(self) -> bool:
         return not self._thread.is_alive()
 
+    def wait_first(self, seconds: float = _ANSWER) -> None:
+        """Return when it has got a token."""
+        if not self.tokens:
+            self.wait_tokens(1, seconds)
+
     def wait_tokens(self, more: int, seconds: float = _ANSWER) -> None:
         """Return when it has got so many tokens more than it has now."""
         wanted = len(self.tokens) + more
@@ -195,13 +201,16 @@ class RealEngine:
                 self.stop()
                 raise FleetError(words)
             select.select([], [], [], _LOOK)
+        if self.kind == "sglang":
+            # its own call after the start comes too early without a warm-up: then every flush on a CPU walks its heap
+            self.ask("POST", "/freeze_gc")
         self._look_at_segments()
         self._segments -= before
         return self
 
     def _healthy(self) -> bool:
         with contextlib.suppress(httpx.HTTPError):
-            return httpx.get(f"{self.url}/health", timeout=5, trust_env=False).status_code == httpx.codes.OK
+            return _HTTP.get(f"{self.url}/health", timeout=5).status_code == httpx.codes.OK
         return False
 
     def stop(self) -> None:
@@ -276,12 +285,12 @@ class RealEngine:
 
     def post(self, path: str, body: Any = None, *, seconds: float = _ANSWER) -> Any:
         """The decoded answer; raises `httpx.HTTPStatusError` where it is no success."""
-        answer = httpx.post(f"{self.url}{path}", json=body, timeout=seconds, trust_env=False).raise_for_status()
+        answer = _HTTP.post(f"{self.url}{path}", json=body, timeout=seconds).raise_for_status()
         return answer.json() if answer.content else None
 
     def get(self, path: str, *, seconds: float = _ANSWER) -> Any:
         """As `post`."""
-        return httpx.get(f"{self.url}{path}", timeout=seconds, trust_env=False).raise_for_status().json()
+        return _HTTP.get(f"{self.url}{path}", timeout=seconds).raise_for_status().json()
 
     def generate(self, prompt: Sequence[int], count: int, *, seconds: float = _ANSWER) -> Said:
         """Greedy tokens after the prompt, never ending early, and their logprobs."""
@@ -300,7 +309,7 @@ class RealEngine:
         else:
             path, body = "/generate", self._generation(prompt, count) | {"stream": True}
         seen = 0
-        with httpx.stream("POST", f"{self.url}{path}", json=body, timeout=_ANSWER, trust_env=False) as answer:
+        with _HTTP.stream("POST", f"{self.url}{path}", json=body, timeout=_ANSWER) as answer:
             if answer.status_code != httpx.codes.OK:
                 raise RuntimeError(f"{answer.status_code} {answer.read()[:300]!r}")
             for line in answer.iter_lines():
@@ -316,15 +325,26 @@ class RealEngine:
                     yield part["output_ids"][seen:]
                     seen = max(seen, len(part["output_ids"]))
 
-    def flush_cache(self) -> None:
-        """Forget what prompts' beginnings computed to."""
-        self.post("/reset_prefix_cache" if self.kind == "vllm" else "/flush_cache")
+    def ask(self, method: str, path: str) -> bool:
+        """Whether it says yes; what it says does not matter."""
+        return _HTTP.request(method, f"{self.url}{path}", timeout=_ANSWER).is_success
 
-    def start_request(self, prompt: Sequence[int], count: int) -> Running:
-        """A request that has got its first token when this returns."""
-        request = Running(self, prompt, count)
-        request.wait_tokens(1)
-        return request
+    def flush_cache(self) -> None:
+        """Forget what prompts' beginnings computed to. Refused until the engine has noticed who hung up."""
+        path = "/reset_prefix_cache" if self.kind == "vllm" else "/flush_cache"
+        assert eventually(lambda: self.ask("POST", path), seconds=_STOP), f"{self.name} does not flush its cache"
+
+    def weight_version(self) -> str:
+        """What the engine itself says that it holds."""
+        answer = self.get("/weight_info" if self.kind == "vllm" else "/model_info")
+        return str(answer["weight_version"])
+
+    def start_requests(self, prompts: Sequence[Sequence[int]], count: int) -> list[Running]:
+        """One request for each prompt; all have got their first token when this returns."""
+        requests = [Running(self, prompt, count) for prompt in prompts]
+        for request in requests:
+            request.wait_first()
+        return requests
 
     def _completion(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
         body = {"model": "tiny", "prompt": list(prompt), "max_tokens": count, "temperature": 0, "ignore_eos": True}

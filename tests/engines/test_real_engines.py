@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 
@@ -15,16 +16,17 @@ import httpx
 import pytest
 import torch
 
-from tests.engines.kit import oracle
+from tests.engines.kit import installed, oracle
 from tests.engines.yard import Need, Part
 from weightsync.errors import SourceError, WeightSyncError
 from weightsync.sources.checkpoint import CheckpointSource
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
-SGLANG = [Need("sglang", "tensor"), Need("sglang", "ipc"), Need("sglang", "plugin")]
+OLD_SGLANG = tuple(map(int, re.findall(r"\d+", installed("sglang"))[:3])) < (0, 5, 21)
+IPC = Need("sglang", "ipc")  # in old ones CUDA's alone
+SGLANG = [Need("sglang", "tensor"), *([] if OLD_SGLANG else [IPC]), Need("sglang", "plugin")]
 VLLM = [Need("vllm", "plugin"), Need("vllm", "extension")]
-OURS = [need for need in (*SGLANG, *VLLM) if not need.stock]
 LONGER = 3500  # tokens: a request that no push outlives
 PROMPTS = ([5, 17, 211, 3, 42], [66, 4])
 MIB = 2**20
@@ -37,6 +39,13 @@ def ways(*needs: Need, slow: tuple[Need, ...] = ()):
     return pytest.mark.parametrize("node", found, indirect=True)
 
 
+def _running(requests):
+    """Those that no push comes too late for: on two cores the second may begin when the first is nearly done."""
+    found = [request for request in requests if len(request.tokens) < LONGER // 2]
+    assert found
+    return found
+
+
 # --- what a push is for ---------------------------------------------------------------------------------------------
 
 
@@ -47,13 +56,15 @@ def test_there_and_back(node):
         node.check(tag)
         assert report.bytes == sum(w.nbytes for w in node.weights(tag).values())
         assert report.buckets > 2, "more buckets than slots, or the test shows little"
-        assert node.engine_status().version == report.version
+        assert node.engine.weight_version() == str(report.version)
 
 
 @ways(*SGLANG, *VLLM)
 def test_requests_are_kept_and_go_on_with_the_new_weights(node):
+    if node.need.kind == "sglang" and OLD_SGLANG:
+        pytest.skip("keep is wait there: its cache cannot be flushed while requests are queued")
     node.push("base")
-    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    requests = _running(node.engine.start_requests(PROMPTS, LONGER))
     node.push("pert", pause="keep")
     for request in requests:
         request.wait_tokens(24)
@@ -68,7 +79,7 @@ def test_requests_are_kept_and_go_on_with_the_new_weights(node):
 def test_requests_are_waited_for(node):
     node.push("base")
     wanted = [node.engine.generate(prompt, 300).tokens for prompt in PROMPTS]
-    requests = [node.engine.start_request(prompt, 300) for prompt in PROMPTS]
+    requests = node.engine.start_requests(PROMPTS, 300)
     node.push("pert", pause="wait")
     for request, tokens in zip(requests, wanted, strict=True):
         request.wait_end()
@@ -79,7 +90,7 @@ def test_requests_are_waited_for(node):
 @ways(*SGLANG, *VLLM)
 def test_requests_are_aborted(node):
     node.push("base")
-    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    requests = _running(node.engine.start_requests(PROMPTS, LONGER))
     node.push("pert", pause="abort")
     for request in requests:
         request.wait_end()
@@ -90,7 +101,7 @@ def test_requests_are_aborted(node):
 @ways(*SGLANG, *VLLM)
 def test_requests_are_not_even_paused(node):
     node.push("base")
-    requests = [node.engine.start_request(prompt, LONGER) for prompt in PROMPTS]
+    requests = _running(node.engine.start_requests(PROMPTS, LONGER))
     node.push("pert", pause="none")
     for request in requests:
         request.wait_tokens(24)
@@ -111,7 +122,7 @@ def test_a_model_in_two_parts(node):
     node.check("pert")
 
 
-@ways(*SGLANG, *VLLM, slow=(SGLANG[1], VLLM[1]))
+@ways(*SGLANG, *VLLM, slow=(IPC, VLLM[1]))
 def test_fifty_versions_leave_memory_as_it_was(node):
     def push(count: int) -> tuple[int, int]:
         for number in range(count):
@@ -142,24 +153,23 @@ def test_the_command(node):
 # --- what is wrong with the weights ---------------------------------------------------------------------------------
 
 
-@ways(*OURS)
+@ways(*SGLANG, *VLLM)
 @pytest.mark.parametrize(
-    "name", ["model.layers.9.mlp.up_proj.weight", "model.layers.0.self_attn.q_projj.weight", "model.norms.weight"]
+    ("name", "shape"),
+    [
+        ("model.layers.9.mlp.up_proj.weight", (256, 128)),
+        ("model.layers.0.self_attn.q_projj.weight", (128, 128)),
+        ("model.norm.weight", (129,)),
+        ("model.layers.0.mlp.gate_proj.weight", (512, 128)),
+    ],
+    ids=["no such layer", "no such projection", "odd norm", "double gate"],
 )
-def test_a_name_that_the_engine_does_not_know_is_refused(node, name):
-    node.push("base")
+def test_a_tensor_that_the_engine_has_no_place_for_is_refused(node, name, shape):
+    before = node.push("base").version
     with pytest.raises(WeightSyncError, match=name.replace(".", r"\.")):
-        node.push(node.weights("pert") | {name: torch.zeros(128)})
+        node.push(node.weights("pert") | {name: torch.zeros(shape)})
+    assert node.engine.weight_version() == str(before), "it was touched"
     node.check("base")
-    node.push("pert")
-    node.check("pert")
-
-
-@ways(*OURS)
-def test_a_tensor_of_another_shape_is_named_and_the_next_push_repairs(node):
-    node.push("base")
-    with pytest.raises(WeightSyncError, match=r"model\.norm\.weight"):
-        node.push(node.weights("pert") | {"model.norm.weight": torch.zeros(129)})
     node.push("pert")
     node.check("pert")
 
@@ -200,7 +210,7 @@ def test_a_daemon_killed_during_a_push(node):
     node.check("pert")
 
 
-@ways(*SGLANG, *VLLM, slow=(SGLANG[1], SGLANG[2], VLLM[1]))
+@ways(*SGLANG, *VLLM, slow=(IPC, SGLANG[-1], VLLM[1]))
 def test_an_engine_killed_during_a_push(node):
     node.push("pert")
     with CheckpointSource(node.folder("base")) as source, pytest.raises(WeightSyncError):
@@ -221,14 +231,14 @@ def _other(checkpoint: str, tp: int = 1, dtype: str = "float32") -> list[Need]:
 MOE, TIED, TP2 = _other("moe"), _other("tied", dtype="bfloat16"), _other("dense", tp=2)
 
 
-@ways(*MOE, slow=(MOE[2],))
+@ways(*MOE)
 def test_experts(node):
     for tag in ("pert", "base"):
         node.push(tag)
         node.check(tag)
 
 
-@ways(*TIED, slow=(TIED[2],))
+@ways(*TIED)
 def test_tied_embeddings(node):
     node.push("base")
     for prompt, exact in oracle("tied_base").said.items():
@@ -239,10 +249,17 @@ def test_tied_embeddings(node):
     node.check("pert")
 
 
-@ways(*TP2, slow=(TP2[2],))
+@ways(*(need for need in TP2 if need.path != "ipc"))
 def test_two_ranks(node):
     for tag in ("pert", "base"):
         report = node.push(tag)
         node.check(tag)
         assert node.engine_status().tp_size == 2
         assert report.complete
+
+
+@ways(*(need for need in TP2 if need.path == "ipc"))
+def test_two_ranks_on_a_cpu_are_refused_by_the_way_that_cannot_tell_them_apart(node):
+    with pytest.raises(WeightSyncError, match="only --tp 1"):
+        node.push("pert")
+    node.check("base")

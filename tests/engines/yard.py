@@ -57,9 +57,14 @@ class Need:
         return self.path in _STOCK
 
     @property
+    def bare(self) -> bool:
+        """Whether its server does not see weightsync. With other models and sizes all ways share one that does."""
+        return self.stock and (self.checkpoint, self.tp) == ("dense", 1)
+
+    @property
     def server(self) -> tuple[Any, ...]:
         """Needs of which this is equal share a server."""
-        return (self.kind, self.stock, self.checkpoint, self.tp, self.dtype)
+        return (self.kind, self.bare, self.checkpoint, self.tp, self.dtype)
 
     def __str__(self) -> str:
         shown = [self.kind, self.path, *([self.checkpoint] if self.checkpoint != "dense" else [])]
@@ -215,10 +220,10 @@ class Yard:
             model(f"{need.checkpoint}_{'base' if exact else 'pert'}"),
             self.root,
             name=f"{need.kind}{next(self._numbers)}",
-            plugin=not need.stock,
+            plugin=not need.bare,
             tp=need.tp,
             dtype=need.dtype,
-            flags=() if need.stock else _FLAGS[need.kind],
+            flags=() if need.bare else _FLAGS[need.kind],
         ).start()
         self._server, self._versions = need.server, itertools.count(1)
         if exact:

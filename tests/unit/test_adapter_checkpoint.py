@@ -82,3 +82,14 @@ def test_a_name_in_the_cache(tmp_path, monkeypatch):
     assert find_checkpoint("org/m") == snapshots / "abc"
     (snapshots / "def").mkdir()
     assert find_checkpoint("org/m") is None, "nobody knows which it was"
+
+
+def test_an_engine_that_quantises_takes_the_whole_only(checkpoint, tmp_path_factory):
+    check = CheckpointCheck(str(checkpoint), "e")
+    asyncio.run(check.refuse(manifest(), whole=True))
+    part = plan_push([rank(whole("model.norm.weight", "bfloat16", (8,)))], slot_bytes=1 << 20, owners=1).manifest
+    asyncio.run(check.refuse(part))
+    with pytest.raises(EngineRefused, match=r"only a whole model can be loaded: 'model\.embed_tokens\.weight'"):
+        asyncio.run(check.refuse(part, whole=True))
+    with pytest.raises(EngineRefused, match="cannot be read here"):
+        asyncio.run(CheckpointCheck(None, "e").refuse(manifest(), whole=True))

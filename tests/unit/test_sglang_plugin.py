@@ -161,9 +161,18 @@ def test_what_server_info_tells() -> None:
     result = SimpleNamespace(internal_state={})
     plugin._get_internal_state(
         result,
-        SimpleNamespace(_engine_paused=True, weight_updater=SimpleNamespace(offload_tags={"weights", "kv_cache"})),
+        SimpleNamespace(
+            _engine_paused=True,
+            weight_updater=SimpleNamespace(offload_tags={"weights", "kv_cache"}),
+            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=Model())),
+        ),
     )
-    assert result.internal_state["weightsync"] == {"protocol": 1, "paused": True, "asleep": ["kv_cache", "weights"]}
+    assert result.internal_state["weightsync"] == {
+        "protocol": 1,
+        "paused": True,
+        "asleep": ["kv_cache", "weights"],
+        "requantises": False,
+    }
 
 
 def test_processes_without_a_scheduler_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

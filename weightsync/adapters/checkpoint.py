@@ -35,11 +35,16 @@ class CheckpointCheck:
         self._engine = engine
         self._shapes: dict[str, tuple[int, ...]] | None = None
 
-    async def refuse(self, manifest: Manifest) -> None:
-        """Raise `EngineRefused` naming the tensors that the checkpoint has no place for."""
+    async def refuse(self, manifest: Manifest, *, whole: bool = False) -> None:
+        """Raise `EngineRefused` naming the tensors that the checkpoint has no place for; if it has to be the `whole` of
+        it, also those that are missing, or that the checkpoint cannot be read.
+        """
         if self._shapes is None:
             self._shapes = await asyncio.to_thread(self._read)
-        if problem := misfits(manifest, self._shapes):
+        problem = misfits(manifest, self._shapes)
+        if whole and not problem:
+            problem = _parts(manifest, self._shapes)
+        if problem:
             raise EngineRefused(
                 problem,
                 engine=self._engine,
@@ -101,6 +106,18 @@ def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
     problems = [f"its checkpoint has no {', '.join(unknown[:_SHOWN])}{_more(unknown)}"] if unknown else []
     problems += [f"{'; '.join(wrong[:_SHOWN])}{_more(wrong)}"] if wrong else []
     return "; ".join(problems)
+
+
+def _parts(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if not shapes:
+        return "it quantises, so only a whole model can be loaded, and its checkpoint cannot be read here to tell"
+    there = {*manifest.tensors.names, *(other for other, _ in manifest.tensors.aliases), "lm_head.weight"}
+    missing = [repr(name) for name in shapes if name not in there]
+    if not missing:
+        return ""
+    return (
+        f"it quantises, so only a whole model can be loaded: {', '.join(missing[:_SHOWN])}{_more(missing)} are missing"
+    )
 
 
 def _more(found: list[str]) -> str:

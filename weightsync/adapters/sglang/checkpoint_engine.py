@@ -5,16 +5,23 @@ after the other: a buffer, where the tensors lie in it, and so on until None. Th
 it answers is nothing, or the text of an error, and is never unpickled. The buffer is taken back after every bucket, by
 sending an empty one, so that its release passes the fence before the next is on its way.
 
-The protocol has no way to give up: a worker whose peer dies waits for ever, which is why this is not the default path.
+The protocol has no way to give up: a worker whose peer dies waits for ever, and its server answers nothing meanwhile,
+which is why this is not the default path. Its socket reconnects, though: the next daemon binds to the same path once
+more and ends the update that a killed one has left (`end_abandoned`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import os
 import platform
 import shutil
+import socket as sockets
+import stat
 import tempfile
 from contextlib import suppress
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -31,11 +38,12 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["CheckpointEnginePath"]
+__all__ = ["CheckpointEnginePath", "end_abandoned"]
 
 _LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
 _LINGER = 500  # milliseconds that a last message has to leave
 _OVERTAKEN = 1.0  # seconds by which the call's own answer may overtake a worker's last one
+_RECONNECT = 3.0  # seconds for a worker that waits to find the socket again; it looks ten times a second
 
 
 class _Update:
@@ -44,17 +52,13 @@ class _Update:
     def __init__(self, server: SGLangServer, keys: Sequence[str], manifest: Manifest) -> None:
         self.manifest = manifest
         self._engine = server.engine
-        self._directory = tempfile.mkdtemp(prefix="weightsync-ce-")
+        self._directory = tempfile.mkdtemp(prefix=_prefix(server.http.url))
         self._context = zmq.asyncio.Context()
         self._sockets = []
         handles = {}
         for rank, key in enumerate(keys):
-            socket = self._context.socket(zmq.REQ)
-            socket.setsockopt(zmq.LINGER, _LINGER)
-            socket.setsockopt(zmq.REQ_RELAXED, 1)  # the end can be sent to a worker that has not answered
-            socket.setsockopt(zmq.REQ_CORRELATE, 1)
             handles[key] = f"ipc://{self._directory}/{rank}"
-            socket.bind(handles[key])
+            socket = _bound(self._context, handles[key])
             self._sockets.append(socket)
         body = {"zmq_handles": handles, "flush_cache": False}
         self._call = asyncio.create_task(server.call("/update_weights_from_ipc", body, deadline=monotonic() + _LONGEST))
@@ -74,10 +78,9 @@ class _Update:
 
     async def close(self) -> None:
         """Let go of everything; workers that still listen are told that this was all."""
+        if not self._call.done():
+            await _end(self._sockets, _RECONNECT)
         for socket in self._sockets:
-            if not self._call.done():
-                with suppress(zmq.ZMQError):  # of a worker that never came
-                    await socket.send(end(), zmq.NOBLOCK)
             socket.close()
         self._call.cancel()
         with suppress(asyncio.CancelledError, EngineError):
@@ -99,6 +102,58 @@ class _Update:
                 raise EngineError(f"its checkpoint-engine worker says: {text[:600]!r}", engine=self._engine)
         finally:
             answer.cancel()
+
+
+async def end_abandoned(url: str, *, deadline: float) -> None:
+    """End the updates of the server at `url` that a daemon of this user was killed in; its workers wait in them."""
+    for directory in _abandoned(url):
+        with zmq.asyncio.Context() as context:
+            waiting = [_bound(context, f"ipc://{directory}/{rank}") for rank in os.listdir(directory)]
+            await _end(waiting, min(deadline - monotonic(), _RECONNECT))
+            for socket in waiting:
+                socket.close(0)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+async def _end(waiting: Sequence[zmq.asyncio.Socket], seconds: float) -> None:
+    """Tell workers that this was all, and wait until they have heard it; there may be none."""
+    with suppress(TimeoutError, zmq.ZMQError):
+        async with asyncio.timeout(seconds):
+            await asyncio.gather(*(_exchange(socket, end()) for socket in waiting))
+
+
+def _abandoned(url: str) -> list[Path]:
+    """Directories of sockets that this user made for a server, and at which nobody listens any more."""
+    found = []
+    for directory in Path(tempfile.gettempdir()).glob(_prefix(url) + "*"):
+        about = directory.lstat()
+        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not any(map(_alive, directory.iterdir())):
+            found.append(directory)
+    return found
+
+
+def _prefix(url: str) -> str:
+    """How the directories of a server's sockets begin: by it the next daemon finds them."""
+    return f"weightsync-ce-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}-"
+
+
+def _alive(path: Path) -> bool:
+    """Whether somebody listens at a socket."""
+    with sockets.socket(sockets.AF_UNIX) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True
+
+
+def _bound(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
+    socket = context.socket(zmq.REQ)
+    socket.setsockopt(zmq.LINGER, _LINGER)
+    socket.setsockopt(zmq.REQ_RELAXED, 1)  # the end can be sent to a worker that has not answered
+    socket.setsockopt(zmq.REQ_CORRELATE, 1)
+    socket.bind(address)
+    return socket
 
 
 async def _exchange(socket: zmq.asyncio.Socket, message: bytes) -> bytes:

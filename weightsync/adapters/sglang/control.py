@@ -73,6 +73,15 @@ class SGLangAdapter(EngineAdapter):
         return f"SGLangAdapter({self.name!r}, {self._http.url!r})"
 
     async def probe(self, *, deadline: float) -> EngineInfo:
+        """See the base class. Nobody pushes now: an update that is still open was given up, and a server may wait in it
+        without answering anything.
+        """
+        if self._known is not None:
+            await self._known.path.close()
+        elif self._way == "ipc":
+            from weightsync.adapters.sglang.checkpoint_engine import end_abandoned
+
+            await end_abandoned(self._http.url, deadline=deadline)
         facts = await self._server.facts(deadline=deadline)
         incarnation = self._server.incarnation(facts)
         known = self._known
@@ -101,8 +110,10 @@ class SGLangAdapter(EngineAdapter):
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
         known = await self._met(deadline)
-        refuse_server(known.facts, known.profile, self._target, self.name)
-        await known.checkpoint.refuse(manifest)
+        plugin = isinstance(known.path, PluginPath)
+        refuse_server(known.facts, known.profile, self._target, self.name, plugin=plugin)
+        whole = plugin and known.facts.quantization is not None  # quantised layers are loaded as wholes
+        await known.checkpoint.refuse(manifest, whole=whole)
         return await known.path.accept(manifest, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:

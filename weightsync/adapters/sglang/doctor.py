@@ -35,7 +35,7 @@ async def examine(
     """Findings about one server that was probed."""
     findings = [_dialect(facts, profile, why), await _key(server, keyed, deadline)]
     try:
-        refuse_server(facts, profile, target, server.engine)
+        refuse_server(facts, profile, target, server.engine, plugin=facts.plugin is not None)
     except EngineRefused as refusal:
         findings.append(Finding(level="fail", what=refusal.message, fix=refusal.hint or ""))
     findings += [_plugin(facts, profile), _memory(facts)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["look_up"]
+__all__ = ["follow", "look_up"]
 
 _FUSED = {
     "q_proj": "qkv_proj",
@@ -37,7 +37,7 @@ def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str]]:
     reached: set[int] = set()
     unknown = []
     for name in names:
-        found = _follow(model, name.split("."))
+        found = follow(model, name.split("."))
         if found is not None:
             reached.add(id(found))
         elif not name.endswith(_LEFT_OUT):
@@ -48,7 +48,7 @@ def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str]]:
     return unknown, untouched
 
 
-def _follow(model: Any, parts: list[str]) -> Any:
+def follow(model: Any, parts: list[str]) -> Any:
     """The parameter or module attribute at the end of the path; None if it leads nowhere."""
     here = model
     for i, part in enumerate(parts):

@@ -52,7 +52,7 @@ class LoadPath(ABC):
         """Everything is loaded. Caches are flushed elsewhere."""
 
     async def close(self) -> None:  # noqa: B027  (most hold nothing)
-        """Let go of what this side holds."""
+        """Let go of what this side holds; an update that is open has been given up."""
 
 
 class Session:
@@ -90,8 +90,8 @@ class Session:
             await self.end(deadline=deadline)
 
 
-def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str) -> None:
-    """Raise `EngineRefused` for a server that no path can load into, with the reason."""
+def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str, *, plugin: bool) -> None:
+    """Raise `EngineRefused`, with the reason, for a server that cannot take weights, by our `plugin` or otherwise."""
     problem = hint = None
     if facts.dp_size != 1:
         problem, hint = f"it runs with dp_size {facts.dp_size}", "one server for each replica (dp attention is fine)"
@@ -100,12 +100,12 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
     elif facts.weight_cache_mode != "off":
         problem = f"it shares its weights with others (--weight-cache-mode {facts.weight_cache_mode})"
         hint = "--weight-cache-mode off"
-    elif facts.quantization and not _reloads(facts, profile):
+    elif facts.quantization and not _reloads(facts, profile, plugin=plugin):
         problem = (
             f"it quantises to {facts.quantization!r}, and SGLang {facts.version} "
             f"(--load-format {facts.load_format or 'auto'}) cannot load new weights over quantised ones"
         )
-        hint = "fp8 with --load-format flash_rl, from SGLang 0.5.22 on; or no quantisation"
+        hint = "fp8: our plugin, or from SGLang 0.5.22 on --load-format flash_rl; else no quantisation"
     elif target == "draft" and profile.draft != "selector":
         problem, hint = f"SGLang {facts.version} cannot load into the draft model alone", 'target = "all" or "model"'
     elif target == "model" and profile.draft == "none" and facts.speculative_algorithm:
@@ -114,7 +114,7 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
         raise EngineRefused(f"SGLang cannot take weights: {problem}", engine=engine, phase="accept", hint=hint)
 
 
-def _reloads(facts: ServerFacts, profile: Profile) -> bool:
+def _reloads(facts: ServerFacts, profile: Profile, *, plugin: bool) -> bool:
     """Whether weights may be loaded again into a quantised model.
 
     Run on 0.5.17: fp8 over fp8 ends the server, and so does its `flash_rl` loader for models that normalise queries.
@@ -122,6 +122,8 @@ def _reloads(facts: ServerFacts, profile: Profile) -> bool:
     place (`restore_weights_before_loading` in srt/layers/quantization, to 0.5.23), fp8 not among them.
     """
     if facts.quantization == "fp8":
+        if plugin and facts.plugin is not None and facts.plugin.requantises:
+            return True
         numbers = numbers_of(facts.version)
         return facts.load_format == "flash_rl" and (numbers is None or numbers >= _REQUANTISES)
     return profile.sessions and facts.quantization == "compressed-tensors"

@@ -25,6 +25,7 @@ import torch.distributed
 
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.names import look_up
+from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.plan.manifest import Manifest
@@ -50,6 +51,7 @@ class _Worker:
     def __init__(self) -> None:
         self._slots: SlotReader | None = None
         self._models: list[Any] = []
+        self._requantisers: list[Requantiser] = []
 
     def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
         """Carry out one order; what to answer. Raises whatever goes wrong."""
@@ -80,7 +82,11 @@ class _Worker:
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
         self._models = []
+        for earlier in self._requantisers:
+            earlier.abandon()
+        self._requantisers = []
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
+        self._requantisers = [Requantiser(model, self._slots.names) for model in models]
         self._models = models
         return "begun"
 
@@ -88,9 +94,11 @@ class _Worker:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
         tensors = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
-        for model in self._models:
+        names = [name for name, _ in tensors]
+        for model, requantiser in zip(self._models, self._requantisers, strict=True):
             if tensors:
-                model.load_weights(list(tensors))
+                with requantiser.loading(names):
+                    model.load_weights(list(tensors))
         return "loaded"
 
     def _finish(self) -> str:
@@ -98,6 +106,8 @@ class _Worker:
             raise LocalProtocolError("no update is open", hint="begin first")
         self._models = []
         self._slots.finish()
+        for requantiser in self._requantisers:
+            requantiser.finish()
         return "finished"
 
 
@@ -114,6 +124,8 @@ def register() -> None:
         logger.error("weightsync: this SGLang has no check_weights where it was in 0.5.12 to 0.5.23; the plugin is off")
         return
     hooks.HookRegistry.register(f"{home}.check_weights", _check_weights, hooks.HookType.AROUND)
+    for method in HOOKED:
+        hooks.HookRegistry.register(f"{method}.process_weights_after_loading", remember, hooks.HookType.BEFORE)
     hooks.HookRegistry.register(f"{_SCHEDULER}.Scheduler.get_internal_state", _get_internal_state, hooks.HookType.AFTER)
 
 
@@ -173,4 +185,5 @@ def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
         "protocol": orders.PROTOCOL,
         "paused": bool(getattr(scheduler, "_engine_paused", False)),
         "asleep": sorted(getattr(updater, "offload_tags", ())),
+        "requantises": remembered(scheduler.tp_worker.model_runner.model),
     }

@@ -45,6 +45,7 @@ class PluginState(msgspec.Struct, frozen=True):
     protocol: int
     paused: bool = False
     asleep: tuple[str, ...] = ()  # tags of the memory that was released
+    requantises: bool = False  # its layers quantised themselves, and the plugin can have them do so again
 
 
 class _Internal(msgspec.Struct, frozen=True):
