@@ -298,6 +298,7 @@ def test_which_model_takes_the_tensors(version: str, target: str, field: dict[st
         ("0.5.15.post1", {"quantization": "compressed-tensors"}, {}, "cannot load new weights"),
         ("0.5.15.post1", {}, {"target": "draft"}, "cannot load into the draft model alone"),
         ("0.5.23", {"tp_size": 2}, {"path": "ipc"}, "only --tp 1"),
+        ("0.5.15.post1", {}, {"path": "ipc"}, "asks CUDA for its UUID"),
     ],
 )
 def test_refusals(version: str, facts: dict[str, Any], options: dict[str, Any], reason: str) -> None:

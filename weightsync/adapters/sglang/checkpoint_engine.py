@@ -30,6 +30,7 @@ import zmq.asyncio
 
 from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
 from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
+from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointEnginePath", "end_abandoned"]
 
+_ON_CPU = (0, 5, 20)  # the first that was run on a CPU; 0.5.15.post1 and 0.5.17 fail there
 _LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
 _LINGER = 500  # milliseconds that a last message has to leave
 _OVERTAKEN = 1.0  # seconds by which the call's own answer may overtake a worker's last one
@@ -176,10 +178,13 @@ class CheckpointEnginePath(LoadPath):
         self._update: _Update | None = None
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. Names are not checked: SGLang leaves out those it does not know, with a log line."""
+        """See the base class. No stock server tells which names it knows; those of its checkpoint were compared before."""
         refuse_stock(manifest, self._server.engine)
         problem = hint = None
-        if self._gpus[0] is None and self._facts.tp_size > 1:
+        numbers = numbers_of(self._facts.version)
+        if self._gpus[0] is None and numbers is not None and numbers < _ON_CPU:
+            problem = f"on a CPU SGLang {self._facts.version} asks CUDA for its UUID all the same"
+        elif self._gpus[0] is None and self._facts.tp_size > 1:
             problem = "on a CPU every rank looks for the same handle, so only --tp 1 can be served this way"
         elif self._facts.quantization:
             problem = f"it quantises to {self._facts.quantization!r}, and this path does not restore packed weights"

@@ -80,7 +80,11 @@ def _plugin(facts: ServerFacts, profile: Profile) -> Finding:
             fix="the same weightsync in the engine's environment as here",
         )
     fix = "pip install weightsync in the engine's environment" if profile.plugins else "SGLang 0.5.12 or later"
-    return Finding(level="warn", what="our plugin is not loaded: unknown names would be left out silently", fix=fix)
+    return Finding(
+        level="warn",
+        what="our plugin is not loaded: pickles, whole tensors only, and a failed load ends the server",
+        fix=fix,
+    )
 
 
 def _memory(facts: ServerFacts) -> Finding:
