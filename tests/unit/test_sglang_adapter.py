@@ -145,7 +145,7 @@ def test_the_doctor_of_a_guarded_server() -> None:
     assert ("fail", "its weight endpoints do not take our key") in asyncio.run(findings("wrong-key", "no"))
     right = asyncio.run(findings("right-key", "secret"))
     assert ("ok", "its weight endpoints take our calls") in right
-    assert ("warn", "our plugin is not loaded: unknown names would be left out silently") in right
+    assert ("warn", "our plugin is not loaded: pickles, whole tensors only, and a failed load ends the server") in right
 
 
 class Server(httpx.AsyncBaseTransport):

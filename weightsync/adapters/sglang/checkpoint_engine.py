@@ -178,7 +178,7 @@ class CheckpointEnginePath(LoadPath):
         self._update: _Update | None = None
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. No stock server tells which names it knows; those of its checkpoint were compared before."""
+        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
         refuse_stock(manifest, self._server.engine)
         problem = hint = None
         numbers = numbers_of(self._facts.version)

@@ -47,7 +47,7 @@ class TensorPath(LoadPath):
             self._models = {"disable_draft_model": True}
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. No stock server tells which names it knows; those of its checkpoint were compared before."""
+        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
         refuse_stock(manifest, self._server.engine)
         return ()
 
