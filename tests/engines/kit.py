@@ -29,7 +29,7 @@ from weightsync.testing import eventually
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-__all__ = ["ENGINES", "Oracle", "RealEngine", "Running", "Said", "installed", "model", "oracle"]
+__all__ = ["ENGINES", "Oracle", "RealEngine", "Running", "Said", "free_port", "installed", "model", "oracle"]
 
 _ROOT = Path(__file__).resolve().parents[2]
 ENGINES = Path(os.environ.get("WEIGHTSYNC_ENGINES", _ROOT / ".engines")).resolve()
@@ -178,7 +178,7 @@ class RealEngine:
 
     def start(self) -> Self:
         """Start it, and return when it answers. Raises `FleetError` with the end of its log when it does not."""
-        self.port = self.port or _free_port()
+        self.port = self.port or free_port()
         before = {p.name for p in _SHM.iterdir()}
         log = self.root / f"{self.name}.log"
         with log.open("ab") as out:
@@ -396,9 +396,12 @@ class RealEngine:
         self._segments |= self.segments()
 
 
-def _free_port() -> int:
-    """A port that nobody has now, below those that the kernel gives to clients: an engine takes a minute to bind it."""
-    for port in range(*_PORTS):
+def free_port(skip: int = 0) -> int:
+    """A port that nobody has now, below those that the kernel gives to clients: an engine takes a minute to bind it.
+
+    `skip` is for who needs several at once.
+    """
+    for port in range(_PORTS[0] + skip, _PORTS[1]):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(("127.0.0.1", port))
