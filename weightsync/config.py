@@ -45,6 +45,7 @@ __all__ = [
     "parse_node_config",
     "private_directory",
     "runtime_dir",
+    "url_problems",
 ]
 
 _SOCKET_PATH = 100  # characters; the kernel allows 107
@@ -250,7 +251,7 @@ def _contradictions(config: NodeConfig) -> list[str]:
             problems.append(f"{where}.kind = {engine.kind!r}: one of {', '.join(sorted(KINDS))}")
         elif engine.path not in PATHS[engine.kind]:
             problems.append(f"{where}.path = {engine.path!r}: one of {', '.join(PATHS[engine.kind])}")
-        problems.extend(f"{where}.url: {problem}" for problem in _url_problems(engine.url))
+        problems.extend(f"{where}.url: {problem}" for problem in url_problems(engine.url))
         if engine.kind == "vllm" and engine.path == "ipc" and config.arena.slots < 2:
             problems.append(
                 f"{where}.path = 'ipc': vLLM holds a bucket until the next one comes: arena.slots of at least 2"
@@ -289,7 +290,8 @@ def _contradictions(config: NodeConfig) -> list[str]:
     return problems
 
 
-def _url_problems(url: str) -> list[str]:
+def url_problems(url: str) -> list[str]:
+    """What is wrong with an engine's URL, as ends of a sentence."""
     try:
         parts = urlsplit(url)
         _ = parts.port  # parsed when asked for

@@ -21,7 +21,7 @@ import msgspec
 from weightsync.adapters import adapter
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer, EngineHttp
-from weightsync.config import EngineConfig, is_loopback
+from weightsync.config import EngineConfig, is_loopback, url_problems
 from weightsync.errors import ConfigError, EngineError, EngineLost, WeightSyncError
 from weightsync.gpus import all_gpus, seen_by
 from weightsync.processes import environment, listener, same_namespace
@@ -60,6 +60,8 @@ async def brand_of(spec: EngineConfig, *, deadline: float) -> str:
 
 def examine(spec: EngineConfig, *, timeout: float = 10.0) -> list[Finding]:
     """Everything about one engine, the worst first. `spec.kind` may be "auto". Raises nothing that is its fault."""
+    if problems := url_problems(spec.url):
+        return [Finding(level="fail", what=f"the engine's url {problem}") for problem in problems]
     deadline = time.monotonic() + timeout
     try:
         found = list(asyncio.run(_ask(spec, deadline)))
@@ -109,7 +111,10 @@ def _process(url: str) -> list[Finding]:
             )
         ]
     found = []
-    if (uid := os.stat(f"/proc/{pid}").st_uid) != os.geteuid():
+    uid = os.geteuid()
+    with suppress(OSError):  # it has ended meanwhile
+        uid = os.stat(f"/proc/{pid}").st_uid
+    if uid != os.geteuid():
         found.append(
             Finding(
                 level="fail",

@@ -37,6 +37,7 @@ class Engine:
         self.error: ErrorRecord | None = None
         self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
+        self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
         self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
 
     @property
@@ -162,6 +163,8 @@ class Engines:
             elif info.paused and not info.torn:
                 logger.warning("[engine=%s] was left paused by a push that never touched it: resuming it", engine.name)
                 await engine.adapter.resume(deadline=until)
+            elif time.monotonic() < engine.owed_until:
+                return
             engine.paused_by_us = False
             await engine.probe(until)
 

@@ -44,6 +44,7 @@ __all__ = ["NodeExecutor", "PushContext", "phase_of"]
 logger = logging.getLogger(__name__)
 
 _POLL_FIRST, _POLL_LAST = 0.0005, 0.02  # seconds between looks at a fence that has not passed
+_LATE_PAUSE = 60.0  # seconds after which a pause that was given up comes no more
 _REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
 
 
@@ -159,14 +160,15 @@ class NodeExecutor:
             case do.AcceptEngine():
                 manifest = context.known_manifest()
                 untouched = engine.accepted.get(manifest.digest)
-                torn = engine.info is not None and engine.info.torn
-                if untouched is None or (torn and untouched):  # a torn engine needs every tensor: let it say so
+                broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
+                if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
                     untouched = await hand.accept(manifest, deadline=deadline)
                     engine.accepted[manifest.digest] = untouched
                 return ev.EngineAccepted(engine=name, untouched=len(untouched))
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True
+                    engine.owed_until = time.monotonic() + _LATE_PAUSE
                 context.modes[name] = instruction.mode
                 await hand.pause(instruction.mode, deadline=deadline)  # type: ignore[arg-type]
                 return ev.EnginePaused(engine=name)

@@ -84,12 +84,21 @@ def test_a_name_in_the_cache(tmp_path, monkeypatch):
     assert find_checkpoint("org/m") is None, "nobody knows which it was"
 
 
-def test_an_engine_that_quantises_takes_the_whole_only(checkpoint, tmp_path_factory):
+def test_a_torn_engine_takes_the_whole_only(checkpoint):
     check = CheckpointCheck(str(checkpoint), "e")
-    asyncio.run(check.refuse(manifest(), whole=True))
+    asyncio.run(check.refuse(manifest(), whole="it is torn", sure=True))
     part = plan_push([rank(whole("model.norm.weight", "bfloat16", (8,)))], slot_bytes=1 << 20, owners=1).manifest
     asyncio.run(check.refuse(part))
-    with pytest.raises(EngineRefused, match=r"only a whole model can be loaded: 'model\.embed_tokens\.weight'"):
-        asyncio.run(check.refuse(part, whole=True))
-    with pytest.raises(EngineRefused, match="cannot be read here"):
-        asyncio.run(CheckpointCheck(None, "e").refuse(manifest(), whole=True))
+    with pytest.raises(EngineRefused, match=r"it is torn, so only a whole model can be loaded: 'model\.embed_tokens"):
+        asyncio.run(check.refuse(part, whole="it is torn"))
+    unknown = CheckpointCheck(None, "e")
+    asyncio.run(unknown.refuse(part, whole="it is torn"))
+    with pytest.raises(EngineRefused, match=r"it quantises, .* cannot be read here"):
+        asyncio.run(unknown.refuse(manifest(), whole="it quantises", sure=True))
+
+
+def test_names_of_which_none_is_known_are_refused_where_an_engine_would_say_nothing(checkpoint):
+    strange = plan_push([rank(whole("module.norm.weight", "bfloat16", (8,)))], slot_bytes=1 << 20, owners=1).manifest
+    asyncio.run(CheckpointCheck(str(checkpoint), "e").refuse(strange))
+    with pytest.raises(EngineRefused, match=r"none of the names that are pushed, such as 'module\.norm\.weight'"):
+        asyncio.run(CheckpointCheck(str(checkpoint), "e", silent=True).refuse(strange))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -47,10 +48,13 @@ async def push(
     ticket: Callable[[int], bytes],
     mode: PauseMode = "keep",
     manifest: Manifest = MANIFEST,
+    *,
+    refused: str = "",
 ) -> EngineInfo:
-    """A whole push of `manifest`; how the engine is while it is under way."""
+    """A whole push of `manifest`, done even if it is `refused`; how the engine is while it is under way."""
     await hand.probe(deadline=soon())
-    await hand.accept(manifest, deadline=soon())
+    with pytest.raises(EngineRefused, match=refused) if refused else nullcontext():
+        await hand.accept(manifest, deadline=soon())
     await hand.pause(mode, deadline=soon())
     await hand.begin(version, manifest, offers, deadline=soon())
     during = await hand.probe(deadline=soon())
@@ -101,14 +105,14 @@ async def plugin_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], t
     assert failure.value.phase == "load"
     torn = await hand.probe(deadline=soon())
     assert (torn.paused, torn.torn) == (True, True)
-    await push(hand, 4, offers, ticket)
+    await push(hand, 4, offers, ticket, refused="it is torn, so only a whole model")
     assert (await hand.probe(deadline=soon())).version == 4
 
 
 async def sleep_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], ticket: Callable[[int], bytes]) -> None:
     """The server's weights and cache are released when it begins."""
     assert (await hand.probe(deadline=soon())).asleep
-    await push(hand, 5, offers, ticket)
+    await push(hand, 5, offers, ticket, refused="its weights are released, so only a whole model")
     assert not (await hand.probe(deadline=soon())).asleep
 
 
@@ -278,7 +282,7 @@ def test_a_wait_outside_a_session_is_refused_after_the_wait_and_that_is_fine() -
     ],
 )
 def test_which_model_takes_the_tensors(version: str, target: str, field: dict[str, Any]) -> None:
-    server = Server(version)
+    server = Server(version, **({"speculative_algorithm": "EAGLE"} if target == "draft" else {}))
     pushed(server, target=target)
     for body in server.said("/update_weights_from_tensor")[-2:]:
         del body["serialized_named_tensors"], body["load_format"], body["flush_cache"]
@@ -296,7 +300,9 @@ def test_which_model_takes_the_tensors(version: str, target: str, field: dict[st
         ("0.5.23", {"quantization": "fp8"}, {}, "cannot load new weights over quantised ones"),
         ("0.5.15.post1", {"quantization": "fp8", "load_format": "flash_rl"}, {}, "--load-format flash_rl"),
         ("0.5.15.post1", {"quantization": "compressed-tensors"}, {}, "cannot load new weights"),
-        ("0.5.15.post1", {}, {"target": "draft"}, "cannot load into the draft model alone"),
+        ("0.5.15.post1", {"speculative_algorithm": "EAGLE"}, {"target": "draft"}, "cannot load into the draft model"),
+        ("0.5.23", {}, {"target": "draft"}, "it has no draft model"),
+        ("0.5.23", {"tokenizer_worker_num": 2}, {}, "each of its 2 tokenizer workers"),
         ("0.5.23", {"tp_size": 2}, {"path": "ipc"}, "only --tp 1"),
         ("0.5.15.post1", {}, {"path": "ipc"}, "asks CUDA for its UUID"),
     ],

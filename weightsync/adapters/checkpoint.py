@@ -29,21 +29,28 @@ _SHOWN = 5
 class CheckpointCheck:
     """The check for one incarnation of a server; headers are read once, when first needed."""
 
-    def __init__(self, model: str | None, engine: str) -> None:
-        """`model` is what the server was started on; None: not known, and nothing is checked."""
+    def __init__(self, model: str | None, engine: str, *, silent: bool = False) -> None:
+        """`model` is what the server was started on; None: not known, and nothing is checked.
+
+        `silent`: the engine leaves out names it does not know without an error.
+        """
+        self._silent = silent
         self._model = model
         self._engine = engine
         self._shapes: dict[str, tuple[int, ...]] | None = None
 
-    async def refuse(self, manifest: Manifest, *, whole: bool = False) -> None:
-        """Raise `EngineRefused` naming the tensors that the checkpoint has no place for; if it has to be the `whole` of
-        it, also those that are missing, or that the checkpoint cannot be read.
+    async def refuse(self, manifest: Manifest, *, whole: str = "", sure: bool = False) -> None:
+        """Raise `EngineRefused` naming the tensors that the checkpoint has no place for.
+
+        `whole` says why only a whole model will do: then also those that are missing and, if it has to be `sure`, where
+        the checkpoint cannot be read.
         """
         if self._shapes is None:
             self._shapes = await asyncio.to_thread(self._read)
-        problem = misfits(manifest, self._shapes)
+        problem = misfits(manifest, self._shapes, silent=self._silent)
         if whole and not problem:
-            problem = _parts(manifest, self._shapes)
+            problem = _parts(manifest, self._shapes, sure=sure)
+            problem = problem and f"{whole}, so only a whole model can be loaded: {problem}"
         if problem:
             raise EngineRefused(
                 problem,
@@ -85,11 +92,12 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
-def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, silent: bool = False) -> str:
     """What of a push the checkpoint has no place for, as a sentence; "" if all fits, or nothing can be said.
 
     A name is held against a push only if most of its names are known: a trainer may call everything otherwise, and
-    the engine know how. A tied tensor may come by a name that the checkpoint leaves out.
+    the engine know how. But where an engine is `silent` about names it leaves out, one at least must be known. A tied
+    tensor may come by a name that the checkpoint leaves out.
     """
     table = manifest.tensors
     further = {name: other for other, name in table.aliases}
@@ -100,6 +108,8 @@ def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
             unknown.append(repr(name))
         elif expected != shape:
             wrong.append(f"{name!r} is {list(shape)} and should be {list(expected)}")
+    if silent and shapes and unknown and len(unknown) == len(table.names):
+        return f"its checkpoint has none of the names that are pushed, such as {unknown[0]}, but {min(shapes)!r}"
     if len(unknown) * 2 > len(table.names):
         return ""
     unknown = [name for name in unknown if name != "'lm_head.weight'"]  # of tied models: written by some, not by others
@@ -108,16 +118,14 @@ def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
     return "; ".join(problems)
 
 
-def _parts(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _parts(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, sure: bool) -> str:
     if not shapes:
-        return "it quantises, so only a whole model can be loaded, and its checkpoint cannot be read here to tell"
+        return "its checkpoint, which would tell what that is, cannot be read here" if sure else ""
     there = {*manifest.tensors.names, *(other for other, _ in manifest.tensors.aliases), "lm_head.weight"}
     missing = [repr(name) for name in shapes if name not in there]
-    if not missing:
+    if not missing or (not sure and len(missing) == len(shapes)):  # the trainer calls everything otherwise
         return ""
-    return (
-        f"it quantises, so only a whole model can be loaded: {', '.join(missing[:_SHOWN])}{_more(missing)} are missing"
-    )
+    return f"{', '.join(missing[:_SHOWN])}{_more(missing)} are missing"
 
 
 def _more(found: list[str]) -> str:

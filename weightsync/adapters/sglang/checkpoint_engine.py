@@ -7,7 +7,8 @@ sending an empty one, so that its release passes the fence before the next is on
 
 The protocol has no way to give up: a worker whose peer dies waits for ever, and its server answers nothing meanwhile,
 which is why this is not the default path. Its socket reconnects, though: the next daemon binds to the same path once
-more and ends the update that a killed one has left (`end_abandoned`).
+more and ends the update that a killed one has left (`end_abandoned`). Sockets lie in /dev/shm, which an engine in a
+container has to share anyway.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
 from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
 from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.ipc.arena import DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -54,7 +56,7 @@ class _Update:
     def __init__(self, server: SGLangServer, keys: Sequence[str], manifest: Manifest) -> None:
         self.manifest = manifest
         self._engine = server.engine
-        self._directory = tempfile.mkdtemp(prefix=_prefix(server.http.url))
+        self._directory = tempfile.mkdtemp(prefix=_prefix(server.http.url), dir=DIRECTORY)
         self._context = zmq.asyncio.Context()
         self._sockets = []
         handles = {}
@@ -127,7 +129,7 @@ async def _end(waiting: Sequence[zmq.asyncio.Socket], seconds: float) -> None:
 def _abandoned(url: str) -> list[Path]:
     """Directories of sockets that this user made for a server, and at which nobody listens any more."""
     found = []
-    for directory in Path(tempfile.gettempdir()).glob(_prefix(url) + "*"):
+    for directory in Path(DIRECTORY).glob(_prefix(url) + "*"):
         about = directory.lstat()
         if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not any(map(_alive, directory.iterdir())):
             found.append(directory)
@@ -176,6 +178,7 @@ class CheckpointEnginePath(LoadPath):
         self._gpus = gpus
         self.transport = "torch-shm" if gpus[0] is None else "torch-cuda"
         self._update: _Update | None = None
+        self._closing: set[asyncio.Task[None]] = set()
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
@@ -226,7 +229,10 @@ class CheckpointEnginePath(LoadPath):
         """Let go of the update that is open."""
         update, self._update = self._update, None
         if update is not None:
-            await update.close()
+            closing = asyncio.create_task(update.close())  # to its end, whoever gives up waiting for it
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
+            await asyncio.shield(closing)
 
     async def _say(self, messages: Sequence[bytes], deadline: float) -> None:
         try:

@@ -24,7 +24,7 @@ from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import SGLangServer
 from weightsync.adapters.sglang.tensor import TensorPath
 from weightsync.adapters.versions import read, serving, updating
-from weightsync.errors import EngineError
+from weightsync.errors import EngineError, EngineRefused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -68,6 +68,8 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
+        self._begun = False  # since it was last resumed
+        self._incomplete = ""  # why a part of the weights will not do
 
     def __repr__(self) -> str:
         return f"SGLangAdapter({self.name!r}, {self._http.url!r})"
@@ -91,6 +93,8 @@ class SGLangAdapter(EngineAdapter):
         self._version = weights.version
         plugin = facts.plugin
         self._asleep = plugin.asleep if plugin else ()
+        released = "its weights are released" if "weights" in self._asleep else ""
+        self._incomplete = "it is torn" if weights.torn else released
         if known.says_ready:
             paused = await self._server.paused(deadline=deadline)
         else:
@@ -112,9 +116,17 @@ class SGLangAdapter(EngineAdapter):
         known = await self._met(deadline)
         plugin = isinstance(known.path, PluginPath)
         refuse_server(known.facts, known.profile, self._target, self.name, plugin=plugin)
-        whole = plugin and known.facts.quantization is not None  # quantised layers are loaded as wholes
-        await known.checkpoint.refuse(manifest, whole=whole)
-        return await known.path.accept(manifest, deadline=deadline)
+        quantised = plugin and known.facts.quantization is not None  # its layers are loaded as wholes
+        whole = "it quantises" if quantised else self._incomplete
+        await known.checkpoint.refuse(manifest, whole=whole, sure=quantised)
+        untouched = await known.path.accept(manifest, deadline=deadline)
+        if self._incomplete and untouched:
+            raise EngineRefused(
+                f"{self._incomplete}, so only a whole model can be loaded, without {', '.join(untouched[:5])}",
+                engine=self.name,
+                phase="accept",
+            )
+        return untouched
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class.
@@ -136,9 +148,10 @@ class SGLangAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         known = await self._met(deadline)
+        await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
+        self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
@@ -164,8 +177,9 @@ class SGLangAdapter(EngineAdapter):
         return None
 
     async def resume(self, *, deadline: float) -> None:
-        if self._asleep:
+        if self._asleep and self._begun:  # one that was not loaded sleeps on, as whoever put it to sleep wants it
             await self._wake(self._asleep, deadline)
+        self._begun = False
         await self._server.call("/continue_generation", {}, deadline=deadline)
         self._mode = None
 
@@ -178,6 +192,7 @@ class SGLangAdapter(EngineAdapter):
             known.why,
             target=self._target,
             keyed=self._keyed,
+            plugin=isinstance(known.path, PluginPath),
             deadline=deadline,
         )
 
@@ -202,7 +217,7 @@ class SGLangAdapter(EngineAdapter):
         why = f"{chosen.why}, path {path.name}: {reason}"
         self._mode = None
         alone = facts.speculative_algorithm is None  # a draft has names of its own
-        checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name)
+        checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name, silent=True)
         self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
 

@@ -30,12 +30,13 @@ async def examine(
     *,
     target: str,
     keyed: bool,
+    plugin: bool,
     deadline: float,
 ) -> list[Finding]:
     """Findings about one server that was probed."""
     findings = [_dialect(facts, profile, why), await _key(server, keyed, deadline)]
     try:
-        refuse_server(facts, profile, target, server.engine, plugin=facts.plugin is not None)
+        refuse_server(facts, profile, target, server.engine, plugin=plugin)
     except EngineRefused as refusal:
         findings.append(Finding(level="fail", what=refusal.message, fix=refusal.hint or ""))
     findings += [_plugin(facts, profile), _memory(facts)]

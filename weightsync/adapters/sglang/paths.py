@@ -106,6 +106,11 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
             f"(--load-format {facts.load_format or 'auto'}) cannot load new weights over quantised ones"
         )
         hint = "fp8: our plugin, or from SGLang 0.5.22 on --load-format flash_rl; else no quantisation"
+    elif facts.tokenizer_worker_num != 1:
+        problem = f"each of its {facts.tokenizer_worker_num} tokenizer workers has a version and pauses of its own"
+        hint = "--tokenizer-worker-num 1"
+    elif target == "draft" and not facts.speculative_algorithm:
+        problem, hint = "it has no draft model", 'target = "all"'
     elif target == "draft" and profile.draft != "selector":
         problem, hint = f"SGLang {facts.version} cannot load into the draft model alone", 'target = "all" or "model"'
     elif target == "model" and profile.draft == "none" and facts.speculative_algorithm:

@@ -70,12 +70,12 @@ class VLLMAdapter(EngineAdapter):
 
     async def probe(self, *, deadline: float) -> EngineInfo:
         incarnation, asleep = await self._metrics(deadline=deadline)
-        if self._path is None or incarnation != self._started:
+        if self._path is None or (incarnation and incarnation != self._started):
             self._path, self._why = await self._find_path(deadline=deadline)
             self._started = incarnation
             self._checkpoint = None
         path, server = self._path, self._path.server
-        incarnation = incarnation or await path.incarnation(deadline=deadline)
+        incarnation = incarnation or self._started or await path.incarnation(deadline=deadline)
         paused = field(
             await self._http.get("/is_paused", deadline=deadline), "is_paused", bool, "/is_paused", self.name
         )
@@ -109,7 +109,8 @@ class VLLMAdapter(EngineAdapter):
         if self._checkpoint is None:
             model = None if self._spec.target == "draft" else await path.server.model(deadline=deadline)
             self._checkpoint = CheckpointCheck(model, self.name)
-        await self._checkpoint.refuse(manifest)
+        whole = "it is torn" if info.torn else "it sleeps" if info.asleep else ""
+        await self._checkpoint.refuse(manifest, whole=whole)
         return await path.check(manifest, whole=info.torn or info.asleep, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
@@ -123,10 +124,11 @@ class VLLMAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         path, info = self._probed()
-        if info.asleep:
-            await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
         current = await path.weight_version(deadline=deadline)
         await path.set_weight_version(torn_text(current, version), deadline=deadline)
+        if info.asleep:  # waking the last that sleeps resumes it, too
+            await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
+            await self.pause(self._mode, deadline=deadline)
         await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:

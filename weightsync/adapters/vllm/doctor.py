@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.profiles import DEV_ROUTES, Choice, choose, release
-from weightsync.adapters.vllm.server import Server, configured, find_routes, version_of
+from weightsync.adapters.vllm.server import Server, configured, field, find_routes, version_of
 from weightsync.errors import EngineError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Findi
         return findings
     findings.append(_judge_version(version, choice))
     size = await http.get("/get_world_size", deadline=deadline)
-    server = Server(http, version, choice, routes, int(size["world_size"]))
+    server = Server(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
     try:
         hello: list[Hello] | None = await server.hello(deadline=deadline)
     except EngineAnswer:

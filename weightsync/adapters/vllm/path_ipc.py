@@ -105,6 +105,7 @@ class IpcPath(EnginePath):
         self._find_gpus = gpus
         self._gpus: tuple[str, ...] = ()
         self._manifest: Manifest | None = None
+        self._whole = False  # the last update was one of ours, and ended well: there is nothing to repair
 
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
@@ -132,10 +133,12 @@ class IpcPath(EnginePath):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
     ) -> None:
         self._manifest = manifest
+        forgets = not self.server.profile.keeps_version  # … that it was torn, when this daemon or it restarts
+        repair, self._whole = torn or (forgets and not self._whole), False
         http, packed = self.server.http, self.server.profile.packed
         init = {"packed": True} if packed == "init" else {}
         await http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
-        if torn:  # an update that failed left layers half-collected: opening and closing one puts them back
+        if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
             await self.attempt("/finish_weight_update", None, deadline=deadline)
             await self.start(deadline=deadline)
             await http.post("/finish_weight_update", None, deadline=deadline)
@@ -159,6 +162,7 @@ class IpcPath(EnginePath):
     async def finish(self, version: int, *, deadline: float) -> None:
         await self.server.http.post("/finish_weight_update", None, deadline=deadline)
         self._manifest = None
+        self._whole = True
 
     async def _readers(self) -> tuple[str, ...]:
         if not self._gpus:
