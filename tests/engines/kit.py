@@ -129,8 +129,8 @@ class Running:
             self.wait_tokens(1, seconds)
 
     def wait_tokens(self, more: int, seconds: float = _ANSWER) -> None:
-        """Return when it has got so many tokens more than it has now."""
-        wanted = len(self.tokens) + more
+        """Return when it has got so many tokens more than it has now, or all that it asked for."""
+        wanted = min(len(self.tokens) + more, self._count)
         eventually(lambda: len(self.tokens) >= wanted or self.done, seconds=seconds)
         how = self.error or "still running"
         assert len(self.tokens) >= wanted, f"{len(self.tokens)} of {wanted} tokens after {seconds:g} s: {how}"

@@ -21,7 +21,7 @@ def router(tmp_path):
     python = ENGINES / "router/bin/python"
     if not python.exists():
         pytest.fail(f"no router in {ENGINES}: run `make engines`")
-    port, metrics = free_port(), free_port(1)
+    port, metrics = free_port(), free_port(50)
     command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
     command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--policy", "round_robin"]
     with (tmp_path / "router.log").open("wb") as log:

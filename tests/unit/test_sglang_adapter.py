@@ -282,7 +282,8 @@ def test_a_wait_outside_a_session_is_refused_after_the_wait_and_that_is_fine() -
     ],
 )
 def test_which_model_takes_the_tensors(version: str, target: str, field: dict[str, Any]) -> None:
-    server = Server(version, **({"speculative_algorithm": "EAGLE"} if target == "draft" else {}))
+    facts: dict[str, Any] = {"speculative_algorithm": "EAGLE"} if target == "draft" else {}
+    server = Server(version, **facts)
     pushed(server, target=target)
     for body in server.said("/update_weights_from_tensor")[-2:]:
         del body["serialized_named_tensors"], body["load_format"], body["flush_cache"]
