@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
+from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, TransportTimeout
 from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
@@ -165,11 +165,17 @@ class Follower:
             raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
         self._in_lines += 1
         try:
-            async with line:
-                self._check_free(identity)
-                return await self._form(message, until)
+            async with asyncio.timeout(until - time.monotonic()):
+                await line.acquire()
+        except TimeoutError:
+            raise TransportTimeout(f"bridge {message.rail} of this node is forming other communicators") from None
         finally:
             self._in_lines -= 1
+        try:
+            self._check_free(identity)
+            return await self._form(message, until)
+        finally:
+            line.release()
 
     async def _form(self, message: msg.HostRail | msg.JoinRail, until: float) -> msg.Message:
         bridge, address = self._bridges[message.rail], self._config.cluster.address

@@ -370,6 +370,27 @@ async def test_a_sleeping_server_is_woken_by_parts():
 
 
 @on_loop
+async def test_a_sleeping_server_that_was_not_loaded_sleeps_on():
+    """Its weights are gone: resumed, it would serve whatever lies there."""
+    server = Server()
+    server.sleeping = True
+    hand, _ = await way(server)
+    await hand.pause("keep", deadline=soon())
+    await hand.resume(deadline=soon())
+    assert not {"/wake_up", "/resume"} & set(server.paths())
+
+
+@on_loop
+async def test_a_server_that_is_awake_is_asked_for_no_waking():
+    server = Server()
+    hand, _ = await way(server)
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.resume(deadline=soon())
+    assert "/wake_up" not in server.paths()
+    assert server.paths()[-1] == "/resume"
+
+
+@on_loop
 async def test_a_paused_server_is_not_asleep():
     server = Server()
     server.paused = True

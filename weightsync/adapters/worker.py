@@ -26,6 +26,8 @@ from weightsync.transports.shm import ShmReceiver
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.plan.table import TensorTable
+
 __all__ = ["SlotReader"]
 
 
@@ -49,9 +51,9 @@ class SlotReader:
         self._update: _Update | None = None
 
     @property
-    def names(self) -> tuple[str, ...]:
+    def tensors(self) -> TensorTable:
         """The tensors of the update that is open. Raises `LocalProtocolError` if none is."""
-        return self._open().manifest.tensors.names
+        return self._open().manifest.tensors
 
     def begin(self, manifest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
         """Open an update, dropping one that is open, and attach to the arenas on offer.

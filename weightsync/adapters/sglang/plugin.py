@@ -86,7 +86,7 @@ class _Worker:
             earlier.abandon()
         self._requantisers = []
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
-        self._requantisers = [Requantiser(model, self._slots.names) for model in models]
+        self._requantisers = [Requantiser(model, self._slots.tensors.names) for model in models]
         self._models = models
         return "begun"
 

@@ -64,6 +64,8 @@ class VLLMAdapter(EngineAdapter):
         self._why = ""
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
+        self._sleeps = False  # when last probed, and without a doubt
+        self._woken = False  # its weights, for an update; the rest sleeps until it resumes
 
     def __repr__(self) -> str:
         return f"VLLMAdapter({self.name!r}, {self._spec.url!r})"
@@ -79,6 +81,7 @@ class VLLMAdapter(EngineAdapter):
         paused = field(
             await self._http.get("/is_paused", deadline=deadline), "is_paused", bool, "/is_paused", self.name
         )
+        self._sleeps = asleep is True
         if asleep is None:
             asleep = await self._asleep(deadline=deadline)
         said = versions.read(await path.weight_version(deadline=deadline))
@@ -129,6 +132,7 @@ class VLLMAdapter(EngineAdapter):
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
+            self._woken = True
         await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
@@ -151,9 +155,12 @@ class VLLMAdapter(EngineAdapter):
         return None
 
     async def resume(self, *, deadline: float) -> None:
-        """See the base class. Waking what is awake does nothing."""
-        if await self._asleep(deadline=deadline):
+        """See the base class. One that sleeps and was not loaded sleeps on: it has nothing to serve."""
+        if self._sleeps and not self._woken:
+            return
+        if self._woken:
             await self._http.call("POST", "/wake_up", params={"tags": "kv_cache"}, deadline=deadline)
+            self._woken = False
         await self._http.post("/resume", deadline=deadline)
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:

@@ -82,7 +82,7 @@ class WeightReload:
         """From here on this worker is torn until `finish`."""
         self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
         aliases: dict[str, tuple[str, ...]] = {}
-        for other, name in Manifest.unpack(manifest).tensors.aliases:
+        for other, name in self._slots.tensors.aliases:
             aliases[name] = (*aliases.get(name, ()), other)
         self._aliases = aliases
         self.weight_version = updating(self._held, version)
