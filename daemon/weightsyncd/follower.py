@@ -23,7 +23,7 @@ from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
-from weightsyncd.executor import PushContext
+from weightsyncd.context import PushContext
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ class Follower:
                 self._check_slot(slot)
                 held = await self._hold(identity, message.push)
                 with _Working(held):
-                    await self._executor.receive(held.context, message.bucket, slot, message.ticket, until)
+                    await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
         return msg.Executed(event={})
 
     async def _in_line(self, identity: bytes, message: msg.HostRail | msg.JoinRail) -> msg.Message:

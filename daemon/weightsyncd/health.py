@@ -105,7 +105,7 @@ async def measure_node(server: Server) -> None:
         metrics.engine_version.labels(engine.name).set(-1 if version is None else version)
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
-    metrics.exports_leaked.set(server.executor.leaks)
+    metrics.exports_leaked.set(server.executor.wire.leaks)
     for bridge in server.bridges:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
         for account in await _accounts(bridge, server.config.timeouts.operation):

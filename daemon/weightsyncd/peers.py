@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from weightsync.config import NodeConfig
     from weightsyncd.bridges import Bridge
-    from weightsyncd.executor import PushContext
+    from weightsyncd.context import PushContext
 
 __all__ = ["EVENTS", "INSTRUCTIONS", "MANIFEST_UNKNOWN", "Peer", "Rails"]
 

@@ -22,7 +22,7 @@ from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 from weightsync.wire import messages as msg
-from weightsyncd.executor import PushContext
+from weightsyncd.context import PushContext
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -266,12 +266,12 @@ class Push:
 
     async def _relay(self, instruction: do.RelayBucket) -> ev.Event:
         executor, index = self._services.executor, instruction.slot.bridge
-        sequence = executor.sequence_of(self.context, instruction.bucket, instruction.slot)
-        incarnation = executor.bridges[index].incarnation
+        sequence = executor.wire.sequence_of(self.context, instruction.bucket, instruction.slot)
+        incarnation = executor.wire.bridges[index].incarnation
         try:
             return await self._services.rails.relay(self.context, instruction, sequence)
         except TransportError as error:
-            return executor.bridge_lost(index, incarnation, error, instruction.bucket)
+            return executor.wire.bridge_lost(index, incarnation, error, instruction.bucket)
 
     async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
@@ -283,7 +283,7 @@ class Push:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
             self._plan = await plans.plan(digests, self._owners)
-            await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._services.executor.bridges))
+            await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._services.executor.wire.bridges))
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest
@@ -294,7 +294,7 @@ class Push:
     def _announce(self) -> None:
         plan = self._plan
         assert plan is not None, "AnnouncePlan comes after PlanMade"
-        offers = tuple(bridge.offer for bridge in self._services.executor.bridges)
+        offers = tuple(bridge.offer for bridge in self._services.executor.wire.bridges)
         self._announced = None not in offers
         if not self._announced:
             return  # a bridge has just ended: `BridgeLost` is on its way here
@@ -382,4 +382,4 @@ class Push:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._services.executor.sweep(self.context)
+        await self._services.executor.wire.sweep(self.context)

@@ -1,0 +1,43 @@
+"""What one node knows of a push under way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from weightsync.errors import LocalProtocolError
+
+if TYPE_CHECKING:
+    import asyncio
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from weightsync.plan.manifest import Manifest
+    from weightsync.session import events as ev
+    from weightsync.session import instructions as do
+
+__all__ = ["PushContext"]
+
+
+@dataclass
+class PushContext:
+    """What one node knows of a push under way."""
+
+    push: str
+    model: str
+    version: int
+    manifest: Manifest | None = None
+    expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
+    places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
+    tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
+    incarnations: dict[str, str] = field(default_factory=dict)  # engine → what it was when it was probed
+    modes: dict[str, str] = field(default_factory=dict)  # engine that was paused here and not resumed → how
+    begun: set[str] = field(default_factory=set)  # engines touched here and not resumed
+    held: set[tuple[str, int]] = field(default_factory=set)  # (engine, bucket) exported, not released
+    exporting: set[asyncio.Task[ev.Event]] = field(default_factory=set)
+
+    def known_manifest(self) -> Manifest:
+        if self.manifest is None:
+            raise LocalProtocolError("the push has no manifest yet", version=self.version)
+        return self.manifest

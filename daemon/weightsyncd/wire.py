@@ -1,0 +1,195 @@
+"""This node's slots on their way to its engines: offers, exports, fences, and what is taken away in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.errors import EngineLost, LocalProtocolError, TransportError, TransportTimeout, WeightSyncError
+from weightsync.nccl_bridge import commands
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.context import PushContext
+    from weightsyncd.engines import Engine, Engines
+
+__all__ = ["NodeWire"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_FIRST, _POLL_LAST = 0.0005, 0.02  # seconds between looks at a fence that has not passed
+_REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
+
+
+class NodeWire:
+    """This node's bridges, as the engines that read from them see them."""
+
+    def __init__(self, node: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
+        self.node = node
+        self.engines = engines
+        self.bridges = bridges
+        self._sequences = itertools.count(1)
+        self._offers: dict[tuple[str, str, str], bytes] = {}  # (bridge incarnation, reader, transport) → offer
+        self.leaks = 0  # exports whose reader never released them
+
+    async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
+        """One attach descriptor for each tp rank of the engine and each arena of this node."""
+        return [
+            [await self._offer(bridge, reader, transport, deadline) for bridge in self.bridges]
+            for reader, transport in self._readers(engine).items()
+        ]
+
+    async def _offer(self, bridge: Bridge, reader: str, transport: str, deadline: float) -> bytes:
+        """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""
+        key = (bridge.incarnation or "", reader, transport)
+        if key not in self._offers:
+            reply = await bridge.call(commands.Offer(reader=reader, transport=transport), deadline=deadline)
+            alive = {b.incarnation for b in self.bridges}
+            self._offers = {known: offer for known, offer in self._offers.items() if known[0] in alive}
+            self._offers[key] = reply.offer
+        return self._offers[key]
+
+    @staticmethod
+    def _readers(engine: Engine) -> dict[str, str]:
+        """The readers of an engine, by tp rank, and the transport of each."""
+        if engine.info is None:
+            raise EngineLost("it has not been probed", engine=engine.name)
+        return {f"{engine.name}/{rank}": engine.info.transport for rank in range(engine.info.tp_size)}
+
+    async def export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
+        """Runs to its end even when nobody waits any more: what was exported has to be revoked by `sweep`."""
+        work = asyncio.create_task(self._export_now(context, instruction))
+        context.exporting.add(work)
+
+        def ended(work: asyncio.Task[ev.Event]) -> None:
+            context.exporting.discard(work)
+            if not work.cancelled():
+                work.exception()  # whoever asked may be gone: then it is no fault worth a log line
+
+        work.add_done_callback(ended)
+        return await asyncio.shield(work)
+
+    async def _export_now(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
+        slot, bucket = instruction.slot, instruction.bucket
+        readers = {name: self._readers(self.engines[name]) for name in instruction.engines}
+        sequence = self.sequence_of(context, bucket, slot)
+        command = commands.Export(
+            slot=slot.index,
+            nbytes=instruction.nbytes,
+            sequence=sequence,
+            readers=tuple(reader for ranks in readers.values() for reader in ranks),
+        )
+        bridge = self.bridges[slot.bridge]
+        incarnation = bridge.incarnation
+        context.held.update((name, bucket) for name in readers)
+        try:
+            for ranks in readers.values():
+                for reader, transport in ranks.items():
+                    await self._offer(bridge, reader, transport, instruction.deadline)
+            reply = await bridge.call(command, deadline=instruction.deadline)
+        except (TransportError, LocalProtocolError) as error:
+            logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
+            return self.bridge_lost(slot.bridge, incarnation, error, bucket)
+        for name, ranks in readers.items():
+            context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
+        return ev.BucketExported(bucket=bucket, node=self.node)
+
+    def bridge_lost(
+        self, index: int, incarnation: str | None, error: WeightSyncError, bucket: int | None = None
+    ) -> ev.BridgeLost:
+        """The event for a bridge that failed while it was `incarnation`. If it still is, it is replaced: the session
+        takes its arena for gone.
+        """
+        bridge = self.bridges[index]
+        if incarnation is not None and bridge.incarnation == incarnation:
+            bridge.retire(error.message)
+        record = error.record()
+        return ev.BridgeLost(
+            node=self.node,
+            bridge=index,
+            error=msgspec.structs.replace(record, bucket=bucket if record.bucket is None else record.bucket),
+        )
+
+    def sequence_of(self, context: PushContext, bucket: int, slot: do.Slot) -> int:
+        """The number under which this bucket's bytes in this slot are exported; new for every filling of a slot."""
+        place = context.places.get(bucket)
+        if place is None or place[0] != slot:
+            place = context.places[bucket] = (slot, next(self._sequences))
+        return place[1]
+
+    async def receive(self, context: PushContext, bucket: int, slot: do.Slot, ticket: bytes, deadline: float) -> None:
+        """Take part in the broadcast of a bucket into `slot`. Raises `TransportError`."""
+        # numbered by this node, whose bridge counts on: a coordinator that was restarted begins at 1 again
+        sequence = next(self._sequences)
+        receive = commands.Receive(ticket=ticket, slot=slot.index, sequence=sequence)
+        await self.bridges[slot.bridge].call(receive, deadline=deadline)
+        context.places[bucket] = (slot, sequence)
+
+    async def await_release(self, context: PushContext, instruction: do.AwaitRelease) -> ev.Event:
+        engine, bucket = instruction.engine, instruction.bucket
+        place = context.places.get(bucket)
+        released = ev.BucketReleased(engine=engine, bucket=bucket)
+        if place is None:
+            return released
+        slot, pause = place[0], _POLL_FIRST
+        while time.monotonic() < instruction.deadline:
+            try:
+                reply = await self.bridges[slot.bridge].call(
+                    commands.Pending(slot=slot.index), deadline=instruction.deadline
+                )
+            except TransportTimeout:
+                break
+            except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
+                logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
+                return released
+            if not any(reader.rpartition("/")[0] == engine for reader in reply.readers):
+                context.held.discard((engine, bucket))
+                damaged = [reader for reader in reply.damaged if reader.rpartition("/")[0] == engine]
+                if damaged:
+                    logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, damaged)
+                return msgspec.structs.replace(released, damaged=bool(damaged))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _POLL_LAST)
+        logger.error("[engine=%s v=%d bucket=%d] never released its slot", engine, context.version, bucket)
+        self.leaks += 1
+        await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
+        return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
+
+    async def revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:
+        context.tickets.pop((engine, bucket), None)
+        context.held.discard((engine, bucket))
+        place = context.places.get(bucket)
+        if place is None or engine not in self.engines:
+            return
+        slot = place[0]
+        bridge = self.bridges[slot.bridge]
+        calls = (
+            bridge.call(commands.Revoke(reader=reader, slot=slot.index), deadline=deadline)
+            for reader in self._readers(self.engines[engine])
+        )
+        for failure in await asyncio.gather(*calls, return_exceptions=True):
+            if isinstance(failure, TransportError):
+                logger.debug("[engine=%s bucket=%d] revoke: %s", engine, bucket, failure.message)
+            elif isinstance(failure, BaseException):
+                raise failure
+
+    def retire(self, instruction: do.RetireBridge) -> None:
+        bridge = self.bridges[instruction.bridge]
+        logger.warning("[bridge=%s] retired: %s", bridge.name, instruction.reason)
+        bridge.retire(instruction.reason)
+
+    async def sweep(self, context: PushContext) -> None:
+        """The push is over: take away whatever its readers still hold, so that the next may use every slot."""
+        if context.exporting:
+            await asyncio.wait(list(context.exporting), timeout=_REVOKE)
+        until = time.monotonic() + _REVOKE
+        await asyncio.gather(*(self.revoke(context, *hold, until) for hold in list(context.held)))
