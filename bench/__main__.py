@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("plan", "transports", "push")
+NAMES = ("describe", "plan", "transports", "push")
 
 
 def main() -> int:

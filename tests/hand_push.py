@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.adapters import adapter
+from weightsync.fingerprint import fingerprint
 from weightsync.ipc.arena import Arena
 from weightsync.plan.buckets import plan_push
 from weightsync.plan.manifest import Layout, Shard
@@ -18,10 +19,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Mapping
 
     from weightsync.adapters import EngineSpec
-    from weightsync.adapters.base import EngineAdapter, PauseMode, Resident
+    from weightsync.adapters.base import EngineAdapter, PauseMode
+    from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["HandPush", "Tensors", "as_bytes", "connected", "fill_slot", "manifest_of", "soon", "whole"]
+__all__ = ["HandPush", "Tensors", "as_bytes", "connected", "fill_slot", "manifest_of", "sent", "soon"]
 
 Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name → dtype, shape, bytes
 
@@ -112,8 +114,8 @@ class HandPush:
         *,
         aliases: Iterable[tuple[str, str]] = (),
         pause: PauseMode = "keep",
-    ) -> list[Resident]:
-        """A whole push to one engine; what it holds afterwards."""
+    ) -> int | None:
+        """A whole push to one engine; how many tensors were found in it as they were sent."""
         info = await adapter.probe(deadline=soon())
         manifest = self.manifest(tensors, aliases)
         await adapter.accept(manifest, deadline=soon())
@@ -123,12 +125,22 @@ class HandPush:
             tickets = self.tickets(manifest, bucket, tensors, "engine", info.tp_size)
             await adapter.load(bucket, tickets, deadline=soon())
         await adapter.finish(version, deadline=soon())
-        residents = await adapter.verify(deadline=soon())
+        compared = await adapter.verify(manifest, sent(manifest, tensors), deadline=soon())
         await adapter.resume(deadline=soon())
-        assert residents is not None
-        return list(residents)
+        return compared
 
 
-def whole(tensors: Tensors, name: str) -> np.ndarray:
-    """A tensor's bytes as `fingerprint` takes them."""
-    return np.frombuffer(tensors[name][2], dtype=np.uint8)
+def sent(manifest: Manifest, tensors: Tensors) -> Words:
+    """The fingerprint of each of the manifest's tensors, worked out from the whole of it."""
+    table = manifest.tensors
+    sums = [
+        fingerprint(
+            np.frombuffer(tensors[name][2], dtype=np.uint8),
+            itemsize=itemsize,
+            global_shape=shape,
+            offset=(0,) * len(shape),
+            shape=shape,
+        )
+        for name, shape, itemsize in zip(table.names, table.shapes, table.itemsizes.tolist(), strict=True)
+    ]
+    return np.array(sums, dtype=np.uint64)

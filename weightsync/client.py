@@ -31,6 +31,7 @@ def push_weights(
     process_group: Any = None,
     pause: PauseMode = "keep",
     timeout: float = 600.0,
+    dtype: Any = None,
 ) -> PushReport:
     """Hand `weights` to every engine of `model`, and return when they serve them.
 
@@ -49,13 +50,15 @@ def push_weights(
     end,
         "abort" them, or "none": do not even pause (in-flight update).
     timeout: seconds for the whole push.
+    dtype: as what floating-point weights are sent, a torch.dtype or its name ("bfloat16"); default as they are held.
+        Integers and float8 always stay as they are.
 
     One engine that fails is evicted and the others go on: look at `report.complete` and `report.engines`.
     Raises `SourceError` for weights that cannot be described, `PushRefused` before anything was touched,
     `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
     `DaemonLost`.
     """
-    return _rank_push(weights, version, model, daemon, process_group, pause, timeout).run()
+    return _rank_push(weights, version, model, daemon, process_group, pause, timeout, dtype).run()
 
 
 def push_weights_async(
@@ -67,12 +70,13 @@ def push_weights_async(
     process_group: Any = None,
     pause: PauseMode = "keep",
     timeout: float = 600.0,
+    dtype: Any = None,
 ) -> PushHandle:
     """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
 
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
-    return PushHandle(_rank_push(weights, version, model, daemon, process_group, pause, timeout))
+    return PushHandle(_rank_push(weights, version, model, daemon, process_group, pause, timeout, dtype))
 
 
 def push_source(
@@ -84,12 +88,13 @@ def push_source(
     process_group: Any = None,
     pause: str = "keep",
     timeout: float = 600.0,
+    dtype: Any = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> PushReport:
     """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
     thread.
     """
-    push = _rank_push(source, version, model, daemon, process_group, pause, timeout)
+    push = _rank_push(source, version, model, daemon, process_group, pause, timeout, dtype)
     push.on_progress = on_progress
     return push.run()
 
@@ -143,7 +148,14 @@ class PushHandle:
 
 
 def _rank_push(
-    weights: Any, version: int, model: str, daemon: str | None, process_group: Any, pause: str, timeout: float
+    weights: Any,
+    version: int,
+    model: str,
+    daemon: str | None,
+    process_group: Any,
+    pause: str,
+    timeout: float,
+    dtype: Any,
 ) -> RankPush:
     """Check the arguments and describe the weights."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 0:
@@ -161,7 +173,7 @@ def _rank_push(
     from weightsync.sources import source_of
 
     started = time.monotonic()
-    source = source_of(weights)
+    source = source_of(weights, dtype)
     return RankPush(
         source,
         place=trainer_place(process_group),

@@ -50,7 +50,7 @@ __all__ = [
 
 _SOCKET_PATH = 100  # characters; the kernel allows 107
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
-Bytes = Annotated[int, Meta(ge=1)]  # in TOML: 268435456 or "256MiB"
+Size = Annotated[int, Meta(ge=0)]  # in TOML: 268435456 or "256MiB"
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 _UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -64,7 +64,8 @@ class NodeSection(_Section, frozen=True):
 
     name: Name = "node0"
     listen: str = ""  # endpoint for trainers and other daemons; default: a socket in the user's runtime directory
-    bridges: Annotated[int, Meta(ge=1, le=64)] = 1  # bridge processes; one per GPU, on CPU usually one
+    bridges: Annotated[int, Meta(ge=0, le=64)] = 0  # bridge processes; 0: one for each GPU, or one
+    gpus: tuple[str, ...] = ()  # UUIDs of those that slots lie on; none: all that weightsyncd sees
     shm_dir: str = "/dev/shm"
 
 
@@ -72,7 +73,8 @@ class ArenaConfig(_Section, frozen=True):
     """[arena]: the memory each bridge keeps for buckets under way."""
 
     slots: Annotated[int, Meta(ge=1, le=1024)] = 3  # fill, wire and load of neighbouring buckets overlap from 3 on
-    slot_bytes: Bytes = 128 * 2**20
+    slot_bytes: Size = 0  # 0: chosen, by the GPUs' free memory
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where slots lie; auto: on GPUs where there are any
     alignment: Annotated[int, Meta(ge=1, le=2**20)] = 256  # bytes; of each tensor in a slot
 
 
@@ -215,7 +217,7 @@ def _section(kind: type[S], table: dict[str, Any], path: str, problems: list[str
             problems.append(f"{path}.{key}: unknown key{_meant(key, fields)}")
             continue
         try:
-            plain = _size(value) if fields[key].type is Bytes else value
+            plain = _size(value) if fields[key].type is Size else value
             values[key] = msgspec.convert(plain, fields[key].type)
         except msgspec.ValidationError as error:
             allowed = get_args(fields[key].type) if get_origin(fields[key].type) is Literal else ()

@@ -16,7 +16,7 @@ guards against mistakes, not against forgers. Pure numpy: the common case is one
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Words = npt.NDArray[np.uint64]
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["combine", "fingerprint"]
+__all__ = ["bucket_sum", "combine", "fingerprint"]
 
 _MASK = (1 << 64) - 1
 _BLOCK = 1 << 15  # words of one step where bytes must be padded: they stay in a core's second-level cache (256 KiB)
@@ -43,6 +43,15 @@ _TABLE = 1 << 21  # words: coefficients of longer rows are worked out each time,
 def combine(parts: Iterable[int]) -> int:
     """The fingerprint of what the boxes behind `parts` make up together."""
     return sum(parts) & _MASK
+
+
+def bucket_sum(tensors: npt.NDArray[np.integer[Any]], fingerprints: Words) -> int:
+    """The checksum of a bucket, from the fingerprints of what lies in it of each tensor (by index in the manifest).
+
+    It adds up over parts as they do; each is weighted by its tensor, so that no two can take each other's place.
+    """
+    weights = splitmix64(tensors.astype(np.uint64)) | np.uint64(1)
+    return int((weights * fingerprints).sum(dtype=np.uint64))
 
 
 def fingerprint(

@@ -80,6 +80,7 @@ class Engine(Child):
     url: str = ""
     tp: int = 1
     model: str = "default"
+    device: str = "cpu"
     arguments: tuple[str, ...] = ()
 
 
@@ -142,19 +143,22 @@ class Fleet:
         *,
         tp: int = 1,
         model: str = "default",
+        device: str = "cpu",
         port: int = 0,
         flags: Sequence[str] = (),
         wait: bool = True,
+        env: Mapping[str, str] | None = None,
     ) -> Engine:
         """Start a reference engine on the checkpoint. With `wait=False`, call `wait_engine` before using its url."""
         port_file = self.root / f"{name}.port"
         port_file.unlink(missing_ok=True)
         arguments = (
             *("-m", "weightsync.adapters.reference", "--model", str(checkpoint), "--tp", str(tp), "--name", name),
-            *("--port", str(port), "--port-file", str(port_file), *flags),
+            *("--device", device, "--port", str(port), "--port-file", str(port_file), *flags),
         )
         log = self.root / f"{name}.log"
-        engine = Engine(name, self._popen(arguments, log), log, tp=tp, model=model, arguments=arguments)
+        process = self._popen(arguments, log, env)
+        engine = Engine(name, process, log, tp=tp, model=model, device=device, arguments=arguments)
         self.children.append(engine)
         if wait:
             self.wait_engine(engine)
@@ -191,6 +195,8 @@ class Fleet:
         tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in sections.items()}
         endpoint = f"ipc://{self.root / node}.sock"
         tables["node"] = {"name": node, "listen": endpoint, **tables.get("node", {})}
+        on_gpus = any(engine.device == "cuda" for engine in engines)
+        tables["arena"] = {"device": "cuda" if on_gpus else "cpu", **tables.get("arena", {})}
         lines = [line for name, table in tables.items() for line in _toml(name, table)]
         if peers:
             lines += ["[cluster.peers]", *(f'{peer.name} = "{peer.endpoint}"' for peer in peers)]

@@ -14,7 +14,7 @@ from weightsync.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["all_gpus", "seen_by"]
+__all__ = ["all_gpus", "free_memory", "seen_by"]
 
 
 def all_gpus() -> list[str]:
@@ -22,12 +22,22 @@ def all_gpus() -> list[str]:
 
     Asks nvidia-smi, and gives it ten seconds.
     """
-    command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
+    return [uuid for uuid, *_ in _query("uuid")]
+
+
+def free_memory() -> dict[str, int]:
+    """Free bytes of each of this machine's GPUs, by UUID."""
+    return {uuid: int(mebibytes) * 2**20 for uuid, mebibytes in _query("uuid,memory.free") if mebibytes.isdecimal()}
+
+
+def _query(fields: str) -> list[list[str]]:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip().removeprefix("GPU-") for line in listed.splitlines() if line.strip()]
+    rows = [[value.strip() for value in line.split(",")] for line in listed.splitlines() if line.strip()]
+    return [[uuid.removeprefix("GPU-"), *rest] for uuid, *rest in rows]
 
 
 def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:

@@ -16,13 +16,11 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
-import torch
 
 from weightsync.errors import (
     CodecError,
@@ -33,11 +31,12 @@ from weightsync.errors import (
     RemoteProtocolError,
     WeightSyncError,
 )
-from weightsync.fingerprint import fingerprint
-from weightsync.ipc.arena import Arena
-from weightsync.plan.dtypes import BY_NAME
+from weightsync.filling.host import HostFill
+from weightsync.filling.program import compile_program
+from weightsync.filling.ready import weights_ready
+from weightsync.ipc.arena import Arena, ArenaOffer
+from weightsync.ipc.cuda import DeviceSlots
 from weightsync.plan.manifest import Manifest
-from weightsync.plan.parts import parts_by_bucket
 from weightsync.report import PushReport
 from weightsync.wire import messages as msg
 from weightsync.wire.control import TrainerLink
@@ -46,7 +45,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightsync.errors import ErrorRecord
-    from weightsync.plan.layout import Layout
+    from weightsync.filling.device import DeviceFill, DeviceProgram
+    from weightsync.filling.program import Program
     from weightsync.sources.base import Source
 
 __all__ = ["RankPush", "TrainerPlace", "trainer_place"]
@@ -54,8 +54,7 @@ __all__ = ["RankPush", "TrainerPlace", "trainer_place"]
 logger = logging.getLogger(__name__)
 
 _PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
-_FINGERPRINT = 600.0  # seconds for one bucket: a bound, not an expectation
-_MASK = 2**64 - 1
+_GLANCE = 50e-6  # seconds between two looks at GPUs that fill
 
 
 @dataclass(frozen=True)
@@ -98,91 +97,16 @@ _PROCESS = secrets.token_hex(4)
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """One part: a box of a local shard, and its place in the slot."""
-
-    shard: int
-    src_offset: tuple[int, ...]
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    itemsize: int
-    begin: int  # bytes of the slot that the part's piece takes up
-    end: int
-    piece_shape: tuple[int, ...]
-    dst_offset: tuple[int, ...]
-    whole_piece: bool
-    tensor: int
-    global_shape: tuple[int, ...]
-    global_offset: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class _Program:
-    """Everything this rank writes in a push of one plan, by bucket."""
-
-    plan: bytes
-    writes: tuple[tuple[_Write, ...], ...]
-
-    @property
-    def buckets(self) -> int:
-        """In how many buckets this rank has a part."""
-        return sum(1 for bucket in self.writes if bucket)
-
-
-def _compile(plan: bytes, manifest: Manifest, layout: Layout, fills: np.ndarray[Any, Any]) -> _Program:
-    table = manifest.tensors
-    local = layout.tensors
-    dtypes = [getattr(torch, name) for name in table.dtypes]
-    writes: list[tuple[_Write, ...]] = []
-    offsets = layout.offset.tolist()
-    local_names = local.names
-    for parts in parts_by_bucket(manifest, layout, fills):
-        bucket: list[_Write] = []
-        for part in parts:
-            tensor = int(manifest.piece_tensor[part.piece])
-            itemsize = BY_NAME[table.dtypes[tensor]].itemsize
-            _, piece_shape = manifest.piece_box(part.piece)
-            begin = int(manifest.piece_offset[part.piece])
-            count = int(manifest.piece_count[part.piece])
-            shape = part.shape
-            shard_offset = offsets[part.shard][: len(shape)]
-            numel = 1
-            for length in shape:
-                numel *= length
-            assert local_names[int(layout.tensor[part.shard])] == table.names[tensor]
-            bucket.append(
-                _Write(
-                    shard=part.shard,
-                    src_offset=part.src_offset,
-                    shape=shape,
-                    dtype=dtypes[tensor],
-                    itemsize=itemsize,
-                    begin=begin,
-                    end=begin + count * itemsize,
-                    piece_shape=piece_shape,
-                    dst_offset=part.dst_offset,
-                    whole_piece=numel == count,
-                    tensor=tensor,
-                    global_shape=table.shapes[tensor],
-                    global_offset=tuple(a + b for a, b in zip(shard_offset, part.src_offset, strict=True)),
-                    nbytes=numel * itemsize,
-                )
-            )
-        writes.append(tuple(bucket))
-    return _Program(plan, tuple(writes))
-
-
 class _Memory:
     """What this process keeps between pushes: idle links, mapped arenas, fill programs."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="weightsync-fingerprint")  # starts with its first work
         self.links: dict[str, list[TrainerLink]] = {}
         self.arenas: dict[bytes, Arena] = {}
-        self.programs: OrderedDict[bytes, _Program] = OrderedDict()  # by plan and layout digest
+        self.slots: dict[tuple[str, int], DeviceSlots] = {}  # of arenas on GPUs: (arena, GPU here) → mapped slots
+        self.programs: OrderedDict[bytes, Program] = OrderedDict()  # by plan and layout digest
+        self.device_programs: dict[bytes, DeviceProgram] = {}  # likewise
         self.plans: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout digest) → newest plan
 
     def take_link(self, endpoint: str) -> TrainerLink:
@@ -205,9 +129,19 @@ class _Memory:
             for offer, arena in list(self.arenas.items()):
                 if offer not in known and arena.name.rpartition("-")[0] in nodes:
                     del self.arenas[offer]
+                    for key in [key for key in self.slots if key[0] == arena.name]:
+                        self.slots.pop(key).close()
                     arena.close()
             self.arenas.update(known)
             return [known[offer] for offer in offers]
+
+    def map_slots(self, offer: bytes, device: int) -> DeviceSlots:
+        """The slots of an arena on a GPU, for use on this process's GPU `device`."""
+        wanted = ArenaOffer.unpack(offer)
+        with self.lock:
+            if (wanted.name, device) not in self.slots:
+                self.slots[wanted.name, device] = DeviceSlots.open(wanted, device)
+            return self.slots[wanted.name, device]
 
     def close_links(self) -> None:
         """Let every idle link say its last words; at exit."""
@@ -216,11 +150,11 @@ class _Memory:
                 link.close()
             self.links.clear()
 
-    def keep_program(self, key: bytes, program: _Program) -> None:
+    def keep_program(self, key: bytes, program: Program) -> None:
         with self.lock:
             self.programs[key] = program
             while len(self.programs) > _PROGRAMS:
-                self.programs.popitem(last=False)
+                self.device_programs.pop(self.programs.popitem(last=False)[0], None)
 
 
 _MEMORY = _Memory()
@@ -269,11 +203,13 @@ class RankPush:
         self._layout = source.layout()
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
-        self._program: _Program | None = None
-        self._arenas: list[Arena] = []
+        self._program: Program | None = None
+        self._filling: HostFill | DeviceFill | None = None
+        self._ready = weights_ready()
         self._buckets_left = 0
         self._written = 0
         self._busy_seconds = self._describe_seconds
+        self._busy_since = 0.0
 
     def run(self) -> PushReport:
         """Take part in the push to its end."""
@@ -281,7 +217,11 @@ class RankPush:
         try:
             link.start()
             self._open(link)
-            outcome = self._converse(link)
+            try:
+                outcome = self._converse(link)
+            finally:
+                if self._filling is not None:
+                    self._filling.close()
         except DaemonLost:
             link.close(flush=0.0)
             raise
@@ -331,7 +271,14 @@ class RankPush:
         # the daemon keeps the deadline and names what was missing; this side waits a little longer for its word
         until = self.deadline + link.patience
         while True:
-            message = link.receive(until)
+            filling = self._filling
+            if filling is not None and filling.busy:
+                self._tell_filled(link, filling)
+                message = link.receive(min(until, time.monotonic() + _GLANCE))
+                if message is None and time.monotonic() < until:
+                    continue
+            else:
+                message = link.receive(until)
             if message is not None and message.id != self._number and not isinstance(message, msg.ErrorReply):
                 continue  # a late word about an earlier push
             match message:
@@ -344,7 +291,7 @@ class RankPush:
                 case msg.Planned():
                     self._prepare(message)
                 case msg.Lease():
-                    self._fill(link, message)
+                    self._fill(message)
                 case msg.Ended():
                     link.send(msg.Stopped(id=self._number))
                     if message.outcome is not None:
@@ -388,73 +335,52 @@ class RankPush:
             if message.manifest is None or message.fills is None:
                 raise RemoteProtocolError("the daemon left out a plan that this rank does not have")
             fills = np.frombuffer(message.fills, dtype="<i4")
-            program = _compile(message.plan, Manifest.unpack(message.manifest), self._layout, fills)
+            program = compile_program(message.plan, Manifest.unpack(message.manifest), self._layout, fills)
             _MEMORY.keep_program(key, program)
         _MEMORY.plans[self._endpoint, digest] = message.plan
         self._program = program
         self._buckets_left = program.buckets
-        self._arenas = _MEMORY.map_arenas(message.offers)
+        self._filling = self._filling_of(program, key, message.offers)
         if not self._buckets_left:
             self.filled.set()
 
-    def _fill(self, link: TrainerLink, lease: msg.Lease) -> None:
-        program = self._program
-        if program is None or lease.bucket >= len(program.writes) or lease.bridge >= len(self._arenas):
+    def _filling_of(self, program: Program, key: bytes, offers: tuple[bytes, ...]) -> HostFill | DeviceFill:
+        arenas = _MEMORY.map_arenas(offers)
+        if arenas[0].memory is None:
+            return HostFill(self._source, program, arenas)
+        from weightsync.filling import device as on_device
+
+        gpu, locals_ = on_device.rank_device(self._source), on_device.local_tensors(self._source)
+        known = _MEMORY.device_programs.get(key)
+        if known is None or known.kernel.device != gpu or known.signature != on_device.signature(locals_):
+            known = _MEMORY.device_programs[key] = on_device.DeviceProgram(program, locals_, gpu)
+        slots = [_MEMORY.map_slots(offer, gpu.index) for offer in offers]
+        return on_device.DeviceFill(self._source, known, locals_, slots, self._ready)
+
+    def _fill(self, lease: msg.Lease) -> None:
+        program, filling = self._program, self._filling
+        if program is None or filling is None or lease.bucket >= len(program.writes):
             raise RemoteProtocolError(f"a lease for bucket {lease.bucket} that is not in the plan")
-        started = time.monotonic()
-        slot = torch.frombuffer(self._arenas[lease.bridge].slot(lease.slot), dtype=torch.uint8)
-        writes = program.writes[lease.bucket]
-        # numpy and torch both let go of the GIL: a bucket is fingerprinted on one core while another copies it
-        ahead = _MEMORY.pool.submit(lambda: [self._fingerprint(write) for write in writes])
-        copied = [self._write(slot, write) for write in writes]
-        sums: dict[int, int] = {}
-        for write, out, found in zip(writes, copied, ahead.result(_FINGERPRINT), strict=True):
-            part = _fingerprint(_bytes_of(out), write) if found is None else found
-            sums[write.tensor] = (sums.get(write.tensor, 0) + part) & _MASK
-        nbytes = sum(write.nbytes for write in writes)
-        del slot, copied
-        link.send(
-            msg.Filled(
-                id=self._number,
-                bucket=lease.bucket,
-                nbytes=nbytes,
-                tensors=np.fromiter(sums.keys(), dtype="<u4", count=len(sums)).tobytes(),
-                fingerprints=np.fromiter(sums.values(), dtype="<u8", count=len(sums)).tobytes(),
+        if not filling.busy:
+            self._busy_since = time.monotonic()
+        filling.begin(lease.bucket, lease.bridge, lease.slot)
+
+    def _tell_filled(self, link: TrainerLink, filling: HostFill | DeviceFill) -> None:
+        for full in filling.finished():
+            link.send(
+                msg.Filled(
+                    id=self._number,
+                    bucket=full.bucket,
+                    nbytes=full.nbytes,
+                    tensors=np.fromiter(full.sums.keys(), dtype="<u4", count=len(full.sums)).tobytes(),
+                    fingerprints=np.fromiter(full.sums.values(), dtype="<u8", count=len(full.sums)).tobytes(),
+                )
             )
-        )
-        self._written += nbytes
-        self._buckets_left -= 1
-        if not self._buckets_left:
-            self.filled.set()
-        self._busy_seconds += time.monotonic() - started
-        if self.on_progress is not None:
-            self.on_progress(self._written)
-
-    def _write(self, slot: torch.Tensor, write: _Write) -> torch.Tensor:
-        """Copy one part into the slot; returns where it lies there."""
-        out = slot[write.begin : write.end].view(write.dtype).view(write.piece_shape)
-        if not write.whole_piece:
-            for dim, (start, length) in enumerate(zip(write.dst_offset, write.shape, strict=True)):
-                out = out.narrow(dim, start, length)
-        self._source.read_into(write.shard, write.src_offset, write.shape, out)
-        return out
-
-    def _fingerprint(self, write: _Write) -> int | None:
-        """Of the source's own bytes; None where they do not lie in host memory."""
-        data = self._source.box_bytes(write.shard, write.src_offset, write.shape)
-        return None if data is None else _fingerprint(data, write)
-
-
-def _fingerprint(data: np.ndarray[Any, Any], write: _Write) -> int:
-    return fingerprint(
-        data,
-        itemsize=write.itemsize,
-        global_shape=write.global_shape,
-        offset=write.global_offset,
-        shape=write.shape,
-    )
-
-
-def _bytes_of(out: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor in host memory, row-major; a copy only where it is strided."""
-    return out.contiguous().view(-1).view(torch.uint8).numpy()
+            self._written += full.nbytes
+            self._buckets_left -= 1
+            if not self._buckets_left:
+                self.filled.set()
+            if self.on_progress is not None:
+                self.on_progress(self._written)
+        if not filling.busy:
+            self._busy_seconds += time.monotonic() - self._busy_since

@@ -15,6 +15,7 @@ import typer
 
 from weightsync.config import NodeConfig, load_node_config
 from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.placement import placed
 from weightsyncd.server import Server
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -80,7 +81,7 @@ def weightsyncd(
             typer.echo(f"{node_config}: good; node {config.node.name} would listen at {config.endpoint}")
             return
         _set_up_logging(config)
-        asyncio.run(serve(config))
+        asyncio.run(serve(placed(config)))
     except ConfigError as error:
         typer.echo(f"weightsyncd: {error}", err=True)
         sys.exit(2)

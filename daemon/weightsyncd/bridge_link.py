@@ -56,6 +56,7 @@ class BridgeConfig:
     slot_bytes: int
     readers: int = MAX_READERS
     directory: str = DIRECTORY
+    gpu: str = ""  # UUID of the one its slots lie on
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["human", "json"] = "human"
 
@@ -236,10 +237,12 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         "--slots": config.slots,
         "--slot-bytes": config.slot_bytes,
         "--readers": config.readers,
+        "--gpu": config.gpu,
         "--daemon": f"{os.getpid()}:{started(os.getpid())}",
         "--log-level": config.log_level,
         "--log-format": config.log_format,
     }
+    visible = {"CUDA_VISIBLE_DEVICES": f"GPU-{config.gpu}" if config.gpu else ""}  # one GPU, or none
     flat = [str(part) for pair in arguments.items() for part in pair]
     # -P: the working directory of the daemon is not searched for modules. A session of its own: a Ctrl-C on the
     # daemon's terminal reaches the daemon alone.
@@ -253,7 +256,7 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         start_new_session=True,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
+        env=os.environ | visible | {"PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))},
     )
 
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.adapters.verify import compare
 from weightsync.errors import EngineError, EngineLost, LocalProtocolError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -148,12 +147,10 @@ class NodeExecutor:
                 await hand.finish(context.version, deadline=deadline)
                 return ev.EngineFinished(engine=name)
             case do.VerifyEngine():
-                residents = await hand.verify(deadline=deadline)
-                if residents is None or context.expected is None:
+                if context.expected is None:
                     return ev.EngineVerified(engine=name)
-                return ev.EngineVerified(
-                    engine=name, checked=compare(residents, context.known_manifest(), context.expected)
-                )
+                checked = await hand.verify(context.known_manifest(), context.expected, deadline=deadline)
+                return ev.EngineVerified(engine=name, checked=checked or 0)
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)
                 if name in context.begun and engine.info is not None:  # it said so in `finish`, and was found right

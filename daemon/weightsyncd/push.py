@@ -18,6 +18,7 @@ import msgspec
 import numpy as np
 
 from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
+from weightsync.fingerprint import bucket_sum, combine
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
@@ -189,6 +190,8 @@ class Push:
             return self._rank_is_confused(rank, f"there is no bucket {message.bucket}")
         if rank in self.session.buckets[message.bucket].unfilled:  # a duplicate must not count twice
             np.add.at(expected, tensors, sums)
+            known = self.context.sums.get(message.bucket, 0)
+            self.context.sums[message.bucket] = combine((known, bucket_sum(tensors, sums)))
         return self.hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
 
     def _rank_is_confused(self, rank: int, why: str) -> None:

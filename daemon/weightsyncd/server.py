@@ -69,6 +69,7 @@ class Server:
                     slots=config.arena.slots,
                     slot_bytes=config.arena.slot_bytes,
                     directory=config.node.shm_dir,
+                    gpu=config.node.gpus[index] if config.node.gpus else "",
                     log_level=config.log.level,
                     log_format=config.log.format,
                 ),

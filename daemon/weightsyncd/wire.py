@@ -82,13 +82,14 @@ class NodeWire:
         slot, bucket = instruction.slot, instruction.bucket
         readers = {name: self._readers(self.engines[name]) for name in instruction.engines}
         sequence = self.sequence_of(context, bucket, slot)
+        bridge = self.bridges[slot.bridge]
         command = commands.Export(
             slot=slot.index,
             nbytes=instruction.nbytes,
             sequence=sequence,
             readers=tuple(reader for ranks in readers.values() for reader in ranks),
+            checksum=context.sums.get(bucket, 0) if bridge.config.gpu else None,
         )
-        bridge = self.bridges[slot.bridge]
         incarnation = bridge.incarnation
         context.held.update((name, bucket) for name in readers)
         try:

@@ -19,7 +19,8 @@ from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.testing import check_transport, transport_checks
 from weightsync.transports.base import Lease
 from weightsync.transports.gloo import GlooReceiver, GlooSender
-from weightsync.transports.shm import ShmReceiver, ShmSender, ShmTicket
+from weightsync.transports.mapped import MappedTicket
+from weightsync.transports.shm import ShmReceiver, ShmSender
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -113,8 +114,8 @@ class TrustingReceiver(ShmReceiver):
     """Does not look at the checksum."""
 
     def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
-        wanted = unseal(ticket, b"T", ShmTicket)
-        found = checksum(self._arenas[wanted.nonce].slot(wanted.slot)[: wanted.nbytes])
+        wanted = unseal(ticket, b"T", MappedTicket)
+        found = checksum(self._mappings[wanted.nonce].arena.slot(wanted.slot)[: wanted.nbytes])
         return super().receive(seal(b"T", msgspec.structs.replace(wanted, checksum=found)), deadline=deadline)
 
 
@@ -125,7 +126,7 @@ class HastyReceiver(ShmReceiver):
         lease = super().receive(ticket, deadline=deadline)
         copy = memoryview(bytes(lease.view)).toreadonly()
         lease.release()
-        return Lease(sequence=lease.sequence, nbytes=lease.nbytes, view=copy, on_release=lambda: None)
+        return Lease(sequence=lease.sequence, nbytes=lease.nbytes, lent=copy, on_release=lambda: None)
 
 
 class PatientReceiver(ShmReceiver):

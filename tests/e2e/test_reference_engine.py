@@ -6,24 +6,19 @@ import asyncio
 import os
 import signal
 import threading
-from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.engine_process import EngineProcess, running_engine
-from tests.hand_push import HandPush, Tensors, as_bytes, connected, soon, whole
+from tests.hand_push import HandPush, Tensors, as_bytes, connected, sent, soon
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.model import CausalLM, greedy, load_checkpoint, random_checkpoint
 from weightsync.errors import EngineError, EngineLost, EngineRefused
-from weightsync.fingerprint import combine, fingerprint
-from weightsync.plan.dtypes import BY_NAME
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
     from pathlib import Path
-
-    from weightsync.adapters.base import Resident
 
 pytestmark = pytest.mark.e2e
 
@@ -88,28 +83,10 @@ def hand() -> Iterator[HandPush]:
         yield push
 
 
-def check_residents(residents: Sequence[Resident], tensors: Tensors) -> None:
-    """Every element of every tensor lies in some rank, and the boxes' fingerprints add up to the tensor's."""
-    boxes: dict[str, dict[tuple[tuple[int, ...], tuple[int, ...]], set[int]]] = defaultdict(lambda: defaultdict(set))
-    for resident in residents:
-        boxes[resident.name][resident.offset, resident.shape].add(resident.fingerprint)
-    assert boxes.keys() == tensors.keys()
-    for name, (dtype, shape, _) in tensors.items():
-        assert all(len(found) == 1 for found in boxes[name].values()), f"replicas of {name} differ"
-        expected = fingerprint(
-            whole(tensors, name),
-            itemsize=BY_NAME[dtype].itemsize,
-            global_shape=shape,
-            offset=(0,) * len(shape),
-            shape=shape,
-        )
-        assert combine(next(iter(found)) for found in boxes[name].values()) == expected, name
-
-
 def repair(engine: EngineProcess, hand: HandPush, version: int, tensors: Tensors) -> None:
     async def push() -> None:
         async with connected(engine) as hands:
-            check_residents(await hand.push(hands, version, tensors), tensors)
+            assert await hand.push(hands, version, tensors) == len(tensors)
 
     asyncio.run(push())
 
@@ -133,6 +110,26 @@ def test_a_push_by_hand_arrives_bit_for_bit(engine: EngineProcess, models: dict[
     after = engine.get("/checksums").body
     assert len(after) == 2
     assert all(a != b for a, b in zip(before, after, strict=True))
+
+
+def test_weights_that_are_not_those_sent_are_found(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    """What lies in the engine is compared, not what was sent to it: for another model's sums, it differs."""
+    tensors, others = (as_bytes(models[name].named_parameters()) for name in ("moe1", "moe2"))
+    repair(engine, hand, 3, tensors)
+
+    async def verify() -> None:
+        async with connected(engine) as hands:
+            manifest = hand.manifest(tensors)
+            expected = sent(manifest, tensors)
+            assert await hands.verify(manifest, expected, deadline=soon()) == len(tensors)
+            name = manifest.tensors.names[-1]
+            others_too = sent(manifest, {**tensors, name: others[name]})
+            with pytest.raises(EngineError, match=f"'{name}' in the engine differs from what the trainer sent"):
+                await hands.verify(manifest, others_too, deadline=soon())
+
+    asyncio.run(verify())
 
 
 def test_a_worker_error_leaves_it_torn_until_the_next_whole_push(
@@ -249,7 +246,7 @@ def test_a_killed_worker_ends_the_whole_engine(checkpoints: dict[str, Path], mod
                 part = {name: tensors[name] for name in list(tensors)[1:]}
                 with pytest.raises(EngineRefused, match=r"model\.embed_tokens\.weight: not in this push"):
                     await hands.accept(hand.manifest(part), deadline=soon())
-                check_residents(await hand.push(hands, 1, tensors), tensors)
+                assert await hand.push(hands, 1, tensors) == len(tensors)
                 stray = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}
                 with pytest.raises(EngineRefused, match=r"lm_head\.weight: this model ties it"):
                     await hands.accept(hand.manifest(stray), deadline=soon())

@@ -166,6 +166,9 @@ class Part:
     def layout(self) -> Any:
         return self._source.layout()
 
+    def local(self, shard: int) -> torch.Tensor | None:
+        return self._source.local(shard)
+
     def box_bytes(self, *box: Any) -> Any:
         return self._source.box_bytes(*box)
 

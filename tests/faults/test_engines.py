@@ -45,7 +45,7 @@ def start(node, **terms):
         ("/load", 3, "torn", "load", 3),
         ("/load", 7, "torn", "load", 7),
         ("/finish", 0, "torn", "finish", None),
-        ("/residents", 0, "torn", "verify", None),
+        ("/fingerprints", 0, "torn", "verify", None),
         ("/resume", 0, "torn", "resume", None),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -17,7 +17,10 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from weightsync.errors import SourceError
-from weightsync.sources import TensorSource, source_of
+from weightsync.sources import ModuleSource, TensorSource, source_of
+
+if TYPE_CHECKING:
+    from weightsync.plan.manifest import Layout
 
 OUT = Path(sys.argv[1])
 
@@ -79,6 +82,63 @@ def record(case: str, weights: nn.Module | dict[str, Any]) -> None:
         np.savez(OUT / f"{case}.whole.npz", **whole)
 
 
+def described_again(weights: nn.Module | dict[str, Any], *, same: bool) -> None:
+    """What is recalled of weights described before, now the same or not, is what describing from the start gives."""
+    before = last.get("layout")
+    source = source_of(weights)
+    anew = ModuleSource(weights) if isinstance(weights, nn.Module) else TensorSource(weights)
+    last["layout"] = layout = source.layout()
+    assert layout == anew.layout()
+    assert (layout is before) == same
+    for i in range(len(layout)):
+        found, expected = source.local(i), anew.local(i)
+        assert found is not None
+        assert found.shape == expected.shape == layout.shard(i).shape
+        assert found.numel() == 0 or found.data_ptr() == expected.data_ptr()
+        assert found.equal(expected)
+        data = source.box_bytes(i, (0,) * found.dim(), layout.shard(i).shape)
+        assert data is not None
+        assert data.tobytes() == raw(found.clone()).tobytes()
+
+
+last: dict[str, Layout] = {}  # described
+
+
+def recalled(mesh: DeviceMesh) -> None:
+    """FSDP2's parameters as training, moving and exchanging them leaves them."""
+    model = sharded(Model())
+    described_again(model, same=False)
+    train(model)
+    described_again(model, same=True)
+    described_again(sharded(Model()), same=True)
+    described_again(dict(model.state_dict()), same=True)
+    described_again(model, same=True)
+    cast("FSDPModule", model).unshard()
+    described_again(model, same=False)
+    cast("FSDPModule", model).reshard()
+    described_again(model, same=False)
+    described_again(model, same=True)
+    model.to(torch.float64)  # which swaps tensors, and torch refuses that where there are weak references to one
+    described_again(model, same=False)
+    described_again(model, same=True)
+
+    world = mesh.size()
+    rows = distribute_tensor(torch.rand(2 * world, 2 * world), mesh, [Shard(0)])
+    described_again({"t": rows}, same=False)
+    described_again({"t": distribute_tensor(torch.rand(2 * world, 2 * world), mesh, [Shard(0)])}, same=True)
+    # all of these have as much on this rank, or on some rank
+    local = rows.to_local()
+    described_again({"t": DTensor.from_local(local, mesh, [Replicate()], run_check=False)}, same=False)
+    described_again({"t": distribute_tensor(torch.rand(2 * world - 1, 2 * world), mesh, [Shard(0)])}, same=False)
+    described_again({"t": local}, same=False)
+    described_again({"t": rows}, same=False)
+    described_again({"t": rows, "again": rows}, same=False)
+    described_again({"t": rows, "again": rows.clone()}, same=False)
+    described_again({"t": rows, "again": local}, same=False)
+    with pytest.raises(SourceError, match="sum over ranks"):
+        source_of({"t": DTensor.from_local(local, mesh, [Partial()], run_check=False)})
+
+
 def sharded(model: Model, mesh: DeviceMesh | None = None, **options: Any) -> Model:
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, **options)
@@ -113,6 +173,7 @@ def main() -> None:
     whole = torch.arange(35.0).reshape(5, 7)
     columns = distribute_tensor(whole, mesh, [Shard(1)])
     record("mapping", {"columns": columns, "all": distribute_tensor(whole, mesh, [Replicate()]), "plain": whole[:2]})
+    recalled(mesh)
     partial = DTensor.from_local(torch.ones(2), mesh, [Partial()])
     with pytest.raises(SourceError, match=r"'p' has placement .*sum over ranks"):
         TensorSource({"p": partial})

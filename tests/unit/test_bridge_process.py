@@ -359,8 +359,9 @@ def test_frames_are_bounded_and_validated():
 @pytest.mark.parametrize("kind", c.AnyCommand.__args__)
 def test_every_command_survives_the_pipe(kind):
     samples: dict[str, object] = {
+        "checksum": 7,
         "reader": "e/0",
-        "transport": "shm",
+        "transport": "mapped",
         "slot": 1,
         "nbytes": 2,
         "sequence": 3,

@@ -8,14 +8,15 @@ import msgspec
 import numpy as np
 import pytest
 
-from tests.hand_push import Tensors, fill_slot, manifest_of
+from tests.hand_push import Tensors, fill_slot, manifest_of, sent
 from weightsync.adapters.reference.admission import admit
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.config import ModelConfig
+from weightsync.adapters.reference.host import HostParameters
 from weightsync.adapters.reference.plugin import BucketLoader
 from weightsync.adapters.reference.sharding import EMBED, HEAD, RankLayout, checkpoint_tensors, rank_layout
+from weightsync.adapters.verify import Verifier
 from weightsync.errors import LocalProtocolError, TransportBroken
-from weightsync.fingerprint import combine, fingerprint
 from weightsync.plan.dtypes import BY_NAME
 from weightsync.transports.base import BucketReceiver, Lease
 
@@ -52,6 +53,11 @@ def random_tensors(config: ModelConfig, seed: int = 0) -> Tensors:
     }
 
 
+def shown(held: Rank, manifest: Manifest) -> set[str]:
+    """Names of the tensors that this rank holds boxes of."""
+    return {manifest.tensors.names[i] for i in held.loader.residents(manifest.digest).tensor}
+
+
 class SlotReceiver(BucketReceiver):
     """Hands out buckets; the ticket is the bucket's number. Counts leases not released."""
 
@@ -74,7 +80,7 @@ class SlotReceiver(BucketReceiver):
             self.open -= 1
             slot.fill(0xDD)  # whoever still looks at it sees garbage
 
-        return Lease(sequence=0, nbytes=len(slot), view=slot.data.toreadonly(), on_release=on_release)
+        return Lease(sequence=0, nbytes=len(slot), lent=slot.data.toreadonly(), on_release=on_release)
 
     def close(self) -> None:
         self._ended.set()
@@ -93,14 +99,14 @@ class Rank:
             name: np.zeros(shape, kind) for name, shape in self.layout.params.items()
         }
         self.receiver = SlotReceiver(manifest, tensors)
-        self.loader = BucketLoader(config, self.layout, self.arrays, rank, self.receiver)
+        self.loader = BucketLoader(config, self.layout, HostParameters(self.arrays), self.receiver)
         self.loader.accept(manifest)
 
     def load_all(self, manifest: Manifest) -> None:
         self.loader.begin(manifest.digest, [b"offer"], deadline=0)
         for bucket in reversed(range(manifest.buckets)):  # the order does not matter to a handoff
             self.loader.load(bucket, str(bucket).encode(), deadline=0)
-        self.loader.finish()
+        self.loader.finish(deadline=0)
         assert self.receiver.open == 0
 
 
@@ -127,7 +133,7 @@ def test_every_rank_gets_its_slices_and_fingerprints_add_up(config: ModelConfig,
     manifest = manifest_of(tensors, slot_bytes=slot_bytes)
     if slot_bytes == 1 << 12 and config is TIED:
         assert manifest.pieces > len(tensors), "some tensor should come in pieces"
-    boxes: dict[str, dict[object, int]] = {}
+    residents, sums = [], []
     for rank in range(tp):
         held = Rank(config, tp, rank, manifest, tensors)
         held.load_all(manifest)
@@ -135,20 +141,9 @@ def test_every_rank_gets_its_slices_and_fingerprints_add_up(config: ModelConfig,
         expected = expected_params(config, held.layout, tensors)
         for name, array in held.arrays.items():
             np.testing.assert_array_equal(array, expected[name], err_msg=name)
-        for resident in held.loader.residents():
-            assert resident.tp_rank == rank
-            boxes.setdefault(resident.name, {})[resident.offset, resident.shape] = resident.fingerprint
-        assert sorted(held.loader.residents(), key=str) == sorted(held.loader.residents(everything=True), key=str)
-    assert boxes.keys() == tensors.keys()
-    for name, (dtype, shape, data) in tensors.items():
-        whole = fingerprint(
-            np.frombuffer(data, np.uint8),
-            itemsize=BY_NAME[dtype].itemsize,
-            global_shape=shape,
-            offset=(0,) * len(shape),
-            shape=shape,
-        )
-        assert combine(boxes[name].values()) == whole, name
+        residents.append(held.loader.residents(manifest.digest))
+        sums.append(held.loader.fingerprints(manifest.digest).tobytes())
+    assert Verifier(residents, manifest.tensors).compare(sums, sent(manifest, tensors)) == len(tensors)
 
 
 @pytest.fixture
@@ -161,22 +156,24 @@ def rank() -> tuple[Rank, Manifest]:
 def test_residents_show_the_parameters_and_not_the_slot(rank: tuple[Rank, Manifest]) -> None:
     held, manifest = rank
     held.load_all(manifest)
-    before = {r.name: r.fingerprint for r in held.loader.residents()}
+    before = held.loader.fingerprints(manifest.digest)
     held.arrays["model.layers.1.mlp.experts.w2.weight"][2, 5, 1] ^= 1
-    after = {r.name: r.fingerprint for r in held.loader.residents()}
-    assert [name for name in before if before[name] != after[name]] == ["model.layers.1.mlp.experts.2.down_proj.weight"]
+    after = held.loader.fingerprints(manifest.digest)
+    changed = held.loader.residents(manifest.digest).tensor[before != after]
+    assert [manifest.tensors.names[i] for i in changed] == ["model.layers.1.mlp.experts.2.down_proj.weight"]
 
 
-def test_residents_are_those_of_the_latest_update(rank: tuple[Rank, Manifest]) -> None:
+def test_residents_are_those_of_an_accepted_manifest(rank: tuple[Rank, Manifest]) -> None:
     held, manifest = rank
-    assert {r.name for r in held.loader.residents()} == set(NAMES)
-    held.load_all(manifest)
+    assert shown(held, manifest) == set(NAMES)
     some = {name: tensor for name, tensor in random_tensors(MOE, 1).items() if "norm" in name}
     part = manifest_of(some, slot_bytes=1 << 12)
+    for ask in (held.loader.residents, held.loader.fingerprints):
+        with pytest.raises(LocalProtocolError, match="was not accepted"):
+            ask(part.digest)
     held.loader.accept(part)
-    held.loader.begin(part.digest, [], deadline=0)
-    assert {r.name for r in held.loader.residents()} == set(some)
-    assert {r.name for r in held.loader.residents(everything=True)} == set(NAMES)
+    assert shown(held, part) == set(some)
+    assert shown(held, manifest) == set(NAMES)
 
 
 def test_order_of_commands(rank: tuple[Rank, Manifest]) -> None:
@@ -185,7 +182,7 @@ def test_order_of_commands(rank: tuple[Rank, Manifest]) -> None:
     with pytest.raises(LocalProtocolError, match="begin first"):
         loader.load(0, b"0", deadline=0)
     with pytest.raises(LocalProtocolError, match="begin first"):
-        loader.finish()
+        loader.finish(deadline=0)
     with pytest.raises(LocalProtocolError, match="was not accepted"):
         loader.begin(b"x" * 16, [], deadline=0)
     loader.begin(manifest.digest, [], deadline=0)
@@ -196,7 +193,7 @@ def test_order_of_commands(rank: tuple[Rank, Manifest]) -> None:
         loader.load(0, b"0", deadline=0)
     missing = manifest.tensors.names[int(manifest.piece_tensor[manifest.bucket_first[1]])]
     with pytest.raises(LocalProtocolError, match=f"tensor '{missing}' was not loaded"):
-        loader.finish()
+        loader.finish(deadline=0)
     loader.begin(manifest.digest, [], deadline=0)  # gives the unfinished update up
     loader.load(0, b"0", deadline=0)
 
@@ -271,4 +268,4 @@ def test_a_tied_matrix_pushed_under_the_name_of_the_head_is_loaded_and_shown_und
     held = Rank(TIED, 2, 0, manifest, renamed)
     held.load_all(manifest)
     np.testing.assert_array_equal(held.arrays[EMBED], expected_params(TIED, held.layout, tensors)[EMBED])
-    assert {r.name for r in held.loader.residents()} == renamed.keys()
+    assert shown(held, manifest) == renamed.keys()

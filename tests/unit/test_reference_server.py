@@ -10,19 +10,25 @@ import threading
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+import numpy as np
 import pytest
 
 from tests.hand_push import connected, manifest_of, soon
 from tests.unit.test_reference_engine_state import CONFIG, EMPTY, TENSORS, WHOLE, Workers
 from weightsync.adapters import adapter
+from weightsync.adapters.reference.commands import Command, Fingerprints, Reply, Residents
 from weightsync.adapters.reference.control import ReferenceAdapter
 from weightsync.adapters.reference.engine import Engine
 from weightsync.adapters.reference.faults import Faults
-from weightsync.adapters.reference.server import EngineServer
+from weightsync.adapters.reference.server import EngineServer, _Handler
+from weightsync.adapters.verify import ResidentBoxes
 from weightsync.errors import ConfigError, EngineError, EngineLost, EngineRefused
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from weightsync.adapters.base import EngineAdapter
 
 KEY = "a-secret-key"
 
@@ -189,35 +195,99 @@ def test_faults_to_order(serve: Callable[..., Served]) -> None:
     assert order(fail={"endpoint": "/health", "status": 99}) == 400
 
 
-def test_the_adapter_takes_an_engine_through_a_push(serve: Callable[..., Served]) -> None:
+SUMS = np.arange(len(WHOLE.tensors), dtype=np.uint64) + 2**63  # what every rank shows
+
+
+def shown(rank: int, command: Command) -> Reply:
+    """Both ranks hold all of every tensor."""
+    if isinstance(command, Residents):
+        table = WHOLE.tensors
+        boxes = [(i, (0,) * len(shape), shape) for i, shape in enumerate(table.shapes)]
+        return Reply(data=ResidentBoxes.of(boxes, table.width).pack())
+    return Reply(data=SUMS.astype("<u8").tobytes() if isinstance(command, Fingerprints) else b"")
+
+
+def test_the_adapter_takes_an_engine_through_pushes(serve: Callable[..., Served]) -> None:
     served = serve(KEY)
-    served.workers.reply = lambda rank, command: _residents(rank)
+    served.workers.reply = shown
 
-    async def push() -> None:
+    async def push(hands: EngineAdapter, version: int) -> None:
+        info = await hands.probe(deadline=soon())
+        assert (info.tp_size, info.transport) == (2, "mapped")
+        assert await hands.accept(WHOLE, deadline=soon()) == ()
+        await hands.pause("keep", deadline=soon())
+        await hands.begin(version, WHOLE, [[b"\x00\xff"], []], deadline=soon())
+        assert (await hands.probe(deadline=soon())).torn
+        await hands.load(0, [b"\x00\xff", b""], deadline=soon())
+        await hands.finish(version, deadline=soon())
+        assert await hands.verify(WHOLE, SUMS, deadline=soon()) == len(WHOLE.tensors)
+        await hands.resume(deadline=soon())
+        info = await hands.probe(deadline=soon())
+        assert (info.version, info.paused, info.torn) == (version, False, False)
+
+    async def pushes() -> None:
         async with connected(served) as hands:
-            info = await hands.probe(deadline=soon())
-            assert (info.tp_size, info.version, info.transport) == (2, None, "shm")
-            assert await hands.accept(WHOLE, deadline=soon()) == ()
-            await hands.pause("keep", deadline=soon())
-            await hands.begin(1, WHOLE, [[b"\x00\xff"], []], deadline=soon())
-            assert (await hands.probe(deadline=soon())).torn
-            await hands.load(0, [b"\x00\xff", b""], deadline=soon())
-            await hands.finish(1, deadline=soon())
-            residents = await hands.verify(deadline=soon())
-            assert residents is not None
-            assert [(r.tp_rank, r.fingerprint) for r in residents] == [(0, 2**64 - 1), (1, 2**64 - 1)]
-            await hands.resume(deadline=soon())
-            info = await hands.probe(deadline=soon())
-            assert (info.version, info.paused, info.torn) == (1, False, False)
+            await push(hands, 1)
+            await push(hands, 2)
+            assert served.workers.commands.count(Residents(WHOLE.digest)) == 1  # they are the same at every push
+            served.engine.incarnation = "another"
+            await push(hands, 3)
+            assert served.workers.commands.count(Residents(WHOLE.digest)) == 2
+            name = WHOLE.tensors.names[5]
+            with pytest.raises(EngineError, match=f"'{name}' in the engine differs"):
+                await hands.verify(WHOLE, SUMS + (np.arange(len(SUMS)) >= 5), deadline=soon())
 
-    asyncio.run(push())
+    asyncio.run(pushes())
 
 
-def _residents(rank: int) -> Any:
-    from weightsync.adapters.reference.commands import Reply
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", "none of a reference engine"),
+        (b"[]", "none of a reference engine"),
+        (msgspec.msgpack.encode(["text", "text"]), "none of a reference engine"),
+        (msgspec.msgpack.encode([b""]), "1 ranks say what they hold, not 2"),
+        (msgspec.msgpack.encode([b"", b""]), "makes no sense: not a packed residents"),
+        (msgspec.msgpack.encode([ResidentBoxes.of([(99, (0,), (1,))], 2).pack()] * 2), "makes no sense.*not there"),
+        (msgspec.msgpack.encode([ResidentBoxes.of([(0, (0, 0), (1, 1))], 2).pack()] * 2), "hold 1 of the 40 elements"),
+    ],
+)
+def test_residents_that_make_no_sense(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
+    served = serve()
+    monkeypatch.setitem(_Handler._ROUTES, ("GET", "/residents"), lambda *_: answer)
 
-    box = {"name": "x", "tp_rank": rank, "offset": [0], "shape": [1], "fingerprint": 2**64 - 1}
-    return Reply(data=json.dumps([box]).encode())
+    async def fail() -> None:
+        async with connected(served) as hands:
+            with pytest.raises(EngineError, match=words):
+                await hands.accept(WHOLE, deadline=soon())
+
+    asyncio.run(fail())
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"\xc1", "none of a reference engine"),
+        (msgspec.msgpack.encode([b"", b"", b""]), "3 of its 2 ranks answered"),
+        (msgspec.msgpack.encode([SUMS.tobytes(), SUMS.tobytes()[1:]]), "tp rank 1 holds .* boxes and sent"),
+        (msgspec.msgpack.encode([SUMS.tobytes(), SUMS[::-1].tobytes()]), "tp ranks 0 and 1 hold different bytes"),
+    ],
+)
+def test_fingerprints_that_make_no_sense(
+    serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch, answer: bytes, words: str
+) -> None:
+    served = serve()
+    served.workers.reply = shown
+    monkeypatch.setitem(_Handler._ROUTES, ("GET", "/fingerprints"), lambda *_: answer)
+
+    async def fail() -> None:
+        async with connected(served) as hands:
+            with pytest.raises(EngineError, match=words):
+                await hands.verify(WHOLE, SUMS, deadline=soon())
+
+    asyncio.run(fail())
 
 
 def test_the_adapter_says_who_failed_and_how(serve: Callable[..., Served]) -> None:
@@ -241,6 +311,7 @@ def test_the_adapter_says_who_failed_and_how(serve: Callable[..., Served]) -> No
 
 def test_a_manifest_that_the_engine_forgot_is_shown_again(serve: Callable[..., Served]) -> None:
     served = serve()
+    served.workers.reply = shown
 
     async def push() -> None:
         async with connected(served) as hands:

@@ -61,7 +61,7 @@ async def push(
     for bucket in range(manifest.buckets):
         await hand.load(bucket, [ticket(bucket)], deadline=soon())
     await hand.finish(version, deadline=soon())
-    assert await hand.verify(deadline=soon()) is None
+    assert await hand.verify(manifest, np.zeros(len(manifest.tensors), np.uint64), deadline=soon()) is None
     await hand.resume(deadline=soon())
     return during
 
@@ -92,7 +92,7 @@ async def tensor_story(hand: SGLangAdapter, ticket: Callable[[int], bytes]) -> N
 async def plugin_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], ticket: Callable[[int], bytes]) -> None:
     info = await hand.probe(deadline=soon())
     assert info.profile.endswith("path plugin: our plugin answers")
-    assert (info.transport, info.asleep) == ("shm", False)
+    assert (info.transport, info.asleep) == ("mapped", False)
     with pytest.raises(EngineRefused, match=r"no place for 'model\.layers\.0\.bogus\.weight'"):
         await hand.accept(ODD, deadline=soon())
     left = await hand.accept(MANIFEST, deadline=soon())

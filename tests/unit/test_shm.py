@@ -13,11 +13,12 @@ import pytest
 
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportError, TransportTimeout
 from weightsync.ipc.arena import Arena
-from weightsync.ipc.descriptors import seal, unseal
+from weightsync.ipc.descriptors import checksum, seal, unseal
 from weightsync.ipc.ledger import Account, Ledger
 from weightsync.transports import receiver
-from weightsync.transports.exports import Checksums
-from weightsync.transports.shm import ShmReceiver, ShmSender, ShmTicket
+from weightsync.transports.exports import Checksum, Checksums
+from weightsync.transports.mapped import MappedTicket
+from weightsync.transports.shm import ShmReceiver, ShmSender
 
 
 def _soon() -> float:
@@ -125,7 +126,7 @@ def test_cells_go_round_when_readers_come_and_go(sender, reader):
 )
 def test_tickets_that_lie(sender, reader, changes):
     reader.accept(sender.offer("a/0"), deadline=_soon())
-    good = unseal(sender.export(0, 10, 5, ["a/0"])["a/0"], b"T", ShmTicket)
+    good = unseal(sender.export(0, 10, 5, ["a/0"])["a/0"], b"T", MappedTicket)
     with pytest.raises(TransportBroken):
         reader.receive(seal(b"T", msgspec.structs.replace(good, **changes)), deadline=_soon())
 
@@ -144,12 +145,12 @@ def test_a_reader_that_copies_confirms_its_copy(sender, reader, arena, ledger):
         reader.accept(sender.offer(name), deadline=_soon())
     tickets = sender.export(0, 4, 1, ["a/0", "b/0", "c/0"])
     with reader.receive(tickets["a/0"], deadline=_soon(), verify=False) as lease:
-        lease.confirm(memoryview(bytes(lease.view)))
+        lease.confirm(checksum(memoryview(bytes(lease.view))))
     with (
         pytest.raises(TransportBroken, match="sequence 1 differs"),
         reader.receive(tickets["b/0"], deadline=_soon(), verify=False) as lease,
     ):
-        lease.confirm(memoryview(b"abce"))
+        lease.confirm(checksum(memoryview(b"abce")))
     reader.receive(tickets["c/0"], deadline=_soon()).release()
     assert sender.pending(0) == ()
     assert sender.damaged(0) == ("b/0",)
@@ -213,8 +214,9 @@ def test_a_checksum_is_computed_once(arena, monkeypatch):
     first = checksums.of(0, 1, 10)
     monkeypatch.setattr("weightsync.transports.exports.checksum", None)
     assert checksums.of(0, 1, 10) == first
-    checksums.know(0, 2, 10, 42)
-    assert checksums.of(0, 2, 10) == 42
+    told = Checksum("xxh3-64", 42)
+    checksums.know(0, 2, 10, told)
+    assert checksums.of(0, 2, 10) == told
 
 
 def test_the_deadline_holds_during_a_checksum(sender, reader, monkeypatch):
@@ -247,5 +249,5 @@ def test_abort_holds_during_a_checksum(sender, arena, monkeypatch):
 
 
 def test_an_unknown_transport():
-    with pytest.raises(Exception, match="one of: shm, gloo"):
+    with pytest.raises(Exception, match="one of: shm, cuda-ipc, gloo"):
         receiver("carrier-pigeon")

@@ -108,6 +108,26 @@ def test_strided_rows_are_not_copied():
     )
 
 
+def test_reading_leaves_memory_that_can_be_freed():
+    """As FSDP2 frees what it had gathered."""
+    tensor = torch.ones(4, 4)
+    source = TensorSource({"t": tensor})
+    data = source.box_bytes(0, (0, 0), (4, 4))
+    assert data is not None
+    del data
+    tensor.untyped_storage().resize_(0)
+
+
+def test_local_memory_is_the_tensors_own():
+    weights = {"w": torch.rand(4, 6)[:, ::2], "s": torch.tensor(2.0), "e": torch.empty(0, 3)}
+    sources: list[Source] = [TensorSource(weights), source_of(weights), source_of(weights)]
+    for source in sources:
+        for i, tensor in enumerate(weights.values()):
+            local = source.local(i)
+            assert local is not None
+            assert (local.shape, local.stride(), local.data_ptr()) == (tensor.shape, tensor.stride(), tensor.data_ptr())
+
+
 def test_gradients_and_inference_mode_do_not_matter():
     with torch.inference_mode():
         made_there = torch.ones(2)

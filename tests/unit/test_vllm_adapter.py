@@ -245,11 +245,11 @@ async def way(server, path="auto", target="all"):
 @pytest.mark.parametrize(
     ("options", "path", "kind", "transport"),
     [
-        ({}, "auto", PluginPath, "shm"),
-        ({"backend": "nccl"}, "auto", ExtensionPath, "shm"),
-        ({"backend": None}, "auto", ExtensionPath, "shm"),
+        ({}, "auto", PluginPath, "mapped"),
+        ({"backend": "nccl"}, "auto", ExtensionPath, "mapped"),
+        ({"backend": None}, "auto", ExtensionPath, "mapped"),
         ({"backend": "ipc", "plugin": False}, "auto", IpcPath, "torch-cuda"),
-        ({"version": "0.19.1"}, "plugin", ExtensionPath, "shm"),  # takes no backends of others
+        ({"version": "0.19.1"}, "plugin", ExtensionPath, "mapped"),  # takes no backends of others
     ],
 )
 @on_loop

@@ -31,14 +31,10 @@ def ticket(reader="e/0", nbytes=4096):
         reader=reader,
         nbytes=nbytes,
         checksum=1,
-        device=3,
         storage_handle=HANDLE,
-        storage_nbytes=1 << 21,
         storage_offset=512,
         counter_handle=b"/torch_1_2_3",
         counter=5,
-        event_handle=b"\x01" * 64,
-        event_sync=True,
     )
     return seal(b"U", made)
 

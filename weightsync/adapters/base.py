@@ -23,9 +23,10 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["EngineAdapter", "EngineInfo", "Finding", "PauseMode", "Resident"]
+__all__ = ["EngineAdapter", "EngineInfo", "Finding", "PauseMode"]
 
 PauseMode = Literal["keep", "wait", "abort", "none"]
 """What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even
@@ -42,19 +43,9 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None  # the version it serves; None: none of ours
     paused: bool
     torn: bool  # an update began and did not end
-    transport: str = "shm"  # whose tickets its readers take, see weightsync.transports
+    transport: str = "mapped"  # whose tickets its readers take, see weightsync.transports
     incarnation: str = ""  # changes when the engine restarts
     asleep: bool = False  # its weights are not in memory: `begin` wakes it, `resume` wakes the rest
-
-
-class Resident(msgspec.Struct, frozen=True, kw_only=True):
-    """One box of a pushed tensor as it lies in the memory of one engine rank."""
-
-    name: str  # the tensor's checkpoint name
-    tp_rank: int
-    offset: tuple[int, ...]  # of the box, in elements of the whole tensor
-    shape: tuple[int, ...]
-    fingerprint: int  # 64 bit, see weightsync.fingerprint
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,8 +90,13 @@ class EngineAdapter(ABC):
         """Everything is loaded: post-process, flush caches, take the version number."""
 
     @abstractmethod
-    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
-        """What lies in the engine's memory now, or None where this engine does not let one look."""
+    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
+        """Compare what lies in the engine's memory now with the fingerprints of the manifest's tensors.
+
+        `expected[i]` is that of `manifest.tensors` i. Returns how many tensors were compared, all of them equal, or
+        None where this engine does not let one look. Raises `EngineError` naming the first tensor that differs, whose
+        replicas differ, or of which elements are missing.
+        """
 
     @abstractmethod
     async def resume(self, *, deadline: float) -> None:

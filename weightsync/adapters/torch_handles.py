@@ -38,11 +38,11 @@ def cuda_args(ticket: TorchCudaTicket, device: int | str) -> tuple[Any, ...]:
         _BYTES,
         device,
         ticket.storage_handle,
-        ticket.storage_nbytes,
+        ticket.nbytes,
         ticket.storage_offset,
         False,
         ticket.counter_handle,
         ticket.counter,
-        ticket.event_handle,
-        ticket.event_sync,
+        b"",  # no event to wait for: the slot was filled, and the host knew, before this was made
+        False,
     )

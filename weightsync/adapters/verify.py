@@ -3,58 +3,183 @@
 The trainer's ranks fingerprint the parts they send; parts add up to whole tensors. The engine's ranks fingerprint the
 boxes they hold; boxes that tile a tensor add up to the same number exactly when every byte is in its place. Ranks that
 hold the same box (replicated norms, shared KV heads) must agree, and count once.
+
+Which boxes a rank holds is settled with the manifest: it is told, checked and sorted once. A push brings eight bytes
+for each box, and costs the daemon a few passes over an array.
 """
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsync.errors import EngineError
-from weightsync.fingerprint import combine
+import numpy as np
+
+from weightsync.errors import CodecError, EngineError
+from weightsync.plan.boxes import Ints, measure, pad_shapes
+from weightsync.plan.packing import FORMAT, Packed, column, pack, unpack
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import numpy as np
     import numpy.typing as npt
 
-    from weightsync.adapters.base import Resident
-    from weightsync.plan.manifest import Manifest
+    from weightsync.plan.boxes import Words
+    from weightsync.plan.table import TensorTable
 
-__all__ = ["compare"]
+__all__ = ["ResidentBoxes", "Verifier"]
 
 
-def compare(residents: Sequence[Resident], manifest: Manifest, expected: npt.NDArray[np.uint64]) -> int:
-    """How many tensors were compared, all of them equal. `expected[i]` is the fingerprint of `manifest.tensors` i.
+class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    tensor: bytes  # int32, all columns little-endian
+    offset: bytes  # int64, rows of as many dimensions as the widest tensor has
+    shape: bytes  # int64
 
-    Raises `EngineError` naming the first tensor that differs, whose replicas differ, or of which elements are missing.
-    Tensors of the manifest that the engine does not show at all are not counted.
+
+@dataclass(frozen=True, eq=False)
+class ResidentBoxes:
+    """Where the residents of one engine rank lie in the tensors of a manifest, in the order of their fingerprints.
+
+    D is the `width` of the manifest's tensors; unused dimensions have offset 0 and shape 1. Constructed directly it
+    trusts its arguments.
     """
-    index = manifest.tensors.index
-    shown: dict[int, dict[tuple[tuple[int, ...], tuple[int, ...]], Resident]] = {}
-    for resident in residents:
-        tensor = index.get(resident.name)
-        if tensor is None:
-            continue
-        box = shown.setdefault(tensor, {})
-        first = box.setdefault((resident.offset, resident.shape), resident)
-        if first.fingerprint != resident.fingerprint:
+
+    tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
+    offset: Ints  # [n, D] in elements of the whole tensor
+    shape: Ints  # [n, D]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @classmethod
+    def of(cls, boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], width: int) -> ResidentBoxes:
+        """These boxes, each a tensor's index, an offset and a shape."""
+        return cls(
+            np.array([tensor for tensor, _, _ in boxes], dtype=np.int32),
+            pad_shapes([offset for _, offset, _ in boxes], width, 0),
+            pad_shapes([shape for _, _, shape in boxes], width, 1),
+        )
+
+    def pack(self) -> bytes:
+        """As bytes, for `unpack`."""
+        return pack(
+            PackedResidents(
+                format=FORMAT,
+                tensor=self.tensor.astype("<i4").tobytes(),
+                offset=self.offset.astype("<i8").tobytes(),
+                shape=self.shape.astype("<i8").tobytes(),
+            )
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, tensors: TensorTable) -> ResidentBoxes:
+        """What `pack` turned into `data`, of a manifest of these tensors. Raises `CodecError`."""
+        raw = unpack(data, PackedResidents)
+        tensor = column(raw.tensor, "<i4", "tensor")
+        offset, shape = column(raw.offset, "<i8", "offset"), column(raw.shape, "<i8", "shape")
+        count, width = len(tensor), tensors.width
+        if not len(offset) == len(shape) == count * width:
+            raise CodecError("the columns of a rank's residents have different lengths")
+        if count and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(tensors):
+            raise CodecError("a resident belongs to a tensor that is not there")
+        offset, shape = offset.reshape(count, width), shape.reshape(count, width)
+        dims = tensors.dims[tensor]
+        inside = ((offset >= 0) & (offset <= dims) & (shape >= 1) & (shape <= dims - offset)).all(axis=1)
+        if not inside.all():
+            name = tensors.names[int(tensor[np.argmin(inside)])]
+            raise CodecError(f"a resident of {name!r} is empty or does not lie in that tensor")
+        return cls(tensor.astype(np.int32), offset, shape)
+
+
+class Verifier:
+    """Compares what the ranks of one engine hold of a manifest's tensors with what was sent, any number of times."""
+
+    def __init__(self, ranks: Sequence[ResidentBoxes], tensors: TensorTable) -> None:
+        """`ranks` by tp_rank. Raises `EngineError` naming the first tensor that they hold a part of, but not all.
+
+        Tensors of which they hold nothing are not compared.
+        """
+        self._tensors = tensors
+        self._counts = [len(rank) for rank in ranks]
+        tensor = np.concatenate([np.empty(0, np.int32), *(rank.tensor for rank in ranks)])
+        none = np.empty((0, tensors.width), np.int64)
+        offset = np.concatenate([none, *(rank.offset for rank in ranks)])
+        shape = np.concatenate([none, *(rank.shape for rank in ranks)])
+        self._tensor, self._offset, self._shape = tensor, offset, shape
+        # Rows so ordered that a tensor's stand together, in them those of a box, and of these the lowest rank's first.
+        order = np.lexsort([*shape.T, *offset.T, tensor])
+        begins = np.ones(len(order), dtype=np.bool_)
+        rows = np.column_stack([tensor, offset, shape])[order]
+        begins[1:] = (rows[1:] != rows[:-1]).any(axis=1)
+        box = np.cumsum(begins) - 1
+        self._boxes = order[begins]  # one row for each distinct box
+        self._copies = order[~begins]  # the other rows …
+        self._originals = self._boxes[box[~begins]]  # … and of which one each is a replica
+        self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)  # where its boxes begin
+        self._check_coverage()
+
+    def compare(self, fingerprints: Sequence[bytes], expected: Words) -> int:
+        """How many tensors were compared, all of them equal.
+
+        `fingerprints[tp_rank]` are little-endian uint64, one for each of the rank's boxes; `expected[i]` is the
+        fingerprint of tensor i of the manifest. Raises `EngineError` naming the first tensor whose replicas differ, or
+        that differs from what was sent.
+        """
+        values = self._values(fingerprints)
+        differ = values[self._copies] != values[self._originals]
+        if differ.any():
+            self._tell_replicas(np.flatnonzero(differ))
+        if not len(self._shown):
+            return 0
+        got, want = np.add.reduceat(values[self._boxes], self._first), expected[self._shown]
+        wrong = got != want
+        if wrong.any():
+            at = int(np.argmax(wrong))
             raise EngineError(
-                f"tp ranks {first.tp_rank} and {resident.tp_rank} hold different bytes of {resident.name!r}, "
-                f"box {list(resident.shape)} at {list(resident.offset)}",
+                f"{self._name(self._shown[at])} in the engine differs from what the trainer sent "
+                f"(fingerprint {int(got[at]):016x}, not {int(want[at]):016x})",
                 phase="verify",
             )
-    for tensor, boxes in sorted(shown.items()):
-        name = manifest.tensors.names[tensor]
-        held = sum(math.prod(shape) for _, shape in boxes)
-        whole = manifest.tensors.numel(tensor)
-        if held != whole:
-            raise EngineError(f"its ranks hold {held} of the {whole} elements of {name!r}", phase="verify")
-        got, want = combine(r.fingerprint for r in boxes.values()), int(expected[tensor])
-        if got != want:
-            raise EngineError(
-                f"{name!r} in the engine differs from what the trainer sent (fingerprint {got:016x}, not {want:016x})",
-                phase="verify",
-            )
-    return len(shown)
+        return len(self._shown)
+
+    def _values(self, fingerprints: Sequence[bytes]) -> Words:
+        if len(fingerprints) != len(self._counts):
+            raise EngineError(f"{len(fingerprints)} of its {len(self._counts)} ranks answered", phase="verify")
+        for rank, (data, count) in enumerate(zip(fingerprints, self._counts, strict=True)):
+            if len(data) != 8 * count:
+                raise EngineError(
+                    f"tp rank {rank} holds {count} boxes and sent {len(data)} bytes of fingerprints, not {8 * count}",
+                    phase="verify",
+                )
+        return np.frombuffer(b"".join(fingerprints), dtype="<u8")
+
+    def _check_coverage(self) -> None:
+        if not len(self._shown):
+            return
+        tensor, offset, shape = (column[self._boxes] for column in (self._tensor, self._offset, self._shape))
+        dims = self._tensors.dims
+        held = np.add.reduceat(shape.prod(axis=1, dtype=np.int64), self._first)
+        whole = self._tensors.numels[self._shown]
+        weight = np.add.reduceat(measure(offset, shape, dims[tensor]), self._first)
+        tiled = weight == measure(np.zeros_like(dims), dims, dims)[self._shown]
+        wrong = (held != whole) | ~tiled
+        if wrong.any():
+            at = int(np.argmax(wrong))
+            name = self._name(self._shown[at])
+            if held[at] == whole[at]:
+                raise EngineError(f"boxes that its ranks hold of {name} overlap", phase="verify")
+            raise EngineError(f"its ranks hold {held[at]} of the {whole[at]} elements of {name}", phase="verify")
+
+    def _tell_replicas(self, differ: Ints) -> None:
+        """Raise the `EngineError` for the first of these copies; they stand in the order of tensors and boxes."""
+        copy, original = int(self._copies[differ[0]]), int(self._originals[differ[0]])
+        first, second = np.searchsorted(np.cumsum(self._counts), [original, copy], side="right").tolist()
+        ndim = int(self._tensors.ndims[self._tensor[copy]])
+        raise EngineError(
+            f"tp ranks {first} and {second} hold different bytes of {self._name(self._tensor[copy])}, "
+            f"box {self._shape[copy, :ndim].tolist()} at {self._offset[copy, :ndim].tolist()}",
+            phase="verify",
+        )
+
+    def _name(self, tensor: np.int32) -> str:
+        return repr(self._tensors.names[int(tensor)])

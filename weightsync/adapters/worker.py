@@ -6,9 +6,9 @@
         model.load_weights(slots.read(bucket, ticket, deadline=...))
     slots.finish()
 
-Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there as far as the
-device lets one, and its slot released before any of it is loaded: engines may keep what they are given for as long as
-they like, and the next bucket is on its way while they load.
+Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there, and its slot
+released before any of it is loaded: engines may keep what they are given for as long as they like, and the next bucket
+is on its way while they load.
 """
 
 from __future__ import annotations
@@ -19,16 +19,46 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from weightsync.device.buckets import CheckedBuckets
+from weightsync.device.launch import BoxKernel
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
+from weightsync.ipc.arena import ArenaOffer
+from weightsync.ipc.descriptors import checksum
 from weightsync.plan.manifest import Manifest
+from weightsync.transports.cuda_ipc import CudaIpcReceiver
 from weightsync.transports.shm import ShmReceiver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.plan.table import TensorTable
+    from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
+
+
+class _GpuBuckets:
+    """Buckets of one manifest out of slots on GPUs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kernel = BoxKernel(device)
+        self._device = device
+        self._buckets: CheckedBuckets | None = None
+        self._manifest: Manifest | None = None
+
+    def expect(self, manifest: Manifest) -> None:
+        """What comes next is of this manifest."""
+        if manifest is not self._manifest:
+            self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
+
+    def copy(self, bucket: int, lease: Lease) -> torch.Tensor:
+        """A bucket, uint8 [nbytes], copied and checked; the slot may change when this returns."""
+        assert self._buckets is not None, "`expect` comes first"
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self._device)
+            lease.confirm(self._buckets.copy(bucket, lease.address, mine, stream))
+        return mine
 
 
 class _Update:
@@ -46,7 +76,8 @@ class SlotReader:
 
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
-        self._receiver = ShmReceiver()
+        self._receiver: BucketReceiver = ShmReceiver()
+        self._gpu: _GpuBuckets | None = None  # where slots lie on GPUs too
         self._manifests: dict[bytes, Manifest] = {}  # by their bytes: the latest only
         self._update: _Update | None = None
 
@@ -68,6 +99,10 @@ class SlotReader:
         for dtype in sorted(set(known.tensors.dtypes)):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
+        if offers and (ArenaOffer.unpack(offers[0]).memory is None) != (self._gpu is None):
+            self._switch()
+        if self._gpu is not None:
+            self._gpu.expect(known)
         for offer in offers:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(known)
@@ -85,7 +120,7 @@ class SlotReader:
         pieces = manifest.bucket_pieces(bucket)
         if update.read[pieces.start]:
             raise LocalProtocolError("the bucket was read before", bucket=bucket)
-        data = self._copy(ticket, int(manifest.bucket_nbytes[bucket]), deadline)
+        data = self._copy(bucket, ticket, int(manifest.bucket_nbytes[bucket]), deadline)
         update.read[pieces.start : pieces.stop] = True
         found = []
         for piece in pieces:
@@ -118,16 +153,32 @@ class SlotReader:
             raise LocalProtocolError("no update is open", hint="begin first")
         return self._update
 
-    def _copy(self, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
+    def _switch(self) -> None:
+        """The node's slots have moved between host memory and GPUs."""
+        self._receiver.close()
+        if self._gpu is not None:
+            self._gpu, self._receiver = None, ShmReceiver()
+            return
+        if self.device.type != "cuda":
+            raise TransportBroken(
+                f"the node's slots lie on GPUs, and this worker's weights on {self.device}",
+                hint='arena.device = "cpu" in the node config serves engines on a CPU',
+            )
+        device = torch.cuda.current_device() if self.device.index is None else self.device.index
+        self._gpu, self._receiver = _GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
+
+    def _copy(self, bucket: int, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
         """The bucket on this device, uint8 [nbytes]; its slot is released."""
-        on_host = self.device.type == "cpu"
-        with self._receiver.receive(ticket, deadline=deadline, verify=not on_host) as lease:
+        checked_here = self.device.type == "cpu" or self._gpu is not None
+        with self._receiver.receive(ticket, deadline=deadline, verify=not checked_here) as lease:
             if lease.nbytes != nbytes:
                 raise TransportBroken(f"the bucket has {lease.nbytes} bytes, its manifest says {nbytes}")
-            mine = np.empty(nbytes, dtype=np.uint8) if on_host else None
-            if mine is not None:
+            if self._gpu is not None:
+                return self._gpu.copy(bucket, lease)
+            if checked_here:
+                mine = np.empty(nbytes, dtype=np.uint8)
                 np.copyto(mine, np.frombuffer(lease.view, dtype=np.uint8))
-                lease.confirm(mine.data)
+                lease.confirm(checksum(mine.data))
                 return torch.from_numpy(mine)
             data = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
             data.copy_(torch.frombuffer(lease.view, dtype=torch.uint8))

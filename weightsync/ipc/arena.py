@@ -4,6 +4,8 @@
     64 KiB       fences   one 16-byte cell for every slot and reader (`fences.py`)
     control      slots    each begins at a multiple of 64 KiB, which is a multiple of every page size
 
+Where slots lie on a GPU (`weightsync.ipc.cuda`), the file has header and fences alone, and the offer says where.
+
 The file is called `weightsync-<uid>-<node>-<bridge>-<incarnation>`, belongs to its maker alone (0600) and is never
 reused: a restarted bridge makes another one with another incarnation and nonce. Its pages are allocated when it is
 made, so that a full /dev/shm is an error then and not a SIGBUS in somebody's copy later.
@@ -35,7 +37,17 @@ from weightsync.ipc.fences import CELL_BYTES, FenceTable
 if TYPE_CHECKING:
     from types import TracebackType
 
-__all__ = ["DIRECTORY", "MAX_READERS", "Arena", "ArenaOffer", "discard", "remove_stale", "segment_name"]
+__all__ = [
+    "DIRECTORY",
+    "MAX_READERS",
+    "Arena",
+    "ArenaOffer",
+    "DeviceMemory",
+    "discard",
+    "remove_stale",
+    "segment_name",
+    "stride",
+]
 
 DIRECTORY = "/dev/shm"
 MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 8 KiB of table per slot
@@ -51,6 +63,13 @@ _NAME_PATTERN = re.compile(_NAME)
 _FILE_PATTERN = re.compile(rf"{_NAME}(?:-x\d{{1,18}})?")  # arenas, and what a bridge exports beside its arena
 
 
+class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Slots on a GPU: one allocation, slot after slot."""
+
+    gpu: Annotated[str, Meta(min_length=1, max_length=64)]  # UUID
+    handle: Annotated[bytes, Meta(min_length=64, max_length=64)]  # cudaIpcMemHandle_t of the allocation
+
+
 class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
     """What an offer says. `reader` and `cell` are absent in the offer to a trainer rank."""
 
@@ -60,6 +79,7 @@ class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
     slots: Annotated[int, Meta(ge=1, le=4096)]
     slot_bytes: Annotated[int, Meta(ge=1, le=2**44)]
     readers: Annotated[int, Meta(ge=1, le=4096)]
+    memory: DeviceMemory | None = None  # where the slots lie, if not in the file
     reader: ReaderName | None = None
     cell: Annotated[int, Meta(ge=0, le=4095)] | None = None
 
@@ -79,6 +99,11 @@ class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
         if offer.cell is not None and offer.cell >= offer.readers:
             raise CodecError(f"an offer gives cell {offer.cell} of {offer.readers}")
         return offer
+
+
+def stride(slot_bytes: int) -> int:
+    """Bytes from the beginning of one slot to that of the next."""
+    return _round_up(slot_bytes)
 
 
 def segment_name(node: str, bridge: int, incarnation: str) -> str:
@@ -107,15 +132,18 @@ class Arena:
         self.slots = offer.slots
         self.slot_bytes = offer.slot_bytes
         self.readers = offer.readers
+        self.memory = offer.memory
         self.writable = writable
         self.owner = owner
-        self._stride = _round_up(offer.slot_bytes)
+        self.stride = stride(offer.slot_bytes)
         control, total = _sizes(offer)
         protection = mmap.PROT_READ | mmap.PROT_WRITE
         self._control: mmap.mmap | None = mmap.mmap(fd, control, mmap.MAP_SHARED, protection)
-        self._data: mmap.mmap | None = mmap.mmap(
-            fd, total - control, mmap.MAP_SHARED, protection if writable else mmap.PROT_READ, offset=control
-        )
+        self._data: mmap.mmap | None = None
+        if offer.memory is None:
+            self._data = mmap.mmap(
+                fd, total - control, mmap.MAP_SHARED, protection if writable else mmap.PROT_READ, offset=control
+            )
         cells = memoryview(self._control)[_ALIGN : _ALIGN + offer.slots * offer.readers * CELL_BYTES]
         self._fences: FenceTable | None = FenceTable(cells, offer.slots, offer.readers)
 
@@ -130,8 +158,12 @@ class Arena:
         incarnation: str | None = None,
         readers: int = MAX_READERS,
         directory: str = DIRECTORY,
+        memory: DeviceMemory | None = None,
     ) -> Arena:
-        """Make an arena of `slots` × `slot_bytes`. Raises `ConfigError` when there is no room for it."""
+        """Make an arena of `slots` × `slot_bytes`, around slots on a GPU if it is given their `memory`.
+
+        Raises `ConfigError` when there is no room for it.
+        """
         name = segment_name(node, bridge, incarnation or secrets.token_hex(8))
         wanted = ArenaOffer(
             directory=os.path.abspath(directory),
@@ -140,6 +172,7 @@ class Arena:
             slots=slots,
             slot_bytes=slot_bytes,
             readers=readers,
+            memory=memory,
         )
         try:
             offer = ArenaOffer.unpack(seal(b"A", wanted))  # one validation for both ends
@@ -193,6 +226,7 @@ class Arena:
                 slots=self.slots,
                 slot_bytes=self.slot_bytes,
                 readers=self.readers,
+                memory=self.memory,
                 reader=reader,
                 cell=cell,
             ),
@@ -200,11 +234,13 @@ class Arena:
 
     def slot(self, index: int) -> memoryview:
         """The `slot_bytes` bytes of one slot; read-only unless the arena was attached writable."""
+        if self.memory is not None:
+            raise LocalProtocolError(f"the slots of arena {self.name} lie on GPU {self.memory.gpu}")
         if self._data is None:
             raise TransportClosed(f"arena {self.name} was closed")
         if not 0 <= index < self.slots:
             raise LocalProtocolError(f"arena {self.name} has no slot {index}, only {self.slots}")
-        return memoryview(self._data)[index * self._stride : index * self._stride + self.slot_bytes]
+        return memoryview(self._data)[index * self.stride : index * self.stride + self.slot_bytes]
 
     @property
     def fences(self) -> FenceTable:
@@ -216,7 +252,7 @@ class Arena:
     @property
     def closed(self) -> bool:
         """Whether `close` was called."""
-        return self._data is None
+        return self._control is None
 
     def close(self) -> None:
         """Let go of the mapping. Closing twice does nothing."""
@@ -271,7 +307,7 @@ def _round_up(nbytes: int) -> int:
 def _sizes(offer: ArenaOffer) -> tuple[int, int]:
     """Bytes of header and fences together, and of the whole file."""
     control = _ALIGN + _round_up(offer.slots * offer.readers * CELL_BYTES)
-    return control, control + offer.slots * _round_up(offer.slot_bytes)
+    return control, control + (offer.slots * stride(offer.slot_bytes) if offer.memory is None else 0)
 
 
 def _header(offer: ArenaOffer) -> bytes:

@@ -8,7 +8,7 @@ that a damaged one cannot pass for another valid one.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, Annotated, Final, TypeVar
+from typing import TYPE_CHECKING, Annotated, Final, Literal, TypeAlias, TypeVar
 
 import msgpack
 import msgspec
@@ -20,9 +20,13 @@ from weightsync.errors import CodecError
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["ALGORITHM", "MAX_DESCRIPTOR", "Natural", "ReaderName", "checksum", "seal", "unseal"]
+__all__ = ["ALGORITHM", "MAX_DESCRIPTOR", "Algorithm", "Natural", "ReaderName", "checksum", "seal", "unseal"]
 
 ALGORITHM: Final = "xxh3-64"
+Algorithm: TypeAlias = Literal["xxh3-64", "fingerprint-64", "tensors-64"]
+"""How a bucket's checksum was made: over its bytes in host memory; over its bytes on a GPU, as the fingerprint of one
+tensor; or by the trainer's ranks, from the fingerprints of the tensors in it (`weightsync.fingerprint.bucket_sum`).
+"""
 MAX_DESCRIPTOR = 4096  # bytes; a ticket has about 200
 _VERSION = 1
 _HEAD = struct.Struct("<2sBcQ")

@@ -50,6 +50,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, required=True)
     parser.add_argument("--slot-bytes", type=int, required=True)
     parser.add_argument("--readers", type=int, default=MAX_READERS)
+    parser.add_argument("--gpu", default="", help="UUID of the one GPU that this process sees: slots lie there")
     parser.add_argument("--daemon", default="", help="PID:START of the daemon, by which orphans are told from others")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-format", default="human", choices=("human", "json"))
@@ -75,6 +76,7 @@ def main() -> None:
             slots=arguments.slots,
             slot_bytes=arguments.slot_bytes,
             readers=arguments.readers,
+            gpu=arguments.gpu,
         )
     ).run()
 

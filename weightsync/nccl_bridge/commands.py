@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from weightsync.errors import CodecError, ErrorRecord
+from weightsync.ipc.descriptors import Algorithm
 from weightsync.ipc.ledger import Account
 
 __all__ = [
@@ -93,7 +94,7 @@ class Exported(Reply, frozen=True, kw_only=True, tag="exported"):
 
     tickets: Tickets
     peer_tickets: Tickets
-    algorithm: Name
+    algorithm: Algorithm
     checksum: Annotated[int, Meta(ge=0)]
 
 
@@ -144,7 +145,7 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
 
     reply = Offered
     reader: Name
-    transport: Name = "shm"
+    transport: Name = "mapped"
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
@@ -160,6 +161,7 @@ class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
     sequence: Natural
     readers: Names = ()
     peers: Names = ()
+    checksum: Annotated[int, Meta(ge=0)] | None = None  # as the trainer's ranks made it; None: compute one
 
 
 class Pending(Command[PendingReaders], frozen=True, kw_only=True, tag="pending"):

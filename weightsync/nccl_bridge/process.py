@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from weightsync.errors import CodecError, TransportBroken, WeightSyncError
 from weightsync.ipc.arena import Arena
+from weightsync.ipc.cuda import DeviceSlots
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.service import BridgeService, Lane
 
@@ -49,6 +50,7 @@ class Options:
     slots: int
     slot_bytes: int
     readers: int
+    gpu: str = ""  # UUID of the one that this process sees, if the slots lie there
 
     @property
     def name(self) -> str:
@@ -76,6 +78,7 @@ class BridgeProcess:
         self._pipe.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("@ll", _SEND_SECONDS, 0))
         self._sending = threading.Lock()
         self._arena: Arena | None = None
+        self._slots: DeviceSlots | None = None
         self._service: BridgeService | None = None
 
     def run(self) -> NoReturn:
@@ -102,6 +105,8 @@ class BridgeProcess:
 
     def _make_arena(self) -> Arena:
         o = self._options
+        if o.gpu:
+            self._slots = DeviceSlots.allocate(o.slots, o.slot_bytes, gpu=o.gpu, device=0)
         return Arena.create(
             node=o.node,
             bridge=o.index,
@@ -110,10 +115,11 @@ class BridgeProcess:
             slot_bytes=o.slot_bytes,
             readers=o.readers,
             directory=o.directory,
+            memory=self._slots.memory if self._slots is not None else None,
         )
 
     def _start_lanes(self, arena: Arena) -> Lanes:
-        self._service = BridgeService(self._options.name, self._options.incarnation, arena)
+        self._service = BridgeService(self._options.name, self._options.incarnation, arena, self._slots)
         return Lanes(self._service, self._answer, self._stop)
 
     def _read(self) -> c.Request | None:

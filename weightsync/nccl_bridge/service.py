@@ -1,4 +1,4 @@
-"""What each command does: to the arena, the senders of both transports and, once joined, the communicator.
+"""What each command does: to the arena, the senders of its readers and, once joined, the communicator.
 
 `lane` says in which thread a command runs, so that one that waits for a peer holds up neither the next export nor a
 question that is answered from memory. `handle` runs it. Nothing here knows of pipes or of the process's end.
@@ -19,7 +19,8 @@ from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.communicator import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
-from weightsync.transports.exports import Checksums
+from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
+from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.gloo import GlooReceiver, GlooSender
 from weightsync.transports.shm import ShmSender
 from weightsync.transports.torch_cuda import TorchCudaSender
@@ -27,7 +28,9 @@ from weightsync.transports.torch_shm import TorchShmSender
 
 if TYPE_CHECKING:
     from weightsync.ipc.arena import Arena
-    from weightsync.transports.copies import CopySender
+    from weightsync.ipc.cuda import DeviceSlots
+    from weightsync.transports.counted import CountedSender
+    from weightsync.transports.mapped import MappedSender
 
 __all__ = ["BridgeService", "Lane"]
 
@@ -46,7 +49,6 @@ class Lane(Enum):
 
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
-    c.Offer: Lane.LOCAL,  # the first that takes a GPU loads torch and a CUDA context
     c.Export: Lane.LOCAL,
     c.Warm: Lane.WIRE,
     c.Host: Lane.WIRE,
@@ -67,20 +69,19 @@ class Member(NamedTuple):
 
 
 class BridgeService:
-    """The bridge called `name`, owner of `arena`."""
+    """The bridge called `name`, owner of `arena` and, where they lie on a GPU, of its `slots`."""
 
-    def __init__(self, name: str, incarnation: str, arena: Arena) -> None:
+    def __init__(self, name: str, incarnation: str, arena: Arena, slots: DeviceSlots | None = None) -> None:
         self.name = name
         self.incarnation = incarnation
         self.arena = arena
         self._ledger = Ledger()
-        self._checksums = Checksums(arena)
+        self._checksums = Checksums(arena) if slots is None else DeviceChecksums(arena, slots)
         books: dict[str, Any] = {"ledger": self._ledger, "checksums": self._checksums}
-        index = int(name.rpartition("/")[2])
-        self._senders: dict[str, ShmSender | CopySender] = {  # to local readers, by transport
-            "shm": ShmSender(arena, **books),
+        self._senders: dict[str, MappedSender | CountedSender] = {  # to local readers, by transport
+            "mapped": ShmSender(arena, **books) if slots is None else CudaIpcSender(arena, slots, **books),
             "torch-shm": TorchShmSender(arena, **books),
-            "torch-cuda": TorchCudaSender(arena, **books, index=index),
+            "torch-cuda": TorchCudaSender(arena, **books),
         }
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None
@@ -209,10 +210,12 @@ class BridgeService:
         member = self._member
         if command.peers and member is None:
             raise LocalProtocolError(f"bridge {self.name} has joined no communicator that reaches {command.peers[0]}")
+        if command.checksum is not None:
+            self._checksums.know(slot, sequence, nbytes, Checksum("tensors-64", command.checksum))
         tickets = {}
         for transport, sender in self._senders.items():
-            readers = [reader for reader in command.readers if self._transports.get(reader, "shm") == transport]
-            if readers or transport == "shm":  # … which checks what is asked, whoever the readers are
+            readers = [reader for reader in command.readers if self._transports.get(reader, "mapped") == transport]
+            if readers or transport == "mapped":  # … which checks what is asked, whoever the readers are
                 tickets.update(sender.export(slot, nbytes, sequence, readers))
         self._sequences[slot] = sequence
         peer_tickets = {}
@@ -220,11 +223,9 @@ class BridgeService:
             for peer in command.peers:
                 member.sender.offer(peer)
             peer_tickets = member.sender.export(slot, nbytes, sequence, command.peers)
+        checksum = self._checksums.of(slot, sequence, nbytes)
         return c.Exported(
-            tickets=tickets,
-            peer_tickets=peer_tickets,
-            algorithm=ALGORITHM,
-            checksum=self._checksums.of(slot, sequence, nbytes),
+            tickets=tickets, peer_tickets=peer_tickets, algorithm=checksum.algorithm, checksum=checksum.value
         )
 
     def _revoke(self, command: c.Revoke) -> c.Done:
@@ -250,10 +251,15 @@ class BridgeService:
         start = time.perf_counter()
         arrival = member.receiver.receive_into(command.ticket, command.slot, deadline=deadline)
         sequence = arrival.sequence if command.sequence is None else command.sequence
-        self._checksums.know(command.slot, sequence, arrival.nbytes, arrival.checksum)
+        self._checksums.know(command.slot, sequence, arrival.nbytes, Checksum(ALGORITHM, arrival.checksum))
         return c.Received(sequence=sequence, nbytes=arrival.nbytes, seconds=time.perf_counter() - start)
 
     def _join(self, command: c.Join, deadline: float, departures: int) -> None:
+        if self.arena.memory is not None:
+            raise LocalProtocolError(
+                f"bridge {self.name} keeps its slots on a GPU, and this communicator moves host memory",
+                hint='nodes are joined with arena.device = "cpu" on both',
+            )
         self._leave()
         hosted = self._hosted
         if hosted is None or hosted.port != command.port or command.rank != 0:

@@ -21,6 +21,7 @@ __all__ = [
     "box_runs",
     "flat_boxes",
     "measure",
+    "packed_strides",
     "pad_shapes",
     "padded_width",
     "row_strides",
@@ -83,6 +84,15 @@ def row_strides(dims: Ints) -> Ints:
     for d in range(dims.shape[1] - 2, -1, -1):
         strides[:, d] = strides[:, d + 1] * dims[:, d + 1]
     return strides
+
+
+def packed_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
+    """Bytes one step of each dimension moves by in a contiguous tensor."""
+    strides: list[int] = []
+    for length in reversed(shape):
+        strides.append(itemsize)
+        itemsize *= length
+    return tuple(reversed(strides))
 
 
 def box_runs(dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...], itemsize: int) -> tuple[Ints, int]:

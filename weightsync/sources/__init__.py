@@ -1,6 +1,7 @@
 """Where weights come from: what the ranks of a trainer hold, as a plan wants to know it and as slots want it copied.
 
     source = source_of(model)           # or a mapping, pairs of (name, tensor), or CheckpointSource("/path")
+    source = source_of(model, dtype="bfloat16")
 
 Importing this loads no torch.
 """
@@ -28,20 +29,33 @@ _LAZY = {
 }
 
 
-def source_of(weights: object) -> Source:
-    """The source for whatever `push_weights` was given. Raises `SourceError` if that is none of what it accepts."""
+def source_of(weights: object, dtype: Any = None) -> Source:
+    """The source for whatever `push_weights` was given, with what is floating-point as `dtype` if one is given.
+
+    A module or tensors that look as some did lately are not described again. Raises `SourceError` for what is none of
+    what `push_weights` accepts.
+    """
+    source = _source_of(weights)
+    if dtype is None:
+        return source
+    from weightsync.sources.converted import converted
+
+    return converted(source, dtype)
+
+
+def _source_of(weights: object) -> Source:
     if isinstance(weights, Source):
         return weights
     torch = sys.modules.get("torch")  # whoever has a module or tensors has imported it
     if torch is not None and isinstance(weights, torch.nn.Module):
-        from weightsync.sources.module import ModuleSource
+        from weightsync.sources.module import ModuleSource, parameters_of
 
-        return ModuleSource(weights)
+        return ModuleSource.recalled(*parameters_of(weights))
     single = torch is not None and isinstance(weights, torch.Tensor)
     if isinstance(weights, Mapping | Iterable) and not single and not isinstance(weights, str | bytes):
-        from weightsync.sources.tensors import TensorSource
+        from weightsync.sources.tensors import TensorSource, named
 
-        return TensorSource(weights)
+        return TensorSource.recalled(*named(weights))
     raise SourceError(
         f"{type(weights).__name__} is nothing that can be pushed",
         hint="give an nn.Module, a mapping of names to tensors, an iterable of (name, tensor) pairs, or an object of "

@@ -25,8 +25,14 @@ class Source(Protocol):
     def layout(self) -> Layout:
         """What this rank holds; the same object each time. Raises `SourceError` if that cannot be described."""
 
+    def local(self, shard: int) -> torch.Tensor | None:
+        """A shard's own memory, to be read where it lies and as it is held: of the shard's shape, any strides, any
+        device; in the trainer's dtype, which may be another than the one sent; it may require gradients. Costs a look
+        into a list. None for weights that lie in no tensor.
+        """
+
     def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
-        """Copy a box into `out`, of the tensor's dtype and the box's shape; any strides. Done when it returns.
+        """Copy a box into `out`, of the layout's dtype and the box's shape; any strides. Done when it returns.
 
         Raises `SourceError` if the bytes cannot be had any more.
         """

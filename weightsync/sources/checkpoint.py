@@ -87,6 +87,10 @@ class CheckpointSource:
         """One shard per tensor: the whole of it."""
         return self._layout
 
+    def local(self, shard: int) -> torch.Tensor | None:
+        """None: tensors lie on disk."""
+        return None
+
     def box_bytes(
         self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> npt.NDArray[np.uint8] | None:

@@ -14,12 +14,13 @@ __all__ = ["RECEIVERS", "receiver"]
 
 RECEIVERS = {
     "shm": "weightsync.transports.shm:ShmReceiver",
+    "cuda-ipc": "weightsync.transports.cuda_ipc:CudaIpcReceiver",
     "gloo": "weightsync.transports.gloo:GlooReceiver",
 }
 
 
 def receiver(name: str, **options: Any) -> BucketReceiver:
-    """The reading side of transport `name`. A handoff needs no options; a collective needs what its class names.
+    """The reading side of transport `name`. Its class names what it needs: shm nothing, cuda-ipc a device.
 
     Raises `ConfigError` for a name that is unknown.
     """

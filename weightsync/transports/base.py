@@ -36,13 +36,12 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Literal, NamedTuple, Self
 
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
-from weightsync.ipc.descriptors import ALGORITHM, checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-__all__ = ["BucketReceiver", "BucketSender", "Capabilities", "Lease", "seconds_left"]
+__all__ = ["BucketReceiver", "BucketSender", "Capabilities", "Lease", "damaged", "seconds_left"]
 
 _POLL_FIRST = 50e-6  # seconds; a reader that only copies a small bucket is done by then
 _LONGEST = 1e6  # seconds; what is waited for longer may as well time out, and no timer overflows
@@ -65,6 +64,15 @@ def seconds_left(deadline: float, what: str) -> float:
     return min(left, _LONGEST)
 
 
+def damaged(sequence: int, found: int, exported: int) -> TransportBroken:
+    """The error for bytes that are not those that were exported."""
+    return TransportBroken(
+        f"bucket of sequence {sequence} differs from what was exported: its checksum is {found:016x}, not "
+        f"{exported:016x}",
+        hint="something wrote into the slot after it was filled",
+    )
+
+
 class Lease:
     """A reader's hold of one bucket's bytes. Release it as soon as they are read, and keep no view of it afterwards.
 
@@ -76,38 +84,42 @@ class Lease:
         *,
         sequence: int,
         nbytes: int,
-        view: memoryview | None,
+        lent: memoryview | int | None,
         on_release: Callable[[], None],
         checksum: int | None = None,
     ) -> None:
         self.sequence = sequence
         self.nbytes = nbytes
-        self.checksum = checksum  # of what was exported, by `weightsync.ipc.descriptors.checksum`; None: not known
+        self.checksum = checksum  # of what was exported; None: not known
         self.read_back = 0  # of the bytes as the reader has them: set by `confirm`, told to the sender by the release
-        self._view = view
+        self._lent = lent
         self._on_release: Callable[[], None] | None = on_release
         self._lock = threading.Lock()
 
     @property
     def view(self) -> memoryview:
         """The bytes in host memory: read-only, `nbytes` long. Raises `LocalProtocolError` after release, or when the
-        lease is of device memory (whose leases give the bytes by another attribute)."""
-        if self._view is None:
-            raise LocalProtocolError("this lease gives no host memory", hint="it was released, or lies on a device")
-        return self._view
+        bytes lie on a GPU."""
+        if not isinstance(self._lent, memoryview):
+            raise LocalProtocolError("this lease gives no host memory", hint="it was released, or lies on a GPU")
+        return self._lent
 
-    def confirm(self, mine: memoryview) -> None:
-        """Check the reader's own copy of the bytes, and let the sender know what it was found to be on release.
+    @property
+    def address(self) -> int:
+        """Where the reader's own GPU reads the bytes. Raises `LocalProtocolError` after release, or when they lie in
+        host memory."""
+        if not isinstance(self._lent, int):
+            raise LocalProtocolError("this lease gives no GPU memory", hint="it was released, or lies in host memory")
+        return self._lent
 
-        Raises `TransportBroken` if it is not what was exported.
+    def confirm(self, found: int) -> None:
+        """Tell what checksum the reader's own copy of the bytes has; the sender hears of it on release.
+
+        Raises `TransportBroken` if it is not that of what was exported.
         """
-        self.read_back = checksum(mine)
-        if self.checksum is not None and self.read_back != self.checksum:
-            raise TransportBroken(
-                f"bucket of sequence {self.sequence} differs from what was exported: {ALGORITHM} is "
-                f"{self.read_back:016x}, not {self.checksum:016x}",
-                hint="something wrote into the slot after it was filled",
-            )
+        self.read_back = found
+        if self.checksum is not None and found != self.checksum:
+            raise damaged(self.sequence, found, self.checksum)
 
     @property
     def released(self) -> bool:
@@ -120,10 +132,10 @@ class Lease:
             on_release, self._on_release = self._on_release, None
         if on_release is None:
             return
-        view, self._view = self._view, None
+        lent, self._lent = self._lent, None
         try:
-            if view is not None:
-                view.release()  # turns a use after release into an error, where nothing was derived from the view
+            if isinstance(lent, memoryview):
+                lent.release()  # turns a use after release into an error, where nothing was derived from the view
         except BufferError:
             pass  # a numpy array or tensor still refers to it: it stays valid memory until that is dropped
         finally:

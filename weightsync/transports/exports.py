@@ -4,17 +4,28 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.errors import LocalProtocolError
-from weightsync.ipc.descriptors import checksum
+from weightsync.ipc.descriptors import ALGORITHM, checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightsync.ipc.arena import Arena
+    from weightsync.ipc.descriptors import Algorithm
 
-__all__ = ["Checksums", "Export", "Exports"]
+__all__ = ["Checksum", "Checksums", "Export", "Exports"]
+
+
+class Checksum(NamedTuple):
+    """Of a bucket's bytes, and how it was made."""
+
+    algorithm: Algorithm
+    value: int
+
+
+NONE = Checksum(ALGORITHM, 0)
 
 
 @dataclass
@@ -23,7 +34,7 @@ class Export:
 
     sequence: int
     nbytes: int
-    checksum: int = 0
+    checksum: Checksum = NONE
     readers: set[str] = field(default_factory=set)  # all that it was ever given to
     waiting: dict[str, int] = field(default_factory=dict)  # pending readers and their fence cells
     opened: set[str] = field(default_factory=set)  # those of `waiting` that were seen to have opened it
@@ -31,27 +42,31 @@ class Export:
 
 
 class Checksums:
-    """Checksums of an arena's slots, computed once for each sequence. Shared by the senders of one arena."""
+    """Checksums of an arena's slots in host memory, each known once for a sequence. Shared by the arena's senders."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._known: dict[int, tuple[int, int, int]] = {}  # slot → (sequence, nbytes, checksum)
+        self._known: dict[int, tuple[int, int, Checksum]] = {}  # slot → (sequence, nbytes, checksum)
         self._lock = threading.Lock()
 
-    def of(self, slot: int, sequence: int, nbytes: int, between: Callable[[], None] | None = None) -> int:
+    def of(self, slot: int, sequence: int, nbytes: int, between: Callable[[], None] | None = None) -> Checksum:
         """The checksum of the first `nbytes` of `slot`. `between` is called every few MiB and may raise."""
         with self._lock:
             known = self._known.get(slot)
         if known is not None and known[:2] == (sequence, nbytes):
             return known[2]
-        found = checksum(self._arena.slot(slot)[:nbytes], between)
+        found = self.compute(slot, nbytes, between)
         self.know(slot, sequence, nbytes, found)
         return found
 
-    def know(self, slot: int, sequence: int, nbytes: int, value: int) -> None:
-        """Take `value` as the checksum of these bytes: they were received, and verified against it."""
+    def know(self, slot: int, sequence: int, nbytes: int, value: Checksum) -> None:
+        """Take `value` as the checksum of these bytes: whoever wrote them there has told it, or verified it."""
         with self._lock:
             self._known[slot] = (sequence, nbytes, value)
+
+    def compute(self, slot: int, nbytes: int, between: Callable[[], None] | None) -> Checksum:
+        """The checksum of what lies there now."""
+        return Checksum(ALGORITHM, checksum(self._arena.slot(slot)[:nbytes], between))
 
 
 class Exports:

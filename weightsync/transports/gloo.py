@@ -121,7 +121,7 @@ class GlooSender(BucketSender):
                     export.readers.add(name)
                     export.waiting[name] = 0
                     self._ledger.exported(name)
-                return {name: self._ticket(sequence, nbytes, export.checksum, name) for name in names}
+                return {name: self._ticket(sequence, nbytes, export.checksum.value, name) for name in names}
 
     def send(self, slot: int, *, deadline: float) -> None:
         with self._lock:
@@ -225,7 +225,7 @@ class GlooReceiver(BucketReceiver):
             lease = Lease(
                 sequence=wanted.sequence,
                 nbytes=wanted.nbytes,
-                view=view,
+                lent=view,
                 on_release=partial(self._free, slot),
                 checksum=wanted.checksum,
             )

@@ -1,274 +1,68 @@
-"""POSIX shared memory: readers on this node map the bridge's arena and read the slot where it lies.
-
-The sender works in the arena's owner. `ShmReceiver` maps each arena once, keeps it, and drops it when a newer
-incarnation of the same bridge is offered. The fence is a cell in the arena (`weightsync.ipc.fences`).
-"""
+"""POSIX shared memory: slots in host memory, read where they lie."""
 
 from __future__ import annotations
 
-import threading
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
-import msgspec
-from msgspec import Meta
-
-from weightsync.errors import LocalProtocolError, TransportBroken, TransportError
-from weightsync.ipc.arena import Arena, ArenaOffer
-from weightsync.ipc.descriptors import ALGORITHM, Natural, ReaderName, checksum, seal, unseal
-from weightsync.ipc.fences import State
-from weightsync.ipc.ledger import Ledger
-from weightsync.transports.base import BucketReceiver, BucketSender, Capabilities, Lease, seconds_left
-from weightsync.transports.exports import Checksums, Export, Exports
+from weightsync.errors import TransportBroken
+from weightsync.ipc.arena import Arena
+from weightsync.ipc.descriptors import checksum
+from weightsync.transports.base import Capabilities, damaged
+from weightsync.transports.exports import Checksums
+from weightsync.transports.mapped import MappedReceiver, MappedSender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable
 
-    from weightsync.ipc.fences import FenceTable
+    from weightsync.ipc.arena import ArenaOffer
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.transports.mapped import MappedTicket
 
-__all__ = ["ShmReceiver", "ShmSender", "ShmTicket"]
+__all__ = ["ShmReceiver", "ShmSender"]
 
 CAPABILITIES = Capabilities(device="cpu", scope="node", collective=False)
 
 
-class ShmTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says."""
-
-    nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]  # of the arena
-    reader: ReaderName
-    cell: Natural
-    slot: Natural
-    sequence: Natural
-    nbytes: Natural
-    algorithm: Literal["xxh3-64"]
-    checksum: Annotated[int, Meta(ge=0)]
-
-
-class ShmSender(BucketSender):
-    """Exports slots of `arena`, which the caller owns and closes."""
+class ShmSender(MappedSender):
+    """Exports slots of an arena in host memory."""
 
     capabilities = CAPABILITIES
 
     def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums | None = None) -> None:
-        super().__init__()
-        self._arena = arena
-        self._ledger = ledger if ledger is not None else Ledger()
-        self._checksums = checksums if checksums is not None else Checksums(arena)
-        self._exports = Exports(arena.slots, arena.slot_bytes)
-        self._cells: dict[str, int] = {}  # reader → cell; the reader offered to longest ago comes first
-        self._lock = threading.RLock()
-        self._exporting = threading.Lock()  # held over a checksum, which `_lock` is not
+        super().__init__(arena, ledger=ledger, checksums=checksums if checksums is not None else Checksums(arena))
 
-    def offer(self, reader: str) -> bytes:
-        with self._lock:
-            self._check_open()
-            cell = self._cells.pop(reader, None)
-            if cell is None:
-                cell = self._free_cell()
-            self._cells[reader] = cell
-            return self._arena.offer(reader, cell)
 
-    def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
-        names = list(readers)
-        with self._exporting:
-            with self._lock:
-                self._check_open()
-                if strangers := [name for name in names if name not in self._cells]:
-                    raise LocalProtocolError(f"nothing was offered to {', '.join(strangers)}")
-                self._settle(slot)
-                export = self._exports.begin(slot, nbytes, sequence, names)
-            export.checksum = self._checksums.of(slot, sequence, nbytes, self._check_open)
-            with self._lock:
-                self._check_open()
-                self._exports.record(slot, export)
-                return {name: self._ticket(slot, export, name) for name in names}
+class _HostMapping:
+    """An arena mapped here."""
 
-    def send(self, slot: int, *, deadline: float) -> None:
-        """Nothing to move: the readers look at the slot itself."""
-        self._check_open()
-        seconds_left(deadline, f"send of slot {slot}")
+    def __init__(self, arena: Arena) -> None:
+        self.arena = arena
 
-    def pending(self, slot: int) -> tuple[str, ...]:
-        with self._lock:
-            self._check_open()
-            export = self._settle(slot)
-            return tuple(export.waiting) if export is not None else ()
+    def lend(self, slot: int, nbytes: int) -> memoryview:
+        return self.arena.slot(slot)[:nbytes].toreadonly()
 
-    def damaged(self, slot: int) -> tuple[str, ...]:
-        with self._lock:
-            self._check_open()
-            export = self._settle(slot)
-            return tuple(sorted(export.damaged)) if export is not None else ()
-
-    def revoke(self, slot: int, reader: str) -> None:
-        with self._lock:
-            self._check_open()
-            export = self._settle(slot)
-            if export is None or reader not in export.waiting:
-                return
-            self._arena.fences.revoke(slot, export.waiting.pop(reader), export.sequence)
-            self._ledger.revoked(reader)
-
-    def settle(self) -> None:
-        """Bring the ledger up to what the readers have done."""
-        with self._lock:
-            self._check_open()
-            for slot in self._exports.held():
-                self._settle(slot)
+    def returned(self) -> None:
+        pass  # the view itself keeps the memory
 
     def close(self) -> None:
-        self._ended.set()
-
-    def abort(self) -> None:
-        self._ended.set()
-
-    def _ticket(self, slot: int, export: Export, reader: str) -> bytes:
-        cell = self._cells[reader]
-        self._arena.fences.export(slot, cell, export.sequence)
-        export.readers.add(reader)
-        export.waiting[reader] = cell
-        self._ledger.exported(reader)
-        ticket = ShmTicket(
-            nonce=self._arena.nonce,
-            reader=reader,
-            cell=cell,
-            slot=slot,
-            sequence=export.sequence,
-            nbytes=export.nbytes,
-            algorithm=ALGORITHM,
-            checksum=export.checksum,
-        )
-        return seal(b"T", ticket)
-
-    def _settle(self, slot: int) -> Export | None:
-        """Look at the cells of the slot's pending readers; forget and book those that are done."""
-        export = self._exports.get(slot)
-        if export is None:
-            return None
-        for reader, cell in list(export.waiting.items()):
-            sequence, state = self._arena.fences.read(slot, cell)
-            if sequence != export.sequence or state not in (State.OPENED, State.CLOSED):
-                continue
-            if reader not in export.opened:
-                export.opened.add(reader)
-                self._ledger.opened(reader)
-            if state is State.CLOSED:
-                found = self._arena.fences.read_back(slot, cell)
-                del export.waiting[reader]
-                self._ledger.closed(reader, confirmed=found == export.checksum)
-                if found not in (0, export.checksum):
-                    export.damaged.add(reader)
-        return export
-
-    def _free_cell(self) -> int:
-        taken = set(self._cells.values())
-        if len(taken) < self._arena.readers:
-            return next(cell for cell in range(self._arena.readers) if cell not in taken)
-        self.settle()
-        busy = {reader for export in self._exports.held().values() for reader in export.waiting}
-        for reader in self._cells:
-            if reader not in busy:  # the longest ago of those that hold nothing: it left, or will be offered to again
-                return self._cells.pop(reader)
-        raise TransportError(f"all {self._arena.readers} readers of arena {self._arena.name} hold slots")
+        self.arena.close()
 
 
-class ShmReceiver(BucketReceiver):
-    """Reads from every arena it was offered."""
+class ShmReceiver(MappedReceiver):
+    """Reads slots in host memory."""
 
     capabilities = CAPABILITIES
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._arenas: dict[bytes, Arena] = {}  # by nonce
-        self._lineages: dict[str, bytes] = {}  # bridge → nonce of its newest arena
-        self._readers: dict[bytes, dict[str, int]] = {}  # nonce → names by which it was offered here, and their cells
-        self._leases: set[Lease] = set()
-        self._lock = threading.RLock()
+    def _map(self, offer: ArenaOffer) -> _HostMapping:
+        if offer.memory is not None:
+            raise TransportBroken(
+                f"the slots of arena {offer.name} lie on a GPU, and this reader takes host memory",
+                hint='arena.device = "cpu" in the node config serves engines on a CPU',
+            )
+        return _HostMapping(Arena.attach(offer, writable=False))
 
-    def accept(self, offer: bytes, *, deadline: float) -> None:
-        self._check_open()
-        wanted = ArenaOffer.unpack(offer)
-        if wanted.reader is None or wanted.cell is None:
-            raise TransportBroken("this offer is for a trainer rank, not for a reader")
-        seconds_left(deadline, f"attaching arena {wanted.name}")
-        with self._lock:
-            self._check_open()
-            if wanted.nonce not in self._arenas:
-                self._arenas[wanted.nonce] = Arena.attach(wanted, writable=False)
-                self._readers[wanted.nonce] = {}
-                self._drop(self._lineages.get(wanted.lineage))
-                self._lineages[wanted.lineage] = wanted.nonce
-            self._readers[wanted.nonce][wanted.reader] = wanted.cell
-
-    def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
-        self._check_open()
-        wanted = unseal(ticket, b"T", ShmTicket)
-        what = f"bucket of sequence {wanted.sequence}"
-        seconds_left(deadline, what)
-        with self._lock:
-            self._check_open()
-            arena = self._arenas.get(wanted.nonce)
-            if arena is None:
-                raise TransportBroken(f"{what}: its arena was not offered here, or was replaced by a newer one")
-            if self._readers[wanted.nonce].get(wanted.reader) != wanted.cell:
-                raise TransportBroken(f"{what}: the ticket is for reader {wanted.reader}, who is not here")
-            if wanted.slot >= arena.slots or wanted.nbytes > arena.slot_bytes:
-                raise TransportBroken(f"{what}: slot {wanted.slot} with {wanted.nbytes} bytes is outside the arena")
-            view = arena.slot(wanted.slot)[: wanted.nbytes].toreadonly()
-            fences = arena.fences
-            fences.open(wanted.slot, wanted.cell, wanted.sequence)
-        try:
-            found = checksum(view, partial(self._go_on, deadline, what)) if verify else wanted.checksum
-            if found != wanted.checksum:
-                raise TransportBroken(
-                    f"{what} differs from what was exported: {ALGORITHM} is {found:016x}, not {wanted.checksum:016x}",
-                    hint="something wrote into the slot after it was filled",
-                )
-            return self._lease(wanted, view, fences)
-        except BaseException:
-            fences.close(wanted.slot, wanted.cell, wanted.sequence)
-            raise
-
-    def close(self) -> None:
-        with self._lock:
-            self._ended.set()
-            leases = list(self._leases)
-        for lease in leases:
-            lease.release()
-        self.abort()
-
-    def abort(self) -> None:
-        self._ended.set()
-        with self._lock:
-            for nonce in list(self._arenas):
-                self._drop(nonce)
-            self._lineages.clear()
-            self._leases.clear()
-
-    def _go_on(self, deadline: float, what: str) -> None:
-        self._check_open()
-        seconds_left(deadline, what)
-
-    def _lease(self, ticket: ShmTicket, view: memoryview, fences: FenceTable) -> Lease:
-        def on_release() -> None:
-            fences.close(ticket.slot, ticket.cell, ticket.sequence, lease.read_back)
-            with self._lock:
-                self._leases.discard(lease)
-
-        lease = Lease(
-            sequence=ticket.sequence,
-            nbytes=ticket.nbytes,
-            view=view,
-            on_release=on_release,
-            checksum=ticket.checksum,
-        )
-        with self._lock:
-            self._check_open()
-            self._leases.add(lease)
-        return lease
-
-    def _drop(self, nonce: bytes | None) -> None:
-        """Let go of an arena; leases of it stay valid until they are released."""
-        if nonce is not None and (arena := self._arenas.pop(nonce, None)) is not None:
-            self._readers.pop(nonce, None)
-            arena.close()
+    def _verify(self, lent: memoryview | int, ticket: MappedTicket, between: Callable[[], None]) -> None:
+        assert isinstance(lent, memoryview)
+        found = checksum(lent, between)
+        if found != ticket.checksum:
+            raise damaged(ticket.sequence, found, ticket.checksum)

@@ -1,17 +1,24 @@
-"""CUDA-IPC handles for stock engines on this node's GPUs.
+"""CUDA-IPC handles for stock engines: the slot itself, exported anew for each reader in torch's own format.
 
-Every copy lies on the bridge's GPU and is exported once, by torch's own `reduce_tensor`: a reference counter of its own
-in shared memory, 1 when it is made. torch's importer synchronises its stream and takes the counter down when it frees
-what it mapped, so 0 means read and released; the bridge reads the counter where torch keeps it. Handles may be opened
-on any GPU of the node if the reader puts its own device in the place of ours (argument 6), which the adapters see to.
-(`CudaIPCRefCountersFile` in torch/csrc/CudaIPCTypes.h: int64 cells behind the 64 bytes of a refcounted file.)
+torch's importer (`rebuild_cuda_tensor`) opens the handle, and when it frees what it made of it, it synchronises its
+stream and takes a reference counter down by one. Every export here has a counter of its own, 1 when it is made, so that
+0 means read and released: the fence. Serialising once and sending that to two readers would take one counter below zero
+and leave it to chance when; that is the leak that this avoids. torch keeps no books here: nothing of the bridge's is
+torch memory, so nothing waits for `ipc_collect`.
 
-torch and the CUDA context are loaded when the first reader is offered something, in the bridge, never in the daemon.
+The formats, torch 2.6 to 2.13:
+- handle: a version byte, `c` for cudaMalloc memory, and the 64 bytes of cudaIpcMemHandle_t. Readers refuse versions
+  above their own (3 in torch 2.13, 2 before) and read lower ones alike (`SHAREABLE_HANDLE_VERSION` in
+  c10/cuda/CUDACachingAllocator.cpp);
+- counters: a file in /dev/shm of 64 bytes, whose first four count who has it mapped, and 10,000 little-endian int64
+  (`CudaIPCRefCountersFile` in torch/csrc/CudaIPCTypes.h). Readers remove the file when that count comes to 0, which
+  ours in it prevents.
+A reader puts its own device in the place of ours, which the adapters see to.
 """
 
 from __future__ import annotations
 
-import logging
+import itertools
 import mmap
 import os
 import struct
@@ -20,20 +27,22 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import msgspec
 from msgspec import Meta
 
-from weightsync.errors import TransportError
+from weightsync.errors import LocalProtocolError, TransportError
+from weightsync.ipc.arena import DIRECTORY
 from weightsync.ipc.descriptors import Natural, ReaderName, seal, unseal
 from weightsync.transports.base import Capabilities
-from weightsync.transports.copies import CopySender
+from weightsync.transports.counted import CountedSender
 from weightsync.transports.torch_shm import HEADER_BYTES
 
 if TYPE_CHECKING:
-    import torch
+    from weightsync.ipc.arena import Arena
 
-__all__ = ["TorchCudaSender", "TorchCudaTicket"]
+__all__ = ["Counters", "TorchCudaSender", "TorchCudaTicket"]
 
-logger = logging.getLogger(__name__)
-
-_COUNTER = struct.Struct("<q")
+_COUNT = struct.Struct("<q")
+_CELLS = 10_000  # torch's CUDA_IPC_REF_COUNTER_FILE_SIZE
+_MAPPED = struct.Struct("<i")
+_HANDLE = b"\x01c"  # the lowest version there is: every torch reads it
 Blob = Annotated[bytes, Meta(max_length=1024)]
 
 
@@ -43,14 +52,10 @@ class TorchCudaTicket(msgspec.Struct, frozen=True, kw_only=True):
     reader: ReaderName
     nbytes: Natural
     checksum: Annotated[int, Meta(ge=0)]
-    device: Natural  # the bridge's own ordinal: a reader puts its own in its place
     storage_handle: Blob
-    storage_nbytes: Natural
-    storage_offset: Natural  # bytes, of the storage in what the handle opens
+    storage_offset: Natural  # bytes, of the bucket in what the handle opens
     counter_handle: Blob
     counter: Natural
-    event_handle: Blob
-    event_sync: bool
 
     @classmethod
     def unpack(cls, ticket: bytes) -> Self:
@@ -58,92 +63,110 @@ class TorchCudaTicket(msgspec.Struct, frozen=True, kw_only=True):
         return unseal(ticket, b"U", cls)
 
 
+class Counters:
+    """A file of reference counters as torch lays it out. Made by a bridge, taken down by engines."""
+
+    def __init__(self, name: str) -> None:
+        """Raises `TransportError` where there is no room for it."""
+        self.handle = b"/" + name.encode()
+        self._path = os.path.join(DIRECTORY, name)
+        size = HEADER_BYTES + _CELLS * _COUNT.size
+        try:
+            fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            try:
+                os.posix_fallocate(fd, 0, size)
+                self._map = mmap.mmap(fd, size)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise TransportError(f"no room for {size} bytes of reference counters in {DIRECTORY}: {error}") from error
+        _MAPPED.pack_into(self._map, 0, 1)
+        self._order = itertools.cycle(range(_CELLS))
+        self._taken: set[int] = set()
+
+    def take(self) -> int:
+        """A counter that nobody uses, set to 1; one whose reader never let go is not used again for long."""
+        for cell in itertools.islice(self._order, _CELLS):
+            if cell not in self._taken and self.value(cell) <= 0:
+                self._taken.add(cell)
+                _COUNT.pack_into(self._map, HEADER_BYTES + cell * _COUNT.size, 1)
+                return cell
+        raise TransportError(f"all {_CELLS} reference counters are held by readers")
+
+    def value(self, cell: int) -> int:
+        """What it stands at."""
+        count: int = _COUNT.unpack_from(self._map, HEADER_BYTES + cell * _COUNT.size)[0]
+        return count
+
+    def give_back(self, cell: int) -> None:
+        """Nobody waits for this counter any more."""
+        self._taken.discard(cell)
+
+    def close(self) -> None:
+        """Remove the file; readers that have yet to let go find it gone, which torch forgives."""
+        self._map.close()
+        os.unlink(self._path)
+
+
 class _Export:
-    """A copy on the bridge's GPU."""
+    """One reader's hold on a slot."""
 
-    def __init__(self, data: memoryview, device: torch.device) -> None:
-        import torch
-        from torch.multiprocessing.reductions import reduce_tensor
-
-        self._tensor: torch.Tensor | None = torch.empty(len(data), dtype=torch.uint8, device=device)
-        self._tensor.copy_(torch.frombuffer(data, dtype=torch.uint8))
-        torch.cuda.synchronize(device)
-        _, self._args = reduce_tensor(self._tensor)  # type: ignore[no-untyped-call]
-        self._counters = _counters(self._args[11])
+    def __init__(self, counters: Counters, handle: bytes, offset: int, nbytes: int) -> None:
+        self._counters, self._handle, self._offset, self._nbytes = counters, handle, offset, nbytes
+        self._cell = counters.take()
 
     @property
     def released(self) -> bool:
-        count: int = _COUNTER.unpack_from(self._counters, HEADER_BYTES + _COUNTER.size * self._args[12])[0]
-        return count <= 0
+        return self._counters.value(self._cell) <= 0
 
     def ticket(self, reader: str, checksum: int) -> bytes:
-        a = self._args
-        found = TorchCudaTicket(
-            reader=reader,
-            nbytes=a[1][0],
-            checksum=checksum,
-            device=a[6],
-            storage_handle=a[7],
-            storage_nbytes=a[8],
-            storage_offset=a[9],
-            counter_handle=a[11],
-            counter=a[12],
-            event_handle=a[13],
-            event_sync=a[14],
+        return seal(
+            b"U",
+            TorchCudaTicket(
+                reader=reader,
+                nbytes=self._nbytes,
+                checksum=checksum,
+                storage_handle=_HANDLE + self._handle,
+                storage_offset=self._offset,
+                counter_handle=self._counters.handle,
+                counter=self._cell,
+            ),
         )
-        return seal(b"U", found)
 
     def remove(self) -> None:
-        import torch
-
-        self._tensor = None
-        self._counters.close()
-        torch.cuda.ipc_collect()  # type: ignore[no-untyped-call]  # what a reader has not released stays allocated until torch finds it released
+        self._counters.give_back(self._cell)
 
 
-def _counters(handle: bytes) -> mmap.mmap:
-    """torch's file of reference counters, read-only."""
-    fd = os.open(f"/dev/shm{handle.decode()}", os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return mmap.mmap(fd, 0, prot=mmap.PROT_READ)
-    finally:
-        os.close(fd)
-
-
-class TorchCudaSender(CopySender):
-    """Exports copies on one GPU of this process: that of the bridge's index, going round."""
+class TorchCudaSender(CountedSender):
+    """Exports slots of an arena on a GPU."""
 
     capabilities = Capabilities(device="cuda", scope="node", collective=False)
 
-    def __init__(self, *args: Any, index: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._index = index
-        self._device: torch.device | None = None
+    def __init__(self, arena: Arena, **books: Any) -> None:
+        super().__init__(arena, **books)
+        self._counters: Counters | None = None
 
     def _check_possible(self) -> None:
-        if self._device is not None:
-            return
-        import torch
-
-        if not torch.cuda.is_available():
-            raise TransportError(
-                f"this bridge's torch ({torch.__version__}) sees no GPU",
-                hint="stock engines on GPUs are given CUDA-IPC handles: start weightsyncd where the GPUs are visible",
+        if self._arena.memory is None:
+            raise LocalProtocolError(
+                "stock engines on GPUs are given CUDA-IPC handles, and this node's arenas lie in host memory",
+                hint='set arena.device = "cuda" in the node config, or use the engine\'s plugin',
             )
-        torch.cuda.memory._set_allocator_settings("expandable_segments:False")  # whose memory has no handles
-        self._device = torch.device("cuda", self._index % torch.cuda.device_count())
-        torch.empty(1, device=self._device)
-        logger.info("copies for stock engines lie on %s, %s", self._device, torch.cuda.get_device_name(self._device))
+        if os.path.realpath(self._arena.directory) != DIRECTORY:
+            raise LocalProtocolError(
+                f"stock engines look for reference counters in {DIRECTORY}, and this node keeps its files in "
+                f"{self._arena.directory}",
+                hint=f"leave node.shm_dir at {DIRECTORY}, or use the engine's plugin",
+            )
 
-    def _copy(self, data: memoryview) -> _Export:
-        import torch
+    def _count(self, slot: int, nbytes: int) -> _Export:
+        assert self._arena.memory is not None
+        if self._counters is None:
+            self._counters = Counters(f"{self._arena.name}-x0")
+        return _Export(self._counters, self._arena.memory.handle, slot * self._arena.stride, nbytes)
 
-        assert self._device is not None
-        try:
-            return _Export(data, self._device)
-        except torch.cuda.OutOfMemoryError as error:
-            raise TransportError(
-                f"no room for a copy of {len(data)} bytes on {self._device}",
-                hint="stock engines need room for one bucket for each of their ranks: lower arena.slot_bytes, or the "
-                "engine's share of the GPU",
-            ) from error
+    def close(self) -> None:
+        super().close()
+        counters, self._counters = self._counters, None
+        if counters is not None:
+            counters.close()

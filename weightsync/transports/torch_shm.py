@@ -26,7 +26,7 @@ from weightsync.errors import LocalProtocolError, TransportError
 from weightsync.ipc.arena import DIRECTORY
 from weightsync.ipc.descriptors import Natural, ReaderName, seal, unseal
 from weightsync.transports.base import Capabilities
-from weightsync.transports.copies import CopySender
+from weightsync.transports.counted import CountedSender
 
 __all__ = ["HEADER_BYTES", "TorchShmSender", "TorchShmTicket"]
 
@@ -85,7 +85,7 @@ class _File:
             os.unlink(self._path)
 
 
-class TorchShmSender(CopySender):
+class TorchShmSender(CountedSender):
     """Exports copies in /dev/shm."""
 
     capabilities = Capabilities(device="cpu", scope="node", collective=False)
@@ -95,6 +95,11 @@ class TorchShmSender(CopySender):
         self._numbers = itertools.count(1)
 
     def _check_possible(self) -> None:
+        if self._arena.memory is not None:
+            raise LocalProtocolError(
+                "this reader takes host memory, and this node's arenas lie on GPUs",
+                hint='arena.device = "cpu" in the node config serves engines on a CPU',
+            )
         if os.path.realpath(self._arena.directory) != DIRECTORY:
             raise LocalProtocolError(
                 f"stock engines look for shared memory in {DIRECTORY}, and this node keeps its own in "
@@ -102,7 +107,8 @@ class TorchShmSender(CopySender):
                 hint=f"leave node.shm_dir at {DIRECTORY}, or use the engine's plugin",
             )
 
-    def _copy(self, data: memoryview) -> _File:
+    def _count(self, slot: int, nbytes: int) -> _File:
+        data = self._arena.slot(slot)[:nbytes]
         name = f"{self._arena.name}-x{next(self._numbers)}"
         try:
             return _File(name, data)

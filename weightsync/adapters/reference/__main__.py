@@ -46,7 +46,12 @@ def main(argv: list[str] | None = None) -> int:
         config = read_config(arguments.model)
         check_tp(config, arguments.tp)
         workers = WorkerGroup(
-            arguments.model, arguments.tp, load_format=arguments.load_format, log_level=arguments.log_level
+            arguments.model,
+            arguments.tp,
+            load_format=arguments.load_format,
+            device=arguments.device,
+            trial=arguments.trial,
+            log_level=arguments.log_level,
         )
     except (WeightSyncError, OSError) as error:
         logger.critical("cannot start: %s", error)
@@ -106,16 +111,18 @@ def _write_whole(path: Path, text: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m weightsync.adapters.reference",
-        description="A small Qwen3-style inference engine on CPU that takes weights from weightsync.",
+        description="A small Qwen3-style inference engine that takes weights from weightsync.",
     )
     parser.add_argument("--model", required=True, help="Hugging Face checkpoint directory (Qwen3 or Qwen3-MoE)")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks, each a process (default 1)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: one GPU a rank, in turn")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default 0: any free one)")
     parser.add_argument("--port-file", type=Path, help="where to write the port once the engine is ready")
     parser.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: start without weights")
     parser.add_argument("--name", default="reference", help="what logs and /info call it")
     parser.add_argument("--enable-faults", action="store_true", help="for tests: serve POST /faults")
+    parser.add_argument("--trial", default="", help='for tests: how ranks on GPUs misbehave, {"slow": 0.01, …}')
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds for the workers to be ready")
     parser.add_argument("--log-level", default="WARNING", type=str.upper, help="such as INFO (default WARNING)")
     return parser

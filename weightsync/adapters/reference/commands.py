@@ -24,6 +24,7 @@ __all__ = [
     "Begin",
     "Checksums",
     "Command",
+    "Fingerprints",
     "Finish",
     "Load",
     "Pipe",
@@ -60,13 +61,21 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """Check that every piece was loaded once; end the update; drop all caches."""
+    """Check that every piece was loaded once, wait until it is; end the update; drop all caches."""
+
+    deadline: float
 
 
 class Residents(msgspec.Struct, frozen=True, tag=True):
-    """Fingerprint what lies in the parameters: of the latest update's tensors, or of all. Answers JSON."""
+    """Tell which boxes of an accepted manifest's tensors this rank holds. Answers packed `ResidentBoxes`."""
 
-    everything: bool
+    digest: bytes
+
+
+class Fingerprints(msgspec.Struct, frozen=True, tag=True):
+    """Fingerprint these boxes as they lie in the parameters. Answers 8 bytes for each, little-endian, in order."""
+
+    digest: bytes
 
 
 class Checksums(msgspec.Struct, frozen=True, tag=True):
@@ -82,7 +91,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     ended: tuple[int, ...] = ()  # sequences whose caches to forget first
 
 
-Command: TypeAlias = Accept | Begin | Load | Finish | Residents | Checksums | Step
+Command: TypeAlias = Accept | Begin | Load | Finish | Residents | Fingerprints | Checksums | Step
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

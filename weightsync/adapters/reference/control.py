@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from weightsync.adapters.base import EngineAdapter, EngineInfo, Resident
+from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.connection import HttpClient
-from weightsync.errors import ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
+from weightsync.adapters.verify import ResidentBoxes, Verifier
+from weightsync.errors import CodecError, ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import PauseMode
+    from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["ReferenceAdapter"]
@@ -66,6 +69,8 @@ class ReferenceAdapter(EngineAdapter):
     def __init__(self, spec: EngineSpec) -> None:
         self.name = spec.name
         self.url = spec.url
+        self._info: EngineInfo | None = None  # as last probed
+        self._verifiers: dict[tuple[str, bytes], Verifier] = {}  # by incarnation and manifest's digest
         try:
             self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
         except ValueError as error:
@@ -82,7 +87,7 @@ class ReferenceAdapter(EngineAdapter):
         info = self._parse(await self._call("GET", "/info", deadline), _Info, "probe")
         if info.kind != "reference":
             raise EngineError(f"this is a {info.kind!r} engine, not a reference one", engine=self.name, phase="probe")
-        return EngineInfo(
+        self._info = EngineInfo(
             software=info.software,
             profile="reference: its own endpoints, the only protocol it has",
             tp_size=info.tp_size,
@@ -91,6 +96,7 @@ class ReferenceAdapter(EngineAdapter):
             torn=info.torn,
             incarnation=info.incarnation,
         )
+        return self._info
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. Of the names left alone the engine gives the first 32."""
@@ -106,7 +112,9 @@ class ReferenceAdapter(EngineAdapter):
                 engine=self.name,
                 phase="accept",
             ) from refusal
-        return self._parse(body, _Accepted, "accept").untouched
+        untouched = self._parse(body, _Accepted, "accept").untouched
+        await self._verifier(manifest, deadline)  # now, while it serves, rather than at the end of its pause
+        return untouched
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         await self._post("/pause", {"mode": mode}, deadline)
@@ -130,16 +138,47 @@ class ReferenceAdapter(EngineAdapter):
     async def finish(self, version: int, *, deadline: float) -> None:
         await self._post("/finish", {"version": version}, deadline)
 
-    async def verify(self, *, deadline: float) -> Sequence[Resident]:
-        body = await self._call("GET", "/residents", deadline)
-        ranks = self._parse(body, list[list[Resident]], "verify")
-        return [resident for rank in ranks for resident in rank]
+    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int:
+        verifier = await self._verifier(manifest, deadline)
+        ranks = await self._bins(f"/fingerprints/{manifest.digest.hex()}", deadline)
+        return verifier.compare(ranks, expected)
 
     async def resume(self, *, deadline: float) -> None:
         await self._call("POST", "/resume", deadline)
 
     async def close(self) -> None:
         await self._http.close()
+
+    async def _verifier(self, manifest: Manifest, deadline: float) -> Verifier:
+        """How this incarnation of the engine is compared with this manifest: asked once, and kept for a few."""
+        info = self._info or await self.probe(deadline=deadline)
+        key = (info.incarnation, manifest.digest)
+        verifier = self._verifiers.pop(key, None)
+        if verifier is None:
+            ranks = await self._bins(f"/residents/{manifest.digest.hex()}", deadline)
+            if len(ranks) != info.tp_size:
+                raise EngineError(
+                    f"{len(ranks)} ranks say what they hold, not {info.tp_size}", engine=self.name, phase="verify"
+                )
+            try:
+                verifier = Verifier([ResidentBoxes.unpack(rank, manifest.tensors) for rank in ranks], manifest.tensors)
+            except CodecError as error:
+                raise EngineError(
+                    f"what it says of its residents makes no sense: {error.message}", engine=self.name, phase="verify"
+                ) from error
+        self._verifiers[key] = verifier  # last in line to be forgotten
+        while len(self._verifiers) > MANIFESTS_KEPT:
+            del self._verifiers[next(iter(self._verifiers))]
+        return verifier
+
+    async def _bins(self, path: str, deadline: float) -> list[bytes]:
+        body = await self._call("GET", path, deadline)
+        try:
+            return msgspec.msgpack.decode(body, type=list[bytes])
+        except (msgspec.DecodeError, RecursionError) as error:
+            raise EngineError(
+                f"an answer that is none of a reference engine: {error}", engine=self.name, phase="verify"
+            ) from error
 
     async def _post(self, path: str, body: dict[str, Any], deadline: float) -> None:
         await self._call("POST", path, deadline, msgspec.json.encode(body))

@@ -24,6 +24,7 @@ from weightsync.adapters.reference.commands import (
     Accept,
     Begin,
     Checksums,
+    Fingerprints,
     Finish,
     Load,
     Reply,
@@ -192,17 +193,22 @@ class Engine:
             if self._updating != version:
                 message = "no update is open" if self._updating is None else f"the open update is to {self._updating}"
                 raise RequestError(HTTPStatus.CONFLICT, message)
-            self._expect(self._call(Finish(), deadline))
+            self._expect(self._call(Finish(deadline), deadline))
             self.version = version
             self.blank = False
             self._updating = None
             self._finished = True
             self._flushes += 1
 
-    def residents(self, *, everything: bool, deadline: float) -> list[bytes]:
-        """Per rank, fingerprints of what lies in its parameters, as JSON."""
+    def residents(self, digest: bytes, *, deadline: float) -> list[bytes]:
+        """Per rank, packed `ResidentBoxes`: which boxes of an accepted manifest's tensors it holds."""
         with self._turn(deadline):
-            return [reply.data for reply in self._expect(self._call(Residents(everything), deadline))]
+            return [reply.data for reply in self._expect(self._call(Residents(digest), deadline))]
+
+    def fingerprints(self, digest: bytes, *, deadline: float) -> list[bytes]:
+        """Per rank, the fingerprints of these boxes as they lie in its parameters, 8 bytes each, little-endian."""
+        with self._turn(deadline):
+            return [reply.data for reply in self._expect(self._call(Fingerprints(digest), deadline))]
 
     def checksums(self, *, deadline: float) -> list[str]:
         """Per rank, xxh3 over its parameters in order, as hex."""

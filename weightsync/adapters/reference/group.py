@@ -20,7 +20,7 @@ from weightsync.adapters.reference.commands import Pipe, Reply
 from weightsync.errors import ConfigError, EngineLost, TransportError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from weightsync.adapters.reference.commands import Command
 
@@ -36,7 +36,16 @@ _END_SECONDS = 5.0  # from closing the pipes to SIGKILL
 class WorkerGroup:
     """The worker processes of one engine. `call` is not for concurrent use: the engine takes turns."""
 
-    def __init__(self, model: str, tp_size: int, *, load_format: str, log_level: str = "WARNING") -> None:
+    def __init__(
+        self,
+        model: str,
+        tp_size: int,
+        *,
+        load_format: str,
+        device: str = "cpu",
+        trial: str = "",
+        log_level: str = "WARNING",
+    ) -> None:
         self.tp_size = tp_size
         self._pipes: list[Pipe] = []
         self.processes: list[subprocess.Popen[bytes]] = []
@@ -44,19 +53,20 @@ class WorkerGroup:
         store = os.memfd_create("weightsync-reference-store")
         try:
             for rank in range(tp_size):
-                self._start(model, rank, store, load_format, log_level)
+                options = ("--load-format", load_format, "--device", device, "--trial", trial, "--log-level", log_level)
+                self._start(model, rank, store, options)
         finally:
             os.close(store)
 
-    def _start(self, model: str, rank: int, store: int, load_format: str, log_level: str) -> None:
+    def _start(self, model: str, rank: int, store: int, options: Sequence[str]) -> None:
         ours, theirs = socket.socketpair()
         self._pipes.append(Pipe(ours))
         with theirs:
             command = [
                 *(sys.executable, "-m", "weightsync.adapters.reference.worker"),
                 *("--pipe", str(theirs.fileno()), "--store", str(store), "--parent", str(os.getpid())),
-                *("--rank", str(rank), "--tp", str(self.tp_size), "--model", model, "--load-format", load_format),
-                *("--collective-timeout", str(_COLLECTIVE_SECONDS), "--log-level", log_level),
+                *("--rank", str(rank), "--tp", str(self.tp_size), "--model", model),
+                *("--collective-timeout", str(_COLLECTIVE_SECONDS), *options),
             ]
             self.processes.append(
                 # A process group of its own: a terminal's Ctrl-C is for the front, which then ends its workers.

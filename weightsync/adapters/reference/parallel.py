@@ -46,16 +46,20 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce in place."""
         if self.tp_size > 1:
-            self._group.allreduce([x]).wait(self._timeout)
+            mine = x.cpu()  # x itself, unless it lies on a GPU, which gloo does not reach into
+            self._group.allreduce([mine]).wait(self._timeout)
+            if mine is not x:
+                x.copy_(mine)
         return x
 
     def gather(self, x: Tensor) -> list[Tensor]:
         """Every rank's `x` (all of one shape), in rank order."""
         if self.tp_size == 1:
             return [x]
-        parts = [torch.empty_like(x) for _ in range(self.tp_size)]
-        self._group.allgather([parts], [x]).wait(self._timeout)
-        return parts
+        mine = x.cpu()
+        parts = [torch.empty_like(mine) for _ in range(self.tp_size)]
+        self._group.allgather([parts], [mine]).wait(self._timeout)
+        return [part.to(x.device) for part in parts]
 
 
 class Choice(NamedTuple):

@@ -1,4 +1,4 @@
-"""The engine's HTTP face: requests in, JSON out, one thread a connection. No torch.
+"""The engine's HTTP face: requests in, JSON or MessagePack out, one thread a connection. No torch.
 
     GET  /health                  200 while the engine lives
     GET  /info                    what it is and how it stands
@@ -7,7 +7,8 @@
     POST /begin                   {"version", "manifest": digest hex, "offers": [[base64, …] per rank]}
     POST /load                    {"bucket", "tickets": [base64 per rank]}
     POST /finish                  {"version"}
-    GET  /residents               per rank, fingerprints of the latest update's tensors; ?all=1 of every tensor
+    GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
+    GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
     POST /resume                  409 when torn
     POST /generate                {"prompt_ids", "max_tokens", "logprobs"}
     GET  /checksums               per rank, xxh3 over its parameters
@@ -104,6 +105,7 @@ class _Handler(BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
     timeout = 600  # seconds a connection may idle; clients let go earlier
     body_left = False  # whether the request's body was not read
+    content_type = "application/json"
 
     def do_GET(self) -> None:
         self._answer()
@@ -119,6 +121,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         self.body_left = self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers
+        self.content_type = "application/json"
         try:
             status, body = HTTPStatus.OK, self._dispatch()
         except RequestError as error:
@@ -131,7 +134,8 @@ class _Handler(BaseHTTPRequestHandler):
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             body = msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
         head = (
-            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+            f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {self.content_type}\r\n"
+            f"Content-Length: {len(body)}"
         )
         if self.body_left:  # nobody will read it: what follows on this connection is no request
             self.close_connection = True
@@ -142,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
         key = self.server.api_key
         if key is not None and not hmac.compare_digest(self.headers.get("Authorization", "").encode(), key):
             raise RequestError(HTTPStatus.UNAUTHORIZED, "a bearer key is needed")
-        path, _, query = self.path.partition("?")
+        path = self.path.partition("?")[0]
         slash = path.find("/", 1)
         endpoint, rest = (path, "") if slash < 0 else (path[:slash], path[slash + 1 :])
         route = self._ROUTES.get((self.command, endpoint))
@@ -154,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
             if endpoint in ("/begin", "/load", "/finish") and status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 self.server.engine.break_update("an injected fault", deadline=deadline)
             raise RequestError(HTTPStatus(status), "an injected fault")
-        return route(self, rest or query, deadline)
+        return route(self, rest, deadline)
 
     def _deadline(self) -> float:
         text = self.headers.get("X-Timeout-Seconds")
@@ -222,9 +226,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.engine.finish(self._json(_Finish).version, deadline=deadline)
         return b"{}"
 
-    def _residents(self, query: str, deadline: float) -> bytes:
-        ranks = self.server.engine.residents(everything=query == "all=1", deadline=deadline)
-        return b"[" + b",".join(ranks) + b"]"  # the workers' JSON as it is
+    def _residents(self, rest: str, deadline: float) -> bytes:
+        return self._bins(self.server.engine.residents(_digest(rest), deadline=deadline))
+
+    def _fingerprints(self, rest: str, deadline: float) -> bytes:
+        return self._bins(self.server.engine.fingerprints(_digest(rest), deadline=deadline))
+
+    def _bins(self, ranks: list[bytes]) -> bytes:
+        self.content_type = "application/msgpack"
+        return msgspec.msgpack.encode(ranks)
 
     def _resume(self, _rest: str, deadline: float) -> bytes:
         if self.body_left:
@@ -258,6 +268,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", "/load"): _load,
         ("POST", "/finish"): _finish,
         ("GET", "/residents"): _residents,
+        ("GET", "/fingerprints"): _fingerprints,
         ("POST", "/resume"): _resume,
         ("POST", "/generate"): _generate,
         ("GET", "/checksums"): _checksums,

@@ -27,6 +27,7 @@ from weightsync.adapters.reference.commands import (
     Begin,
     Checksums,
     Command,
+    Fingerprints,
     Finish,
     Load,
     Pipe,
@@ -35,9 +36,10 @@ from weightsync.adapters.reference.commands import (
     Step,
 )
 from weightsync.adapters.reference.config import read_config
+from weightsync.adapters.reference.host import HostParameters
 from weightsync.adapters.reference.parallel import ParallelDecoder, Ranks
 from weightsync.adapters.reference.plugin import BucketLoader
-from weightsync.errors import LocalProtocolError, TransportBroken, WeightSyncError
+from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, WeightSyncError
 from weightsync.plan.manifest import Manifest
 from weightsync.transports import receiver
 
@@ -57,10 +59,20 @@ _PR_SET_PDEATHSIG = 1
 class Worker:
     """A rank's decoder and its reading side, driven by commands."""
 
-    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+    def __init__(self, config: ModelConfig, ranks: Ranks, *, gpu: int | None = None, trial: str = "") -> None:
+        """`gpu` is the device of this process that parameters lie on, which is then torch's default; `trial` is for
+        tests."""
         self.decoder = ParallelDecoder(config, ranks)
-        self._arrays = {name: _integers(tensor) for name, tensor in self.decoder.params.items()}
-        self.loader = BucketLoader(config, self.decoder.layout, self._arrays, ranks.tp_rank, receiver("shm"))
+        params = self.decoder.params
+        if gpu is None:
+            arrays = {name: _integers(tensor) for name, tensor in params.items()}
+            self.loader = BucketLoader(config, self.decoder.layout, HostParameters(arrays), receiver("shm"))
+            return
+        from weightsync.adapters.reference.device import DeviceParameters, Trial
+
+        order = msgspec.json.decode(trial, type=Trial) if trial else None
+        memory = DeviceParameters(params, order)
+        self.loader = BucketLoader(config, self.decoder.layout, memory, receiver("cuda-ipc", device=gpu))
 
     def load_checkpoint(self, directory: str) -> None:
         """Fill the parameters from disk, reading this rank's boxes only; values are converted where dtypes differ."""
@@ -100,19 +112,21 @@ class Worker:
                 self.loader.begin(digest, offers, deadline=deadline)
             case Load(bucket, ticket, deadline):
                 self.loader.load(bucket, ticket, deadline=deadline)
-            case Finish():
-                self.loader.finish()
+            case Finish(deadline):
+                self.loader.finish(deadline=deadline)
                 self.decoder.flush()
-            case Residents(everything):
-                return Reply(data=msgspec.json.encode(self.loader.residents(everything)))
+            case Residents(digest):
+                return Reply(data=self.loader.residents(digest).pack())
+            case Fingerprints(digest):
+                return Reply(data=self.loader.fingerprints(digest).astype("<u8").tobytes())
             case Checksums():
                 return Reply(data=self._checksum())
         return Reply()
 
     def _checksum(self) -> bytes:
         hasher = xxhash.xxh3_64()
-        for array in self._arrays.values():
-            hasher.update(array.reshape(-1).view(np.uint8).data)
+        for tensor in self.decoder.params.values():
+            hasher.update(_integers(tensor.cpu()).reshape(-1).view(np.uint8).data)
         return hasher.digest()
 
 
@@ -133,6 +147,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tp", type=int, required=True)
     parser.add_argument("--model", required=True)
     parser.add_argument("--load-format", choices=("auto", "dummy"), required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
+    parser.add_argument("--trial", default="")
     parser.add_argument("--collective-timeout", type=float, required=True)
     parser.add_argument("--log-level", required=True)
     arguments = parser.parse_args(argv)
@@ -144,7 +160,8 @@ def main(argv: list[str] | None = None) -> None:
         ranks = Ranks(
             f"/proc/self/fd/{arguments.store}", arguments.tp, arguments.rank, timeout=arguments.collective_timeout
         )
-        worker = Worker(read_config(arguments.model), ranks)
+        gpu = _take_gpu(arguments.rank) if arguments.device == "cuda" else None
+        worker = Worker(read_config(arguments.model), ranks, gpu=gpu, trial=arguments.trial)
         if arguments.load_format == "auto":
             worker.load_checkpoint(arguments.model)
     except (WeightSyncError, RuntimeError, OSError) as error:
@@ -169,6 +186,16 @@ def _serve(pipe: Pipe, worker: Worker) -> None:
 
 def _reply(pipe: Pipe, reply: Reply) -> None:
     pipe.send(msgspec.msgpack.encode(reply), deadline=monotonic() + _ANSWER_SECONDS)
+
+
+def _take_gpu(rank: int) -> int:
+    """The GPU of this rank, taken in turn from those that the engine sees; torch's default device from here on."""
+    if not torch.cuda.is_available():
+        raise ConfigError(f"--device cuda: torch {torch.__version__} sees no GPU")
+    gpu = rank % torch.cuda.device_count()
+    torch.cuda.set_device(gpu)
+    torch.set_default_device(torch.device("cuda", gpu))
+    return gpu
 
 
 def _end_with(parent: int) -> None:

@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     import httpx
 
     from weightsync.adapters import EngineSpec
-    from weightsync.adapters.base import Finding, PauseMode, Resident
+    from weightsync.adapters.base import Finding, PauseMode
     from weightsync.adapters.sglang.paths import LoadPath
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import ServerFacts
+    from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["SGLangAdapter"]
@@ -172,7 +173,7 @@ class SGLangAdapter(EngineAdapter):
             )
         self._version = version
 
-    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
+    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None: SGLang keeps weights fused, and its own checksums are of that."""
         return None
 

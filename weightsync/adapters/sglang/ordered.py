@@ -32,7 +32,7 @@ class PluginPath(LoadPath):
     """Talks to the `plugin.py` of this folder, inside the scheduler of every rank."""
 
     name = "plugin"
-    transport = "shm"
+    transport = "mapped"
 
     def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
         self._server = server

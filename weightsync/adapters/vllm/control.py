@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     import httpx
 
     from weightsync.adapters import EngineSpec
-    from weightsync.adapters.base import Finding, PauseMode, Resident
+    from weightsync.adapters.base import Finding, PauseMode
     from weightsync.adapters.vllm.path import EnginePath
     from weightsync.adapters.vllm.server import Hello
+    from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["VLLMAdapter"]
@@ -150,7 +151,7 @@ class VLLMAdapter(EngineAdapter):
                 f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="finish"
             )
 
-    async def verify(self, *, deadline: float) -> Sequence[Resident] | None:
+    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None: what vLLM holds is fused, sharded and packed for its kernels."""
         return None
 

@@ -23,7 +23,7 @@ class EnginePath(ABC):
     """One way into a server. Made anew for each incarnation of it."""
 
     name: str
-    transport = "shm"
+    transport = "mapped"
     keeps_version = False  # whether its workers keep the weight version
 
     def __init__(self, server: Server, *, draft: bool) -> None:

@@ -1,13 +1,12 @@
-"""Exports for readers that know torch and nothing of ours: a copy of the bucket for each of them.
+"""Exports for readers that know torch and nothing of ours: one for each of them, which torch itself counts.
 
 Stock engines open what they are given with torch's own functions, and torch counts who holds it: a storage shared by
 file name has a reference count, a CUDA-IPC export has one too. Both say when a reader is done, which is the fence; both
-demand that every export is opened exactly once. Here is the bookkeeping that both share. What a copy is, and how it is
-opened, is `torch_shm.py` and `torch_cuda.py`.
+demand that every export is opened exactly once, so that each reader is given its own. Here is the bookkeeping that both
+share. What an export is, and how it is opened, is `torch_shm.py` (a copy) and `torch_cuda.py` (the slot itself).
 
-A copy for each reader is the price of independence where a reader cannot be made to map a slot. There is no reading
-side of ours, so the conformance suite does not apply: tests open tickets with torch's own functions, in processes that
-know nothing of weightsync, and real engines do.
+There is no reading side of ours, so the conformance suite does not apply: tests open tickets with torch's own
+functions, in processes that know nothing of weightsync, and real engines do.
 """
 
 from __future__ import annotations
@@ -26,11 +25,11 @@ if TYPE_CHECKING:
 
     from weightsync.ipc.arena import Arena
 
-__all__ = ["Copy", "CopySender"]
+__all__ = ["Counted", "CountedSender"]
 
 
-class Copy(Protocol):
-    """One export: a bucket copied for one reader."""
+class Counted(Protocol):
+    """One export: a bucket for one reader."""
 
     @property
     def released(self) -> bool:
@@ -40,11 +39,11 @@ class Copy(Protocol):
         """What the reader opens it by."""
 
     def remove(self) -> None:
-        """Give its memory back; a reader that still has it open keeps what it has mapped."""
+        """Give back what it takes up; a reader that still has it open keeps what it has mapped."""
 
 
-class CopySender(BucketSender):
-    """Exports copies of slots of `arena`, which the caller owns and closes."""
+class CountedSender(BucketSender):
+    """Exports slots of `arena`, which the caller owns and closes."""
 
     def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums | None = None) -> None:
         super().__init__()
@@ -52,17 +51,17 @@ class CopySender(BucketSender):
         self._ledger = ledger if ledger is not None else Ledger()
         self._checksums = checksums if checksums is not None else Checksums(arena)
         self._exports = Exports(arena.slots, arena.slot_bytes)
-        self._copies: dict[tuple[int, str], Copy] = {}  # (slot, reader)
+        self._counted: dict[tuple[int, str], Counted] = {}  # (slot, reader)
         self._readers: set[str] = set()
         self._lock = threading.RLock()
 
     @abstractmethod
     def _check_possible(self) -> None:
-        """Raise `LocalProtocolError` or `TransportError` where such copies cannot be made at all."""
+        """Raise `LocalProtocolError` or `TransportError` where such exports cannot be made at all."""
 
     @abstractmethod
-    def _copy(self, data: memoryview) -> Copy:
-        """A copy of a bucket. Raises `TransportError` when there is no room."""
+    def _count(self, slot: int, nbytes: int) -> Counted:
+        """An export of a bucket. Raises `TransportError` when there is no room."""
 
     def offer(self, reader: str) -> bytes:
         """There is nothing to attach to: every ticket says all that its reader needs."""
@@ -84,15 +83,15 @@ class CopySender(BucketSender):
             self._exports.record(slot, export)
             tickets = {}
             for name in names:
-                copy = self._copies[slot, name] = self._copy(self._arena.slot(slot)[:nbytes])
+                counted = self._counted[slot, name] = self._count(slot, nbytes)
                 export.readers.add(name)
                 export.waiting[name] = 0
                 self._ledger.exported(name)
-                tickets[name] = copy.ticket(name, export.checksum)
+                tickets[name] = counted.ticket(name, export.checksum.value)
             return tickets
 
     def send(self, slot: int, *, deadline: float) -> None:
-        """Nothing to move: the readers look at their own copies."""
+        """Nothing to move: the readers look for themselves."""
         self._check_open()
         seconds_left(deadline, f"send of slot {slot}")
 
@@ -117,8 +116,8 @@ class CopySender(BucketSender):
     def close(self) -> None:
         self._ended.set()
         with self._lock:
-            while self._copies:
-                self._copies.popitem()[1].remove()
+            while self._counted:
+                self._counted.popitem()[1].remove()
 
     def abort(self) -> None:
         self.close()
@@ -128,14 +127,14 @@ class CopySender(BucketSender):
         export = self._exports.get(slot)
         if export is None:
             return ()
-        for reader in [name for name in export.waiting if self._copies[slot, name].released]:
+        for reader in [name for name in export.waiting if self._counted[slot, name].released]:
             self._forget(slot, reader)
             self._ledger.opened(reader)
             self._ledger.closed(reader)
         return tuple(export.waiting)
 
     def _forget(self, slot: int, reader: str) -> None:
-        self._copies.pop((slot, reader)).remove()
+        self._counted.pop((slot, reader)).remove()
         export = self._exports.get(slot)
         if export is not None:
             export.waiting.pop(reader, None)

@@ -1,0 +1,151 @@
+"""What describing a rank's weights costs before a push: the first time, and again when nothing but values has changed.
+
+    python -m bench.bench_describe --json out.json
+
+"Changed" is a push after one parameter was replaced by one of another shape: everything is described anew. "Moved" is
+one after every tensor got other memory. Collections of garbage that fall into a run count, as they do in a trainer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from bench.harness import report, timed
+from weightsync.sources import source_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+LAYERS, LEAVES = (
+    47,
+    404,
+)  # of 30 billion parameters: 128 experts of three weights in each layer, and what is around them
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds."""
+
+    case: str
+    tensors: int
+    first: float
+    again: float
+    again_worst: float
+    as_bfloat16: float
+    moved: float | None
+    changed: float
+
+
+class Leaf(nn.Module):
+    """One small weight."""
+
+    def __init__(self, make: Callable[[], torch.Tensor]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(make())
+
+
+def experts(make: Callable[[], torch.Tensor]) -> nn.Module:
+    """As many small weights as a mixture of experts has, each in a submodule."""
+    return nn.ModuleList(nn.ModuleDict({f"w{i}": Leaf(make) for i in range(LEAVES)}) for _ in range(LAYERS))
+
+
+def small() -> torch.Tensor:
+    """A float32 matrix."""
+    return torch.zeros(2, 2)
+
+
+def measured(case: str, weights: Any, move: Callable[[], object] | None, change: Callable[[], object]) -> Figures:
+    """Describe, again and again."""
+    start = time.perf_counter()
+    source = source_of(weights)
+    first = time.perf_counter() - start
+    tensors = len(source.layout())
+    again = timed(lambda: source_of(weights), runs=21)
+    as_bfloat16 = timed(lambda: source_of(weights, dtype="bfloat16"), runs=21)
+    moved = None
+    if move is not None:
+        move()
+        moved = timed(lambda: source_of(weights), runs=1, warmup=0).best
+    change()
+    changed = timed(lambda: source_of(weights), runs=1, warmup=0).best
+    return Figures(case, tensors, first, again.median, again.worst, as_bfloat16.median, moved, changed)
+
+
+def replace_last(module: nn.Module, make: Callable[[], torch.Tensor]) -> None:
+    """Give the last weight another shape."""
+    last = [child for child in module.modules() if isinstance(child, Leaf)][-1]
+    last.weight = nn.Parameter(make())
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    arguments = parser.parse_args()
+    figures = []
+
+    mapping = {f"t{i}": small() for i in range(19_000)}
+
+    def move_mapping() -> None:
+        mapping.update({name: tensor.clone() for name, tensor in mapping.items()})
+
+    figures.append(measured("mapping", mapping, move_mapping, lambda: mapping.update(t7=torch.zeros(3))))
+
+    module = experts(small)
+    modules = sum(1 for _ in module.modules())
+
+    def move_module() -> None:
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+
+    figures.append(
+        measured(
+            f"module, {modules:,} submodules", module, move_module, lambda: replace_last(module, lambda: torch.zeros(3))
+        )
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        mesh = init_device_mesh("cpu", (1,))
+
+        def sharded() -> torch.Tensor:
+            return DTensor.from_local(small(), mesh, [Shard(0)], run_check=False)
+
+        parallel = experts(sharded)
+        figures.append(
+            measured(
+                f"module of DTensors, {modules:,} submodules",
+                parallel,
+                None,
+                lambda: replace_last(parallel, lambda: DTensor.from_local(torch.zeros(3), mesh, [Shard(0)])),
+            )
+        )
+        dist.destroy_process_group()
+    rows = [
+        [
+            f.case,
+            f"{f.tensors:,}",
+            *(
+                "" if seconds is None else f"{seconds * 1e3:.1f} ms"
+                for seconds in (f.first, f.again, f.again_worst, f.as_bfloat16, f.moved, f.changed)
+            ),
+        ]
+        for f in figures
+    ]
+    columns = ("", "tensors", "first", "again", "worst", "as bfloat16", "moved", "changed")
+    report("Describing weights, one rank", columns, rows, list(map(asdict, figures)), arguments.json)
+
+
+if __name__ == "__main__":
+    main()

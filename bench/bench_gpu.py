@@ -1,0 +1,166 @@
+"""Pushes between GPUs of one host: FSDP2 shards into reference engines on the same GPUs, beside what the wires can do.
+
+    python -m bench.bench_gpu --model 30b-a3b --engines tp --json out.json
+
+Weights are random, shapes and names a real model's. Every push is verified: each engine's tensors are fingerprinted
+where they lie and compared with the trainer's. Seconds are medians over the pushes after two that warm up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_ceilings import measure
+from bench.harness import report
+from weightsync.adapters.reference.config import ModelConfig, write_config
+from weightsync.fleet import Fleet
+from weightsync.operator import fetch_status
+
+_QWEN3: Any = {"head_dim": 128, "dtype": "bfloat16", "vocab_size": 151936}
+MODELS = {
+    "0.6b": ModelConfig(
+        **_QWEN3,
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=28,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        tie_word_embeddings=True,
+    ),
+    "8b": ModelConfig(
+        **_QWEN3,
+        hidden_size=4096,
+        intermediate_size=12288,
+        num_hidden_layers=36,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+    ),
+    "30b-a3b": ModelConfig(
+        **_QWEN3,
+        architecture="Qwen3MoeForCausalLM",
+        hidden_size=2048,
+        intermediate_size=6144,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--model", choices=MODELS, default="30b-a3b")
+    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="trainer ranks, one a GPU")
+    parser.add_argument("--engines", choices=("tp", "replicas"), default="tp", help="one of tp N, or N of tp 1")
+    parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
+    parser.add_argument("--slots", type=int, default=3)
+    parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
+    parser.add_argument("--no-ceilings", action="store_true")
+    arguments = parser.parse_args()
+    ceilings = {} if arguments.no_ceilings else measure()
+    figures = {"ceilings": ceilings, **push(arguments)}
+    gpus = torch.cuda.device_count()
+    into_each = figures["bytes"] / (gpus if arguments.engines == "tp" else 1)
+    rate = into_each / figures["seconds"] / 1e9
+    rows = [
+        ["model", f"{arguments.model}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
+        ["GPUs, trainer ranks, engines", f"{gpus}, {arguments.ranks}, {arguments.engines}"],
+        ["arenas", f"{arguments.slots} slots of {arguments.slot} on each GPU"],
+        ["push, median", f"{figures['seconds']:.4f} s"],
+        ["  weights read until (trainer free)", f"{figures['until_filled']:.4f} s"],
+        *([f"  {name}", f"{seconds * 1e3:.1f} ms"] for name, seconds in figures["phases"].items()),
+        ["fill, into each GPU", f"{figures['bytes'] / gpus / figures['phases']['fill'] / 1e9:.0f} GB/s"],
+        ["load, into each GPU", f"{into_each / figures['phases']['load'] / 1e9:.0f} GB/s"],
+        ["whole push, into each GPU", f"{rate:.0f} GB/s"],
+        *([name, f"{value:.0f} GB/s"] for name, value in ceilings.items()),
+        ["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"],
+    ]
+    figures["gpu"] = {"name": torch.cuda.get_device_name(0), "count": gpus, "torch": torch.__version__}
+    report("pushes between GPUs", ("what", "figure"), rows, figures, arguments.json)
+
+
+def push(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the pushes and put the ranks' figures together."""
+    gpus = torch.cuda.device_count()
+    with Fleet() as fleet:
+        (fleet.root / "model").mkdir()
+        write_config(MODELS[arguments.model], fleet.root / "model")
+        flags = ["--load-format", "dummy"]
+        if arguments.engines == "tp":
+            engines = [fleet.start_engine("e0", fleet.root / "model", tp=gpus, device="cuda", flags=flags, wait=False)]
+        else:
+            engines = [
+                fleet.start_engine(
+                    f"e{i}",
+                    fleet.root / "model",
+                    device="cuda",
+                    flags=flags,
+                    wait=False,
+                    env={"CUDA_VISIBLE_DEVICES": str(i)},
+                )
+                for i in range(gpus)
+            ]
+        for engine in engines:
+            fleet.wait_engine(engine)
+        daemon = fleet.start_daemon(
+            "bench",
+            engines,
+            arena={"slots": arguments.slots, "slot_bytes": arguments.slot},
+            timeouts={"operation": 120.0},
+        )
+        before = _users()
+        script = Path(__file__).with_name("gpu_trainer.py")
+        options = ["--model", str(fleet.root / "model"), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
+        options += ["--pushes", str(arguments.pushes + 2)]
+        trainer = fleet.torchrun("trainer", script, arguments.ranks, options)
+        status = trainer.wait(500)
+        print(trainer.tail(60), file=sys.stderr)
+        if status:
+            raise SystemExit("\n".join([trainer.tail(100), daemon.tail(40), *(e.tail(20) for e in engines)]))
+        ranks = [json.loads((fleet.root / f"rank{r}.json").read_text()) for r in range(arguments.ranks)]
+        bridges = fetch_status(daemon.endpoint).bridges
+        used = [before.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
+    first = ranks[0]["pushes"][2:]
+    if not all(row["complete"] for row in first):
+        raise SystemExit(f"a push was not complete: {first[-1]['engines']}")
+
+    def median(rows: list[float]) -> float:
+        return statistics.median(rows)
+
+    return {
+        "bytes": first[0]["bytes"],
+        "tensors": first[0]["tensors"],
+        "buckets": first[0]["buckets"],
+        "seconds": median([row["wall_seconds"] for row in first]),
+        "seconds_all": [row["wall_seconds"] for row in first],
+        "until_filled": median(
+            [max(r["pushes"][i + 2]["until_filled_seconds"] for r in ranks) for i in range(len(first))]
+        ),
+        "blocked": max(r["blocked_median"] for r in ranks),
+        "phases": {name: median([row["phases"][name] for row in first]) for name in first[0]["phases"]},
+        "bridge_extra_mib": round(max(used)) if used else 0,
+    }
+
+
+def _users() -> dict[int, float]:
+    """MiB of GPU memory, by process."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    pairs = (line.split(",") for line in listed.splitlines() if line.strip())
+    return {int(pid): float(used) for pid, used in pairs if used.strip().isdigit()}
+
+
+if __name__ == "__main__":
+    main()

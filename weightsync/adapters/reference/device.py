@@ -1,0 +1,157 @@
+"""A rank's parameters on a GPU: one launch a bucket, and the lease ends when the GPU is past it.
+
+Loading returns when the launch is queued. Buckets of different owners are read on streams of their own, side by side,
+so that a rank draws from every GPU at once.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+import numpy as np
+import torch
+
+from weightsync.device.buckets import CheckedBuckets, copy_flat
+from weightsync.device.launch import COPY, SUM, BoxKernel, Table
+from weightsync.device.leases import LeaseKeeper
+from weightsync.device.table import SLOT, Place, box_items, joined
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weightsync.adapters.reference.loading import Held, LoadingPlan
+    from weightsync.plan.boxes import Words
+    from weightsync.transports.base import Lease
+
+__all__ = ["DeviceParameters", "Trial"]
+
+_CYCLES = 1.7e9  # of a GPU's clock in a second, about
+
+
+class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """For tests of the fence: a reader that copies each bucket whole and tells the checksum of what it got."""
+
+    slow: float = 0.0  # seconds that its GPU dawdles at most, at random, before it reads
+    hasty: bool = False  # and gives a bucket back before it has read it
+
+
+class _Prepared(NamedTuple):
+    plan: LoadingPlan
+    copies: tuple[Table, ...]  # per bucket
+    residents: Table
+    buckets: CheckedBuckets
+
+
+class DeviceParameters:
+    """`tensors` are the parameters by name, contiguous, on one GPU; they must stay where they are."""
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], trial: Trial | None = None) -> None:
+        self._bases = {name: at for at, name in enumerate(tensors)}
+        self._device = next(iter(tensors.values())).device
+        self._kernel = BoxKernel(self._device)
+        pointers = np.array([tensor.data_ptr() for tensor in tensors.values()], dtype=np.uint64)
+        self._pointers = torch.from_numpy(pointers.view(np.int64)).to(self._device)
+        self._streams: list[torch.cuda.Stream] = []
+        self._leases = LeaseKeeper()
+        self._trial = trial
+        self._random = random.Random(0)
+
+    def prepare(self, plan: LoadingPlan) -> _Prepared:
+        """A plan as tables on the GPU."""
+        shapes = plan.manifest.tensors.shapes
+        copies = []
+        for bucket in plan.copies:
+            parts = [
+                box_items(
+                    box.held.shape,
+                    box.held.itemsize,
+                    Place(SLOT, box.at, box.strides),
+                    self._place(box.held),
+                    tensor_shape=shapes[box.held.tensor],
+                    offset=box.held.offset,
+                )
+                for box in bucket
+            ]
+            copies.append(self._kernel.table(joined(parts)))
+        residents = [
+            box_items(
+                held.shape,
+                held.itemsize,
+                self._place(held),
+                None,
+                tensor_shape=shapes[held.tensor],
+                offset=held.offset,
+                total=at,
+            )
+            for at, held in enumerate(plan.residents)
+        ]
+        buckets = CheckedBuckets(self._kernel, plan.manifest)
+        return _Prepared(plan, tuple(copies), self._kernel.table(joined(residents)), buckets)
+
+    def load(self, prepared: _Prepared, bucket: int, lease: Lease) -> None:
+        """Queue the copies; the lease is released when the GPU is past them."""
+        manifest = prepared.plan.manifest
+        owner, owners = int(manifest.bucket_owner[bucket]), 1 + int(manifest.bucket_owner.max())
+        while len(self._streams) < owners:
+            self._streams.append(torch.cuda.Stream(self._device))
+        stream = self._streams[owner]
+        if self._trial is not None:
+            self._try(self._trial, prepared, bucket, lease, stream)
+            return
+        self._copy(prepared, bucket, lease.address, stream)
+        self._leases.keep(lease, _recorded(stream))
+
+    def settle(self, *, deadline: float) -> None:
+        """Wait for the loads that are queued."""
+        self._leases.settle(deadline=deadline)
+
+    def fingerprints(self, prepared: _Prepared) -> Words:
+        """uint64 [residents], of what lies in the parameters now."""
+        count = len(prepared.plan.residents)
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            totals = torch.zeros(max(1, count), dtype=torch.int64, device=self._device)
+            self._kernel.launch(prepared.residents, SUM, stream=stream, bases=self._pointers, totals=totals)
+            sums: Words = totals.cpu().numpy().view(np.uint64)[:count]
+        return sums
+
+    def close(self) -> None:
+        """Wait for the GPU: parameters may go away after this."""
+        torch.cuda.synchronize(self._device)
+
+    def _place(self, held: Held) -> Place:
+        return Place(self._bases[held.param], held.at, held.strides)
+
+    def _copy(self, prepared: _Prepared, bucket: int, slot: int, stream: torch.cuda.Stream) -> None:
+        self._kernel.launch(
+            prepared.copies[bucket],
+            COPY,
+            stream=stream,
+            bases=self._pointers,
+            slot=slot,
+            share=len(self._streams),
+        )
+
+    def _try(self, trial: Trial, prepared: _Prepared, bucket: int, lease: Lease, stream: torch.cuda.Stream) -> None:
+        """Load as a reader does that dawdles on its GPU, and that looks at what came."""
+        slot, nbytes = lease.address, lease.nbytes
+        with torch.cuda.device(self._device), torch.cuda.stream(stream):
+            mine = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            torch.cuda._sleep(int(self._random.random() * trial.slow * _CYCLES))
+            copy_flat(self._kernel, slot, mine, stream)
+        self._copy(prepared, bucket, mine.data_ptr(), stream)
+        if trial.hasty:
+            lease.release()
+        self._leases.keep(
+            lease,
+            _recorded(stream),
+            lambda: lease.confirm(prepared.buckets.checksum(bucket, mine.data_ptr(), stream)),
+        )
+
+
+def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(stream)
+    return event

@@ -1,0 +1,92 @@
+"""What one rank copies out of each bucket of a manifest, and what it then holds. Pure geometry."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightsync.adapters.reference.admission import held_names
+from weightsync.plan.boxes import packed_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.adapters.reference.config import ModelConfig
+    from weightsync.adapters.reference.sharding import RankLayout, Slice
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["Held", "LoadingPlan", "SlotBox", "plan_loading"]
+
+
+class Held(NamedTuple):
+    """A box of a pushed tensor, and its place in one of this rank's parameters. `at` and `strides` are in bytes."""
+
+    tensor: int  # index in the manifest
+    offset: tuple[int, ...]  # of the box in the tensor, in elements
+    shape: tuple[int, ...]
+    itemsize: int
+    param: str
+    at: int
+    strides: tuple[int, ...]
+
+
+class SlotBox(NamedTuple):
+    """A box that a bucket brings: where it goes, and where it lies in the slot, in bytes."""
+
+    held: Held
+    at: int
+    strides: tuple[int, ...]
+
+
+class LoadingPlan(NamedTuple):
+    """All that this rank does with the buckets of one manifest."""
+
+    manifest: Manifest
+    copies: tuple[tuple[SlotBox, ...], ...]  # per bucket
+    residents: tuple[Held, ...]  # what the rank holds of the manifest's tensors in the end
+
+
+def plan_loading(config: ModelConfig, layout: RankLayout, manifest: Manifest) -> LoadingPlan:
+    """The plan of the rank that holds `layout`, for a manifest that was admitted."""
+    names = held_names(config, manifest)
+    slices = [layout.slices.get(names[name], ()) for name in manifest.tensors.names]
+    itemsizes = manifest.tensors.itemsizes.tolist()
+    offsets, shapes = (column.tolist() for column in manifest.piece_boxes)
+    starts = manifest.piece_offset.tolist()
+    copies: list[list[SlotBox]] = [[] for _ in range(manifest.buckets)]
+    for bucket, here in enumerate(copies):
+        for piece in manifest.bucket_pieces(bucket):
+            tensor = int(manifest.piece_tensor[piece])
+            ndim, itemsize = len(manifest.tensors.shapes[tensor]), itemsizes[tensor]
+            low, size = offsets[piece][:ndim], shapes[piece][:ndim]
+            strides = packed_strides(size, itemsize)
+            for one in slices[tensor]:
+                held = _part(layout, tensor, itemsize, one, low, size)
+                if held is not None:
+                    at = starts[piece] + _inner(held.offset, low, strides)
+                    here.append(SlotBox(held, at, strides))
+    residents = [
+        _part(layout, tensor, itemsizes[tensor], one, one.offset, one.shape)
+        for tensor, several in enumerate(slices)
+        for one in several
+    ]
+    return LoadingPlan(manifest, tuple(map(tuple, copies)), tuple(held for held in residents if held is not None))
+
+
+def _part(
+    layout: RankLayout, tensor: int, itemsize: int, one: Slice, offset: Sequence[int], shape: Sequence[int]
+) -> Held | None:
+    """What of a slice lies in the box `shape` at `offset` of its tensor; None if nothing does."""
+    low = tuple(map(max, one.offset, offset))
+    high = [min(a + n, b + m) for a, n, b, m in zip(one.offset, one.shape, offset, shape, strict=True)]
+    size = tuple(end - first for first, end in zip(low, high, strict=True))
+    if any(n <= 0 for n in size):
+        return None
+    strides = packed_strides(layout.params[one.param], itemsize)
+    stacked = len(strides) - len(size)
+    at = sum(index * step for index, step in zip(one.at, strides, strict=True))
+    at += _inner(low, one.offset, strides[stacked:])
+    return Held(tensor, low, size, itemsize, one.param, at, strides[stacked:])
+
+
+def _inner(offset: Sequence[int], origin: Sequence[int], strides: Sequence[int]) -> int:
+    return sum((at - first) * step for at, first, step in zip(offset, origin, strides, strict=True))

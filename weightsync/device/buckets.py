@@ -1,0 +1,77 @@
+"""A bucket copied whole out of a slot on a GPU, and its checksum as its reader has it.
+
+The checksum is put together from the fingerprints of the tensors in the bucket, as the trainer's ranks have made it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weightsync.device.launch import COPY, SUM, BoxKernel, Table
+from weightsync.device.table import SLOT, Place, box_items, joined
+from weightsync.fingerprint import bucket_sum
+from weightsync.plan.boxes import packed_strides
+
+if TYPE_CHECKING:
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["CheckedBuckets", "copied", "copy_flat"]
+
+
+def copy_flat(kernel: BoxKernel, address: int, out: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    """Copy what begins at `address` into `out`, contiguous bytes on the kernel's GPU; queued on `stream`."""
+    nbytes = out.numel()
+    flat = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), Place(0, 0, (1,)), tensor_shape=(nbytes,), offset=(0,))
+    with torch.cuda.device(kernel.device), torch.cuda.stream(stream):
+        base = torch.tensor([out.data_ptr()], device=kernel.device)
+        kernel.launch(kernel.table(flat), COPY, stream=stream, bases=base, slot=address)
+
+
+def copied(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """What begins at `address`, uint8 [nbytes] on `device`; waits for it."""
+    out = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    stream = torch.cuda.current_stream(device)
+    copy_flat(BoxKernel(device), address, out, stream)
+    stream.synchronize()
+    return out
+
+
+class CheckedBuckets:
+    """Buckets of one manifest, for readers on the kernel's GPU."""
+
+    def __init__(self, kernel: BoxKernel, manifest: Manifest) -> None:
+        self._kernel = kernel
+        self._manifest = manifest
+        self._tables: dict[int, tuple[Table, np.ndarray[tuple[int], np.dtype[np.int32]]]] = {}
+
+    def copy(self, bucket: int, address: int, out: torch.Tensor, stream: torch.cuda.Stream) -> int:
+        """Copy the bucket that begins at `address` into `out`, uint8 [nbytes]; the checksum of what came. Waits."""
+        copy_flat(self._kernel, address, out, stream)
+        return self.checksum(bucket, out.data_ptr(), stream)
+
+    def checksum(self, bucket: int, address: int, stream: torch.cuda.Stream) -> int:
+        """The checksum of the bucket that begins at `address`; waits for `stream`."""
+        table, tensors = self._tables.get(bucket) or self._table(bucket)
+        with torch.cuda.device(self._kernel.device), torch.cuda.stream(stream):
+            totals = torch.zeros(max(1, len(tensors)), dtype=torch.int64, device=self._kernel.device)
+            self._kernel.launch(table, SUM, stream=stream, slot=address, totals=totals)
+            found = totals.cpu().numpy().view(np.uint64)[: len(tensors)]
+        return bucket_sum(tensors, found)
+
+    def _table(self, bucket: int) -> tuple[Table, np.ndarray[tuple[int], np.dtype[np.int32]]]:
+        manifest = self._manifest
+        pieces = manifest.bucket_pieces(bucket)
+        tensors, totals = np.unique(manifest.piece_tensor[pieces.start : pieces.stop], return_inverse=True)
+        parts = []
+        for piece, total in zip(pieces, totals.tolist(), strict=True):
+            tensor = int(manifest.piece_tensor[piece])
+            offset, shape = manifest.piece_box(piece)
+            itemsize = int(manifest.tensors.itemsizes[tensor])
+            src = Place(SLOT, int(manifest.piece_offset[piece]), packed_strides(shape, itemsize))
+            whole = manifest.tensors.shapes[tensor]
+            parts.append(box_items(shape, itemsize, src, None, tensor_shape=whole, offset=offset, total=total))
+        found = self._tables[bucket] = (self._kernel.table(joined(parts)), tensors)
+        return found

@@ -1,0 +1,154 @@
+"""Boxes as items of the kernel in `boxes.cu`. Pure numpy.
+
+A box is moved from one place to another, both given by a base (an index, whose address is known at the launch), an
+offset and strides. It becomes runs that are contiguous on both sides and within a row of the tensor, and the runs
+become items of at most `CHUNK` bytes: enough of them to keep every multiprocessor busy, each long enough to be worth a
+block.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    Items = npt.NDArray[Any]
+
+__all__ = ["BYTES", "CHUNK", "F32_TO_BF16", "ITEM", "SLOT", "Place", "box_items", "joined"]
+
+CHUNK = 128 * 1024  # bytes of an item
+SLOT = 0xFFFFFFFF  # the base that a launch is given by itself
+BYTES, F32_TO_BF16 = 0, 1  # what happens to each element on its way
+
+ITEM = np.dtype(
+    [
+        ("src", "<u8"),
+        ("dst", "<u8"),
+        ("col", "<u8"),
+        ("src_pitch", "<i8"),
+        ("dst_pitch", "<i8"),
+        ("col_step", "<i8"),
+        ("src_base", "<u4"),
+        ("dst_base", "<u4"),
+        ("row_bytes", "<u4"),
+        ("rows", "<u4"),
+        ("row", "<u4"),
+        ("row_step", "<u4"),
+        ("total", "<u4"),
+        ("op", "<u4"),
+    ]
+)
+"""`struct Item` of boxes.cu."""
+
+
+class Place(NamedTuple):
+    """Where a box lies: its first element's offset from the base, and the strides of its dimensions, all in bytes."""
+
+    base: int
+    offset: int
+    strides: tuple[int, ...]
+
+
+class _Dim(NamedTuple):
+    length: int
+    src: int  # bytes from one index to the next, on either side …
+    dst: int
+    col: int  # … and in the tensor's row; or
+    row: int  # rows of the tensor
+
+
+def box_items(
+    shape: tuple[int, ...],
+    itemsize: int,
+    src: Place,
+    dst: Place | None,
+    *,
+    tensor_shape: tuple[int, ...],
+    offset: tuple[int, ...],
+    total: int = 0,
+    op: int = BYTES,
+) -> Items:
+    """The items of one box, `ITEM` [n].
+
+    `itemsize` is that of what is written and summed. `dst` is None where the box is only summed. The box lies at
+    `offset` (elements) of a tensor of `tensor_shape`, which its fingerprint depends on; `total` says where that is
+    added.
+    """
+    if 0 in shape:
+        return np.empty(0, dtype=ITEM)
+    wide_src = itemsize if op == BYTES else 4
+    dims, row, col = _dims(shape, itemsize, src, dst, tensor_shape, offset)
+    run = 1
+    while dims and dims[-1].row == 0 and dims[-1][1:4] == (run * wide_src, run * itemsize, run * itemsize):
+        run *= dims.pop().length
+    rows = dims.pop() if dims else _Dim(1, 0, 0, 0, 0)
+    while dims and dims[-1][1:] == tuple(step * rows.length for step in rows[1:]):
+        rows = rows._replace(length=rows.length * dims.pop().length)
+    starts = np.array([[src.offset, dst.offset if dst is not None else 0, col, row]], dtype=np.int64)
+    for dim in dims:
+        starts = _spread(starts, dim, np.arange(dim.length))
+    run_bytes = run * itemsize
+    if run_bytes > CHUNK:
+        starts = _spread(starts, rows, np.arange(rows.length))
+        cuts = np.arange(0, run_bytes, CHUNK)
+        starts = _spread(starts, _Dim(0, wide_src, itemsize, itemsize, 0), cuts // itemsize)
+        lengths = np.minimum(CHUNK, run_bytes - cuts)
+        row_bytes, counts = np.tile(lengths, len(starts) // len(cuts)), np.ones(len(starts), dtype=np.int64)
+        rows = _Dim(1, 0, 0, 0, 0)
+    else:
+        several = min(rows.length, max(1, CHUNK // run_bytes))
+        firsts = np.arange(0, rows.length, several)
+        groups = np.minimum(several, rows.length - firsts)
+        starts = _spread(starts, rows, firsts)
+        counts = np.tile(groups, len(starts) // len(firsts))
+        row_bytes = np.full(len(starts), run_bytes)
+    items = np.zeros(len(starts), dtype=ITEM)
+    items["src"], items["dst"], items["col"], items["row"] = starts.T
+    items["src_pitch"], items["dst_pitch"] = rows.src, rows.dst
+    items["col_step"], items["row_step"] = rows.col, rows.row
+    items["src_base"] = src.base
+    items["dst_base"] = dst.base if dst is not None else SLOT
+    items["row_bytes"], items["rows"] = row_bytes, counts
+    items["total"], items["op"] = total, op
+    return items
+
+
+def joined(parts: Sequence[Items]) -> Items:
+    """Items of several boxes as one table; empty where there are none."""
+    return np.concatenate(parts) if parts else np.empty(0, dtype=ITEM)
+
+
+def _dims(
+    shape: tuple[int, ...],
+    itemsize: int,
+    src: Place,
+    dst: Place | None,
+    tensor_shape: tuple[int, ...],
+    offset: tuple[int, ...],
+) -> tuple[list[_Dim], int, int]:
+    """The dimensions longer than 1, and the row and the column (bytes) at which the box begins."""
+    in_rows = len(shape) > 1  # a tensor of one dimension is a single row
+    row = offset[0] if in_rows else 0
+    dims, col, step, packed = [], 0, itemsize, itemsize
+    for d in reversed(range(len(shape))):
+        of_row = in_rows and d == 0
+        if not of_row:
+            col += offset[d] * step
+        if shape[d] > 1:
+            there = dst.strides[d] if dst is not None else packed
+            dims.append(_Dim(shape[d], src.strides[d], there, 0 if of_row else step, int(of_row)))
+        step *= tensor_shape[d]
+        packed *= shape[d]
+    return dims[::-1], row, col
+
+
+def _spread(starts: npt.NDArray[np.int64], dim: _Dim, at: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """Each start [n, (src, dst, col, row)], once for each index `at` of a dimension."""
+    steps = np.asarray(at, dtype=np.int64)[:, None] * np.array(dim[1:], dtype=np.int64)
+    spread: npt.NDArray[np.int64] = (starts[:, None, :] + steps[None]).reshape(-1, 4)
+    return spread

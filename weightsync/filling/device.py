@@ -1,0 +1,213 @@
+"""Filling slots on GPUs: one launch a bucket, from this rank's memory into the owner's, checksums on the way.
+
+Every owner has a stream here, so that writes to all of them are under way at once and no link waits for another. What
+the kernel cannot take from where it lies (host memory, another GPU, a conversion other than float32 to bfloat16) is
+first copied to this rank's GPU, a bucket's part at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+
+from weightsync.device.launch import COPY, SUM, BoxKernel, Table
+from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.errors import ConfigError
+from weightsync.filling.program import Filled
+from weightsync.plan.boxes import packed_strides
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weightsync.filling.program import Program, Write
+    from weightsync.ipc.cuda import DeviceSlots
+    from weightsync.sources.base import Source
+
+__all__ = ["DeviceFill", "DeviceProgram", "local_tensors", "rank_device"]
+
+
+def rank_device(source: Source) -> torch.device:
+    """The GPU that this rank fills from: that of its weights, or the current one. Raises `ConfigError` without any."""
+    for shard in range(len(source.layout())):
+        local = source.local(shard)
+        if local is not None and local.is_cuda:
+            return local.device
+    if not torch.cuda.is_available():
+        raise ConfigError(
+            f"this node's slots lie on GPUs, and this process's torch ({torch.__version__}) sees none",
+            hint='give the trainer a GPU of the node, or set arena.device = "cpu" in the node config',
+        )
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def local_tensors(source: Source) -> list[torch.Tensor | None]:
+    """This rank's memory, by shard."""
+    return [source.local(shard) for shard in range(len(source.layout()))]
+
+
+class _Bucket(NamedTuple):
+    """One bucket of a program, on the GPU."""
+
+    table: Table
+    staged: tuple[Write, ...]  # parts that are copied to this GPU first; bases after those of the shards, in order
+    tensors: tuple[int, ...]  # of the manifest; totals `first` … hold their sums
+    first: int
+    nbytes: int
+
+
+class DeviceProgram:
+    """A program compiled for one GPU and for weights of given strides and types; kept as long as those stay."""
+
+    def __init__(self, program: Program, locals_: Sequence[torch.Tensor | None], device: torch.device) -> None:
+        self.signature = signature(locals_)
+        self.kernel = BoxKernel(device)
+        self.buckets: list[_Bucket] = []
+        self.totals = 0
+        for writes in program.writes:
+            self.buckets.append(self._bucket(writes, locals_, device))
+            self.totals += len(self.buckets[-1].tensors)
+
+    def _bucket(self, writes: Sequence[Write], locals_: Sequence[torch.Tensor | None], device: torch.device) -> _Bucket:
+        tensors = {tensor: at for at, tensor in enumerate(dict.fromkeys(write.tensor for write in writes))}
+        staged: list[Write] = []
+        parts = []
+        for write in writes:
+            local = locals_[write.shard]
+            op = BYTES
+            if local is not None and local.device == device and local.dtype == torch.float32:
+                op = F32_TO_BF16 if write.dtype == torch.bfloat16 else BYTES
+            if local is None or local.device != device or (op == BYTES and local.dtype != write.dtype):
+                src = Place(len(locals_) + len(staged), 0, packed_strides(write.shape, write.itemsize))
+                staged.append(write)
+                op = BYTES
+            else:
+                strides = tuple(step * local.element_size() for step in local.stride())
+                src = Place(write.shard, _inner(write.src_offset, strides), strides)
+            steps = packed_strides(write.piece_shape, write.itemsize)
+            parts.append(
+                box_items(
+                    write.shape,
+                    write.itemsize,
+                    src,
+                    Place(SLOT, write.begin + _inner(write.dst_offset, steps), steps),
+                    tensor_shape=write.global_shape,
+                    offset=write.global_offset,
+                    total=self.totals + tensors[write.tensor],
+                    op=op,
+                )
+            )
+        table = self.kernel.table(joined(parts))
+        return _Bucket(table, tuple(staged), tuple(tensors), self.totals, sum(write.nbytes for write in writes))
+
+
+def signature(locals_: Sequence[torch.Tensor | None]) -> int:
+    """What a `DeviceProgram` depends on besides the plan."""
+    return hash(tuple((t.stride(), t.dtype, t.device) if t is not None else None for t in locals_))
+
+
+@dataclass
+class _UnderWay:
+    bucket: int
+    event: torch.cuda.Event
+    kept: list[torch.Tensor] = field(default_factory=list)  # what the launch reads
+
+
+class DeviceFill:
+    """The filling of one push. `begin` returns at once; `finished` gives buckets as they become full."""
+
+    def __init__(
+        self,
+        source: Source,
+        program: DeviceProgram,
+        locals_: Sequence[torch.Tensor | None],
+        slots: Sequence[DeviceSlots],
+        ready: torch.cuda.Event | None,
+    ) -> None:
+        """`slots` are those of each bridge, mapped on the program's GPU; `ready` is past what computes the weights."""
+        device = program.kernel.device
+        self._source, self._program, self._slots = source, program, slots
+        self._pointers = [t.data_ptr() if t is not None else 0 for t in locals_]
+        self._streams = _streams(device, len(slots))
+        self._under_way: list[_UnderWay] = []
+        with torch.cuda.device(device), torch.cuda.stream(self._streams[0]):
+            self._bases = _addresses(self._pointers, device)
+            self._totals = torch.zeros(max(1, program.totals), dtype=torch.int64, device=device)
+            self._host = torch.empty(max(1, program.totals), dtype=torch.int64, pin_memory=True)
+            prepared = torch.cuda.Event()
+            prepared.record(self._streams[0])
+        for stream in self._streams:
+            stream.wait_event(prepared)
+            if ready is not None:
+                stream.wait_event(ready)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a bucket was begun that `finished` has not told of."""
+        return bool(self._under_way)
+
+    def begin(self, bucket: int, bridge: int, slot: int) -> None:
+        """Have this rank's parts of a bucket written into a slot. Raises `SourceError`."""
+        what, stream = self._program.buckets[bucket], self._streams[bridge]
+        device = self._program.kernel.device
+        under_way = _UnderWay(bucket, torch.cuda.Event())
+        with torch.cuda.device(device), torch.cuda.stream(stream):
+            bases = self._bases
+            if what.staged:
+                under_way.kept = [self._staged(write, device) for write in what.staged]
+                bases = _addresses([*self._pointers, *(t.data_ptr() for t in under_way.kept)], device)
+                under_way.kept.append(bases)
+            self._program.kernel.launch(
+                what.table,
+                COPY | SUM,
+                stream=stream,
+                bases=bases,
+                slot=self._slots[bridge].slot(slot),
+                totals=self._totals,
+                share=len(self._streams),
+            )
+            mine = slice(what.first, what.first + len(what.tensors))
+            self._host[mine].copy_(self._totals[mine], non_blocking=True)
+            under_way.event.record(stream)
+        self._under_way.append(under_way)
+
+    def finished(self) -> Iterator[Filled]:
+        """Buckets that are full and have not been told of; raises what went wrong on the GPU."""
+        for one in [one for one in self._under_way if one.event.query()]:
+            self._under_way.remove(one)
+            what = self._program.buckets[one.bucket]
+            sums = self._host[what.first : what.first + len(what.tensors)].numpy().view(np.uint64).tolist()
+            yield Filled(one.bucket, what.nbytes, dict(zip(what.tensors, sums, strict=True)))
+
+    def close(self) -> None:
+        """Wait for what was begun: slots and weights may change or go away after this."""
+        for one in self._under_way:
+            one.event.synchronize()
+        self._under_way.clear()
+
+    def _staged(self, write: Write, device: torch.device) -> torch.Tensor:
+        """One part on this GPU, as it is sent."""
+        part = torch.empty(write.shape, dtype=write.dtype, device=device)
+        self._source.read_into(write.shard, write.src_offset, write.shape, part)
+        return part
+
+
+_STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
+
+
+def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
+    """This process's streams for that many owners; made once."""
+    known = _STREAMS.setdefault(device, [])
+    while len(known) < count:
+        known.append(torch.cuda.Stream(device))
+    return known[:count]
+
+
+def _addresses(pointers: Sequence[int], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.array(pointers or [0], dtype=np.uint64).view(np.int64)).to(device)
+
+
+def _inner(offset: Sequence[int], strides: Sequence[int]) -> int:
+    return sum(at * step for at, step in zip(offset, strides, strict=True))

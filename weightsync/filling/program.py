@@ -1,0 +1,105 @@
+"""What one rank writes where in a push of one plan. Pure but for torch's names of element types."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from weightsync.plan.dtypes import BY_NAME
+from weightsync.plan.parts import parts_by_bucket
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from weightsync.plan.layout import Layout
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["Filled", "Program", "Write", "compile_program"]
+
+
+@dataclass(frozen=True)
+class Filled:
+    """One bucket in which this rank's parts lie now."""
+
+    bucket: int
+    nbytes: int
+    sums: dict[int, int]  # tensor of the manifest → fingerprint of what this rank wrote of it
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """One part: a box of a local shard, and its place in the slot."""
+
+    shard: int
+    src_offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    itemsize: int
+    begin: int  # bytes of the slot that the part's piece takes up
+    end: int
+    piece_shape: tuple[int, ...]
+    dst_offset: tuple[int, ...]
+    whole_piece: bool
+    tensor: int
+    global_shape: tuple[int, ...]
+    global_offset: tuple[int, ...]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Program:
+    """Everything this rank writes in a push of one plan, by bucket."""
+
+    plan: bytes
+    writes: tuple[tuple[Write, ...], ...]
+
+    @property
+    def buckets(self) -> int:
+        """In how many buckets this rank has a part."""
+        return sum(1 for bucket in self.writes if bucket)
+
+
+def compile_program(plan: bytes, manifest: Manifest, layout: Layout, fills: np.ndarray[Any, Any]) -> Program:
+    """The program of the rank that has `layout`. Raises `RemoteProtocolError` where plan and layout do not fit."""
+    table = manifest.tensors
+    local = layout.tensors
+    dtypes = [getattr(torch, name) for name in table.dtypes]
+    writes: list[tuple[Write, ...]] = []
+    offsets = layout.offset.tolist()
+    local_names = local.names
+    for parts in parts_by_bucket(manifest, layout, fills):
+        bucket: list[Write] = []
+        for part in parts:
+            tensor = int(manifest.piece_tensor[part.piece])
+            itemsize = BY_NAME[table.dtypes[tensor]].itemsize
+            _, piece_shape = manifest.piece_box(part.piece)
+            begin = int(manifest.piece_offset[part.piece])
+            count = int(manifest.piece_count[part.piece])
+            shape = part.shape
+            shard_offset = offsets[part.shard][: len(shape)]
+            numel = 1
+            for length in shape:
+                numel *= length
+            assert local_names[int(layout.tensor[part.shard])] == table.names[tensor]
+            bucket.append(
+                Write(
+                    shard=part.shard,
+                    src_offset=part.src_offset,
+                    shape=shape,
+                    dtype=dtypes[tensor],
+                    itemsize=itemsize,
+                    begin=begin,
+                    end=begin + count * itemsize,
+                    piece_shape=piece_shape,
+                    dst_offset=part.dst_offset,
+                    whole_piece=numel == count,
+                    tensor=tensor,
+                    global_shape=table.shapes[tensor],
+                    global_offset=tuple(a + b for a, b in zip(shard_offset, part.src_offset, strict=True)),
+                    nbytes=numel * itemsize,
+                )
+            )
+        writes.append(tuple(bucket))
+    return Program(plan, tuple(writes))

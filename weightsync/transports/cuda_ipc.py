@@ -1,0 +1,143 @@
+"""CUDA IPC: slots on a bridge's GPU, read where they lie by kernels on the reader's own GPU.
+
+Fences stay in the arena's file in host memory. A reader releases its lease when its stream is past the kernels that
+read; whoever fills does not say so before its own stream is past the writes. Both ends have synchronised with the host
+before the other side hears of it, so that no interprocess CUDA event is needed: the checksum that travels with the word
+"filled" has to reach the host in any case.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsync.ipc.arena import Arena
+from weightsync.ipc.cuda import DeviceSlots
+from weightsync.transports.base import Capabilities, damaged
+from weightsync.transports.exports import Checksum, Checksums
+from weightsync.transports.mapped import MappedReceiver, MappedSender
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.ipc.arena import ArenaOffer
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.transports.mapped import MappedTicket
+
+__all__ = ["CudaIpcReceiver", "CudaIpcSender", "DeviceChecksums"]
+
+CAPABILITIES = Capabilities(device="cuda", scope="node", collective=False)
+
+
+def _flat_sum(address: int, nbytes: int, device: int) -> int:
+    """The fingerprint of `nbytes` of GPU memory as one tensor of bytes; launches a kernel and waits for it."""
+    import torch
+
+    from weightsync.device.launch import SUM, BoxKernel
+    from weightsync.device.table import SLOT, Place, box_items
+
+    where = torch.device("cuda", device)
+    kernel = BoxKernel(where)
+    items = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), None, tensor_shape=(nbytes,), offset=(0,))
+    totals = torch.zeros(1, dtype=torch.int64, device=where)
+    stream = torch.cuda.current_stream(where)
+    kernel.launch(kernel.table(items), SUM, stream=stream, slot=address, totals=totals)
+    return int(totals.cpu().numpy().view(np.uint64)[0])
+
+
+class DeviceChecksums(Checksums):
+    """Checksums of slots on a GPU. A push brings its own, made by the trainer's ranks while they fill: a bridge
+    computes none, and so launches no kernel between those of trainer and engine.
+    """
+
+    def __init__(self, arena: Arena, slots: DeviceSlots) -> None:
+        super().__init__(arena)
+        self._slots = slots
+
+    def compute(self, slot: int, nbytes: int, between: Callable[[], None] | None) -> Checksum:
+        if between is not None:
+            between()
+        return Checksum("fingerprint-64", _flat_sum(self._slots.slot(slot), nbytes, self._slots.device))
+
+
+class CudaIpcSender(MappedSender):
+    """Exports slots of an arena on this process's GPU. The caller owns and closes both `arena` and `slots`."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(
+        self,
+        arena: Arena,
+        slots: DeviceSlots,
+        *,
+        ledger: Ledger | None = None,
+        checksums: Checksums | None = None,
+    ) -> None:
+        super().__init__(
+            arena, ledger=ledger, checksums=checksums if checksums is not None else DeviceChecksums(arena, slots)
+        )
+
+
+class _DeviceMapping:
+    """An arena mapped here: its fences, and its slots on this process's GPU.
+
+    Unmapped when the last lease is over: a kernel that reads what was unmapped ends the process's CUDA context.
+    """
+
+    def __init__(self, arena: Arena, slots: DeviceSlots) -> None:
+        self.arena = arena
+        self._slots = slots
+        self._leases = 0
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def lend(self, slot: int, nbytes: int) -> int:
+        address = self._slots.slot(slot)
+        with self._lock:
+            self._leases += 1
+        return address
+
+    def returned(self) -> None:
+        with self._lock:
+            self._leases -= 1
+            last = self._closed and not self._leases
+        if last:
+            self._slots.close()
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            last = not self._leases
+        if last:
+            self._slots.close()
+        self.arena.close()
+
+
+class CudaIpcReceiver(MappedReceiver):
+    """Reads slots on GPUs, by kernels on `device` of this process: the GPU that the reader itself works on."""
+
+    capabilities = CAPABILITIES
+
+    def __init__(self, device: int) -> None:
+        super().__init__()
+        self.device = device
+
+    def _map(self, offer: ArenaOffer) -> _DeviceMapping:
+        arena = Arena.attach(offer, writable=False)
+        try:
+            return _DeviceMapping(arena, DeviceSlots.open(offer, self.device))
+        except BaseException:
+            arena.close()
+            raise
+
+    def _verify(self, lent: memoryview | int, ticket: MappedTicket, between: Callable[[], None]) -> None:
+        """A checksum over tensors is left to who knows them, by `Lease.confirm`."""
+        if ticket.algorithm != "fingerprint-64":
+            return
+        assert isinstance(lent, int)
+        between()
+        found = _flat_sum(lent, ticket.nbytes, self.device)
+        if found != ticket.checksum:
+            raise damaged(ticket.sequence, found, ticket.checksum)
