@@ -10,6 +10,7 @@ import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:
     local = torch.empty(NBYTES, dtype=torch.uint8, device=device)
     kernel = BoxKernel(device)
     part = NBYTES // gpus
+    turns = [(rank + step) % gpus for step in range(gpus)]
     bases = torch.tensor([local.data_ptr(), *addresses], device=device)
     streams = [torch.cuda.Stream(device) for _ in range(gpus)]
     totals = torch.zeros(1, dtype=torch.int64, device=device)
@@ -78,6 +80,14 @@ def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:
     inside = flat(Place(0, 0, (1,)), Place(1 + rank, 0, (1,)), NBYTES)
     pulls = [flat(Place(1 + p, rank * part, (1,)), Place(0, p * part, (1,)), part) for p in range(gpus)]
     pushes = [flat(Place(0, p * part, (1,)), Place(1 + p, rank * part, (1,)), part) for p in range(gpus)]
+
+    def mixed(bases_of: list[tuple[Place, Place]]) -> Any:
+        """All peers in one launch, taking turns: no link waits for another."""
+        every = [box_items((part,), 1, src, dst, tensor_shape=(part,), offset=(0,)) for src, dst in bases_of]
+        return kernel.table(np.stack(every, axis=1).reshape(-1))
+
+    reads = mixed([(Place(1 + p, rank * part, (1,)), Place(0, p * part, (1,))) for p in turns])
+    writes = mixed([(Place(0, p * part, (1,)), Place(1 + p, rank * part, (1,))) for p in turns])
 
     def all_of(tables: list[Any], mode: int) -> float:
         def run() -> None:
@@ -99,9 +109,11 @@ def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:
             "copy on one GPU": all_of([inside], COPY),
             "copy on one GPU, with checksums": all_of([inside], COPY | SUM),
             "checksums alone": all_of([inside], SUM),
-            "each GPU reads from all": all_of(pulls, COPY),
-            "each GPU writes to all": all_of(pushes, COPY),
-            "each GPU writes to all, with checksums": all_of(pushes, COPY | SUM),
+            "each GPU reads from all": all_of([reads], COPY),
+            "each GPU writes to all": all_of([writes], COPY),
+            "each GPU reads from all, a launch each": all_of(pulls, COPY),
+            "each GPU writes to all, a launch each": all_of(pushes, COPY),
+            "each GPU writes to all, with checksums": all_of([writes], COPY | SUM),
         }
     )
     barrier.wait()

@@ -16,11 +16,12 @@ import json
 import os
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
 import urllib.request
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,7 +181,8 @@ def compare(found: list[Any], wanted: list[Any]) -> tuple[bool, float]:
 class Daemon:
     """One weightsyncd for the servers of a round."""
 
-    def __init__(self, servers: list[Server], options: argparse.Namespace) -> None:
+    def __init__(self, servers: list[Server], options: argparse.Namespace, model: str = "") -> None:
+        """Each engine takes pushes of its own name, or all take those of `model`."""
         self.endpoint = f"ipc://{options.logs}/d.sock"
         config = options.logs / "node.toml"
         lines = [
@@ -194,7 +196,7 @@ class Daemon:
         for server in servers:
             case = server.case
             lines += ["[[engines]]", f'name = "{case.name}"', f'kind = "{case.kind}"', f'url = "{server.url}"']
-            lines += [f'path = "{case.path}"', f'model = "{case.name}"']
+            lines += [f'path = "{case.path}"', f'model = "{model or case.name}"']
         config.write_text("\n".join(lines) + "\n")
         self.log = options.logs / "weightsyncd.log"
         with self.log.open("ab") as out:
@@ -246,6 +248,57 @@ def prove(case: Case, server: Server, daemon: Daemon, wanted: list[Any], options
     return outcome
 
 
+def soak(servers: list[Server], options: argparse.Namespace) -> dict[str, Any]:
+    """Push base and new in turn to all engines at once: is any memory left behind on a GPU, by any process?"""
+    daemon = Daemon(servers, options, model="soak")
+    before: dict[int, int] = {}
+    seconds, incomplete, problem = [], 0, ""
+    with ExitStack() as stack:
+        model = servers[0].case.model
+        pair = [stack.enter_context(CheckpointSource(options.models / f"{model}-{tag}")) for tag in ("base", "new")]
+        for turn in range(1, options.soak + 1):
+            try:
+                report = push_source(
+                    pair[turn % 2], version=100 + turn, model="soak", daemon=daemon.endpoint, timeout=120.0
+                )
+            except (WeightSyncError, OSError) as error:
+                incomplete, problem = incomplete + 1, f"{type(error).__name__}: {error}"
+                break
+            seconds.append(report.seconds)
+            if not report.complete:
+                incomplete += 1
+                problem = "; ".join(f"{e.engine}: {e.error.message}" for e in report.engines if e.error)
+            if turn == 2:
+                before = gpu_memory()
+    after = gpu_memory()
+    outstanding = sum(bridge.outstanding for bridge in fetch_status(daemon.endpoint).bridges)
+    daemon.stop()
+    grown = {pid: after[pid] - mib for pid, mib in before.items() if after.get(pid, mib) != mib}
+    found = {
+        "engines": [server.case.name for server in servers],
+        "pushes": len(seconds),
+        "incomplete": incomplete,
+        "problem": problem,
+        "processes": len(before),
+        "mib_grown_by_process": grown,
+        "outstanding": outstanding,
+        "seconds_median": statistics.median(seconds) if seconds else None,
+        "equal": bool(before) and not any(by > 0 for by in grown.values()) and not outstanding and not incomplete,
+    }
+    print(f"soak {found}", flush=True)
+    return found
+
+
+def gpu_memory() -> dict[int, int]:
+    """MiB on all GPUs, by process."""
+    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
+    used: dict[int, int] = {}
+    for line in subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines():
+        pid, _, mib = line.partition(",")
+        used[int(pid)] = used.get(int(pid), 0) + int(mib)
+    return used
+
+
 def rounds(cases: list[Case], most: int) -> list[list[Case]]:
     return [cases[at : at + most] for at in range(0, len(cases), most)]
 
@@ -258,6 +311,51 @@ def start(cases: list[Case], tag: str, gpus: int, options: argparse.Namespace, p
     return servers
 
 
+def play(
+    batch: list[Case],
+    wanted: dict[tuple[Any, ...], list[Any]],
+    outcomes: list[Outcome],
+    soaks: list[dict[str, Any]],
+    gpus: int,
+    options: argparse.Namespace,
+    port: int,
+) -> None:
+    """One round: the servers on BASE, and beside them those on NEW whose answers are not known yet."""
+    began = time.monotonic()
+    firsts = {c.oracle: Case(c.kind, "", c.model, c.tp, c.quantization) for c in batch if c.oracle not in wanted}
+    oracles = start(list(firsts.values()), "new", gpus, options, port)
+    servers = start(batch, "base", gpus, options, port + 200)
+    for oracle in oracles:
+        problem = oracle.wait()
+        if problem:
+            print(f"oracle {oracle.case.name}: {problem}", flush=True)
+        else:
+            wanted[oracle.case.oracle] = oracle.generate()
+        oracle.stop()
+    problems = {server.case.name: server.wait() for server in servers}
+    ready = [server for server in servers if not problems[server.case.name] and server.case.oracle in wanted]
+    outcomes += [Outcome(name, problem=problem) for name, problem in problems.items() if problem]
+    print(f"{len(ready)} of {len(batch)} servers ready after {time.monotonic() - began:.0f} s", flush=True)
+    daemon = Daemon(ready, options)
+    if not daemon.engines:
+        print(f"weightsyncd does not answer, see {daemon.log}", flush=True)
+    for server in ready:
+        outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
+        o = outcomes[-1]
+        print(
+            f"{'good' if o.good else 'BAD':4} {o.case:26} tokens {o.tokens_equal!s:5} "
+            f"logprob {o.worst_logprob:.0e} "
+            f"back {o.back_equal!s:5} seconds {o.seconds} {o.refused[:200]} {o.problem[:300]}",
+            flush=True,
+        )
+    daemon.stop()
+    if options.soak and ready:
+        soaks.append(soak(ready, options))
+    for server in servers:
+        server.stop()
+    print(f"{len(batch)} cases in {time.monotonic() - began:.0f} s", flush=True)
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--models", type=Path, required=True)
@@ -268,7 +366,8 @@ def main() -> int:
     p.add_argument("--memory", type=float, default=0.1)
     p.add_argument("--slot", default="4MiB")
     p.add_argument("--side-by-side", type=int, default=6)
-    p.add_argument("--only", default="", help="substring of cases' names")
+    p.add_argument("--only", default="", help="substrings of cases' names, by commas")
+    p.add_argument("--soak", type=int, default=0, help="then push so often to all engines of a round at once")
     p.add_argument("--json", type=Path, default=None)
     options = p.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -287,53 +386,20 @@ def main() -> int:
             *(Case(kind, way, quantization="fp8") for way in ways[kind]),
         )
     ]
-    cases = [case for case in cases if options.only in case.name]
+    cases = [case for case in cases if any(part in case.name for part in options.only.split(","))]
     wanted: dict[tuple[Any, ...], list[Any]] = {}
     outcomes: list[Outcome] = []
-    firsts = list({case.oracle: Case(case.kind, "", case.model, case.tp, case.quantization) for case in cases}.values())
-    port = 34000
-    for batch in rounds(firsts, options.side_by_side):
-        began, port = time.monotonic(), port + 200
-        servers = start(batch, "new", gpus, options, port)
-        for server in servers:
-            problem = server.wait()
-            if problem:
-                print(f"oracle {server.case.name}: {problem}", flush=True)
-            else:
-                wanted[server.case.oracle] = server.generate()
-        for server in servers:
-            server.stop()
-        print(f"{len(batch)} oracles in {time.monotonic() - began:.0f} s", flush=True)
-    for batch in rounds([case for case in cases if case.oracle in wanted], options.side_by_side):
-        began, port = time.monotonic(), port + 200
-        servers = start(batch, "base", gpus, options, port)
-        problems = {server.case.name: server.wait() for server in servers}
-        ready = [server for server in servers if not problems[server.case.name]]
-        outcomes += [Outcome(name, problem=problem) for name, problem in problems.items() if problem]
-        daemon = Daemon(ready, options)
-        if not daemon.engines:
-            print(f"weightsyncd does not answer, see {daemon.log}", flush=True)
-        for server in ready:
-            outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
-            o = outcomes[-1]
-            print(
-                f"{'good' if o.good else 'BAD':4} {o.case:26} tokens {o.tokens_equal!s:5} "
-                f"logprob {o.worst_logprob:.0e} "
-                f"back {o.back_equal!s:5} seconds {o.seconds} {o.refused[:200]} {o.problem[:300]}",
-                flush=True,
-            )
-        daemon.stop()
-        for server in servers:
-            server.stop()
-        print(f"{len(batch)} cases in {time.monotonic() - began:.0f} s", flush=True)
+    soaks: list[dict[str, Any]] = []
+    for number, batch in enumerate(rounds(cases, options.side_by_side)):
+        play(batch, wanted, outcomes, soaks, gpus, options, 34000 + 400 * number)
     good = sum(o.good for o in outcomes)
     print(f"{good} of {len(cases)} cases good on {gpus} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}")
     if options.json is not None:
         about = {"gpus": gpus, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "command": sys.argv}
         options.json.write_text(
-            json.dumps({**about, "cases": [asdict(o) | {"good": o.good} for o in outcomes]}, indent=1)
+            json.dumps({**about, "cases": [asdict(o) | {"good": o.good} for o in outcomes], "soaks": soaks}, indent=1)
         )
-    return 0 if good == len(cases) else 1
+    return 0 if good == len(cases) and all(s["equal"] for s in soaks) else 1
 
 
 if __name__ == "__main__":

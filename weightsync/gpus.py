@@ -1,4 +1,4 @@
-"""Which GPUs a process sees, told from the outside: its CUDA_VISIBLE_DEVICES and the driver's list, no CUDA context.
+"""This machine's GPUs, told from the outside: by nvidia-smi and environment variables, with no CUDA context.
 
 Ordinals mean something in one process only. Between processes a GPU is named by its UUID, here as torch prints it,
 without the `GPU-` that the driver and CUDA_VISIBLE_DEVICES put before it.
@@ -6,38 +6,90 @@ without the `GPU-` that the driver and CUDA_VISIBLE_DEVICES put before it.
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["all_gpus", "free_memory", "seen_by"]
+__all__ = ["Gpu", "all_gpus", "driver_cuda", "peer_states", "seen_by", "survey"]
+
+_SECONDS = 10  # for nvidia-smi to answer
+_NO_DEVICES = "No devices were found"  # its words where the driver is well and there is no GPU
+_UNDERLINED = re.compile(r"\x1b\[\d*m")  # how some versions print the heads of tables
+
+
+class Gpu(NamedTuple):
+    """What the driver says of one GPU."""
+
+    uuid: str
+    free: int | None  # bytes of its memory; None where the driver does not say
+    mig: bool  # it is divided into instances
+
+
+def survey() -> list[Gpu]:
+    """This machine's GPUs (this container's), in the driver's order; empty where there is no nvidia-smi.
+
+    Calls it once. Raises `ConfigError` where it is there and fails.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = _nvidia_smi("--query-gpu=uuid,memory.free,mig.mode.current", "--format=csv,noheader,nounits")
+    rows = [[value.strip() for value in line.split(",")] for line in listed.splitlines() if line.strip()]
+    return [
+        Gpu(uuid.removeprefix("GPU-"), int(mebibytes) * 2**20 if mebibytes.isdecimal() else None, mode == "Enabled")
+        for uuid, mebibytes, mode in rows
+    ]
 
 
 def all_gpus() -> list[str]:
-    """UUIDs of this machine's GPUs (of this container's), in the driver's order; empty where there is none.
+    """Their UUIDs. Raises as `survey`."""
+    return [gpu.uuid for gpu in survey()]
 
-    Asks nvidia-smi, and gives it ten seconds.
+
+def driver_cuda() -> tuple[int, int]:
+    """The latest CUDA that the driver runs, as (major, minor). Raises `ConfigError` where nvidia-smi does not say."""
+    told = _nvidia_smi("--version")
+    found = re.search(r"^\s*CUDA[\w ]*version\s*:\s*(\d+)\.(\d+)", told, re.IGNORECASE | re.MULTILINE)
+    if found is None:
+        raise ConfigError("nvidia-smi --version names no CUDA version", hint="is the driver installed whole?")
+    return int(found[1]), int(found[2])
+
+
+def peer_states() -> dict[tuple[int, int], str]:
+    """Whether each GPU can read each other one's memory: "OK", or nvidia-smi's word for why not (GNS, CNS, TNS, …).
+
+    Keys are (reader, owner), by place in the driver's order. Raises `ConfigError` where nvidia-smi fails.
     """
-    return [uuid for uuid, *_ in _query("uuid")]
+    states: dict[tuple[int, int], str] = {}
+    for line in _nvidia_smi("topo", "-p2p", "r").splitlines():
+        head, *cells = _UNDERLINED.sub("", line).split() or [""]
+        if re.fullmatch(r"GPU\d+", head) and cells and not cells[0].startswith("GPU"):
+            reader = int(head.removeprefix("GPU"))
+            states |= {(reader, owner): cell for owner, cell in enumerate(cells) if owner != reader}
+    return states
 
 
-def free_memory() -> dict[str, int]:
-    """Free bytes of each of this machine's GPUs, by UUID."""
-    return {uuid: int(mebibytes) * 2**20 for uuid, mebibytes in _query("uuid,memory.free") if mebibytes.isdecimal()}
-
-
-def _query(fields: str) -> list[list[str]]:
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+def _nvidia_smi(*arguments: str) -> str:
+    """What it prints; nothing where it finds no GPU. Raises `ConfigError` with its own words where it fails."""
+    command = ["nvidia-smi", *arguments]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [[value.strip() for value in line.split(",")] for line in listed.splitlines() if line.strip()]
-    return [[uuid.removeprefix("GPU-"), *rest] for uuid, *rest in rows]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"GPUs cannot be asked about: {error}", hint="nvidia-smi has to work") from error
+    if _NO_DEVICES in done.stdout:
+        return ""
+    if done.returncode:
+        words = " ".join(f"{done.stdout} {done.stderr}".split())
+        raise ConfigError(
+            f"{' '.join(command)} fails with status {done.returncode}: {words}",
+            hint="mend the driver (in a container: --gpus=all), or remove nvidia-smi where there is no GPU",
+        )
+    return done.stdout
 
 
 def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:

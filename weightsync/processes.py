@@ -6,7 +6,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["environment", "listener", "same_namespace", "started"]
+__all__ = ["command", "environment", "listener", "same_namespace", "started"]
 
 _LISTEN = "0A"
 
@@ -52,8 +52,15 @@ def environment(pid: int) -> dict[str, str]:
     return {}
 
 
-def same_namespace(pid: int, kind: str) -> bool:
-    """Whether it shares this process's namespace of `kind` ("pid", "ipc", "net"); True where one cannot tell."""
+def command(pid: int) -> str:
+    """The name of its program, of which the kernel keeps 15 characters; empty if there is none."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
+    return ""
+
+
+def same_namespace(pid: int, kind: str) -> bool | None:
+    """Whether it shares this process's namespace of `kind` ("pid", "ipc", "net"); None where that may not be seen."""
     with suppress(OSError):
         return os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
-    return True
+    return None

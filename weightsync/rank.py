@@ -350,12 +350,13 @@ class RankPush:
             return HostFill(self._source, program, arenas)
         from weightsync.filling import device as on_device
 
-        gpu, locals_ = on_device.rank_device(self._source), on_device.local_tensors(self._source)
+        gpu, held = on_device.rank_device(self._source), on_device.Held(self._source)
         known = _MEMORY.device_programs.get(key)
-        if known is None or known.kernel.device != gpu or known.signature != on_device.signature(locals_):
-            known = _MEMORY.device_programs[key] = on_device.DeviceProgram(program, locals_, gpu)
+        if known is None or not known.fits(held, gpu):
+            known = _MEMORY.device_programs[key] = on_device.DeviceProgram(program, held, gpu)
+        known.update(held)
         slots = [_MEMORY.map_slots(offer, gpu.index) for offer in offers]
-        return on_device.DeviceFill(self._source, known, locals_, slots, self._ready)
+        return on_device.DeviceFill(self._source, known, slots, self._ready)
 
     def _fill(self, lease: msg.Lease) -> None:
         program, filling = self._program, self._filling

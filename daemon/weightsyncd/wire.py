@@ -26,7 +26,6 @@ __all__ = ["NodeWire"]
 
 logger = logging.getLogger(__name__)
 
-_POLL_FIRST, _POLL_LAST = 0.0005, 0.02  # seconds between looks at a fence that has not passed
 _REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
 
 
@@ -141,29 +140,22 @@ class NodeWire:
         released = ev.BucketReleased(engine=engine, bucket=bucket)
         if place is None:
             return released
-        slot, pause = place[0], _POLL_FIRST
-        while time.monotonic() < instruction.deadline:
-            try:
-                reply = await self.bridges[slot.bridge].call(
-                    commands.Pending(slot=slot.index), deadline=instruction.deadline
-                )
-            except TransportTimeout:
-                break
-            except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
-                logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
-                return released
-            if not any(reader.rpartition("/")[0] == engine for reader in reply.readers):
-                context.held.discard((engine, bucket))
-                damaged = [reader for reader in reply.damaged if reader.rpartition("/")[0] == engine]
-                if damaged:
-                    logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, damaged)
-                return msgspec.structs.replace(released, damaged=bool(damaged))
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, _POLL_LAST)
-        logger.error("[engine=%s v=%d bucket=%d] never released its slot", engine, context.version, bucket)
-        self.leaks += 1
-        await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
-        return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
+        slot, readers = place[0], tuple(self._readers(self.engines[engine]))
+        wait = commands.AwaitReleased(slot=slot.index, readers=readers)
+        try:
+            reply = await self.bridges[slot.bridge].call(wait, deadline=instruction.deadline)
+        except TransportTimeout as error:
+            logger.error("[v=%d bucket=%d] never given back: %s", context.version, bucket, error.message)  # noqa: TRY400
+            self.leaks += 1
+            await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
+            return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
+        except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
+            logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
+            return released
+        context.held.discard((engine, bucket))
+        if reply.damaged:
+            logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, reply.damaged)
+        return msgspec.structs.replace(released, damaged=bool(reply.damaged))
 
     async def revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:
         context.tickets.pop((engine, bucket), None)

@@ -1,4 +1,7 @@
-"""A `CudaIpcReceiver` in a process of its own, as another engine's worker has one, driven through a pipe."""
+"""A `CudaIpcReceiver` in a process of its own, as another engine's worker has one, driven through a pipe.
+
+The processes stay for the next receiver: each takes seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 SECONDS = 60.0
+_PIPES: dict[int, Any] = {}
 
 
 def serve(pipe: Connection, device: int) -> None:
@@ -31,7 +35,10 @@ def serve(pipe: Connection, device: int) -> None:
         except EOFError:
             return
         try:
-            if name == "receive":
+            if name == "start":
+                receiver, leases = CudaIpcReceiver(device), {}
+                pipe.send(None)
+            elif name == "receive":
                 ticket, deadline, verify = arguments
                 lease = receiver.receive(ticket, deadline=deadline, verify=verify)
                 leases[len(leases)] = lease, lease.address
@@ -57,13 +64,15 @@ class FarReceiver(BucketReceiver):
 
     capabilities = CAPABILITIES
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, rank: int, device: int) -> None:
         super().__init__()
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, device), daemon=True)
-        self._process.start()
-        theirs.close()
+        if rank not in _PIPES:
+            context = multiprocessing.get_context("spawn")
+            _PIPES[rank], theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs, device), daemon=True).start()
+            theirs.close()
+        self._pipe = _PIPES[rank]
+        self._ask("start")
         self.leases: dict[Lease, int] = {}
 
     def accept(self, offer: bytes, *, deadline: float) -> None:
@@ -91,12 +100,6 @@ class FarReceiver(BucketReceiver):
         if not self.closed:
             self._ended.set()
             self._ask("abort")
-
-    def end(self) -> None:
-        """End the process."""
-        self._pipe.close()
-        self._process.join(SECONDS)
-        self._process.close()
 
     def _ask(self, *request: Any) -> Any:
         self._pipe.send(request)

@@ -74,7 +74,7 @@ class Pair:
 def pairs(readers: int, slots: int, slot_bytes: int) -> Iterator[Pair]:
     gpus = torch.cuda.device_count()
     with gpu_arena(slots, slot_bytes) as (arena, memory):
-        receivers = [FarReceiver(rank % gpus) for rank in range(readers)]
+        receivers = [FarReceiver(rank, rank % gpus) for rank in range(readers)]
         pair = Pair(arena, memory, receivers)
         try:
             yield pair
@@ -82,12 +82,12 @@ def pairs(readers: int, slots: int, slot_bytes: int) -> Iterator[Pair]:
             pair.sender.close()
             for receiver in receivers:
                 receiver.close()
-                receiver.end()
 
 
 @pytest.mark.parametrize("check", transport_checks())
 def test_conformance(check):
-    multiprocessing.get_context("spawn").Process(target=int).start()  # what starts once, such as a resource tracker
+    for rank in range(2):  # these stay, and are no leak
+        FarReceiver(rank, rank % torch.cuda.device_count())
     check_transport(pairs, only=check)
 
 

@@ -55,9 +55,12 @@ MODELS = {
 }
 
 
+TPS = {"dense": (1, 2, 8), "tied": (1, 4), "moe": (2, 4)}
+
+
 @dataclass
 class Node:
-    """A daemon with engines of tp 1, 2 and 4 for each model, on checkpoint A."""
+    """A daemon with engines for each model, on checkpoint A; ranks beyond the number of GPUs share them."""
 
     fleet: Fleet
     daemon: Daemon
@@ -93,7 +96,7 @@ def node() -> Iterator[Node]:
                 fleet.start_engine(
                     f"{model}{tp}", fleet.root / f"{model}-A", tp=tp, model=model, device="cuda", wait=False
                 )
-                for tp in (1, 2, 4)
+                for tp in TPS[model]
             ]
         every = [engine for several in engines.values() for engine in several]
         for engine in every:
@@ -131,15 +134,18 @@ def test_weights_that_lie_otherwise(node, kind, gpus):
     node.assert_holds("dense", wanted, version)
 
 
-@pytest.mark.parametrize(("model", "master"), [("dense", ""), ("moe", ""), ("tied", "float32")])
-def test_fsdp2_ranks_push_their_shards(node, model, master, gpus, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "master", "share"), [("dense", "", 1), ("moe", "", 1), ("tied", "float32", 1), ("dense", "", 2)]
+)
+def test_fsdp2_ranks_push_their_shards(node, model, master, share, gpus, tmp_path):
+    ranks = max(1, gpus // share)
     first, second = next(node.versions), next(node.versions)
     checkpoint = f"{node.fleet.root}/{model}-B"
     arguments = [checkpoint, node.daemon.endpoint, str(first), str(tmp_path), "2", master, model]
-    trainer = node.fleet.torchrun(f"fsdp2-{model}", Path(__file__).with_name("fsdp2_push.py"), gpus, arguments)
+    trainer = node.fleet.torchrun(f"fsdp2-{model}{ranks}", Path(__file__).with_name("fsdp2_push.py"), ranks, arguments)
     assert trainer.wait(120) == 0, trainer.tail(60)
     node.assert_holds(model, node.weights(model, "B"), second)
-    told = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(gpus)]
+    told = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(ranks)]
     assert all(t == told[0] for t in told), "every rank gets the same report"
     assert [r["complete"] for r in told[0]] == [True, True]
 

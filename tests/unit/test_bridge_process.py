@@ -160,13 +160,13 @@ def test_a_reader_of_this_node(bridge):
     assert isinstance(offered, c.Offered)
     exported = _exported(bridge, c.Export(slot=0, nbytes=5, sequence=1, readers=("e/0",)))
     assert bridge.call(c.Pending(slot=0)) == c.PendingReaders(readers=("e/0",))
-    waiting = bridge.send(c.AwaitReleased(slot=0))
+    waiting = bridge.send(c.AwaitReleased(slot=0, readers=("e/0",)))
     reader = receiver("shm")
     reader.accept(offered.offer, deadline=time.monotonic() + 5)
     with reader.receive(exported.tickets["e/0"], deadline=time.monotonic() + 5) as lease:
         assert bytes(lease.view) == b"hello"
     reader.close()
-    assert bridge.answer(waiting) == c.Done()
+    assert bridge.answer(waiting) == c.PendingReaders(readers=())
     books = bridge.call(c.Ledger())
     assert isinstance(books, c.LedgerBooks)
     assert [(a.reader, a.exports, a.opens, a.closes, a.revoked) for a in books.accounts] == [("e/0", 1, 1, 1, 0)]
@@ -177,10 +177,10 @@ def test_a_wait_for_a_slot_ends_in_time_or_by_revocation(bridge):
     bridge.call(c.Offer(reader="e/0"))
     _exported(bridge, c.Export(slot=0, nbytes=5, sequence=1, readers=("e/0",)))
     with pytest.raises(TransportTimeout, match="held by e/0"):
-        bridge.call(c.AwaitReleased(slot=0), timeout=0.1)
-    waiting = bridge.send(c.AwaitReleased(slot=0))
+        bridge.call(c.AwaitReleased(slot=0, readers=("e/0",)), timeout=0.1)
+    waiting = bridge.send(c.AwaitReleased(slot=0, readers=("e/0",)))
     assert bridge.call(c.Revoke(reader="e/0")) == c.Done()
-    assert bridge.answer(waiting) == c.Done()
+    assert bridge.answer(waiting) == c.PendingReaders(readers=())
 
 
 @pytest.mark.parametrize(

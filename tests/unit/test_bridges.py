@@ -157,7 +157,7 @@ async def test_errors_of_the_bridge_are_raised_here(config):
         await watched.bridge.call(c.Offer(reader="e/0"), deadline=_soon())
         await watched.bridge.call(c.Export(slot=0, nbytes=1, sequence=1, readers=("e/0",)), deadline=_soon())
         with pytest.raises(TransportTimeout, match="held by e/0"):
-            await watched.bridge.call(c.AwaitReleased(slot=0), deadline=_soon(0.3))
+            await watched.bridge.call(c.AwaitReleased(slot=0, readers=("e/0",)), deadline=_soon(0.3))
         with pytest.raises(TransportTimeout):
             await watched.bridge.call(c.Hello(), deadline=_soon(-1))
         for command in (c.Pending(slot=-1), c.Receive(ticket=bytes(c.MAX_FRAME), slot=0)):
@@ -174,7 +174,10 @@ async def test_a_bridge_that_is_killed_is_restarted(config):
         assert old is not None
         await bridge.call(c.Offer(reader="e/0"), deadline=_soon())
         await bridge.call(c.Export(slot=0, nbytes=1, sequence=1, readers=("e/0",)), deadline=_soon())
-        calls = [asyncio.create_task(bridge.call(c.AwaitReleased(slot=0), deadline=_soon())) for _ in range(2)]
+        calls = [
+            asyncio.create_task(bridge.call(c.AwaitReleased(slot=0, readers=("e/0",)), deadline=_soon()))
+            for _ in range(2)
+        ]
         await asyncio.sleep(0)
         watched.kill()
         for call in calls:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import sys
 import threading
@@ -15,7 +14,7 @@ from typer.testing import CliRunner
 
 from tests.engine_process import running_engine
 from tests.faults.kit import TINY
-from weightsync import doctor, processes
+from weightsync import doctor
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.cli import app
 from weightsync.config import EngineConfig
@@ -43,6 +42,7 @@ def test_a_healthy_reference_engine(checkpoint):
     assert by_level["fail"] == []
     assert any("reference" in what for what in by_level["ok"])
     assert any("/dev/shm is shared" in what for what in by_level["ok"])
+    assert any("in host memory" in what for what in by_level["ok"])
 
 
 def test_nobody_there():
@@ -83,50 +83,8 @@ def test_another_machine():
     assert any("another machine" in f.what and "peers" in f.fix for f in found if f.level == "fail")
 
 
-def test_the_listener_of_a_port_is_found():
-    with socket.create_server(("127.0.0.1", 0)) as mine:
-        assert processes.listener(mine.getsockname()[1]) == os.getpid()
-    assert processes.listener(1) is None
-    assert int(processes.started(os.getpid())) > 0
-    assert processes.environment(os.getpid()).keys() <= os.environ.keys() | {"LINES", "COLUMNS", "_"}
-    assert processes.environment(4194305) == {}
-    assert processes.same_namespace(os.getpid(), "pid")
-
-
-def test_what_the_environment_says(monkeypatch):
-    monkeypatch.setattr(doctor, "all_gpus", lambda: ["aa11", "aa22"])
-    assert doctor._visible_gpus({}) == []
-    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "1,0"}) == []
-    assert doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-aa1"}) == []
-    (hidden,) = doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "GPU-bb"})
-    assert "not visible" in hidden.what
-    (mig,) = doctor._visible_gpus({"CUDA_VISIBLE_DEVICES": "MIG-cc"})
-    assert "MIG" in mig.what
-    (segments,) = doctor._here({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"})
-    assert "unset PYTORCH_CUDA_ALLOC_CONF" in segments.fix
-    assert doctor._here({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}) == []
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs a mount namespace of its own")
-def test_a_private_dev_shm_is_seen(tmp_path):
-    """A process that has mounted a /dev/shm of its own, as a container without --ipc=host does."""
-    import subprocess
-
-    script = "mount -t tmpfs tmpfs /dev/shm && echo ready && exec cat"
-    child = subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    try:
-        assert child.stdout is not None
-        assert child.stdout.readline() == "ready\n"
-        finding = doctor._shared_memory(child.pid)
-        assert finding.level == "fail"
-        assert "--ipc=host" in finding.fix
-    finally:
-        child.communicate("", timeout=10)
-
-
-def test_the_command(checkpoint, tmp_path):
+def test_the_command(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
     run = CliRunner()
     with running_engine(checkpoint) as engine:
         good = run.invoke(app, ["doctor", "--engine", engine.url, "--json"])
@@ -137,11 +95,17 @@ def test_the_command(checkpoint, tmp_path):
         table = run.invoke(app, ["doctor", "--node-config", str(config)])
         assert table.exit_code == 0
         assert f"a at {engine.url}" in table.output
+        assert f"node node0 of {config}" in " ".join(table.output.split())
+        assert "slots of 128 MiB, in host memory" in " ".join(table.output.split())
+        both = run.invoke(app, ["doctor", "--node-config", str(config), "--json"])
+        assert json.loads(both.output).keys() == {"node node0", "a"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         bad = run.invoke(app, ["doctor", "--engine", f"http://127.0.0.1:{taken.getsockname()[1]}"])
     assert bad.exit_code == 1
     assert "fail" in bad.output
+    far = run.invoke(app, ["doctor", "--engine", "http://192.0.2.1:9", "--timeout", "0.2"])
+    assert "name it in [cluster.peers] here" in far.output
     neither = run.invoke(app, ["doctor"])
     assert neither.exit_code == 1
     assert "--engine URL" in str(neither.exception)

@@ -18,23 +18,34 @@ from weightsync.plan.boxes import packed_strides
 if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["CheckedBuckets", "copied", "copy_flat"]
+__all__ = ["CheckedBuckets", "FlatCopy", "copied"]
 
 
-def copy_flat(kernel: BoxKernel, address: int, out: torch.Tensor, stream: torch.cuda.Stream) -> None:
-    """Copy what begins at `address` into `out`, contiguous bytes on the kernel's GPU; queued on `stream`."""
-    nbytes = out.numel()
-    flat = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), Place(0, 0, (1,)), tensor_shape=(nbytes,), offset=(0,))
-    with torch.cuda.device(kernel.device), torch.cuda.stream(stream):
-        base = torch.tensor([out.data_ptr()], device=kernel.device)
-        kernel.launch(kernel.table(flat), COPY, stream=stream, bases=base, slot=address)
+class FlatCopy:
+    """A copy of contiguous bytes into `out`, uint8 [nbytes] on the kernel's GPU; made for `stream`, which it waits for.
+
+    Must live until the stream is past its launches.
+    """
+
+    def __init__(self, kernel: BoxKernel, out: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        nbytes = out.numel()
+        flat = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), Place(0, 0, (1,)), tensor_shape=(nbytes,), offset=(0,))
+        self._kernel, self._stream = kernel, stream
+        with torch.cuda.device(kernel.device), torch.cuda.stream(stream):
+            self._base = torch.tensor([out.data_ptr()], device=kernel.device)
+            self._table = kernel.table(flat)
+
+    def launch(self, address: int) -> None:
+        """Queue the copy of what begins at `address`."""
+        self._kernel.launch(self._table, COPY, stream=self._stream, bases=self._base, slot=address)
 
 
 def copied(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
     """What begins at `address`, uint8 [nbytes] on `device`; waits for it."""
     out = torch.empty(nbytes, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device)
-    copy_flat(BoxKernel(device), address, out, stream)
+    copy = FlatCopy(BoxKernel(device), out, stream)
+    copy.launch(address)
     stream.synchronize()
     return out
 
@@ -49,7 +60,8 @@ class CheckedBuckets:
 
     def copy(self, bucket: int, address: int, out: torch.Tensor, stream: torch.cuda.Stream) -> int:
         """Copy the bucket that begins at `address` into `out`, uint8 [nbytes]; the checksum of what came. Waits."""
-        copy_flat(self._kernel, address, out, stream)
+        copy = FlatCopy(self._kernel, out, stream)
+        copy.launch(address)
         return self.checksum(bucket, out.data_ptr(), stream)
 
     def checksum(self, bucket: int, address: int, stream: torch.cuda.Stream) -> int:

@@ -171,11 +171,13 @@ class Pending(Command[PendingReaders], frozen=True, kw_only=True, tag="pending")
     slot: Natural
 
 
-class AwaitReleased(Command[Done], frozen=True, kw_only=True, tag="await_released"):
-    """Answer when nobody may read from `slot` any more; `TransportTimeout` naming the readers if it takes too long."""
+class AwaitReleased(Command[PendingReaders], frozen=True, kw_only=True, tag="await_released"):
+    """Answer when none of `readers` may read from `slot` any more, and which of them had read something else;
+    `TransportTimeout` naming those who may if it takes too long."""
 
-    reply = Done
+    reply = PendingReaders
     slot: Natural
+    readers: Names
 
 
 class Revoke(Command[Done], frozen=True, kw_only=True, tag="revoke"):

@@ -210,7 +210,7 @@ class Lanes:
                 waiting.append(tasks.get(timeout=pause) if waiting else tasks.get())
                 pause = _POLL_FIRST
             except queue.Empty:
-                pause = min(2 * pause, _POLL_LAST)
+                pause = min(1.25 * pause, _POLL_LAST)
             waiting = [task for task in waiting if not self._run(task)]
 
     def _run(self, task: Task) -> bool:
@@ -232,7 +232,7 @@ class Lanes:
     def _do(self, task: Task) -> c.AnyReply | None:
         command = task.command
         if isinstance(command, c.AwaitReleased):
-            return c.Done() if self._service.released(command.slot, deadline=task.deadline) else None
+            return self._service.released(command, deadline=task.deadline)
         if self._service.lane(command) is Lane.WIRE:
             return self._service.handle_wire(command, deadline=task.deadline, departures=task.departures)
         return self._service.handle(command)

@@ -105,8 +105,7 @@ class BridgeService:
             case c.Export():
                 return self._export(command)
             case c.Pending():
-                damaged = [reader for sender in self._senders.values() for reader in sender.damaged(command.slot)]
-                return c.PendingReaders(readers=self.pending(command.slot), damaged=tuple(damaged))
+                return c.PendingReaders(readers=self.pending(command.slot), damaged=self._damaged(command.slot))
             case c.Revoke():
                 return self._revoke(command)
             case c.Ledger():
@@ -160,12 +159,18 @@ class BridgeService:
         if member is not None:
             member.communicator.abort()
 
-    def released(self, slot: int, *, deadline: float) -> bool:
-        """Whether nobody may read from `slot` any more. Raises `TransportTimeout` naming who may, after `deadline`."""
-        held = self.pending(slot)
-        if held and time.monotonic() >= deadline:
-            raise TransportTimeout(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
-        return not held
+    def released(self, command: c.AwaitReleased, *, deadline: float) -> c.PendingReaders | None:
+        """The answer, None as long as one of the readers may read. Raises `TransportTimeout` after `deadline`."""
+        held = [reader for reader in self.pending(command.slot) if reader in command.readers]
+        if not held:
+            damaged = tuple(reader for reader in self._damaged(command.slot) if reader in command.readers)
+            return c.PendingReaders(readers=(), damaged=damaged)
+        if time.monotonic() >= deadline:
+            raise TransportTimeout(f"slot {command.slot} of bridge {self.name} is still held by {', '.join(held)}")
+        return None
+
+    def _damaged(self, slot: int) -> tuple[str, ...]:
+        return tuple(reader for sender in self._senders.values() for reader in sender.damaged(slot))
 
     def pending(self, slot: int) -> tuple[str, ...]:
         """Readers, then peers, that may still read from `slot`."""

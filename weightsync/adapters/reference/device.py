@@ -13,7 +13,7 @@ import msgspec
 import numpy as np
 import torch
 
-from weightsync.device.buckets import CheckedBuckets, copy_flat
+from weightsync.device.buckets import CheckedBuckets, FlatCopy
 from weightsync.device.launch import COPY, SUM, BoxKernel, Table
 from weightsync.device.leases import LeaseKeeper
 from weightsync.device.table import SLOT, Place, box_items, joined
@@ -56,7 +56,7 @@ class DeviceParameters:
         self._streams: list[torch.cuda.Stream] = []
         self._leases = LeaseKeeper()
         self._trial = trial
-        self._random = random.Random(0)
+        self._random = random.Random(self._device.index)  # ranks dawdle each in its own way
 
     def prepare(self, plan: LoadingPlan) -> _Prepared:
         """A plan as tables on the GPU."""
@@ -139,16 +139,17 @@ class DeviceParameters:
         slot, nbytes = lease.address, lease.nbytes
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             mine = torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+            copy = FlatCopy(self._kernel, mine, stream)
             torch.cuda._sleep(int(self._random.random() * trial.slow * _CYCLES))
-            copy_flat(self._kernel, slot, mine, stream)
+            copy.launch(slot)
         self._copy(prepared, bucket, mine.data_ptr(), stream)
         if trial.hasty:
             lease.release()
-        self._leases.keep(
-            lease,
-            _recorded(stream),
-            lambda: lease.confirm(prepared.buckets.checksum(bucket, mine.data_ptr(), stream)),
-        )
+
+        def look(_kept: FlatCopy = copy) -> None:
+            lease.confirm(prepared.buckets.checksum(bucket, mine.data_ptr(), stream))
+
+        self._leases.keep(lease, _recorded(stream), look)
 
 
 def _recorded(stream: torch.cuda.Stream) -> torch.cuda.Event:

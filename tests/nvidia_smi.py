@@ -1,0 +1,92 @@
+"""An nvidia-smi that answers as one on two H200s did, or otherwise, and counts how often it is asked."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pytest
+
+__all__ = ["GPUS", "FakeNvidiaSmi", "matrix"]
+
+GPUS = ("4a8e9a0c-52f1-7d3e-9c10-8f5f0d1c2b3a", "b7d0c6e2-0f94-1a2b-63d8-41e7aa90cc5d")
+FREE = 142_841  # MiB, of an idle H200
+
+_LEGEND = """
+Legend:
+
+  X    = Self
+  OK   = Status Ok
+  CNS  = Chipset not supported
+  GNS  = GPU not supported
+  TNS  = Topology not supported
+  NS   = Not supported
+  DR   = Disabled by regkey
+  U    = Unknown
+"""
+
+
+def matrix(*rows: str) -> str:
+    """What `topo -p2p r` prints for such cells, with its tabs and spaces."""
+    head = " \t" + "".join(f"GPU{i}\t" for i in range(len(rows)))
+    lines = [f" GPU{i}\t" + "".join(f"{cell}\t" for cell in row.split()) for i, row in enumerate(rows)]
+    return "\n".join([head, *lines]) + "\n" + _LEGEND
+
+
+class FakeNvidiaSmi:
+    """Put first on PATH by `install`. Each answer can be replaced before or after."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self.gpus(*((gpu, f"{FREE}", "Disabled") for gpu in GPUS))
+        self.peers("X OK", "OK X")
+        self.cuda("13.0")
+        script = directory / "nvidia-smi"
+        script.write_text(
+            f"""#!/bin/sh
+cd {shlex.quote(str(directory))}
+echo "$*" >> calls
+case "$*" in
+    "--query-gpu=uuid,memory.free,mig.mode.current --format=csv,noheader,nounits") cat gpus ;;
+    "topo -p2p r") cat peers ;;
+    --version) cat version ;;
+    *) echo "unknown: $*"; exit 2 ;;
+esac
+exit $(cat status)
+"""
+        )
+        script.chmod(0o755)
+        self.status(0)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> FakeNvidiaSmi:
+        monkeypatch.setenv("PATH", f"{self._directory}:{os.environ['PATH']}")
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        return self
+
+    def gpus(self, *rows: tuple[str, str, str]) -> None:
+        """UUID, free MiB and MIG mode of each."""
+        self.says("".join(f"GPU-{uuid}, {free}, {mig}\n" for uuid, free, mig in rows))
+
+    def says(self, text: str) -> None:
+        """Asked for its GPUs."""
+        (self._directory / "gpus").write_text(text)
+
+    def peers(self, *rows: str) -> None:
+        (self._directory / "peers").write_text(matrix(*rows))
+
+    def cuda(self, version: str, *, name: str = "CUDA Version        ") -> None:
+        text = "NVIDIA-SMI version  : 580.159.04\nNVML version        : 580.159\nDRIVER version      : 580.159.04\n"
+        (self._directory / "version").write_text(f"{text}{name}: {version}\n")
+
+    def status(self, status: int) -> None:
+        """With which it exits."""
+        (self._directory / "status").write_text(str(status))
+
+    @property
+    def calls(self) -> list[str]:
+        path = self._directory / "calls"
+        return path.read_text().splitlines() if path.exists() else []

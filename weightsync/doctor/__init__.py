@@ -1,0 +1,89 @@
+"""`weightsync doctor`: what would fail, before any push, and the exact flag or variable that mends it.
+
+    node       where slots would lie, and whether GPUs, memory and Python packages let them
+    packages   cupy, torch and the driver: whether their CUDA versions fit together
+    process    whether an engine's process shares with this one what a push needs to be shared
+
+The engine's own adapter looks at what it says over HTTP (`EngineAdapter.examine`). The doctor stands in for
+weightsyncd: it has to run where that runs, as its user. Nothing is changed, and nothing is sent but questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.adapters import adapter
+from weightsync.adapters.base import Finding
+from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.config import EngineConfig, NodeConfig, url_problems
+from weightsync.doctor.node import Node, examine_node, room, worst_first
+from weightsync.doctor.process import examine_process
+from weightsync.errors import EngineError, EngineLost, WeightSyncError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = ["Node", "brand_of", "examine", "examine_node"]
+
+
+async def brand_of(spec: EngineConfig, *, deadline: float) -> str:
+    """Which kind of engine answers at the URL. Raises `EngineLost`, or `EngineError` if it is none that is known."""
+    http = EngineHttp(spec)
+    try:
+        for path, kind, mark in (
+            ("/server_info", "sglang", "internal_states"),
+            ("/get_server_info", "sglang", "internal_states"),
+            ("/version", "vllm", "version"),
+            ("/info", "reference", "incarnation"),
+        ):
+            with suppress(EngineAnswer):
+                answer = await http.get(path, deadline=deadline)
+                if isinstance(answer, dict) and mark in answer:
+                    return kind
+    finally:
+        await http.close()
+    raise EngineError(
+        f"what answers at {spec.url} is neither vLLM nor SGLang nor a reference engine",
+        engine=spec.name,
+        hint="is this the engine's own URL, and not its router's? Else say which it is with --kind",
+    )
+
+
+def examine(spec: EngineConfig, node: Node | None = None, *, timeout: float = 10.0) -> list[Finding]:
+    """Everything about one engine of a node, the worst first. `spec.kind` may be "auto".
+
+    Without a `node` it is judged for one whose config leaves everything open. Raises nothing that is its fault.
+    """
+    if problems := url_problems(spec.url):
+        return [Finding(level="fail", what=f"the engine's url {problem}") for problem in problems]
+    found: list[Finding] = []
+    if node is None:
+        node, _ = examine_node(NodeConfig())
+        found.append(room(node.config))
+    deadline = time.monotonic() + timeout
+    try:
+        found += asyncio.run(_ask(spec, deadline))
+    except EngineLost as error:
+        found.append(Finding(level="fail", what=error.message, fix=error.hint or _start_hint(spec.url)))
+    except WeightSyncError as error:
+        found.append(Finding(level="fail", what=error.message, fix=error.hint or ""))
+    return worst_first(found + examine_process(spec.url, node))
+
+
+async def _ask(spec: EngineConfig, deadline: float) -> Sequence[Finding]:
+    if spec.kind == "auto":
+        spec = msgspec.structs.replace(spec, kind=await brand_of(spec, deadline=deadline))
+    hand = adapter(spec)
+    try:
+        return await hand.examine(deadline=deadline)
+    finally:
+        await hand.close()
+
+
+def _start_hint(url: str) -> str:
+    return f"start the engine, or correct the URL; `curl {url}/health` should answer"

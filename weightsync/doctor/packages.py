@@ -1,0 +1,121 @@
+"""cupy, torch and the driver: whether their CUDA versions fit together. Imports neither, and makes no CUDA context."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+from weightsync.adapters.base import Finding
+from weightsync.errors import ConfigError
+from weightsync.gpus import driver_cuda
+
+__all__ = ["Cupy", "Torch", "examine_packages", "judge_packages"]
+
+_MAJORS = (12, 13)  # that weightsync has an extra for
+
+
+class Cupy(NamedTuple):
+    """One installed distribution that holds cupy."""
+
+    name: str
+    version: str
+    major: int | None  # of the CUDA it is made for; None where it was built from source
+
+
+class Torch(NamedTuple):
+    """The torch of this Python."""
+
+    version: str
+    cuda: tuple[int, int] | None  # that it is built for; None: for a CPU
+
+
+def examine_packages() -> list[Finding]:
+    """This Python's, against the driver's CUDA version. Calls nvidia-smi once."""
+    try:
+        driver, found = driver_cuda(), []
+    except ConfigError as error:
+        driver = None
+        found = [
+            Finding(level="warn", what=f"the driver's CUDA version is unknown: {error.message}", fix=error.hint or "")
+        ]
+    return found + judge_packages(installed_cupys(), installed_torch(), driver)
+
+
+def judge_packages(cupys: list[Cupy], torch: Torch | None, driver: tuple[int, int] | None) -> list[Finding]:
+    """What is wrong with them, or that nothing is. `driver` is the latest CUDA that it runs, None if unknown."""
+    where = f"for {sys.executable}"
+    extra = f'pip install "weightsync[cuda{_best(torch, driver)}]"'
+    found = _judge_torch(torch, driver)
+    if not cupys:
+        return [*found, Finding(level="fail", what=f"slots lie on GPUs, and no cupy is installed {where}", fix=extra)]
+    if len(cupys) > 1:
+        names = " ".join(cupy.name for cupy in cupys)
+        what = f"{len(cupys)} distributions of cupy are installed {where}, one over the other: {names}"
+        return [*found, Finding(level="fail", what=what, fix=f"pip uninstall -y {names}; then {extra}")]
+    (cupy,) = cupys
+    what = f"{cupy.name} {cupy.version}"
+    if cupy.major is None:
+        return [*found, Finding(level="ok", what=f"{what}, built from source: its CUDA version is not known here")]
+    instead = f"pip uninstall -y {cupy.name}; then {extra}"
+    if driver is not None and cupy.major > driver[0]:
+        what = f"{what} needs CUDA {cupy.major}, and the driver runs CUDA up to {_dotted(driver)}"
+        return [*found, Finding(level="fail", what=what, fix=f"{instead}; or a newer driver")]
+    if torch is not None and torch.cuda is not None and torch.cuda[0] != cupy.major:
+        what = f"{what} beside torch {torch.version} for CUDA {_dotted(torch.cuda)}: cupy compiles with CUDA "
+        what += f"{cupy.major} libraries, which that torch does not bring along"
+        return [*found, Finding(level="warn", what=what, fix=f"{instead}; or see that CUDA {cupy.major} is installed")]
+    beside = f" beside torch for CUDA {_dotted(torch.cuda)}" if torch is not None and torch.cuda else ""
+    runs = f"; the driver runs CUDA up to {_dotted(driver)}" if driver is not None else ""
+    return [*found, Finding(level="ok", what=f"{what}{beside}{runs}")]
+
+
+def _judge_torch(torch: Torch | None, driver: tuple[int, int] | None) -> list[Finding]:
+    if torch is None:
+        return []
+    if torch.cuda is None:
+        what = f"torch {torch.version} is built for a CPU: weightsyncd and its bridges do without, a trainer or engine "
+        what += f"of {sys.executable} cannot work on GPUs"
+        return [Finding(level="warn", what=what, fix="torch for CUDA, where trainers or engines use this Python")]
+    if driver is not None and torch.cuda[0] > driver[0]:
+        what = (
+            f"torch {torch.version} is for CUDA {_dotted(torch.cuda)}, and the driver runs CUDA up to {_dotted(driver)}"
+        )
+        return [Finding(level="warn", what=what, fix=f"torch for CUDA {driver[0]}, or a newer driver")]
+    return []
+
+
+def _best(torch: Torch | None, driver: tuple[int, int] | None) -> int:
+    """Of the CUDA versions that weightsync has an extra for: torch's, if the driver runs it, else the driver's."""
+    most = driver[0] if driver is not None else _MAJORS[-1]
+    wanted = torch.cuda[0] if torch is not None and torch.cuda is not None else most
+    return max(_MAJORS[0], min(wanted, most, _MAJORS[-1]))
+
+
+def installed_cupys() -> list[Cupy]:
+    """Every distribution of cupy in this Python; more than one is a fault, for all bring the same package."""
+    found = set()
+    for distribution in importlib.metadata.distributions():
+        name = re.sub(r"[-_.]+", "-", distribution.name or "").lower()
+        wheel = re.fullmatch(r"cupy-cuda(\d\d)\d?x?", name)
+        if wheel is not None or name == "cupy":
+            found.add(Cupy(name, distribution.version, int(wheel[1]) if wheel is not None else None))
+    return sorted(found)
+
+
+def installed_torch() -> Torch | None:
+    """This Python's torch, read from its files; None where there is none."""
+    spec = importlib.util.find_spec("torch")  # looks, and imports nothing
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    text = Path(spec.submodule_search_locations[0], "version.py").read_text(encoding="utf-8")
+    version = re.search(r"^__version__\s*=\s*'([^']+)'", text, re.MULTILINE)
+    cuda = re.search(r"^cuda\b[^=]*=\s*'(\d+)\.(\d+)", text, re.MULTILINE)
+    return Torch(version[1] if version else "?", (int(cuda[1]), int(cuda[2])) if cuda else None)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
