@@ -1,4 +1,5 @@
-"""One example of every message, with every field set; `tests/golden/wire-v1.json` holds their bytes."""
+"""One example of every message, with every field set;
+`tests/golden` holds their bytes, `-0` the first and each later file what has changed since."""
 
 from __future__ import annotations
 

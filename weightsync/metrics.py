@@ -52,6 +52,12 @@ class Metrics:
             ["reader"],
             registry=self.registry,
         )
+        self.exports_opened = Gauge(
+            "weightsync_exports_opened", "Exports that their reader has opened", ["reader"], registry=self.registry
+        )
+        self.exports_closed = Gauge(
+            "weightsync_exports_closed", "Exports that their reader has given back", ["reader"], registry=self.registry
+        )
         self.exports_leaked = Gauge(
             "weightsync_exports_leaked", "Exports revoked because a reader never closed them", registry=self.registry
         )

@@ -76,6 +76,11 @@ def _chosen(config: NodeConfig, environment: Mapping[str, str], gpus: Sequence[G
             f"node.gpus: weightsyncd does not see GPU {missing[0]}",
             hint=f"it sees {', '.join(seen) or 'none'}; look at its CUDA_VISIBLE_DEVICES",
         )
+    if divided := [name for name in wanted or seen if known[name].mig]:
+        raise ConfigError(
+            f"GPU {divided[0]} is in MIG mode: its instances share no memory with each other or with other GPUs",
+            hint=f'nvidia-smi -i GPU-{divided[0]} -mig 0; or leave it out of node.gpus; or arena.device = "cpu"',
+        )
     if len(set(wanted)) < len(wanted):
         raise ConfigError("node.gpus names a GPU twice", hint="each has one bridge: name it once")
     return [known[name] for name in wanted or seen]

@@ -38,11 +38,14 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
         state = _coloured(e["state"])
         version, tp = _or_dash(e["version"]), _or_dash(e["tp_size"])
         engines.add_row(e["name"], e["node"], e["model"], state, version, tp, e["url"], e["error"] or "")
-    bridges = _table("bridge", "pid", "slots", "open exports", "restarts", "problem")
+    bridges = _table("bridge", "pid", "slots", "on GPU", "open exports", "restarts", "problem")
     for b in status["bridges"]:
         slots = f"{b['slots']} × {b['slot_bytes'] / 2**20:g} MiB"
         name, restarts = f"{b['node']}/{b['index']}", str(b["restarts"])
-        bridges.add_row(name, _or_dash(b["pid"]), slots, str(b["outstanding"]), restarts, b["error"] or "")
+        gpu = b["gpu"].partition("-")[0] or None
+        bridges.add_row(
+            name, _or_dash(b["pid"]), slots, _or_dash(gpu), str(b["outstanding"]), restarts, b["error"] or ""
+        )
     parts: list[Any] = [head, Text(), engines, Text(), bridges]
     if status["peers"]:
         peers = _table("peer", "state")

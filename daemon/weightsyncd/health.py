@@ -62,6 +62,7 @@ async def status_of(server: Server) -> msg.Status:
                 index=bridge.config.index,
                 pid=how.pid,
                 restarts=how.restarts,
+                gpu=bridge.config.gpu,
                 slots=config.arena.slots,
                 slot_bytes=config.arena.slot_bytes,
                 outstanding=sum(account.outstanding for account in accounts),
@@ -110,6 +111,8 @@ async def measure_node(server: Server) -> None:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
         for account in await _accounts(bridge, server.config.timeouts.operation):
             metrics.exports.labels(account.reader).set(account.exports)
+            metrics.exports_opened.labels(account.reader).set(account.opens)
+            metrics.exports_closed.labels(account.reader).set(account.closes)
             metrics.exports_outstanding.labels(account.reader).set(account.outstanding)
 
 

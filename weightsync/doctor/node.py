@@ -61,7 +61,6 @@ def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ
     node = Node(config, gpus)
     chosen = [gpu for gpu in gpus if gpu.uuid in config.node.gpus]
     if node.on_gpus:
-        found += _divided(chosen or gpus)
         found += _arenas(config, chosen)
         found += _peers(gpus, chosen)
         found += examine_packages()
@@ -116,18 +115,6 @@ def _held(config: NodeConfig) -> int:
         with suppress(FileNotFoundError):  # removed meanwhile
             held += file.stat().st_blocks * 512
     return held
-
-
-def _divided(gpus: Sequence[Gpu]) -> list[Finding]:
-    return [
-        Finding(
-            level="fail",
-            what=f"GPU {gpu.uuid} is in MIG mode: its instances share no memory with each other or with other GPUs",
-            fix=f'nvidia-smi -i GPU-{gpu.uuid} -mig 0; or leave it out of node.gpus; or arena.device = "cpu"',
-        )
-        for gpu in gpus
-        if gpu.mig
-    ]
 
 
 def _arenas(config: NodeConfig, gpus: Sequence[Gpu]) -> list[Finding]:

@@ -211,6 +211,7 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     slot_bytes: Natural
     outstanding: Natural  # exports that no reader has closed yet
     error: str | None = None
+    gpu: str = ""  # UUID of the one that its slots lie on
 
 
 class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
