@@ -1,5 +1,7 @@
-"""One example of every message, with every field set;
-`tests/golden` holds their bytes, `-0` the first and each later file what has changed since."""
+"""One example of every message, with every field set.
+
+`tests/golden` holds their bytes: the first as they were at first, each later file what has changed since.
+"""
 
 from __future__ import annotations
 

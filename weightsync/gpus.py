@@ -104,7 +104,9 @@ def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:
     found = []
     for name in (part.strip() for part in wanted.split(",")):
         if name.startswith("MIG-"):
-            raise ConfigError(f"{name}: memory cannot be shared between MIG instances", hint="use whole GPUs")
+            raise ConfigError(
+                f"{name}: memory cannot be shared between MIG instances", hint='use whole GPUs, or arena.device = "cpu"'
+            )
         if name.isdecimal():
             at = int(name)
             matches = [gpus[at]] if at < len(gpus) else []

@@ -30,13 +30,19 @@ def placed(
 ) -> NodeConfig:
     """The config with every choice made: `arena.device`, `arena.slot_bytes`, `node.gpus` and `node.bridges`.
 
-    Slots lie on GPUs where there are any, one bridge for each that is visible here. Unless it is given the machine's
-    `gpus`, asks nvidia-smi, once; makes no CUDA context. Raises `ConfigError` where the config wants GPUs that are not
-    there.
+    Slots lie on GPUs where there are any, one bridge for each that is visible here, unless other nodes are joined.
+    Asks nvidia-smi, once, or looks at the machine's `gpus` where they are given; makes no CUDA context. Raises
+    `ConfigError` where the config wants GPUs that are not there.
     """
     node, arena = config.node, config.arena
     chosen: list[Gpu] = []
-    if arena.device != "cpu":
+    joined = bool(config.cluster.peers)
+    if joined and arena.device == "cuda":
+        raise ConfigError(
+            'arena.device = "cuda" with cluster.peers: nodes whose slots lie on GPUs cannot be joined yet',
+            hint='arena.device = "cpu" on all of them',
+        )
+    if arena.device != "cpu" and not joined:
         chosen = _chosen(config, environment, _there(config) if gpus is None else gpus)
     if chosen:
         bridges, slot_bytes, device = len(chosen), arena.slot_bytes or _slot_bytes(chosen, arena.slots), "cuda"

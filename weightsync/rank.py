@@ -6,7 +6,6 @@ for a plan (`fill program`) and kept, so that later pushes of the same layout on
 
 from __future__ import annotations
 
-import atexit
 import hashlib
 import logging
 import os
@@ -15,7 +14,6 @@ import socket
 import sys
 import threading
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,28 +31,27 @@ from weightsync.errors import (
 )
 from weightsync.filling.host import HostFill
 from weightsync.filling.program import compile_program
-from weightsync.filling.ready import weights_ready
-from weightsync.ipc.arena import Arena, ArenaOffer
-from weightsync.ipc.cuda import DeviceSlots
 from weightsync.plan.manifest import Manifest
+from weightsync.rank_memory import memory
 from weightsync.report import PushReport
 from weightsync.wire import messages as msg
-from weightsync.wire.control import TrainerLink
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightsync.errors import ErrorRecord
-    from weightsync.filling.device import DeviceFill, DeviceProgram
+    from weightsync.filling.device import DeviceFill
+    from weightsync.filling.local import LocalWeights
     from weightsync.filling.program import Program
     from weightsync.sources.base import Source
+    from weightsync.wire.control import TrainerLink
 
 __all__ = ["RankPush", "TrainerPlace", "trainer_place"]
 
 logger = logging.getLogger(__name__)
 
-_PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
 _GLANCE = 50e-6  # seconds between two looks at GPUs that fill
+_PATIENCE = 10.0  # seconds beyond the deadline for a GPU to end what it was asked for
 
 
 @dataclass(frozen=True)
@@ -97,79 +94,6 @@ _PROCESS = secrets.token_hex(4)
 _LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
 
 
-class _Memory:
-    """What this process keeps between pushes: idle links, mapped arenas, fill programs."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.links: dict[str, list[TrainerLink]] = {}
-        self.arenas: dict[bytes, Arena] = {}
-        self.slots: dict[tuple[str, int], DeviceSlots] = {}  # of arenas on GPUs: (arena, GPU here) → mapped slots
-        self.programs: OrderedDict[bytes, Program] = OrderedDict()  # by plan and layout digest
-        self.device_programs: dict[bytes, DeviceProgram] = {}  # likewise
-        self.plans: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout digest) → newest plan
-
-    def take_link(self, endpoint: str) -> TrainerLink:
-        with self.lock:
-            idle = self.links.get(endpoint)
-            if idle:
-                return idle.pop()
-        return TrainerLink(endpoint)
-
-    def give_link(self, link: TrainerLink) -> None:
-        link.rest()
-        with self.lock:
-            self.links.setdefault(link.endpoint, []).append(link)
-
-    def map_arenas(self, offers: tuple[bytes, ...]) -> list[Arena]:
-        """The arenas of these offers; those of bridges that have been replaced are unmapped."""
-        with self.lock:
-            known = {offer: self.arenas.get(offer) or Arena.attach(offer, writable=True) for offer in offers}
-            nodes = {arena.name.rpartition("-")[0] for arena in known.values()}
-            for offer, arena in list(self.arenas.items()):
-                if offer not in known and arena.name.rpartition("-")[0] in nodes:
-                    del self.arenas[offer]
-                    for key in [key for key in self.slots if key[0] == arena.name]:
-                        self.slots.pop(key).close()
-                    arena.close()
-            self.arenas.update(known)
-            return [known[offer] for offer in offers]
-
-    def map_slots(self, offer: bytes, device: int) -> DeviceSlots:
-        """The slots of an arena on a GPU, for use on this process's GPU `device`."""
-        wanted = ArenaOffer.unpack(offer)
-        with self.lock:
-            if (wanted.name, device) not in self.slots:
-                self.slots[wanted.name, device] = DeviceSlots.open(wanted, device)
-            return self.slots[wanted.name, device]
-
-    def close_links(self) -> None:
-        """Let every idle link say its last words; at exit."""
-        with self.lock:
-            for link in [link for idle in self.links.values() for link in idle]:
-                link.close()
-            self.links.clear()
-
-    def keep_program(self, key: bytes, program: Program) -> None:
-        with self.lock:
-            self.programs[key] = program
-            while len(self.programs) > _PROGRAMS:
-                self.device_programs.pop(self.programs.popitem(last=False)[0], None)
-
-
-_MEMORY = _Memory()
-atexit.register(lambda: _MEMORY.close_links())
-
-
-def _forget_after_fork() -> None:
-    """Threads, sockets and the pool stayed with the parent."""
-    global _MEMORY
-    _MEMORY = _Memory()
-
-
-os.register_at_fork(after_in_child=_forget_after_fork)
-
-
 class _Told(Exception):
     """The daemon ended the push with `error`, on all ranks alike."""
 
@@ -205,7 +129,11 @@ class RankPush:
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._program: Program | None = None
         self._filling: HostFill | DeviceFill | None = None
-        self._ready = weights_ready()
+        self._give_back: Callable[[], None] | None = None
+        self._local = _on_gpus(source)
+        self._ready = self._local.ready() if self._local is not None else []
+        self._device = _current_gpu()
+        self._thread = threading.get_ident()
         self._buckets_left = 0
         self._written = 0
         self._busy_seconds = self._describe_seconds
@@ -213,43 +141,48 @@ class RankPush:
 
     def run(self) -> PushReport:
         """Take part in the push to its end."""
-        link = _MEMORY.take_link(self._endpoint)
+        if self._device is not None and threading.get_ident() != self._thread:
+            sys.modules["torch"].cuda.set_device(self._device)  # a new thread's is GPU 0, on every rank
+        with memory().push():
+            return self._run()
+
+    def _run(self) -> PushReport:
+        link = memory().take_link(self._endpoint)
         try:
             link.start()
             self._open(link)
             try:
                 outcome = self._converse(link)
             finally:
-                if self._filling is not None:
-                    self._filling.close()
+                self._stop_filling()
         except DaemonLost:
             link.close(flush=0.0)
             raise
         except _Told as told:
-            _MEMORY.give_link(link)
+            memory().give_link(link)
             raise told.error from None
         except BaseException as error:
             record = self._own_failure(error)
             link.send(msg.Failed(id=self._number, error=record))
             if not isinstance(error, Exception):  # Ctrl-C: whoever pressed it does not wait for words
-                _MEMORY.give_link(link)
+                memory().give_link(link)
                 raise
             try:
                 heard = None if isinstance(error, PushTimeout) else self._hear_the_end(link)
             except DaemonLost as lost:  # with it went its arenas: that may be all that was wrong here
                 link.close(flush=0.0)
                 raise lost from error
-            _MEMORY.give_link(link)
+            memory().give_link(link)
             if heard is None and isinstance(error, WeightSyncError):
                 raise
             raise heard or record.error() from error
-        _MEMORY.give_link(link)
+        memory().give_link(link)
         return PushReport.of(outcome, self._busy_seconds)
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
-        plan = _MEMORY.plans.get((self._endpoint, digest))
-        if plan is not None and plan + digest not in _MEMORY.programs:
+        plan = memory().plans.get((self._endpoint, digest))
+        if plan is not None and plan + digest not in memory().programs:
             plan = None
         link.send(
             msg.Open(
@@ -293,6 +226,7 @@ class RankPush:
                 case msg.Lease():
                     self._fill(message)
                 case msg.Ended():
+                    self._stop_filling()
                     link.send(msg.Stopped(id=self._number))
                     if message.outcome is not None:
                         return message.outcome
@@ -330,14 +264,14 @@ class RankPush:
     def _prepare(self, message: msg.Planned) -> None:
         digest = self._layout.digest
         key = message.plan + digest
-        program = _MEMORY.programs.get(key)
+        program = memory().programs.get(key)
         if program is None:
             if message.manifest is None or message.fills is None:
                 raise RemoteProtocolError("the daemon left out a plan that this rank does not have")
             fills = np.frombuffer(message.fills, dtype="<i4")
             program = compile_program(message.plan, Manifest.unpack(message.manifest), self._layout, fills)
-            _MEMORY.keep_program(key, program)
-        _MEMORY.plans[self._endpoint, digest] = message.plan
+            memory().keep_program(key, program)
+        memory().plans[self._endpoint, digest] = message.plan
         self._program = program
         self._buckets_left = program.buckets
         self._filling = self._filling_of(program, key, message.offers)
@@ -345,18 +279,36 @@ class RankPush:
             self.filled.set()
 
     def _filling_of(self, program: Program, key: bytes, offers: tuple[bytes, ...]) -> HostFill | DeviceFill:
-        arenas = _MEMORY.map_arenas(offers)
+        arenas = memory().map_arenas(offers)
+        room = min(arena.slot_bytes for arena in arenas)
+        if program.longest > room:
+            raise RemoteProtocolError(f"a plan with buckets of {program.longest} bytes, and slots of {room}")
         if arenas[0].memory is None:
+            if self._ready:
+                from weightsync.filling.local import await_events
+
+                await_events(self._ready, "what computes the weights", deadline=self.deadline)
             return HostFill(self._source, program, arenas)
         from weightsync.filling import device as on_device
+        from weightsync.filling.local import LocalWeights
 
-        gpu, held = on_device.rank_device(self._source), on_device.Held(self._source)
-        known = _MEMORY.device_programs.get(key)
-        if known is None or not known.fits(held, gpu):
-            known = _MEMORY.device_programs[key] = on_device.DeviceProgram(program, held, gpu)
-        known.update(held)
-        slots = [_MEMORY.map_slots(offer, gpu.index) for offer in offers]
+        local = self._local or LocalWeights(self._source)
+        gpu = on_device.rank_device(local)
+        known = memory().take_device_program(key)
+        if known is None or not known.fits(local, gpu):
+            known = on_device.DeviceProgram(program, local, gpu)
+        known.update(local)
+        self._give_back = lambda: memory().give_device_program(key, known)
+        slots = [memory().map_slots(offer, gpu.index) for offer in offers]
         return on_device.DeviceFill(self._source, known, slots, self._ready)
+
+    def _stop_filling(self) -> None:
+        """Nothing of this push writes into a slot after this."""
+        filling, self._filling = self._filling, None
+        if filling is not None:
+            filling.close(deadline=self.deadline + _PATIENCE)
+            if self._give_back is not None:
+                self._give_back()
 
     def _fill(self, lease: msg.Lease) -> None:
         program, filling = self._program, self._filling
@@ -385,3 +337,19 @@ class RankPush:
                 self.on_progress(self._written)
         if not filling.busy:
             self._busy_seconds += time.monotonic() - self._busy_since
+
+
+def _on_gpus(source: Source) -> LocalWeights | None:
+    """Where the weights lie, if this process uses GPUs. Loads no torch where nobody has."""
+    torch: Any = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    from weightsync.filling.local import LocalWeights
+
+    return LocalWeights(source)
+
+
+def _current_gpu() -> int | None:
+    """The calling thread's, if this process uses any."""
+    torch: Any = sys.modules.get("torch")
+    return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None

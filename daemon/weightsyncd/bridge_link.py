@@ -27,7 +27,7 @@ from weightsync.errors import (
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.ipc.arena import DIRECTORY, MAX_READERS, discard, segment_name
+from weightsync.ipc.arena import DIRECTORY, MAX_READERS, discard, discard_exports, segment_name
 from weightsync.nccl_bridge import commands as c
 from weightsync.processes import started
 
@@ -172,6 +172,7 @@ class BridgeLink:
         """Its own alone: a daemon elsewhere on this machine may call its node the same."""
         name = segment_name(self.config.node, self.config.index, self.incarnation)
         discard(self.config.directory, name)
+        discard_exports(name)
 
     def give_up(self, reason: str) -> None:
         """Take it for lost: whatever it was asked fails now, and `ended` is set."""

@@ -35,6 +35,7 @@ class PushContext:
     modes: dict[str, str] = field(default_factory=dict)  # engine that was paused here and not resumed → how
     begun: set[str] = field(default_factory=set)  # engines touched here and not resumed
     sums: dict[int, int] = field(default_factory=dict)  # bucket → its checksum, from what its ranks wrote
+    suspects: set[int] = field(default_factory=set)  # bridges whose slots a stock engine did not give back
     held: set[tuple[str, int]] = field(default_factory=set)  # (engine, bucket) exported, not released
     exporting: set[asyncio.Task[ev.Event]] = field(default_factory=set)
 

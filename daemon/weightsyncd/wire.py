@@ -53,7 +53,9 @@ class NodeWire:
         if key not in self._offers:
             reply = await bridge.call(commands.Offer(reader=reader, transport=transport), deadline=deadline)
             alive = {b.incarnation for b in self.bridges}
-            self._offers = {known: offer for known, offer in self._offers.items() if known[0] in alive}
+            self._offers = {  # a bridge knows one transport of a reader, the last
+                known: offer for known, offer in self._offers.items() if known[0] in alive and known[:2] != key[:2]
+            }
             self._offers[key] = reply.offer
         return self._offers[key]
 
@@ -159,12 +161,15 @@ class NodeWire:
 
     async def revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:
         context.tickets.pop((engine, bucket), None)
+        held = (engine, bucket) in context.held
         context.held.discard((engine, bucket))
         place = context.places.get(bucket)
         if place is None or engine not in self.engines:
             return
         slot = place[0]
         bridge = self.bridges[slot.bridge]
+        if held and "torch-cuda" in self._readers(self.engines[engine]).values():
+            context.suspects.add(slot.bridge)
         calls = (
             bridge.call(commands.Revoke(reader=reader, slot=slot.index), deadline=deadline)
             for reader in self._readers(self.engines[engine])
@@ -186,3 +191,8 @@ class NodeWire:
             await asyncio.wait(list(context.exporting), timeout=_REVOKE)
         until = time.monotonic() + _REVOKE
         await asyncio.gather(*(self.revoke(context, *hold, until) for hold in list(context.held)))
+        for index in context.suspects:
+            # torch gives a reader that still has a slot open the same storage again, and counts the new export as given
+            # back at once: only memory of another address is safe from that
+            self.bridges[index].retire("a stock engine may still have its slots open")
+        context.suspects.clear()

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import zmq
 
-import weightsync.rank
+import weightsync.rank_memory
 from tests.faults.kit import until
 from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
@@ -377,9 +377,9 @@ class ReopeningLink(TrainerLink):
 @pytest.fixture
 def speak(node, monkeypatch):
     """Sets the kind of link by which this process pushes."""
-    memory = weightsync.rank._MEMORY
+    memory = weightsync.rank_memory.memory()
     memory.close_links()
-    yield lambda kind: monkeypatch.setattr(weightsync.rank, "TrainerLink", kind)
+    yield lambda kind: monkeypatch.setattr(weightsync.rank_memory, "TrainerLink", kind)
     memory.close_links()
 
 

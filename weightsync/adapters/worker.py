@@ -155,9 +155,10 @@ class SlotReader:
 
     def _switch(self) -> None:
         """The node's slots have moved between host memory and GPUs."""
-        self._receiver.close()
+        before = self._receiver
         if self._gpu is not None:
             self._gpu, self._receiver = None, ShmReceiver()
+            before.close()
             return
         if self.device.type != "cuda":
             raise TransportBroken(
@@ -166,6 +167,7 @@ class SlotReader:
             )
         device = torch.cuda.current_device() if self.device.index is None else self.device.index
         self._gpu, self._receiver = _GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
+        before.close()
 
     def _copy(self, bucket: int, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
         """The bucket on this device, uint8 [nbytes]; its slot is released."""

@@ -7,12 +7,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
+import torch
+
 from weightsync.errors import TransportBroken, TransportTimeout, WeightSyncError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    import torch
 
     from weightsync.transports.base import Lease
 
@@ -32,66 +32,78 @@ class _Kept(NamedTuple):
 class LeaseKeeper:
     """Releases each lease once its event has come, from a thread of its own that runs while there are any.
 
-    What fails on the GPU is raised by the next `settle`; the lease is then not released, so that the daemon counts
-    a leak rather than a bucket that was read.
+    An error of the GPU is the end of this process's CUDA context: it is raised from then on, and leases that were kept
+    are not released, since nobody knows what was read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._waiting: list[_Kept] = []
         self._changed = threading.Condition()
         self._running = False
-        self._error: Exception | None = None
+        self._failed: Exception | None = None  # of the GPU, for good
+        self._error: Exception | None = None  # of what was called before a release
 
     def keep(self, lease: Lease, event: torch.cuda.Event, then: Callable[[], None] | None = None) -> None:
-        """Release `lease` when `event` has come; call `then` before that. What it raises is told by `settle`."""
+        """Release `lease` when `event` has come; call `then` before that. What it raises is told by `settle`.
+
+        Raises `TransportBroken` if the GPU has failed.
+        """
         with self._changed:
+            self._check()
             self._waiting.append(_Kept(event, lease, then))
             if not self._running:
                 self._running = True
                 threading.Thread(target=self._run, name="weightsync-leases", daemon=True).start()
 
     def settle(self, *, deadline: float) -> None:
-        """Return when every lease is released. Raises `TransportTimeout`, or `TransportBroken` for a GPU's error."""
+        """Return when every lease is released. Raises `TransportTimeout`, or what went wrong since the last call."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._running, max(0.0, deadline - time.monotonic())):
                 raise TransportTimeout(f"{len(self._waiting)} buckets are still being read by this rank's GPU")
+            self._check()
             error, self._error = self._error, None
-        if isinstance(error, WeightSyncError):
-            raise error
         if error is not None:
-            raise TransportBroken(f"reading a bucket failed on this rank's GPU: {error}") from error
+            raise error if isinstance(error, WeightSyncError) else TransportBroken(f"reading a bucket: {error!r}")
+
+    def _check(self) -> None:
+        if self._failed is not None:
+            raise TransportBroken(
+                f"this rank's GPU failed while it read a bucket: {self._failed}", hint="restart the engine"
+            ) from self._failed
 
     def _run(self) -> None:
-        pause = threading.Event()
-        while True:
-            with self._changed:
-                done = [one for one in self._waiting if self._come(one.event)]
-                if self._error is not None:
-                    self._waiting.clear()
-                for one in done:
-                    self._waiting.remove(one)
-            for one in done:
-                self._end(one)
-            with self._changed:
-                if not self._waiting:
-                    self._running = False
-                    self._changed.notify_all()
-                    return
-            pause.wait(_GLANCE)
-
-    def _end(self, one: _Kept) -> None:
         try:
-            if one.then is not None:
-                one.then()
-        except Exception as error:  # noqa: BLE001 - carried over to `settle`, in the thread that asks for it
-            self._error = error
-        finally:
-            one.lease.release()
-
-    def _come(self, event: torch.cuda.Event) -> bool:
-        try:
-            return self._error is None and bool(event.query())
-        except RuntimeError as error:  # a kernel failed: the CUDA context is lost, and with it every stream
+            torch.cuda.set_device(self._device)  # else what this thread does would make a CUDA context on GPU 0
+            pause = threading.Event()
+            while self._release_some():
+                pause.wait(_GLANCE)
+        except Exception as error:
             logger.exception("a GPU failed while it read a bucket")
-            self._error = error
+            with self._changed:
+                self._failed = error
+                self._end()
+
+    def _release_some(self) -> bool:
+        """Release what has been read; whether there is more to wait for."""
+        with self._changed:
+            done = [one for one in self._waiting if one.event.query()]
+            self._waiting = [one for one in self._waiting if one not in done]
+        for one in done:
+            try:
+                if one.then is not None:
+                    one.then()
+            except WeightSyncError as error:  # told by `settle`, in the thread that asks
+                self._error = error
+            finally:
+                one.lease.release()
+        with self._changed:
+            if self._waiting:
+                return True
+            self._end()
             return False
+
+    def _end(self) -> None:
+        """In the same breath as nothing was found to wait for: what is kept from now on starts another thread."""
+        self._running = False
+        self._changed.notify_all()

@@ -2,6 +2,6 @@
 
 program.py  what this rank writes where, worked out once for a plan
 host.py     into slots in host memory
-ready.py    when weights on a GPU may be read
+local.py    where a rank's weights lie, and when they may be read
 device.py   into slots on GPUs
 """

@@ -8,7 +8,6 @@ first copied to this rank's GPU, a bucket's part at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -16,52 +15,33 @@ import torch
 
 from weightsync.device.launch import COPY, SUM, BoxKernel, Table
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, TransportBroken
+from weightsync.filling.local import await_events
 from weightsync.filling.program import Filled
 from weightsync.plan.boxes import packed_strides
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from weightsync.filling.local import LocalWeights
     from weightsync.filling.program import Program, Write
     from weightsync.ipc.cuda import DeviceSlots
     from weightsync.sources.base import Source
 
-__all__ = ["DeviceFill", "DeviceProgram", "Held", "rank_device"]
+__all__ = ["DeviceFill", "DeviceProgram", "rank_device"]
 
 
-def rank_device(source: Source) -> torch.device:
+def rank_device(local: LocalWeights) -> torch.device:
     """The GPU that this rank fills from: that of its weights, or the current one. Raises `ConfigError` without any."""
-    for shard in range(len(source.layout())):
-        local = source.local(shard)
-        if local is not None and local.is_cuda:
-            return local.device
+    for tensor in local.tensors:
+        if tensor is not None and tensor.is_cuda:
+            return tensor.device
     if not torch.cuda.is_available():
         raise ConfigError(
             f"this node's slots lie on GPUs, and this process's torch ({torch.__version__}) sees none",
             hint='give the trainer a GPU of the node, or set arena.device = "cpu" in the node config',
         )
     return torch.device("cuda", torch.cuda.current_device())
-
-
-class Held:
-    """This rank's memory, by shard, and what a `DeviceProgram` depends on of it. Of 19,000 tensors in 7 ms."""
-
-    def __init__(self, source: Source) -> None:
-        self.tensors: list[torch.Tensor | None] = list(map(source.local, range(len(source.layout()))))
-        known = [_NOWHERE if tensor is None else tensor for tensor in self.tensors]
-        self.pointers = list(map(torch.Tensor.data_ptr, known))
-        self.strides = list(map(torch.Tensor.stride, known))
-        self.dtypes = list(map(_DTYPE, known))
-
-    @property
-    def devices(self) -> list[torch.device]:
-        """Where each lies."""
-        return [_NOWHERE.device if tensor is None else tensor.device for tensor in self.tensors]
-
-
-_NOWHERE = torch.empty(0, dtype=torch.uint8)
-_DTYPE = attrgetter("dtype")
 
 
 class _Bucket(NamedTuple):
@@ -77,28 +57,29 @@ class _Bucket(NamedTuple):
 class DeviceProgram:
     """A program compiled for one GPU and for weights of given strides and types; kept as long as those stay."""
 
-    def __init__(self, program: Program, held: Held, device: torch.device) -> None:
+    def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
         self.kernel = BoxKernel(device)
         self.buckets: list[_Bucket] = []
         self.sums = 0
-        self._strides, self._dtypes, self._devices = held.strides, held.dtypes, held.devices
+        self._strides, self._dtypes, self._devices = local.strides, local.dtypes, local.devices
         for writes in program.writes:
-            self.buckets.append(self._bucket(writes, held.tensors, device))
+            self.buckets.append(self._bucket(writes, local.tensors, device))
             self.sums += len(self.buckets[-1].tensors)
         self.totals = torch.zeros(max(1, self.sums), dtype=torch.int64, device=device)
-        self.told = torch.empty(max(1, self.sums), dtype=torch.int64, pin_memory=True)  # totals, on the host
-        self.pointers = held.pointers
-        self.bases = _addresses(held.pointers, device)
+        # the totals on the host; by name, since a trainer may have made GPUs torch's default
+        self.told = torch.empty(max(1, self.sums), dtype=torch.int64, device="cpu", pin_memory=True)
+        self.pointers = local.pointers
+        self.bases = _addresses(local.pointers, device)
 
-    def fits(self, held: Held, device: torch.device) -> bool:
+    def fits(self, local: LocalWeights, device: torch.device) -> bool:
         """Whether it is good for these weights too; `update` then."""
-        alike = self.kernel.device == device and held.strides == self._strides and held.dtypes == self._dtypes
-        return alike and (held.pointers == self.pointers or held.devices == self._devices)
+        alike = self.kernel.device == device and local.strides == self._strides and local.dtypes == self._dtypes
+        return alike and (local.pointers == self.pointers or local.devices == self._devices)
 
-    def update(self, held: Held) -> None:
+    def update(self, local: LocalWeights) -> None:
         """Take note of where the weights are now."""
-        if held.pointers != self.pointers:
-            self.pointers, self.bases = held.pointers, _addresses(held.pointers, self.kernel.device)
+        if local.pointers != self.pointers:
+            self.pointers, self.bases = local.pointers, _addresses(local.pointers, self.kernel.device)
 
     def _bucket(self, writes: Sequence[Write], locals_: Sequence[torch.Tensor | None], device: torch.device) -> _Bucket:
         tensors = {tensor: at for at, tensor in enumerate(dict.fromkeys(write.tensor for write in writes))}
@@ -141,16 +122,16 @@ class _UnderWay:
 
 
 class DeviceFill:
-    """The filling of one push. `begin` returns at once; `finished` gives buckets as they become full."""
+    """The filling of one push. `begin` queues, `finished` gives buckets as they become full."""
 
     def __init__(
         self,
         source: Source,
         program: DeviceProgram,
         slots: Sequence[DeviceSlots],
-        ready: torch.cuda.Event | None,
+        ready: Sequence[torch.cuda.Event],
     ) -> None:
-        """`slots` are those of each bridge, mapped on the program's GPU; `ready` is past what computes the weights."""
+        """`slots` are those of each bridge, mapped on the program's GPU; `ready` are past what computes the weights."""
         device = program.kernel.device
         self._source, self._program, self._slots = source, program, slots
         self._streams = _streams(device, len(slots))
@@ -160,9 +141,8 @@ class DeviceFill:
             prepared = torch.cuda.Event()
             prepared.record(self._streams[0])
         for stream in self._streams:
-            stream.wait_event(prepared)
-            if ready is not None:
-                stream.wait_event(ready)
+            for event in (prepared, *ready):
+                stream.wait_event(event)
 
     @property
     def busy(self) -> bool:
@@ -170,7 +150,10 @@ class DeviceFill:
         return bool(self._under_way)
 
     def begin(self, bucket: int, bridge: int, slot: int) -> None:
-        """Have this rank's parts of a bucket written into a slot. Raises `SourceError`."""
+        """Have this rank's parts of a bucket written into a slot. Waits for the GPU only where it has to stage some.
+
+        Raises `SourceError`.
+        """
         what, stream = self._program.buckets[bucket], self._streams[bridge]
         device = self._program.kernel.device
         under_way = _UnderWay(bucket, torch.cuda.Event())
@@ -202,10 +185,15 @@ class DeviceFill:
             sums = self._program.told[what.first : what.first + len(what.tensors)].numpy().view(np.uint64).tolist()
             yield Filled(one.bucket, what.nbytes, dict(zip(what.tensors, sums, strict=True)))
 
-    def close(self) -> None:
-        """Wait for what was begun: slots and weights may change or go away after this."""
-        for one in self._under_way:
-            one.event.synchronize()
+    def close(self, *, deadline: float) -> None:
+        """Wait for all that was asked of the GPU, told or not: slots and weights may change or go away after this.
+
+        Raises `TransportTimeout`, or `TransportBroken` for an error of the GPU.
+        """
+        try:
+            await_events(self._streams, "filling", deadline=deadline)
+        except RuntimeError as error:
+            raise TransportBroken(f"this rank's GPU failed while it filled slots: {error}") from error
         self._under_way.clear()
 
     def _staged(self, write: Write, device: torch.device) -> torch.Tensor:

@@ -67,7 +67,7 @@ class HostFill:
         while self._done:
             yield self._done.pop(0)
 
-    def close(self) -> None:
+    def close(self, *, deadline: float) -> None:
         """Nothing is under way between calls."""
 
     def _write(self, slot: torch.Tensor, write: Write) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,6 +55,11 @@ class Program:
 
     plan: bytes
     writes: tuple[tuple[Write, ...], ...]
+
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the slot up to the end of what is written last in any bucket."""
+        return max((write.end for bucket in self.writes for write in bucket), default=0)
 
     @property
     def buckets(self) -> int:

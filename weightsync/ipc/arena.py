@@ -1,6 +1,6 @@
 """The arena: a file of slots in shared memory, made by a bridge, mapped by trainer ranks and by readers.
 
-    0            header   magic, version, slots, slot_bytes, readers, nonce
+    0            header   magic, version, slots, slot_bytes, readers, nonce, hash of where slots lie on a GPU
     64 KiB       fences   one 16-byte cell for every slot and reader (`fences.py`)
     control      slots    each begins at a multiple of 64 KiB, which is a multiple of every page size
 
@@ -12,12 +12,14 @@ made, so that a full /dev/shm is an error then and not a SIGBUS in somebody's co
 
 Who may attach gets an *offer*, bytes that arrive in a control message. Attaching believes none of it: the file must be
 a private regular file of this user, of the size and with the nonce that the offer says. Trainer ranks map the slots
-writable; readers map them read-only and can write nothing but the fence cells.
+writable; readers map them read-only and can write nothing but the fence cells. (Of slots on a GPU there is no read-only
+mapping.)
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import mmap
 import os
 import re
@@ -44,6 +46,7 @@ __all__ = [
     "ArenaOffer",
     "DeviceMemory",
     "discard",
+    "discard_exports",
     "remove_stale",
     "segment_name",
     "stride",
@@ -53,8 +56,8 @@ DIRECTORY = "/dev/shm"
 MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 8 KiB of table per slot
 
 _MAGIC = b"WSARENA\0"
-_VERSION = 2
-_HEADER = struct.Struct("<8sIIQI16s")
+_VERSION = 3
+_HEADER = struct.Struct("<8sIIQI16s8s")
 _ALIGN = 64 * 1024
 _NAME = (
     r"weightsync-(?P<uid>\d{1,10})-(?P<node>[A-Za-z0-9._-]{1,128})-(?P<bridge>\d{1,6})-(?P<incarnation>[0-9a-f]{16})"
@@ -250,6 +253,11 @@ class Arena:
         return self._fences
 
     @property
+    def there(self) -> bool:
+        """Whether its file is: a bridge takes it along, or its daemon does."""
+        return os.path.exists(os.path.join(self.directory, self.name))
+
+    @property
     def closed(self) -> bool:
         """Whether `close` was called."""
         return self._control is None
@@ -311,7 +319,8 @@ def _sizes(offer: ArenaOffer) -> tuple[int, int]:
 
 
 def _header(offer: ArenaOffer) -> bytes:
-    return _HEADER.pack(_MAGIC, _VERSION, offer.slots, offer.slot_bytes, offer.readers, offer.nonce)
+    memory = hashlib.blake2b(msgspec.msgpack.encode(offer.memory), digest_size=8).digest()
+    return _HEADER.pack(_MAGIC, _VERSION, offer.slots, offer.slot_bytes, offer.readers, offer.nonce, memory)
 
 
 def _open(offer: ArenaOffer, flags: int) -> int:
@@ -342,6 +351,14 @@ def discard(directory: str, name: str) -> None:
     finally:
         os.close(fd)
         _unlink(directory, name)
+
+
+def discard_exports(name: str) -> None:
+    """Remove what the bridge of the arena called `name`, which is gone, had exported beside it for stock engines."""
+    with suppress(FileNotFoundError), os.scandir(DIRECTORY) as entries:
+        for entry in entries:
+            if entry.name.startswith(f"{name}-x") and _FILE_PATTERN.fullmatch(entry.name):
+                discard(DIRECTORY, entry.name)
 
 
 def _unlink(directory: str, name: str) -> None:

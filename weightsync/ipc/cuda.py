@@ -24,7 +24,8 @@ __all__ = ["DeviceSlots", "cupy", "free_bytes"]
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _SHARING = (
-    "GPU memory is shared between processes of one PID and one IPC namespace, on GPUs that reach each other: start "
+    "its bridge has just ended; or else GPU memory is shared between processes of one PID and one IPC namespace, on "
+    "GPUs that reach each other: start "
     "containers with --pid=host --ipc=host, and look at nvidia-smi topo -p2p r; weightsync doctor tells which it is"
 )
 
@@ -69,24 +70,22 @@ class DeviceSlots:
         runtime = cupy().cuda.runtime
         pitch = stride(slot_bytes)
         nbytes = slots * pitch
-        with cupy().cuda.Device(device):
-            try:
+        try:
+            with cupy().cuda.Device(device):
                 address = runtime.malloc(nbytes)
                 handle = runtime.ipcGetMemHandle(address)
                 runtime.memset(address, 0, nbytes)
                 runtime.deviceSynchronize()
-            except runtime.CUDARuntimeError as error:
-                if error.status != _OUT_OF_MEMORY:
-                    raise ConfigError(
-                        f"GPU {gpu} gives no memory that can be shared: {error}", hint=_SHARING
-                    ) from error
-                free, total = free_bytes(device)
-                raise ConfigError(
-                    f"an arena of {slots} slots of {slot_bytes} bytes needs {nbytes} bytes of GPU {gpu}, which has "
-                    f"{free} of {total} free",
-                    hint="make arena.slots or arena.slot_bytes smaller, leave slot_bytes to be chosen, or give engine "
-                    "and trainer a smaller share of the GPU",
-                ) from error
+        except runtime.CUDARuntimeError as error:
+            if error.status != _OUT_OF_MEMORY:
+                raise ConfigError(f"GPU {gpu} gives no memory that can be shared: {error}", hint=_SHARING) from error
+            free, total = free_bytes(device)
+            raise ConfigError(
+                f"an arena of {slots} slots of {slot_bytes} bytes needs {nbytes} bytes of GPU {gpu}, which has "
+                f"{free} of {total} free",
+                hint="make arena.slots or arena.slot_bytes smaller, leave slot_bytes to be chosen, or give engine "
+                "and trainer a smaller share of the GPU",
+            ) from error
         return cls(address, DeviceMemory(gpu=gpu, handle=bytes(handle)), slots, pitch, device, owner=True)
 
     @classmethod
@@ -96,15 +95,15 @@ class DeviceSlots:
         if memory is None:
             raise LocalProtocolError(f"the slots of arena {offer.name} lie in host memory")
         runtime = cupy().cuda.runtime
-        with cupy().cuda.Device(device):
-            try:
+        try:
+            with cupy().cuda.Device(device):
                 address = runtime.ipcOpenMemHandle(memory.handle)
-            except runtime.CUDARuntimeError as error:
-                raise TransportBroken(
-                    f"process {os.getpid()} cannot map arena {offer.name} of GPU {memory.gpu} on its own GPU {device}: "
-                    f"{error}",
-                    hint=_SHARING,
-                ) from error
+        except runtime.CUDARuntimeError as error:
+            raise TransportBroken(
+                f"process {os.getpid()} cannot map arena {offer.name} of GPU {memory.gpu} on its own GPU {device}: "
+                f"{error}",
+                hint=_SHARING,
+            ) from error
         return cls(address, memory, offer.slots, stride(offer.slot_bytes), device, owner=False)
 
     def slot(self, index: int) -> int:

@@ -115,7 +115,7 @@ class CheckpointSource:
             starts, length = box_runs(stored.shape or (1,), offset or (0,), shape, stored.dtype.itemsize)
             self._read_runs(file, stored.begin + starts, length, out.reshape(-1).view(torch.uint8).numpy())
         elif nbytes <= _SCRATCH:
-            scratch = torch.empty(out.shape, dtype=out.dtype)
+            scratch = torch.empty(out.shape, dtype=out.dtype, device="cpu")
             self._read(file, stored, offset, scratch)
             out.copy_(scratch)
         else:

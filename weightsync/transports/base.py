@@ -41,8 +41,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-__all__ = ["BucketReceiver", "BucketSender", "Capabilities", "Lease", "damaged", "seconds_left"]
+__all__ = ["NO_ZERO", "BucketReceiver", "BucketSender", "Capabilities", "Lease", "damaged", "seconds_left"]
 
+NO_ZERO = 1  # what a checksum of 0 is told as in a fence, where 0 means that nobody looked
 _POLL_FIRST = 50e-6  # seconds; a reader that only copies a small bucket is done by then
 _LONGEST = 1e6  # seconds; what is waited for longer may as well time out, and no timer overflows
 _POLL_LAST = 2e-3  # seconds; keeps a fence that stays closed for minutes at well under 1 % of a core
@@ -117,7 +118,7 @@ class Lease:
 
         Raises `TransportBroken` if it is not that of what was exported.
         """
-        self.read_back = found
+        self.read_back = found or NO_ZERO
         if self.checksum is not None and found != self.checksum:
             raise damaged(self.sequence, found, self.checksum)
 
@@ -179,9 +180,9 @@ class BucketSender(_End, ABC):
     def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
         """Give the first `nbytes` of `slot` to `readers`; returns the ticket of each.
 
-        The checksum is computed here, once, and travels in every ticket. `sequence` must be greater than that of the
-        slot's previous export, whose readers must all be done; or the same, to add readers to it. Raises
-        `LocalProtocolError` otherwise, and for a reader to which nothing was offered.
+        The checksum is computed here, once, unless it is known already, and travels in every ticket. `sequence` must be
+        greater than that of the slot's previous export, whose readers must all be done; or the same, to add readers to
+        it. Raises `LocalProtocolError` otherwise, and for a reader to which nothing was offered.
         """
 
     @abstractmethod
@@ -236,7 +237,8 @@ class BucketReceiver(_End, ABC):
 
     @abstractmethod
     def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
-        """Open `ticket`, once, and return a lease of its bytes, whose length and checksum are verified.
+        """Open `ticket`, once, and return a lease of its bytes, whose length and checksum are verified (a checksum over
+        tensors is left to who knows them).
 
         `verify=False` leaves the checksum to a reader that copies the bytes anyway, and calls `Lease.confirm` then.
 

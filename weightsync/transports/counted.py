@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 from weightsync.errors import LocalProtocolError
 from weightsync.ipc.ledger import Ledger
 from weightsync.transports.base import BucketSender, seconds_left
-from weightsync.transports.exports import Checksums, Exports
+from weightsync.transports.exports import Checksums, Export, Exports
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -54,6 +54,7 @@ class CountedSender(BucketSender):
         self._counted: dict[tuple[int, str], Counted] = {}  # (slot, reader)
         self._readers: set[str] = set()
         self._lock = threading.RLock()
+        self._exporting = threading.Lock()  # held over a checksum and a copy, which `_lock` is not
 
     @abstractmethod
     def _check_possible(self) -> None:
@@ -73,22 +74,32 @@ class CountedSender(BucketSender):
 
     def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
         names = list(readers)
-        with self._lock:
-            self._check_open()
-            if strangers := [name for name in names if name not in self._readers]:
-                raise LocalProtocolError(f"nothing was offered to {', '.join(strangers)}")
-            self._settle(slot)
-            export = self._exports.begin(slot, nbytes, sequence, names)
+        with self._exporting:
+            with self._lock:
+                self._check_open()
+                if strangers := [name for name in names if name not in self._readers]:
+                    raise LocalProtocolError(f"nothing was offered to {', '.join(strangers)}")
+                self._settle(slot)
+                export = self._exports.begin(slot, nbytes, sequence, names)
             export.checksum = self._checksums.of(slot, sequence, nbytes, self._check_open)
-            self._exports.record(slot, export)
-            tickets = {}
-            for name in names:
-                counted = self._counted[slot, name] = self._count(slot, nbytes)
-                export.readers.add(name)
-                export.waiting[name] = 0
-                self._ledger.exported(name)
-                tickets[name] = counted.ticket(name, export.checksum.value)
-            return tickets
+            made: dict[str, Counted] = {}
+            try:
+                for name in names:
+                    made[name] = self._count(slot, nbytes)
+                with self._lock:
+                    self._check_open()
+                    self._exports.record(slot, export)
+                    return {name: self._ticket(slot, export, name, made.pop(name)) for name in names}
+            finally:
+                for counted in made.values():  # those that were not handed out
+                    counted.remove()
+
+    def _ticket(self, slot: int, export: Export, reader: str, counted: Counted) -> bytes:
+        self._counted[slot, reader] = counted
+        export.readers.add(reader)
+        export.waiting[reader] = 0
+        self._ledger.exported(reader)
+        return counted.ticket(reader, export.checksum.value)
 
     def send(self, slot: int, *, deadline: float) -> None:
         """Nothing to move: the readers look for themselves."""

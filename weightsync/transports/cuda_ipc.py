@@ -15,6 +15,7 @@ import numpy as np
 
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.cuda import DeviceSlots
+from weightsync.ipc.gone import Lookout
 from weightsync.transports.base import Capabilities, damaged
 from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.mapped import MappedReceiver, MappedSender
@@ -123,14 +124,25 @@ class CudaIpcReceiver(MappedReceiver):
     def __init__(self, device: int) -> None:
         super().__init__()
         self.device = device
+        self._lookout = Lookout(self._look, device)
+
+    def _look(self) -> bool:
+        """Detach from arenas whose bridge has ended: there may be no room for its successor before that."""
+        with self._lock:
+            for nonce, mapping in list(self._mappings.items()):
+                if not mapping.arena.there:
+                    self._drop(nonce)
+            return bool(self._mappings)
 
     def _map(self, offer: ArenaOffer) -> _DeviceMapping:
         arena = Arena.attach(offer, writable=False)
         try:
-            return _DeviceMapping(arena, DeviceSlots.open(offer, self.device))
+            slots = DeviceSlots.open(offer, self.device)
         except BaseException:
             arena.close()
             raise
+        self._lookout.start()
+        return _DeviceMapping(arena, slots)
 
     def _verify(self, lent: memoryview | int, ticket: MappedTicket, between: Callable[[], None]) -> None:
         """A checksum over tensors is left to who knows them, by `Lease.confirm`."""

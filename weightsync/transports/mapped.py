@@ -20,7 +20,7 @@ from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import Algorithm, Natural, ReaderName, seal, unseal
 from weightsync.ipc.fences import State
 from weightsync.ipc.ledger import Ledger
-from weightsync.transports.base import BucketReceiver, BucketSender, Lease, seconds_left
+from weightsync.transports.base import NO_ZERO, BucketReceiver, BucketSender, Lease, seconds_left
 from weightsync.transports.exports import Export, Exports
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from weightsync.ipc.fences import FenceTable
     from weightsync.transports.exports import Checksums
 
-__all__ = ["MappedReceiver", "MappedSender", "MappedTicket", "Mapping"]
+__all__ = ["Attached", "MappedReceiver", "MappedSender", "MappedTicket"]
 
 
 class MappedTicket(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,7 +46,7 @@ class MappedTicket(msgspec.Struct, frozen=True, kw_only=True):
     checksum: Annotated[int, Meta(ge=0)]
 
 
-class Mapping(Protocol):
+class Attached(Protocol):
     """One arena as a receiver has it."""
 
     arena: Arena
@@ -168,10 +168,10 @@ class MappedSender(BucketSender):
                 export.opened.add(reader)
                 self._ledger.opened(reader)
             if state is State.CLOSED:
-                found = self._arena.fences.read_back(slot, cell)
+                found, exported = self._arena.fences.read_back(slot, cell), export.checksum.value or NO_ZERO
                 del export.waiting[reader]
-                self._ledger.closed(reader, confirmed=found == export.checksum.value)
-                if found not in (0, export.checksum.value):
+                self._ledger.closed(reader, confirmed=found == exported)
+                if found not in (0, exported):
                     export.damaged.add(reader)
         return export
 
@@ -192,7 +192,7 @@ class MappedReceiver(BucketReceiver):
 
     def __init__(self) -> None:
         super().__init__()
-        self._mappings: dict[bytes, Mapping] = {}  # by the arena's nonce
+        self._mappings: dict[bytes, Attached] = {}  # by the arena's nonce
         self._lineages: dict[str, bytes] = {}  # bridge → nonce of its newest arena
         self._readers: dict[bytes, dict[str, int]] = {}  # nonce → names by which it was offered here, and their cells
         self._leases: set[Lease] = set()
@@ -257,7 +257,7 @@ class MappedReceiver(BucketReceiver):
             self._leases.clear()
 
     @abstractmethod
-    def _map(self, offer: ArenaOffer) -> Mapping:
+    def _map(self, offer: ArenaOffer) -> Attached:
         """Attach an arena for reading. Raises `TransportBroken`."""
 
     @abstractmethod
@@ -268,7 +268,7 @@ class MappedReceiver(BucketReceiver):
         self._check_open()
         seconds_left(deadline, what)
 
-    def _lease(self, ticket: MappedTicket, lent: memoryview | int, fences: FenceTable, mapping: Mapping) -> Lease:
+    def _lease(self, ticket: MappedTicket, lent: memoryview | int, fences: FenceTable, mapping: Attached) -> Lease:
         def on_release() -> None:
             mapping.returned()
             fences.close(ticket.slot, ticket.cell, ticket.sequence, lease.read_back)

@@ -22,6 +22,7 @@ import itertools
 import mmap
 import os
 import struct
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import msgspec
@@ -76,6 +77,9 @@ class Counters:
             try:
                 os.posix_fallocate(fd, 0, size)
                 self._map = mmap.mmap(fd, size)
+            except OSError:
+                os.unlink(self._path)
+                raise
             finally:
                 os.close(fd)
         except OSError as error:
@@ -84,14 +88,14 @@ class Counters:
         self._order = itertools.cycle(range(_CELLS))
         self._taken: set[int] = set()
 
-    def take(self) -> int:
-        """A counter that nobody uses, set to 1; one whose reader never let go is not used again for long."""
+    def take(self) -> int | None:
+        """A counter that nobody uses, set to 1; None if all are held, such as by readers that were lost."""
         for cell in itertools.islice(self._order, _CELLS):
             if cell not in self._taken and self.value(cell) <= 0:
                 self._taken.add(cell)
                 _COUNT.pack_into(self._map, HEADER_BYTES + cell * _COUNT.size, 1)
                 return cell
-        raise TransportError(f"all {_CELLS} reference counters are held by readers")
+        return None
 
     def value(self, cell: int) -> int:
         """What it stands at."""
@@ -105,15 +109,16 @@ class Counters:
     def close(self) -> None:
         """Remove the file; readers that have yet to let go find it gone, which torch forgives."""
         self._map.close()
-        os.unlink(self._path)
+        with suppress(FileNotFoundError):
+            os.unlink(self._path)
 
 
 class _Export:
     """One reader's hold on a slot."""
 
-    def __init__(self, counters: Counters, handle: bytes, offset: int, nbytes: int) -> None:
-        self._counters, self._handle, self._offset, self._nbytes = counters, handle, offset, nbytes
-        self._cell = counters.take()
+    def __init__(self, counters: Counters, cell: int, handle: bytes, offset: int, nbytes: int) -> None:
+        self._counters, self._cell = counters, cell
+        self._handle, self._offset, self._nbytes = handle, offset, nbytes
 
     @property
     def released(self) -> bool:
@@ -144,7 +149,7 @@ class TorchCudaSender(CountedSender):
 
     def __init__(self, arena: Arena, **books: Any) -> None:
         super().__init__(arena, **books)
-        self._counters: Counters | None = None
+        self._counters: list[Counters] = []  # one file, and another whenever readers that were lost have used one up
 
     def _check_possible(self) -> None:
         if self._arena.memory is None:
@@ -161,12 +166,14 @@ class TorchCudaSender(CountedSender):
 
     def _count(self, slot: int, nbytes: int) -> _Export:
         assert self._arena.memory is not None
-        if self._counters is None:
-            self._counters = Counters(f"{self._arena.name}-x0")
-        return _Export(self._counters, self._arena.memory.handle, slot * self._arena.stride, nbytes)
+        cell = self._counters[-1].take() if self._counters else None
+        if cell is None:
+            self._counters.append(Counters(f"{self._arena.name}-x{len(self._counters)}"))
+            cell = self._counters[-1].take()
+            assert cell is not None, "a new file has counters"
+        return _Export(self._counters[-1], cell, self._arena.memory.handle, slot * self._arena.stride, nbytes)
 
     def close(self) -> None:
         super().close()
-        counters, self._counters = self._counters, None
-        if counters is not None:
-            counters.close()
+        while self._counters:
+            self._counters.pop().close()

@@ -54,7 +54,7 @@ class DeviceParameters:
         pointers = np.array([tensor.data_ptr() for tensor in tensors.values()], dtype=np.uint64)
         self._pointers = torch.from_numpy(pointers.view(np.int64)).to(self._device)
         self._streams: list[torch.cuda.Stream] = []
-        self._leases = LeaseKeeper()
+        self._leases = LeaseKeeper(self._device)
         self._trial = trial
         self._random = random.Random(self._device.index)  # ranks dawdle each in its own way
 
@@ -97,11 +97,15 @@ class DeviceParameters:
         while len(self._streams) < owners:
             self._streams.append(torch.cuda.Stream(self._device))
         stream = self._streams[owner]
-        if self._trial is not None:
-            self._try(self._trial, prepared, bucket, lease, stream)
-            return
-        self._copy(prepared, bucket, lease.address, stream)
-        self._leases.keep(lease, _recorded(stream))
+        try:
+            if self._trial is not None:
+                self._try(self._trial, prepared, bucket, lease, stream)
+            else:
+                self._copy(prepared, bucket, lease.address, stream)
+                self._leases.keep(lease, _recorded(stream))
+        except BaseException:
+            lease.release()
+            raise
 
     def settle(self, *, deadline: float) -> None:
         """Wait for the loads that are queued."""

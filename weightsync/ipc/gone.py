@@ -1,0 +1,49 @@
+"""Noticing that a bridge is gone, by its arena's file: who maps the memory of a dead bridge keeps it from everybody."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from weightsync.ipc.cuda import cupy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["Lookout"]
+
+_EVERY = 1.0  # seconds
+
+
+class Lookout:
+    """Calls `look` every second from a thread of its own, on `device` of this process, until it returns False."""
+
+    def __init__(self, look: Callable[[], bool], device: int) -> None:
+        self._look = look
+        self._device = device
+        self._running = False
+        self._wanted = False  # since `look` was called last
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Begin to look, unless it does."""
+        with self._lock:
+            self._wanted = True
+            if self._running:
+                return
+            self._running = True
+        threading.Thread(target=self._run, name="weightsync-lookout", daemon=True).start()
+
+    def _run(self) -> None:
+        cupy().cuda.runtime.setDevice(self._device)  # else what this thread does would make a CUDA context on GPU 0
+        pause = threading.Event()
+        while True:
+            pause.wait(_EVERY)
+            with self._lock:
+                self._wanted = False
+            if self._look():
+                continue
+            with self._lock:
+                if not self._wanted:
+                    self._running = False
+                    return

@@ -1,0 +1,157 @@
+"""What a trainer's process keeps between pushes: idle links, mapped arenas, and how to fill their slots."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+from collections import OrderedDict
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from weightsync.ipc.arena import Arena, ArenaOffer
+from weightsync.ipc.cuda import DeviceSlots
+from weightsync.ipc.gone import Lookout
+from weightsync.wire.control import TrainerLink
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from weightsync.filling.device import DeviceProgram
+    from weightsync.filling.program import Program
+
+__all__ = ["RankMemory", "memory"]
+
+_PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
+
+
+class RankMemory:
+    """One for each process; several pushes may be under way in it."""
+
+    def __init__(self) -> None:
+        self.programs: OrderedDict[bytes, Program] = OrderedDict()  # by plan and layout digest
+        self.plans: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout digest) → newest plan
+        self._lock = threading.RLock()
+        self._links: dict[str, list[TrainerLink]] = {}
+        self._arenas: dict[bytes, Arena] = {}  # by offer
+        self._slots: dict[tuple[str, int], DeviceSlots] = {}  # (arena, GPU here) → its slots, if they lie on a GPU
+        self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, as `programs`
+        self._pushes = 0  # under way: nothing is unmapped meanwhile
+        self._unused: list[Arena | DeviceSlots] = []
+        self._lookout: Lookout | None = None
+
+    @contextmanager
+    def push(self) -> Iterator[None]:
+        """Around a push: what it has mapped stays mapped until it is over."""
+        with self._lock:
+            self._drop_gone()
+            self._pushes += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._pushes -= 1
+                self._drop_gone()
+
+    def take_link(self, endpoint: str) -> TrainerLink:
+        """A line to the daemon, for this push alone."""
+        with self._lock:
+            idle = self._links.get(endpoint)
+            if idle:
+                return idle.pop()
+        return TrainerLink(endpoint)
+
+    def give_link(self, link: TrainerLink) -> None:
+        """Keep it for the next push."""
+        link.rest()
+        with self._lock:
+            self._links.setdefault(link.endpoint, []).append(link)
+
+    def close_links(self) -> None:
+        """Let every idle link say its last words; at exit."""
+        with self._lock:
+            for link in [link for idle in self._links.values() for link in idle]:
+                link.close()
+            self._links.clear()
+
+    def map_arenas(self, offers: tuple[bytes, ...]) -> list[Arena]:
+        """The arenas of these offers; those of bridges that have been replaced are unmapped when no push needs them."""
+        with self._lock:
+            known = {offer: self._arenas.get(offer) or Arena.attach(offer, writable=True) for offer in offers}
+            nodes = {arena.name.rpartition("-")[0] for arena in known.values()}
+            for offer, arena in list(self._arenas.items()):
+                if offer not in known and arena.name.rpartition("-")[0] in nodes:
+                    self._drop(offer)
+            self._arenas.update(known)
+            return [known[offer] for offer in offers]
+
+    def map_slots(self, offer: bytes, device: int) -> DeviceSlots:
+        """The slots of a mapped arena on a GPU, for use on this process's GPU `device`."""
+        wanted = ArenaOffer.unpack(offer)
+        with self._lock:
+            if (wanted.name, device) not in self._slots:
+                self._slots[wanted.name, device] = DeviceSlots.open(wanted, device)
+            if self._lookout is None:
+                self._lookout = Lookout(self._look, device)
+            self._lookout.start()
+            return self._slots[wanted.name, device]
+
+    def keep_program(self, key: bytes, program: Program) -> None:
+        """Remember what this rank writes in pushes of one plan and layout."""
+        with self._lock:
+            self.programs[key] = program
+            while len(self.programs) > _PROGRAMS:
+                self._device_programs.pop(self.programs.popitem(last=False)[0], None)
+
+    def take_device_program(self, key: bytes) -> DeviceProgram | None:
+        """The program as tables on a GPU, for this push alone: its sums are written there."""
+        with self._lock:
+            return self._device_programs.pop(key, None)
+
+    def give_device_program(self, key: bytes, program: DeviceProgram) -> None:
+        """Keep it for the next push."""
+        with self._lock:
+            if key in self.programs:
+                self._device_programs[key] = program
+
+    def _look(self) -> bool:
+        with self._lock:
+            if not self._pushes:
+                self._drop_gone()
+            return bool(self._slots)
+
+    def _drop_gone(self) -> None:
+        """Let go of arenas whose bridge has ended: there may be no room for its successor before that."""
+        for offer, arena in list(self._arenas.items()):
+            if arena.memory is not None and not arena.there:
+                self._drop(offer)
+        while self._unused and not self._pushes:
+            self._unused.pop().close()
+
+    def _drop(self, offer: bytes) -> None:
+        arena = self._arenas.pop(offer)
+        self._unused.append(arena)
+        self._unused += [self._slots.pop(key) for key in list(self._slots) if key[0] == arena.name]
+
+
+class _Process:
+    """The memory of this process. A forked child begins with none, and leaves alone what its parent had: freeing memory
+    that CUDA knows, in a child where CUDA does not work, ends the process."""
+
+    def __init__(self) -> None:
+        self.memory = RankMemory()
+        self.left: list[RankMemory] = []
+
+    def forked(self) -> None:
+        self.left.append(self.memory)
+        self.memory = RankMemory()
+
+
+_PROCESS = _Process()
+atexit.register(lambda: _PROCESS.memory.close_links())
+os.register_at_fork(after_in_child=_PROCESS.forked)
+
+
+def memory() -> RankMemory:
+    """This process's."""
+    return _PROCESS.memory
