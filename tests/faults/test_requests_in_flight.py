@@ -51,14 +51,21 @@ class Flights:
 
     def __init__(self, node, pool):
         self._node, self._pool = node, pool
+        self._begun = {}  # engine → requests
 
     def start(self, engine, max_tokens=None):
         max_tokens = max_tokens or LONG[engine.tp]
-        running = self._node.info(engine)["running"]
         body = {"prompt_ids": PROMPT, "max_tokens": max_tokens}
+        others = self._begun.setdefault(engine.name, [])
         flight = self._pool.submit(self._node.post, engine, "/generate", body, 40.0)
-        until(lambda: flight.done() or self._node.info(engine)["running"] > running, "the request runs")
+
+        def runs():
+            before = sum(not other.done() for other in others)  # counted first: one of them may just be ending
+            return flight.done() or self._node.info(engine)["running"] > before
+
+        until(runs, "the request runs")
         assert not flight.done(), flight.result().text
+        others.append(flight)
         return flight
 
     def start_all(self, max_tokens=None):
@@ -122,12 +129,12 @@ def test_keep_holds_requests_and_they_go_on_with_the_new_weights(node, flights, 
 
 
 def test_wait_lets_requests_end_first(node, flights):
-    running = flights.start_all(300)
+    running = flights.start_all()
     rank = push_to(node, 0, pause="wait")
     for engine, flight in zip(node.engines, running, strict=True):
         assert node.info(engine)["running"] == 0
         tokens = landed(flight)
-        assert len(tokens) == 300
+        assert len(tokens) == LONG[engine.tp]
         assert all_of(node, node.before, tokens)
         refused = node.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": 1})
         assert (refused.status_code, refused.json()["error"]) == (503, "the engine is paused")
