@@ -70,6 +70,8 @@ class Trainers:
         self._waiting: list[_Waiting] = []
         self._failed: _Failed | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._looking: asyncio.Task[None] | None = None
+        self._seen = False  # the peers, just now
 
     # --- a call of push_weights -----------------------------------------------------------------------------------
 
@@ -96,12 +98,28 @@ class Trainers:
             self._services.send(call.identity, msg.Ended(id=message.id, error=error))
         elif self.stopping:
             self._refuse(call, "weightsyncd is stopping", None)
-        elif push is None and self._following() is None:
+        elif push is None and self._following() is None and self._peers_seen():
             self._begin(call)
         elif len(self._waiting) < _MAX_WAITING:
             self._waiting.append(call)
         else:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
+
+    def _peers_seen(self) -> bool:
+        """Whether the other nodes were looked at for the push that is to begin; if not, they are, and calls wait.
+
+        A node that has restarted since its last heartbeat would be lost to the push that finds out.
+        """
+        seen = self._seen or not self._services.peers
+        if not seen and self._looking is None:
+            self._looking = asyncio.create_task(self._see_peers(), name="see peers")
+        return seen
+
+    async def _see_peers(self) -> None:
+        await asyncio.gather(*(peer.refresh() for peer in self._services.peers.values()))
+        self._looking, self._seen = None, True
+        self.go_on()
+        self._seen = False
 
     def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
         message = call.message
@@ -204,9 +222,10 @@ class Trainers:
     async def close(self, until: float) -> None:
         """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
         push = self.push
-        if self._ending is not None:
-            self._ending.cancel()
-            await asyncio.gather(self._ending, return_exceptions=True)
+        for task in (self._looking, self._ending):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         if push is not None:
             await push.close()
             if not push.done.is_set():
