@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 from pathlib import Path
 
@@ -12,6 +13,9 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("weightsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("weightsync")
+
+# A shell starts what runs in its background deaf to Ctrl-C, and what that starts too: tests send it to processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _open_fds() -> dict[str, str]:

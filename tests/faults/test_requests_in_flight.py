@@ -14,8 +14,10 @@ from weightsync.adapters.reference.model import load_checkpoint
 
 pytestmark = pytest.mark.faults
 
-LONG = {1: 1500, 2: 250}  # by tensor-parallel size; tokens: a second or more of decoding, on an idle machine
-SHORT = 8
+LONG = {1: 3000, 2: 500}  # by tensor-parallel size; tokens: two seconds or more of decoding, on an idle machine
+ENDING = {1: 1000, 2: 160}  # tokens whose end a push can wait for within its time for an operation
+TAIL = 8  # tokens
+SHORT = {1: TAIL, 2: TAIL}
 CLOSE = 1e-4  # the most by which the logit of a greedy token may miss the highest, between two ways of adding up
 
 
@@ -53,8 +55,7 @@ class Flights:
         self._node, self._pool = node, pool
         self._begun = {}  # engine → requests
 
-    def start(self, engine, max_tokens=None):
-        max_tokens = max_tokens or LONG[engine.tp]
+    def start(self, engine, max_tokens):
         body = {"prompt_ids": PROMPT, "max_tokens": max_tokens}
         others = self._begun.setdefault(engine.name, [])
         flight = self._pool.submit(self._node.post, engine, "/generate", body, 40.0)
@@ -68,9 +69,9 @@ class Flights:
         others.append(flight)
         return flight
 
-    def start_all(self, max_tokens=None):
+    def start_all(self, lengths=LONG):
         """One at each engine; where decoding is slow first."""
-        begun = {e.name: self.start(e, max_tokens) for e in sorted(self._node.engines, key=lambda e: -e.tp)}
+        begun = {e.name: self.start(e, lengths[e.tp]) for e in sorted(self._node.engines, key=lambda e: -e.tp)}
         return [begun[engine.name] for engine in self._node.engines]
 
 
@@ -129,12 +130,12 @@ def test_keep_holds_requests_and_they_go_on_with_the_new_weights(node, flights, 
 
 
 def test_wait_lets_requests_end_first(node, flights):
-    running = flights.start_all()
+    running = flights.start_all(ENDING)
     rank = push_to(node, 0, pause="wait")
     for engine, flight in zip(node.engines, running, strict=True):
         assert node.info(engine)["running"] == 0
         tokens = landed(flight)
-        assert len(tokens) == LONG[engine.tp]
+        assert len(tokens) == ENDING[engine.tp]
         assert all_of(node, node.before, tokens)
         refused = node.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": 1})
         assert (refused.status_code, refused.json()["error"]) == (503, "the engine is paused")
@@ -182,8 +183,8 @@ def test_none_never_holds_a_request(node, flights):
     for engine in node.engines:  # half of the new weights are in, and it serves
         info = node.info(engine)
         assert (info["torn"], info["paused"]) == (True, False)
-        answer = node.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": SHORT}).raise_for_status().json()
-        assert len(answer["token_ids"]) == SHORT
+        answer = node.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": TAIL}).raise_for_status().json()
+        assert len(answer["token_ids"]) == TAIL
     late = flights.start_all()
     rank.go()
     report = rank.report()
@@ -193,7 +194,7 @@ def test_none_never_holds_a_request(node, flights):
     whole(node, running)
     for flight, tokens in zip(late, whole(node, late), strict=True):
         assert flight.result().json()["weight_version"] == report["version"]
-        assert all(likely(node, "C", tokens)[-SHORT:]), "its tail is of the new weights alone"
+        assert all(likely(node, "C", tokens)[-TAIL:]), "its tail is of the new weights alone"
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -201,7 +202,8 @@ def test_none_and_an_engine_that_fails_half_way(node, flights, victim):
     broken, well = node.engines[victim], node.engines[1 - victim]
     node.order(broken, fail={"endpoint": "/load", "after": 6})
     rank = push_to(node, 9, pause="none")
-    running = {engine.name: flights.start(engine) for engine in node.engines}  # on a mixture: that is what was asked
+    names = [engine.name for engine in node.engines]
+    running = dict(zip(names, flights.start_all(), strict=True))  # on a mixture: that is what was asked
     rank.go()
     report = rank.report()
     outcome = {e["engine"]: e["outcome"] for e in report["engines"]}
