@@ -3,7 +3,8 @@
     python -m bench.bench_describe --json out.json
 
 "Changed" is a push after one parameter was replaced by one of another shape: everything is described anew. "Moved" is
-one after every tensor got other memory. Collections of garbage that fall into a run count, as they do in a trainer.
+one after every tensor got other memory. "Located" comes on top where slots lie on GPUs: addresses and strides.
+Collections of garbage that fall into a run count, as they do in a trainer.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from bench.harness import report, timed
+from weightsync.filling.local import LocalWeights
 from weightsync.sources import source_of
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Figures:
     again: float
     again_worst: float
     as_bfloat16: float
+    located: float
     moved: float | None
     changed: float
 
@@ -73,13 +76,14 @@ def measured(case: str, weights: Any, move: Callable[[], object] | None, change:
     tensors = len(source.layout())
     again = timed(lambda: source_of(weights), runs=21)
     as_bfloat16 = timed(lambda: source_of(weights, dtype="bfloat16"), runs=21)
+    located = timed(lambda: LocalWeights(source), runs=21)
     moved = None
     if move is not None:
         move()
         moved = timed(lambda: source_of(weights), runs=1, warmup=0).best
     change()
     changed = timed(lambda: source_of(weights), runs=1, warmup=0).best
-    return Figures(case, tensors, first, again.median, again.worst, as_bfloat16.median, moved, changed)
+    return Figures(case, tensors, first, again.median, again.worst, as_bfloat16.median, located.median, moved, changed)
 
 
 def replace_last(module: nn.Module, make: Callable[[], torch.Tensor]) -> None:
@@ -138,12 +142,12 @@ def main() -> None:
             f"{f.tensors:,}",
             *(
                 "" if seconds is None else f"{seconds * 1e3:.1f} ms"
-                for seconds in (f.first, f.again, f.again_worst, f.as_bfloat16, f.moved, f.changed)
+                for seconds in (f.first, f.again, f.again_worst, f.as_bfloat16, f.located, f.moved, f.changed)
             ),
         ]
         for f in figures
     ]
-    columns = ("", "tensors", "first", "again", "worst", "as bfloat16", "moved", "changed")
+    columns = ("", "tensors", "first", "again", "worst", "as bfloat16", "located", "moved", "changed")
     report("Describing weights, one rank", columns, rows, list(map(asdict, figures)), arguments.json)
 
 

@@ -61,7 +61,8 @@ class DeviceProgram:
         self.kernel = BoxKernel(device)
         self.buckets: list[_Bucket] = []
         self.sums = 0
-        self._strides, self._dtypes, self._devices = local.strides, local.dtypes, local.devices
+        self._layout, self._dtypes = local.layout, local.dtypes
+        self._strides, self._gpus = local.strides, local.gpus
         for writes in program.writes:
             self.buckets.append(self._bucket(writes, local.tensors, device))
             self.sums += len(self.buckets[-1].tensors)
@@ -73,8 +74,9 @@ class DeviceProgram:
 
     def fits(self, local: LocalWeights, device: torch.device) -> bool:
         """Whether it is good for these weights too; `update` then."""
-        alike = self.kernel.device == device and local.strides == self._strides and local.dtypes == self._dtypes
-        return alike and (local.pointers == self.pointers or local.devices == self._devices)
+        if self.kernel.device != device or local.gpus != self._gpus or local.strides != self._strides:
+            return False
+        return local.layout is self._layout or local.dtypes == self._dtypes
 
     def update(self, local: LocalWeights) -> None:
         """Take note of where the weights are now."""

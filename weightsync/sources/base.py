@@ -23,7 +23,9 @@ class Source(Protocol):
         """Bytes of all shards together."""
 
     def layout(self) -> Layout:
-        """What this rank holds; the same object each time. Raises `SourceError` if that cannot be described."""
+        """What this rank holds; the same object each time, and in each source of tensors that are held alike: of the
+        same shapes and, on this rank, element types. Raises `SourceError` if that cannot be described.
+        """
 
     def local(self, shard: int) -> torch.Tensor | None:
         """A shard's own memory, to be read where it lies and as it is held: of the shard's shape, any strides, any

@@ -2,9 +2,9 @@
 
 What is remembered holds no tensor, nor a weak reference to one: `torch.utils.swap_tensors`, by which FSDP2 models move
 between devices, refuses tensors that have any. So tensors are not recognised by who they are but by all that a layout
-depends on, and that is read anew for each push: names and their order, classes, element types, shapes of local data,
-specs of DTensors, and who shares memory with whom. Where none of it has changed the layout has not either, whatever the
-addresses; where anything has, everything is described anew.
+depends on, and that is read anew for each push: names and their order, classes, element types, shapes (of DTensors,
+their specs and how much of them lies here), and who shares memory with whom. Where none of it has changed the layout
+has not either, whatever the addresses; where anything has, everything is described anew.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ class _Look:
     specs: list[Any]  # of those
     data_kinds: list[type]  # [n] classes of their data
     dtypes: list[torch.dtype]  # [n]
-    sizes: list[torch.Size]  # [n] of the data
+    counts: list[int]  # [n] of elements of the data
+    sizes: dict[int, torch.Size]  # of those that are no DTensors; the others' specs say what each rank holds
     shared: tuple[int, ...]  # whose data begins where another's does, or nowhere
 
     def data(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
@@ -105,7 +106,10 @@ class _Look:
             pointers = list(map(torch.Tensor.data_ptr, data))
         except RuntimeError:  # sparse by now: describing them says which
             return None
-        if not all(map(eq, map(torch.Tensor.size, data), self.sizes)):
+        if list(map(torch.Tensor.numel, data)) != self.counts:
+            return None
+        plain = data if not self.sharded else map(data.__getitem__, self.sizes)
+        if not all(map(eq, map(torch.Tensor.size, plain), self.sizes.values())):
             return None
         return data if self._as_tied(tensors, data, pointers) else None
 
@@ -162,7 +166,7 @@ def _look(names: tuple[str, ...], tensors: Sequence[torch.Tensor], cut: _Cut) ->
     sharded = tuple(i for i, tensor in enumerate(tensors) if is_dtensor(tensor))
     if not all(hasattr(tensors[i], "_local_tensor") and hasattr(tensors[i], "_spec") for i in sharded):
         return None
-    data = _data_of(tensors, sharded)
+    data, of_mesh = _data_of(tensors, sharded), frozenset(sharded)
     if any(type(held).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for held in data):
         return None  # still being gathered
     shared = _shared([held.data_ptr() for held in data])
@@ -176,7 +180,8 @@ def _look(names: tuple[str, ...], tensors: Sequence[torch.Tensor], cut: _Cut) ->
         specs=_specs_of(tensors, sharded),
         data_kinds=list(map(type, data)),
         dtypes=[held.dtype for held in data],
-        sizes=[held.shape for held in data],
+        counts=[held.numel() for held in data],
+        sizes={i: held.shape for i, held in enumerate(data) if i not in of_mesh},
         shared=shared,
     )
 
