@@ -207,6 +207,21 @@ def doctor(
     raise typer.Exit(1 if any(f.level == "fail" for findings in found.values() for f in findings) else 0)
 
 
+@app.command()
+def keygen(
+    file: Annotated[Path, typer.Argument(help="A new file, which only you can read.", show_default=False)],
+) -> None:
+    """Make the key that lets weightsyncd of several machines talk to each other.
+
+    Give the file to every node, readable by weightsyncd alone, and name it there: [cluster] key_file = "FILE". Whoever
+    has it may push weights into every engine.
+    """
+    from weightsync.wire.keys import make_key_file
+
+    make_key_file(file)
+    typer.echo(f'{file}: a new key. On every node: [cluster] key_file = "{file.resolve()}"')
+
+
 def _show_findings(titles: dict[str, str], found: dict[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
 

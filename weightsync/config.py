@@ -48,6 +48,7 @@ __all__ = [
     "url_problems",
 ]
 
+_KEY_HINT = "give every node the same [cluster] key_file, made by: weightsync keygen FILE"
 _SOCKET_PATH = 100  # characters; the kernel allows 107
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Size = Annotated[int, Meta(ge=0)]  # in TOML: 268435456 or "256MiB"
@@ -93,6 +94,8 @@ class TimeoutConfig(_Section, frozen=True):
 class ClusterConfig(_Section, frozen=True):
     """[cluster]: other nodes whose engines pushes from here reach too."""
 
+    listen: str = ""  # tcp://ADDRESS:PORT, where other nodes reach this one
+    key_file: str = ""  # made by `weightsync keygen`, the same on every node; needed beyond loopback
     address: str = "127.0.0.1"  # this node's address for communicators
     peers: dict[str, str] = {}  # node name = endpoint
 
@@ -277,18 +280,32 @@ def _contradictions(config: NodeConfig) -> list[str]:
             problems.append(f"http.listen = {config.http.listen!r}: write it as 127.0.0.1:9464")
         elif not is_loopback(host):
             problems.append(f"http.listen = {config.http.listen!r}: only loopback; put a proxy in front to go beyond")
-    if not is_loopback(config.cluster.address):
-        problems.append(
-            f"cluster.address = {config.cluster.address!r}: only loopback; communicators between machines need keys, "
-            "which are not built yet"
-        )
-    endpoints = {"node.listen": config.node.listen} if config.node.listen else {}
-    endpoints |= {f"cluster.peers.{name}": endpoint for name, endpoint in config.cluster.peers.items()}
-    for key, endpoint in endpoints.items():
+    problems.extend(_cluster_problems(config))
+    return problems
+
+
+def _cluster_problems(config: NodeConfig) -> list[str]:
+    cluster, problems = config.cluster, []
+    keys = bool(cluster.key_file)
+    if not is_loopback(cluster.address) and not keys:
+        problems.append(f"cluster.address = {cluster.address!r} reaches beyond this machine; {_KEY_HINT}")
+    if cluster.listen and not cluster.listen.startswith("tcp://"):
+        problems.append(f"cluster.listen = {cluster.listen!r}: write it as tcp://ADDRESS:PORT")
+    endpoints = [("node.listen", config.node.listen, False), ("cluster.listen", cluster.listen, keys)]
+    endpoints += [(f"cluster.peers.{name}", endpoint, keys) for name, endpoint in cluster.peers.items()]
+    for key, endpoint, keyed in endpoints:
         try:
-            check_endpoint(endpoint, key)
+            if endpoint:
+                check_endpoint(endpoint, key, keys=keyed)
         except ConfigError as error:
             problems.append(error.message + (f"; {error.hint}" if error.hint else ""))
+    if keys:
+        from weightsync.wire.keys import read_key_file
+
+        try:
+            read_key_file(cluster.key_file)
+        except ConfigError as error:
+            problems.append(f"cluster.key_file: {error.message}" + (f"; {error.hint}" if error.hint else ""))
     return problems
 
 
@@ -316,8 +333,8 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def check_endpoint(endpoint: str, key: str) -> None:
-    """Raise `ConfigError` naming `key` unless the endpoint is a private ipc socket or TCP on loopback."""
+def check_endpoint(endpoint: str, key: str, *, keys: bool = False) -> None:
+    """Raise `ConfigError` naming `key` unless the endpoint is an ipc socket or TCP: on loopback, or with `keys`."""
     try:
         parts = urlsplit(endpoint)
         host, port = parts.hostname or "", parts.port
@@ -330,11 +347,10 @@ def check_endpoint(endpoint: str, key: str) -> None:
             hint = f"{_SOCKET_PATH} characters at most"
             raise ConfigError(f"{key} = {endpoint!r} is longer than a socket path may be", hint=hint)
     elif parts.scheme == "tcp":
-        if not is_loopback(host):
-            raise ConfigError(
-                f"{key} = {endpoint!r} reaches beyond this machine, which needs keys",
-                hint="use ipc://… or tcp://127.0.0.1:PORT; links between machines under CURVE keys are not built yet",
-            )
+        if not is_loopback(host) and not keys:
+            here = key in ("node.listen", "daemon")
+            hint = "ipc://… or tcp://127.0.0.1:PORT; other nodes are let in at [cluster] listen" if here else _KEY_HINT
+            raise ConfigError(f"{key} = {endpoint!r} reaches beyond this machine", hint=hint)
         if not port:
             raise ConfigError(f"{key} = {endpoint!r} has no port", hint="tcp://127.0.0.1:29600")
     else:

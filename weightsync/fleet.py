@@ -48,6 +48,7 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
+    within: tuple[str, ...] = field(default=(), kw_only=True)  # the command it runs in, such as `ip netns exec a`
 
     @property
     def pid(self) -> int:
@@ -89,6 +90,7 @@ class Daemon(Child):
     """A weightsyncd."""
 
     endpoint: str = ""
+    listen: str = ""  # where other nodes reach it, if not at its endpoint
     config: Path = field(default_factory=Path)
 
 
@@ -124,11 +126,11 @@ class Fleet:
         return child
 
     def _popen(
-        self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None
+        self, arguments: Sequence[str], log: Path, env: Mapping[str, str] | None = None, within: Sequence[str] = ()
     ) -> subprocess.Popen[bytes]:
         with log.open("ab") as out:
             return subprocess.Popen(
-                [sys.executable, *arguments],
+                [*within, sys.executable, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -148,6 +150,7 @@ class Fleet:
         flags: Sequence[str] = (),
         wait: bool = True,
         env: Mapping[str, str] | None = None,
+        within: Sequence[str] = (),
     ) -> Engine:
         """Start a reference engine on the checkpoint. With `wait=False`, call `wait_engine` before using its url."""
         port_file = self.root / f"{name}.port"
@@ -157,8 +160,10 @@ class Fleet:
             *("--device", device, "--port", str(port), "--port-file", str(port_file), *flags),
         )
         log = self.root / f"{name}.log"
-        process = self._popen(arguments, log, env)
-        engine = Engine(name, process, log, tp=tp, model=model, device=device, arguments=arguments)
+        process = self._popen(arguments, log, env, within)
+        engine = Engine(
+            name, process, log, tp=tp, model=model, device=device, arguments=arguments, within=tuple(within)
+        )
         self.children.append(engine)
         if wait:
             self.wait_engine(engine)
@@ -177,7 +182,7 @@ class Fleet:
         arguments[arguments.index("--port") + 1] = port
         port_file = self.root / f"{engine.name}.port"
         port_file.unlink(missing_ok=True)
-        engine.process = self._popen(arguments, engine.log)
+        engine.process = self._popen(arguments, engine.log, within=engine.within)
         self.wait_engine(engine)
         return engine
 
@@ -189,6 +194,7 @@ class Fleet:
         *,
         peers: Sequence[Daemon] = (),
         wait: bool = True,
+        within: Sequence[str] = (),
         **sections: Mapping[str, Any],
     ) -> Daemon:
         """Start a weightsyncd. `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`."""
@@ -199,15 +205,16 @@ class Fleet:
         tables["arena"] = {"device": "cuda" if on_gpus else "cpu", **tables.get("arena", {})}
         lines = [line for name, table in tables.items() for line in _toml(name, table)]
         if peers:
-            lines += ["[cluster.peers]", *(f'{peer.name} = "{peer.endpoint}"' for peer in peers)]
+            lines += ["[cluster.peers]", *(f'{peer.name} = "{peer.listen or peer.endpoint}"' for peer in peers)]
         for engine in engines:
             lines += ["[[engines]]", f'name = "{engine.name}"', 'kind = "reference"', f'url = "{engine.url}"']
             lines += [f'model = "{engine.model}"']
         config = self.root / f"{node}.toml"
         config.write_text("\n".join(lines) + "\n")
         log = self.root / f"{node}.log"
-        process = self._popen(("-m", "weightsyncd", "--node-config", str(config)), log)
-        daemon = Daemon(node, process, log, endpoint=endpoint, config=config)
+        process = self._popen(("-m", "weightsyncd", "--node-config", str(config)), log, within=within)
+        listen = str(tables.get("cluster", {}).get("listen", ""))
+        daemon = Daemon(node, process, log, endpoint=endpoint, listen=listen, config=config, within=tuple(within))
         self.children.append(daemon)
         if wait:
             self.wait_daemon(daemon, engines=len(engines), peers=len(peers))
@@ -215,7 +222,8 @@ class Fleet:
 
     def restart_daemon(self, daemon: Daemon) -> Daemon:
         """Start a daemon that has ended again, with the same config."""
-        daemon.process = self._popen(("-m", "weightsyncd", "--node-config", str(daemon.config)), daemon.log)
+        arguments = ("-m", "weightsyncd", "--node-config", str(daemon.config))
+        daemon.process = self._popen(arguments, daemon.log, within=daemon.within)
         self.wait_daemon(daemon)
         return daemon
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from weightsync.filling.local import LocalWeights
     from weightsync.filling.program import Program
     from weightsync.sources.base import Source
-    from weightsync.wire.control import TrainerLink
+    from weightsync.wire.trainer_link import TrainerLink
 
 __all__ = ["RankPush", "TrainerPlace", "trainer_place"]
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from weightsync.ipc.arena import Arena, ArenaOffer
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.ipc.gone import Lookout
-from weightsync.wire.control import TrainerLink
+from weightsync.wire.trainer_link import TrainerLink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

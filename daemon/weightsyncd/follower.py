@@ -112,6 +112,7 @@ class Follower:
             slots=tuple(self._config.arena.slots for _ in self._bridges),
             slot_bytes=self._config.arena.slot_bytes,
             address=self._config.cluster.address,
+            peers=tuple(sorted(self._config.cluster.peers)),
         )
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:

@@ -22,13 +22,14 @@ from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
-from weightsync.wire.control import PeerLink
+from weightsync.wire.daemon_links import PeerLink
 from weightsyncd.executor import phase_of
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
 
     from weightsync.config import NodeConfig
+    from weightsync.wire.keys import ClusterKey
     from weightsyncd.bridges import Bridge
     from weightsyncd.context import PushContext
 
@@ -55,15 +56,17 @@ class Peer:
         endpoint: str,
         config: NodeConfig,
         *,
+        key: ClusterKey | None,
         on_lost: Callable[[str, ErrorRecord], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
-        """`taken(node, engine names)` returns why the node cannot be attached, if it cannot."""
+        """`key` is for TCP alone. `taken(node, engine names)` returns why the node cannot be attached, if it cannot."""
         self.name = name
         self.endpoint = endpoint
         self.info: msg.Attached | None = None
         self.problem = "not reached yet"
         self._config = config
+        self._key = key if endpoint.startswith("tcp://") else None
         self._on_lost = on_lost
         self._taken = taken
         self._link: PeerLink | None = None
@@ -88,7 +91,7 @@ class Peer:
         try:
             while True:
                 if self._link is None:
-                    self._link = PeerLink(self.endpoint, patience=patience)
+                    self._link = PeerLink(self.endpoint, patience=patience, key=self._key)
                 await self._attach(self._link)
                 await asyncio.sleep(patience / 5)
         finally:
@@ -108,7 +111,7 @@ class Peer:
             if link is not self._link or (self.info is not None and not link.silent):
                 return  # replaced meanwhile; or heard, if too late for this question
             if self.info is None:
-                self.problem = error.message
+                self.problem = error.message + (f"; {error.hint}" if error.hint else "")
             else:
                 await self._lose(link, f"it has not been heard for {self._config.timeouts.liveness:g} s")
             return
@@ -221,19 +224,20 @@ class Rails:
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
         nodes = [node for node, peer in sorted(self._peers.items()) if peer.info is not None]
-        if name in nodes and not self._taken and not self._stands(nodes):
+        if name in nodes and not self._taken and not self._stands(nodes) and not self._yields(nodes):
             return "joining"
         return self._peers[name].state
 
     async def keep(self, busy: Callable[[], bool]) -> None:
         """Between pushes, form what is broken, for ever: the first push after a fault should not wait for it. What
-        another daemon has taken is left to it until this one pushes.
+        another daemon has taken is left to it until this one pushes, and of nodes that are each other's peers the first
+        by name forms: two that wait in communicators of their own would wait for each other.
         """
         told: dict[str, str] = {}
         while True:
             await asyncio.sleep(self._config.timeouts.liveness / 5)
             nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
-            if not nodes or self._taken or busy() or self._stands(nodes):
+            if not nodes or self._taken or busy() or self._stands(nodes) or self._yields(nodes):
                 continue
             formed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
             problems = {node: error.message for node, error in formed.failed}
@@ -267,6 +271,12 @@ class Rails:
                 wanted = [node for node in wanted if node not in failed]
             reached = tuple(node for node in nodes if node not in failed)
             return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
+
+    def _yields(self, nodes: Sequence[str]) -> bool:
+        """Whether forming is another's: that of one of these nodes, which comes first and has this one for a peer."""
+        me = self._config.node.name
+        infos = {node: self._peers[node].info for node in nodes}
+        return any(info is not None and node < me and me in info.peers for node, info in infos.items())
 
     def _stands(self, nodes: Sequence[str]) -> bool:
         """Whether the standing generation is one of exactly these nodes, as far as is known here."""

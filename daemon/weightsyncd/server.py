@@ -31,7 +31,8 @@ from weightsync.errors import (
 from weightsync.metrics import Metrics
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
-from weightsync.wire.control import ControlServer
+from weightsync.wire.daemon_links import ControlServer
+from weightsync.wire.keys import read_key_file
 from weightsyncd.bridges import Bridge, BridgeConfig, kill_orphans
 from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
@@ -51,6 +52,17 @@ __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
 
+_FAR = b"far"  # before the identity of whoever is connected to cluster.listen
+_FROM_AFAR = (
+    msg.Heartbeat,
+    msg.StatusRequest,
+    msg.Attach,
+    msg.Execute,
+    msg.HostRail,
+    msg.JoinRail,
+    msg.Receive,
+    msg.Release,
+)
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
 
 
@@ -79,19 +91,24 @@ class Server:
         ]
         self.engines = Engines(config.engines, config.timeouts, busy=lambda: self.busy)
         self.executor = NodeExecutor(config.node.name, self.engines, self.bridges)
+        key = read_key_file(config.cluster.key_file) if config.cluster.key_file else None
         self.peers = {
             name: Peer(
                 name,
                 endpoint,
                 config,
+                key=key,
                 on_lost=self._peer_lost,
                 taken=self._names_taken,
             )
             for name, endpoint in config.cluster.peers.items()
         }
-        self._control = ControlServer(config.endpoint)
+        self._here = ControlServer(config.endpoint, "node.listen")
+        self._far = (
+            ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
+        )
         self.rails = Rails(config, self.bridges, self.peers)
-        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._control.send)
+        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send)
         self.follower = Follower(
             config,
             secrets.token_hex(8),
@@ -147,14 +164,15 @@ class Server:
         killed = kill_orphans(node.name, node.shm_dir)
         if killed:
             logger.warning("ended %d bridges that a killed daemon had left", killed)
-        self._control.remove_stale()  # the lock is ours: whoever made the socket is gone
+        self._here.remove_stale()  # the lock is ours: whoever made the socket is gone
         until = time.monotonic() + self.config.timeouts.bridge_start
         starts = (bridge.start(deadline=until) for bridge in self.bridges)
         failures = [f for f in await asyncio.gather(*starts, return_exceptions=True) if f is not None]
         if failures:
             raise failures[0]
-        self._control.bind()
-        logger.info("node %s listens at %s", node.name, self.config.endpoint)
+        for server in self._servers:
+            server.bind()
+            logger.info("node %s listens at %s", node.name, server.endpoint)
 
     @contextlib.asynccontextmanager
     async def _loops(self, stop: asyncio.Event) -> Any:
@@ -165,7 +183,10 @@ class Server:
                 stack.callback(page.close)
                 page.serve()
             loops = [
-                asyncio.create_task(self._listen(), name="listen"),
+                *(
+                    asyncio.create_task(self._listen(server), name=f"listen {server.endpoint}")
+                    for server in self._servers
+                ),
                 asyncio.create_task(self._watch(), name="watch"),
                 asyncio.create_task(self.engines.watch(), name="engines"),
                 asyncio.create_task(self._measure(), name="measure"),
@@ -193,24 +214,38 @@ class Server:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.engines.close()
-        self._control.close()
+        for server in self._servers:
+            server.close()
         logger.info("node %s has stopped", self.config.node.name)
 
     # --- what arrives ---------------------------------------------------------------------------------------------
 
-    async def _listen(self) -> None:
-        async for identity, message in self._control.frames(refused=self.metrics.frames_refused.inc):
+    async def _listen(self, server: ControlServer) -> None:
+        async for identity, message in server.frames(refused=self.metrics.frames_refused.inc):
             try:
+                if server is self._far and not isinstance(message, _FROM_AFAR):
+                    raise RemoteProtocolError(
+                        f"{type(message).__name__} is for the daemon of a trainer's own node",
+                        hint="push_weights(daemon=…) takes the endpoint of [node] listen there",
+                    )
                 self._route(identity, message)
             except (CodecError, LocalProtocolError, RemoteProtocolError) as error:
-                self._control.send(identity, msg.ErrorReply(id=message.id, error=error.record()))
+                self._send(identity, msg.ErrorReply(id=message.id, error=error.record()))
+
+    def _send(self, identity: bytes, message: msg.Message) -> bool:
+        server = self._far if self._far is not None and identity.startswith(_FAR) else self._here
+        return server.send(identity, message)
+
+    @property
+    def _servers(self) -> list[ControlServer]:
+        return [self._here, self._far] if self._far is not None else [self._here]
 
     def _route(self, identity: bytes, message: msg.Message) -> None:
         match message:
             case msg.Heartbeat():
                 self.trainers.heard(identity)
                 self.follower.heard(identity)
-                self._control.send(identity, msg.Heartbeat())
+                self._send(identity, msg.Heartbeat())
             case msg.Open():
                 self.trainers.open(identity, message)
             case msg.Describe() | msg.Filled() | msg.Failed() | msg.Stopped():
@@ -238,14 +273,14 @@ class Server:
             answer = await work
         except asyncio.CancelledError:
             gone = LocalProtocolError("the push was let go before this was done")
-            self._control.send(identity, msg.ErrorReply(id=number, error=gone.record()))
+            self._send(identity, msg.ErrorReply(id=number, error=gone.record()))
             raise
         except WeightSyncError as error:
             answer = msg.ErrorReply(error=error.record())
         except Exception as error:  # the seam: whoever asked must not wait for an answer that never comes
             logger.exception("a question failed in an unexpected way")
             answer = msg.ErrorReply(error=LocalProtocolError(f"weightsyncd failed: {error!r}").record())
-        self._control.send(identity, msgspec.structs.replace(answer, id=number))
+        self._send(identity, msgspec.structs.replace(answer, id=number))
 
     async def _watch(self) -> None:
         """Notice trainer ranks and coordinators that have fallen silent."""

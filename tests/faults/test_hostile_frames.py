@@ -19,7 +19,7 @@ from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
-from weightsync.wire.control import TrainerLink
+from weightsync.wire.trainer_link import TrainerLink
 
 pytestmark = pytest.mark.faults
 

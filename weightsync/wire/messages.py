@@ -259,6 +259,7 @@ class Attached(Message, frozen=True, tag="attached"):
     slots: tuple[Natural, ...]  # by bridge
     slot_bytes: Natural
     address: Name  # for communicators
+    peers: tuple[Name, ...] = ()  # other nodes that it coordinates pushes for itself
 
 
 class Execute(Message, frozen=True, tag="execute"):

@@ -1,0 +1,120 @@
+"""Daemons of several machines: TCP under the cluster's key, and each the other's peer."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.conftest import TINY
+from tests.faults.kit import until
+from tests.wire_examples import EXAMPLES
+from weightsync import push_weights
+from weightsync.adapters.reference.checkpoint import random_checkpoint
+from weightsync.errors import ConfigError, DaemonLost
+from weightsync.fleet import Fleet
+from weightsync.operator import fetch_status
+from weightsync.sources import CheckpointSource
+from weightsync.wire import messages as msg
+from weightsync.wire.keys import read_key_file
+from weightsync.wire.trainer_link import TrainerLink
+
+COMMAND = Path(sys.executable).with_name("weightsync")
+ARENA = {"slots": 3, "slot_bytes": "64KiB"}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for seed, name in enumerate("AB"):
+        random_checkpoint(TINY, folder / name, seed=seed)
+    return {name: str(folder / name) for name in "AB"}
+
+
+@pytest.fixture(scope="module")
+def cluster(checkpoints):
+    """Two nodes that are each other's peers, with an engine each, over TCP with one key."""
+    with Fleet() as fleet:
+        key = fleet.root / "cluster.key"
+        subprocess.run([COMMAND, "keygen", key], check=True, timeout=60)
+        engines = [fleet.start_engine(f"e{i}", checkpoints["A"], wait=False) for i in range(2)]
+        for engine in engines:
+            fleet.wait_engine(engine)
+        listen = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]
+        daemons = [
+            fleet.start_daemon(
+                f"n{i}",
+                [engines[i]],
+                arena=ARENA,
+                cluster={"listen": listen[i], "key_file": key},
+                **{"cluster.peers": {f"n{1 - i}": listen[1 - i]}},
+                wait=False,
+            )
+            for i in range(2)
+        ]
+        for daemon in daemons:
+            fleet.wait_daemon(daemon, engines=1, peers=1)
+        yield fleet, daemons, key
+
+
+def test_each_node_pushes_to_both(cluster, checkpoints):
+    """In turn: the communicator is formed anew by whoever pushes, and neither waits for the other."""
+    _, daemons, _ = cluster
+    for version, daemon in enumerate([*daemons, *daemons], start=1):
+        with CheckpointSource(checkpoints["B" if version % 2 else "A"]) as source:
+            report = push_weights(source, version=version, daemon=daemon.endpoint, timeout=60)
+        assert report.complete, report
+        assert {e.engine for e in report.engines} == {"e0", "e1"}
+        assert report.seconds < 20, "an operation's time: one waited for the other"
+
+
+def test_operators_may_ask_from_afar(cluster, monkeypatch):
+    _, daemons, key = cluster
+    monkeypatch.setenv("WEIGHTSYNC_KEY_FILE", str(key))
+    assert "e1" in {e.name for e in fetch_status(daemons[1].listen).engines}
+    monkeypatch.delenv("WEIGHTSYNC_KEY_FILE")
+    with pytest.raises(DaemonLost, match=r"hung up|did not answer"):
+        fetch_status(daemons[1].listen, timeout=0.5)
+    with pytest.raises(ConfigError, match="reaches beyond this machine") as refused:
+        fetch_status("tcp://10.1.2.3:29600")
+    assert "WEIGHTSYNC_KEY_FILE" in (refused.value.hint or "")
+
+
+def test_trainers_push_through_their_own_node(cluster):
+    _, daemons, key = cluster
+    link = TrainerLink(daemons[1].listen, key=read_key_file(key))
+    try:
+        link.start()
+        opening = next(message for message in EXAMPLES if isinstance(message, msg.Open))
+        link.send(opening)
+        answer = link.receive(time.monotonic() + 20)
+    finally:
+        link.close()
+    assert isinstance(answer, msg.ErrorReply)
+    assert (answer.id, answer.error.message) == (opening.id, "Open is for the daemon of a trainer's own node")
+
+
+def test_a_node_without_the_key_is_told_why(cluster):
+    fleet, daemons, _ = cluster
+    other = fleet.root / "other.key"
+    subprocess.run([COMMAND, "keygen", other], check=True, timeout=60)
+    stranger = fleet.start_daemon(
+        "n9",
+        arena=ARENA,
+        timeouts={"liveness": 0.5},
+        cluster={"key_file": other},
+        **{"cluster.peers": {"n0": daemons[0].listen}},
+    )
+    words = "does not have this node's key; the file of [cluster] key_file must be the same on every node"
+    until(lambda: words in fetch_status(stranger.endpoint).peers["n0"], "it is told")

@@ -1,0 +1,226 @@
+"""A daemon's sockets, for asyncio: `ControlServer` listens, `PeerLink` calls another daemon.
+
+Both speak the messages of `wire.messages`, one frame each; a frame that cannot be read is answered or reported, never
+raised into a loop. Between machines both sides prove that they have the cluster's key (CURVE), and all is encrypted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+import zmq.auth.asyncio
+
+from weightsync.errors import CodecError, ConfigError, DaemonError, DaemonLost
+from weightsync.wire.codec import decode_untrusted, encode
+from weightsync.wire.messages import ErrorReply, Heartbeat, Message
+from weightsync.wire.sockets import bounded, drained, guarded, socket_path
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable
+
+    from weightsync.wire.keys import ClusterKey
+
+__all__ = ["ControlServer", "PeerLink"]
+
+logger = logging.getLogger(__name__)
+
+_FAIR = 0.005  # seconds of reading frames before others on the loop have their turn
+_REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+
+
+class ControlServer:
+    """Where a daemon listens. Senders are known by an opaque identity that lasts as long as their connection."""
+
+    def __init__(self, endpoint: str, name: str, *, key: ClusterKey | None = None, tag: bytes = b"here") -> None:
+        """`name` is the config's key for it. With a `key`, only those are heard who have it too. Identities begin with
+        `tag`, which tells those of several servers apart.
+        """
+        self.endpoint = endpoint
+        self._name = name
+        self._key = key
+        self._tag = tag
+        self._authenticator: zmq.auth.asyncio.AsyncioAuthenticator | None = None
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        bounded(self._socket)
+        guarded(self._socket, key, listens=True)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+
+    def bind(self) -> None:
+        """Listen. An ipc socket's directory is made private to the user. Raises `ConfigError`."""
+        path = socket_path(self.endpoint)
+        if self._key is not None:
+            self._authenticator = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
+            self._authenticator.start()
+            self._authenticator.configure_curve_callback("*", _Holders(self._key))
+        previous = os.umask(0o077)  # the socket file must not be open to others for a moment either
+        try:
+            if path:
+                Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._socket.bind(self.endpoint)
+        except (zmq.ZMQError, OSError) as error:
+            raise ConfigError(f"cannot listen at {self.endpoint}: {error}", hint=f"key {self._name}") from error
+        finally:
+            os.umask(previous)
+
+    def remove_stale(self) -> None:
+        """Remove the socket file that a killed daemon left. Only for the holder of the node's lock."""
+        path = socket_path(self.endpoint)
+        if path and Path(path).is_socket():
+            Path(path).unlink(missing_ok=True)
+
+    async def frames(self, refused: Callable[[], None]) -> AsyncIterator[tuple[bytes, Message]]:
+        """Every readable message with its sender; an unreadable frame is answered with its error and dropped."""
+        since = time.monotonic()
+        while True:
+            if time.monotonic() - since > _FAIR:  # a full socket never makes this coroutine wait
+                await asyncio.sleep(0)
+                since = time.monotonic()
+            parts = await self._socket.recv_multipart()
+            identity, frame = self._tag + parts[0], parts[-1]
+            if len(parts) != 2:
+                refused()
+                self.send(identity, _complaint(CodecError(f"a message has one frame, not {len(parts) - 1}")))
+                continue
+            try:
+                message = decode_untrusted(frame)
+            except CodecError as error:
+                refused()
+                self.send(identity, _complaint(error))
+                continue
+            yield identity, message
+
+    def send(self, identity: bytes, message: Message) -> bool:
+        """Queue a message; False when the receiver is gone or lags too far behind."""
+        parts = [identity.removeprefix(self._tag), encode(message)]
+        error = _refusal(self._socket.send_multipart(parts, flags=zmq.DONTWAIT))
+        if error is not None:
+            logger.debug("cannot send %s to %s: %s", type(message).__name__, identity.hex(), error)
+        return error is None
+
+    def close(self) -> None:
+        """Stop listening and remove the socket's file."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+        self._socket.close(linger=200)
+        self._context.destroy(linger=200)
+        self.remove_stale()
+
+
+class _Holders:
+    """For the authenticator: those who have the key."""
+
+    def __init__(self, key: ClusterKey) -> None:
+        self._key = key
+
+    def callback(self, _domain: str, public: bytes) -> bool:
+        """Whether who calls has proved to have the key's secret half: CURVE has seen to the proof."""
+        return public == self._key.public
+
+
+def _complaint(error: CodecError) -> ErrorReply:
+    return ErrorReply(error=error.record())
+
+
+class PeerLink:
+    """A daemon's line to another daemon: questions with ids, and answers; `lost` is set once it falls silent."""
+
+    def __init__(self, endpoint: str, *, patience: float, key: ClusterKey | None = None) -> None:
+        self.endpoint = endpoint
+        self.patience = patience
+        self.heard = time.monotonic()
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.DEALER)
+        bounded(self._socket)
+        guarded(self._socket, key, listens=False)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
+        self._refusals: zmq.Socket[Any] = zmq.Socket.shadow(self._socket.get_monitor_socket(_REFUSED))
+        self._socket.connect(endpoint)
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[Message]] = {}
+        self._reader = asyncio.create_task(self._read(), name=f"peer {endpoint}")
+
+    async def ask(self, message: Message, *, deadline: float) -> Message:
+        """Send a question and wait for its answer. Raises the error it is answered with, or `DaemonLost`."""
+        number = next(self._ids)
+        waiting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = waiting
+        try:
+            self.tell(msgspec.structs.replace(message, id=number))
+            async with asyncio.timeout_at(_loop_time(deadline)):
+                answer = await waiting
+        except TimeoutError as error:
+            if drained(self._refusals):
+                raise DaemonLost(
+                    f"the daemon at {self.endpoint} does not have this node's key",
+                    hint="the file of [cluster] key_file must be the same on every node",
+                ) from error
+            kind = type(message).__name__
+            raise DaemonLost(f"the daemon at {self.endpoint} did not answer {kind} in time") from error
+        finally:
+            self._waiting.pop(number, None)
+        if isinstance(answer, ErrorReply):
+            raise answer.error.error()
+        return answer
+
+    def tell(self, message: Message) -> None:
+        """Send a message that needs no answer."""
+        error = _refusal(self._socket.send(encode(message), flags=zmq.DONTWAIT))
+        if error is not None:  # a full queue: it is not reading, and `silent` will tell
+            logger.debug("cannot send %s to %s: %s", type(message).__name__, self.endpoint, error)
+
+    def beat(self) -> None:
+        """Say that this side is alive; the other answers in kind."""
+        self.tell(Heartbeat())
+
+    @property
+    def silent(self) -> bool:
+        """Nothing was heard for `patience` seconds."""
+        return time.monotonic() - self.heard > self.patience
+
+    def fail(self, error: DaemonError) -> None:
+        """Everything asked and not answered yet fails with `error`."""
+        for waiting in self._waiting.values():
+            if not waiting.done():
+                waiting.set_exception(error)
+
+    async def close(self) -> None:
+        """Let go of the line; what is unanswered fails."""
+        self.fail(DaemonError(f"the line to {self.endpoint} was closed"))
+        self._reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._reader
+        self._context.destroy(linger=0)
+
+    async def _read(self) -> None:
+        while True:
+            frame = await self._socket.recv()
+            self.heard = time.monotonic()
+            try:
+                message = decode_untrusted(frame)
+            except CodecError as error:
+                logger.warning("the daemon at %s sent a frame that cannot be read: %s", self.endpoint, error)
+                continue
+            waiting = self._waiting.get(message.id)
+            if waiting is not None and not waiting.done():
+                waiting.set_result(message)
+
+
+def _refusal(sent: Awaitable[object]) -> BaseException | None:
+    """Why a send with DONTWAIT failed. pyzmq resolves such a send before it returns."""
+    return sent.exception() if isinstance(sent, asyncio.Future) and sent.done() else None
+
+
+def _loop_time(deadline: float) -> float:
+    """A deadline of `time.monotonic()` on the running loop's clock."""
+    return asyncio.get_running_loop().time() + (deadline - time.monotonic())
