@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,7 +29,7 @@ from weightsync.errors import WeightSyncError
 from weightsync.operator import fetch_status
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
 __all__ = ["Child", "Daemon", "Engine", "Fleet", "FleetError"]
 
@@ -192,20 +193,23 @@ class Fleet:
         /,  # so that there may be a section of this name
         engines: Sequence[Engine] = (),
         *,
-        peers: Sequence[Daemon] = (),
+        peers: Sequence[Daemon] | Mapping[str, str] = (),
         wait: bool = True,
         within: Sequence[str] = (),
         **sections: Mapping[str, Any],
     ) -> Daemon:
-        """Start a weightsyncd. `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`."""
+        """Start a weightsyncd. `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`; `peers`
+        are daemons, or endpoints by name.
+        """
         tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in sections.items()}
         endpoint = f"ipc://{self.root / node}.sock"
         tables["node"] = {"name": node, "listen": endpoint, **tables.get("node", {})}
         on_gpus = any(engine.device == "cuda" for engine in engines)
         tables["arena"] = {"device": "cuda" if on_gpus else "cpu", **tables.get("arena", {})}
         lines = [line for name, table in tables.items() for line in _toml(name, table)]
-        if peers:
-            lines += ["[cluster.peers]", *(f'{peer.name} = "{peer.listen or peer.endpoint}"' for peer in peers)]
+        if not isinstance(peers, Mapping):
+            peers = {peer.name: peer.listen or peer.endpoint for peer in peers}
+        lines += _toml("cluster.peers", peers)
         for engine in engines:
             lines += ["[[engines]]", f'name = "{engine.name}"', 'kind = "reference"', f'url = "{engine.url}"']
             lines += [f'model = "{engine.model}"']

@@ -27,11 +27,15 @@ def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
         link.start()
         link.send(msg.StatusRequest(id=1))
         answer = link.receive(time.monotonic() + timeout)
+        if answer is None:
+            raise DaemonLost(f"weightsyncd at {endpoint} did not answer within {timeout:g} s")
+    except DaemonLost as error:
+        if not endpoint.startswith("tcp://"):
+            raise
+        words = "where it listens for other nodes, it answers those alone who have its [cluster] key_file"
+        raise DaemonLost(error.message, hint=f"{words}: set WEIGHTSYNC_KEY_FILE to that") from error
     finally:
         link.close(flush=0.0)
-    if answer is None:
-        hint = "its key may be another than that of WEIGHTSYNC_KEY_FILE" if key is not None else None
-        raise DaemonLost(f"weightsyncd at {endpoint} did not answer within {timeout:g} s", hint=hint)
     if isinstance(answer, msg.ErrorReply):
         raise answer.error.error()
     if not isinstance(answer, msg.Status):

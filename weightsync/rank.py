@@ -212,7 +212,7 @@ class RankPush:
                     continue
             else:
                 message = link.receive(until)
-            if message is not None and message.id != self._number and not isinstance(message, msg.ErrorReply):
+            if message is not None and message.id not in self._numbers(message):
                 continue  # a late word about an earlier push
             match message:
                 case None:
@@ -237,6 +237,10 @@ class RankPush:
                     raise message.error.error()  # a frame of ours was refused
                 case _:
                     raise RemoteProtocolError(f"a trainer rank does not take {type(message).__name__}")
+
+    def _numbers(self, message: msg.Message) -> tuple[int, ...]:
+        """The ids by which a message is about this push. A frame that could not be read had none."""
+        return (self._number, 0) if isinstance(message, msg.ErrorReply) else (self._number,)
 
     def _hear_the_end(self, link: TrainerLink) -> WeightSyncError | None:
         """After a failure of this rank: what every rank is told, which names the engines left torn. None if nothing is

@@ -58,7 +58,7 @@ def cluster(checkpoints):
                 [engines[i]],
                 arena=ARENA,
                 cluster={"listen": listen[i], "key_file": key},
-                **{"cluster.peers": {f"n{1 - i}": listen[1 - i]}},
+                peers={f"n{1 - i}": listen[1 - i]},
                 wait=False,
             )
             for i in range(2)
@@ -84,11 +84,10 @@ def test_operators_may_ask_from_afar(cluster, monkeypatch):
     monkeypatch.setenv("WEIGHTSYNC_KEY_FILE", str(key))
     assert "e1" in {e.name for e in fetch_status(daemons[1].listen).engines}
     monkeypatch.delenv("WEIGHTSYNC_KEY_FILE")
-    with pytest.raises(DaemonLost, match=r"hung up|did not answer"):
-        fetch_status(daemons[1].listen, timeout=0.5)
-    with pytest.raises(ConfigError, match="reaches beyond this machine") as refused:
-        fetch_status("tcp://10.1.2.3:29600")
-    assert "WEIGHTSYNC_KEY_FILE" in (refused.value.hint or "")
+    for endpoint, kind in ((daemons[1].listen, DaemonLost), ("tcp://10.1.2.3:29600", ConfigError)):
+        with pytest.raises(kind) as refused:
+            fetch_status(endpoint, timeout=0.5)
+        assert "WEIGHTSYNC_KEY_FILE" in (refused.value.hint or "")
 
 
 def test_trainers_push_through_their_own_node(cluster):
@@ -114,7 +113,9 @@ def test_a_node_without_the_key_is_told_why(cluster):
         arena=ARENA,
         timeouts={"liveness": 0.5},
         cluster={"key_file": other},
-        **{"cluster.peers": {"n0": daemons[0].listen}},
+        peers={"n0": daemons[0].listen},
+        wait=False,
     )
+    fleet.wait_daemon(stranger)
     words = "does not have this node's key; the file of [cluster] key_file must be the same on every node"
     until(lambda: words in fetch_status(stranger.endpoint).peers["n0"], "it is told")

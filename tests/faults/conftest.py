@@ -29,7 +29,8 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-def _prepared(fleet: Fleet) -> None:
+def prepared(fleet: Fleet) -> None:
+    """Make the checkpoints that are pushed."""
     for seed, name in enumerate("ABC"):
         random_checkpoint(TINY, fleet.root / name, seed)
 
@@ -37,7 +38,7 @@ def _prepared(fleet: Fleet) -> None:
 @pytest.fixture(scope="session")
 def _one_node() -> Iterator[Node]:
     with Fleet() as fleet:
-        _prepared(fleet)
+        prepared(fleet)
         engines = [
             fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
             for name, tp in (("e1", 1), ("e2", 2))
@@ -55,7 +56,7 @@ def _one_node() -> Iterator[Node]:
 @pytest.fixture(scope="session")
 def _two_nodes() -> Iterator[Node]:
     with Fleet() as fleet:
-        _prepared(fleet)
+        prepared(fleet)
         engines = [
             fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
             for name, tp in (("home", 1), ("away1", 1), ("away2", 2))
