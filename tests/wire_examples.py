@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from weightsync.config import EngineConfig
 from weightsync.errors import ErrorRecord
 from weightsync.wire import messages as msg
 
@@ -77,4 +78,15 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.Receive(id=13, push="p", bucket=1, rail=0, slot=2, ticket=b"ticket", timeout=5.0),
     msg.Release(id=0, push="p"),
     msg.ErrorReply(id=14, error=ERROR),
+    msg.ChangeEngines(
+        id=15,
+        add=(
+            EngineConfig(
+                name="e2", kind="vllm", url="https://127.0.0.1:1", model="m", api_key_env="KEY", ca_file="ca.pem",
+                path="plugin", target="model", gpus=("GPU-1",),
+            ),
+        ),
+        remove=("e0",),
+    ),
+    msg.Changed(id=15, engines=(ENGINE,)),
 )  # fmt: skip

@@ -39,6 +39,7 @@ __all__ = [
     "NodeSection",
     "TimeoutConfig",
     "check_endpoint",
+    "checked",
     "default_endpoint",
     "is_loopback",
     "load_node_config",
@@ -190,13 +191,21 @@ def parse_node_config(text: str, name: str = "node config") -> NodeConfig:
             problems.append(f"{key}: must be a section, written [{key}]")
         else:
             sections[key] = _section(known[key], value, key, problems)
-    if not problems:
-        config = NodeConfig(**sections)
-        problems.extend(_contradictions(config))
     if problems:
-        many = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
-        raise ConfigError(f"{name} has {many}:\n" + "\n".join(f"  - {p}" for p in problems))
+        raise _mistakes(name, problems)
+    return checked(NodeConfig(**sections), name)
+
+
+def checked(config: NodeConfig, name: str = "node config") -> NodeConfig:
+    """The config itself, whose keys are good one by one. Raises `ConfigError` listing what they are not together."""
+    if problems := _contradictions(config):
+        raise _mistakes(name, problems)
     return config
+
+
+def _mistakes(name: str, problems: list[str]) -> ConfigError:
+    many = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+    return ConfigError(f"{name} has {many}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 def _engines(value: Any, problems: list[str]) -> tuple[EngineConfig, ...]:

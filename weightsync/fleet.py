@@ -209,7 +209,7 @@ class Fleet:
         lines = [line for name, table in tables.items() for line in _toml(name, table)]
         if not isinstance(peers, Mapping):
             peers = {peer.name: peer.listen or peer.endpoint for peer in peers}
-        lines += _toml("cluster.peers", peers)
+        lines += _toml("cluster.peers", peers) if peers else []
         for engine in engines:
             lines += ["[[engines]]", f'name = "{engine.name}"', 'kind = "reference"', f'url = "{engine.url}"']
             lines += [f'model = "{engine.model}"']

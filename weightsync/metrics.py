@@ -36,6 +36,7 @@ class Metrics:
             ["engine", "outcome"],
             registry=self.registry,
         )
+        self.engines: set[str] = set()  # that the next two show
         self.engine_version = Gauge(
             "weightsync_engine_version", "Version an engine serves; -1 for none", ["engine"], registry=self.registry
         )

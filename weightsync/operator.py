@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from typing import TYPE_CHECKING, TypeVar
 
 from weightsync.config import check_endpoint
 from weightsync.errors import ConfigError, DaemonLost, RemoteProtocolError
@@ -11,13 +12,37 @@ from weightsync.wire import messages as msg
 from weightsync.wire.keys import read_key_file
 from weightsync.wire.trainer_link import TrainerLink
 
-__all__ = ["fetch_status"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.config import EngineConfig
+
+__all__ = ["change_engines", "fetch_status"]
+
+M = TypeVar("M", bound=msg.Message)
 
 
 def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
     """How the daemon at `endpoint` is: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE` names, the
     `cluster.listen` of any. Raises `DaemonLost` when it does not answer within `timeout` seconds.
     """
+    return _ask(endpoint, msg.StatusRequest(id=1), msg.Status, timeout)
+
+
+def change_engines(
+    endpoint: str, *, add: Sequence[EngineConfig] = (), remove: Sequence[str] = (), timeout: float = 120.0
+) -> tuple[msg.EngineStatus, ...]:
+    """Have the daemon at a node's own socket take some engines and leave others, as soon as no push is under way.
+
+    Returns the new ones as it found them. What is changed so lasts until the daemon is restarted, or told by SIGHUP to
+    read its config again. Raises `ConfigError` for engines that cannot be, `PushRefused` where a push does not end, and
+    `DaemonLost`.
+    """
+    question = msg.ChangeEngines(id=1, add=tuple(add), remove=tuple(remove))
+    return _ask(endpoint, question, msg.Changed, timeout).engines
+
+
+def _ask(endpoint: str, question: msg.Message, kind: type[M], timeout: float) -> M:
     file = os.environ.get("WEIGHTSYNC_KEY_FILE")
     key = read_key_file(file) if file and endpoint.startswith("tcp://") else None
     if key is None:
@@ -25,7 +50,7 @@ def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
     link = TrainerLink(endpoint, patience=timeout, key=key)
     try:
         link.start()
-        link.send(msg.StatusRequest(id=1))
+        link.send(question)
         answer = link.receive(time.monotonic() + timeout)
         if answer is None:
             raise DaemonLost(f"weightsyncd at {endpoint} did not answer within {timeout:g} s")
@@ -38,8 +63,8 @@ def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
         link.close(flush=0.0)
     if isinstance(answer, msg.ErrorReply):
         raise answer.error.error()
-    if not isinstance(answer, msg.Status):
-        raise RemoteProtocolError(f"weightsyncd answered a status request with {type(answer).__name__}")
+    if not isinstance(answer, kind):
+        raise RemoteProtocolError(f"weightsyncd answered {type(question).__name__} with {type(answer).__name__}")
     return answer
 
 

@@ -36,10 +36,10 @@ def placed(
     """
     node, arena = config.node, config.arena
     chosen: list[Gpu] = []
-    joined = bool(config.cluster.peers)
+    joined = bool(config.cluster.peers or config.cluster.listen)
     if joined and arena.device == "cuda":
         raise ConfigError(
-            'arena.device = "cuda" with cluster.peers: nodes whose slots lie on GPUs cannot be joined yet',
+            'arena.device = "cuda" in a cluster: nodes whose slots lie on GPUs cannot be joined yet',
             hint='arena.device = "cpu" on all of them',
         )
     if arena.device != "cpu" and not joined:

@@ -50,14 +50,21 @@ def _set_up_logging(config: NodeConfig) -> None:
     logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 
-async def serve(config: NodeConfig) -> None:
-    """Run until SIGTERM or SIGINT."""
+async def serve(path: Path, config: NodeConfig) -> None:
+    """Run until SIGTERM or SIGINT, by the config in this file; SIGHUP: look at the file again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    server, file = Server(placed(config)), config
+
+    def reload() -> None:
+        nonlocal file
+        file = server.reload(lambda: load_node_config(path), file)
+
     for number in _STOPS:
         loop.add_signal_handler(number, stop.set)
+    loop.add_signal_handler(signal.SIGHUP, reload)
     try:
-        await Server(config).run(stop)
+        await server.run(stop)
     finally:  # nothing is left: a signal that comes now must not make the end look like a failure
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
@@ -73,7 +80,8 @@ def weightsyncd(
     """Run weightsync's service on this node.
 
     It takes weights from the trainer ranks of this node over a private socket and hands them to the engines that the
-    node config lists. SIGTERM or Ctrl-C stops it: a push under way may end first, and nothing is left behind.
+    node config lists. SIGTERM or Ctrl-C stops it: a push under way may end first, and nothing is left behind. After
+    SIGHUP it has the engines and peers that the config lists then.
     """
     try:
         config = load_node_config(node_config)
@@ -81,7 +89,7 @@ def weightsyncd(
             typer.echo(f"{node_config}: good; node {config.node.name} would listen at {config.endpoint}")
             return
         _set_up_logging(config)
-        asyncio.run(serve(placed(config)))
+        asyncio.run(serve(node_config, config))
     except ConfigError as error:
         typer.echo(f"weightsyncd: {error}", err=True)
         sys.exit(2)

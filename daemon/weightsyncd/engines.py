@@ -132,6 +132,16 @@ class Engines:
             raise EngineLost(f"this node has no engine called {name!r}", engine=name)
         return engine
 
+    def become(self, configs: Iterable[EngineConfig]) -> list[Engine]:
+        """Have an engine for each of these; one whose config is as it was stays. Returns those that are gone."""
+        before = self._engines
+        self._engines = {}
+        for config in configs:
+            known = before.get(config.name)
+            same = known is not None and known.config == config
+            self._engines[config.name] = known if known is not None and same else Engine(config, adapter(config))
+        return [engine for name, engine in before.items() if self._engines.get(name) is not engine]
+
     def of_model(self, model: str) -> list[str]:
         """Names of the engines that serve `model`."""
         return [e.name for e in self._engines.values() if e.config.model == model]

@@ -27,7 +27,7 @@ from weightsyncd.context import PushContext
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from weightsync.config import NodeConfig
     from weightsyncd.bridges import Bridge
@@ -61,16 +61,20 @@ class Follower:
         incarnation: str,
         executor: NodeExecutor,
         bridges: Sequence[Bridge],
+        peers: Collection[str],
         *,
         busy: Callable[[], bool],
         on_free: Callable[[], None],
         on_taken: Callable[[], None],
     ) -> None:
-        """`on_taken` is called when a coordinator has taken a bridge into a communicator of its own."""
+        """`peers` are the nodes that this one pushes to. `on_taken` is called when a coordinator has taken a bridge for
+        its own communicator.
+        """
         self._config = config
         self._incarnation = incarnation
         self._executor = executor
         self._bridges = bridges
+        self._peers = peers
         self._busy = busy
         self._on_free = on_free
         self._on_taken = on_taken
@@ -112,7 +116,7 @@ class Follower:
             slots=tuple(self._config.arena.slots for _ in self._bridges),
             slot_bytes=self._config.arena.slot_bytes,
             address=self._config.cluster.address,
-            peers=tuple(sorted(self._config.cluster.peers)),
+            peers=tuple(sorted(self._peers)),
         )
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:

@@ -101,6 +101,12 @@ def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcom
 async def measure_node(server: Server) -> None:
     """Bring the gauges up to date."""
     metrics = server.metrics
+    names = {engine.name for engine in server.engines}
+    for gone in metrics.engines - names:
+        metrics.engine_version.remove(gone)
+        for state in _STATES:
+            metrics.engine_state.remove(gone, state)
+    metrics.engines = names
     for engine in server.engines:
         version = engine.info.version if engine.info is not None else None
         metrics.engine_version.labels(engine.name).set(-1 if version is None else version)

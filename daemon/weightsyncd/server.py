@@ -38,13 +38,14 @@ from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
+from weightsyncd.membership import Membership, as_in, need_restart, with_engines
 from weightsyncd.peers import Peer, Rails
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator, Sequence
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from weightsync.config import NodeConfig
 
@@ -92,17 +93,18 @@ class Server:
         self.engines = Engines(config.engines, config.timeouts, busy=lambda: self.busy)
         self.executor = NodeExecutor(config.node.name, self.engines, self.bridges)
         key = read_key_file(config.cluster.key_file) if config.cluster.key_file else None
-        self.peers = {
-            name: Peer(
-                name,
-                endpoint,
-                config,
-                key=key,
-                on_lost=self._peer_lost,
-                taken=self._names_taken,
-            )
-            for name, endpoint in config.cluster.peers.items()
-        }
+        self.peers: dict[str, Peer] = {}
+        self.members = Membership(
+            config,
+            self.engines,
+            self.peers,
+            busy=lambda: self.busy,
+            make_peer=lambda name, endpoint: Peer(
+                name, endpoint, config, key=key, on_lost=self._peer_lost, taken=self._names_taken
+            ),
+            spawn=self._spawn,
+            on_change=lambda: self.rails.break_up(),
+        )
         self._here = ControlServer(config.endpoint, "node.listen")
         self._far = (
             ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
@@ -114,11 +116,12 @@ class Server:
             secrets.token_hex(8),
             self.executor,
             self.bridges,
+            self.peers,
             busy=lambda: self.trainers.busy,
-            on_free=lambda: self.trainers.go_on(),
+            on_free=self._freed,
             on_taken=self.rails.taken,
         )
-        self.trainers = Trainers(services, self.metrics, lambda: self.follower.following)
+        self.trainers = Trainers(services, self.metrics, lambda: self.follower.following, self._freed)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -191,7 +194,7 @@ class Server:
                 asyncio.create_task(self.engines.watch(), name="engines"),
                 asyncio.create_task(self._measure(), name="measure"),
                 asyncio.create_task(self.rails.keep(lambda: self.busy), name="rails"),
-                *(asyncio.create_task(peer.keep(), name=f"peer {name}") for name, peer in self.peers.items()),
+                asyncio.create_task(self.members.keep(), name="peers"),
             ]
             stopped = asyncio.create_task(stop.wait(), name="stop")
             try:
@@ -252,6 +255,8 @@ class Server:
                 self.trainers.route(identity, message)
             case msg.StatusRequest():
                 self._spawn(self._answer(identity, message.id, status_of(self)))
+            case msg.ChangeEngines():
+                self._spawn(self._answer(identity, message.id, self._change_engines(message)))
             case msg.Attach():
                 self._spawn(self._answer(identity, message.id, self.follower.attach(identity, message)))
             case msg.Execute():
@@ -295,6 +300,51 @@ class Server:
                 self.trainers.check_alive(liveness)
                 await self.follower.check(liveness)
 
+    # --- engines that come and go -----------------------------------------------------------------------------------
+
+    def reload(self, load: Callable[[], NodeConfig], before: NodeConfig) -> NodeConfig:
+        """Take the engines and peers of the config file as it is now; `before` is the file as it was. Returns what it
+        is now. Mistakes are logged, and change nothing.
+        """
+        try:
+            file = load()
+            as_in(self.members.config, file)  # says now what would be wrong when the push has ended
+        except ConfigError as error:
+            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
+            return before
+        if keys := need_restart(before, file):
+            logger.warning("these keys of the node config need a restart: %s", ", ".join(keys))
+        self._spawn(self._reload(file))
+        return file
+
+    async def _reload(self, file: NodeConfig) -> None:
+        try:
+            await self.members.change(lambda config: as_in(config, file), timeout=self.config.timeouts.operation)
+        except WeightSyncError as error:
+            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
+        else:
+            logger.info("reload.complete: %d engines, %d peers", len(list(self.engines)), len(self.peers))
+
+    async def _change_engines(self, message: msg.ChangeEngines) -> msg.Message:
+        def edit(config: NodeConfig) -> NodeConfig:
+            for engine in message.add:
+                if problem := self._names_elsewhere().get(engine.name):
+                    raise ConfigError(
+                        f"an engine of node {problem} is called {engine.name!r}", hint="give it another name"
+                    )
+            return with_engines(config, message.add, message.remove)
+
+        await self.members.change(edit, timeout=self.config.timeouts.operation)
+        until = time.monotonic() + self.config.timeouts.probe
+        added = [self.engines[engine.name] for engine in message.add]
+        await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # its status says how
+        return msg.Changed(engines=tuple(engine.status(self.config.node.name) for engine in added))
+
+    def _freed(self) -> None:
+        """No push holds this node any more."""
+        self.members.settle()
+        self.trainers.go_on()
+
     # --- bridges and peers ----------------------------------------------------------------------------------------
 
     def _bridge_lost(self, bridge: Bridge, error: WeightSyncError) -> None:
@@ -307,14 +357,15 @@ class Server:
         self.trainers.hear(ev.NodeLost(node=node, error=error))
 
     def _names_taken(self, node: str, names: Sequence[str]) -> str | None:
-        known = {e.name: self.config.node.name for e in self.engines}
-        for other, peer in self.peers.items():
-            if other != node:
-                known.update({e.name: other for e in peer.engines})
+        known = {**{e.name: self.config.node.name for e in self.engines}, **self._names_elsewhere(node)}
         for name in names:
             if name in known:
                 return f"its engine {name!r} has the name of one on {known[name]}; rename one of them"
         return None
+
+    def _names_elsewhere(self, but: str = "") -> dict[str, str]:
+        """The names of peers' engines, and on which node each is; without those of one node."""
+        return {e.name: node for node, peer in self.peers.items() if node != but for e in peer.engines}
 
     # --- looking at it --------------------------------------------------------------------------------------------
 

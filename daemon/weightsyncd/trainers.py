@@ -58,7 +58,10 @@ class _Failed:
 class Trainers:
     """See the module. `following` names the push of another daemon that holds this node, if one does."""
 
-    def __init__(self, services: Services, metrics: Metrics, following: Callable[[], str | None]) -> None:
+    def __init__(
+        self, services: Services, metrics: Metrics, following: Callable[[], str | None], on_free: Callable[[], None]
+    ) -> None:
+        """`on_free` is called when a push has ended; it ends in `go_on`."""
         self.push: Push | None = None
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
@@ -66,6 +69,7 @@ class Trainers:
         self._services = services
         self._metrics = metrics
         self._following = following
+        self._on_free = on_free
         self._versions: dict[str, int] = {}  # model → newest version committed on any engine
         self._waiting: list[_Waiting] = []
         self._failed: _Failed | None = None
@@ -171,7 +175,7 @@ class Trainers:
             await self._wind_up(push)
         finally:  # whatever went wrong with its tail, the next push may begin
             self.push = None
-            self.go_on()
+            self._on_free()
 
     async def _wind_up(self, push: Push) -> None:
         await push.close()

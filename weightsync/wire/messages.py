@@ -5,7 +5,7 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
 
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
-    operator → daemon  StatusRequest                   daemon → operator   Status
+    operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
     daemon → daemon    Attach, Execute, Receive, Release, JoinRail, HostRail, Heartbeat
                        Attached, Executed, Hosted
     anyone             ErrorReply
@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
+from weightsync.config import EngineConfig
 from weightsync.errors import ErrorRecord
 
 __all__ = [
@@ -26,6 +27,8 @@ __all__ = [
     "Attach",
     "Attached",
     "BridgeStatus",
+    "ChangeEngines",
+    "Changed",
     "Describe",
     "Ended",
     "EngineOutcome",
@@ -325,6 +328,19 @@ class Release(Message, frozen=True, tag="release"):
     push: Name
 
 
+class ChangeEngines(Message, frozen=True, tag="change_engines"):
+    """Take some engines and leave others from now on, or once the push under way has ended. Answered by `Changed`."""
+
+    add: tuple[EngineConfig, ...] = ()
+    remove: tuple[Name, ...] = ()
+
+
+class Changed(Message, frozen=True, tag="changed"):
+    """The change was made."""
+
+    engines: tuple[EngineStatus, ...]  # the new ones, as they were found
+
+
 class ErrorReply(Message, frozen=True, tag="error"):
     """The question of the same id, or a frame that could not be read, is answered with an error."""
 
@@ -355,6 +371,8 @@ MESSAGES: tuple[type[Message], ...] = (
     Receive,
     Release,
     ErrorReply,
+    ChangeEngines,
+    Changed,
 )
 LARGE: frozenset[type[Message]] = frozenset({Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed})
 """Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""

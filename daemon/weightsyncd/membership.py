@@ -1,0 +1,152 @@
+"""Engines and other nodes that come and go while the daemon runs: between two pushes, and never in one.
+
+A change is an edit of the node's config: by an operator (`weightsync engines add`), or by SIGHUP, after which the file
+holds again. What is not engines or peers needs a restart.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.config import checked
+from weightsync.errors import ConfigError, PushRefused
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+    from weightsync.config import EngineConfig, NodeConfig
+    from weightsyncd.engines import Engines
+    from weightsyncd.peers import Peer
+
+    Edit = Callable[[NodeConfig], NodeConfig]
+
+__all__ = ["Membership", "as_in", "need_restart", "with_engines"]
+
+logger = logging.getLogger(__name__)
+
+
+def with_engines(config: NodeConfig, add: tuple[EngineConfig, ...], remove: tuple[str, ...]) -> NodeConfig:
+    """The config with some engines more and some fewer. Raises `ConfigError`, also for a name that it does not have."""
+    names = [engine.name for engine in config.engines]
+    if unknown := sorted(set(remove) - set(names)):
+        raise ConfigError(
+            f"node {config.node.name} has no engine called {', '.join(map(repr, unknown))}",
+            hint=f"it has {', '.join(names) or 'none'}",
+        )
+    left = tuple(engine for engine in config.engines if engine.name not in remove)
+    return checked(msgspec.structs.replace(config, engines=(*left, *add)))
+
+
+def as_in(config: NodeConfig, file: NodeConfig) -> NodeConfig:
+    """The config with the engines and peers of its file as that is now. Raises `ConfigError`."""
+    if file.cluster.peers and config.arena.device == "cuda":
+        raise ConfigError("[cluster.peers]: nodes whose slots lie on GPUs cannot be joined yet")
+    cluster = msgspec.structs.replace(config.cluster, peers=file.cluster.peers)
+    return checked(msgspec.structs.replace(config, engines=file.engines, cluster=cluster))
+
+
+def need_restart(before: NodeConfig, after: NodeConfig) -> list[str]:
+    """The keys that differ between two versions of a file, and that only a restart puts into force."""
+    return [
+        f"{section}.{key}"
+        for section in before.__struct_fields__
+        if section != "engines"
+        for key in getattr(before, section).__struct_fields__
+        if (section, key) != ("cluster", "peers")
+        and getattr(getattr(before, section), key) != getattr(getattr(after, section), key)
+    ]
+
+
+class Membership:
+    """The engines and peers of a daemon: `engines` and `peers`, at which everybody looks, and which change in place."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        engines: Engines,
+        peers: dict[str, Peer],
+        *,
+        busy: Callable[[], bool],
+        make_peer: Callable[[str, str], Peer],
+        spawn: Callable[[Coroutine[None, None, None]], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        """`on_change` is called when a peer has come or gone; `spawn` runs what nobody waits for."""
+        self.config = config
+        self._engines = engines
+        self._peers = peers
+        self._busy = busy
+        self._make_peer = make_peer
+        self._spawn = spawn
+        self._on_change = on_change
+        self._waiting: deque[tuple[Edit, asyncio.Future[None]]] = deque()
+        self._group: asyncio.TaskGroup | None = None
+        self._keeping: dict[str, asyncio.Task[None]] = {}
+        for name, endpoint in config.cluster.peers.items():
+            peers[name] = make_peer(name, endpoint)
+
+    async def keep(self) -> None:
+        """Keep every peer attached, for ever."""
+        async with asyncio.TaskGroup() as self._group:
+            for name in self._peers:
+                self._keep(name)
+            await asyncio.Event().wait()
+
+    async def change(self, edit: Edit, *, timeout: float) -> None:
+        """Have the config as `edit` makes it, as soon as no push is under way. Raises what `edit` raises, and
+        `PushRefused` where a push outlasts `timeout` seconds: then nothing has changed.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((edit, done))
+        self.settle()
+        try:
+            async with asyncio.timeout(timeout):
+                await done
+        except TimeoutError:
+            raise PushRefused(
+                f"a push has been under way for {timeout:g} s", hint="engines come and go between pushes; try again"
+            ) from None
+
+    def settle(self) -> None:
+        """Make the changes that wait, unless a push is under way. To be called when one has ended."""
+        while self._waiting and not self._busy():
+            edit, done = self._waiting.popleft()
+            if done.done():  # nobody waits for it any more
+                continue
+            try:
+                self._become(edit(self.config))
+            except ConfigError as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+    def _become(self, config: NodeConfig) -> None:
+        old, self.config = self.config, config
+        names = {engine.name for engine in self._engines}
+        for gone in self._engines.become(config.engines):
+            logger.info("[engine=%s] is no longer an engine of this node", gone.name)
+            self._spawn(gone.adapter.close())
+        for engine in self._engines:
+            if engine.name not in names:
+                logger.info("[engine=%s] is an engine of this node from now on", engine.name)
+        before, after = old.cluster.peers, config.cluster.peers
+        for name in [name for name, endpoint in before.items() if after.get(name) != endpoint]:
+            logger.info("[node=%s] is no longer a peer", name)
+            del self._peers[name]
+            if name in self._keeping:
+                self._keeping.pop(name).cancel()  # its end closes the line
+        for name in [name for name in after if name not in self._peers]:
+            logger.info("[node=%s] is a peer from now on", name)
+            self._peers[name] = self._make_peer(name, after[name])
+            self._keep(name)
+        if before != after:
+            self._on_change()
+
+    def _keep(self, name: str) -> None:
+        if self._group is not None:
+            self._keeping[name] = self._group.create_task(self._peers[name].keep(), name=f"peer {name}")
