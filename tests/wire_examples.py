@@ -79,7 +79,7 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.Release(id=0, push="p"),
     msg.ErrorReply(id=14, error=ERROR),
     msg.ChangeEngines(
-        id=15,
+        id=15, timeout=5.0,
         add=(
             EngineConfig(
                 name="e2", kind="vllm", url="https://127.0.0.1:1", model="m", api_key_env="KEY", ca_file="ca.pem",

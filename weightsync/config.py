@@ -275,6 +275,9 @@ def _contradictions(config: NodeConfig) -> list[str]:
         if engine.name in seen:
             problems.append(f"{where}.name = {engine.name!r}: engines[{seen[engine.name]}] has it already")
         seen.setdefault(engine.name, i)
+        host = urlsplit(engine.url).hostname if not url_problems(engine.url) else None
+        if engine.api_key_env and host and engine.url.startswith("http://") and not is_loopback(host):
+            problems.append(f"{where}.url = {engine.url!r}: its key would be sent in the clear; use https, or loopback")
         if engine.api_key_env and engine.api_key is None:
             problems.append(f"{where}.api_key_env: the environment variable {engine.api_key_env} is not set")
     if config.arena.alignment % 8:
@@ -303,9 +306,12 @@ def _cluster_problems(config: NodeConfig) -> list[str]:
     endpoints = [("node.listen", config.node.listen, False), ("cluster.listen", cluster.listen, keys)]
     endpoints += [(f"cluster.peers.{name}", endpoint, keys) for name, endpoint in cluster.peers.items()]
     for key, endpoint, keyed in endpoints:
+        listens = key.endswith(".listen")
         try:
-            if endpoint:
+            if endpoint or not listens:
                 check_endpoint(endpoint, key, keys=keyed)
+            if not listens and urlsplit(endpoint).hostname in ("*", "0.0.0.0", "::"):
+                problems.append(f"{key} = {endpoint!r} is no address that can be called")
         except ConfigError as error:
             problems.append(error.message + (f"; {error.hint}" if error.hint else ""))
     if keys:
@@ -356,6 +362,10 @@ def check_endpoint(endpoint: str, key: str, *, keys: bool = False) -> None:
             hint = f"{_SOCKET_PATH} characters at most"
             raise ConfigError(f"{key} = {endpoint!r} is longer than a socket path may be", hint=hint)
     elif parts.scheme == "tcp":
+        if endpoint != f"tcp://{parts.netloc}" or "@" in parts.netloc or not host:
+            raise ConfigError(
+                f"{key} = {endpoint!r} is more or less than a host and a port", hint="tcp://127.0.0.1:29600"
+            )
         if not is_loopback(host) and not keys:
             here = key in ("node.listen", "daemon")
             hint = "ipc://… or tcp://127.0.0.1:PORT; other nodes are let in at [cluster] listen" if here else _KEY_HINT

@@ -19,6 +19,12 @@ if TYPE_CHECKING:
 
 __all__ = ["change_engines", "fetch_status"]
 
+_KEYED = (
+    "at its [cluster] listen a daemon answers those who have its key_file: set WEIGHTSYNC_KEY_FILE to that; at [node] "
+    "listen it takes no key: unset WEIGHTSYNC_KEY_FILE"
+)
+_PROBE = 30.0  # seconds for the daemon to look at what was added, besides
+
 M = TypeVar("M", bound=msg.Message)
 
 
@@ -38,27 +44,28 @@ def change_engines(
     read its config again. Raises `ConfigError` for engines that cannot be, `PushRefused` where a push does not end, and
     `DaemonLost`.
     """
-    question = msg.ChangeEngines(id=1, add=tuple(add), remove=tuple(remove))
-    return _ask(endpoint, question, msg.Changed, timeout).engines
+    question = msg.ChangeEngines(id=1, timeout=timeout, add=tuple(add), remove=tuple(remove))
+    return _ask(endpoint, question, msg.Changed, timeout + _PROBE).engines
 
 
 def _ask(endpoint: str, question: msg.Message, kind: type[M], timeout: float) -> M:
     file = os.environ.get("WEIGHTSYNC_KEY_FILE")
-    key = read_key_file(file) if file and endpoint.startswith("tcp://") else None
+    tcp = endpoint.startswith("tcp://")
+    key = read_key_file(file) if file and tcp else None
     if key is None:
         _check_here(endpoint)
     link = TrainerLink(endpoint, patience=timeout, key=key)
     try:
         link.start()
         link.send(question)
-        answer = link.receive(time.monotonic() + timeout)
+        try:
+            answer = link.receive(time.monotonic() + timeout)
+        except DaemonLost as error:
+            raise DaemonLost(error.message, hint=_KEYED if tcp else error.hint) from error
         if answer is None:
-            raise DaemonLost(f"weightsyncd at {endpoint} did not answer within {timeout:g} s")
-    except DaemonLost as error:
-        if not endpoint.startswith("tcp://"):
-            raise
-        words = "where it listens for other nodes, it answers those alone who have its [cluster] key_file"
-        raise DaemonLost(error.message, hint=f"{words}: set WEIGHTSYNC_KEY_FILE to that") from error
+            raise DaemonLost(
+                f"weightsyncd at {endpoint} did not answer within {timeout:g} s", hint=_KEYED if tcp else None
+            )
     finally:
         link.close(flush=0.0)
     if isinstance(answer, msg.ErrorReply):

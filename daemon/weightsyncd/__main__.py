@@ -54,15 +54,10 @@ async def serve(path: Path, config: NodeConfig) -> None:
     """Run until SIGTERM or SIGINT, by the config in this file; SIGHUP: look at the file again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    server, file = Server(placed(config)), config
-
-    def reload() -> None:
-        nonlocal file
-        file = server.reload(lambda: load_node_config(path), file)
-
+    server = Server(placed(config))
     for number in _STOPS:
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, reload)
+    loop.add_signal_handler(signal.SIGHUP, lambda: server.reload(lambda: load_node_config(path), config))
     try:
         await server.run(stop)
     finally:  # nothing is left: a signal that comes now must not make the end look like a failure

@@ -38,6 +38,7 @@ class Engine:
         self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
+        self.gone = False  # no engine of this node any more
         self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
 
     @property
@@ -86,6 +87,8 @@ class Engine:
             self.lost(error)
             raise
         except Exception as error:  # the seam: an engine's strange answer costs that engine, not this daemon
+            if self.gone:  # its adapter was closed meanwhile
+                raise EngineLost("it is an engine of this node no longer", engine=self.name) from error
             logger.exception("[engine=%s] probe failed in an unexpected way", self.name)
             strange = EngineError(f"unexpected {type(error).__name__} in its adapter: {error}", engine=self.name)
             self.lost(strange)
@@ -133,14 +136,24 @@ class Engines:
         return engine
 
     def become(self, configs: Iterable[EngineConfig]) -> list[Engine]:
-        """Have an engine for each of these; one whose config is as it was stays. Returns those that are gone."""
-        before = self._engines
-        self._engines = {}
+        """Have an engine for each of these; one whose config is as it was stays. Returns those that are gone.
+
+        Raises `ConfigError` for one that no adapter takes, and has then changed nothing.
+        """
+        before, after = self._engines, dict[str, Engine]()
         for config in configs:
             known = before.get(config.name)
-            same = known is not None and known.config == config
-            self._engines[config.name] = known if known is not None and same else Engine(config, adapter(config))
-        return [engine for name, engine in before.items() if self._engines.get(name) is not engine]
+            if known is not None and known.config == config:
+                after[config.name] = known
+                continue
+            new = after[config.name] = Engine(config, adapter(config))
+            if known is not None and known.config.url == config.url:
+                new.paused_by_us, new.owed_until = known.paused_by_us, known.owed_until
+        self._engines = after
+        gone = [engine for name, engine in before.items() if after.get(name) is not engine]
+        for engine in gone:
+            engine.gone = True
+        return gone
 
     def of_model(self, model: str) -> list[str]:
         """Names of the engines that serve `model`."""
@@ -165,7 +178,7 @@ class Engines:
 
     async def _put_right(self, engine: Engine, info: EngineInfo, until: float) -> None:
         async with engine.lock:  # a push that begins meanwhile waits for its turn
-            if self._busy():
+            if self._busy() or engine.gone:
                 return
             if info.torn and not info.paused:
                 logger.warning("[engine=%s] serves though it is torn: pausing it", engine.name)
@@ -177,6 +190,12 @@ class Engines:
                 return
             engine.paused_by_us = False
             await engine.probe(until)
+
+    @staticmethod
+    async def let_go(engine: Engine) -> None:
+        """Close the adapter of an engine that is gone, after all that is still to be done to it."""
+        async with engine.lock:
+            await engine.adapter.close()
 
     async def close(self) -> None:
         """Let go of every engine as it is."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightsync.config import checked
-from weightsync.errors import ConfigError, PushRefused
+from weightsync.errors import ConfigError, LocalProtocolError, PushRefused, WeightSyncError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Edit = Callable[[NodeConfig], NodeConfig]
 
-__all__ = ["Membership", "as_in", "need_restart", "with_engines"]
+__all__ = ["Edit", "Membership", "as_in", "need_restart", "with_engines"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ def with_engines(config: NodeConfig, add: tuple[EngineConfig, ...], remove: tupl
             hint=f"it has {', '.join(names) or 'none'}",
         )
     left = tuple(engine for engine in config.engines if engine.name not in remove)
-    return checked(msgspec.structs.replace(config, engines=(*left, *add)))
+    after = msgspec.structs.replace(config, engines=(*left, *add))
+    return checked(after) if add else after  # nothing becomes wrong by what is taken away
 
 
 def as_in(config: NodeConfig, file: NodeConfig) -> NodeConfig:
@@ -92,10 +93,13 @@ class Membership:
 
     async def keep(self) -> None:
         """Keep every peer attached, for ever."""
-        async with asyncio.TaskGroup() as self._group:
-            for name in self._peers:
-                self._keep(name)
-            await asyncio.Event().wait()
+        try:
+            async with asyncio.TaskGroup() as self._group:
+                for name in self._peers:
+                    self._keep(name)
+                await asyncio.Event().wait()
+        finally:
+            self._group = None
 
     async def change(self, edit: Edit, *, timeout: float) -> None:
         """Have the config as `edit` makes it, as soon as no push is under way. Raises what `edit` raises, and
@@ -108,6 +112,8 @@ class Membership:
             async with asyncio.timeout(timeout):
                 await done
         except TimeoutError:
+            if not done.cancelled():  # it was made in this very moment
+                return done.result()
             raise PushRefused(
                 f"a push has been under way for {timeout:g} s", hint="engines come and go between pushes; try again"
             ) from None
@@ -120,17 +126,21 @@ class Membership:
                 continue
             try:
                 self._become(edit(self.config))
-            except ConfigError as error:
+            except WeightSyncError as error:
                 done.set_exception(error)
+            except Exception as error:  # the seam: whoever asked must hear of it, and the daemon goes on
+                logger.exception("a change of engines or peers failed in an unexpected way")
+                done.set_exception(LocalProtocolError(f"weightsyncd failed: {error!r}"))
             else:
                 done.set_result(None)
 
     def _become(self, config: NodeConfig) -> None:
-        old, self.config = self.config, config
         names = {engine.name for engine in self._engines}
-        for gone in self._engines.become(config.engines):
+        dropped = self._engines.become(config.engines)
+        old, self.config = self.config, config
+        for gone in dropped:
             logger.info("[engine=%s] is no longer an engine of this node", gone.name)
-            self._spawn(gone.adapter.close())
+            self._spawn(self._engines.let_go(gone))
         for engine in self._engines:
             if engine.name not in names:
                 logger.info("[engine=%s] is an engine of this node from now on", engine.name)

@@ -90,13 +90,17 @@ class Peer:
         patience = self._config.timeouts.liveness
         try:
             while True:
-                if self._link is None:
-                    self._link = PeerLink(self.endpoint, patience=patience, key=self._key)
-                await self._attach(self._link)
+                try:
+                    self._link = self._link or PeerLink(self.endpoint, patience=patience, key=self._key)
+                except DaemonLost as error:
+                    self.problem = error.message
+                else:
+                    await self._attach(self._link)
                 await asyncio.sleep(patience / 5)
         finally:
-            if self._link is not None:
-                await self._link.close()
+            link, self._link, self.info = self._link, None, None
+            if link is not None:
+                await link.close()
 
     async def refresh(self) -> None:
         """Look again at its engines and its incarnation; `info` says what came of it."""
@@ -206,11 +210,12 @@ class Rails:
         self._generation = 0
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
         self._taken = False  # by another daemon, whose communicators these bridges have joined since
+        self._ours = False  # it was this daemon that formed the last one
         self._lock = asyncio.Lock()
 
     def count(self, nodes: Sequence[str]) -> int:
         """How many rails there are to these nodes: as many as the node with the fewest bridges has."""
-        infos = [self._peers[node].info for node in nodes]
+        infos = [self._peers[node].info for node in nodes if node in self._peers]
         return min([len(self._bridges), *(len(info.slots) for info in infos if info is not None)])
 
     def break_up(self) -> None:
@@ -219,7 +224,7 @@ class Rails:
 
     def taken(self) -> None:
         """Another daemon takes a bridge of this node into a communicator of its own."""
-        self._members, self._taken = (), True
+        self._members, self._taken, self._ours = (), True, False
 
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
@@ -251,7 +256,7 @@ class Rails:
         """See that every rail reaches `nodes`; those that cannot be reached are left out and named."""
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
-            await asyncio.gather(*(self._peers[node].refresh() for node in nodes))
+            await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
             wanted = list(nodes)
             while wanted:
                 try:
@@ -272,8 +277,19 @@ class Rails:
             reached = tuple(node for node in nodes if node not in failed)
             return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
 
+    def _peer(self, node: str) -> Peer:
+        """The peer of that name, which may have gone while a communicator was formed. Raises `DaemonLost`."""
+        peer = self._peers.get(node)
+        if peer is None:
+            raise DaemonLost(f"node {node} is a peer no longer")
+        return peer
+
     def _yields(self, nodes: Sequence[str]) -> bool:
-        """Whether forming is another's: that of one of these nodes, which comes first and has this one for a peer."""
+        """Whether forming is another's: one of these nodes comes first, and has this one for a peer. Whoever has formed
+        last goes on, however.
+        """
+        if self._ours:
+            return False
         me = self._config.node.name
         infos = {node: self._peers[node].info for node in nodes}
         return any(info is not None and node < me and me in info.peers for node, info in infos.items())
@@ -286,9 +302,11 @@ class Rails:
     def _present(self, nodes: Sequence[str], failed: dict[str, ErrorRecord]) -> tuple[tuple[str, str], ...]:
         members = [(bridge.name, bridge.incarnation or "") for bridge in self._bridges]
         for node in nodes:
-            info = self._peers[node].info
+            peer = self._peers.get(node)
+            info = peer.info if peer is not None else None
             if info is None:
-                failed[node] = DaemonLost(f"node {node} is not connected: {self._peers[node].problem}").record()
+                problem = peer.problem if peer is not None else "it is a peer no longer"
+                failed[node] = DaemonLost(f"node {node} is not connected: {problem}").record()
             else:
                 members.append((node, info.incarnation))
         return tuple(members)
@@ -296,7 +314,7 @@ class Rails:
     async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
         self._generation += 1
-        self._members, self._taken = (), False
+        self._members, self._taken, self._ours = (), False, True
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
             try:
@@ -327,7 +345,7 @@ class Rails:
                 timeout=max(0.0, until - time.monotonic()),
             )
             try:
-                await self._peers[node].ask(question, until + _MOMENT)
+                await self._peer(node).ask(question, until + _MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
                 await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
@@ -407,7 +425,7 @@ class Rails:
                 timeout=max(0.0, until - time.monotonic()),
             )
             try:
-                await self._peers[node].ask(question, until + _MOMENT)
+                await self._peer(node).ask(question, until + _MOMENT)
             except WeightSyncError as error:
                 failed[node] = error.record()
                 # nobody can complete a collective that one member has left: end it here instead of at its deadline

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from weightsync.config import NodeConfig
+    from weightsyncd.membership import Edit
 
 __all__ = ["Server"]
 
@@ -228,8 +229,8 @@ class Server:
             try:
                 if server is self._far and not isinstance(message, _FROM_AFAR):
                     raise RemoteProtocolError(
-                        f"{type(message).__name__} is for the daemon of a trainer's own node",
-                        hint="push_weights(daemon=…) takes the endpoint of [node] listen there",
+                        f"{type(message).__name__} is taken on a node's own socket alone",
+                        hint="call it on that machine, at the endpoint of its [node] listen",
                     )
                 self._route(identity, message)
             except (CodecError, LocalProtocolError, RemoteProtocolError) as error:
@@ -302,43 +303,54 @@ class Server:
 
     # --- engines that come and go -----------------------------------------------------------------------------------
 
-    def reload(self, load: Callable[[], NodeConfig], before: NodeConfig) -> NodeConfig:
-        """Take the engines and peers of the config file as it is now; `before` is the file as it was. Returns what it
-        is now. Mistakes are logged, and change nothing.
+    def reload(self, load: Callable[[], NodeConfig], started: NodeConfig) -> None:
+        """Take the engines and peers of the config file as it is now. Mistakes are logged, and change nothing.
+        What else differs from the file as it was when the daemon started is logged too.
         """
         try:
             file = load()
-            as_in(self.members.config, file)  # says now what would be wrong when the push has ended
         except ConfigError as error:
             logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
-            return before
-        if keys := need_restart(before, file):
+            return
+        if keys := need_restart(started, file):
             logger.warning("these keys of the node config need a restart: %s", ", ".join(keys))
         self._spawn(self._reload(file))
-        return file
 
     async def _reload(self, file: NodeConfig) -> None:
         try:
-            await self.members.change(lambda config: as_in(config, file), timeout=self.config.timeouts.operation)
+            edit = self._apart_from_peers(lambda config: as_in(config, file))
+            await self.members.change(edit, timeout=self.config.timeouts.operation)
         except WeightSyncError as error:
             logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
         else:
             logger.info("reload.complete: %d engines, %d peers", len(list(self.engines)), len(self.peers))
 
     async def _change_engines(self, message: msg.ChangeEngines) -> msg.Message:
-        def edit(config: NodeConfig) -> NodeConfig:
-            for engine in message.add:
-                if problem := self._names_elsewhere().get(engine.name):
-                    raise ConfigError(
-                        f"an engine of node {problem} is called {engine.name!r}", hint="give it another name"
-                    )
-            return with_engines(config, message.add, message.remove)
-
-        await self.members.change(edit, timeout=self.config.timeouts.operation)
+        if not self.config.endpoint.startswith("ipc://"):  # where anybody on this machine may call
+            raise ConfigError(
+                "engines are added and removed over a private socket only",
+                hint="leave node.listen away; or edit the node config, and send weightsyncd a SIGHUP",
+            )
+        edit = self._apart_from_peers(lambda config: with_engines(config, message.add, message.remove))
+        await self.members.change(edit, timeout=min(message.timeout, self.config.timeouts.operation))
         until = time.monotonic() + self.config.timeouts.probe
         added = [self.engines[engine.name] for engine in message.add]
         await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # its status says how
         return msg.Changed(engines=tuple(engine.status(self.config.node.name) for engine in added))
+
+    def _apart_from_peers(self, edit: Edit) -> Edit:
+        """The same edit, refused where an engine would have the name of another node's."""
+
+        def edited(config: NodeConfig) -> NodeConfig:
+            after, known = edit(config), self._names_elsewhere()
+            for engine in after.engines:
+                if (node := known.get(engine.name)) is not None:
+                    raise ConfigError(
+                        f"an engine of node {node} is called {engine.name!r} already", hint="give it another name"
+                    )
+            return after
+
+        return edited
 
     def _freed(self) -> None:
         """No push holds this node any more."""

@@ -120,10 +120,15 @@ class Trainers:
         return seen
 
     async def _see_peers(self) -> None:
-        await asyncio.gather(*(peer.refresh() for peer in self._services.peers.values()))
+        looks = await asyncio.gather(*(p.refresh() for p in self._services.peers.values()), return_exceptions=True)
+        for error in looks:
+            if error is not None:
+                logger.error("a look at another node failed in an unexpected way", exc_info=error)
         self._looking, self._seen = None, True
-        self.go_on()
-        self._seen = False
+        try:
+            self.go_on()
+        finally:
+            self._seen = False
 
     def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
         message = call.message
@@ -226,6 +231,7 @@ class Trainers:
     async def close(self, until: float) -> None:
         """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
         push = self.push
+        self.stopping = True
         for task in (self._looking, self._ending):
             if task is not None:
                 task.cancel()

@@ -101,7 +101,7 @@ def test_trainers_push_through_their_own_node(cluster):
     finally:
         link.close()
     assert isinstance(answer, msg.ErrorReply)
-    assert (answer.id, answer.error.message) == (opening.id, "Open is for the daemon of a trainer's own node")
+    assert (answer.id, answer.error.message) == (opening.id, "Open is taken on a node's own socket alone")
 
 
 def test_a_node_without_the_key_is_told_why(cluster):

@@ -166,6 +166,21 @@ def test_sighup_has_the_file_read_again(site):
     assert site.push() == {"e0": "committed", "e1": "committed"}
 
 
+def test_a_name_that_a_peers_engine_has_is_refused(site):
+    """Else the peer would be given up at its next heartbeat, all its engines with it."""
+    peer = f'[cluster.peers]\nm1 = "{site.there.endpoint}"\n[[engines]]'
+    site.hup(site.file.replace("[[engines]]", peer))
+    until(lambda: fetch_status(site.here.endpoint).peers == {"m1": "connected"}, "m1 is a peer")
+    refused = site.run("add", "e1", "--kind", "reference", "--url", site.engines[2].url)
+    assert refused.returncode == 1
+    assert "an engine of node m1 is called 'e1' already" in refused.stderr
+    since = len(site.here.log.read_text())
+    taken = entry(site.engines[2]).replace("e2", "e1")
+    site.hup(site.file.replace("[[engines]]", peer) + taken)
+    until(lambda: "reload.failed" in site.here.log.read_text()[since:], "it says so")
+    assert site.push() == {"e0": "committed", "e1": "committed"}
+
+
 def test_a_file_with_mistakes_changes_nothing(site):
     since = len(site.here.log.read_text())
     site.hup(site.file + "[[engines]]\nname = 7\n")

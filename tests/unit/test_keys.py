@@ -21,10 +21,12 @@ from weightsync.wire.daemon_links import ControlServer, PeerLink
 from weightsync.wire.keys import ClusterKey, make_key_file, read_key_file
 
 
-def free_endpoint() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+def free_endpoint(host: str = "127.0.0.1") -> str:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
+        port = probe.getsockname()[1]
+    return f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +107,43 @@ class TestTheConfig:
         with pytest.raises(ConfigError, match=r"cluster.key_file: cannot read"):
             parse_node_config(f'[cluster]\nkey_file = "{tmp_path / "none"}"\n')
 
+    @pytest.mark.parametrize(
+        "endpoint",
+        [
+            "",
+            "tcp://127.0.0.1:1/",
+            "tcp://a@127.0.0.1:1",
+            "tcp://127.0.0.1:1?x",
+            "tcp://*:1",
+            "tcp://0.0.0.0:1",
+            "tcp://:1",
+        ],
+    )
+    def test_a_peer_that_cannot_be_called_is_a_mistake(self, tmp_path, endpoint):
+        """ZeroMQ would take it or not as it likes, when the daemon runs already."""
+        make_key_file(tmp_path / "key")
+        text = f'[cluster]\nkey_file = "{tmp_path / "key"}"\n[cluster.peers]\nn1 = "{endpoint}"\n'
+        with pytest.raises(ConfigError, match=r"cluster\.peers\.n1"):
+            parse_node_config(text)
+
+    def test_an_engines_key_does_not_go_over_the_network_in_the_clear(self, monkeypatch):
+        monkeypatch.setenv("KEY", "secret")
+        text = '[[engines]]\nname = "e0"\nkind = "vllm"\nurl = "{}"\napi_key_env = "KEY"\n'
+        with pytest.raises(ConfigError, match="in the clear"):
+            parse_node_config(text.format("http://10.0.0.1:8000"))
+        parse_node_config(text.format("https://10.0.0.1:8000"))
+        parse_node_config(text.format("http://127.0.0.1:8000"))
+
     def test_a_cluster_does_not_listen_at_a_file(self):
         with pytest.raises(ConfigError, match="write it as tcp://"):
             parse_node_config('[cluster]\nlisten = "ipc:///tmp/x.sock"\n')
 
 
-async def ask(server_key: ClusterKey | None, caller_key: ClusterKey | None, *, seconds: float) -> msg.Message:
+async def ask(
+    server_key: ClusterKey | None, caller_key: ClusterKey | None, *, seconds: float, host: str = "127.0.0.1"
+) -> msg.Message:
     """What a caller with one key is answered by a server with another."""
-    server = ControlServer(free_endpoint(), "cluster.listen", key=server_key, tag=b"far")
+    server = ControlServer(free_endpoint(host), "cluster.listen", key=server_key, tag=b"far")
     server.bind()
     link = PeerLink(server.endpoint, patience=seconds, key=caller_key)
 
@@ -154,6 +185,20 @@ async def called_by_a_stranger(key: ClusterKey, *, own: ClusterKey) -> int:
 class TestALink:
     def test_of_two_that_have_the_key(self, keys, no_leaks):
         assert isinstance(asyncio.run(ask(keys[0], keys[0], seconds=20)), msg.Executed)
+
+    def test_over_ipv6(self, keys, no_leaks):
+        try:
+            free_endpoint("::1")
+        except OSError:
+            pytest.skip("no IPv6 here")
+        assert isinstance(asyncio.run(ask(keys[0], keys[0], seconds=20, host="::1")), msg.Executed)
+
+    def test_to_an_endpoint_that_is_none(self, keys, no_leaks):
+        async def call() -> None:
+            PeerLink("tcp://127.0.0.1:1/", patience=1, key=keys[0])
+
+        with pytest.raises(DaemonLost, match="cannot be called"):
+            asyncio.run(call())
 
     def test_of_two_with_different_keys_says_what_to_do(self, keys, no_leaks):
         with pytest.raises(DaemonLost, match="does not have this node's key") as refused:

@@ -52,7 +52,7 @@ class ControlServer:
         self._authenticator: zmq.auth.asyncio.AsyncioAuthenticator | None = None
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.ROUTER)
-        bounded(self._socket)
+        bounded(self._socket, endpoint)
         guarded(self._socket, key, listens=True)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
 
@@ -136,16 +136,21 @@ class PeerLink:
     """A daemon's line to another daemon: questions with ids, and answers; `lost` is set once it falls silent."""
 
     def __init__(self, endpoint: str, *, patience: float, key: ClusterKey | None = None) -> None:
+        """Raises `DaemonLost` for an endpoint that cannot be."""
         self.endpoint = endpoint
         self.patience = patience
         self.heard = time.monotonic()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
-        bounded(self._socket)
+        bounded(self._socket, endpoint)
         guarded(self._socket, key, listens=False)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
         self._refusals: zmq.Socket[Any] = zmq.Socket.shadow(self._socket.get_monitor_socket(_REFUSED))
-        self._socket.connect(endpoint)
+        try:
+            self._socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise DaemonLost(f"{endpoint} cannot be called: {error}") from error
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
         self._reader = asyncio.create_task(self._read(), name=f"peer {endpoint}")
@@ -206,6 +211,7 @@ class PeerLink:
         while True:
             frame = await self._socket.recv()
             self.heard = time.monotonic()
+            drained(self._refusals)  # of attempts before the one that succeeded
             try:
                 message = decode_untrusted(frame)
             except CodecError as error:

@@ -331,6 +331,7 @@ class Release(Message, frozen=True, tag="release"):
 class ChangeEngines(Message, frozen=True, tag="change_engines"):
     """Take some engines and leave others from now on, or once the push under way has ended. Answered by `Changed`."""
 
+    timeout: Seconds  # for that push to end; after it, nothing is changed
     add: tuple[EngineConfig, ...] = ()
     remove: tuple[Name, ...] = ()
 

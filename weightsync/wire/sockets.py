@@ -21,8 +21,10 @@ def socket_path(endpoint: str) -> str:
     return endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else ""
 
 
-def bounded(line: zmq.Socket[Any]) -> None:
-    """Set what every socket is limited to."""
+def bounded(line: zmq.Socket[Any], endpoint: str) -> None:
+    """Set what every socket is limited to, before it is bound or connected to `endpoint`."""
+    if "[" in endpoint:  # an IPv6 address
+        line.setsockopt(zmq.IPV6, 1)
     line.setsockopt(zmq.LINGER, 0)
     line.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME)
     line.setsockopt(zmq.SNDHWM, _QUEUE)

@@ -120,7 +120,7 @@ class TrainerLink:
         wake.setsockopt(zmq.LINGER, 0)
         wake.connect(self._address)
         line = self._context.socket(zmq.DEALER)
-        bounded(line)
+        bounded(line, self.endpoint)
         guarded(line, self._key, listens=False)
         line.setsockopt(zmq.RECONNECT_IVL, 50)
         hung_up = line.get_monitor_socket(zmq.EVENT_DISCONNECTED)
