@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-NAMES = ("describe", "plan", "transports", "push")
+NAMES = ("describe", "plan", "transports", "control", "push")
 
 
 def main() -> int:

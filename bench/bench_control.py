@@ -1,0 +1,93 @@
+"""What a bucket costs beside its bytes: processor time of each process, in pushes of many tiny buckets.
+
+    python -m bench.bench_control --tp 2 --json out.json
+
+What is left of the speed of the wires when buckets are small or many: the daemon hears of each from every rank, has it
+exported, loaded and given back. Medians over the pushes, minimum beside them: processes share this machine's cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from bench.harness import report
+from weightsync import push_weights
+from weightsync.adapters.reference.config import ModelConfig, write_config
+from weightsync.adapters.reference.sharding import checkpoint_tensors
+from weightsync.fleet import Fleet
+
+MODEL = ModelConfig(
+    vocab_size=4096,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=96,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    dtype="bfloat16",
+)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds of processor time for each bucket."""
+
+    process: str
+    median: float
+    least: float
+
+
+def processor_seconds(pid: int) -> float:
+    """That a process has had so far, all its threads, to the nanosecond."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--pushes", type=int, default=40, help="measured pushes, after 2 that warm up")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the engine")
+    parser.add_argument("--slot", default="64KiB", help="arena.slot_bytes")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in checkpoint_tensors(MODEL).items()}
+    with Fleet() as fleet:
+        (fleet.root / "model").mkdir()
+        write_config(MODEL, fleet.root / "model")
+        engine = fleet.start_engine("e0", fleet.root / "model", tp=arguments.tp, flags=["--load-format", "dummy"])
+        daemon = fleet.start_daemon("bench", [engine], arena={"slots": 3, "slot_bytes": arguments.slot})
+        for version in (1, 2):
+            push_weights(weights, version=version, daemon=daemon.endpoint)
+        (bridge,) = psutil.Process(daemon.pid).children()
+        pids = {"trainer rank": psutil.Process().pid, "daemon": daemon.pid, "bridge": bridge.pid, "engine": engine.pid}
+        workers = psutil.Process(engine.pid).children()
+        pids |= {f"engine worker {rank}": worker.pid for rank, worker in enumerate(workers)}
+        wall: list[float] = []
+        busy: dict[str, list[float]] = {name: [] for name in pids}
+        for version in range(3, 3 + arguments.pushes):
+            before = {name: processor_seconds(pid) for name, pid in pids.items()}
+            start = time.perf_counter()
+            buckets = push_weights(weights, version=version, daemon=daemon.endpoint).buckets
+            wall.append(time.perf_counter() - start)
+            for name, pid in pids.items():
+                busy[name].append((processor_seconds(pid) - before[name]) / buckets)
+    figures = [Figures(name, statistics.median(seconds), min(seconds)) for name, seconds in busy.items()]
+    rows = [[f.process, f"{f.median * 1e6:.0f} µs", f"{f.least * 1e6:.0f} µs"] for f in figures]
+    rows.append(
+        ["wall time", *(f"{seconds / buckets * 1e6:.0f} µs" for seconds in (statistics.median(wall), min(wall)))]
+    )
+    title = f"Processor time for each of {buckets} buckets of {len(weights)} tensors"
+    report(title, ("", "median", "least"), rows, figures, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
