@@ -75,15 +75,19 @@ class Membership:
         busy: Callable[[], bool],
         make_peer: Callable[[str, str], Peer],
         spawn: Callable[[Coroutine[None, None, None]], None],
+        on_gone: Callable[[str], None],
         on_change: Callable[[], None],
     ) -> None:
-        """`on_change` is called when a peer has come or gone; `spawn` runs what nobody waits for."""
+        """`on_gone` is called with the name of an engine that has gone, `on_change` when a peer has come or gone; `spawn`
+        runs what nobody waits for.
+        """
         self.config = config
         self._engines = engines
         self._peers = peers
         self._busy = busy
         self._make_peer = make_peer
         self._spawn = spawn
+        self._on_gone = on_gone
         self._on_change = on_change
         self._waiting: deque[tuple[Edit, asyncio.Future[None]]] = deque()
         self._group: asyncio.TaskGroup | None = None
@@ -140,6 +144,7 @@ class Membership:
         old, self.config = self.config, config
         for gone in dropped:
             logger.info("[engine=%s] is no longer an engine of this node", gone.name)
+            self._on_gone(gone.name)
             self._spawn(self._engines.let_go(gone))
         for engine in self._engines:
             if engine.name not in names:

@@ -104,6 +104,7 @@ class Server:
                 name, endpoint, config, key=key, on_lost=self._peer_lost, taken=self._names_taken
             ),
             spawn=self._spawn,
+            on_gone=self.executor.wire.forget,
             on_change=lambda: self.rails.break_up(),
         )
         self._here = ControlServer(config.endpoint, "node.listen")

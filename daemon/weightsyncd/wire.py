@@ -59,6 +59,10 @@ class NodeWire:
             self._offers[key] = reply.offer
         return self._offers[key]
 
+    def forget(self, engine: str) -> None:
+        """It is an engine of this node no longer; one of that name that comes later is offered to anew."""
+        self._offers = {key: offer for key, offer in self._offers.items() if key[1].rpartition("/")[0] != engine}
+
     @staticmethod
     def _readers(engine: Engine) -> dict[str, str]:
         """The readers of an engine, by tp rank, and the transport of each."""

@@ -54,6 +54,7 @@ class World:
         self.engines = Engines(self.config.engines, self.config.timeouts, busy=lambda: self.pushing)
         self.peers: dict[str, Any] = {}
         self.changes = 0
+        self.gone: list[str] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.members = Membership(
             self.config,
@@ -62,6 +63,7 @@ class World:
             busy=lambda: self.pushing,
             make_peer=Peer,  # type: ignore[arg-type]
             spawn=lambda work: self.tasks.append(asyncio.ensure_future(work)),
+            on_gone=self.gone.append,
             on_change=self.changed,
         )
 
@@ -83,6 +85,7 @@ def test_engines_that_stay_are_the_same_ones():
         await world.members.change(lambda c: with_engines(c, (moved,), ("e0",)), timeout=1)
         assert world.engines["e0"] is not before
         assert world.engines["e0"].config.url == "http://127.0.0.1:3"
+        assert world.gone == ["e0"]
         await asyncio.gather(*world.tasks)
 
     asyncio.run(main())

@@ -109,6 +109,18 @@ def test_cells_go_round_when_readers_come_and_go(sender, reader):
     sender.offer("e/0")
 
 
+def test_a_reader_in_use_keeps_its_cell_however_many_come_and_go(sender, reader):
+    """Engines of many names come and go; one that has been there from the start is exported to all the time."""
+    reader.accept(sender.offer("old/0"), deadline=_soon())
+    for i in range(10):
+        reader.accept(sender.offer(f"new{i}/0"), deadline=_soon())
+        tickets = sender.export(0, 10, i + 1, ["old/0", f"new{i}/0"])
+        for ticket in tickets.values():
+            with reader.receive(ticket, deadline=_soon()):
+                pass
+        assert sender.pending(0) == ()
+
+
 @pytest.mark.parametrize(
     "changes",
     [

@@ -70,7 +70,7 @@ class MappedSender(BucketSender):
         self._ledger = ledger if ledger is not None else Ledger()
         self._checksums = checksums
         self._exports = Exports(arena.slots, arena.slot_bytes)
-        self._cells: dict[str, int] = {}  # reader → cell; the reader offered to longest ago comes first
+        self._cells: dict[str, int] = {}  # reader → cell; the reader offered or exported to longest ago comes first
         self._lock = threading.RLock()
         self._exporting = threading.Lock()  # held over a checksum, which `_lock` is not
 
@@ -138,7 +138,7 @@ class MappedSender(BucketSender):
         self._ended.set()
 
     def _ticket(self, slot: int, export: Export, reader: str) -> bytes:
-        cell = self._cells[reader]
+        cell = self._cells[reader] = self._cells.pop(reader)
         self._arena.fences.export(slot, cell, export.sequence)
         export.readers.add(reader)
         export.waiting[reader] = cell
