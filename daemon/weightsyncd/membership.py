@@ -78,7 +78,7 @@ class Membership:
         on_gone: Callable[[str], None],
         on_change: Callable[[], None],
     ) -> None:
-        """`on_gone` is called with the name of an engine that has gone, `on_change` when a peer has come or gone; `spawn`
+        """`on_gone` is called with an engine that has gone, by name; `on_change` when a peer has come or gone; `spawn`
         runs what nobody waits for.
         """
         self.config = config
