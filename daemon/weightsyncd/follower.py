@@ -27,7 +27,7 @@ from weightsyncd.context import PushContext
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from weightsync.config import NodeConfig
     from weightsyncd.bridges import Bridge
@@ -53,7 +53,9 @@ class _Held:
 
 
 class Follower:
-    """See the module. `busy` says whether this node has a push of its own; `on_free` is called when it is let go."""
+    """See the module. `busy` says whether this node has a push of its own, and `wind_up` waits for one that has ended;
+    `on_free` is called when the node is let go.
+    """
 
     def __init__(
         self,
@@ -64,6 +66,7 @@ class Follower:
         peers: Collection[str],
         *,
         busy: Callable[[], bool],
+        wind_up: Callable[[float], Awaitable[None]],
         on_free: Callable[[], None],
         on_taken: Callable[[], None],
     ) -> None:
@@ -76,6 +79,7 @@ class Follower:
         self._bridges = bridges
         self._peers = peers
         self._busy = busy
+        self._wind_up = wind_up
         self._on_free = on_free
         self._on_taken = on_taken
         self._held: _Held | None = None
@@ -126,6 +130,7 @@ class Follower:
             raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
         instruction = structured({**message.instruction, "deadline": self._until(message.timeout)}, kind)
         self._check_places(instruction)
+        await self._wind_up(instruction.deadline)
         held = await self._hold(identity, message.push, message.model, message.version)
         context = held.context
         if message.manifest is not None:
@@ -164,8 +169,9 @@ class Follower:
 
     async def _in_line(self, identity: bytes, message: msg.HostRail | msg.JoinRail) -> msg.Message:
         """Form a communicator: at each bridge one at a time, and none while a push that is not the asker's needs it."""
-        self._check_free(identity)
         until, line = self._until(message.timeout), self._lines[message.rail]
+        await self._wind_up(until)
+        self._check_free(identity)
         if self._in_lines >= _MAX_IN_LINES:
             raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
         self._in_lines += 1

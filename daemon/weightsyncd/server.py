@@ -120,6 +120,7 @@ class Server:
             self.bridges,
             self.peers,
             busy=lambda: self.trainers.busy,
+            wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
             on_taken=self.rails.taken,
         )

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, WeightSyncError
+from weightsync.errors import ErrorRecord, PushRefused, PushTimeout, RemoteProtocolError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
 from weightsyncd.health import measure_push
@@ -120,9 +120,11 @@ class Trainers:
         return seen
 
     async def _see_peers(self) -> None:
-        looks = await asyncio.gather(*(p.refresh() for p in self._services.peers.values()), return_exceptions=True)
-        for error in looks:
-            if error is not None:
+        soon = self._services.config.timeouts.liveness / 5  # who answers later is found out by the push
+        looks = [asyncio.create_task(peer.refresh()) for peer in self._services.peers.values()]
+        done = (await asyncio.wait(looks, timeout=soon))[0] if looks else ()
+        for look in done:
+            if (error := look.exception()) is not None:
                 logger.error("a look at another node failed in an unexpected way", exc_info=error)
         self._looking, self._seen = None, True
         try:
@@ -134,6 +136,13 @@ class Trainers:
         message = call.message
         logger.warning("[push=%s v=%d] refused: %s", message.model, message.version, reason)
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
+        self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
+
+    def _time_is_up(self, call: _Waiting) -> None:
+        message, following = call.message, self._following()
+        what = f"push {following} of another node" if following is not None else "the node to be free"
+        reason = f"it did not begin in {message.timeout:g} s: it was waiting for {what}"
+        error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
         self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
 
     def _missed(self, message: msg.Open) -> ErrorRecord | None:
@@ -148,7 +157,8 @@ class Trainers:
         message = call.message
         left = message.timeout - (time.monotonic() - call.since)
         if left <= 0:
-            return  # its rank has given up
+            self._time_is_up(call)
+            return
         engines = self._engines_of(message.model)
         if not engines:
             models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
@@ -177,12 +187,12 @@ class Trainers:
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
         try:
-            await self._wind_up(push)
+            await self._close(push)
         finally:  # whatever went wrong with its tail, the next push may begin
             self.push = None
             self._on_free()
 
-    async def _wind_up(self, push: Push) -> None:
+    async def _close(self, push: Push) -> None:
         await push.close()
         session = push.session
         self.last, self.last_error = push.outcome, session.error
@@ -256,14 +266,26 @@ class Trainers:
             self.push.rank_of(identity)
 
     def check_alive(self, liveness: float) -> None:
-        """Notice ranks that have fallen silent. To be called now and then."""
+        """Notice ranks that have fallen silent, and those that have waited for as long as they would. To be called now
+        and then.
+        """
         if self.push is not None:
             self.push.check_alive(liveness)
+        now = time.monotonic()
+        late = [call for call in self._waiting if now - call.since >= call.message.timeout]
+        self._waiting = [call for call in self._waiting if call not in late]
+        for call in late:
+            self._time_is_up(call)
 
     def hear(self, event: ev.Event) -> None:
         """Something has happened that concerns the push under way, if there is one."""
         if self.push is not None:
             self.push.hear(event)
+
+    async def wind_up(self, until: float) -> None:
+        """Wait for a push from here that has ended and only lets go of what it held, but for none that is under way."""
+        if self.push is not None and self.push.session.ended and self._ending is not None:
+            await asyncio.wait([self._ending], timeout=max(0.0, until - time.monotonic()))
 
     @property
     def busy(self) -> bool:

@@ -268,3 +268,18 @@ def test_a_trainer_of_the_follower_waits_for_the_push_from_elsewhere(pair):
     assert first.report()["complete"]
     report = second.report()
     assert outcomes(report) == {"away1": "committed", "away2": "committed"}
+
+
+def test_a_trainer_that_has_waited_for_as_long_as_it_would_is_told_so(pair):
+    away = pair.others[0]
+    first, second = pair.start_ranks(2)
+    first.push(**pair.terms(0, 1, version=pair.next_version(), gate=["read", 5]))
+    first.wait_at("read")
+    terms = pair.terms(0, 1, version=pair.next_version(), group="another", timeout=1.0)
+    second.push(**terms | {"endpoint": away.endpoint})
+    error = second.error()
+    assert (error["kind"], error["phase"]) == ("PushTimeout", "open")
+    assert "it was waiting for push fault1-" in error["message"]
+    assert error["seconds"] < 1.0 + 2
+    first.go()
+    assert first.report()["complete"]
