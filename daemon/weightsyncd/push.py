@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
     from weightsync.config import NodeConfig
     from weightsyncd.executor import NodeExecutor
-    from weightsyncd.peers import Peer, Rails
+    from weightsyncd.peers import Peer
     from weightsyncd.plans import CachedPlan, Plans
+    from weightsyncd.rails import Rails
 
 __all__ = ["Push", "Services"]
 

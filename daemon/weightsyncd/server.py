@@ -39,9 +39,10 @@ from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
 from weightsyncd.membership import Membership, as_in, need_restart, with_engines
-from weightsyncd.peers import Peer, Rails
+from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
+from weightsyncd.rails import Rails
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:

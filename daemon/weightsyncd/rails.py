@@ -1,0 +1,297 @@
+"""Between nodes, bytes go from bridge to bridge: through one communicator per bridge index, a *rail*.
+
+It is formed again, with a new generation, whenever its members have changed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from weightsync.errors import DaemonLost, ErrorRecord, ProtocolError, TransportError, WeightSyncError
+from weightsync.nccl_bridge import commands
+from weightsync.session import events as ev
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from weightsync.config import NodeConfig
+    from weightsync.session import instructions as do
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.context import PushContext
+    from weightsyncd.peers import Peer
+
+__all__ = ["Rails"]
+
+logger = logging.getLogger(__name__)
+
+_LEAVE = 5.0  # seconds for a bridge to abort its communicator
+_MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
+
+
+class Rails:
+    """The communicators between this node's bridges and those of its peers; this node is rank 0 of each."""
+
+    def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], peers: dict[str, Peer]) -> None:
+        self._config = config
+        self._bridges = bridges
+        self._peers = peers
+        self._generation = 0
+        self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
+        self._taken = False  # by another daemon, whose communicators these bridges have joined since
+        self._ours = False  # it was this daemon that formed the last one
+        self._lock = asyncio.Lock()
+
+    def count(self, nodes: Sequence[str]) -> int:
+        """How many rails there are to these nodes: as many as the node with the fewest bridges has."""
+        infos = [self._peers[node].info for node in nodes if node in self._peers]
+        return min([len(self._bridges), *(len(info.slots) for info in infos if info is not None)])
+
+    def break_up(self) -> None:
+        """The standing generation is not to be used again."""
+        self._members = ()
+
+    def taken(self) -> None:
+        """Another daemon takes a bridge of this node into a communicator of its own."""
+        self._members, self._taken, self._ours = (), True, False
+
+    def state_of(self, name: str) -> str:
+        """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
+        nodes = [node for node, peer in sorted(self._peers.items()) if peer.info is not None]
+        if name in nodes and not self._taken and not self._stands(nodes) and not self._yields(nodes):
+            return "joining"
+        return self._peers[name].state
+
+    async def keep(self, busy: Callable[[], bool]) -> None:
+        """Between pushes, form what is broken, for ever: the first push after a fault should not wait for it. What
+        another daemon has taken is left to it until this one pushes, and of nodes that are each other's peers the first
+        by name forms: two that wait in communicators of their own would wait for each other.
+        """
+        told: dict[str, str] = {}
+        while True:
+            await asyncio.sleep(self._config.timeouts.liveness / 5)
+            nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
+            if not nodes or self._taken or busy() or self._stands(nodes) or self._yields(nodes):
+                continue
+            formed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
+            problems = {node: error.message for node, error in formed.failed}
+            for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
+                logger.warning("[node=%s] no communicator: %s", node, problems[node])
+            told = problems
+            if problems:
+                await asyncio.sleep(self._config.timeouts.probe_every)
+
+    async def form(self, nodes: Sequence[str], deadline: float) -> ev.GroupFormed:
+        """See that every rail reaches `nodes`; those that cannot be reached are left out and named."""
+        async with self._lock:
+            failed: dict[str, ErrorRecord] = {}
+            await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
+            wanted = list(nodes)
+            while wanted:
+                try:
+                    await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._bridges))
+                except TransportError as error:
+                    failed.update(dict.fromkeys(wanted, error.record()))
+                    break
+                members = self._present(wanted, failed)
+                wanted = [node for node in wanted if node not in failed]
+                if members == self._members or not wanted:
+                    break
+                bad = await self._rendezvous(wanted, deadline)
+                if not bad:
+                    self._members = members
+                    break
+                failed.update(bad)
+                wanted = [node for node in wanted if node not in failed]
+            reached = tuple(node for node in nodes if node not in failed)
+            return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
+
+    def _peer(self, node: str) -> Peer:
+        """The peer of that name, which may have gone while a communicator was formed. Raises `DaemonLost`."""
+        peer = self._peers.get(node)
+        if peer is None:
+            raise DaemonLost(f"node {node} is a peer no longer")
+        return peer
+
+    def _yields(self, nodes: Sequence[str]) -> bool:
+        """Whether forming is another's: one of these nodes comes first, and has this one for a peer. Whoever has formed
+        last goes on, however.
+        """
+        if self._ours:
+            return False
+        me = self._config.node.name
+        infos = {node: self._peers[node].info for node in nodes}
+        return any(info is not None and node < me and me in info.peers for node, info in infos.items())
+
+    def _stands(self, nodes: Sequence[str]) -> bool:
+        """Whether the standing generation is one of exactly these nodes, as far as is known here."""
+        missing: dict[str, ErrorRecord] = {}
+        return self._present(nodes, missing) == self._members and not missing
+
+    def _present(self, nodes: Sequence[str], failed: dict[str, ErrorRecord]) -> tuple[tuple[str, str], ...]:
+        members = [(bridge.name, bridge.incarnation or "") for bridge in self._bridges]
+        for node in nodes:
+            peer = self._peers.get(node)
+            info = peer.info if peer is not None else None
+            if info is None:
+                problem = peer.problem if peer is not None else "it is a peer no longer"
+                failed[node] = DaemonLost(f"node {node} is not connected: {problem}").record()
+            else:
+                members.append((node, info.incarnation))
+        return tuple(members)
+
+    async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
+        """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
+        self._generation += 1
+        self._members, self._taken, self._ours = (), False, True
+        until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
+        for rail in range(self.count(nodes)):
+            try:
+                await self._join_all(rail, nodes, until)
+            except _NodeFailed as failed:
+                return {failed.node: failed.error}
+            except WeightSyncError as error:
+                return dict.fromkeys(nodes, error.record())
+        return {}
+
+    async def _join_all(self, rail: int, nodes: Sequence[str], until: float) -> None:
+        """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
+        bridge, address, key = self._bridges[rail], self._config.cluster.address, secrets.token_hex(16)
+        await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
+        generation, world = self._generation, len(nodes) + 1
+        hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
+        first: list[_NodeFailed] = []
+
+        async def join(node: str, rank: int) -> None:
+            question = msg.JoinRail(
+                rail=rail,
+                generation=generation,
+                rank=rank,
+                world=world,
+                host=address,
+                port=hosted.port,
+                key=key,
+                timeout=max(0.0, until - time.monotonic()),
+            )
+            try:
+                await self._peer(node).ask(question, until + _MOMENT)
+            except WeightSyncError as error:
+                first.append(_NodeFailed(node, error.record()))
+                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+
+        own = commands.Join(
+            generation=generation,
+            rank=0,
+            world=world,
+            host=address,
+            port=hosted.port,
+            address=address,
+            key=key,
+        )
+        async with asyncio.TaskGroup() as group:
+            for rank, node in enumerate(nodes, start=1):
+                group.create_task(join(node, rank))
+            mine = group.create_task(_quietly(bridge.call(own, deadline=until)))
+        if first:
+            raise first[0]
+        if (problem := mine.result()) is not None:
+            raise problem.error()
+
+    async def relay(self, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.Event:
+        """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it.
+
+        A broadcast that fails breaks the communicator for every node, whoever broke it. So it is formed again with
+        those that can be reached, and they get the bucket in a second broadcast.
+        """
+        targets = {target.node: target for target in instruction.targets}
+        failed: dict[str, ErrorRecord] = {}
+        now = time.monotonic()
+        for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
+            errors: dict[str, ErrorRecord] = {}
+            if not self._stands(sorted(targets)):
+                errors.update((await self.form(sorted(targets), until)).failed)
+            left = {node: target for node, target in targets.items() if node not in errors}
+            if left:
+                errors.update(await self._broadcast(context, instruction, left, sequence, until))
+            failed.update(errors)
+            for node in set(targets) - set(errors):
+                failed.pop(node, None)
+            if not errors:
+                break
+            logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, _sentences(errors))
+            targets = {node: targets[node] for node in errors}
+        reached = tuple(sorted({target.node for target in instruction.targets} - set(failed)))
+        return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
+
+    async def _broadcast(
+        self,
+        context: PushContext,
+        instruction: do.RelayBucket,
+        targets: dict[str, do.Slot],
+        sequence: int,
+        until: float,
+    ) -> dict[str, ErrorRecord]:
+        """One attempt. Returns the nodes that do not hold the bucket, and why."""
+        bridge = self._bridges[instruction.slot.bridge]
+        readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
+        peers = tuple(sorted(readers.values()))
+        slot, nbytes = instruction.slot.index, instruction.nbytes
+        export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers)
+        try:
+            reply = await bridge.call(export, deadline=until)
+        except ProtocolError as error:  # it has restarted, and joined nobody yet
+            self.break_up()
+            return dict.fromkeys(targets, error.record())
+        failed: dict[str, ErrorRecord] = {}
+
+        async def receive(node: str, target: do.Slot) -> None:
+            question = msg.Receive(
+                push=context.push,
+                bucket=instruction.bucket,
+                rail=target.bridge,
+                slot=target.index,
+                ticket=reply.peer_tickets[readers[node]],
+                timeout=max(0.0, until - time.monotonic()),
+            )
+            try:
+                await self._peer(node).ask(question, until + _MOMENT)
+            except WeightSyncError as error:
+                failed[node] = error.record()
+                # nobody can complete a collective that one member has left: end it here instead of at its deadline
+                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+
+        async with asyncio.TaskGroup() as group:
+            for node, target in targets.items():
+                group.create_task(receive(node, target))
+            send = commands.Send(slot=slot, sequence=sequence)
+            mine = group.create_task(_quietly(bridge.call(send, deadline=until)))
+        own = mine.result()
+        if failed or own is not None:
+            self.break_up()
+        if own is not None and not failed:
+            failed = dict.fromkeys(targets, own)
+        return failed
+
+
+class _NodeFailed(Exception):
+    def __init__(self, node: str, error: ErrorRecord) -> None:
+        super().__init__(f"{node}: {error.message}")
+        self.node = node
+        self.error = error
+
+
+async def _quietly(call: Awaitable[object]) -> ErrorRecord | None:
+    """The error a bridge call ends with, as a value: its siblings must run to their own ends."""
+    try:
+        await call
+    except WeightSyncError as error:
+        return error.record()
+    return None
+
+
+def _sentences(errors: dict[str, ErrorRecord]) -> str:
+    return "; ".join(f"{node}: {error.message}" for node, error in sorted(errors.items()))
