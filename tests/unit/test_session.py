@@ -288,3 +288,31 @@ def test_the_version_of_a_torn_engine_does_not_count():
         world.hear(ev.EngineProbed(engine=probe.engine, tp_size=1, version=2 if torn else 1, paused=torn, torn=torn))
     world.run()
     assert world.session.state is State.COMMITTED
+
+
+def test_an_engine_that_has_left_answers_while_the_others_commit():
+    """Its update has begun, and it serves: it is told to pause whenever that is heard."""
+    world = World(world=1, engines={"a": "home", "b": "away"}, buckets=1, pause="none")
+    world.open_all()
+    begin = world.run_until(do.BeginEngine, engine="b")
+    world.hear(ev.BridgeLost(node="away", bridge=0, error=ERROR))
+    while world.session.state is not State.COMMITTING:
+        world.succeed(next(instruction for instruction in world.pending if instruction is not begin))
+    world.succeed(begin)
+    assert any(isinstance(i, do.PauseEngine) and i.engine == "b" for i in world.pending)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    world.check_done()
+
+
+def test_what_is_exported_while_its_node_is_dropped_is_revoked():
+    """Its other bridge has died: the export that is under way on this one is for nobody any more."""
+    world = World(world=1, engines={"a": "home", "b": "away"}, buckets=1, owners=2)
+    world.open_all()
+    export = world.run_until(do.ExportBucket, engines=("b",))
+    world.hear(ev.BridgeLost(node="away", bridge=1, error=ERROR))
+    world.succeed(export)
+    assert ("b", 0) not in world.holds
+    world.run()
+    assert world.session.state is State.COMMITTED
+    world.check_done()

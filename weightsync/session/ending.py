@@ -104,7 +104,9 @@ class Ending(SessionState):
                 engine.at_rest = lost  # there is nobody to tell
                 self._evict(engine, about(error, engine=engine.name, phase=phase), lost=lost, now=now, out=out)
         for bucket in self.buckets:
-            bucket.copies.pop(node, None)
+            copy = bucket.copies.get(node)
+            if copy is not None and (lost or not copy.exporting):  # what is exported just now has holds to be revoked
+                del bucket.copies[node]
 
     def _end_when_all_ended(self, now: float, out: list[Instruction]) -> None:
         if self.ended or self._live():
@@ -162,6 +164,12 @@ class Ending(SessionState):
         engine = self._answered(getattr(event, "engine", ""), SETTLED[type(event)], now, out)
         if engine is not None:
             self._evict_late(engine, now, out)
+
+    def _on_last_answer(self, event: Event, now: float, out: list[Instruction]) -> None:
+        """A success of an engine that has left meanwhile; of no other was it asked for in this state."""
+        engine = self.engines.get(getattr(event, "engine", ""))
+        if engine is not None and engine.stage.ended:
+            self._answered(engine.name, SETTLED[type(event)], now, out)
 
     def _evict_late(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
         error = self.error or self._record("PushAborted", "the push had ended")

@@ -41,6 +41,8 @@ _OPENING: dict[type[ev.Event], Row] = {
     ev.Tick: (Rules._on_tick, (_ABORT,)),
 }
 _TRANSFERRING: dict[type[ev.Event], Row] = {
+    ev.EngineProbed: (Rules._on_last_answer, ()),
+    ev.EngineAccepted: (Rules._on_last_answer, ()),
     ev.EnginePaused: (Rules._on_engine_paused, ()),
     ev.RankFilled: (Rules._on_rank_filled, ()),
     ev.BucketExported: (Rules._on_bucket_exported, ()),
@@ -62,6 +64,10 @@ _COMMITTING: dict[type[ev.Event], Row] = {  # everything is loaded: the push no 
     ev.EngineVerified: (Rules._on_engine_verified, ()),
     ev.EngineResumed: (Rules._on_engine_resumed, (_OK,)),
     ev.EnginePaused: (Rules._on_engine_paused, ()),  # of one that has left torn, or lost
+    ev.EngineProbed: (Rules._on_last_answer, ()),
+    ev.EngineAccepted: (Rules._on_last_answer, ()),
+    ev.EngineBegun: (Rules._on_last_answer, ()),
+    ev.BucketLoaded: (Rules._on_bucket_loaded, ()),  # of one that has left
     ev.BucketRelayed: (Rules._on_bucket_relayed, ()),
     ev.BucketExported: (Rules._on_bucket_exported, ()),
     ev.BucketReleased: (Rules._on_bucket_released, (_OK, _TORN)),
