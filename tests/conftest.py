@@ -9,9 +9,14 @@ import threading
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
-settings.register_profile("weightsync", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile(
+    "weightsync",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    phases=[phase for phase in Phase if phase is not Phase.explain],  # which takes longer than a test may
+)
 settings.load_profile("weightsync")
 
 # A shell starts what runs in its background deaf to Ctrl-C, and what that starts too: tests send it to processes.
