@@ -271,11 +271,11 @@ class RealEngine:
         python = str(ENGINES / self.kind / "bin/python")
         where = ["--host", "127.0.0.1", "--port", str(self.port), "--served-model-name", "tiny", "--dtype", self.dtype]
         if self.kind == "vllm":
-            own = ["--enforce-eager", "--max-model-len", "4096", "--max-num-seqs", "4"]
+            own = ["--enforce-eager", "--max-model-len", "8192", "--max-num-seqs", "4"]
             own += ["--max-num-batched-tokens", "4096", "--tensor-parallel-size", str(self.tp)]
             return [python, str(_ROOT / "engines/serve_vllm.py"), str(self.checkpoint), *where, *own, *self.flags]
         own = ["--device", "cpu", "--attention-backend", "torch_native", "--sampling-backend", "pytorch"]
-        own += ["--context-length", "4096", "--max-total-tokens", "16384", "--max-running-requests", "4"]
+        own += ["--context-length", "8192", "--max-total-tokens", "16384", "--max-running-requests", "4"]
         own += ["--mem-fraction-static", "0.2", "--disable-overlap-schedule", "--skip-server-warmup"]
         own += ["--tp", str(self.tp)]
         checkpoint = ["--model-path", str(self.checkpoint)]

@@ -27,7 +27,7 @@ OLD_SGLANG = tuple(map(int, re.findall(r"\d+", installed("sglang"))[:3])) < (0, 
 IPC = Need("sglang", "ipc")  # in old ones CUDA's alone
 SGLANG = [Need("sglang", "tensor"), *([] if OLD_SGLANG else [IPC]), Need("sglang", "plugin")]
 VLLM = [Need("vllm", "plugin"), Need("vllm", "extension")]
-LONGER = 3500  # tokens: a request that no push outlives
+LONGER = 7000  # tokens: a request that no push outlives
 PROMPTS = ([5, 17, 211, 3, 42], [66, 4])
 MIB = 2**20
 
