@@ -14,25 +14,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import psutil
 import torch
 
+from bench.bench_push import SMALL
 from bench.harness import report
 from weightsync import push_weights
-from weightsync.adapters.reference.config import ModelConfig, write_config
+from weightsync.adapters.reference.config import write_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.fleet import Fleet
 
-MODEL = ModelConfig(
-    vocab_size=4096,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=96,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    dtype="bfloat16",
-)
+MODEL = msgspec.structs.replace(SMALL, vocab_size=4096, num_hidden_layers=96, dtype="bfloat16")
 
 
 @dataclass(frozen=True)

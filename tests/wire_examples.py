@@ -72,8 +72,6 @@ EXAMPLES: tuple[msg.Message, ...] = (
         timeout=5.0, plan=DIGEST, manifest=b"manifest", fingerprints=b"\x02" * 8,
     ),
     msg.Executed(id=10, event={"type": "BucketLoaded", "engine": "e0", "bucket": 1}),
-    msg.HostRail(id=11, rail=0, generation=2, timeout=5.0),
-    msg.Hosted(id=11, port=29600),
     msg.JoinRail(id=12, rail=0, generation=2, rank=1, world=2, host="127.0.0.1", port=29600, key="k", timeout=5.0),
     msg.Receive(id=13, push="p", bucket=1, rail=0, slot=2, ticket=b"ticket", timeout=5.0),
     msg.Release(id=0, push="p"),

@@ -41,6 +41,7 @@ DaemonOption = Annotated[
         show_default=False,
     ),
 ]
+CaFileOption = Annotated[str | None, typer.Option(help="Certificates (PEM) for an https URL.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
@@ -168,9 +169,7 @@ def add(
     api_key_env: Annotated[
         str | None, typer.Option(help="Variable of weightsyncd's environment that holds its key.", show_default=False)
     ] = None,
-    ca_file: Annotated[
-        str | None, typer.Option(help="Certificates (PEM) for an https URL.", show_default=False)
-    ] = None,
+    ca_file: CaFileOption = None,
     daemon: DaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -228,9 +227,7 @@ def doctor(
     api_key_env: Annotated[
         str | None, typer.Option(help="Environment variable that holds its key.", show_default=False)
     ] = None,
-    ca_file: Annotated[
-        str | None, typer.Option(help="Certificates (PEM) for an https URL.", show_default=False)
-    ] = None,
+    ca_file: CaFileOption = None,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for each engine's answers.")] = 10.0,
     as_json: JsonOption = False,
 ) -> None:

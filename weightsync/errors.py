@@ -13,8 +13,7 @@
     │   └── TransportTimeout       its deadline passed
     ├── EngineError            one engine failed
     │   ├── EngineRefused          it says beforehand that it cannot take these weights; it was not touched
-    │   ├── EngineLost             it does not answer any more
-    │   └── EngineTorn             it holds a mixture of two versions; it is paused and stays so until repaired
+    │   └── EngineLost             it does not answer any more
     ├── PushError              a push as a whole did not succeed
     │   ├── PushRefused            before any engine was touched, because of what was asked
     │   ├── PushAborted            under way, because a participant failed; the error names the torn engines, if any
@@ -39,7 +38,6 @@ __all__ = [
     "EngineError",
     "EngineLost",
     "EngineRefused",
-    "EngineTorn",
     "ErrorRecord",
     "LocalProtocolError",
     "ProtocolError",
@@ -190,10 +188,6 @@ class EngineRefused(EngineError):
 
 class EngineLost(EngineError):
     """The engine does not answer any more."""
-
-
-class EngineTorn(EngineError):
-    """The engine holds a mixture of two versions; it is paused, and stays so until a push or a replay repairs it."""
 
 
 class PushError(WeightSyncError):

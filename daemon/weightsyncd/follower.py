@@ -130,7 +130,8 @@ class Follower:
             raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
         instruction = structured({**message.instruction, "deadline": self._until(message.timeout)}, kind)
         self._check_places(instruction)
-        await self._wind_up(instruction.deadline)
+        if self._busy():
+            await self._wind_up(instruction.deadline)
         held = await self._hold(identity, message.push, message.model, message.version)
         context = held.context
         if message.manifest is not None:
@@ -151,12 +152,12 @@ class Follower:
             event = await self._executor.execute(context, instruction)
         return msg.Executed(event=plain(event) if event is not None else {})
 
-    async def at_rail(self, identity: bytes, message: msg.HostRail | msg.JoinRail | msg.Receive) -> msg.Message:
+    async def at_rail(self, identity: bytes, message: msg.JoinRail | msg.Receive) -> msg.Message:
         """Something for a bridge."""
         if message.rail >= len(self._bridges):
             raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
         match message:
-            case msg.HostRail() | msg.JoinRail():
+            case msg.JoinRail():
                 return await self._in_line(identity, message)
             case msg.Receive():
                 until = self._until(message.timeout)
@@ -167,10 +168,11 @@ class Follower:
                     await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
         return msg.Executed(event={})
 
-    async def _in_line(self, identity: bytes, message: msg.HostRail | msg.JoinRail) -> msg.Message:
+    async def _in_line(self, identity: bytes, message: msg.JoinRail) -> msg.Message:
         """Form a communicator: at each bridge one at a time, and none while a push that is not the asker's needs it."""
         until, line = self._until(message.timeout), self._lines[message.rail]
-        await self._wind_up(until)
+        if self._busy():
+            await self._wind_up(until)
         self._check_free(identity)
         if self._in_lines >= _MAX_IN_LINES:
             raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
@@ -188,11 +190,8 @@ class Follower:
         finally:
             line.release()
 
-    async def _form(self, message: msg.HostRail | msg.JoinRail, until: float) -> msg.Message:
+    async def _form(self, message: msg.JoinRail, until: float) -> msg.Message:
         bridge, address = self._bridges[message.rail], self._config.cluster.address
-        if isinstance(message, msg.HostRail):
-            host = commands.Host(generation=message.generation, host=address)
-            return msg.Hosted(port=(await bridge.call(host, deadline=until)).port)
         self._on_taken()
         await bridge.prompt(deadline=until)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)

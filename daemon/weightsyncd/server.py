@@ -61,7 +61,6 @@ _FROM_AFAR = (
     msg.StatusRequest,
     msg.Attach,
     msg.Execute,
-    msg.HostRail,
     msg.JoinRail,
     msg.Receive,
     msg.Release,
@@ -265,7 +264,7 @@ class Server:
                 self._spawn(self._answer(identity, message.id, self.follower.attach(identity, message)))
             case msg.Execute():
                 self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
-            case msg.HostRail() | msg.JoinRail() | msg.Receive():
+            case msg.JoinRail() | msg.Receive():
                 self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
             case msg.Release():
                 self._spawn(self.follower.release(identity, message.push))

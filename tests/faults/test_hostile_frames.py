@@ -6,6 +6,7 @@ import collections
 import random
 import socket
 import threading
+import time
 from typing import Any
 
 import msgpack
@@ -17,6 +18,7 @@ import weightsync.rank_memory
 from tests.faults.kit import until
 from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
+from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.trainer_link import TrainerLink
@@ -64,14 +66,19 @@ class Stranger:
         )
         until(lambda: "no engine serves model 'none'" in self.ask(nothing), "the node is free")
         # bridges form communicators in turn: once this one is, none that was asked for before is under way
-        until(self._hosts, "the bridge has nothing else to do", 40)
+        until(self._joins, "the bridge has nothing else to do", 40)
 
-    def _hosts(self):
-        self.say([encode(msg.HostRail(id=MARK, rail=0, generation=1, timeout=60))])
+    def _joins(self):
+        """Whether the bridge becomes the only member of a communicator."""
+        meeting = Rendezvous.host("127.0.0.1", deadline=time.monotonic() + 60)
+        alone = msg.JoinRail(
+            id=MARK, rail=0, generation=1, rank=0, world=1, host="127.0.0.1", port=meeting.port, key="alone", timeout=60
+        )
+        self.say([encode(alone)])
         answer = self._take()
-        while answer.id != MARK or not isinstance(answer, msg.Hosted | msg.ErrorReply):
+        while answer.id != MARK or not isinstance(answer, msg.Executed | msg.ErrorReply):
             answer = self._take()
-        return isinstance(answer, msg.Hosted)
+        return isinstance(answer, msg.Executed)
 
     def ask(self, message):
         """The words of the error that ends the push."""
@@ -138,7 +145,7 @@ def untimely(rng, opens):
     number = rng.randrange(2**20)
     push = f"push-{rng.randrange(4)}"
     tensors, sums = bytes(4 * rng.randrange(3)), bytes(8 * rng.randrange(3))
-    match rng.randrange(15):
+    match rng.randrange(14):
         case 0 if opens:
             return msg.Open(
                 id=number,
@@ -192,8 +199,6 @@ def untimely(rng, opens):
                 key="k",
                 timeout=rng.choice([0.0, 0.2, 1e9]),
             )
-        case 13:
-            return msg.HostRail(id=number, rail=rng.choice([0, 9]), generation=number, timeout=1.0)
         case _:
             return rng.choice(EXAMPLES if opens else EXAMPLES[1:])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,6 +17,7 @@ from weightsync.adapters.reference.gate import RequestError
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.adapters.reference.turns import Turns
 from weightsync.errors import EngineLost
+from weightsync.testing import eventually
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -370,6 +371,10 @@ def test_hostile_manifests_are_refused(engine: Engine, workers: Workers) -> None
 
 def test_turns_come_in_the_order_of_asking() -> None:
     turns, order, waiting = Turns(), [], []
+
+    def more_than(number: int) -> bool:
+        return len(turns._waiting) > number
+
     with turns.take(deadline=soon()):
 
         def ask(number: int) -> None:
@@ -379,8 +384,7 @@ def test_turns_come_in_the_order_of_asking() -> None:
         for number in range(5):
             waiting.append(threading.Thread(target=ask, args=(number,)))
             waiting[-1].start()
-            while len(turns._waiting) <= number:
-                time.sleep(0)
+            assert eventually(partial(more_than, number))
         with pytest.raises(TimeoutError), turns.take(deadline=soon(0.01)):
             pass
     for thread in waiting:

@@ -7,13 +7,12 @@ raised into a loop. Between machines both sides prove that they have the cluster
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import zmq
@@ -22,8 +21,8 @@ import zmq.auth.asyncio
 
 from weightsync.errors import CodecError, ConfigError, DaemonError, DaemonLost
 from weightsync.wire.codec import decode_untrusted, encode
-from weightsync.wire.messages import ErrorReply, Heartbeat, Message
-from weightsync.wire.sockets import bounded, drained, guarded, socket_path
+from weightsync.wire.messages import ErrorReply, Message
+from weightsync.wire.sockets import bounded, guarded, socket_path
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable
@@ -145,7 +144,7 @@ class PeerLink:
         bounded(self._socket, endpoint)
         guarded(self._socket, key, listens=False)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        self._refusals: zmq.Socket[Any] = zmq.Socket.shadow(self._socket.get_monitor_socket(_REFUSED))
+        monitor = self._socket.get_monitor_socket(_REFUSED)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -153,7 +152,11 @@ class PeerLink:
             raise DaemonLost(f"{endpoint} cannot be called: {error}") from error
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
-        self._reader = asyncio.create_task(self._read(), name=f"peer {endpoint}")
+        self._refused = False  # since something was heard last
+        self._tasks = (
+            asyncio.create_task(self._read(), name=f"peer {endpoint}"),
+            asyncio.create_task(self._watch(monitor), name=f"handshakes with {endpoint}"),
+        )
 
     async def ask(self, message: Message, *, deadline: float) -> Message:
         """Send a question and wait for its answer. Raises the error it is answered with, or `DaemonLost`."""
@@ -165,7 +168,7 @@ class PeerLink:
             async with asyncio.timeout_at(_loop_time(deadline)):
                 answer = await waiting
         except TimeoutError as error:
-            if drained(self._refusals):
+            if self._refused:
                 raise DaemonLost(
                     f"the daemon at {self.endpoint} does not have this node's key",
                     hint="the file of [cluster] key_file must be the same on every node",
@@ -184,10 +187,6 @@ class PeerLink:
         if error is not None:  # a full queue: it is not reading, and `silent` will tell
             logger.debug("cannot send %s to %s: %s", type(message).__name__, self.endpoint, error)
 
-    def beat(self) -> None:
-        """Say that this side is alive; the other answers in kind."""
-        self.tell(Heartbeat())
-
     @property
     def silent(self) -> bool:
         """Nothing was heard for `patience` seconds."""
@@ -202,16 +201,15 @@ class PeerLink:
     async def close(self) -> None:
         """Let go of the line; what is unanswered fails."""
         self.fail(DaemonError(f"the line to {self.endpoint} was closed"))
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self._context.destroy(linger=0)
 
     async def _read(self) -> None:
         while True:
             frame = await self._socket.recv()
-            self.heard = time.monotonic()
-            drained(self._refusals)  # of attempts before the one that succeeded
+            self.heard, self._refused = time.monotonic(), False
             try:
                 message = decode_untrusted(frame)
             except CodecError as error:
@@ -220,6 +218,12 @@ class PeerLink:
             waiting = self._waiting.get(message.id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
+
+    async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
+        """Note handshakes that fail."""
+        while True:
+            await monitor.recv_multipart()
+            self._refused = True
 
 
 def _refusal(sent: Awaitable[object]) -> BaseException | None:

@@ -6,8 +6,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
     operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
-    daemon → daemon    Attach, Execute, Receive, Release, JoinRail, HostRail, Heartbeat
-                       Attached, Executed, Hosted
+    daemon → daemon    Attach, Execute, Receive, Release, JoinRail, Heartbeat
+                       Attached, Executed
     anyone             ErrorReply
 """
 
@@ -39,8 +39,6 @@ __all__ = [
     "Failed",
     "Filled",
     "Heartbeat",
-    "HostRail",
-    "Hosted",
     "JoinRail",
     "Lease",
     "Message",
@@ -284,20 +282,6 @@ class Executed(Message, frozen=True, tag="executed"):
     event: dict[str, Any]
 
 
-class HostRail(Message, frozen=True, tag="host_rail"):
-    """Open a rendezvous at this node's bridge `rail`."""
-
-    rail: Natural
-    generation: Natural
-    timeout: Seconds
-
-
-class Hosted(Message, frozen=True, tag="hosted"):
-    """The rendezvous is open."""
-
-    port: Natural
-
-
 class JoinRail(Message, frozen=True, tag="join_rail"):
     """Bridge `rail` joins the communicator of the generation."""
 
@@ -366,8 +350,6 @@ MESSAGES: tuple[type[Message], ...] = (
     Attached,
     Execute,
     Executed,
-    HostRail,
-    Hosted,
     JoinRail,
     Receive,
     Release,

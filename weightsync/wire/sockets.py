@@ -11,7 +11,7 @@ from weightsync.wire.codec import MAX_FRAME
 if TYPE_CHECKING:
     from weightsync.wire.keys import ClusterKey
 
-__all__ = ["bounded", "drained", "guarded", "socket_path"]
+__all__ = ["bounded", "guarded", "socket_path"]
 
 _QUEUE = 10_000  # messages a peer may lag behind before it is dropped
 
@@ -41,12 +41,3 @@ def guarded(line: zmq.Socket[Any], key: ClusterKey | None, *, listens: bool) -> 
         line.setsockopt(zmq.CURVE_SERVER, 1)
     else:
         line.setsockopt(zmq.CURVE_SERVERKEY, key.public)
-
-
-def drained(monitor: zmq.Socket[bytes]) -> bool:
-    """Whether the monitor has reported anything."""
-    reported = False
-    while monitor.poll(0):
-        monitor.recv_multipart()
-        reported = True
-    return reported

@@ -21,7 +21,7 @@ from weightsync.config import check_endpoint
 from weightsync.errors import CodecError, DaemonLost
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.messages import Heartbeat
-from weightsync.wire.sockets import bounded, drained, guarded, socket_path
+from weightsync.wire.sockets import bounded, guarded, socket_path
 
 if TYPE_CHECKING:
     from weightsync.wire.keys import ClusterKey
@@ -144,10 +144,10 @@ class TrainerLink:
             now = time.monotonic()
             if self._listening and not was_listening:
                 heard = said = now
-                drained(hung_up)  # it may have restarted while nobody listened
+                _drained(hung_up)  # it may have restarted while nobody listened
                 gone = False
             was_listening = self._listening
-            gone = drained(hung_up) or gone
+            gone = _drained(hung_up) or gone
             if was_listening and ((gone and not line.poll(0)) or now - heard > self.patience):
                 self._listening = was_listening = False
                 how = "hung up" if gone else f"has not been heard for {self.patience:g} s"
@@ -184,6 +184,15 @@ class TrainerLink:
                     continue
                 if not isinstance(message, Heartbeat):
                     self._inbox.put(message)
+
+
+def _drained(monitor: zmq.Socket[bytes]) -> bool:
+    """Whether the monitor has reported anything."""
+    reported = False
+    while monitor.poll(0):
+        monitor.recv_multipart()
+        reported = True
+    return reported
 
 
 def _nobody_at(endpoint: str) -> str | None:
