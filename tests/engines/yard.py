@@ -119,7 +119,8 @@ class Node:
         """The last tokens of a request are what the engine's present weights give after those before."""
         tokens = list(request.tokens)
         before, last = tokens[:-8], tuple(tokens[-8:])
-        assert self.engine.generate([*request.prompt, *before], 8).tokens == last, "its old cache was used"
+        wanted = self.engine.generate([*request.prompt, *before], 8).tokens
+        assert last == wanted, f"{last} instead of {wanted} after {len(before)} tokens: its old cache was used"
 
     def status(self) -> Any:
         return fetch_status(self.daemon.endpoint)
