@@ -50,10 +50,14 @@ class World:
         served: int | None = 1,
         owners: int = 1,
         torn: str = "",
+        places: tuple[str, ...] = (),
     ) -> None:
-        """`torn` names an engine that an earlier push has left torn, and so paused."""
+        """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
+        for those that are left out.
+        """
         self.engines = engines if engines is not None else {"a": "home", "b": "home"}
-        nodes = {"home", *self.engines.values()}
+        self.places = (*places, *["home"] * (world - len(places)))[:world]
+        nodes = {"home", *self.engines.values(), *self.places}
         self.session = PushSession(
             model="default",
             version=2,
@@ -97,6 +101,8 @@ class World:
             case ev.BridgeLost(node=node, bridge=bridge):
                 self._forget_arena(node, bridge)
             case ev.NodeLost(node=node):
+                self.writing = {k: s for k, s in self.writing.items() if s.node != node}
+                self.leases = [lease for lease in self.leases if self.places[lease[0]] != node]
                 self.holds = {k: s for k, s in self.holds.items() if s.node != node}
             case ev.RankFailed(rank=rank):
                 self._rank_stops(rank)
@@ -127,7 +133,10 @@ class World:
             match instruction:
                 case do.GrantLease():
                     slot = instruction.slot
+                    assert {self.places[rank] for rank in instruction.ranks} == {slot.node}, "a rank of another node"
                     assert slot not in self.writing.values(), f"{slot} is leased while a rank may write into it"
+                    exchanged = [s for i in self.pending if isinstance(i, do.ExchangeBucket) for s in i.slots]
+                    assert slot not in exchanged, f"{slot} is leased while an exchange may write into it"
                     self.writing.update({(rank, instruction.bucket): slot for rank in instruction.ranks})
                     for (engine, bucket), place in self.reading.items():
                         assert place != slot or engine in self.evicted, (
@@ -193,6 +202,12 @@ class World:
                 if id(instruction) not in self.void:
                     self.holds.update({(name, bucket): slot for name in names})
                 return ev.BucketExported(bucket=bucket, node=slot.node)
+            case do.ExchangeBucket(bucket=bucket, slots=slots):
+                assert not any(b == bucket for _, b in self.writing), (
+                    f"bucket {bucket} is exchanged while it is written"
+                )
+                assert {slot.node for slot in slots} >= {self.places[rank] for rank in self.plan[bucket].fillers}
+                return ev.BucketRelayed(bucket=bucket, nodes=tuple(slot.node for slot in slots))
             case do.RelayBucket(bucket=bucket, targets=targets):
                 return ev.BucketRelayed(bucket=bucket, nodes=tuple(t.node for t in targets))
             case do.LoadBucket(engine=name, bucket=bucket):
@@ -224,6 +239,9 @@ class World:
                 self.hear(ev.PlanFailed(error=ERROR))
             case do.FormGroup(nodes=nodes):
                 self.hear(ev.GroupFormed(nodes=(), failed=tuple((n, ERROR) for n in nodes)))
+            case do.ExchangeBucket(slots=slots):
+                home = next(slot for slot in slots if slot.node == "home")
+                self.hear(ev.BridgeLost(node="home", bridge=home.bridge, error=ERROR))
             case do.ExportBucket(slot=slot) | do.RelayBucket(slot=slot):
                 self.hear(ev.BridgeLost(node=slot.node, bridge=slot.bridge, error=ERROR))
             case do.AwaitRelease(engine=name, bucket=bucket):
@@ -264,7 +282,10 @@ class World:
 
     def open_all(self) -> None:
         for rank in range(self.session.world):
-            self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank)))
+            self.open(rank)
+
+    def open(self, rank: int) -> None:
+        self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=self.places[rank]))
 
     def fill(self, rank: int, bucket: int) -> None:
         self.leases.remove((rank, bucket))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,3 +225,37 @@ def test_packed_bytes_come_back_and_damage_is_noticed(world, data):
             except CodecError:
                 continue
             assert (survived.digest == again.digest) == (hostile == packed)
+
+
+@given(worlds(), st.data())
+def test_nodes_that_give_one_another_their_runs_each_have_every_bucket_whole(world, data):
+    ranks = len(world.layouts)
+    nodes = data.draw(st.lists(st.integers(0, 2), min_size=ranks, max_size=ranks))
+    terms = {"slot_bytes": world.slot_bytes, "owners": 3, "alignment": world.alignment}
+    if planned(world) is None:
+        return
+    plan = plan_push(world.layouts, **terms, nodes=nodes)
+    whose = {nodes[rank] for fillers in plan.fillers for rank in fillers}
+    if whose <= {0}:
+        assert plan.shares == ()
+        return
+    none = np.array([], dtype=np.int32)
+    parts = {
+        node: filled(
+            replace(plan, fills=tuple(f if n == node else none for f, n in zip(plan.fills, nodes, strict=True))),
+            world.layouts,
+            world.shards,
+        )
+        for node in whose
+    }
+    received = [np.full(n, 0xEE, np.uint8) for n in plan.manifest.bucket_nbytes.tolist()]
+    for index, shares in enumerate(plan.shares):
+        assert [share.node for share in shares] == sorted({nodes[rank] for rank in plan.fillers[index]})
+        taken = np.zeros(len(received[index]), dtype=int)
+        for share in shares:
+            for begin, count in np.frombuffer(share.runs, "<i8").reshape(-1, 2).tolist():
+                received[index][begin : begin + count] = parts[share.node][index][begin : begin + count]
+                taken[begin : begin + count] += 1
+        assert taken.max() <= 1, "no byte is sent twice"
+    for name, tensor in read_back(plan.manifest, received).items():
+        assert np.array_equal(tensor, world.tensors[name])

@@ -6,7 +6,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from tests.session_world import ERROR, REFUSAL, World, layout_of
+from tests.session_world import ERROR, REFUSAL, World
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import State
@@ -27,6 +27,7 @@ class AnyOrder(RuleBasedStateMachine):
         pause=st.sampled_from(["keep", "none"]),
         owners=st.integers(1, 2),
         torn=st.sampled_from(["", "", "a", "b"]),
+        places=st.sampled_from([(), (), ("home", "away"), ("home", "away", "away2"), ("home", "home", "away")]),
     )
     def begin(self, **terms):
         self.world = World(**terms)
@@ -34,7 +35,7 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def open_a_rank(self, data):
         rank = data.draw(st.integers(0, self.world.session.world - 1))
-        self.world.hear(ev.RankOpened(rank=rank, layout=layout_of(rank)))
+        self.world.open(rank)
 
     @precondition(lambda self: self.world.pending)
     @rule(data=st.data())

@@ -321,6 +321,57 @@ def test_a_receive_that_fails_in_time_leaves_the_bridge_alive(two):
     assert _ready(second)
 
 
+def _runs(*runs: tuple[int, int]) -> bytes:
+    return struct.pack(f"<{2 * len(runs)}q", *(number for run in runs for number in run))
+
+
+def _together(two: tuple[Process, Process], *commands: c.Exchange) -> list[c.AnyReply]:
+    numbers = [process.send(command) for process, command in zip(two, commands, strict=True)]
+    return [process.answer(number) for process, number in zip(two, numbers, strict=True)]
+
+
+def test_two_bridges_give_each_other_their_parts(two):
+    with ExitStack() as stack:
+        ours, theirs = (stack.enter_context(Arena.attach(_ready(one).offer, writable=True)) for one in two)
+        ours.slot(1)[:12] = b"ab--ef--ij--"
+        theirs.slot(0)[:12] = b"--cd--gh--kl"
+        parts = (
+            c.Part(root=0, runs=_runs((0, 2), (4, 2), (8, 2))),
+            c.Part(root=1, runs=_runs((2, 2), (6, 2), (10, 2))),
+        )
+        _together(two, c.Exchange(slot=1, token=7, parts=parts), c.Exchange(slot=0, token=7, parts=parts))
+        assert bytes(ours.slot(1)[:12]) == bytes(theirs.slot(0)[:12]) == b"abcdefghijkl"
+        # all of it from the other, as one run: what lies behind it stays
+        theirs.slot(1)[:12] = b"whole bucket"
+        theirs_alone = (c.Part(root=1, runs=_runs((0, 11))),)
+        _together(two, c.Exchange(slot=0, token=8, parts=theirs_alone), c.Exchange(slot=1, token=8, parts=theirs_alone))
+        assert bytes(ours.slot(0)[:11]) == b"whole bucke"
+        assert ours.slot(0)[11] == 0
+
+
+@pytest.mark.parametrize(
+    "runs",
+    [b"", b"x" * 15, _runs((-1, 2)), _runs((0, 0)), _runs((4090, 7)), _runs((0, 2), (1, 2)), _runs((2**62, 2**62))],
+)
+def test_parts_that_cannot_be_are_refused_before_anything_is_sent(two, runs):
+    with pytest.raises(WeightSyncError, match="part of rank 0"):
+        two[0].call(c.Exchange(slot=0, token=1, parts=(c.Part(root=0, runs=runs),)))
+    with pytest.raises(WeightSyncError, match="no rank 2"):
+        two[0].call(c.Exchange(slot=0, token=1, parts=(c.Part(root=2, runs=_runs((0, 1))),)))
+    two[0].call(c.Offer(reader="e/0"))
+    _exported(two[0], c.Export(slot=0, nbytes=5, sequence=1, readers=("e/0",)))
+    with pytest.raises(WeightSyncError, match="still held by e/0"):
+        two[0].call(c.Exchange(slot=0, token=1, parts=(c.Part(root=0, runs=_runs((0, 1))),)))
+
+
+def test_parts_of_two_exchanges_are_not_taken_for_each_other(two):
+    part = (c.Part(root=0, runs=_runs((0, 4))),)
+    numbers = [one.send(c.Exchange(slot=0, token=token, parts=part)) for token, one in enumerate(two)]
+    assert two[0].answer(numbers[0]) == c.Done(), "the root does not hear of it here: the daemons do"
+    with pytest.raises(TransportBroken, match="another exchange"):
+        two[1].answer(numbers[1])
+
+
 def test_it_dies_with_the_daemon_even_inside_a_collective(two):
     first, second = two
     exported = _exported(first, c.Export(slot=0, nbytes=5, sequence=1, peers=("b/0",)))
@@ -375,6 +426,8 @@ def test_every_command_survives_the_pipe(kind):
         "address": "127.0.0.1",
         "key": "k",
         "ticket": b"t",
+        "token": 6,
+        "parts": (c.Part(root=0, runs=b"r" * 16),),
     }
     command = kind(**{name: samples[name] for name in kind.__struct_fields__})
     request = c.Request(id=1, timeout=2.5, command=command)

@@ -212,6 +212,69 @@ def test_the_home_bridge_that_dies_ends_the_push():
     assert world.session.done
 
 
+def spread(engines: dict[str, str], *, buckets: int = 4, owners: int = 1) -> World:
+    """Rank 0 is at home, ranks 1 and 2 are on another node."""
+    return World(world=3, places=("home", "away", "away"), engines=engines, buckets=buckets, owners=owners)
+
+
+@pytest.mark.parametrize("engines", [{"a": "home"}, {"a": "away"}, {"a": "home", "b": "away", "c": "away2"}])
+def test_ranks_of_two_nodes_fill_slots_of_their_own_and_every_node_gets_all(engines):
+    world = spread(engines, buckets=7, owners=2)
+    world.open_all()
+    exchange = world.run_until(do.ExchangeBucket)
+    assert isinstance(exchange, do.ExchangeBucket)
+    assert [slot.node for slot in exchange.slots] == sorted({"home", "away", *engines.values()})
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert set(outcomes(world).values()) == {"committed"}
+    assert not any(isinstance(event, ev.BucketRelayed) and "home" not in event.nodes for event in world.history)
+
+
+def test_replicas_elsewhere_that_write_nothing_need_no_communicator():
+    world = spread({"a": "home"})
+    world.plan = tuple(ev.BucketPlan(100, 0, (0,)) for _ in world.plan)
+    world.open_all()
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert not any(isinstance(event, ev.GroupFormed | ev.BucketRelayed) for event in world.history)
+
+
+@pytest.mark.parametrize("kind", [do.ProbeEngine, do.FormGroup, do.LoadBucket])
+def test_a_node_with_ranks_that_is_lost_ends_the_push(kind):
+    world = spread({"a": "home", "b": "away"})
+    world.open_all()
+    world.run_until(kind)
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    error = world.ended[0].error
+    assert error is not None
+    assert error.kind == "PushAborted"
+    assert "trainer ranks 1, 2 of node away cannot go on: made to fail" in error.message
+    world.pending = [i for i in world.pending if getattr(i, "engine", "") != "b"]
+    world.run()
+    world.hear(ev.RankStopped(rank=0))
+    assert world.session.done
+
+
+def test_a_node_with_ranks_that_no_exchange_reaches_ends_the_push():
+    world = spread({"a": "home"})
+    world.open_all()
+    exchange = world.run_until(do.ExchangeBucket)
+    assert isinstance(exchange, do.ExchangeBucket)
+    world.pending.remove(exchange)
+    world.hear(ev.BucketRelayed(bucket=exchange.bucket, nodes=(), failed=(("away", ERROR),)))
+    assert world.session.ended
+    assert "node away" in str(world.ended[0].error)
+
+
+def test_a_rank_elsewhere_that_is_lost_has_its_own_arena_replaced():
+    world = spread({"a": "home"})
+    world.open_all()
+    world.run_until(do.PauseEngine)
+    retired: list[do.Instruction] = world.session.handle(ev.RankLost(rank=1, reason="silence"), world.now)
+    (bridge,) = [i for i in retired if isinstance(i, do.RetireBridge)]
+    assert (bridge.node, bridge.bridge) == ("away", 0)
+
+
 def test_a_relay_that_fails_takes_out_the_engines_behind_it_only():
     world = World(engines=REMOTE)
     world.open_all()

@@ -37,7 +37,7 @@ ReaderName = Annotated[str, Meta(min_length=1, max_length=256)]
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-def checksum(view: memoryview, between: Callable[[], None] | None = None) -> int:
+def checksum(view: memoryview, between: Callable[[], object] | None = None) -> int:
     """The xxh3-64 of `view`. `between` is called every few MiB and may raise to end the work early.
 
     The interpreter lock is not held while a chunk is hashed.

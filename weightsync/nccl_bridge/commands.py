@@ -25,6 +25,7 @@ __all__ = [
     "AwaitReleased",
     "Command",
     "Done",
+    "Exchange",
     "Export",
     "Exported",
     "Hello",
@@ -36,6 +37,7 @@ __all__ = [
     "LedgerBooks",
     "Offer",
     "Offered",
+    "Part",
     "Pending",
     "PendingReaders",
     "Ready",
@@ -248,6 +250,25 @@ class Receive(Command[Received], frozen=True, kw_only=True, tag="receive"):
     sequence: Natural | None = None
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one member of a communicator has of a bucket."""
+
+    root: Natural
+    runs: Annotated[bytes, Meta(max_length=MAX_FRAME)]  # as in `weightsync.plan.runs.Share`
+
+
+class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
+    """Give every other member the parts of the bucket in `slot` that are this member's, and take theirs, verified.
+
+    All members are told the same `parts`, and the same `token`, which no other exchange has.
+    """
+
+    reply = Done
+    slot: Natural
+    token: Natural
+    parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
+
+
 class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):
     """Answer, remove the arena and exit with status 0."""
 
@@ -268,6 +289,7 @@ AnyCommand = (
     | Leave
     | Send
     | Receive
+    | Exchange
     | Stop
 )
 AnyReply = Done | Ready | Offered | Exported | PendingReaders | LedgerBooks | Hosted | Received

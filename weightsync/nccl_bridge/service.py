@@ -18,6 +18,7 @@ from weightsync.ipc.descriptors import ALGORITHM
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.communicator import GlooCommunicator
+from weightsync.nccl_bridge.exchange import Exchange
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
 from weightsync.transports.exports import Checksum, Checksums
@@ -56,6 +57,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Leave: Lane.WIRE,
     c.Send: Lane.WIRE,
     c.Receive: Lane.WIRE,
+    c.Exchange: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
 }
 
@@ -66,6 +68,7 @@ class Member(NamedTuple):
     communicator: GlooCommunicator
     sender: GlooSender
     receiver: GlooReceiver
+    exchange: Exchange
 
 
 class BridgeService:
@@ -144,6 +147,10 @@ class BridgeService:
                 return c.Done()
             case c.Receive():
                 return self._receive(member, command, deadline)
+            case c.Exchange():
+                self._check_idle(command.slot)
+                member.exchange.run(self.arena.slot(command.slot), command.token, command.parts, deadline=deadline)
+                return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
     @property
@@ -210,8 +217,8 @@ class BridgeService:
 
     def _export(self, command: c.Export) -> c.Exported:
         slot, nbytes, sequence = command.slot, command.nbytes, command.sequence
-        if self._sequences.get(slot) != sequence and (held := self.pending(slot)):
-            raise LocalProtocolError(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
+        if self._sequences.get(slot) != sequence:
+            self._check_idle(slot)
         member = self._member
         if command.peers and member is None:
             raise LocalProtocolError(f"bridge {self.name} has joined no communicator that reaches {command.peers[0]}")
@@ -233,6 +240,11 @@ class BridgeService:
             tickets=tickets, peer_tickets=peer_tickets, algorithm=checksum.algorithm, checksum=checksum.value
         )
 
+    def _check_idle(self, slot: int) -> None:
+        """Raise `LocalProtocolError` where other bytes are about to come into a slot that is still read."""
+        if held := self.pending(slot):
+            raise LocalProtocolError(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
+
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member
         for slot in range(self.arena.slots) if command.slot is None else (command.slot,):
@@ -251,8 +263,7 @@ class BridgeService:
             return self._member
 
     def _receive(self, member: Member, command: c.Receive, deadline: float) -> c.Received:
-        if held := self.pending(command.slot):
-            raise LocalProtocolError(f"slot {command.slot} of bridge {self.name} is still held by {', '.join(held)}")
+        self._check_idle(command.slot)
         start = time.perf_counter()
         arrival = member.receiver.receive_into(command.ticket, command.slot, deadline=deadline)
         sequence = arrival.sequence if command.sequence is None else command.sequence
@@ -275,7 +286,10 @@ class BridgeService:
         sender = GlooSender(communicator, self.arena, ledger=self._ledger, checksums=self._checksums)
         receiver = GlooReceiver(communicator, self.arena, self.name)
         with self._lock:
-            self._member = Member(communicator, sender, receiver)  # before joining, so that `interrupt` finds it
+            exchange = Exchange(communicator, lambda: self._joined(departures))
+            self._member = Member(
+                communicator, sender, receiver, exchange
+            )  # before joining, so that `interrupt` finds it
         try:
             self._joined(departures)
             communicator.join(hosted, command.key, deadline=deadline)

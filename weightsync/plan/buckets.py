@@ -21,8 +21,9 @@ from weightsync.plan.boxes import Ints, row_strides
 from weightsync.plan.coverage import assign_fills
 from weightsync.plan.groups import layer_key
 from weightsync.plan.manifest import MAX_PIECES, Layout, Manifest, TensorTable
-from weightsync.plan.merge import Holdings, merge_layouts
-from weightsync.plan.parts import overlaps
+from weightsync.plan.merge import merge_layouts
+from weightsync.plan.parts import Overlaps, overlaps
+from weightsync.plan.runs import Share, shares_by_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,30 +42,41 @@ class Plan:
     manifest: Manifest
     fills: tuple[npt.NDArray[np.int32], ...]  # per rank, sorted shards this rank writes; of replicas one rank's each
     fillers: tuple[tuple[int, ...], ...]  # per bucket, ranks that write at least a byte in it; never empty
+    shares: tuple[tuple[Share, ...], ...]  # per bucket, what each node's ranks write of it; empty where all is node 0's
 
 
-def plan_push(layouts: Sequence[Layout], *, slot_bytes: int, owners: int, alignment: int = 256) -> Plan:
+def plan_push(
+    layouts: Sequence[Layout], *, slot_bytes: int, owners: int, alignment: int = 256, nodes: Sequence[int] = ()
+) -> Plan:
     """Plan the push of what these ranks hold into slots of `slot_bytes`, assembled on `owners` bridges in turn.
 
-    Pieces start at multiples of `alignment` bytes, which should be a multiple of 8. Raises `PushRefused` when ranks
-    disagree about a tensor, when their boxes overlap or leave elements out, or when a slot is too small for what must
-    stay together.
+    Pieces start at multiples of `alignment` bytes, which should be a multiple of 8. `nodes` tells the node of each
+    rank, 0 if all are on one; of what ranks of several nodes hold, node 0's write all that they have. Raises
+    `PushRefused` when ranks disagree about a tensor, when their boxes overlap or leave elements out, or when a slot is
+    too small for what must stay together.
     """
     if not layouts or slot_bytes < 1 or owners < 1 or alignment < 1:
         raise ValueError("a plan needs at least one rank and positive slot_bytes, owners and alignment")
     held = merge_layouts(layouts)
-    rows = assign_fills(held)
+    node = np.asarray(nodes if len(nodes) else [0] * len(layouts), dtype=np.int64)
+    rows = assign_fills(held, node)
     manifest = _manifest(held.tensors, held.group_first, slot_bytes, owners, alignment)
     bounds = np.searchsorted(held.rank[rows], np.arange(len(layouts) + 1))
     fills = tuple(held.shard[rows[a:b]] for a, b in pairwise(bounds))
     for fill in fills:
         fill.flags.writeable = False
-    return Plan(manifest=manifest, fills=fills, fillers=_fillers(manifest, held, rows, len(layouts)))
-
-
-def _fillers(manifest: Manifest, held: Holdings, rows: Ints, ranks: int) -> tuple[tuple[int, ...], ...]:
     met = overlaps(manifest, held.tensor[rows], held.offset[rows], held.shape[rows])
-    pairs = np.unique(manifest.piece_bucket[met.piece] * ranks + held.rank[rows][met.box])
+    rank = held.rank[rows][met.box]
+    return Plan(
+        manifest=manifest,
+        fills=fills,
+        fillers=_fillers(manifest, met, rank, len(layouts)),
+        shares=shares_by_bucket(manifest, met, node[rank]) if node[rank].any() else (),
+    )
+
+
+def _fillers(manifest: Manifest, met: Overlaps, rank: npt.NDArray[np.int32], ranks: int) -> tuple[tuple[int, ...], ...]:
+    pairs = np.unique(manifest.piece_bucket[met.piece] * ranks + rank)
     begins = np.searchsorted(pairs, np.arange(manifest.buckets + 1) * ranks).tolist()
     who = (pairs % ranks).tolist()
     return tuple(tuple(who[a:b]) for a, b in pairwise(begins))

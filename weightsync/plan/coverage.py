@@ -19,12 +19,13 @@ __all__ = ["assign_fills"]
 _EXPLAINED = 4096  # boxes of one tensor; an explanation compares each with each
 
 
-def assign_fills(held: Holdings) -> npt.NDArray[np.int64]:
+def assign_fills(held: Holdings, node: Ints) -> npt.NDArray[np.int64]:
     """Rows of `held` that are to be written, sorted: one for each distinct box.
 
     Boxes that several ranks hold (replicas) go to whichever of them has fewest bytes to write so far, in canonical
-    order, so that ranks stay level all through a push and not only at its end. Raises `PushRefused` where boxes overlap
-    or leave elements out, naming tensor and ranks.
+    order, so that ranks stay level all through a push and not only at its end. `node` [ranks] is where each is: those
+    of node 0 come first, since what they write need not travel to it. Raises `PushRefused` where boxes overlap or leave
+    elements out, naming tensor and ranks.
     """
     order, first = _by_box(held)
     chosen = order[first]
@@ -39,9 +40,10 @@ def assign_fills(held: Holdings) -> npt.NDArray[np.int64]:
     shared = np.flatnonzero(holders > 1)
     keys = [*held.offset[chosen[shared]].T[::-1], held.tensor[chosen[shared]]]
     rank_of = held.rank[order].tolist()
+    elsewhere = (node > 0).tolist()
     for box in shared[np.lexsort(keys)].tolist():
         begin = int(first[box])
-        row = min(range(begin, begin + int(holders[box])), key=lambda at: load[rank_of[at]])
+        row = min(range(begin, begin + int(holders[box])), key=lambda at: (elsewhere[rank_of[at]], load[rank_of[at]]))
         chosen[box] = order[row]
         load[rank_of[row]] += int(sizes[order[row]])
     return np.sort(chosen)

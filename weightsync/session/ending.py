@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
-from weightsync.session.state import PUSH_ERRORS, SessionState, State, about
+from weightsync.session.state import PUSH_ERRORS, SessionState, State, about, listed
 from weightsync.session.tracks import EngineStage, EngineTrack
 
 if TYPE_CHECKING:
@@ -95,7 +95,9 @@ class Ending(SessionState):
     def _drop_node(
         self, node: str, error: ErrorRecord, phase: str, *, lost: bool = False, now: float, out: list[Instruction]
     ) -> None:
-        """A follower is out of this push, with each of its engines that has not ended. The caller goes on without."""
+        """A follower is out of this push, with each of its engines that has not ended. The caller goes on without;
+        unless there are trainer ranks: without what they hold there is nothing to go on with.
+        """
         if node not in self._nodes or node == self.home:
             return
         self._nodes.discard(node)
@@ -107,6 +109,11 @@ class Ending(SessionState):
             copy = bucket.copies.get(node)
             if copy is not None and (lost or not copy.exporting):  # what is exported just now has holds to be revoked
                 del bucket.copies[node]
+        ranks = self._ranks_on(node)
+        if ranks and self.state in (State.OPENING, State.TRANSFERRING):
+            who = f"trainer rank{'s' if len(ranks) > 1 else ''} {listed(ranks)} of node {node}"
+            message = f"{who} cannot go on: {error.message}"
+            self._fail(self._record("PushAborted", message, rank=ranks[0], phase=phase), now, out)
 
     def _end_when_all_ended(self, now: float, out: list[Instruction]) -> None:
         if self.ended or self._live():
@@ -189,7 +196,7 @@ class Ending(SessionState):
             for node, copy in bucket.copies.items():
                 for name in sorted(copy.readers):
                     self._revoke(name, index, now, out)
-                if bucket.unfilled or copy.exporting or copy.relaying:
+                if bucket.unfilled.intersection(self._ranks_on(node)) or copy.exporting or copy.relaying:
                     suspects.add((node, copy.slot.bridge))
         for node, bridge in sorted(suspects):
             self._retire(node, bridge, "work on its arena did not end within the grace period", now, out)

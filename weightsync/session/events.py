@@ -55,6 +55,7 @@ class RankOpened(Event, frozen=True):
 
     rank: int
     layout: bytes  # digest of its layout
+    node: str = ""  # that it runs on; "" for the trainer's node that coordinates, home
     describe_seconds: float = 0.0
 
 
@@ -105,7 +106,7 @@ class BucketPlan(msgspec.Struct, frozen=True):
     """What the session needs to know of one bucket."""
 
     nbytes: int
-    owner: int  # index of the bridge of the trainer's node whose slot it is assembled in
+    owner: int  # index of the bridge in whose slot it is assembled, on every node with ranks that write
     fillers: tuple[int, ...]  # ranks that write at least one byte
 
 

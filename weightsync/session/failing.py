@@ -72,6 +72,8 @@ class Failing(Opening):
         self._go_on(now, out)
 
     def _on_node_lost(self, event: ev.NodeLost, now: float, out: list[Instruction]) -> None:
+        for rank in self._ranks_on(event.node):
+            self._rank_stopped(rank)
         self._drop_node(event.node, event.error, "node", lost=True, now=now, out=out)
         for engine in self.engines.values():
             if engine.node == event.node:
@@ -87,11 +89,10 @@ class Failing(Opening):
             bucket = self.buckets[index]
             copy = bucket.copies.get(event.node)
             if copy is not None and copy.slot.bridge == event.bridge:
-                if event.node == self.home:
-                    bucket.unfilled.clear()
+                bucket.unfilled.difference_update(self._ranks_on(event.node))
                 del bucket.copies[event.node]
-        if event.node == self.home:
-            self._relay_busy.discard(event.bridge)
+            if event.node == self.home and bucket.owner == event.bridge:
+                self._relay_ended(bucket)
         if place in self._capacity:
             self._free[place] = list(range(self._capacity[place]))
         if self.state is State.OPENING and event.node == self.home:
@@ -118,11 +119,10 @@ class Failing(Opening):
     def _on_rank_lost(self, event: ev.RankLost, now: float, out: list[Instruction]) -> None:
         """The rank may be alive and still writing: the arenas it holds leases in are replaced."""
         bucket, phase = self._at_work(event.rank)
-        held = {
-            b.copies[self.home].slot.bridge for b in self.buckets if event.rank in b.unfilled and self.home in b.copies
-        }
+        node = self._rank_nodes.get(event.rank, self.home)
+        held = {b.copies[node].slot.bridge for b in self.buckets if event.rank in b.unfilled and node in b.copies}
         for bridge in sorted(held):
-            self._retire(self.home, bridge, f"rank {event.rank} was lost while it held a lease", now, out)
+            self._retire(node, bridge, f"rank {event.rank} was lost while it held a lease", now, out)
         self._rank_stopped(event.rank)
         if self.state in (State.OPENING, State.TRANSFERRING):
             message = f"trainer rank {event.rank} was lost: {event.reason}"

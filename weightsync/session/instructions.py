@@ -17,6 +17,7 @@ __all__ = [
     "AwaitRelease",
     "BeginEngine",
     "EndPush",
+    "ExchangeBucket",
     "ExportBucket",
     "FinishEngine",
     "FormGroup",
@@ -63,7 +64,7 @@ class AnnouncePlan(Instruction, frozen=True):
 
 
 class GrantLease(Instruction, frozen=True):
-    """`ranks` may write their parts of the bucket into the slot. Ends in one `RankFilled` each."""
+    """`ranks`, all on the slot's node, may write their parts of the bucket into it. Ends in one `RankFilled` each."""
 
     bucket: int
     slot: Slot
@@ -171,6 +172,15 @@ class RelayBucket(Instruction, frozen=True):
     slot: Slot
     nbytes: int
     targets: tuple[Slot, ...]
+
+
+class ExchangeBucket(Instruction, frozen=True):
+    """Ranks of several nodes have written parts of the bucket, each into its own node's slot of `slots`: have the
+    bridges give them to one another, so that all have it whole. Ends in `BucketRelayed` or `BridgeLost`.
+    """
+
+    bucket: int
+    slots: tuple[Slot, ...]
 
 
 class RevokeBucket(Instruction, frozen=True):

@@ -21,14 +21,16 @@ class Opening(Transferring):
     """Rules of the state OPENING."""
 
     def start(self, now: float) -> list[Instruction]:
-        """Probe the engines and form the communicator while ranks arrive."""
+        """Probe the engines while ranks arrive."""
         self.started = now
         until = self._until(now)
-        out: list[Instruction] = [do.ProbeEngine(engine=e.name, deadline=until) for e in self.engines.values()]
-        self._form_group(now, out)
-        return out
+        return [do.ProbeEngine(engine=e.name, deadline=until) for e in self.engines.values()]
 
     def _form_group(self, now: float, out: list[Instruction]) -> None:
+        """Of nodes with engines, and with ranks that write: replicas elsewhere need not be reached."""
+        writers = {self._rank_nodes[rank] for bucket in self.buckets for rank in bucket.fillers}
+        self._spread = bool(writers - {self.home})
+        self._nodes &= {self.home, *writers, *(e.node for e in self.engines.values())}
         remote = self._remote_nodes()
         self._group_ready = not remote
         if remote:
@@ -38,6 +40,8 @@ class Opening(Transferring):
         if event.rank in self._layouts:
             return
         self._layouts[event.rank] = event.layout
+        self._rank_nodes[event.rank] = event.node or self.home
+        self._nodes.add(event.node or self.home)
         self.phases.seconds["describe"] = max(self.phases.seconds["describe"], event.describe_seconds)
         self._plan_when_open(now, out)
 
@@ -72,6 +76,7 @@ class Opening(Transferring):
         for index, bucket in enumerate(self.buckets):
             self._ungranted.setdefault(bucket.owner, deque()).append(index)
             self._unrelayed.setdefault(bucket.owner, deque()).append(index)
+        self._form_group(now, out)
         self._open_on(now, out)
 
     def _on_plan_failed(self, event: ev.PlanFailed, now: float, out: list[Instruction]) -> None:
@@ -104,11 +109,9 @@ class Opening(Transferring):
     def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:
         """Nothing was leased yet: its successor will do, once the plan and the group stand on it."""
         if self._planned:
-            self._planned = False
+            self._planned = self._group_ready = False
             self.phases.start("plan", now)
             out.append(do.MakePlan(deadline=self._until(now)))
-        if self._group_ready:
-            self._form_group(now, out)
 
     # --- going on ---------------------------------------------------------------------------------------------------
 

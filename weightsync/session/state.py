@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-__all__ = ["SessionState", "State", "about"]
+__all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "listed"]
 
 
 class State(StrEnum):
@@ -79,9 +79,10 @@ class SessionState:
         self._layouts: dict[int, bytes] = {}
         self._awaited_layouts: set[int] = set()
         self._planning = self._planned = False
-        self._remote = sorted({node for node in engines.values() if node != home})
-        self._group_ready = not self._remote
-        self._nodes: set[str] = {home, *self._remote}
+        self._group_ready = False
+        self._nodes: set[str] = {home, *engines.values()}  # and those of the ranks; without what has left
+        self._rank_nodes: dict[int, str] = {}
+        self._spread = False  # ranks of several nodes write: every node gets every bucket by an exchange
         self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
         self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
         self._active: set[int] = set()  # buckets that lie in a slot somewhere
@@ -125,17 +126,17 @@ class SessionState:
         if self.state is State.OPENING:
             missing = [r for r in range(self.world) if r not in self._layouts]
             if missing:
-                words = f"rank{'s' if len(missing) > 1 else ''} {_listed(missing)} of {self.world} to call push_weights"
+                words = f"rank{'s' if len(missing) > 1 else ''} {listed(missing)} of {self.world} to call push_weights"
                 return words, {"rank": missing[0], "phase": "open"}
             if self._awaited_layouts:
                 ranks = sorted(self._awaited_layouts)
-                return f"the layout of rank {_listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
-            if not self._group_ready:
-                return f"the communicator to {', '.join(self._remote)}", {"phase": "open"}
+                return f"the layout of rank {listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
+            if self._planned and not self._group_ready:
+                return f"the communicator to {', '.join(self._remote_nodes())}", {"phase": "open"}
         writing = [(i, sorted(b.unfilled)) for i, b in enumerate(self.buckets) if b.unfilled]
         if writing:
             bucket, ranks = writing[0]
-            words = f"rank {_listed(ranks)} to fill bucket {bucket}"
+            words = f"rank {listed(ranks)} to fill bucket {bucket}"
             return words, {"rank": ranks[0], "bucket": bucket, "phase": "fill"}
         busy = [e for e in self.engines.values() if e.asked]
         if busy:
@@ -195,6 +196,9 @@ class SessionState:
     def _remote_nodes(self) -> list[str]:
         return sorted(self._nodes - {self.home})
 
+    def _ranks_on(self, node: str) -> list[int]:
+        return sorted(rank for rank, place in self._rank_nodes.items() if place == node)
+
     def _copy(self, bucket: int, node: str) -> Copy | None:
         return self.buckets[bucket].copies.get(node) if 0 <= bucket < len(self.buckets) else None
 
@@ -234,6 +238,7 @@ def about(error: ErrorRecord, **changes: object) -> ErrorRecord:
     return msgspec.structs.replace(error, **fill)
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
+    """Some numbers in words, not all of many."""
     shown = ", ".join(str(n) for n in numbers[:8])
     return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"

@@ -74,7 +74,7 @@ class Copy:
     slot: Slot
     exported: bool = False
     exporting: bool = False
-    relaying: bool = False  # home only: the broadcast reads from this slot
+    relaying: bool = False  # a broadcast reads from this slot; an exchange writes into it, too
     readers: set[str] = field(default_factory=set)  # engines whose fence has not passed; fixed when exported
     named: frozenset[str] = frozenset()  # engines it was exported to
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from weightsync.session import instructions as do
 from weightsync.session.committing import Committing
 from weightsync.session.state import State
-from weightsync.session.tracks import Copy, EngineStage, EngineTrack
+from weightsync.session.tracks import BucketTrack, Copy, EngineStage, EngineTrack
 
 if TYPE_CHECKING:
     from weightsync.session import events as ev
@@ -51,7 +51,7 @@ class Transferring(Committing):
         if not bucket.unfilled and not bucket.filled:
             bucket.filled = True
             self.phases.stop("fill", now)
-            if not self.ended:
+            if not self.ended and not self._spread:
                 self._export(event.bucket, self.home, now, out)
         self._go_on(now, out)
 
@@ -70,8 +70,8 @@ class Transferring(Committing):
         if home is None or not home.relaying:
             return
         bucket = self.buckets[event.bucket]
-        home.relaying, bucket.relayed = False, True
-        self._relay_busy.discard(bucket.owner)
+        bucket.relayed = True
+        self._relay_ended(bucket)
         self.phases.stop("wire", now)
         for node, error in event.failed:
             self._drop_node(node, error, "relay", now=now, out=out)
@@ -97,6 +97,11 @@ class Transferring(Committing):
         out.append(do.AwaitRelease(engine=engine.name, bucket=event.bucket, deadline=self._until(now)))
         self._go_on(now, out)
 
+    def _relay_ended(self, bucket: BucketTrack) -> None:
+        self._relay_busy.discard(bucket.owner)
+        for copy in bucket.copies.values():
+            copy.relaying = False
+
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def _go_on(self, now: float, out: list[Instruction]) -> None:
@@ -121,24 +126,34 @@ class Transferring(Committing):
         return engine.asked is None and engine.next_bucket == len(self.buckets)
 
     def _grant(self, now: float, out: list[Instruction]) -> None:
+        """Lease slots, in bucket order. Where ranks of several nodes write, a bucket gets its slots on all nodes at
+        once: one that waited for a slot while later ones held them all would wait for ever.
+        """
+        nodes = sorted(self._nodes) if self._spread else [self.home]
         for owner, waiting in self._ungranted.items():
-            free = self._free[self.home, owner]
-            while waiting and free:
+            free = [self._free.get((node, owner), []) for node in nodes]
+            while waiting and all(free):
                 index = waiting.popleft()
                 bucket = self.buckets[index]
-                slot = do.Slot(self.home, owner, free.pop(0))
                 bucket.unfilled = set(bucket.fillers)
-                bucket.copies[self.home] = Copy(slot)
                 self._active.add(index)
                 self.phases.start("fill", now)
-                out.append(do.GrantLease(bucket=index, slot=slot, ranks=tuple(sorted(bucket.fillers))))
+                for node, indices in zip(nodes, free, strict=True):
+                    slot = do.Slot(node, owner, indices.pop(0))
+                    bucket.copies[node] = Copy(slot)
+                    ranks = tuple(rank for rank in sorted(bucket.fillers) if self._rank_nodes[rank] == node)
+                    if ranks:
+                        out.append(do.GrantLease(bucket=index, slot=slot, ranks=ranks))
 
     def _export(self, index: int, node: str, now: float, out: list[Instruction]) -> None:
         bucket = self.buckets[index]
         copy = bucket.copies[node]
-        copy.exporting = True
         copy.readers = {e.name for e in self._live() if e.node == node}
         copy.named = frozenset(copy.readers)
+        if bucket.relayed and not copy.readers:
+            copy.exported = True  # to nobody: it was only on its way
+            return
+        copy.exporting = True
         self.phases.start("wire", now)
         out.append(
             do.ExportBucket(
@@ -159,6 +174,10 @@ class Transferring(Committing):
             if not waiting or rail in self._relay_busy:
                 continue
             bucket = self.buckets[waiting[0]]
+            if self._spread:
+                if bucket.filled:
+                    self._exchange(waiting.popleft(), now, out)
+                continue
             home = bucket.copies.get(self.home)
             places = [(node, rail) for node in remote]
             if home is None or not home.exported or not all(self._free.get(place) for place in places):
@@ -175,6 +194,15 @@ class Transferring(Committing):
                     bucket=index, slot=home.slot, nbytes=bucket.nbytes, targets=targets, deadline=self._until(now)
                 )
             )
+
+    def _exchange(self, index: int, now: float, out: list[Instruction]) -> None:
+        bucket = self.buckets[index]
+        self._relay_busy.add(bucket.owner)
+        for copy in bucket.copies.values():
+            copy.relaying = True
+        self.phases.start("wire", now)
+        slots = tuple(copy.slot for _, copy in sorted(bucket.copies.items()))
+        out.append(do.ExchangeBucket(bucket=index, slots=slots, deadline=self._until(now)))
 
     def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
         """Begin the engine at its first bucket, then load bucket after bucket."""
