@@ -23,6 +23,7 @@ from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
+from weightsyncd.branch import Branch
 from weightsyncd.context import PushContext
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from weightsync.config import NodeConfig
+    from weightsync.errors import ErrorRecord
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
 _MAX_IN_LINES = 64  # communicators that wait to be formed
+_MAX_CALLS = 64  # trainers whose ranks are called for
 
 
 @dataclass(eq=False)
@@ -48,6 +51,7 @@ class _Held:
     identity: bytes  # of the coordinator's connection
     context: PushContext
     heard: float
+    branch: Branch | None = None  # this node's ranks in it
     tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
     end: asyncio.Task[None] | None = None  # set once it is being let go
 
@@ -69,9 +73,12 @@ class Follower:
         wind_up: Callable[[float], Awaitable[None]],
         on_free: Callable[[], None],
         on_taken: Callable[[], None],
+        send: Callable[[bytes, msg.Message], bool],
+        on_missed: Callable[[msg.Gather, Collection[int], ErrorRecord], None],
     ) -> None:
         """`peers` are the nodes that this one pushes to. `on_taken` is called when a coordinator has taken a bridge for
-        its own communicator.
+        its own communicator; `on_missed` when a push has failed that ranks of this node may still call for. `on_free`
+        is called, too, when ranks that wait here may take part in a push.
         """
         self._config = config
         self._incarnation = incarnation
@@ -82,6 +89,9 @@ class Follower:
         self._wind_up = wind_up
         self._on_free = on_free
         self._on_taken = on_taken
+        self._send = send
+        self._on_missed = on_missed
+        self._calls: OrderedDict[str, tuple[bytes, msg.Gather]] = OrderedDict()  # by trainer; who coordinates, and what
         self._held: _Held | None = None
         self._lines = [asyncio.Lock() for _ in bridges]  # a bridge forms one communicator at a time
         self._in_lines = 0
@@ -96,6 +106,53 @@ class Follower:
     def following(self) -> str | None:
         """The push elsewhere that holds this node, if one does."""
         return self._held.context.push if self._held is not None else None
+
+    @property
+    def known(self) -> bool:
+        """Whether any node has attached to this one."""
+        return bool(self._nodes)
+
+    # --- this node's ranks in pushes that are coordinated elsewhere -----------------------------------------------
+
+    @property
+    def branch(self) -> Branch | None:
+        """Those of the push that holds this node, if they take part in it."""
+        return self._held.branch if self._held is not None else None
+
+    def branch_for(self, message: msg.Open) -> Branch | None:
+        """What a rank that calls now is to take part in. None if nobody has called for its trainer's ranks, or the node
+        is not free for that yet.
+        """
+        identity, call = self._calls.get(message.group, (b"", None))
+        if call is None or self._busy() or self._stopping:
+            return None
+        held = self._held
+        if held is None:
+            held = self._take(identity, PushContext(call.push, call.model, call.version))
+        if held.identity != identity or held.context.push != call.push or held.end is not None:
+            return None
+        if held.branch is None:
+            held.branch = Branch(
+                call, self._bridges, send=self._send, forward=lambda message: self._send(identity, message)
+            )
+        return None if held.branch.ended else held.branch
+
+    def gather(self, identity: bytes, message: msg.Gather) -> None:
+        """Ranks of a trainer are called for."""
+        self._calls[message.group] = (identity, message)
+        while len(self._calls) > _MAX_CALLS:
+            self._calls.popitem(last=False)
+        self._on_free()
+
+    def forget(self, group: str) -> None:
+        """Its pushes are coordinated here now."""
+        self._calls.pop(group, None)
+
+    def tell(self, identity: bytes, message: msg.TellRank) -> None:
+        """The coordinator has something for a rank of this node. Raises `CodecError`."""
+        held = self._held
+        if held is not None and held.identity == identity and held.context.push == message.push and held.branch:
+            held.branch.tell(message)
 
     # --- what a coordinator says ----------------------------------------------------------------------------------
 
@@ -152,7 +209,7 @@ class Follower:
             event = await self._executor.execute(context, instruction)
         return msg.Executed(event=plain(event) if event is not None else {})
 
-    async def at_rail(self, identity: bytes, message: msg.JoinRail | msg.Receive) -> msg.Message:
+    async def at_rail(self, identity: bytes, message: msg.JoinRail | msg.Receive | msg.Exchange) -> msg.Message:
         """Something for a bridge."""
         if message.rail >= len(self._bridges):
             raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
@@ -166,6 +223,14 @@ class Follower:
                 held = await self._hold(identity, message.push)
                 with _Working(held):
                     await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
+            case msg.Exchange():
+                until = self._until(message.timeout)
+                self._check_slot(do.Slot(self._config.node.name, message.rail, message.slot))
+                held = await self._hold(identity, message.push)
+                parts = tuple(commands.Part(root=part.root, runs=part.runs) for part in message.parts)
+                command = commands.Exchange(slot=message.slot, token=message.token, parts=parts)
+                with _Working(held):
+                    await self._bridges[message.rail].call(command, deadline=until)
         return msg.Executed(event={})
 
     async def _in_line(self, identity: bytes, message: msg.JoinRail) -> msg.Message:
@@ -207,10 +272,16 @@ class Follower:
         await bridge.call(join, deadline=until)
         return msg.Executed(event={})
 
-    async def release(self, identity: bytes, push: str) -> None:
-        """The coordinator is done with the push."""
+    async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:
+        """The coordinator is done with the push, which has failed if there is an error."""
         self._released.append((identity, push))
         held = self._held
+        for group, (caller, call) in list(self._calls.items()):
+            if (caller, call.push) == (identity, push):
+                del self._calls[group]
+                if error is not None:
+                    self._on_missed(call, held.branch.ranks if held is not None and held.branch else (), error)
+                    self._on_free()
         if held is not None and held.identity == identity and held.context.push == push:
             await self._let_go(held, None)
 
@@ -242,12 +313,16 @@ class Follower:
             if held is None:
                 if self._stopping:
                     raise PushRefused(f"node {node} is stopping")
-                self._free.clear()
-                held = self._held = _Held(identity, PushContext(push, model, version), time.monotonic())
+                held = self._take(identity, PushContext(push, model, version))
             if held.context.push == push and held.end is None:
                 held.heard = time.monotonic()
                 return held
             await self._let_go(held, "its coordinator has gone on")
+
+    def _take(self, identity: bytes, context: PushContext) -> _Held:
+        self._free.clear()
+        self._held = _Held(identity, context, time.monotonic())
+        return self._held
 
     def _check_free(self, identity: bytes) -> None:
         """Raise `PushRefused` while a push that is not of this coordinator holds the node."""
@@ -261,14 +336,16 @@ class Follower:
         if held.end is None:
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
-            held.end = asyncio.create_task(self._end(held))
+            held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it"))
         await asyncio.shield(held.end)
 
-    async def _end(self, held: _Held) -> None:
+    async def _end(self, held: _Held, why: str) -> None:
         for task in held.tasks:
             task.cancel()
         await asyncio.gather(*held.tasks, return_exceptions=True)
         try:
+            if held.branch is not None:
+                await held.branch.end(f"the push was let go on this node: {why}", grace=self._config.timeouts.grace)
             await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
         finally:
             if self._held is held:

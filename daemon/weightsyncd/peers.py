@@ -52,9 +52,12 @@ class Peer:
         *,
         key: ClusterKey | None,
         on_lost: Callable[[str, ErrorRecord], None],
+        on_rank: Callable[[str, msg.RankSays], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
-        """`key` is for TCP alone. `taken(node, engine names)` returns why the node cannot be attached, if it cannot."""
+        """`key` is for TCP alone. `on_rank` gets what trainer ranks there say. `taken(node, engine names)` returns why
+        the node cannot be attached, if it cannot.
+        """
         self.name = name
         self.endpoint = endpoint
         self.info: msg.Attached | None = None
@@ -62,6 +65,7 @@ class Peer:
         self._config = config
         self._key = key if endpoint.startswith("tcp://") else None
         self._on_lost = on_lost
+        self._on_rank = on_rank
         self._taken = taken
         self._link: PeerLink | None = None
         self._known: set[tuple[str, bytes]] = set()  # (incarnation, manifest digest) sent before
@@ -85,7 +89,9 @@ class Peer:
         try:
             while True:
                 try:
-                    self._link = self._link or PeerLink(self.endpoint, patience=patience, key=self._key)
+                    self._link = self._link or PeerLink(
+                        self.endpoint, patience=patience, key=self._key, on_news=self._hear
+                    )
                 except DaemonLost as error:
                     self.problem = error.message
                 else:
@@ -95,6 +101,10 @@ class Peer:
             link, self._link, self.info = self._link, None, None
             if link is not None:
                 await link.close()
+
+    def _hear(self, message: msg.Message) -> None:
+        if isinstance(message, msg.RankSays):
+            self._on_rank(self.name, message)
 
     async def refresh(self) -> None:
         """Look again at its engines and its incarnation; `info` says what came of it."""

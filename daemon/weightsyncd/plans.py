@@ -8,18 +8,22 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsync.errors import PushRefused
 from weightsync.plan.buckets import plan_push
 from weightsync.plan.layout import Layout
 from weightsync.session.events import BucketPlan
 
 if TYPE_CHECKING:
     from weightsync.config import ArenaConfig
+    from weightsync.plan.buckets import Plan
     from weightsync.plan.manifest import Manifest
+    from weightsync.plan.runs import Share
     from weightsync.plan.table import TensorTable
 
 __all__ = ["CachedPlan", "Plans"]
 
 _PLANS = 16  # kept: models × layouts that alternate on one node
+_MAX_RUNS = 2**21  # bytes that tell of the runs of one bucket: 131,072 runs
 _LAYOUTS = 4096  # kept: ranks of a trainer × the same
 
 
@@ -31,6 +35,7 @@ class CachedPlan:
     manifest: Manifest
     buckets: tuple[BucketPlan, ...]
     fills: tuple[bytes, ...]  # by rank: little-endian i32
+    shares: tuple[tuple[Share, ...], ...]  # by bucket, of each node; empty where one node's ranks write everything
 
 
 class Plans:
@@ -42,9 +47,9 @@ class Plans:
         self._layouts: OrderedDict[bytes, Layout] = OrderedDict()
         self._tables: dict[bytes, TensorTable] = {}
 
-    def missing(self, digests: tuple[bytes, ...], owners: int) -> list[int]:
+    def missing(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> list[int]:
         """Ranks whose layouts are needed for a plan and not known."""
-        if self._key(digests, owners) in self._plans:
+        if self._key(digests, owners, nodes) in self._plans:
             return []
         return [rank for rank, digest in enumerate(digests) if digest not in self._layouts]
 
@@ -58,21 +63,25 @@ class Plans:
             self._tables.clear()
         return layout.digest
 
-    async def plan(self, digests: tuple[bytes, ...], owners: int) -> CachedPlan:
-        """The plan for these layouts. Raises `PushRefused` where they contradict each other or do not fit."""
-        key = self._key(digests, owners)
+    async def plan(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> CachedPlan:
+        """The plan for these layouts; `nodes` are those of the ranks, home being 0. Raises `PushRefused` where they
+        contradict each other or do not fit.
+        """
+        key = self._key(digests, owners, nodes)
         known = self._plans.get(key)
         if known is None:
             layouts = [self._layouts[digest] for digest in digests]
-            known = await asyncio.to_thread(self._make, layouts, owners)
+            known = await asyncio.to_thread(self._make, layouts, owners, nodes)
             self._plans[key] = known
             while len(self._plans) > _PLANS:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return known
 
-    def _make(self, layouts: list[Layout], owners: int) -> CachedPlan:
-        plan = plan_push(layouts, slot_bytes=self._arena.slot_bytes, owners=owners, alignment=self._arena.alignment)
+    def _make(self, layouts: list[Layout], owners: int, nodes: tuple[int, ...]) -> CachedPlan:
+        arena = self._arena
+        plan = plan_push(layouts, slot_bytes=arena.slot_bytes, owners=owners, alignment=arena.alignment, nodes=nodes)
+        _check_runs(plan)
         manifest = plan.manifest
         buckets = tuple(
             BucketPlan(int(nbytes), int(owner), fillers)
@@ -82,12 +91,25 @@ class Plans:
         whole = hashlib.blake2b(manifest.digest, digest_size=16)
         for fill in fills:
             whole.update(hashlib.blake2b(fill, digest_size=16).digest())
-        return CachedPlan(whole.digest(), manifest, buckets, fills)
+        return CachedPlan(whole.digest(), manifest, buckets, fills, plan.shares)
 
-    def _key(self, digests: tuple[bytes, ...], owners: int) -> bytes:
+    def _key(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> bytes:
         """What a plan depends on, in 16 bytes."""
         whole = hashlib.blake2b(digest_size=16)
-        whole.update(f"{self._arena.slot_bytes}:{self._arena.alignment}:{owners}:{len(digests)}:".encode())
+        whole.update(f"{self._arena.slot_bytes}:{self._arena.alignment}:{owners}:{len(digests)}:{nodes}:".encode())
         for digest in digests:
             whole.update(digest)
         return whole.digest()
+
+
+def _check_runs(plan: Plan) -> None:
+    """Raise `PushRefused` where what ranks of different nodes write lies so mixed that telling it takes too long."""
+    for index, shares in enumerate(plan.shares):
+        if (needed := sum(len(share.runs) for share in shares)) > _MAX_RUNS:
+            piece = plan.manifest.bucket_pieces(index)[0]
+            name = plan.manifest.tensors.names[plan.manifest.piece_tensor[piece]]
+            raise PushRefused(
+                f"ranks of different nodes hold {needed // 16} separate runs of the bucket that {name!r} is in",
+                hint="shard tensors between nodes by rows (dimension 0), and by columns only within a node; "
+                "or make arena.slot_bytes smaller",
+            )

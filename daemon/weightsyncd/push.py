@@ -23,7 +23,9 @@ from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 from weightsync.wire import messages as msg
+from weightsync.wire.codec import encode
 from weightsyncd.context import PushContext
+from weightsyncd.exchanges import exchange
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -58,6 +60,7 @@ class _Rank:
     layout: bytes
     cached_plan: bytes | None
     heard: float
+    node: str
 
 
 class Push:
@@ -79,22 +82,19 @@ class Push:
         self._tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
-        nodes = sorted(set(engines.values()) - {config.node.name})
-        slots = {(config.node.name, b): config.arena.slots for b in range(config.node.bridges)}
-        for node in nodes:
-            info = services.peers[node].info
-            if info is not None:
-                slots.update({(node, b): count for b, count in enumerate(info.slots)})
-        self._owners = services.rails.count(nodes) if nodes else config.node.bridges
+        self._home = config.node.name
+        present = {node: peer.info for node, peer in services.peers.items() if peer.info is not None}
+        slots = {(self._home, b): config.arena.slots for b in range(config.node.bridges)}
+        slots.update({(node, b): count for node, info in present.items() for b, count in enumerate(info.slots)})
         # a name of its own for every attempt: what is late from an earlier one must not be taken for it
         self.context = PushContext(
-            push=f"{config.node.name}-{secrets.token_hex(8)}", model=first.model, version=first.version
+            push=f"{self._home}-{secrets.token_hex(8)}", model=first.model, version=first.version
         )
         self.session = PushSession(
             model=first.model,
             version=first.version,
             world=first.world,
-            home=config.node.name,
+            home=self._home,
             engines=engines,
             slots=slots,
             pause=first.pause,
@@ -104,6 +104,10 @@ class Push:
             last_version=last_version,
         )
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+        self._called = set(present) if first.world > 1 else set()  # nodes whose ranks may take part
+        call = msg.Gather(push=self.context.push, group=first.group, model=first.model, version=first.version)
+        for node in self._called:
+            services.peers[node].tell(call)
         self._carry_out(self.session.start(now))
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -137,24 +141,29 @@ class Push:
     def _finish(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        for node in set(self._engines.values()) - {self._services.config.node.name}:
-            self._services.peers[node].tell(msg.Release(push=self.context.push))
+        over = msg.Release(push=self.context.push, error=self.session.error)
+        for node in ({*self._engines.values()} | self._called) - {self._home}:
+            if node in self._services.peers:
+                self._services.peers[node].tell(over)
         logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
 
     # --- trainer ranks ----------------------------------------------------------------------------------------------
 
-    def open(self, identity: bytes, message: msg.Open) -> None:
-        """A rank has called `push_weights`."""
+    def open(self, identity: bytes, message: msg.Open, node: str = "") -> None:
+        """A rank has called `push_weights`, here or on another `node`."""
         terms = (message.version, message.model, message.world, message.pause)
+        rank = _Rank(identity, message.id, message.layout, message.plan, time.monotonic(), node or self._home)
         known = self.ranks.get(message.rank)
         if known is not None:
-            if known.identity != identity:
-                self._refuse(
-                    identity, message.id, f"rank {message.rank} of this trainer takes part in the push already"
-                )
+            if (known.identity, known.node) != (identity, rank.node):
+                reason = f"rank {message.rank} of this trainer takes part in the push already"
+                if rank.node != known.node:
+                    reason += f", from node {known.node}"
+                error = PushRefused(reason, model=self.session.model, version=self.session.version)
+                self._tell(message.rank, msg.Ended(error=error.record()), rank)
             return
-        self.ranks[message.rank] = _Rank(identity, message.id, message.layout, message.plan, time.monotonic())
+        self.ranks[message.rank] = rank
         if terms != self._terms or message.rank >= message.world:
             names = ("version", "model", "world size", "pause")
             differ = [f"{n} {b!r}, not {a!r}" for n, a, b in zip(names, self._terms, terms, strict=True) if a != b]
@@ -164,16 +173,21 @@ class Push:
             error = PushRefused(f"rank {message.rank} {what}", rank=message.rank)
             self.hear(ev.RankFailed(rank=message.rank, error=error.record()))
             return
-        self.hear(ev.RankOpened(rank=message.rank, layout=message.layout, describe_seconds=message.describe_seconds))
+        self.hear(
+            ev.RankOpened(
+                rank=message.rank, layout=message.layout, node=rank.node, describe_seconds=message.describe_seconds
+            )
+        )
 
-    def _refuse(self, identity: bytes, number: int, reason: str) -> None:
-        error = PushRefused(reason, model=self.session.model, version=self.session.version)
-        self._services.send(identity, msg.Ended(id=number, error=error.record()))
+    def is_rank(self, rank: int, node: str, number: int) -> bool:
+        """Whether a rank on another node, by its own number of the push, takes part in this one."""
+        known = self.ranks.get(rank)
+        return known is not None and (known.node, known.number) == (node, number)
 
     def rank_of(self, identity: bytes) -> int | None:
-        """Which rank speaks by this identity, if one does."""
+        """Which rank of this node speaks by this identity, if one does."""
         for rank, known in self.ranks.items():
-            if known.identity == identity:
+            if known.node == self._home and known.identity == identity:
                 known.heard = time.monotonic()
                 return rank
         return None
@@ -203,7 +217,7 @@ class Push:
         """Tell the session of ranks that have fallen silent. To be called now and then."""
         now = time.monotonic()
         for rank, known in self.ranks.items():
-            if now - known.heard > liveness:
+            if known.node == self._home and now - known.heard > liveness:
                 known.heard = float("inf")
                 version = self.session.version
                 logger.warning("[push=%s v=%d] rank %d has not been heard", self.session.model, version, rank)
@@ -233,6 +247,8 @@ class Push:
                 self._start(self._services.rails.form(instruction.nodes, instruction.deadline))
             case do.RelayBucket():
                 self._start(self._relay(instruction))
+            case do.ExchangeBucket():
+                self._start(self._exchange(instruction))
             case do.RevokeBucket() | do.RetireBridge():
                 self._start(self._at_node(instruction), self._chores)
             case _:
@@ -264,7 +280,7 @@ class Push:
 
     async def _at_node(self, instruction: do.Instruction) -> ev.Event | None:
         node = self._node_of(instruction)
-        if node == self._services.config.node.name:
+        if node == self._home:
             return await self._services.executor.execute(self.context, instruction)
         return await self._services.peers[node].execute(self.context, instruction)
 
@@ -277,16 +293,35 @@ class Push:
         except TransportError as error:
             return executor.wire.bridge_lost(index, incarnation, error, instruction.bucket)
 
+    async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
+        assert self._plan is not None, "ExchangeBucket comes after PlanMade"
+        names = self._nodes()
+        runs = {names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
+        wire = self._services.executor.wire
+        index = instruction.slots[0].bridge
+        incarnation = wire.bridges[index].incarnation
+        try:
+            return await exchange(self._services.rails, self.context, instruction, runs)
+        except TransportError as error:
+            return wire.bridge_lost(index, incarnation, error, instruction.bucket)
+
+    def _nodes(self) -> list[str]:
+        """Where ranks are: this node, and then the others by name."""
+        return [self._home, *sorted({known.node for known in self.ranks.values()} - {self._home})]
+
     async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
         deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
         digests = tuple(self.ranks[rank].layout for rank in range(self.world))
         plans = self._services.plans
-        missing = plans.missing(digests, self._owners)
+        names = self._nodes()
+        nodes = tuple(names.index(self.ranks[rank].node) for rank in range(self.world))
+        owners = self._services.rails.count(sorted({*names, *self._engines.values()} - {self._home}))
+        missing = plans.missing(digests, owners, nodes)
         if missing:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
-            self._plan = await plans.plan(digests, self._owners)
+            self._plan = await plans.plan(digests, owners, nodes)
             await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._services.executor.wire.bridges))
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
@@ -304,11 +339,12 @@ class Push:
             return  # a bridge has just ended: `BridgeLost` is on its way here
         for rank, known in self.ranks.items():
             has_it = known.cached_plan == plan.digest
+            here = known.node == self._home  # elsewhere it is told of that node's arenas, by its own daemon
             self._tell(
                 rank,
                 msg.Planned(
                     plan=plan.digest,
-                    offers=tuple(offer for offer in offers if offer is not None),
+                    offers=tuple(offer for offer in offers if offer is not None and here),
                     manifest=None if has_it else plan.manifest.pack(),
                     fills=None if has_it else plan.fills[rank],
                 ),
@@ -333,9 +369,13 @@ class Push:
         for rank in self.ranks:
             self._tell(rank, ended)
 
-    def _tell(self, rank: int, message: msg.Message) -> None:
-        known = self.ranks[rank]
-        self._services.send(known.identity, msgspec.structs.replace(message, id=known.number))
+    def _tell(self, rank: int, message: msg.Message, to: _Rank | None = None) -> None:
+        known = to or self.ranks[rank]
+        message = msgspec.structs.replace(message, id=known.number)
+        if known.node == self._home:
+            self._services.send(known.identity, message)
+        elif (peer := self._services.peers.get(known.node)) is not None:
+            peer.tell(msg.TellRank(push=self.context.push, rank=rank, body=encode(message)))
 
     def _outcome(self) -> msg.PushOutcome:
         session = self.session

@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.peers import Peer
 
-__all__ = ["Rails"]
+__all__ = ["MOMENT", "Rails", "quietly", "sentences"]
 
 logger = logging.getLogger(__name__)
 
 _LEAVE = 5.0  # seconds for a bridge to abort its communicator
-_MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
+MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
 
 
 class Rails:
@@ -38,7 +38,8 @@ class Rails:
 
     def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], peers: dict[str, Peer]) -> None:
         self._config = config
-        self._bridges = bridges
+        self.home = config.node.name
+        self.bridges = bridges
         self._peers = peers
         self._generation = 0
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
@@ -49,7 +50,7 @@ class Rails:
     def count(self, nodes: Sequence[str]) -> int:
         """How many rails there are to these nodes: as many as the node with the fewest bridges has."""
         infos = [self._peers[node].info for node in nodes if node in self._peers]
-        return min([len(self._bridges), *(len(info.slots) for info in infos if info is not None)])
+        return min([len(self.bridges), *(len(info.slots) for info in infos if info is not None)])
 
     def break_up(self) -> None:
         """The standing generation is not to be used again."""
@@ -62,7 +63,7 @@ class Rails:
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
         nodes = [node for node, peer in sorted(self._peers.items()) if peer.info is not None]
-        if name in nodes and not self._taken and not self._stands(nodes) and not self._yields(nodes):
+        if name in nodes and not self._taken and not self.stands(nodes) and not self._yields(nodes):
             return "joining"
         return self._peers[name].state
 
@@ -75,7 +76,7 @@ class Rails:
         while True:
             await asyncio.sleep(self._config.timeouts.liveness / 5)
             nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
-            if not nodes or self._taken or busy() or self._stands(nodes) or self._yields(nodes):
+            if not nodes or self._taken or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
             formed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
             problems = {node: error.message for node, error in formed.failed}
@@ -93,7 +94,7 @@ class Rails:
             wanted = list(nodes)
             while wanted:
                 try:
-                    await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._bridges))
+                    await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self.bridges))
                 except TransportError as error:
                     failed.update(dict.fromkeys(wanted, error.record()))
                     break
@@ -110,7 +111,7 @@ class Rails:
             reached = tuple(node for node in nodes if node not in failed)
             return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
 
-    def _peer(self, node: str) -> Peer:
+    def peer(self, node: str) -> Peer:
         """The peer of that name, which may have gone while a communicator was formed. Raises `DaemonLost`."""
         peer = self._peers.get(node)
         if peer is None:
@@ -123,17 +124,17 @@ class Rails:
         """
         if self._ours:
             return False
-        me = self._config.node.name
+        me = self.home
         infos = {node: self._peers[node].info for node in nodes}
         return any(info is not None and node < me and me in info.peers for node, info in infos.items())
 
-    def _stands(self, nodes: Sequence[str]) -> bool:
+    def stands(self, nodes: Sequence[str]) -> bool:
         """Whether the standing generation is one of exactly these nodes, as far as is known here."""
         missing: dict[str, ErrorRecord] = {}
         return self._present(nodes, missing) == self._members and not missing
 
     def _present(self, nodes: Sequence[str], failed: dict[str, ErrorRecord]) -> tuple[tuple[str, str], ...]:
-        members = [(bridge.name, bridge.incarnation or "") for bridge in self._bridges]
+        members = [(bridge.name, bridge.incarnation or "") for bridge in self.bridges]
         for node in nodes:
             peer = self._peers.get(node)
             info = peer.info if peer is not None else None
@@ -160,7 +161,7 @@ class Rails:
 
     async def _join_all(self, rail: int, nodes: Sequence[str], until: float) -> None:
         """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
-        bridge, address, key = self._bridges[rail], self._config.cluster.address, secrets.token_hex(16)
+        bridge, address, key = self.bridges[rail], self._config.cluster.address, secrets.token_hex(16)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         generation, world = self._generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
@@ -178,10 +179,10 @@ class Rails:
                 timeout=max(0.0, until - time.monotonic()),
             )
             try:
-                await self._peer(node).ask(question, until + _MOMENT)
+                await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
-                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+                await self.leave(bridge)
 
         own = commands.Join(
             generation=generation,
@@ -195,11 +196,16 @@ class Rails:
         async with asyncio.TaskGroup() as group:
             for rank, node in enumerate(nodes, start=1):
                 group.create_task(join(node, rank))
-            mine = group.create_task(_quietly(bridge.call(own, deadline=until)))
+            mine = group.create_task(quietly(bridge.call(own, deadline=until)))
         if first:
             raise first[0]
         if (problem := mine.result()) is not None:
             raise problem.error()
+
+    @staticmethod
+    async def leave(bridge: Bridge) -> None:
+        """End what its communicator is doing: nobody can complete a collective that one member has left."""
+        await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
 
     async def relay(self, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.Event:
         """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it.
@@ -212,7 +218,7 @@ class Rails:
         now = time.monotonic()
         for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
             errors: dict[str, ErrorRecord] = {}
-            if not self._stands(sorted(targets)):
+            if not self.stands(sorted(targets)):
                 errors.update((await self.form(sorted(targets), until)).failed)
             left = {node: target for node, target in targets.items() if node not in errors}
             if left:
@@ -222,7 +228,7 @@ class Rails:
                 failed.pop(node, None)
             if not errors:
                 break
-            logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, _sentences(errors))
+            logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, sentences(errors))
             targets = {node: targets[node] for node in errors}
         reached = tuple(sorted({target.node for target in instruction.targets} - set(failed)))
         return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
@@ -236,7 +242,7 @@ class Rails:
         until: float,
     ) -> dict[str, ErrorRecord]:
         """One attempt. Returns the nodes that do not hold the bucket, and why."""
-        bridge = self._bridges[instruction.slot.bridge]
+        bridge = self.bridges[instruction.slot.bridge]
         readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
         peers = tuple(sorted(readers.values()))
         slot, nbytes = instruction.slot.index, instruction.nbytes
@@ -258,17 +264,16 @@ class Rails:
                 timeout=max(0.0, until - time.monotonic()),
             )
             try:
-                await self._peer(node).ask(question, until + _MOMENT)
+                await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 failed[node] = error.record()
-                # nobody can complete a collective that one member has left: end it here instead of at its deadline
-                await _quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+                await self.leave(bridge)
 
         async with asyncio.TaskGroup() as group:
             for node, target in targets.items():
                 group.create_task(receive(node, target))
             send = commands.Send(slot=slot, sequence=sequence)
-            mine = group.create_task(_quietly(bridge.call(send, deadline=until)))
+            mine = group.create_task(quietly(bridge.call(send, deadline=until)))
         own = mine.result()
         if failed or own is not None:
             self.break_up()
@@ -284,7 +289,7 @@ class _NodeFailed(Exception):
         self.error = error
 
 
-async def _quietly(call: Awaitable[object]) -> ErrorRecord | None:
+async def quietly(call: Awaitable[object]) -> ErrorRecord | None:
     """The error a bridge call ends with, as a value: its siblings must run to their own ends."""
     try:
         await call
@@ -293,5 +298,6 @@ async def _quietly(call: Awaitable[object]) -> ErrorRecord | None:
     return None
 
 
-def _sentences(errors: dict[str, ErrorRecord]) -> str:
+def sentences(errors: dict[str, ErrorRecord]) -> str:
+    """Errors by node as one line for a log."""
     return "; ".join(f"{node}: {error.message}" for node, error in sorted(errors.items()))

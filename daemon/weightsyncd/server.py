@@ -63,6 +63,9 @@ _FROM_AFAR = (
     msg.Execute,
     msg.JoinRail,
     msg.Receive,
+    msg.Exchange,
+    msg.Gather,
+    msg.TellRank,
     msg.Release,
 )
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
@@ -101,7 +104,13 @@ class Server:
             self.peers,
             busy=lambda: self.busy,
             make_peer=lambda name, endpoint: Peer(
-                name, endpoint, config, key=key, on_lost=self._peer_lost, taken=self._names_taken
+                name,
+                endpoint,
+                config,
+                key=key,
+                on_lost=self._peer_lost,
+                on_rank=lambda node, said: self.trainers.route_from(node, said),
+                taken=self._names_taken,
             ),
             spawn=self._spawn,
             on_gone=self.executor.wire.forget,
@@ -123,8 +132,10 @@ class Server:
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
             on_taken=self.rails.taken,
+            send=self._send,
+            on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
         )
-        self.trainers = Trainers(services, self.metrics, lambda: self.follower.following, self._freed)
+        self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -264,10 +275,15 @@ class Server:
                 self._spawn(self._answer(identity, message.id, self.follower.attach(identity, message)))
             case msg.Execute():
                 self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
-            case msg.JoinRail() | msg.Receive():
+            case msg.JoinRail() | msg.Receive() | msg.Exchange():
                 self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
+            case msg.Gather():
+                self.follower.gather(identity, message)
+            case msg.TellRank():
+                self.follower.heard(identity)
+                self.follower.tell(identity, message)
             case msg.Release():
-                self._spawn(self.follower.release(identity, message.push))
+                self._spawn(self.follower.release(identity, message.push, message.error))
             case _:
                 raise RemoteProtocolError(f"a daemon does not take messages of type {type(message).__name__}")
 

@@ -1,5 +1,8 @@
 """The daemon's trainers: who may push now, who has to wait, and what each rank's messages mean for the push.
 
+The node of rank 0 coordinates; ranks of the same trainer on other nodes take part through their own daemons
+(`weightsyncd.branch`).
+
 One push at a time. A rank that calls while another trainer's push is under way is refused; one that calls while the
 last push only lets go of its slots, or while another daemon pushes to this node, waits. A rank that calls for a push
 that has just failed without it is told so: its siblings were.
@@ -11,21 +14,23 @@ import asyncio
 import contextlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import ErrorRecord, PushRefused, PushTimeout, RemoteProtocolError, WeightSyncError
+from weightsync.errors import CodecError, ErrorRecord, PushRefused, PushTimeout, RemoteProtocolError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
+from weightsync.wire.codec import decode_untrusted
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection
 
     from weightsync.metrics import Metrics
+    from weightsyncd.follower import Follower
 
 __all__ = ["Trainers"]
 
@@ -56,11 +61,9 @@ class _Failed:
 
 
 class Trainers:
-    """See the module. `following` names the push of another daemon that holds this node, if one does."""
+    """See the module. `follower` knows what other daemons do with this node."""
 
-    def __init__(
-        self, services: Services, metrics: Metrics, following: Callable[[], str | None], on_free: Callable[[], None]
-    ) -> None:
+    def __init__(self, services: Services, metrics: Metrics, follower: Follower, on_free: Callable[[], None]) -> None:
         """`on_free` is called when a push has ended; it ends in `go_on`."""
         self.push: Push | None = None
         self.last: msg.PushOutcome | None = None
@@ -68,7 +71,7 @@ class Trainers:
         self.stopping = False
         self._services = services
         self._metrics = metrics
-        self._following = following
+        self._follower = follower
         self._on_free = on_free
         self._versions: dict[str, int] = {}  # model → newest version committed on any engine
         self._waiting: list[_Waiting] = []
@@ -98,16 +101,24 @@ class Trainers:
             version, model = push.session.version, push.session.model
             reason = f"a push of version {version} of {model!r} by another trainer is under way"
             self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
-        elif (error := self._missed(message)) is not None:
-            self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        elif (branch := self._follower.branch_for(message)) is not None:
+            branch.open(call.identity, message)
+        elif (failed := self._missed(message)) is not None:
+            self._failed = replace(failed, ranks=failed.ranks | {message.rank})  # once: it may try again
+            self._services.send(call.identity, msg.Ended(id=message.id, error=failed.error))
         elif self.stopping:
             self._refuse(call, "weightsyncd is stopping", None)
-        elif push is None and self._following() is None and self._peers_seen():
+        elif push is None and self._follower.following is None and self._leads(message) and self._peers_seen():
             self._begin(call)
         elif len(self._waiting) < _MAX_WAITING:
             self._waiting.append(call)
         else:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
+
+    def _leads(self, message: msg.Open) -> bool:
+        """Whether this rank's node coordinates: that of rank 0, and where no other node is known any."""
+        joined = self._services.config.cluster.listen or self._services.peers or self._follower.known
+        return message.rank == 0 or not joined
 
     def _peers_seen(self) -> bool:
         """Whether the other nodes were looked at for the push that is to begin; if not, they are, and calls wait.
@@ -139,19 +150,21 @@ class Trainers:
         self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
 
     def _time_is_up(self, call: _Waiting) -> None:
-        message, following = call.message, self._following()
+        message, following = call.message, self._follower.following
         what = f"push {following} of another node" if following is not None else "the node to be free"
+        if following is None and self.push is None and not self._leads(message):
+            what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
         reason = f"it did not begin in {message.timeout:g} s: it was waiting for {what}"
         error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
         self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
 
-    def _missed(self, message: msg.Open) -> ErrorRecord | None:
-        """The error of the push that this rank calls for, if that has failed without it."""
+    def _missed(self, message: msg.Open) -> _Failed | None:
+        """The push that this rank calls for, if that has failed without it."""
         failed = self._failed
         if failed is None or time.monotonic() > failed.until or message.rank in failed.ranks:
             return None
         same = (failed.group, failed.model, failed.version) == (message.group, message.model, message.version)
-        return failed.error if same else None
+        return failed if same else None
 
     def _begin(self, call: _Waiting) -> None:
         message = call.message
@@ -165,10 +178,12 @@ class Trainers:
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
         self._failed = None
+        self._follower.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         self.push = Push(self._services, first, engines, self._versions.get(message.model))
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
+        self.go_on()  # other ranks may have called before
 
     def _engines_of(self, model: str) -> dict[str, str]:
         """Name → node of every engine of the model, wherever it is."""
@@ -218,6 +233,11 @@ class Trainers:
             until = time.monotonic() + self._services.config.timeouts.probe
             await self._services.executor.engines[name].probe(until)
 
+    def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
+        """A push that another node coordinated has failed, perhaps before all ranks of this node had called."""
+        until = time.monotonic() + self._services.config.timeouts.operation
+        self._failed = _Failed(call.group, call.model, call.version, frozenset(ranks), error, until)
+
     def go_on(self) -> None:
         """The node may be free: whoever waits tries again."""
         waiting, self._waiting = self._waiting, []
@@ -264,6 +284,8 @@ class Trainers:
         """A rank has shown that it is alive."""
         if self.push is not None:
             self.push.rank_of(identity)
+        if (branch := self._follower.branch) is not None:
+            branch.heard(identity)
 
     def check_alive(self, liveness: float) -> None:
         """Notice ranks that have fallen silent, and those that have waited for as long as they would. To be called now
@@ -271,6 +293,8 @@ class Trainers:
         """
         if self.push is not None:
             self.push.check_alive(liveness)
+        if (branch := self._follower.branch) is not None:
+            branch.check_alive(liveness)
         now = time.monotonic()
         late = [call for call in self._waiting if now - call.since >= call.message.timeout]
         self._waiting = [call for call in self._waiting if call not in late]
@@ -294,13 +318,43 @@ class Trainers:
 
     def route(self, identity: bytes, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> None:
         """Give a rank's message to the push it is for. Raises `CodecError` for a layout that is none."""
-        push = self.push
+        push, branch = self.push, self._follower.branch
+        if branch is not None and branch.route(identity, message):
+            return
         rank = push.rank_of(identity) if push is not None else None
         if push is None or rank is None or push.ranks[rank].number != message.id:
             if isinstance(message, msg.Failed):  # it gave up waiting
                 self._waiting = [w for w in self._waiting if (w.identity, w.message.id) != (identity, message.id)]
             logger.debug("%s from nobody in a push", type(message).__name__)
             return
+        self._rank_said(push, rank, message)
+
+    def route_from(self, node: str, message: msg.RankSays) -> None:
+        """As `route` and `open`, for a rank on another node."""
+        push = self.push
+        if push is None or push.context.push != message.push:
+            logger.debug("rank %d of node %s, in no push of this node", message.rank, node)
+            return
+        if message.lost:
+            if push.ranks.get(message.rank) is not None and push.ranks[message.rank].node == node:
+                push.hear(ev.RankLost(rank=message.rank, reason=message.lost))
+            return
+        try:
+            words = decode_untrusted(message.body)
+            if isinstance(words, msg.Open) and words.rank == message.rank:
+                push.open(b"", words, node)
+            elif isinstance(words, msg.Describe | msg.Filled | msg.Failed | msg.Stopped):
+                if push.is_rank(message.rank, node, words.id):
+                    self._rank_said(push, message.rank, words)
+            else:
+                raise CodecError(f"no rank says {type(words).__name__}")
+        except CodecError as error:
+            wrong = RemoteProtocolError(
+                f"node {node} passed on what cannot be read: {error.message}", rank=message.rank
+            )
+            push.hear(ev.RankFailed(rank=message.rank, error=wrong.record()))
+
+    def _rank_said(self, push: Push, rank: int, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> None:
         match message:
             case msg.Describe():
                 digest = self._services.plans.learn(message.layout)

@@ -1,4 +1,9 @@
-"""A trainer rank for test_push.py: shards a checkpoint with FSDP2, pushes it, and writes what it was told."""
+"""A trainer rank: shards a checkpoint with FSDP2, pushes it twice, and writes what it was told.
+
+    fsdp2_push.py CHECKPOINT DAEMONS VERSION OUT [MESH]
+
+DAEMONS are one, or several with commas between, each that of as many ranks. MESH is "2x2" for HSDP: replicas x shards.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,14 @@ from weightsync.adapters.reference.model import load_checkpoint
 
 
 def main() -> None:
-    checkpoint, daemon, version, out = sys.argv[1:5]
+    checkpoint, daemons, version, out, *mesh_shape = sys.argv[1:]
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     model = load_checkpoint(checkpoint)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    world, endpoints = dist.get_world_size(), daemons.split(",")
+    daemon = endpoints[dist.get_rank() * len(endpoints) // world]
+    dims = tuple(map(int, mesh_shape[0].split("x"))) if mesh_shape else (world,)
+    mesh = init_device_mesh("cpu", dims, mesh_dim_names=("replicas", "shards")[-len(dims) :])
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)

@@ -134,9 +134,17 @@ def _complaint(error: CodecError) -> ErrorReply:
 class PeerLink:
     """A daemon's line to another daemon: questions with ids, and answers; `lost` is set once it falls silent."""
 
-    def __init__(self, endpoint: str, *, patience: float, key: ClusterKey | None = None) -> None:
-        """Raises `DaemonLost` for an endpoint that cannot be."""
+    def __init__(
+        self,
+        endpoint: str,
+        *,
+        patience: float,
+        key: ClusterKey | None = None,
+        on_news: Callable[[Message], None] | None = None,
+    ) -> None:
+        """`on_news` gets what is said without having been asked. Raises `DaemonLost` for an endpoint that cannot be."""
         self.endpoint = endpoint
+        self._on_news = on_news
         self.patience = patience
         self.heard = time.monotonic()
         self._context = zmq.asyncio.Context()
@@ -218,6 +226,8 @@ class PeerLink:
             waiting = self._waiting.get(message.id)
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
+            elif message.id == 0 and self._on_news is not None:
+                self._on_news(message)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         """Note handshakes that fail."""

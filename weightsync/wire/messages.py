@@ -6,8 +6,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
     operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
-    daemon → daemon    Attach, Execute, Receive, Release, JoinRail, Heartbeat
-                       Attached, Executed
+    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Heartbeat
+                       Attached, Executed, RankSays
     anyone             ErrorReply
 """
 
@@ -34,23 +34,28 @@ __all__ = [
     "EngineOutcome",
     "EngineStatus",
     "ErrorReply",
+    "Exchange",
     "Execute",
     "Executed",
     "Failed",
     "Filled",
+    "Gather",
     "Heartbeat",
     "JoinRail",
     "Lease",
     "Message",
     "Open",
+    "Part",
     "Planned",
     "PushOutcome",
     "PushStatus",
+    "RankSays",
     "Receive",
     "Release",
     "Status",
     "StatusRequest",
     "Stopped",
+    "TellRank",
     "Welcome",
 ]
 
@@ -306,10 +311,58 @@ class Receive(Message, frozen=True, tag="receive"):
     timeout: Seconds
 
 
+class Part(msgspec.Struct, frozen=True, kw_only=True):
+    """What one member of a communicator has of a bucket."""
+
+    root: Rank
+    runs: Column  # as in `weightsync.plan.runs.Share`
+
+
+class Exchange(Message, frozen=True, tag="exchange"):
+    """Take part in the exchange of one bucket, of which a part may lie in the slot. Answered by `Executed` once all of
+    it is there, verified.
+    """
+
+    push: Name
+    bucket: Natural
+    rail: Natural
+    slot: Natural
+    token: Natural  # that no other exchange has
+    parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
+    timeout: Seconds
+
+
+class Gather(Message, frozen=True, tag="gather"):
+    """Ranks of this trainer that call on your node take part in the push: `RankSays` is expected of each."""
+
+    push: Name
+    group: Name
+    model: Name
+    version: Natural
+
+
+class RankSays(Message, frozen=True, tag="rank_says"):
+    """What a rank there said; or that it is lost, and why."""
+
+    push: Name
+    rank: Rank
+    body: Column = b""  # the frame of an Open, Describe, Filled, Failed or Stopped
+    lost: Text = ""
+
+
+class TellRank(Message, frozen=True, tag="tell_rank"):
+    """Something for a rank there."""
+
+    push: Name
+    rank: Rank
+    body: Column  # the frame of an AskDescription, Planned, Lease or Ended
+
+
 class Release(Message, frozen=True, tag="release"):
     """The push has ended: the node is free for others, and engines that were only paused are let go."""
 
     push: Name
+    error: ErrorRecord | None = None  # for ranks that call only now
 
 
 class ChangeEngines(Message, frozen=True, tag="change_engines"):
@@ -356,6 +409,12 @@ MESSAGES: tuple[type[Message], ...] = (
     ErrorReply,
     ChangeEngines,
     Changed,
+    Exchange,
+    Gather,
+    RankSays,
+    TellRank,
 )
-LARGE: frozenset[type[Message]] = frozenset({Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed})
+LARGE: frozenset[type[Message]] = frozenset(
+    {Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed, Exchange, RankSays, TellRank}
+)
 """Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""

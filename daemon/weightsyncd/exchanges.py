@@ -1,0 +1,105 @@
+"""Buckets that ranks of several nodes have written: the bridges of a rail give one another their parts."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from typing import TYPE_CHECKING
+
+from weightsync.errors import ErrorRecord, WeightSyncError
+from weightsync.nccl_bridge import commands
+from weightsync.session import events as ev
+from weightsync.wire import messages as msg
+from weightsyncd.rails import MOMENT, quietly, sentences
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weightsync.session import instructions as do
+    from weightsyncd.context import PushContext
+    from weightsyncd.rails import Rails
+
+__all__ = ["exchange"]
+
+logger = logging.getLogger(__name__)
+
+
+async def exchange(
+    rails: Rails, context: PushContext, instruction: do.ExchangeBucket, runs: Mapping[str, bytes]
+) -> ev.BucketRelayed:
+    """Have every node of the instruction's slots hold the whole bucket; `runs` are what the ranks of each have written.
+
+    One that fails breaks the communicator for every node, whoever broke it. So it is formed again with those that can
+    be reached, and they do it once more: what is written in the slots stays there.
+    """
+    home = rails.home
+    slots = {slot.node: slot for slot in instruction.slots}
+    failed: dict[str, ErrorRecord] = {}
+    now = time.monotonic()
+    for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
+        failed = {}
+        nodes = sorted(set(slots) - {home})
+        if not rails.stands(nodes):
+            failed.update((await rails.form(nodes, until)).failed)
+        if set(failed) & set(runs):
+            break  # without its part nobody has the bucket
+        slots = {node: slot for node, slot in slots.items() if node not in failed}
+        errors = await _attempt(rails, context, instruction.bucket, slots, runs, until)
+        failed.update(errors)
+        if not errors:
+            break
+        logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(errors))
+    reached = {slot.node for slot in instruction.slots} - set(failed)
+    return ev.BucketRelayed(
+        bucket=instruction.bucket, nodes=tuple(sorted(reached)), failed=tuple(sorted(failed.items()))
+    )
+
+
+async def _attempt(
+    rails: Rails,
+    context: PushContext,
+    bucket: int,
+    slots: Mapping[str, do.Slot],
+    runs: Mapping[str, bytes],
+    until: float,
+) -> dict[str, ErrorRecord]:
+    """Returns the nodes that may not hold the bucket, and why."""
+    home, token = rails.home, secrets.randbits(59)
+    nodes = sorted(set(slots) - {home})
+    ranks = {node: rank for rank, node in enumerate([home, *nodes])}  # in the communicator
+    own = slots[home]
+    bridge = rails.bridges[own.bridge]
+    parts = [(ranks[node], some) for node, some in sorted(runs.items())]
+    errors: dict[str, ErrorRecord] = {}
+
+    async def take_part(node: str) -> None:
+        question = msg.Exchange(
+            push=context.push,
+            bucket=bucket,
+            rail=slots[node].bridge,
+            slot=slots[node].index,
+            token=token,
+            parts=tuple(msg.Part(root=root, runs=some) for root, some in parts),
+            timeout=max(0.0, until - time.monotonic()),
+        )
+        try:
+            await rails.peer(node).ask(question, until + MOMENT)
+        except WeightSyncError as error:
+            errors[node] = error.record()
+            await rails.leave(bridge)
+
+    command = commands.Exchange(
+        slot=own.index, token=token, parts=tuple(commands.Part(root=root, runs=some) for root, some in parts)
+    )
+    async with asyncio.TaskGroup() as group:
+        for node in nodes:
+            group.create_task(take_part(node))
+        mine = group.create_task(quietly(bridge.call(command, deadline=until)))
+    problem = mine.result()
+    if errors or problem is not None:
+        rails.break_up()
+    if problem is not None and not errors:
+        errors = dict.fromkeys(nodes, problem)
+    return errors

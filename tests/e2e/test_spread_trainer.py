@@ -1,0 +1,73 @@
+"""A trainer whose ranks are on several nodes: each calls its own node's daemon, and every engine of all gets all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import httpx
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.conftest import TINY
+from weightsync.adapters.reference.checkpoint import random_checkpoint
+from weightsync.adapters.reference.oracle import expected_checksums
+from weightsync.fleet import Fleet
+
+pytestmark = pytest.mark.e2e
+SCRIPT = Path(__file__).with_name("fsdp2_push.py")
+ARENA = {"slots": 2, "slot_bytes": "64KiB"}
+
+
+class Nodes:
+    """Some daemons, the first of which has the others for peers."""
+
+    def __init__(self, fleet, engines):
+        """`engines`: by node, the tensor parallel sizes of its engines."""
+        self.fleet = fleet
+        for seed, name in enumerate("AB"):
+            random_checkpoint(TINY, fleet.root / name, seed)
+        self.engines = []
+        self.daemons = []
+        for number, sizes in reversed(list(enumerate(engines))):
+            own = [fleet.start_engine(f"e{number}{tp}", fleet.root / "A", tp=tp) for tp in sizes]
+            peers = self.daemons if number == 0 else []
+            self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers), *self.daemons]
+            self.engines += own
+        self.version = 1
+
+    def push(self, checkpoint, ranks, *, daemons=None, mesh=()):
+        """Two pushes from as many ranks; what they were told."""
+        out = self.fleet.root / f"told{self.version}"
+        out.mkdir()
+        endpoints = ",".join(daemon.endpoint for daemon in daemons or self.daemons)
+        arguments = [str(self.fleet.root / checkpoint), endpoints, str(self.version), str(out), *mesh]
+        trainer = self.fleet.torchrun(f"trainer{self.version}", SCRIPT, ranks, arguments)
+        logs = "\n".join(daemon.tail(30) for daemon in self.daemons)
+        assert trainer.wait(50) == 0, f"{trainer.tail(60)}\n{logs}"
+        self.version += 2
+        told = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+        assert all(words == told[0] for words in told), "every rank gets the same report"
+        return told[0]
+
+    def check(self, checkpoint):
+        weights = load_file(self.fleet.root / checkpoint / "model.safetensors")
+        for engine in self.engines:
+            found = httpx.get(f"{engine.url}/checksums", trust_env=False).raise_for_status().json()
+            assert found == expected_checksums(TINY, weights, engine.tp), engine.name
+            info = httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+            assert (info["weight_version"], info["paused"], info["torn"]) == (self.version - 1, False, False)
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Fleet() as fleet:
+        yield Nodes(fleet, [(1,), (2,)])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_fsdp2_ranks_on_two_nodes(two, ranks):
+    reports = two.push("B" if ranks == 2 else "A", ranks)
+    assert [report["complete"] for report in reports] == [True, True], reports
+    assert {engine["engine"] for engine in reports[1]["engines"]} == {"e01", "e12"}
+    two.check("B" if ranks == 2 else "A")
