@@ -19,6 +19,7 @@ from weightsync.wire.codec import decode_untrusted, encode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightsync.errors import ErrorRecord
     from weightsyncd.bridges import Bridge
 
 __all__ = ["Branch"]
@@ -139,21 +140,24 @@ class Branch:
 
     async def end(self, why: str, *, grace: float) -> None:
         """The push is over here. Ranks that were not told its outcome hear `why`, and have `grace` seconds to stop
-        writing; the arenas of those that do not are replaced.
+        writing; the arenas of those that do not are replaced. The coordinator, should it still live, hears of it.
         """
-        for number, rank in self.ranks.items():
-            if not rank.told:
-                rank.told = True
-                error = PushAborted(why, model=self.call.model, version=self.call.version, rank=number)
-                self._send(rank.identity, msg.Ended(id=rank.number, error=error.record()))
-        if not any(rank.leases for rank in self.ranks.values()):
-            return
-        try:
-            async with asyncio.timeout(grace):
-                await self._at_rest.wait()
-        except TimeoutError:
-            for index in sorted({bridge for rank in self.ranks.values() for bridge in rank.leases.values()}):
-                self._bridges[index].retire("a rank of a push that has ended may still write into it")
+        untold = {number: rank for number, rank in self.ranks.items() if not rank.told}
+        for number, rank in untold.items():
+            rank.told = True
+            self._send(rank.identity, msg.Ended(id=rank.number, error=self._abort(number, why)))
+        if any(rank.leases for rank in self.ranks.values()):
+            try:
+                async with asyncio.timeout(grace):
+                    await self._at_rest.wait()
+            except TimeoutError:
+                for index in sorted({bridge for rank in self.ranks.values() for bridge in rank.leases.values()}):
+                    self._bridges[index].retire("a rank of a push that has ended may still write into it")
+        for number, rank in untold.items():
+            self._say(number, msg.Failed(id=rank.number, error=self._abort(number, why)))
+
+    def _abort(self, rank: int, why: str) -> ErrorRecord:
+        return PushAborted(why, model=self.call.model, version=self.call.version, rank=rank).record()
 
     def _rests(self, number: int) -> None:
         self.ranks[number].leases.clear()

@@ -128,6 +128,9 @@ class Follower:
             return None
         held = self._held
         if held is None:
+            if not self._send(identity, msg.Heartbeat()):  # that connection is gone, and so is whoever called
+                self._drop_calls(identity)
+                return None
             held = self._take(identity, PushContext(call.push, call.model, call.version))
         if held.identity != identity or held.context.push != call.push or held.end is not None:
             return None
@@ -143,6 +146,13 @@ class Follower:
         while len(self._calls) > _MAX_CALLS:
             self._calls.popitem(last=False)
         self._on_free()
+
+    def _drop_calls(self, identity: bytes, push: str = "") -> list[msg.Gather]:
+        """Nobody is called for by this connection any more, or not for this push."""
+        gone = {g: call for g, (who, call) in self._calls.items() if who == identity and push in ("", call.push)}
+        for group in gone:
+            del self._calls[group]
+        return list(gone.values())
 
     def forget(self, group: str) -> None:
         """Its pushes are coordinated here now."""
@@ -164,6 +174,8 @@ class Follower:
     async def attach(self, identity: bytes, message: msg.Attach) -> msg.Attached:
         """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
         self.heard(identity)
+        for other in [i for i, node in self._nodes.items() if node == message.node and i != identity]:
+            self._drop_calls(other)
         self._nodes[identity] = message.node
         while len(self._nodes) > 1024:
             self._nodes.popitem(last=False)
@@ -276,12 +288,10 @@ class Follower:
         """The coordinator is done with the push, which has failed if there is an error."""
         self._released.append((identity, push))
         held = self._held
-        for group, (caller, call) in list(self._calls.items()):
-            if (caller, call.push) == (identity, push):
-                del self._calls[group]
-                if error is not None:
-                    self._on_missed(call, held.branch.ranks if held is not None and held.branch else (), error)
-                    self._on_free()
+        for call in self._drop_calls(identity, push):
+            if error is not None:
+                self._on_missed(call, held.branch.ranks if held is not None and held.branch else (), error)
+                self._on_free()
         if held is not None and held.identity == identity and held.context.push == push:
             await self._let_go(held, None)
 
@@ -334,6 +344,7 @@ class Follower:
 
     async def _let_go(self, held: _Held, why: str | None) -> None:
         if held.end is None:
+            self._drop_calls(held.identity, held.context.push)
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
             held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it"))
@@ -345,7 +356,9 @@ class Follower:
         await asyncio.gather(*held.tasks, return_exceptions=True)
         try:
             if held.branch is not None:
-                await held.branch.end(f"the push was let go on this node: {why}", grace=self._config.timeouts.grace)
+                await held.branch.end(
+                    f"node {self._config.node.name} let go of the push: {why}", grace=self._config.timeouts.grace
+                )
             await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
         finally:
             if self._held is held:

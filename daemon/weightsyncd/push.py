@@ -104,10 +104,9 @@ class Push:
             last_version=last_version,
         )
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
-        self._called = set(present) if first.world > 1 else set()  # nodes whose ranks may take part
-        call = msg.Gather(push=self.context.push, group=first.group, model=first.model, version=first.version)
-        for node in self._called:
-            services.peers[node].tell(call)
+        self._others = set(present) if first.world > 1 else set()  # nodes whose ranks may take part
+        self._called: set[str] = set()
+        self._call_for_ranks()
         self._carry_out(self.session.start(now))
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -116,6 +115,8 @@ class Push:
         """Give the session one event and have its instructions carried out."""
         if self.done.is_set():
             return
+        if isinstance(event, ev.NodeLost):
+            self._called.discard(event.node)  # it has forgotten
         before = self.session.state
         instructions = self.session.handle(event, time.monotonic())
         if self.session.state is not before:
@@ -142,7 +143,7 @@ class Push:
         if self._timer is not None:
             self._timer.cancel()
         over = msg.Release(push=self.context.push, error=self.session.error)
-        for node in ({*self._engines.values()} | self._called) - {self._home}:
+        for node in ({*self._engines.values()} | self._others) - {self._home}:
             if node in self._services.peers:
                 self._services.peers[node].tell(over)
         logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
@@ -213,8 +214,21 @@ class Push:
         error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
         self.hear(ev.RankFailed(rank=rank, error=error.record()))
 
+    def _call_for_ranks(self) -> None:
+        """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
+        session = self.session
+        if len(self.ranks) == self.world:
+            return
+        call = msg.Gather(push=self.context.push, group=self.group, model=session.model, version=session.version)
+        for node in sorted(self._others - self._called):
+            peer = self._services.peers.get(node)
+            if peer is not None and peer.info is not None:
+                peer.tell(call)
+                self._called.add(node)
+
     def check_alive(self, liveness: float) -> None:
         """Tell the session of ranks that have fallen silent. To be called now and then."""
+        self._call_for_ranks()
         now = time.monotonic()
         for rank, known in self.ranks.items():
             if known.node == self._home and now - known.heard > liveness:

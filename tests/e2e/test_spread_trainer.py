@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.e2e.conftest import TINY
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.oracle import expected_checksums
-from weightsync.fleet import Fleet
+from weightsync.fleet import Daemon, Fleet
 
 pytestmark = pytest.mark.e2e
 SCRIPT = Path(__file__).with_name("fsdp2_push.py")
@@ -28,7 +28,7 @@ class Nodes:
         for seed, name in enumerate("AB"):
             random_checkpoint(TINY, fleet.root / name, seed)
         self.engines = []
-        self.daemons = []
+        self.daemons: list[Daemon] = []
         for number, sizes in reversed(list(enumerate(engines))):
             own = [fleet.start_engine(f"e{number}{tp}", fleet.root / "A", tp=tp) for tp in sizes]
             peers = self.daemons if number == 0 else []

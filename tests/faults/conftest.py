@@ -24,8 +24,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
         for node in item.funcargs.values():
             if isinstance(node, Node):
                 for daemon in [node.daemon, *node.others]:
-                    words = daemon.log.read_text(errors="replace")[node.marks.get(daemon.name, 0) :]
-                    report.sections.append((f"log of {daemon.name}", words[-20_000:]))
+                    if daemon.log.exists():  # not any more, when the last test's end has failed
+                        words = daemon.log.read_text(errors="replace")[node.marks.get(daemon.name, 0) :]
+                        report.sections.append((f"log of {daemon.name}", words[-20_000:]))
     return report
 
 
