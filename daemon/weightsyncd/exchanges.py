@@ -49,6 +49,7 @@ async def exchange(
         errors = await _attempt(rails, context, instruction.bucket, slots, runs, until)
         failed.update(errors)
         if not errors:
+            logger.debug("[v=%d bucket=%d] exchange.complete nodes=%d", context.version, instruction.bucket, len(slots))
             break
         logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(errors))
     reached = {slot.node for slot in instruction.slots} - set(failed)

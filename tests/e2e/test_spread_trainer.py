@@ -17,6 +17,7 @@ from weightsync.fleet import Daemon, Fleet
 pytestmark = pytest.mark.e2e
 SCRIPT = Path(__file__).with_name("fsdp2_push.py")
 ARENA = {"slots": 2, "slot_bytes": "64KiB"}
+DEBUG = {"level": "debug"}
 
 
 class Nodes:
@@ -32,7 +33,7 @@ class Nodes:
         for number, sizes in reversed(list(enumerate(engines))):
             own = [fleet.start_engine(f"e{number}{tp}", fleet.root / "A", tp=tp) for tp in sizes]
             peers = self.daemons if number == 0 else []
-            self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers), *self.daemons]
+            self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers, log=DEBUG), *self.daemons]
             self.engines += own
         self.version = 1
 
@@ -49,6 +50,10 @@ class Nodes:
         told = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
         assert all(words == told[0] for words in told), "every rank gets the same report"
         return told[0]
+
+    def exchanges(self):
+        """How many buckets were exchanged so far."""
+        return self.daemons[0].log.read_text().count("exchange.complete")
 
     def check(self, checkpoint):
         weights = load_file(self.fleet.root / checkpoint / "model.safetensors")
@@ -67,7 +72,35 @@ def two():
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_fsdp2_ranks_on_two_nodes(two, ranks):
+    before = two.exchanges()
     reports = two.push("B" if ranks == 2 else "A", ranks)
+    assert two.exchanges() - before == sum(report["buckets"] for report in reports)
     assert [report["complete"] for report in reports] == [True, True], reports
     assert {engine["engine"] for engine in reports[1]["engines"]} == {"e01", "e12"}
     two.check("B" if ranks == 2 else "A")
+
+
+def test_hsdp_replicas_write_at_home_and_nothing_is_exchanged(two):
+    """Each node has a whole copy in its two shards: what lies at home is broadcast, as from a trainer on one node."""
+    before = two.exchanges()
+    reports = two.push("B", 4, mesh=["2x2"])
+    assert [report["complete"] for report in reports] == [True, True], reports
+    two.check("B")
+    assert two.exchanges() == before
+
+
+@pytest.mark.parametrize("engines", [[(1,), (), (2,)], [(), (1,), (1,)]], ids=["ranks alone on one", "none at home"])
+def test_ranks_and_engines_on_some_nodes_of_three(engines):
+    """Ranks are on the first two."""
+    with Fleet() as fleet:
+        nodes = Nodes(fleet, engines)
+        reports = nodes.push("B", 4, daemons=nodes.daemons[:2])
+        assert [report["complete"] for report in reports] == [True, True], reports
+        nodes.check("B")
+
+
+def test_a_trainer_of_one_node_does_not_wait_for_the_others(two):
+    """Its world is larger than one: who else might have ranks of it is told, and nobody has to answer."""
+    reports = two.push("A", 2, daemons=two.daemons[:1])
+    assert [report["complete"] for report in reports] == [True, True], reports
+    two.check("A")

@@ -176,3 +176,42 @@ def test_a_link_that_is_cut_in_the_middle(apart, machines, read):
     whole(apart)
     assert pids == [process.pid for process in (*apart.engines, apart.daemon, *apart.others)]
     assert all(process.process.poll() is None for process in (*apart.engines, apart.daemon, *apart.others))
+
+
+def spread(node: Node, **terms):
+    """Ranks 0 and 1 of one trainer, each on a machine of its own."""
+    ranks = node.start_ranks(2)
+    version = node.next_version()
+    for number, (rank, daemon) in enumerate(zip(ranks, (node.daemon, *node.others), strict=True)):
+        more = terms if number == 1 else {}
+        rank.push(**node.terms(number, 2, version=version, timeout=30, endpoint=daemon.endpoint, **more))
+    return ranks
+
+
+def test_ranks_on_both_machines_push_together(apart):
+    for _ in range(2):
+        reports = [rank.report() for rank in spread(apart)]
+        assert all(report["complete"] for report in reports), reports
+    whole(apart)
+
+
+@pytest.mark.parametrize("read", [0, 6])
+def test_a_link_between_ranks_that_is_cut(apart, machines, read):
+    """Neither side has all of the weights: both hear of it in time, and what was torn is mended by the next push."""
+    pids = [process.pid for process in (*apart.engines, apart.daemon, *apart.others)]
+    ranks = spread(apart, gate=["read", read])
+    ranks[1].wait_at("read")
+    machines.cut()
+    try:
+        ranks[1].go()
+        errors = [rank.error() for rank in ranks]
+    finally:
+        machines.mend()
+    assert {error["kind"] for error in errors} == {"PushAborted"}
+    assert "trainer rank 1 of node apart1 cannot go on" in errors[0]["message"]
+    assert "node apart1 let go of the push" in errors[1]["message"]
+    assert all(error["seconds"] < 20 for error in errors)
+    whole(apart)
+    reports = [rank.report() for rank in spread(apart)]
+    assert all(report["complete"] for report in reports), reports
+    assert pids == [process.pid for process in (*apart.engines, apart.daemon, *apart.others)]

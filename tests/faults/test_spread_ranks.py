@@ -85,6 +85,17 @@ def test_a_rank_0_that_never_calls_is_named(pair):
         assert error["seconds"] < 1 + 2
 
 
+def test_rank_0_on_the_node_that_knows_no_other(pair):
+    """Its call does not reach the others', and both sides say for whom they waited."""
+    ranks = pair.start_ranks(2)
+    version = pair.next_version()
+    for number, rank in enumerate(ranks):
+        where = {"endpoint": away(pair).endpoint} if number == 0 else {}
+        rank.push(**pair.terms(number, 2, version=version, timeout=1.5) | where)
+    assert "rank 1 of 2 to call push_weights" in ranks[0].error()["message"]
+    assert "on one that has this one among its cluster.peers" in ranks[1].error()["message"]
+
+
 def test_a_rank_that_calls_when_the_push_has_failed_is_told(pair):
     ranks = pair.start_ranks(WORLD)
     version = pair.next_version()
