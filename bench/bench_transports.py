@@ -4,6 +4,9 @@
   private memory of its own. Two copies and two checksums, one after the other, as a bucket lives them.
 * `gloo`: two bridge processes; export, broadcast over loopback from slot to slot, checksum at the receiver. Its two
   copies are the kernel's, into the socket and out of it.
+* `exchange`: of the same, each has half of the bucket and gives it to the other. `exchange, runs`: the halves are many
+  runs of 192 KiB, as of tensors that FSDP has cut between two nodes; these are put together before and taken apart
+  after: four copies.
 
 Figures are of warm slots: the first pass over a slot, which pays for its page faults, is `first`.
 """
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 SIZES = tuple(2**20 * size for size in (1, 4, 16, 64, 256, 1024))
+RUN = 192 * 2**10  # bytes: half of an expert's matrix of Qwen3-30B-A3B
 WAIT = 120.0  # seconds, for anything
 
 
@@ -123,6 +127,10 @@ async def measure_gloo(sizes: tuple[int, ...], runs: int, ceiling: float) -> tup
                 sequence += 1
                 phases.append(await _broadcast(bridges, nbytes, sequence))
             figures.append(_figure("gloo", nbytes, phases, ceiling, copies=2))
+        for name, run, copies in (("exchange", 0, 2), ("exchange, runs", RUN, 4)):
+            for nbytes in sizes:
+                phases = [await _exchange(bridges, nbytes, run or nbytes // 2) for _ in range(runs + 1)]
+                figures.append(_figure(name, nbytes, phases, ceiling, copies=copies))
     finally:
         for bridge in bridges:
             await bridge.stop(deadline=_soon())
@@ -164,6 +172,16 @@ async def _broadcast(bridges: list[Bridge], nbytes: int, sequence: int) -> dict[
     end = time.perf_counter()
     hand_over = end - middle - received.seconds
     return {"export": middle - start, "receive": received.seconds, "hand over": hand_over, "all": end - start}
+
+
+async def _exchange(bridges: list[Bridge], nbytes: int, run: int) -> dict[str, float]:
+    begins = np.arange(0, nbytes, run)
+    runs = np.stack([begins, np.minimum(run, nbytes - begins)], axis=1).astype("<i8")
+    parts = tuple(c.Part(root=rank, runs=runs[rank::2].tobytes()) for rank in range(2))
+    command = c.Exchange(slot=0, token=secrets.randbits(59), parts=parts)
+    start = time.perf_counter()
+    await asyncio.gather(*(bridge.call(command, deadline=_soon()) for bridge in bridges))
+    return {"all": time.perf_counter() - start}
 
 
 def _figure(transport: str, nbytes: int, phases: list[dict[str, float]], ceiling: float, *, copies: int) -> Figure:
