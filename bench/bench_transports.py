@@ -178,7 +178,7 @@ async def _exchange(bridges: list[Bridge], nbytes: int, run: int) -> dict[str, f
     begins = np.arange(0, nbytes, run)
     runs = np.stack([begins, np.minimum(run, nbytes - begins)], axis=1).astype("<i8")
     parts = tuple(c.Part(root=rank, runs=runs[rank::2].tobytes()) for rank in range(2))
-    command = c.Exchange(slot=0, token=secrets.randbits(59), parts=parts)
+    command = c.Exchange(slot=0, generation=1, token=secrets.randbits(59), parts=parts)
     start = time.perf_counter()
     await asyncio.gather(*(bridge.call(command, deadline=_soon()) for bridge in bridges))
     return {"all": time.perf_counter() - start}

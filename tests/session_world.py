@@ -185,8 +185,8 @@ class World:
                 return ev.LayoutReceived(rank=rank)
             case do.MakePlan():
                 return ev.PlanMade(buckets=self.plan)
-            case do.FormGroup(nodes=nodes):
-                return ev.GroupFormed(nodes=nodes)
+            case do.FormGroup(nodes=nodes, number=number):
+                return ev.GroupFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
                 return ev.EngineAccepted(engine=name)
             case do.PauseEngine(engine=name, mode=mode):
@@ -237,11 +237,11 @@ class World:
         match instruction:
             case do.MakePlan():
                 self.hear(ev.PlanFailed(error=ERROR))
-            case do.FormGroup(nodes=nodes):
-                self.hear(ev.GroupFormed(nodes=(), failed=tuple((n, ERROR) for n in nodes)))
+            case do.FormGroup(nodes=nodes, number=number):
+                self.hear(ev.GroupFormed(nodes=(), number=number, failed=tuple((n, ERROR) for n in nodes)))
             case do.ExchangeBucket(slots=slots):
-                home = next(slot for slot in slots if slot.node == "home")
-                self.hear(ev.BridgeLost(node="home", bridge=home.bridge, error=ERROR))
+                failed = tuple((slot.node, ERROR) for slot in slots[:1])
+                self.hear(ev.BucketRelayed(bucket=instruction.bucket, nodes=(), failed=failed))
             case do.ExportBucket(slot=slot) | do.RelayBucket(slot=slot):
                 self.hear(ev.BridgeLost(node=slot.node, bridge=slot.bridge, error=ERROR))
             case do.AwaitRelease(engine=name, bucket=bucket):

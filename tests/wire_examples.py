@@ -88,7 +88,8 @@ EXAMPLES: tuple[msg.Message, ...] = (
     ),
     msg.Changed(id=15, engines=(ENGINE,)),
     msg.Exchange(
-        id=16, push="p", bucket=1, rail=0, slot=2, token=77, parts=(msg.Part(root=1, runs=b"\x01" * 16),), timeout=5.0
+        id=16, push="p", bucket=1, rail=0, slot=2, generation=3, token=77,
+        parts=(msg.Part(root=1, runs=b"\x01" * 16),), timeout=5.0,
     ),
     msg.Gather(push="p", group="trainer-1", model="default", version=3),
     msg.RankSays(push="p", rank=9, body=b"frame", lost="it has not been heard"),

@@ -5,6 +5,7 @@ from there. The slots they write into are this node's own.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from weightsync.wire.codec import decode_untrusted, encode
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from weightsync.errors import ErrorRecord
+    from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
 
 __all__ = ["Branch"]
@@ -33,7 +34,8 @@ class _Rank:
     number: int  # the rank's own number of this push; each message of and to it carries it
     heard: float
     told: bool = False  # the outcome
-    leases: dict[int, int] = field(default_factory=dict)  # bucket that it may be writing → bridge
+    stopped: bool = False  # it writes nothing more
+    leases: dict[int, tuple[int, str | None]] = field(default_factory=dict)  # bucket it may be writing → bridge, arena
 
 
 class Branch:
@@ -52,13 +54,15 @@ class Branch:
         self._bridges = bridges
         self._send = send
         self._forward = forward
+        self._arenas: tuple[str | None, ...] = ()  # incarnations of the bridges that ranks were offered
         self._at_rest = asyncio.Event()  # no rank may write
-        self._at_rest.set()
 
-    @property
-    def ended(self) -> bool:
-        """Its ranks have been told the outcome: one that calls now wants another push."""
-        return bool(self.ranks) and all(rank.told for rank in self.ranks.values())
+    def takes(self, identity: bytes, message: msg.Open) -> bool:
+        """Whether this call is for this push. One of a rank that has called for it, by another number, is for the next;
+        it may have given this one up, or have been told its outcome before the others.
+        """
+        known = self.ranks.get(message.rank)
+        return known is None or known.identity != identity or known.number == message.id
 
     # --- from the ranks -------------------------------------------------------------------------------------------
 
@@ -91,7 +95,9 @@ class Branch:
             case msg.Filled():
                 self.ranks[number].leases.pop(message.bucket, None)
             case msg.Failed() | msg.Stopped():
-                self._rests(number)
+                self.ranks[number].stopped = True
+                if all(rank.stopped for rank in self.ranks.values()):
+                    self._at_rest.set()
         self._say(number, message)
         return True
 
@@ -126,40 +132,55 @@ class Branch:
                     error = TransportBroken("a bridge of its node is being restarted", rank=message.rank)
                     self._say(message.rank, msg.Failed(id=rank.number, error=error.record()))
                     return
+                self._arenas = tuple(bridge.incarnation for bridge in self._bridges)
                 words = msgspec.structs.replace(words, offers=tuple(offers))
             case msg.Lease():
-                rank.leases[words.bucket] = words.bridge
-                self._at_rest.clear()
+                if words.bridge >= len(self._arenas):
+                    raise CodecError(f"a lease on bridge {words.bridge} of {len(self._arenas)} that ranks know")
+                rank.leases[words.bucket] = (words.bridge, self._arenas[words.bridge])
             case msg.Ended():
                 rank.told = True
             case _:
                 raise CodecError(f"a rank is not told {type(words).__name__}")
         self._send(rank.identity, msgspec.structs.replace(words, id=rank.number))
 
+    # --- bridges ------------------------------------------------------------------------------------------------------
+
+    def check_arena(self, index: int) -> None:
+        """Raise `TransportBroken` where the bridge is not the one whose arena the ranks were offered."""
+        if self._arenas and self._bridges[index].incarnation != self._arenas[index]:
+            raise TransportBroken(f"bridge {self._bridges[index].name} was replaced after ranks had written into it")
+
+    def bridge_lost(self, error: WeightSyncError) -> None:
+        """With its arena goes what ranks have written: the coordinator has to know before it takes that for sent."""
+        for number, rank in self.ranks.items():
+            if self._arenas and not rank.told and not rank.stopped:
+                self._say(number, msg.Failed(id=rank.number, error=error.record()))
+
     # --- its end ------------------------------------------------------------------------------------------------------
 
-    async def end(self, why: str, *, grace: float) -> None:
-        """The push is over here. Ranks that were not told its outcome hear `why`, and have `grace` seconds to stop
-        writing; the arenas of those that do not are replaced. The coordinator, should it still live, hears of it.
+    async def end(self, why: str, error: ErrorRecord | None, *, grace: float) -> None:
+        """The push is over here. Ranks that were not told its outcome hear `error`, or else `why`, and have `grace`
+        seconds to stop writing; the arenas of those that do not are replaced. The coordinator, should it still live,
+        hears of it.
         """
         untold = {number: rank for number, rank in self.ranks.items() if not rank.told}
         for number, rank in untold.items():
             rank.told = True
-            self._send(rank.identity, msg.Ended(id=rank.number, error=self._abort(number, why)))
-        if any(rank.leases for rank in self.ranks.values()):
-            try:
+            self._send(rank.identity, msg.Ended(id=rank.number, error=error or self._abort(number, why)))
+        if self._written_into():
+            with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(grace):
                     await self._at_rest.wait()
-            except TimeoutError:
-                for index in sorted({bridge for rank in self.ranks.values() for bridge in rank.leases.values()}):
-                    self._bridges[index].retire("a rank of a push that has ended may still write into it")
+        for index in self._written_into():
+            self._bridges[index].retire("a rank of a push that has ended may still write into it")
         for number, rank in untold.items():
             self._say(number, msg.Failed(id=rank.number, error=self._abort(number, why)))
 
     def _abort(self, rank: int, why: str) -> ErrorRecord:
         return PushAborted(why, model=self.call.model, version=self.call.version, rank=rank).record()
 
-    def _rests(self, number: int) -> None:
-        self.ranks[number].leases.clear()
-        if not any(rank.leases for rank in self.ranks.values()):
-            self._at_rest.set()
+    def _written_into(self) -> list[int]:
+        """Bridges into whose arenas ranks may still write."""
+        leases = {lease for rank in self.ranks.values() if not rank.stopped for lease in rank.leases.values()}
+        return sorted(index for index, arena in leases if self._bridges[index].incarnation == arena)

@@ -30,6 +30,7 @@ class PushContext:
     manifest: Manifest | None = None
     expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
     places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
+    arenas: dict[int, str | None] = field(default_factory=dict)  # bucket from elsewhere → incarnation of its bridge
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
     incarnations: dict[str, str] = field(default_factory=dict)  # engine → what it was when it was probed
     modes: dict[str, str] = field(default_factory=dict)  # engine that was paused here and not resumed → how

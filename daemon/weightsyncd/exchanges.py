@@ -31,31 +31,31 @@ async def exchange(
 ) -> ev.BucketRelayed:
     """Have every node of the instruction's slots hold the whole bucket; `runs` are what the ranks of each have written.
 
-    One that fails breaks the communicator for every node, whoever broke it. So it is formed again with those that can
-    be reached, and they do it once more: what is written in the slots stays there.
+    One that fails breaks the communicator for every node, whoever broke it. So it is formed again, without the node
+    that broke it if that has written nothing, and they do it once more: what is written still lies in the slots.
     """
-    home = rails.home
     slots = {slot.node: slot for slot in instruction.slots}
     failed: dict[str, ErrorRecord] = {}
+    broken: dict[str, ErrorRecord] = {}
     now = time.monotonic()
     for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
-        failed = {}
-        nodes = sorted(set(slots) - {home})
-        if not rails.stands(nodes):
-            failed.update((await rails.form(nodes, until)).failed)
-        if set(failed) & set(runs):
+        nodes = sorted(set(slots) - {rails.home})
+        missing = {} if rails.stands(nodes) else await rails.form(nodes, until)
+        failed.update(missing)
+        slots = {node: slot for node, slot in slots.items() if node not in missing}
+        if broken := {node: missing[node] for node in runs if node in missing}:
             break  # without its part nobody has the bucket
-        slots = {node: slot for node, slot in slots.items() if node not in failed}
-        errors = await _attempt(rails, context, instruction.bucket, slots, runs, until)
-        failed.update(errors)
-        if not errors:
+        broken = await _attempt(rails, context, instruction.bucket, slots, runs, until)
+        if not broken:
             logger.debug("[v=%d bucket=%d] exchange.complete nodes=%d", context.version, instruction.bucket, len(slots))
             break
-        logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(errors))
-    reached = {slot.node for slot in instruction.slots} - set(failed)
-    return ev.BucketRelayed(
-        bucket=instruction.bucket, nodes=tuple(sorted(reached)), failed=tuple(sorted(failed.items()))
-    )
+        logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(broken))
+        for node in broken.keys() - runs.keys() - {rails.home}:
+            failed[node] = broken.pop(node)
+            del slots[node]
+    failed.update(broken)
+    reached = () if broken else tuple(sorted(slots))
+    return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
 
 
 async def _attempt(
@@ -66,14 +66,14 @@ async def _attempt(
     runs: Mapping[str, bytes],
     until: float,
 ) -> dict[str, ErrorRecord]:
-    """Returns the nodes that may not hold the bucket, and why."""
-    home, token = rails.home, secrets.randbits(59)
+    """Returns the node that broke it, and how; nothing where all hold the bucket."""
+    home, generation, token = rails.home, rails.generation, secrets.randbits(59)
     nodes = sorted(set(slots) - {home})
     ranks = {node: rank for rank, node in enumerate([home, *nodes])}  # in the communicator
     own = slots[home]
     bridge = rails.bridges[own.bridge]
     parts = [(ranks[node], some) for node, some in sorted(runs.items())]
-    errors: dict[str, ErrorRecord] = {}
+    broken: dict[str, ErrorRecord] = {}
 
     async def take_part(node: str) -> None:
         question = msg.Exchange(
@@ -81,6 +81,7 @@ async def _attempt(
             bucket=bucket,
             rail=slots[node].bridge,
             slot=slots[node].index,
+            generation=generation,
             token=token,
             parts=tuple(msg.Part(root=root, runs=some) for root, some in parts),
             timeout=max(0.0, until - time.monotonic()),
@@ -88,19 +89,25 @@ async def _attempt(
         try:
             await rails.peer(node).ask(question, until + MOMENT)
         except WeightSyncError as error:
-            errors[node] = error.record()
-            await rails.leave(bridge)
+            if not broken:  # the others' errors follow from the first
+                broken[node] = error.record()
+                await rails.leave(bridge)
 
-    command = commands.Exchange(
-        slot=own.index, token=token, parts=tuple(commands.Part(root=root, runs=some) for root, some in parts)
-    )
+    async def take_part_here() -> None:
+        command = commands.Exchange(
+            slot=own.index,
+            generation=generation,
+            token=token,
+            parts=tuple(commands.Part(root=root, runs=some) for root, some in parts),
+        )
+        problem = await quietly(bridge.call(command, deadline=until))
+        if problem is not None and not broken:
+            broken[home] = problem
+
     async with asyncio.TaskGroup() as group:
         for node in nodes:
             group.create_task(take_part(node))
-        mine = group.create_task(quietly(bridge.call(command, deadline=until)))
-    problem = mine.result()
-    if errors or problem is not None:
+        group.create_task(take_part_here())
+    if broken:
         rails.break_up()
-    if problem is not None and not errors:
-        errors = dict.fromkeys(nodes, problem)
-    return errors
+    return broken

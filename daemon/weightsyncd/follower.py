@@ -1,8 +1,9 @@
 """Following: this node's part in a push that another daemon coordinates, one push at a time.
 
-The coordinator's `Execute`, `Receive` and `Release` arrive here. It holds this node from its first instruction until it
-releases it, goes on to another push, comes back under another connection, or falls silent; whichever it is, what it
-left under way is stopped, engines it only paused are let go, and those it has touched stay paused.
+What the coordinator says arrives here. It holds this node from its first instruction, or from when a rank of its
+trainer has called here, until it releases it, goes on to another push, comes back under another connection, or falls
+silent; whichever it is, what it left under way is stopped, engines it only paused are let go, and those it has touched
+stay paused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, TransportTimeout
+from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, TransportTimeout, WeightSyncError
 from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
 _MAX_IN_LINES = 64  # communicators that wait to be formed
+_LEAVE = 5.0  # seconds for a bridge to abort its communicator
 _MAX_CALLS = 64  # trainers whose ranks are called for
 
 
@@ -52,6 +54,7 @@ class _Held:
     context: PushContext
     heard: float
     branch: Branch | None = None  # this node's ranks in it
+    rails: set[int] = field(default_factory=set)  # on which a broadcast may be under way
     tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
     end: asyncio.Task[None] | None = None  # set once it is being let go
 
@@ -119,7 +122,7 @@ class Follower:
         """Those of the push that holds this node, if they take part in it."""
         return self._held.branch if self._held is not None else None
 
-    def branch_for(self, message: msg.Open) -> Branch | None:
+    def branch_for(self, rank: bytes, message: msg.Open) -> Branch | None:
         """What a rank that calls now is to take part in. None if nobody has called for its trainer's ranks, or the node
         is not free for that yet.
         """
@@ -138,7 +141,7 @@ class Follower:
             held.branch = Branch(
                 call, self._bridges, send=self._send, forward=lambda message: self._send(identity, message)
             )
-        return None if held.branch.ended else held.branch
+        return held.branch if held.branch.takes(rank, message) else None
 
     def gather(self, identity: bytes, message: msg.Gather) -> None:
         """Ranks of a trainer are called for."""
@@ -153,6 +156,11 @@ class Follower:
         for group in gone:
             del self._calls[group]
         return list(gone.values())
+
+    def bridge_lost(self, error: WeightSyncError) -> None:
+        """A bridge of this node has ended."""
+        if (branch := self.branch) is not None:
+            branch.bridge_lost(error)
 
     def forget(self, group: str) -> None:
         """Its pushes are coordinated here now."""
@@ -233,16 +241,24 @@ class Follower:
                 slot = do.Slot(self._config.node.name, message.rail, message.slot)
                 self._check_slot(slot)
                 held = await self._hold(identity, message.push)
-                with _Working(held):
+                with _Working(held, message.rail):
                     await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
             case msg.Exchange():
                 until = self._until(message.timeout)
                 self._check_slot(do.Slot(self._config.node.name, message.rail, message.slot))
                 held = await self._hold(identity, message.push)
-                parts = tuple(commands.Part(root=part.root, runs=part.runs) for part in message.parts)
-                command = commands.Exchange(slot=message.slot, token=message.token, parts=parts)
-                with _Working(held):
-                    await self._bridges[message.rail].call(command, deadline=until)
+                bridge = self._bridges[message.rail]
+                if held.branch is not None:
+                    held.branch.check_arena(message.rail)
+                held.context.arenas[message.bucket] = bridge.incarnation
+                command = commands.Exchange(
+                    slot=message.slot,
+                    generation=message.generation,
+                    token=message.token,
+                    parts=tuple(commands.Part(root=part.root, runs=part.runs) for part in message.parts),
+                )
+                with _Working(held, message.rail):
+                    await bridge.call(command, deadline=until)
         return msg.Executed(event={})
 
     async def _in_line(self, identity: bytes, message: msg.JoinRail) -> msg.Message:
@@ -288,12 +304,14 @@ class Follower:
         """The coordinator is done with the push, which has failed if there is an error."""
         self._released.append((identity, push))
         held = self._held
+        if held is not None and (held.identity, held.context.push) != (identity, push):
+            held = None
         for call in self._drop_calls(identity, push):
             if error is not None:
-                self._on_missed(call, held.branch.ranks if held is not None and held.branch else (), error)
+                self._on_missed(call, held.branch.ranks if held is not None and held.branch is not None else (), error)
                 self._on_free()
-        if held is not None and held.identity == identity and held.context.push == push:
-            await self._let_go(held, None)
+        if held is not None:
+            await self._let_go(held, None, error)
 
     # --- holding and letting go -----------------------------------------------------------------------------------
 
@@ -342,29 +360,39 @@ class Follower:
         if self._held is not None and self._held.identity != identity:
             raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
 
-    async def _let_go(self, held: _Held, why: str | None) -> None:
+    async def _let_go(self, held: _Held, why: str | None, error: ErrorRecord | None = None) -> None:
         if held.end is None:
             self._drop_calls(held.identity, held.context.push)
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
-            held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it"))
+            held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it", error))
         await asyncio.shield(held.end)
 
-    async def _end(self, held: _Held, why: str) -> None:
+    async def _end(self, held: _Held, why: str, error: ErrorRecord | None) -> None:
         for task in held.tasks:
             task.cancel()
         await asyncio.gather(*held.tasks, return_exceptions=True)
         try:
-            if held.branch is not None:
-                await held.branch.end(
-                    f"node {self._config.node.name} let go of the push: {why}", grace=self._config.timeouts.grace
-                )
-            await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
+            try:
+                await asyncio.gather(*(self._end_wire(self._bridges[rail]) for rail in held.rails))
+                if held.branch is not None:
+                    why = f"node {self._config.node.name} let go of the push: {why}"
+                    await held.branch.end(why, error, grace=self._config.timeouts.grace)
+            finally:
+                await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
         finally:
             if self._held is held:
                 self._held = None
                 self._free.set()
                 self._on_free()
+
+    @staticmethod
+    async def _end_wire(bridge: Bridge) -> None:
+        """Nothing of a broadcast that was under way writes into a slot after this."""
+        try:
+            await bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE)
+        except WeightSyncError as error:
+            bridge.retire(f"a broadcast of a push that has ended may still write into it: {error.message}")
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 
@@ -387,17 +415,24 @@ class Follower:
 
 
 class _Working:
-    """While inside, the current task is one that ends with the push it works for."""
+    """While inside, the current task is one that ends with the push it works for; if it waits for a rail, that may be
+    left at work.
+    """
 
-    def __init__(self, held: _Held) -> None:
+    def __init__(self, held: _Held, rail: int | None = None) -> None:
         self._held = held
+        self._rail = rail
         self._task: asyncio.Task[object] | None = asyncio.current_task()
 
     def __enter__(self) -> None:
         assert self._task is not None, "instructions are carried out in tasks"
         self._held.tasks.add(self._task)
+        if self._rail is not None:
+            self._held.rails.add(self._rail)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._task is not None
+        if self._rail is not None and kind is None:
+            self._held.rails.discard(self._rail)
         self._held.tasks.discard(self._task)
         self._held.heard = time.monotonic()

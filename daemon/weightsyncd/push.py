@@ -104,8 +104,7 @@ class Push:
             last_version=last_version,
         )
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
-        self._others = set(present) if first.world > 1 else set()  # nodes whose ranks may take part
-        self._called: set[str] = set()
+        self._called: set[str] = set()  # nodes whose ranks may take part
         self._call_for_ranks()
         self._carry_out(self.session.start(now))
 
@@ -142,12 +141,17 @@ class Push:
     def _finish(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        over = msg.Release(push=self.context.push, error=self.session.error)
-        for node in ({*self._engines.values()} | self._others) - {self._home}:
-            if node in self._services.peers:
-                self._services.peers[node].tell(over)
         logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
+
+    def _release(self) -> None:
+        """The other nodes are free; one whose ranks have yet to call for this push tells them that it has failed."""
+        error = self.session.error if len(self.ranks) < self.world else None
+        over = msg.Release(push=self.context.push, error=error)
+        held = {*self._engines.values(), *self._called, *(known.node for known in self.ranks.values())}
+        for node in held - {self._home}:
+            if (peer := self._services.peers.get(node)) is not None:
+                peer.tell(over)
 
     # --- trainer ranks ----------------------------------------------------------------------------------------------
 
@@ -164,6 +168,9 @@ class Push:
                 error = PushRefused(reason, model=self.session.model, version=self.session.version)
                 self._tell(message.rank, msg.Ended(error=error.record()), rank)
             return
+        if self.session.ended:  # that was on its way when it failed
+            self._tell(message.rank, msg.Ended(error=self.session.error), rank)
+            return
         self.ranks[message.rank] = rank
         if terms != self._terms or message.rank >= message.world:
             names = ("version", "model", "world size", "pause")
@@ -174,9 +181,14 @@ class Push:
             error = PushRefused(f"rank {message.rank} {what}", rank=message.rank)
             self.hear(ev.RankFailed(rank=message.rank, error=error.record()))
             return
+        peer = self._services.peers.get(rank.node)
         self.hear(
             ev.RankOpened(
-                rank=message.rank, layout=message.layout, node=rank.node, describe_seconds=message.describe_seconds
+                rank=message.rank,
+                layout=message.layout,
+                node=rank.node,
+                slots=peer.info.slots if peer is not None and peer.info is not None else (),
+                describe_seconds=message.describe_seconds,
             )
         )
 
@@ -217,12 +229,11 @@ class Push:
     def _call_for_ranks(self) -> None:
         """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
         session = self.session
-        if len(self.ranks) == self.world:
+        if self.world == 1 or session.ended or len(self.ranks) == self.world:
             return
         call = msg.Gather(push=self.context.push, group=self.group, model=session.model, version=session.version)
-        for node in sorted(self._others - self._called):
-            peer = self._services.peers.get(node)
-            if peer is not None and peer.info is not None:
+        for node, peer in self._services.peers.items():
+            if node not in self._called and peer.info is not None:
                 peer.tell(call)
                 self._called.add(node)
 
@@ -258,7 +269,7 @@ class Push:
             case do.MakePlan():
                 self._start(self._make_plan())
             case do.FormGroup():
-                self._start(self._services.rails.form(instruction.nodes, instruction.deadline))
+                self._start(self._form_group(instruction))
             case do.RelayBucket():
                 self._start(self._relay(instruction))
             case do.ExchangeBucket():
@@ -311,13 +322,14 @@ class Push:
         assert self._plan is not None, "ExchangeBucket comes after PlanMade"
         names = self._nodes()
         runs = {names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
-        wire = self._services.executor.wire
-        index = instruction.slots[0].bridge
-        incarnation = wire.bridges[index].incarnation
-        try:
-            return await exchange(self._services.rails, self.context, instruction, runs)
-        except TransportError as error:
-            return wire.bridge_lost(index, incarnation, error, instruction.bucket)
+        (own,) = [slot for slot in instruction.slots if slot.node == self._home]
+        self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
+        return await exchange(self._services.rails, self.context, instruction, runs)
+
+    async def _form_group(self, instruction: do.FormGroup) -> ev.Event:
+        failed = await self._services.rails.form(instruction.nodes, instruction.deadline)
+        reached = tuple(node for node in instruction.nodes if node not in failed)
+        return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 
     def _nodes(self) -> list[str]:
         """Where ranks are: this node, and then the others by name."""
@@ -436,6 +448,8 @@ class Push:
             self._timer.cancel()
         if self._chores:
             await asyncio.wait(list(self._chores), timeout=self._services.config.timeouts.operation)
+        if self.done.is_set():
+            self._release()
         left = [*self._tasks, *self._chores]
         for task in left:
             task.cancel()

@@ -41,7 +41,7 @@ class Rails:
         self.home = config.node.name
         self.bridges = bridges
         self._peers = peers
-        self._generation = 0
+        self.generation = 0  # of the communicators that were formed last
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
         self._taken = False  # by another daemon, whose communicators these bridges have joined since
         self._ours = False  # it was this daemon that formed the last one
@@ -78,16 +78,16 @@ class Rails:
             nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
             if not nodes or self._taken or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
-            formed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
-            problems = {node: error.message for node, error in formed.failed}
+            failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
+            problems = {node: error.message for node, error in failed.items()}
             for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
                 logger.warning("[node=%s] no communicator: %s", node, problems[node])
             told = problems
             if problems:
                 await asyncio.sleep(self._config.timeouts.probe_every)
 
-    async def form(self, nodes: Sequence[str], deadline: float) -> ev.GroupFormed:
-        """See that every rail reaches `nodes`; those that cannot be reached are left out and named."""
+    async def form(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
+        """See that every rail reaches `nodes`. Returns those that cannot be reached, which are left out, and why."""
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
             await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
@@ -108,8 +108,7 @@ class Rails:
                     break
                 failed.update(bad)
                 wanted = [node for node in wanted if node not in failed]
-            reached = tuple(node for node in nodes if node not in failed)
-            return ev.GroupFormed(nodes=reached, failed=tuple(sorted(failed.items())))
+            return failed
 
     def peer(self, node: str) -> Peer:
         """The peer of that name, which may have gone while a communicator was formed. Raises `DaemonLost`."""
@@ -147,7 +146,7 @@ class Rails:
 
     async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
-        self._generation += 1
+        self.generation += 1
         self._members, self._taken, self._ours = (), False, True
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
@@ -163,7 +162,7 @@ class Rails:
         """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
         bridge, address, key = self.bridges[rail], self._config.cluster.address, secrets.token_hex(16)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
-        generation, world = self._generation, len(nodes) + 1
+        generation, world = self.generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
         first: list[_NodeFailed] = []
 
@@ -219,7 +218,7 @@ class Rails:
         for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
             errors: dict[str, ErrorRecord] = {}
             if not self.stands(sorted(targets)):
-                errors.update((await self.form(sorted(targets), until)).failed)
+                errors.update(await self.form(sorted(targets), until))
             left = {node: target for node, target in targets.items() if node not in errors}
             if left:
                 errors.update(await self._broadcast(context, instruction, left, sequence, until))

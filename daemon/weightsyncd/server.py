@@ -379,6 +379,7 @@ class Server:
 
     def _bridge_lost(self, bridge: Bridge, error: WeightSyncError) -> None:
         self.rails.break_up()
+        self.follower.bridge_lost(error)
         lost = ev.BridgeLost(node=self.config.node.name, bridge=bridge.config.index, error=error.record())
         self.trainers.hear(lost)
 

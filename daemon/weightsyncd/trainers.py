@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,7 @@ __all__ = ["Trainers"]
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 4096  # ranks
+_MAX_FAILED = 64  # trainers
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,6 @@ class _Waiting:
 class _Failed:
     """A push that failed before all its ranks had called."""
 
-    group: str
     model: str
     version: int
     ranks: frozenset[int]  # that had
@@ -75,7 +76,7 @@ class Trainers:
         self._on_free = on_free
         self._versions: dict[str, int] = {}  # model → newest version committed on any engine
         self._waiting: list[_Waiting] = []
-        self._failed: _Failed | None = None
+        self._failed: OrderedDict[str, _Failed] = OrderedDict()  # by trainer
         self._ending: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._seen = False  # the peers, just now
@@ -98,19 +99,26 @@ class Trainers:
             if self.stopping:
                 self._refuse(call, "weightsyncd is stopping", None)
                 return
-            version, model = push.session.version, push.session.model
-            reason = f"a push of version {version} of {model!r} by another trainer is under way"
-            self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
-        elif (branch := self._follower.branch_for(message)) is not None:
+            if self._leads(message):
+                version, model = push.session.version, push.session.model
+                reason = f"a push of version {version} of {model!r} by another trainer is under way"
+                self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
+            else:  # the push that it takes part in waits for this node
+                self._wait(call)
+        elif (branch := self._follower.branch_for(call.identity, message)) is not None:
             branch.open(call.identity, message)
         elif (failed := self._missed(message)) is not None:
-            self._failed = replace(failed, ranks=failed.ranks | {message.rank})  # once: it may try again
+            self._failed[message.group] = replace(failed, ranks=failed.ranks | {message.rank})  # once: it may try again
             self._services.send(call.identity, msg.Ended(id=message.id, error=failed.error))
         elif self.stopping:
             self._refuse(call, "weightsyncd is stopping", None)
         elif push is None and self._follower.following is None and self._leads(message) and self._peers_seen():
             self._begin(call)
-        elif len(self._waiting) < _MAX_WAITING:
+        else:
+            self._wait(call)
+
+    def _wait(self, call: _Waiting) -> None:
+        if len(self._waiting) < _MAX_WAITING:
             self._waiting.append(call)
         else:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
@@ -160,11 +168,15 @@ class Trainers:
 
     def _missed(self, message: msg.Open) -> _Failed | None:
         """The push that this rank calls for, if that has failed without it."""
-        failed = self._failed
+        failed = self._failed.get(message.group)
         if failed is None or time.monotonic() > failed.until or message.rank in failed.ranks:
             return None
-        same = (failed.group, failed.model, failed.version) == (message.group, message.model, message.version)
-        return failed if same else None
+        return failed if (failed.model, failed.version) == (message.model, message.version) else None
+
+    def _note(self, group: str, failed: _Failed) -> None:
+        self._failed[group] = failed
+        while len(self._failed) > _MAX_FAILED:
+            self._failed.popitem(last=False)
 
     def _begin(self, call: _Waiting) -> None:
         message = call.message
@@ -177,7 +189,7 @@ class Trainers:
             models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
-        self._failed = None
+        self._failed.pop(message.group, None)
         self._follower.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         self.push = Push(self._services, first, engines, self._versions.get(message.model))
@@ -214,14 +226,9 @@ class Trainers:
         if session.committed:
             self._versions[session.model] = session.version
         if session.error is not None and len(push.ranks) < push.world:
-            self._failed = _Failed(
-                group=push.group,
-                model=session.model,
-                version=session.version,
-                ranks=frozenset(push.ranks),
-                error=session.error,
-                until=min(session.push_deadline, session.finished + self._services.config.timeouts.operation),
-            )
+            until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
+            failed = _Failed(session.model, session.version, frozenset(push.ranks), session.error, until)
+            self._note(push.group, failed)
         node = self._services.config.node.name
         answering = [e.name for e in session.engines.values() if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
@@ -236,7 +243,7 @@ class Trainers:
     def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
         """A push that another node coordinated has failed, perhaps before all ranks of this node had called."""
         until = time.monotonic() + self._services.config.timeouts.operation
-        self._failed = _Failed(call.group, call.model, call.version, frozenset(ranks), error, until)
+        self._note(call.group, _Failed(call.model, call.version, frozenset(ranks), error, until))
 
     def go_on(self) -> None:
         """The node may be free: whoever waits tries again."""

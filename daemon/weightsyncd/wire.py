@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import EngineLost, LocalProtocolError, TransportError, TransportTimeout, WeightSyncError
+from weightsync.errors import (
+    EngineLost,
+    LocalProtocolError,
+    TransportBroken,
+    TransportError,
+    TransportTimeout,
+    WeightSyncError,
+)
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -96,6 +103,9 @@ class NodeWire:
             checksum=context.sums.get(bucket, 0) if bridge.config.gpu else None,
         )
         incarnation = bridge.incarnation
+        if context.arenas.get(bucket, incarnation) != incarnation:
+            gone = TransportBroken(f"bridge {bridge.name} was replaced after bucket {bucket} had arrived in it")
+            return ev.BridgeLost(node=self.node, bridge=slot.bridge, error=gone.record())
         context.held.update((name, bucket) for name in readers)
         try:
             for ranks in readers.values():
@@ -137,7 +147,9 @@ class NodeWire:
         # numbered by this node, whose bridge counts on: a coordinator that was restarted begins at 1 again
         sequence = next(self._sequences)
         receive = commands.Receive(ticket=ticket, slot=slot.index, sequence=sequence)
-        await self.bridges[slot.bridge].call(receive, deadline=deadline)
+        bridge = self.bridges[slot.bridge]
+        context.arenas[bucket] = bridge.incarnation
+        await bridge.call(receive, deadline=deadline)
         context.places[bucket] = (slot, sequence)
 
     async def await_release(self, context: PushContext, instruction: do.AwaitRelease) -> ev.Event:

@@ -18,6 +18,10 @@ def away(pair):
     return pair.others[0]
 
 
+def at(daemon):
+    return {"endpoint": daemon.endpoint}
+
+
 def call(pair, ranks, version, *, only=None, **more):
     """Those of `ranks` that are given call: the first at home, the others away."""
     for number, rank in enumerate(ranks):
@@ -35,7 +39,7 @@ def start(pair, **terms):
 
 
 def filling(pair, number, read):
-    """A push in which rank `number` stops before a read: at its first, no engine is touched yet."""
+    """A push in which rank `number` stops before a read."""
     ranks = start(pair, only={number: {"gate": ["read", read]}})
     ranks[number].wait_at("read")
     return ranks
@@ -170,6 +174,34 @@ def test_ctrl_c_in_a_rank_away_is_told_to_all(pair):
         assert (error["kind"], error["rank"]) == ("PushAborted", 2)
         assert error["seconds"] < 5
     pair.torn_or_whole(pair.before)
+    call(pair, ranks, pair.next_version())  # the interrupted rank lives, and so does its link
+    assert all(rank.report()["complete"] for rank in ranks)
+
+
+def test_a_rank_that_gives_up_and_calls_again_at_once_takes_part_in_the_next_push(pair):
+    ranks = filling(pair, 0, 0)
+    version = pair.next_version()
+    ranks[2].kill(signal.SIGINT)
+    assert ranks[2].result() == {"interrupted": True}
+    call(pair, [None, None, ranks[2]], version)
+    ranks[0].go()
+    for rank in ranks[:2]:
+        assert rank.error()["rank"] == 2
+    call(pair, [*ranks[:2], None], version)
+    assert all(rank.report()["complete"] for rank in ranks)
+
+
+def test_a_rank_whose_node_has_a_push_of_its_own_waits_for_that(pair):
+    (own,) = pair.start_ranks(1)
+    own.push(**pair.terms(0, 1, version=pair.next_version(), group="another", gate=["read", 5]) | at(away(pair)))
+    own.wait_at("read")
+    ranks = start(pair)
+    pair.wait_waiting_for("ranks 1, 2 of 3 to call")
+    own.go()
+    assert own.report()["complete"]
+    reports = [rank.report() for rank in ranks]
+    assert reports[0]["version"] == reports[1]["version"]
+    assert {engine["outcome"] for engine in reports[0]["engines"] if engine["engine"] == "home"} == {"committed"}
 
 
 def test_a_rank_away_that_stands_still_loses_its_arena_and_not_its_push_the_next(pair):
@@ -197,6 +229,7 @@ def test_a_bridge_that_is_lost(pair, where, read, number):
     errors = [rank.error() for rank in ranks]
     for error in errors:
         assert error["kind"] == "PushAborted"
+        assert f"bridge {daemon.name}/0" in error["message"], "not what follows from it"
         assert error["seconds"] < 15
     pair.torn_or_whole(pair.before)
     until(lambda: pair.bridge_pids(daemon) not in ([], [bridge]), "another bridge")

@@ -255,6 +255,43 @@ def test_a_node_with_ranks_that_is_lost_ends_the_push(kind):
     assert world.session.done
 
 
+def without_slots(world: World, node: str) -> World:
+    """Its node was not connected when the push began."""
+    world.session._capacity = {place: count for place, count in world.session._capacity.items() if place[0] != node}
+    world.session._free = {place: free for place, free in world.session._free.items() if place[0] != node}
+    return world
+
+
+def test_an_engine_of_a_node_that_was_not_connected_is_left_out():
+    world = without_slots(World(engines={"a": "home", "b": "away"}), "away")
+    world.open_all()
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world) == {"a": "committed", "b": "skipped"}
+    assert "not connected when the push began" in str(world.session.engines["b"].error)
+
+
+def test_a_node_that_comes_with_a_rank_brings_its_slots():
+    world = without_slots(spread({"a": "home"}), "away")
+    for rank, node in enumerate(world.places):
+        slots = (2,) if node == "away" else ()
+        world.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=node, slots=slots))
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+def test_a_communicator_that_was_asked_for_anew_is_waited_for():
+    """The bridge at home has died while it was formed: that it failed then says nothing of the nodes."""
+    world = spread({"a": "home", "b": "away"})
+    world.open_all()
+    old = world.run_until(do.FormGroup)
+    world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
+    world.fail(old)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert set(outcomes(world).values()) == {"committed"}
+
+
 def test_a_node_with_ranks_that_no_exchange_reaches_ends_the_push():
     world = spread({"a": "home"})
     world.open_all()

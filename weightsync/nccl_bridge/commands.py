@@ -260,11 +260,13 @@ class Part(msgspec.Struct, frozen=True, kw_only=True):
 class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     """Give every other member the parts of the bucket in `slot` that are this member's, and take theirs, verified.
 
-    All members are told the same `parts`, and the same `token`, which no other exchange has.
+    All members are told the same `parts`, and the same `token`, which no other exchange has. Their roots are ranks of
+    `generation`.
     """
 
     reply = Done
     slot: Natural
+    generation: Natural
     token: Natural
     parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
 

@@ -149,6 +149,8 @@ class BridgeService:
                 return self._receive(member, command, deadline)
             case c.Exchange():
                 self._check_idle(command.slot)
+                if (generation := member.communicator.generation) != command.generation:
+                    raise LocalProtocolError(f"bridge {self.name} has joined generation {generation} since")
                 member.exchange.run(self.arena.slot(command.slot), command.token, command.parts, deadline=deadline)
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")

@@ -56,6 +56,7 @@ class RankOpened(Event, frozen=True):
     rank: int
     layout: bytes  # digest of its layout
     node: str = ""  # that it runs on; "" for the trainer's node that coordinates, home
+    slots: tuple[int, ...] = ()  # of that node's bridges, should it not have been known when the push began
     describe_seconds: float = 0.0
 
 
@@ -123,8 +124,9 @@ class PlanFailed(Event, frozen=True):
 
 
 class GroupFormed(Event, frozen=True):
-    """The communicator reaches `nodes`; each has `slots` free slots per bridge. `failed` nodes are out of this push."""
+    """The communicator reaches `nodes`. `failed` nodes are out of this push."""
 
+    number: int  # of the instruction
     nodes: tuple[str, ...]
     failed: tuple[tuple[str, ErrorRecord], ...] = ()
 

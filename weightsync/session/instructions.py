@@ -85,9 +85,10 @@ class MakePlan(Instruction, frozen=True):
 
 
 class FormGroup(Instruction, frozen=True):
-    """See that the communicator reaches `nodes`. Ends in `GroupFormed`."""
+    """See that the communicator reaches `nodes`. Ends in `GroupFormed` of the same number."""
 
     nodes: tuple[str, ...]
+    number: int
 
 
 # --- towards engines: end in the event of the same name in the past tense, or in `EngineFailed` ------------------
@@ -176,7 +177,7 @@ class RelayBucket(Instruction, frozen=True):
 
 class ExchangeBucket(Instruction, frozen=True):
     """Ranks of several nodes have written parts of the bucket, each into its own node's slot of `slots`: have the
-    bridges give them to one another, so that all have it whole. Ends in `BucketRelayed` or `BridgeLost`.
+    bridges give them to one another, so that all have it whole. Ends in `BucketRelayed`, which names home, too.
     """
 
     bucket: int

@@ -30,11 +30,17 @@ class Opening(Transferring):
         """Of nodes with engines, and with ranks that write: replicas elsewhere need not be reached."""
         writers = {self._rank_nodes[rank] for bucket in self.buckets for rank in bucket.fillers}
         self._spread = bool(writers - {self.home})
-        self._nodes &= {self.home, *writers, *(e.node for e in self.engines.values())}
+        self._nodes &= {self.home, *writers, *(e.node for e in self._live())}
+        for node in [n for n in self._remote_nodes() if (n, 0) not in self._capacity]:
+            error = self._record("DaemonLost", f"node {node} was not connected when the push began")
+            self._drop_node(node, error, "open", now=now, out=out)
+        if self.ended:
+            return
         remote = self._remote_nodes()
+        self._groups += 1
         self._group_ready = not remote
         if remote:
-            out.append(do.FormGroup(nodes=tuple(remote), deadline=self._until(now)))
+            out.append(do.FormGroup(nodes=tuple(remote), number=self._groups, deadline=self._until(now)))
 
     def _on_rank_opened(self, event: ev.RankOpened, now: float, out: list[Instruction]) -> None:
         if event.rank in self._layouts:
@@ -42,6 +48,10 @@ class Opening(Transferring):
         self._layouts[event.rank] = event.layout
         self._rank_nodes[event.rank] = event.node or self.home
         self._nodes.add(event.node or self.home)
+        for bridge, count in enumerate(event.slots):
+            if (event.node, bridge) not in self._capacity:
+                self._capacity[event.node, bridge] = count
+                self._free[event.node, bridge] = list(range(count))
         self.phases.seconds["describe"] = max(self.phases.seconds["describe"], event.describe_seconds)
         self._plan_when_open(now, out)
 
@@ -84,7 +94,7 @@ class Opening(Transferring):
             self._fail(event.error, now, out)
 
     def _on_group_formed(self, event: ev.GroupFormed, now: float, out: list[Instruction]) -> None:
-        if self._group_ready:
+        if self._group_ready or event.number != self._groups:  # asked for once more since
             return
         self._group_ready = True
         for node, error in event.failed:
@@ -110,6 +120,7 @@ class Opening(Transferring):
         """Nothing was leased yet: its successor will do, once the plan and the group stand on it."""
         if self._planned:
             self._planned = self._group_ready = False
+            self._groups += 1  # what is being formed stands on the old one
             self.phases.start("plan", now)
             out.append(do.MakePlan(deadline=self._until(now)))
 

@@ -80,6 +80,7 @@ class SessionState:
         self._awaited_layouts: set[int] = set()
         self._planning = self._planned = False
         self._group_ready = False
+        self._groups = 0  # number of the one that is waited for
         self._nodes: set[str] = {home, *engines.values()}  # and those of the ranks; without what has left
         self._rank_nodes: dict[int, str] = {}
         self._spread = False  # ranks of several nodes write: every node gets every bucket by an exchange

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from weightsync.session import instructions as do
 from weightsync.session.committing import Committing
-from weightsync.session.state import State
-from weightsync.session.tracks import BucketTrack, Copy, EngineStage, EngineTrack
+from weightsync.session.state import State, about
+from weightsync.session.tracks import Copy, EngineStage, EngineTrack
 
 if TYPE_CHECKING:
     from weightsync.session import events as ev
@@ -66,14 +66,19 @@ class Transferring(Committing):
         self._go_on(now, out)
 
     def _on_bucket_relayed(self, event: ev.BucketRelayed, now: float, out: list[Instruction]) -> None:
-        home = self._copy(event.bucket, self.home)
-        if home is None or not home.relaying:
+        if not 0 <= event.bucket < len(self.buckets):
             return
         bucket = self.buckets[event.bucket]
+        if not any(copy.relaying for copy in bucket.copies.values()):
+            return
         bucket.relayed = True
-        self._relay_ended(bucket)
+        self._relay_busy.discard(bucket.owner)
+        for copy in bucket.copies.values():
+            copy.relaying = False
         self.phases.stop("wire", now)
         for node, error in event.failed:
+            if node == self.home and not self.ended:
+                self._fail(about(error, bucket=event.bucket, phase="wire"), now, out)
             self._drop_node(node, error, "relay", now=now, out=out)
         if not self.ended:
             for node in event.nodes:
@@ -96,11 +101,6 @@ class Transferring(Committing):
         engine.loaded += 1
         out.append(do.AwaitRelease(engine=engine.name, bucket=event.bucket, deadline=self._until(now)))
         self._go_on(now, out)
-
-    def _relay_ended(self, bucket: BucketTrack) -> None:
-        self._relay_busy.discard(bucket.owner)
-        for copy in bucket.copies.values():
-            copy.relaying = False
 
     # --- going on ---------------------------------------------------------------------------------------------------
 

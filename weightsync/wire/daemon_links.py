@@ -227,7 +227,10 @@ class PeerLink:
             if waiting is not None and not waiting.done():
                 waiting.set_result(message)
             elif message.id == 0 and self._on_news is not None:
-                self._on_news(message)
+                try:
+                    self._on_news(message)
+                except Exception:  # the seam: a bug in who listens must not look like a line that is dead
+                    logger.exception("%s from %s failed", type(message).__name__, self.endpoint)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
         """Note handshakes that fail."""

@@ -327,6 +327,7 @@ class Exchange(Message, frozen=True, tag="exchange"):
     bucket: Natural
     rail: Natural
     slot: Natural
+    generation: Natural  # of the communicator that the parts' roots are ranks of
     token: Natural  # that no other exchange has
     parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
     timeout: Seconds
