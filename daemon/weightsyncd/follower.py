@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, TransportTimeout, WeightSyncError
+from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, WeightSyncError
 from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
 from weightsyncd.branch import Branch
+from weightsyncd.calls import Calls
 from weightsyncd.context import PushContext
+from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 
 if TYPE_CHECKING:
@@ -41,9 +43,7 @@ __all__ = ["Follower"]
 logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
-_MAX_IN_LINES = 64  # communicators that wait to be formed
 _LEAVE = 5.0  # seconds for a bridge to abort its communicator
-_MAX_CALLS = 64  # trainers whose ranks are called for
 
 
 @dataclass(eq=False)
@@ -91,13 +91,11 @@ class Follower:
         self._busy = busy
         self._wind_up = wind_up
         self._on_free = on_free
-        self._on_taken = on_taken
+        self._joining = Joining(config, bridges, on_taken)
         self._send = send
         self._on_missed = on_missed
-        self._calls: OrderedDict[str, tuple[bytes, msg.Gather]] = OrderedDict()  # by trainer; who coordinates, and what
+        self.calls = Calls()
         self._held: _Held | None = None
-        self._lines = [asyncio.Lock() for _ in bridges]  # a bridge forms one communicator at a time
-        self._in_lines = 0
         self._free = asyncio.Event()
         self._free.set()
         self._stopping = False
@@ -126,13 +124,14 @@ class Follower:
         """What a rank that calls now is to take part in. None if nobody has called for its trainer's ranks, or the node
         is not free for that yet.
         """
-        identity, call = self._calls.get(message.group, (b"", None))
-        if call is None or self._busy() or self._stopping:
+        found = self.calls.get(message.group)
+        if found is None or self._busy() or self._stopping:
             return None
+        identity, call = found
         held = self._held
         if held is None:
             if not self._send(identity, msg.Heartbeat()):  # that connection is gone, and so is whoever called
-                self._drop_calls(identity)
+                self.calls.drop(identity)
                 return None
             held = self._take(identity, PushContext(call.push, call.model, call.version))
         if held.identity != identity or held.context.push != call.push or held.end is not None:
@@ -145,26 +144,13 @@ class Follower:
 
     def gather(self, identity: bytes, message: msg.Gather) -> None:
         """Ranks of a trainer are called for."""
-        self._calls[message.group] = (identity, message)
-        while len(self._calls) > _MAX_CALLS:
-            self._calls.popitem(last=False)
+        self.calls.add(identity, message)
         self._on_free()
-
-    def _drop_calls(self, identity: bytes, push: str = "") -> list[msg.Gather]:
-        """Nobody is called for by this connection any more, or not for this push."""
-        gone = {g: call for g, (who, call) in self._calls.items() if who == identity and push in ("", call.push)}
-        for group in gone:
-            del self._calls[group]
-        return list(gone.values())
 
     def bridge_lost(self, error: WeightSyncError) -> None:
         """A bridge of this node has ended."""
         if (branch := self.branch) is not None:
             branch.bridge_lost(error)
-
-    def forget(self, group: str) -> None:
-        """Its pushes are coordinated here now."""
-        self._calls.pop(group, None)
 
     def tell(self, identity: bytes, message: msg.TellRank) -> None:
         """The coordinator has something for a rank of this node. Raises `CodecError`."""
@@ -183,7 +169,7 @@ class Follower:
         """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
         self.heard(identity)
         for other in [i for i, node in self._nodes.items() if node == message.node and i != identity]:
-            self._drop_calls(other)
+            self.calls.drop(other)
         self._nodes[identity] = message.node
         while len(self._nodes) > 1024:
             self._nodes.popitem(last=False)
@@ -235,7 +221,10 @@ class Follower:
             raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
         match message:
             case msg.JoinRail():
-                return await self._in_line(identity, message)
+                until = self._until(message.timeout)
+                if self._busy():
+                    await self._wind_up(until)
+                await self._joining.join(message, lambda: self._check_free(identity), until=until)
             case msg.Receive():
                 until = self._until(message.timeout)
                 slot = do.Slot(self._config.node.name, message.rail, message.slot)
@@ -261,52 +250,13 @@ class Follower:
                     await bridge.call(command, deadline=until)
         return msg.Executed(event={})
 
-    async def _in_line(self, identity: bytes, message: msg.JoinRail) -> msg.Message:
-        """Form a communicator: at each bridge one at a time, and none while a push that is not the asker's needs it."""
-        until, line = self._until(message.timeout), self._lines[message.rail]
-        if self._busy():
-            await self._wind_up(until)
-        self._check_free(identity)
-        if self._in_lines >= _MAX_IN_LINES:
-            raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
-        self._in_lines += 1
-        try:
-            async with asyncio.timeout(until - time.monotonic()):
-                await line.acquire()
-        except TimeoutError:
-            raise TransportTimeout(f"bridge {message.rail} of this node is forming other communicators") from None
-        finally:
-            self._in_lines -= 1
-        try:
-            self._check_free(identity)
-            return await self._form(message, until)
-        finally:
-            line.release()
-
-    async def _form(self, message: msg.JoinRail, until: float) -> msg.Message:
-        bridge, address = self._bridges[message.rail], self._config.cluster.address
-        self._on_taken()
-        await bridge.prompt(deadline=until)
-        await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
-        join = commands.Join(
-            generation=message.generation,
-            rank=message.rank,
-            world=message.world,
-            host=message.host,
-            port=message.port,
-            address=address,
-            key=message.key,
-        )
-        await bridge.call(join, deadline=until)
-        return msg.Executed(event={})
-
     async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:
         """The coordinator is done with the push, which has failed if there is an error."""
         self._released.append((identity, push))
         held = self._held
         if held is not None and (held.identity, held.context.push) != (identity, push):
             held = None
-        for call in self._drop_calls(identity, push):
+        for call in self.calls.drop(identity, push):
             if error is not None:
                 self._on_missed(call, held.branch.ranks if held is not None and held.branch is not None else (), error)
                 self._on_free()
@@ -362,7 +312,7 @@ class Follower:
 
     async def _let_go(self, held: _Held, why: str | None, error: ErrorRecord | None = None) -> None:
         if held.end is None:
-            self._drop_calls(held.identity, held.context.push)
+            self.calls.drop(held.identity, held.context.push)
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
             held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it", error))

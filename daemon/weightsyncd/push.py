@@ -14,7 +14,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import msgspec
 import numpy as np
 
 from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
@@ -23,9 +22,9 @@ from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 from weightsync.wire import messages as msg
-from weightsync.wire.codec import encode
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
+from weightsyncd.ranks import Rank, Ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -53,16 +52,6 @@ class Services:
     send: Callable[[bytes, msg.Message], bool]
 
 
-@dataclass
-class _Rank:
-    identity: bytes
-    number: int  # the rank's own number of this push; each message to it carries it
-    layout: bytes
-    cached_plan: bytes | None
-    heard: float
-    node: str
-
-
 class Push:
     """One push under way. `done` is set when its session is: the next push may begin."""
 
@@ -70,9 +59,8 @@ class Push:
         """`engines` maps the name of each engine of the model to its node."""
         config = services.config
         now = time.monotonic()
-        self.group, self.world = first.group, first.world
+        self.group = first.group
         self.done = asyncio.Event()
-        self.ranks: dict[int, _Rank] = {}
         self.outcome: msg.PushOutcome | None = None
         self._services = services
         self._terms = (first.version, first.model, first.world, first.pause)
@@ -90,6 +78,7 @@ class Push:
         self.context = PushContext(
             push=f"{self._home}-{secrets.token_hex(8)}", model=first.model, version=first.version
         )
+        self.ranks = Ranks(self.context.push, first.world, self._home, services.send, services.peers)
         self.session = PushSession(
             model=first.model,
             version=first.version,
@@ -104,8 +93,7 @@ class Push:
             last_version=last_version,
         )
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
-        self._called: set[str] = set()  # nodes whose ranks may take part
-        self._call_for_ranks()
+        self.ranks.call(first.group, first.model, first.version)
         self._carry_out(self.session.start(now))
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -115,7 +103,7 @@ class Push:
         if self.done.is_set():
             return
         if isinstance(event, ev.NodeLost):
-            self._called.discard(event.node)  # it has forgotten
+            self.ranks.node_lost(event.node)
         before = self.session.state
         instructions = self.session.handle(event, time.monotonic())
         if self.session.state is not before:
@@ -144,21 +132,12 @@ class Push:
         logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
 
-    def _release(self) -> None:
-        """The other nodes are free; one whose ranks have yet to call for this push tells them that it has failed."""
-        error = self.session.error if len(self.ranks) < self.world else None
-        over = msg.Release(push=self.context.push, error=error)
-        held = {*self._engines.values(), *self._called, *(known.node for known in self.ranks.values())}
-        for node in held - {self._home}:
-            if (peer := self._services.peers.get(node)) is not None:
-                peer.tell(over)
-
     # --- trainer ranks ----------------------------------------------------------------------------------------------
 
     def open(self, identity: bytes, message: msg.Open, node: str = "") -> None:
         """A rank has called `push_weights`, here or on another `node`."""
         terms = (message.version, message.model, message.world, message.pause)
-        rank = _Rank(identity, message.id, message.layout, message.plan, time.monotonic(), node or self._home)
+        rank = Rank(identity, message.id, message.layout, message.plan, time.monotonic(), node or self._home)
         known = self.ranks.get(message.rank)
         if known is not None:
             if (known.identity, known.node) != (identity, rank.node):
@@ -166,12 +145,12 @@ class Push:
                 if rank.node != known.node:
                     reason += f", from node {known.node}"
                 error = PushRefused(reason, model=self.session.model, version=self.session.version)
-                self._tell(message.rank, msg.Ended(error=error.record()), rank)
+                self.ranks.tell(message.rank, msg.Ended(error=error.record()), rank)
             return
-        if self.session.ended:  # that was on its way when it failed
-            self._tell(message.rank, msg.Ended(error=self.session.error), rank)
+        if self.session.ended:  # it was on its way when the push failed
+            self.ranks.tell(message.rank, msg.Ended(error=self.session.error), rank)
             return
-        self.ranks[message.rank] = rank
+        self.ranks.add(message.rank, rank)
         if terms != self._terms or message.rank >= message.world:
             names = ("version", "model", "world size", "pause")
             differ = [f"{n} {b!r}, not {a!r}" for n, a, b in zip(names, self._terms, terms, strict=True) if a != b]
@@ -181,29 +160,15 @@ class Push:
             error = PushRefused(f"rank {message.rank} {what}", rank=message.rank)
             self.hear(ev.RankFailed(rank=message.rank, error=error.record()))
             return
-        peer = self._services.peers.get(rank.node)
         self.hear(
             ev.RankOpened(
                 rank=message.rank,
                 layout=message.layout,
                 node=rank.node,
-                slots=peer.info.slots if peer is not None and peer.info is not None else (),
+                slots=self.ranks.slots_there(rank.node),
                 describe_seconds=message.describe_seconds,
             )
         )
-
-    def is_rank(self, rank: int, node: str, number: int) -> bool:
-        """Whether a rank on another node, by its own number of the push, takes part in this one."""
-        known = self.ranks.get(rank)
-        return known is not None and (known.node, known.number) == (node, number)
-
-    def rank_of(self, identity: bytes) -> int | None:
-        """Which rank of this node speaks by this identity, if one does."""
-        for rank, known in self.ranks.items():
-            if known.node == self._home and known.identity == identity:
-                known.heard = time.monotonic()
-                return rank
-        return None
 
     def filled(self, rank: int, message: msg.Filled) -> None:
         """A rank has written its parts of a bucket."""
@@ -226,34 +191,21 @@ class Push:
         error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
         self.hear(ev.RankFailed(rank=rank, error=error.record()))
 
-    def _call_for_ranks(self) -> None:
-        """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
-        session = self.session
-        if self.world == 1 or session.ended or len(self.ranks) == self.world:
-            return
-        call = msg.Gather(push=self.context.push, group=self.group, model=session.model, version=session.version)
-        for node, peer in self._services.peers.items():
-            if node not in self._called and peer.info is not None:
-                peer.tell(call)
-                self._called.add(node)
-
     def check_alive(self, liveness: float) -> None:
         """Tell the session of ranks that have fallen silent. To be called now and then."""
-        self._call_for_ranks()
-        now = time.monotonic()
-        for rank, known in self.ranks.items():
-            if known.node == self._home and now - known.heard > liveness:
-                known.heard = float("inf")
-                version = self.session.version
-                logger.warning("[push=%s v=%d] rank %d has not been heard", self.session.model, version, rank)
-                self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
+        model, version = self.session.model, self.session.version
+        if not self.session.ended:
+            self.ranks.call(self.group, model, version)
+        for rank in self.ranks.silent(liveness):
+            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank)
+            self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
 
     def _dispatch(self, instruction: do.Instruction) -> None:
         match instruction:
             case do.AskLayout():
-                self._tell(instruction.rank, msg.AskDescription())
+                self.ranks.tell(instruction.rank, msg.AskDescription())
             case do.AnnouncePlan():
                 self._announce()
             case do.GrantLease() if self._announced:
@@ -261,7 +213,7 @@ class Push:
                     bucket=instruction.bucket, bridge=instruction.slot.bridge, slot=instruction.slot.index
                 )
                 for rank in instruction.ranks:
-                    self._tell(rank, lease)
+                    self.ranks.tell(rank, lease)
             case do.EndPush():
                 self._end(instruction.error)
             case do.GrantLease():
@@ -320,7 +272,7 @@ class Push:
 
     async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
         assert self._plan is not None, "ExchangeBucket comes after PlanMade"
-        names = self._nodes()
+        names = self.ranks.nodes()
         runs = {names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
         (own,) = [slot for slot in instruction.slots if slot.node == self._home]
         self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
@@ -331,17 +283,13 @@ class Push:
         reached = tuple(node for node in instruction.nodes if node not in failed)
         return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 
-    def _nodes(self) -> list[str]:
-        """Where ranks are: this node, and then the others by name."""
-        return [self._home, *sorted({known.node for known in self.ranks.values()} - {self._home})]
-
     async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
         deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
-        digests = tuple(self.ranks[rank].layout for rank in range(self.world))
+        digests = tuple(self.ranks[rank].layout for rank in range(self.ranks.world))
         plans = self._services.plans
-        names = self._nodes()
-        nodes = tuple(names.index(self.ranks[rank].node) for rank in range(self.world))
+        names = self.ranks.nodes()
+        nodes = tuple(names.index(self.ranks[rank].node) for rank in range(self.ranks.world))
         owners = self._services.rails.count(sorted({*names, *self._engines.values()} - {self._home}))
         missing = plans.missing(digests, owners, nodes)
         if missing:
@@ -363,10 +311,11 @@ class Push:
         self._announced = None not in offers
         if not self._announced:
             return  # a bridge has just ended: `BridgeLost` is on its way here
-        for rank, known in self.ranks.items():
+        for rank in self.ranks:
+            known = self.ranks[rank]
             has_it = known.cached_plan == plan.digest
             here = known.node == self._home  # elsewhere it is told of that node's arenas, by its own daemon
-            self._tell(
+            self.ranks.tell(
                 rank,
                 msg.Planned(
                     plan=plan.digest,
@@ -393,15 +342,7 @@ class Push:
             )
         ended = msg.Ended(outcome=self.outcome if error is None else None, error=error)
         for rank in self.ranks:
-            self._tell(rank, ended)
-
-    def _tell(self, rank: int, message: msg.Message, to: _Rank | None = None) -> None:
-        known = to or self.ranks[rank]
-        message = msgspec.structs.replace(message, id=known.number)
-        if known.node == self._home:
-            self._services.send(known.identity, message)
-        elif (peer := self._services.peers.get(known.node)) is not None:
-            peer.tell(msg.TellRank(push=self.context.push, rank=rank, body=encode(message)))
+            self.ranks.tell(rank, ended)
 
     def _outcome(self) -> msg.PushOutcome:
         session = self.session
@@ -449,7 +390,7 @@ class Push:
         if self._chores:
             await asyncio.wait(list(self._chores), timeout=self._services.config.timeouts.operation)
         if self.done.is_set():
-            self._release()
+            self.ranks.release(set(self._engines.values()), self.session.error)
         left = [*self._tasks, *self._chores]
         for task in left:
             task.cancel()

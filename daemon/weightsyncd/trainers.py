@@ -118,10 +118,15 @@ class Trainers:
             self._wait(call)
 
     def _wait(self, call: _Waiting) -> None:
-        if len(self._waiting) < _MAX_WAITING:
-            self._waiting.append(call)
-        else:
+        message = call.message
+        if len(self._waiting) >= _MAX_WAITING:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
+            return
+        logger.debug("[push=%s v=%d] rank %d waits", message.model, message.version, message.rank)
+        self._waiting.append(call)
+        failed = self._failed.get(message.group)
+        if failed is not None and message.rank in failed.ranks:  # it tries again: so may the others
+            del self._failed[message.group]
 
     def _leads(self, message: msg.Open) -> bool:
         """Whether this rank's node coordinates: that of rank 0, and where no other node is known any."""
@@ -190,7 +195,7 @@ class Trainers:
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
         self._failed.pop(message.group, None)
-        self._follower.forget(message.group)
+        self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         self.push = Push(self._services, first, engines, self._versions.get(message.model))
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
@@ -225,7 +230,7 @@ class Trainers:
         self.last, self.last_error = push.outcome, session.error
         if session.committed:
             self._versions[session.model] = session.version
-        if session.error is not None and len(push.ranks) < push.world:
+        if session.error is not None and not push.ranks.complete:
             until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
             failed = _Failed(session.model, session.version, frozenset(push.ranks), session.error, until)
             self._note(push.group, failed)
@@ -290,7 +295,7 @@ class Trainers:
     def heard(self, identity: bytes) -> None:
         """A rank has shown that it is alive."""
         if self.push is not None:
-            self.push.rank_of(identity)
+            self.push.ranks.rank_of(identity)
         if (branch := self._follower.branch) is not None:
             branch.heard(identity)
 
@@ -328,13 +333,24 @@ class Trainers:
         push, branch = self.push, self._follower.branch
         if branch is not None and branch.route(identity, message):
             return
-        rank = push.rank_of(identity) if push is not None else None
+        rank = push.ranks.rank_of(identity) if push is not None else None
         if push is None or rank is None or push.ranks[rank].number != message.id:
-            if isinstance(message, msg.Failed):  # it gave up waiting
-                self._waiting = [w for w in self._waiting if (w.identity, w.message.id) != (identity, message.id)]
+            if isinstance(message, msg.Failed):
+                self._gave_up(identity, message)
             logger.debug("%s from nobody in a push", type(message).__name__)
             return
         self._rank_said(push, rank, message)
+
+    def _gave_up(self, identity: bytes, message: msg.Failed) -> None:
+        """A rank that waited does not any more; those of its trainer that call only now need not wait for it."""
+        gone = [w for w in self._waiting if (w.identity, w.message.id) == (identity, message.id)]
+        self._waiting = [w for w in self._waiting if w not in gone]
+        until = time.monotonic() + self._services.config.timeouts.operation
+        for call in gone:
+            opened = call.message
+            if not self._leads(opened):
+                failed = _Failed(opened.model, opened.version, frozenset({opened.rank}), message.error, until)
+                self._note(opened.group, failed)
 
     def route_from(self, node: str, message: msg.RankSays) -> None:
         """As `route` and `open`, for a rank on another node."""
@@ -343,7 +359,7 @@ class Trainers:
             logger.debug("rank %d of node %s, in no push of this node", message.rank, node)
             return
         if message.lost:
-            if push.ranks.get(message.rank) is not None and push.ranks[message.rank].node == node:
+            if push.ranks.is_on(message.rank, node):
                 push.hear(ev.RankLost(rank=message.rank, reason=message.lost))
             return
         try:
@@ -351,7 +367,7 @@ class Trainers:
             if isinstance(words, msg.Open) and words.rank == message.rank:
                 push.open(b"", words, node)
             elif isinstance(words, msg.Describe | msg.Filled | msg.Failed | msg.Stopped):
-                if push.is_rank(message.rank, node, words.id):
+                if push.ranks.is_on(message.rank, node) and push.ranks[message.rank].number == words.id:
                     self._rank_said(push, message.rank, words)
             else:
                 raise CodecError(f"no rank says {type(words).__name__}")

@@ -191,6 +191,23 @@ def test_a_rank_that_gives_up_and_calls_again_at_once_takes_part_in_the_next_pus
     assert all(rank.report()["complete"] for rank in ranks)
 
 
+def test_a_rank_that_gives_up_before_rank_0_calls_is_told_to_it(pair):
+    ranks = pair.start_ranks(2)
+    version = pair.next_version()
+    since = pair.log_length()
+    ranks[1].push(**pair.terms(1, 2, version=version))
+    pair.wait_log("rank 1 waits", since=since)
+    ranks[1].kill(signal.SIGINT)
+    assert ranks[1].result() == {"interrupted": True}
+    ranks[0].push(**pair.terms(0, 2, version=version))
+    error = ranks[0].error()
+    assert "rank 1 was interrupted" in error["message"]
+    assert error["seconds"] < 2
+    for number, rank in enumerate(ranks):
+        rank.push(**pair.terms(number, 2, version=version))
+    assert all(rank.report()["complete"] for rank in ranks)
+
+
 def test_a_rank_whose_node_has_a_push_of_its_own_waits_for_that(pair):
     (own,) = pair.start_ranks(1)
     own.push(**pair.terms(0, 1, version=pair.next_version(), group="another", gate=["read", 5]) | at(away(pair)))

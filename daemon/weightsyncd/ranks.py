@@ -1,0 +1,135 @@
+"""The trainer ranks of a push: which have called, on this node or on another, and how each is reached."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from weightsync.wire import messages as msg
+from weightsync.wire.codec import encode
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from weightsync.errors import ErrorRecord
+    from weightsyncd.peers import Peer
+
+__all__ = ["Rank", "Ranks"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Rank:
+    """One that has called."""
+
+    identity: bytes  # of its connection; b"" on another node, whose daemon knows it
+    number: int  # the rank's own number of this push; each message of and to it carries it
+    layout: bytes
+    cached_plan: bytes | None
+    heard: float
+    node: str
+
+
+class Ranks:
+    """See the module. `home` is this node."""
+
+    def __init__(
+        self, push: str, world: int, home: str, send: Callable[[bytes, msg.Message], bool], peers: Mapping[str, Peer]
+    ) -> None:
+        """`send` reaches a rank of this node by its identity."""
+        self.world = world
+        self._push = push
+        self._home = home
+        self._send = send
+        self._peers = peers
+        self._known: dict[int, Rank] = {}
+        self._called: set[str] = set()  # nodes that know that this push takes ranks of theirs
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._known)
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, rank: int) -> Rank:
+        return self._known[rank]
+
+    def get(self, rank: int) -> Rank | None:
+        """It, if it has called."""
+        return self._known.get(rank)
+
+    @property
+    def complete(self) -> bool:
+        """All have called."""
+        return len(self._known) >= self.world
+
+    def add(self, rank: int, known: Rank) -> None:
+        """It has called."""
+        self._known[rank] = known
+
+    def rank_of(self, identity: bytes) -> int | None:
+        """Which rank of this node shows by this that it is alive, if one does."""
+        for rank, known in self._known.items():
+            if known.node == self._home and known.identity == identity:
+                known.heard = time.monotonic()
+                return rank
+        return None
+
+    def is_on(self, rank: int, node: str) -> bool:
+        """Whether the rank has called there."""
+        known = self._known.get(rank)
+        return known is not None and known.node == node
+
+    def silent(self, liveness: float) -> list[int]:
+        """Ranks of this node that have not been heard for so many seconds, each told once; other nodes watch theirs."""
+        now = time.monotonic()
+        found = [r for r, known in self._known.items() if known.node == self._home and now - known.heard > liveness]
+        for rank in found:
+            self._known[rank].heard = float("inf")
+        return found
+
+    def nodes(self) -> list[str]:
+        """Where they are: this node, and then the others by name."""
+        return [self._home, *sorted({known.node for known in self._known.values()} - {self._home})]
+
+    def slots_there(self, node: str) -> tuple[int, ...]:
+        """By bridge, how many slots another node has."""
+        peer = self._peers.get(node)
+        return peer.info.slots if peer is not None and peer.info is not None else ()
+
+    def tell(self, rank: int, message: msg.Message, to: Rank | None = None) -> None:
+        """Say something to a rank, or to another that takes itself for it."""
+        known = to or self._known[rank]
+        message = msgspec.structs.replace(message, id=known.number)
+        if known.node == self._home:
+            self._send(known.identity, message)
+        elif (peer := self._peers.get(known.node)) is not None:
+            peer.tell(msg.TellRank(push=self._push, rank=rank, body=encode(message)))
+
+    # --- other nodes ----------------------------------------------------------------------------------------------
+
+    def call(self, group: str, model: str, version: int) -> None:
+        """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
+        if self.world == 1 or self.complete:
+            return
+        call = msg.Gather(push=self._push, group=group, model=model, version=version)
+        for node, peer in self._peers.items():
+            if node not in self._called and peer.info is not None:
+                peer.tell(call)
+                self._called.add(node)
+
+    def node_lost(self, node: str) -> None:
+        """It has forgotten that it was told."""
+        self._called.discard(node)
+
+    def release(self, nodes: set[str], error: ErrorRecord | None) -> None:
+        """The push has ended for these nodes and those with ranks. One whose ranks may yet call hears of its error."""
+        over = msg.Release(push=self._push, error=None if self.complete else error)
+        for node in (nodes | self._called | set(self.nodes())) - {self._home}:
+            if (peer := self._peers.get(node)) is not None:
+                peer.tell(over)
