@@ -94,4 +94,6 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.Gather(push="p", group="trainer-1", model="default", version=3),
     msg.RankSays(push="p", rank=9, body=b"frame", lost="it has not been heard"),
     msg.TellRank(push="p", rank=9, body=b"frame"),
+    msg.Register(id=17, node="n1", endpoint="tcp://10.0.0.2:29600"),
+    msg.Registered(id=17, nodes={"n1": "tcp://10.0.0.2:29600"}, complete=True),
 )  # fmt: skip

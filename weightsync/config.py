@@ -20,7 +20,7 @@ import stat
 import tempfile
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 from urllib.parse import urlsplit
 
 import msgspec
@@ -28,6 +28,9 @@ from msgspec import Meta
 
 from weightsync.adapters import KINDS, PATHS
 from weightsync.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 __all__ = [
     "ArenaConfig",
@@ -49,6 +52,7 @@ __all__ = [
     "url_problems",
 ]
 
+_ANYWHERE = ("*", "0.0.0.0", "::")
 _KEY_HINT = "give every node the same [cluster] key_file, made by: weightsync keygen FILE"
 _SOCKET_PATH = 100  # characters; the kernel allows 107
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
@@ -99,6 +103,7 @@ class ClusterConfig(_Section, frozen=True):
     key_file: str = ""  # made by `weightsync keygen`, the same on every node; needed beyond loopback
     address: str = "127.0.0.1"  # this node's address for communicators
     peers: dict[str, str] = {}  # node name = endpoint
+    seed: str = ""  # tcp://ADDRESS:PORT of one node, maybe this one, that tells the others of each other
 
 
 class EngineConfig(_Section, frozen=True):
@@ -162,24 +167,28 @@ def default_endpoint(node: str = "node0") -> str:
     return f"ipc://{runtime_dir() / node}.sock"
 
 
-def load_node_config(path: str | os.PathLike[str]) -> NodeConfig:
-    """Read and check a node config. Raises `ConfigError` listing every mistake."""
+def load_node_config(path: str | os.PathLike[str], changes: Sequence[str] = ()) -> NodeConfig:
+    """Read and check a node config. `changes` are as "node.name=node7", and come before what the file says. Raises
+    `ConfigError` listing every mistake.
+    """
     try:
         text = Path(path).read_bytes().decode()
     except OSError as error:
         raise ConfigError(f"cannot read the node config {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the node config {path} is not UTF-8 text: {error}") from error
-    return parse_node_config(text, name=str(path))
+    return parse_node_config(text, str(path), changes)
 
 
-def parse_node_config(text: str, name: str = "node config") -> NodeConfig:
+def parse_node_config(text: str, name: str = "node config", changes: Sequence[str] = ()) -> NodeConfig:
     """Check a node config given as TOML text. Raises `ConfigError` listing every mistake."""
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{name} is not TOML: {error}") from error
     problems: list[str] = []
+    for change in changes:
+        _set(table, change)
     sections: dict[str, Any] = {}
     known = {f.name: f.type for f in msgspec.structs.fields(NodeConfig)}
     for key, value in table.items():
@@ -194,6 +203,19 @@ def parse_node_config(text: str, name: str = "node config") -> NodeConfig:
     if problems:
         raise _mistakes(name, problems)
     return checked(NodeConfig(**sections), name)
+
+
+def _set(table: dict[str, Any], change: str) -> None:
+    """Put one key of one section into the table. What is no TOML value is a string."""
+    place, equals, text = change.partition("=")
+    section, dot, key = place.strip().partition(".")
+    named = bool(equals and dot and section and key) and section != "engines"
+    if not named or not isinstance(table.setdefault(section, {}), dict):
+        raise ConfigError(f"--set {change}: write it as SECTION.KEY=VALUE, such as node.name=node7")
+    try:
+        table[section][key] = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[section][key] = text
 
 
 def checked(config: NodeConfig, name: str = "node config") -> NodeConfig:
@@ -305,12 +327,18 @@ def _cluster_problems(config: NodeConfig) -> list[str]:
         problems.append(f"cluster.listen = {cluster.listen!r}: write it as tcp://ADDRESS:PORT")
     endpoints = [("node.listen", config.node.listen, False), ("cluster.listen", cluster.listen, keys)]
     endpoints += [(f"cluster.peers.{name}", endpoint, keys) for name, endpoint in cluster.peers.items()]
+    if cluster.seed:
+        endpoints.append(("cluster.seed", cluster.seed, keys))
+        if not cluster.listen:
+            problems.append("cluster.seed: needs a cluster.listen, at which the others reach this node")
+        elif urlsplit(cluster.listen).hostname in _ANYWHERE:
+            problems.append(f"cluster.listen = {cluster.listen!r}: the others are told to call there; give an address")
     for key, endpoint, keyed in endpoints:
         listens = key.endswith(".listen")
         try:
             if endpoint or not listens:
                 check_endpoint(endpoint, key, keys=keyed)
-            if not listens and urlsplit(endpoint).hostname in ("*", "0.0.0.0", "::"):
+            if not listens and urlsplit(endpoint).hostname in _ANYWHERE:
                 problems.append(f"{key} = {endpoint!r} is no address that can be called")
         except ConfigError as error:
             problems.append(error.message + (f"; {error.hint}" if error.hint else ""))

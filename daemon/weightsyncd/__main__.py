@@ -50,14 +50,14 @@ def _set_up_logging(config: NodeConfig) -> None:
     logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 
-async def serve(path: Path, config: NodeConfig) -> None:
+async def serve(path: Path, changes: list[str], config: NodeConfig) -> None:
     """Run until SIGTERM or SIGINT, by the config in this file; SIGHUP: look at the file again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(placed(config))
     for number in _STOPS:
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: server.reload(lambda: load_node_config(path), config))
+    loop.add_signal_handler(signal.SIGHUP, lambda: server.reload(lambda: load_node_config(path, changes), config))
     try:
         await server.run(stop)
     finally:  # nothing is left: a signal that comes now must not make the end look like a failure
@@ -70,6 +70,12 @@ def weightsyncd(
         Path,
         typer.Option("--node-config", help="TOML file; docs/configuration.md shows every key.", show_default=False),
     ],
+    changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="SECTION.KEY=VALUE, instead of what the file says: node.name=node7. May be repeated."
+        ),
+    ] = None,
     check: Annotated[bool, typer.Option("--check", help="Check the config, say what is wrong, and exit.")] = False,
 ) -> None:
     """Run weightsync's service on this node.
@@ -79,12 +85,12 @@ def weightsyncd(
     SIGHUP it has the engines and peers that the config lists then.
     """
     try:
-        config = load_node_config(node_config)
+        config = load_node_config(node_config, changes or [])
         if check:
             typer.echo(f"{node_config}: good; node {config.node.name} would listen at {config.endpoint}")
             return
         _set_up_logging(config)
-        asyncio.run(serve(node_config, config))
+        asyncio.run(serve(node_config, changes or [], config))
     except ConfigError as error:
         typer.echo(f"weightsyncd: {error}", err=True)
         sys.exit(2)

@@ -82,6 +82,7 @@ class Membership:
         runs what nobody waits for.
         """
         self.config = config
+        self._seeded: dict[str, str] = {}  # peers that a seed has told of, besides those of the config
         self._engines = engines
         self._peers = peers
         self._busy = busy
@@ -122,6 +123,20 @@ class Membership:
                 f"a push has been under way for {timeout:g} s", hint="engines come and go between pushes; try again"
             ) from None
 
+    async def learn(self, nodes: dict[str, str], *, complete: bool, timeout: float) -> None:
+        """A seed has told of these other nodes: have them for peers. Those that it told of before and does not any more
+        have left, if it is `complete`. Raises `PushRefused` where a push outlasts the timeout.
+        """
+        seeded = nodes if complete else {**self._seeded, **nodes}
+        if seeded == self._seeded:
+            return
+
+        def edit(config: NodeConfig) -> NodeConfig:
+            self._seeded = seeded
+            return config
+
+        await self.change(edit, timeout=timeout)
+
     def settle(self) -> None:
         """Make the changes that wait, unless a push is under way. To be called when one has ended."""
         while self._waiting and not self._busy():
@@ -141,7 +156,7 @@ class Membership:
     def _become(self, config: NodeConfig) -> None:
         names = {engine.name for engine in self._engines}
         dropped = self._engines.become(config.engines)
-        old, self.config = self.config, config
+        self.config = config
         for gone in dropped:
             logger.info("[engine=%s] is no longer an engine of this node", gone.name)
             self._on_gone(gone.name)
@@ -149,7 +164,8 @@ class Membership:
         for engine in self._engines:
             if engine.name not in names:
                 logger.info("[engine=%s] is an engine of this node from now on", engine.name)
-        before, after = old.cluster.peers, config.cluster.peers
+        before = {name: peer.endpoint for name, peer in self._peers.items()}
+        after = {**self._seeded, **config.cluster.peers}
         for name in [name for name, endpoint in before.items() if after.get(name) != endpoint]:
             logger.info("[node=%s] is no longer a peer", name)
             del self._peers[name]

@@ -279,7 +279,7 @@ class Push:
         return await exchange(self._services.rails, self.context, instruction, runs)
 
     async def _form_group(self, instruction: do.FormGroup) -> ev.Event:
-        failed = await self._services.rails.form(instruction.nodes, instruction.deadline)
+        failed = await self._services.rails.use(instruction.nodes, instruction.deadline)
         reached = tuple(node for node in instruction.nodes if node not in failed)
         return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 

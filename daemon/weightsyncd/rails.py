@@ -45,6 +45,7 @@ class Rails:
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
         self._taken = False  # by another daemon, whose communicators these bridges have joined since
         self._ours = False  # it was this daemon that formed the last one
+        self._used: frozenset[str] = frozenset()  # nodes of the last push, as long as nothing has changed since
         self._lock = asyncio.Lock()
 
     def count(self, nodes: Sequence[str]) -> int:
@@ -54,7 +55,7 @@ class Rails:
 
     def break_up(self) -> None:
         """The standing generation is not to be used again."""
-        self._members = ()
+        self._members, self._used = (), frozenset()
 
     def taken(self) -> None:
         """Another daemon takes a bridge of this node into a communicator of its own."""
@@ -62,7 +63,7 @@ class Rails:
 
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
-        nodes = [node for node, peer in sorted(self._peers.items()) if peer.info is not None]
+        nodes = self._likely()
         if name in nodes and not self._taken and not self.stands(nodes) and not self._yields(nodes):
             return "joining"
         return self._peers[name].state
@@ -75,7 +76,7 @@ class Rails:
         told: dict[str, str] = {}
         while True:
             await asyncio.sleep(self._config.timeouts.liveness / 5)
-            nodes = [name for name, peer in sorted(self._peers.items()) if peer.info is not None]
+            nodes = self._likely()
             if not nodes or self._taken or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
             failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
@@ -85,6 +86,19 @@ class Rails:
             told = problems
             if problems:
                 await asyncio.sleep(self._config.timeouts.probe_every)
+
+    def _likely(self) -> list[str]:
+        """The nodes that the next push will reach, most likely: those of the last one, or all that have engines."""
+        connected = {name: peer.info for name, peer in sorted(self._peers.items()) if peer.info is not None}
+        if self._used and self._used <= connected.keys():
+            return sorted(self._used)
+        return [name for name, info in connected.items() if info.engines]
+
+    async def use(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
+        """As `form`, for a push."""
+        failed = await self.form(nodes, deadline)
+        self._used = frozenset(nodes) - failed.keys()
+        return failed
 
     async def form(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """See that every rail reaches `nodes`. Returns those that cannot be reached, which are left out, and why."""

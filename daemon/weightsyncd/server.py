@@ -43,6 +43,7 @@ from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.rails import Rails
+from weightsyncd.seed import Registry, Seeker
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ _FROM_AFAR = (
     msg.Gather,
     msg.TellRank,
     msg.Release,
+    msg.Register,
 )
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
 
@@ -135,6 +137,8 @@ class Server:
             send=self._send,
             on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
         )
+        self.registry = Registry(config.timeouts.liveness)
+        self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None
         self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -155,6 +159,8 @@ class Server:
                 async with self._loops(stop):
                     until = time.monotonic() + self.config.timeouts.stop
                     await asyncio.gather(self.trainers.finish(until), self.follower.finish(until))
+                    if self.seeker is not None:
+                        await self.seeker.leave()
             finally:
                 await self._take_down(until)
 
@@ -209,6 +215,7 @@ class Server:
                 asyncio.create_task(self._measure(), name="measure"),
                 asyncio.create_task(self.rails.keep(lambda: self.busy), name="rails"),
                 asyncio.create_task(self.members.keep(), name="peers"),
+                *([asyncio.create_task(self.seeker.keep(), name="seed")] if self.seeker is not None else []),
             ]
             stopped = asyncio.create_task(stop.wait(), name="stop")
             try:
@@ -277,6 +284,8 @@ class Server:
                 self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
             case msg.JoinRail() | msg.Receive() | msg.Exchange():
                 self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
+            case msg.Register():
+                self._send(identity, msgspec.structs.replace(self.registry.register(message), id=message.id))
             case msg.Gather():
                 self.follower.gather(identity, message)
             case msg.TellRank():
@@ -369,6 +378,9 @@ class Server:
             return after
 
         return edited
+
+    async def _learn_nodes(self, nodes: dict[str, str], complete: bool) -> None:
+        await self.members.learn(nodes, complete=complete, timeout=self.config.timeouts.operation)
 
     def _freed(self) -> None:
         """No push holds this node any more."""

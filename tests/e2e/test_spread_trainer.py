@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import httpx
@@ -97,6 +98,17 @@ def test_ranks_and_engines_on_some_nodes_of_three(engines):
         reports = nodes.push("B", 4, daemons=nodes.daemons[:2])
         assert [report["complete"] for report in reports] == [True, True], reports
         nodes.check("B")
+
+
+def test_a_node_that_a_push_does_not_need_has_no_communicator_formed_anew_each_time():
+    """Once for the engines, as the daemon starts, and once for the ranks of the first push."""
+    with Fleet() as fleet:
+        nodes = Nodes(fleet, [(1,), (), (1,), ()])
+        for checkpoint in "BAB":
+            nodes.push(checkpoint, 4, daemons=nodes.daemons[:2])
+        nodes.check("B")
+        generations = set(re.findall(r"generation=(\d+) rank=0\] join.complete", nodes.daemons[0].log.read_text()))
+        assert 1 <= len(generations) <= 2, generations
 
 
 def test_a_trainer_of_one_node_does_not_wait_for_the_others(two):

@@ -6,8 +6,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
     operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
-    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Heartbeat
-                       Attached, Executed, RankSays
+    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat
+                       Attached, Executed, RankSays, Registered
     anyone             ErrorReply
 """
 
@@ -51,6 +51,8 @@ __all__ = [
     "PushStatus",
     "RankSays",
     "Receive",
+    "Register",
+    "Registered",
     "Release",
     "Status",
     "StatusRequest",
@@ -366,6 +368,21 @@ class Release(Message, frozen=True, tag="release"):
     error: ErrorRecord | None = None  # for ranks that call only now
 
 
+class Register(Message, frozen=True, tag="register"):
+    """To the seed: this node is there, and others reach it at the endpoint. Answered by `Registered`."""
+
+    node: Name
+    endpoint: Name
+    leaving: bool = False
+
+
+class Registered(Message, frozen=True, tag="registered"):
+    """All nodes that have registered, by name."""
+
+    nodes: Annotated[dict[Name, Name], Meta(max_length=8192)]
+    complete: bool  # the seed has listened for long enough to know of every node that lives
+
+
 class ChangeEngines(Message, frozen=True, tag="change_engines"):
     """Take some engines and leave others from now on, or once the push under way has ended. Answered by `Changed`."""
 
@@ -414,6 +431,8 @@ MESSAGES: tuple[type[Message], ...] = (
     Gather,
     RankSays,
     TellRank,
+    Register,
+    Registered,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed, Exchange, RankSays, TellRank}
