@@ -15,7 +15,7 @@ from weightsync.wire import messages as msg
 from weightsyncd.rails import MOMENT, quietly, sentences
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from weightsync.session import instructions as do
     from weightsyncd.context import PushContext
@@ -32,30 +32,41 @@ async def exchange(
     """Have every node of the instruction's slots hold the whole bucket; `runs` are what the ranks of each have written.
 
     One that fails breaks the communicator for every node, whoever broke it. So it is formed again, without the node
-    that broke it if that has written nothing, and they do it once more: what is written still lies in the slots.
+    that broke it if that has written nothing, and they do it once more: what is written still lies in the slots. Nobody
+    holds the bucket where one whose part is needed breaks it twice.
     """
     slots = {slot.node: slot for slot in instruction.slots}
     failed: dict[str, ErrorRecord] = {}
-    broken: dict[str, ErrorRecord] = {}
     now = time.monotonic()
-    for until in (now + (instruction.deadline - now) / 2, instruction.deadline):
+    until, again = now + (instruction.deadline - now) / 2, True
+    while True:
         nodes = sorted(set(slots) - {rails.home})
         missing = {} if rails.stands(nodes) else await rails.form(nodes, until)
         failed.update(missing)
         slots = {node: slot for node, slot in slots.items() if node not in missing}
-        if broken := {node: missing[node] for node in runs if node in missing}:
-            break  # without its part nobody has the bucket
+        if missing.keys() & runs.keys():
+            return _relayed(instruction, (), failed)  # without its part nobody has the bucket
         broken = await _attempt(rails, context, instruction.bucket, slots, runs, until)
         if not broken:
             logger.debug("[v=%d bucket=%d] exchange.complete nodes=%d", context.version, instruction.bucket, len(slots))
-            break
+            return _relayed(instruction, slots, failed)
         logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(broken))
-        for node in broken.keys() - runs.keys() - {rails.home}:
-            failed[node] = broken.pop(node)
+        needed = broken.keys() & {*runs, rails.home}
+        if needed and not again:
+            return _relayed(instruction, (), failed | broken)
+        if time.monotonic() >= instruction.deadline:
+            return _relayed(instruction, (), failed | broken | dict.fromkeys([rails.home], *broken.values()))
+        again = again and not needed
+        until = instruction.deadline
+        for node in broken.keys() - needed:
+            failed[node] = broken[node]
             del slots[node]
-    failed.update(broken)
-    reached = () if broken else tuple(sorted(slots))
-    return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
+
+
+def _relayed(
+    instruction: do.ExchangeBucket, nodes: Iterable[str], failed: Mapping[str, ErrorRecord]
+) -> ev.BucketRelayed:
+    return ev.BucketRelayed(bucket=instruction.bucket, nodes=tuple(sorted(nodes)), failed=tuple(sorted(failed.items())))
 
 
 async def _attempt(
