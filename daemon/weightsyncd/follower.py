@@ -99,6 +99,7 @@ class Follower:
         self._free = asyncio.Event()
         self._free.set()
         self._stopping = False
+        self._attached = -float("inf")  # when a node did last
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
         self._released: deque[tuple[bytes, str]] = deque(maxlen=64)  # pushes whose late instructions are refused
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
@@ -110,8 +111,8 @@ class Follower:
 
     @property
     def known(self) -> bool:
-        """Whether any node has attached to this one."""
-        return bool(self._nodes)
+        """Whether this node is some other's peer: those attach again and again."""
+        return time.monotonic() - self._attached < self._config.timeouts.liveness
 
     # --- this node's ranks in pushes that are coordinated elsewhere -----------------------------------------------
 
@@ -168,6 +169,7 @@ class Follower:
     async def attach(self, identity: bytes, message: msg.Attach) -> msg.Attached:
         """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
         self.heard(identity)
+        self._attached = time.monotonic()
         for other in [i for i, node in self._nodes.items() if node == message.node and i != identity]:
             self.calls.drop(other)
         self._nodes[identity] = message.node

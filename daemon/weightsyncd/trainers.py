@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -160,7 +161,7 @@ class Trainers:
         message = call.message
         logger.warning("[push=%s v=%d] refused: %s", message.model, message.version, reason)
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
-        self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
+        self._end(call, error.record())
 
     def _time_is_up(self, call: _Waiting) -> None:
         message, following = call.message, self._follower.following
@@ -169,7 +170,23 @@ class Trainers:
             what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
         reason = f"it did not begin in {message.timeout:g} s: it was waiting for {what}"
         error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
-        self._services.send(call.identity, msg.Ended(id=message.id, error=error.record()))
+        self._end(call, error.record())
+
+    def _end(self, call: _Waiting, error: ErrorRecord) -> None:
+        """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
+        message = call.message
+        self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        if message.rank != 0 or message.world == 1:
+            return
+        until = time.monotonic() + self._services.config.timeouts.operation
+        self._note(message.group, _Failed(message.model, message.version, frozenset({0}), error, until))
+        push = f"{self._services.config.node.name}-{secrets.token_hex(8)}"
+        summons = msg.Gather(push=push, group=message.group, model=message.model, version=message.version)
+        for peer in self._services.peers.values():
+            if peer.info is not None:
+                peer.tell(summons)
+                peer.tell(msg.Release(push=push, error=error))
+        self.go_on()
 
     def _missed(self, message: msg.Open) -> _Failed | None:
         """The push that this rank calls for, if that has failed without it."""
@@ -266,9 +283,9 @@ class Trainers:
             self.push.hear(ev.StopRequested(reason="weightsyncd was told to stop"))
             if not await self._wait_done(self.push, left / 4):
                 logger.warning("the push did not let go in time; stopping all the same")
-        for call in self._waiting:
+        waiting, self._waiting = self._waiting, []
+        for call in waiting:
             self._refuse(call, "weightsyncd is stopping", None)
-        self._waiting.clear()
 
     async def close(self, until: float) -> None:
         """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""

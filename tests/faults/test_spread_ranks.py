@@ -123,6 +123,17 @@ def test_a_rank_that_calls_on_two_nodes_is_refused_on_the_second(pair):
     assert all(rank.report()["complete"] for rank in ranks)
 
 
+def test_a_push_that_is_refused_at_home_is_refused_everywhere(pair):
+    ranks = start(pair, model="nobody's")
+    for rank in ranks:
+        error = rank.error()
+        assert error["kind"] == "PushRefused"
+        assert 'no engine serves model "nobody\'s"' in error["message"]
+        assert error["seconds"] < 2
+    call(pair, ranks, pair.next_version())
+    assert all(rank.report()["complete"] for rank in ranks)
+
+
 def test_layouts_that_differ_are_refused_on_every_node(pair):
     ranks = start(pair, only={2: {"change": {"model.norm.weight": "double"}}})
     for error in [rank.error() for rank in ranks]:
@@ -134,8 +145,7 @@ def test_layouts_that_differ_are_refused_on_every_node(pair):
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("read", [0, 4])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("victim", "read"), [(0, 4), (1, 0), (1, 4)])
 def test_a_rank_that_is_killed_while_it_fills(pair, victim, read):
     ranks = filling(pair, victim, read)
     ranks[victim].kill()
@@ -234,9 +244,9 @@ def test_a_rank_away_that_stands_still_loses_its_arena_and_not_its_push_the_next
 # --- bridges and daemons --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [KILL, STOP])
-@pytest.mark.parametrize("read", [0, 4])
-@pytest.mark.parametrize("where", ["home", "away"])
+@pytest.mark.parametrize(
+    ("where", "read", "number"), [("home", 0, KILL), ("home", 4, STOP), ("away", 0, STOP), ("away", 4, KILL)]
+)
 def test_a_bridge_that_is_lost(pair, where, read, number):
     ranks = filling(pair, 1, read)
     daemon = pair.daemon if where == "home" else away(pair)
@@ -252,8 +262,7 @@ def test_a_bridge_that_is_lost(pair, where, read, number):
     until(lambda: pair.bridge_pids(daemon) not in ([], [bridge]), "another bridge")
 
 
-@pytest.mark.parametrize("number", [KILL, STOP, TERM])
-@pytest.mark.parametrize("read", [0, 4])
+@pytest.mark.parametrize(("read", "number"), [(0, KILL), (4, STOP), (4, TERM)])
 def test_the_daemon_away_that_is_lost(pair, read, number):
     ranks = filling(pair, 2, read)
     away(pair).kill(number)
@@ -273,8 +282,7 @@ def test_the_daemon_away_that_is_lost(pair, read, number):
     pair.wait_attached()
 
 
-@pytest.mark.parametrize("number", [KILL, STOP])
-@pytest.mark.parametrize("read", [0, 4])
+@pytest.mark.parametrize(("read", "number"), [(4, KILL), (0, STOP)])
 def test_the_daemon_at_home_that_is_lost(pair, read, number):
     ranks = filling(pair, 0, read)
     pair.daemon.kill(number)
