@@ -92,7 +92,7 @@ def test_hsdp_replicas_write_at_home_and_nothing_is_exchanged(two):
 def test_ranks_on_two_nodes_of_three_and_engines_on_others():
     with Fleet() as fleet:
         nodes = Nodes(fleet, [(), (1,), (1,)])
-        reports = nodes.push("B", 4, daemons=nodes.daemons[:2])
+        reports = nodes.push("B", 2, daemons=nodes.daemons[:2])
         assert [report["complete"] for report in reports] == [True, True], reports
         nodes.check("B")
 
@@ -102,7 +102,7 @@ def test_a_node_that_a_push_does_not_need_has_no_communicator_formed_anew_each_t
     with Fleet() as fleet:
         nodes = Nodes(fleet, [(1,), (), (1,), ()])
         for checkpoint in "BA":  # two pushes each
-            nodes.push(checkpoint, 4, daemons=nodes.daemons[:2])
+            nodes.push(checkpoint, 2, daemons=nodes.daemons[:2])
         nodes.check("A")
         generations = set(re.findall(r"generation=(\d+) rank=0\] join.complete", nodes.daemons[0].log.read_text()))
         assert 1 <= len(generations) <= 2, generations
