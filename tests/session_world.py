@@ -254,6 +254,7 @@ class World:
                 name = getattr(instruction, "engine", "")
                 phase = names[type(instruction)]
                 self.models[name].deaf |= lost or isinstance(instruction, do.PauseEngine | do.ResumeEngine)
+                self.models[name].begun |= isinstance(instruction, do.BeginEngine)  # who knows how far it came
                 self.hear(ev.EngineFailed(engine=name, phase=phase, error=error, lost=lost))
 
     def lose(self, instruction: do.Instruction) -> None:

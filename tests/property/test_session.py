@@ -164,5 +164,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=400, stateful_step_count=60, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
