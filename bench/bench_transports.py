@@ -28,6 +28,7 @@ import numpy as np
 from bench.harness import copy_ceiling, report
 from weightsync.ipc.arena import Arena
 from weightsync.nccl_bridge import commands as c
+from weightsync.plan.shares import MemberPart
 from weightsync.transports import receiver
 from weightsync.transports.shm import ShmSender
 from weightsyncd.bridges import Bridge, BridgeConfig
@@ -177,7 +178,7 @@ async def _broadcast(bridges: list[Bridge], nbytes: int, sequence: int) -> dict[
 async def _exchange(bridges: list[Bridge], nbytes: int, run: int) -> dict[str, float]:
     begins = np.arange(0, nbytes, run)
     runs = np.stack([begins, np.minimum(run, nbytes - begins)], axis=1).astype("<i8")
-    parts = tuple(c.Part(root=rank, runs=runs[rank::2].tobytes()) for rank in range(2))
+    parts = tuple(MemberPart(root=rank, runs=runs[rank::2].tobytes()) for rank in range(2))
     command = c.Exchange(slot=0, generation=1, token=secrets.randbits(59), parts=parts)
     start = time.perf_counter()
     await asyncio.gather(*(bridge.call(command, deadline=_soon()) for bridge in bridges))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from weightsync.config import EngineConfig
 from weightsync.errors import ErrorRecord
+from weightsync.plan.shares import MemberPart
 from weightsync.wire import messages as msg
 
 ERROR = ErrorRecord(
@@ -89,7 +90,7 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.Changed(id=15, engines=(ENGINE,)),
     msg.Exchange(
         id=16, push="p", bucket=1, rail=0, slot=2, generation=3, token=77,
-        parts=(msg.Part(root=1, runs=b"\x01" * 16),), timeout=5.0,
+        parts=(MemberPart(root=1, runs=b"\x01" * 16),), timeout=5.0,
     ),
     msg.Gather(push="p", group="trainer-1", model="default", version=3),
     msg.RankSays(push="p", rank=9, body=b"frame", lost="it has not been heard"),

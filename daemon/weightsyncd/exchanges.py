@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from weightsync.errors import ErrorRecord, WeightSyncError
 from weightsync.nccl_bridge import commands
+from weightsync.plan.shares import MemberPart
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
-from weightsyncd.rails import MOMENT, quietly, sentences
+from weightsyncd.rails import MOMENT, leave, quietly, sentences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -83,7 +84,7 @@ async def _attempt(
     ranks = {node: rank for rank, node in enumerate([home, *nodes])}  # in the communicator
     own = slots[home]
     bridge = rails.bridges[own.bridge]
-    parts = [(ranks[node], some) for node, some in sorted(runs.items())]
+    parts = tuple(MemberPart(root=ranks[node], runs=some) for node, some in sorted(runs.items()))
     broken: dict[str, ErrorRecord] = {}
 
     async def take_part(node: str) -> None:
@@ -94,7 +95,7 @@ async def _attempt(
             slot=slots[node].index,
             generation=generation,
             token=token,
-            parts=tuple(msg.Part(root=root, runs=some) for root, some in parts),
+            parts=parts,
             timeout=max(0.0, until - time.monotonic()),
         )
         try:
@@ -102,15 +103,10 @@ async def _attempt(
         except WeightSyncError as error:
             if not broken:  # the others' errors follow from the first
                 broken[node] = error.record()
-                await rails.leave(bridge)
+                await leave(bridge)
 
     async def take_part_here() -> None:
-        command = commands.Exchange(
-            slot=own.index,
-            generation=generation,
-            token=token,
-            parts=tuple(commands.Part(root=root, runs=some) for root, some in parts),
-        )
+        command = commands.Exchange(slot=own.index, generation=generation, token=token, parts=parts)
         problem = await quietly(bridge.call(command, deadline=until))
         if problem is not None and not broken:
             broken[home] = problem

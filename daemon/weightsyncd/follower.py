@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, PushRefused, RemoteProtocolError, WeightSyncError
+from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
 from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
 from weightsync.session import instructions as do
@@ -29,12 +29,13 @@ from weightsyncd.calls import Calls
 from weightsyncd.context import PushContext
 from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
+from weightsyncd.rails import leave
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
 
     from weightsync.config import NodeConfig
-    from weightsync.errors import ErrorRecord
+    from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
 
@@ -43,7 +44,6 @@ __all__ = ["Follower"]
 logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
-_LEAVE = 5.0  # seconds for a bridge to abort its communicator
 
 
 @dataclass(eq=False)
@@ -246,7 +246,7 @@ class Follower:
                     slot=message.slot,
                     generation=message.generation,
                     token=message.token,
-                    parts=tuple(commands.Part(root=part.root, runs=part.runs) for part in message.parts),
+                    parts=message.parts,
                 )
                 with _Working(held, message.rail):
                     await bridge.call(command, deadline=until)
@@ -341,10 +341,8 @@ class Follower:
     @staticmethod
     async def _end_wire(bridge: Bridge) -> None:
         """Nothing of a broadcast that was under way writes into a slot after this."""
-        try:
-            await bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE)
-        except WeightSyncError as error:
-            bridge.retire(f"a broadcast of a push that has ended may still write into it: {error.message}")
+        if (problem := await leave(bridge)) is not None:
+            bridge.retire(f"a broadcast of a push that has ended may still write into it: {problem.message}")
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from weightsync.config import ArenaConfig
     from weightsync.plan.buckets import Plan
     from weightsync.plan.manifest import Manifest
-    from weightsync.plan.runs import Share
+    from weightsync.plan.shares import Share
     from weightsync.plan.table import TensorTable
 
 __all__ = ["CachedPlan", "Plans"]

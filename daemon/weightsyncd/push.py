@@ -59,7 +59,6 @@ class Push:
         """`engines` maps the name of each engine of the model to its node."""
         config = services.config
         now = time.monotonic()
-        self.group = first.group
         self.done = asyncio.Event()
         self.outcome: msg.PushOutcome | None = None
         self._services = services
@@ -71,21 +70,20 @@ class Push:
         self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
         self._home = config.node.name
-        present = {node: peer.info for node, peer in services.peers.items() if peer.info is not None}
-        slots = {(self._home, b): config.arena.slots for b in range(config.node.bridges)}
-        slots.update({(node, b): count for node, info in present.items() for b, count in enumerate(info.slots)})
+        self._names: list[str] = []  # of the nodes where ranks are, as the plan counts them
         # a name of its own for every attempt: what is late from an earlier one must not be taken for it
-        self.context = PushContext(
-            push=f"{self._home}-{secrets.token_hex(8)}", model=first.model, version=first.version
-        )
-        self.ranks = Ranks(self.context.push, first.world, self._home, services.send, services.peers)
+        name = f"{self._home}-{secrets.token_hex(8)}"
+        self.context = PushContext(push=name, model=first.model, version=first.version)
+        self.call = msg.Gather(push=name, group=first.group, model=first.model, version=first.version)
+        self.ranks = ranks = Ranks(self.call, first.world, self._home, services.send, services.peers)
         self.session = PushSession(
             model=first.model,
             version=first.version,
             world=first.world,
             home=self._home,
             engines=engines,
-            slots=slots,
+            slots={(node, b): n for node in engines.values() for b, n in enumerate(ranks.slots_there(node))}
+            | {(self._home, b): config.arena.slots for b in range(config.node.bridges)},
             pause=first.pause,
             deadline=now + first.timeout,
             operation_timeout=config.timeouts.operation,
@@ -93,7 +91,7 @@ class Push:
             last_version=last_version,
         )
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
-        self.ranks.call(first.group, first.model, first.version)
+        self.ranks.call_on_nodes()
         self._carry_out(self.session.start(now))
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -195,7 +193,7 @@ class Push:
         """Tell the session of ranks that have fallen silent. To be called now and then."""
         model, version = self.session.model, self.session.version
         if not self.session.ended:
-            self.ranks.call(self.group, model, version)
+            self.ranks.call_on_nodes()
         for rank in self.ranks.silent(liveness):
             logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank)
             self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
@@ -272,8 +270,7 @@ class Push:
 
     async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
         assert self._plan is not None, "ExchangeBucket comes after PlanMade"
-        names = self.ranks.nodes()
-        runs = {names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
+        runs = {self._names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
         (own,) = [slot for slot in instruction.slots if slot.node == self._home]
         self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
         return await exchange(self._services.rails, self.context, instruction, runs)
@@ -288,9 +285,10 @@ class Push:
         deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
         digests = tuple(self.ranks[rank].layout for rank in range(self.ranks.world))
         plans = self._services.plans
-        names = self.ranks.nodes()
-        nodes = tuple(names.index(self.ranks[rank].node) for rank in range(self.ranks.world))
-        owners = self._services.rails.count(sorted({*names, *self._engines.values()} - {self._home}))
+        self._names = self.ranks.nodes()
+        places = {name: index for index, name in enumerate(self._names)}
+        nodes = tuple(places[self.ranks[rank].node] for rank in range(self.ranks.world))
+        owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
         missing = plans.missing(digests, owners, nodes)
         if missing:
             return ev.LayoutsMissing(ranks=tuple(missing))

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.peers import Peer
 
-__all__ = ["MOMENT", "Rails", "quietly", "sentences"]
+__all__ = ["MOMENT", "Rails", "leave", "quietly", "sentences"]
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +195,7 @@ class Rails:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
-                await self.leave(bridge)
+                await leave(bridge)
 
         own = commands.Join(
             generation=generation,
@@ -214,11 +214,6 @@ class Rails:
             raise first[0]
         if (problem := mine.result()) is not None:
             raise problem.error()
-
-    @staticmethod
-    async def leave(bridge: Bridge) -> None:
-        """End what its communicator is doing: nobody can complete a collective that one member has left."""
-        await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
 
     async def relay(self, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.Event:
         """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it.
@@ -280,7 +275,7 @@ class Rails:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 failed[node] = error.record()
-                await self.leave(bridge)
+                await leave(bridge)
 
         async with asyncio.TaskGroup() as group:
             for node, target in targets.items():
@@ -300,6 +295,13 @@ class _NodeFailed(Exception):
         super().__init__(f"{node}: {error.message}")
         self.node = node
         self.error = error
+
+
+async def leave(bridge: Bridge) -> ErrorRecord | None:
+    """End what its communicator is doing: nobody can complete a collective that one member has left. Returns why it may
+    go on, if so.
+    """
+    return await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
 
 
 async def quietly(call: Awaitable[object]) -> ErrorRecord | None:

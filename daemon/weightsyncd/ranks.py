@@ -39,11 +39,16 @@ class Ranks:
     """See the module. `home` is this node."""
 
     def __init__(
-        self, push: str, world: int, home: str, send: Callable[[bytes, msg.Message], bool], peers: Mapping[str, Peer]
+        self,
+        call: msg.Gather,
+        world: int,
+        home: str,
+        send: Callable[[bytes, msg.Message], bool],
+        peers: Mapping[str, Peer],
     ) -> None:
-        """`send` reaches a rank of this node by its identity."""
+        """`call` is how ranks elsewhere are called for; `send` reaches one of this node by its identity."""
         self.world = world
-        self._push = push
+        self._call = call
         self._home = home
         self._send = send
         self._peers = peers
@@ -98,7 +103,7 @@ class Ranks:
         return [self._home, *sorted({known.node for known in self._known.values()} - {self._home})]
 
     def slots_there(self, node: str) -> tuple[int, ...]:
-        """By bridge, how many slots another node has."""
+        """By bridge, how many slots another node has; nothing while it is not connected."""
         peer = self._peers.get(node)
         return peer.info.slots if peer is not None and peer.info is not None else ()
 
@@ -109,18 +114,17 @@ class Ranks:
         if known.node == self._home:
             self._send(known.identity, message)
         elif (peer := self._peers.get(known.node)) is not None:
-            peer.tell(msg.TellRank(push=self._push, rank=rank, body=encode(message)))
+            peer.tell(msg.TellRank(push=self._call.push, rank=rank, body=encode(message)))
 
     # --- other nodes ----------------------------------------------------------------------------------------------
 
-    def call(self, group: str, model: str, version: int) -> None:
+    def call_on_nodes(self) -> None:
         """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
         if self.world == 1 or self.complete:
             return
-        call = msg.Gather(push=self._push, group=group, model=model, version=version)
         for node, peer in self._peers.items():
             if node not in self._called and peer.info is not None:
-                peer.tell(call)
+                peer.tell(self._call)
                 self._called.add(node)
 
     def node_lost(self, node: str) -> None:
@@ -129,7 +133,7 @@ class Ranks:
 
     def release(self, nodes: set[str], error: ErrorRecord | None) -> None:
         """The push has ended for these nodes and those with ranks. One whose ranks may yet call hears of its error."""
-        over = msg.Release(push=self._push, error=None if self.complete else error)
+        over = msg.Release(push=self._call.push, error=None if self.complete else error)
         for node in (nodes | self._called | set(self.nodes())) - {self._home}:
             if (peer := self._peers.get(node)) is not None:
                 peer.tell(over)

@@ -15,8 +15,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -25,6 +24,7 @@ from weightsync.errors import CodecError, ErrorRecord, PushRefused, PushTimeout,
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted
+from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
 
@@ -39,7 +39,6 @@ __all__ = ["Trainers"]
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 4096  # ranks
-_MAX_FAILED = 64  # trainers
 
 
 @dataclass(frozen=True)
@@ -49,17 +48,6 @@ class _Waiting:
     identity: bytes
     message: msg.Open
     since: float
-
-
-@dataclass(frozen=True)
-class _Failed:
-    """A push that failed before all its ranks had called."""
-
-    model: str
-    version: int
-    ranks: frozenset[int]  # that had
-    error: ErrorRecord
-    until: float  # how long the missing ones may still be on their way
 
 
 class Trainers:
@@ -77,7 +65,7 @@ class Trainers:
         self._on_free = on_free
         self._versions: dict[str, int] = {}  # model → newest version committed on any engine
         self._waiting: list[_Waiting] = []
-        self._failed: OrderedDict[str, _Failed] = OrderedDict()  # by trainer
+        self._failures = Failures()
         self._ending: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
         self._seen = False  # the peers, just now
@@ -94,7 +82,7 @@ class Trainers:
     def _admit(self, call: _Waiting) -> None:
         message, push = call.message, self.push
         if push is not None and not push.session.ended:
-            if push.group == message.group:
+            if push.call.group == message.group:
                 push.open(call.identity, message)
                 return
             if self.stopping:
@@ -108,9 +96,8 @@ class Trainers:
                 self._wait(call)
         elif (branch := self._follower.branch_for(call.identity, message)) is not None:
             branch.open(call.identity, message)
-        elif (failed := self._missed(message)) is not None:
-            self._failed[message.group] = replace(failed, ranks=failed.ranks | {message.rank})  # once: it may try again
-            self._services.send(call.identity, msg.Ended(id=message.id, error=failed.error))
+        elif (error := self._failures.tell(message)) is not None:
+            self._services.send(call.identity, msg.Ended(id=message.id, error=error))
         elif self.stopping:
             self._refuse(call, "weightsyncd is stopping", None)
         elif push is None and self._follower.following is None and self._leads(message) and self._peers_seen():
@@ -125,9 +112,7 @@ class Trainers:
             return
         logger.debug("[push=%s v=%d] rank %d waits", message.model, message.version, message.rank)
         self._waiting.append(call)
-        failed = self._failed.get(message.group)
-        if failed is not None and message.rank in failed.ranks:  # it tries again: so may the others
-            del self._failed[message.group]
+        self._failures.tries_again(message)
 
     def _leads(self, message: msg.Open) -> bool:
         """Whether this rank's node coordinates: that of rank 0, and where no other node is known any."""
@@ -178,8 +163,7 @@ class Trainers:
         self._services.send(call.identity, msg.Ended(id=message.id, error=error))
         if message.rank != 0 or message.world == 1:
             return
-        until = time.monotonic() + self._services.config.timeouts.operation
-        self._note(message.group, _Failed(message.model, message.version, frozenset({0}), error, until))
+        self._failures.note(message, {0}, error, until=self._later())
         push = f"{self._services.config.node.name}-{secrets.token_hex(8)}"
         summons = msg.Gather(push=push, group=message.group, model=message.model, version=message.version)
         for peer in self._services.peers.values():
@@ -187,18 +171,6 @@ class Trainers:
                 peer.tell(summons)
                 peer.tell(msg.Release(push=push, error=error))
         self.go_on()
-
-    def _missed(self, message: msg.Open) -> _Failed | None:
-        """The push that this rank calls for, if that has failed without it."""
-        failed = self._failed.get(message.group)
-        if failed is None or time.monotonic() > failed.until or message.rank in failed.ranks:
-            return None
-        return failed if (failed.model, failed.version) == (message.model, message.version) else None
-
-    def _note(self, group: str, failed: _Failed) -> None:
-        self._failed[group] = failed
-        while len(self._failed) > _MAX_FAILED:
-            self._failed.popitem(last=False)
 
     def _begin(self, call: _Waiting) -> None:
         message = call.message
@@ -211,7 +183,7 @@ class Trainers:
             models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
-        self._failed.pop(message.group, None)
+        self._failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         self.push = Push(self._services, first, engines, self._versions.get(message.model))
@@ -249,8 +221,7 @@ class Trainers:
             self._versions[session.model] = session.version
         if session.error is not None and not push.ranks.complete:
             until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
-            failed = _Failed(session.model, session.version, frozenset(push.ranks), session.error, until)
-            self._note(push.group, failed)
+            self._failures.note(push.call, push.ranks, session.error, until=until)
         node = self._services.config.node.name
         answering = [e.name for e in session.engines.values() if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
@@ -264,8 +235,11 @@ class Trainers:
 
     def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
         """A push that another node coordinated has failed, perhaps before all ranks of this node had called."""
-        until = time.monotonic() + self._services.config.timeouts.operation
-        self._note(call.group, _Failed(call.model, call.version, frozenset(ranks), error, until))
+        self._failures.note(call, ranks, error, until=self._later())
+
+    def _later(self) -> float:
+        """Until when a rank may be on its way to a push that its siblings have called for."""
+        return time.monotonic() + self._services.config.timeouts.operation
 
     def go_on(self) -> None:
         """The node may be free: whoever waits tries again."""
@@ -362,12 +336,9 @@ class Trainers:
         """A rank that waited does not any more; those of its trainer that call only now need not wait for it."""
         gone = [w for w in self._waiting if (w.identity, w.message.id) == (identity, message.id)]
         self._waiting = [w for w in self._waiting if w not in gone]
-        until = time.monotonic() + self._services.config.timeouts.operation
         for call in gone:
-            opened = call.message
-            if not self._leads(opened):
-                failed = _Failed(opened.model, opened.version, frozenset({opened.rank}), message.error, until)
-                self._note(opened.group, failed)
+            if not self._leads(call.message):
+                self._failures.note(call.message, {call.message.rank}, message.error, until=self._later())
 
     def route_from(self, node: str, message: msg.RankSays) -> None:
         """As `route` and `open`, for a rank on another node."""

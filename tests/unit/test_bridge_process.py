@@ -20,6 +20,7 @@ import pytest
 from weightsync.errors import CodecError, TransportBroken, TransportClosed, TransportTimeout, WeightSyncError
 from weightsync.ipc.arena import Arena
 from weightsync.nccl_bridge import commands as c
+from weightsync.plan.shares import MemberPart
 from weightsync.testing import eventually
 from weightsync.transports import receiver
 
@@ -336,8 +337,8 @@ def test_two_bridges_give_each_other_their_parts(two):
         ours.slot(1)[:12] = b"ab--ef--ij--"
         theirs.slot(0)[:12] = b"--cd--gh--kl"
         parts = (
-            c.Part(root=0, runs=_runs((0, 2), (4, 2), (8, 2))),
-            c.Part(root=1, runs=_runs((2, 2), (6, 2), (10, 2))),
+            MemberPart(root=0, runs=_runs((0, 2), (4, 2), (8, 2))),
+            MemberPart(root=1, runs=_runs((2, 2), (6, 2), (10, 2))),
         )
         _together(
             two,
@@ -347,7 +348,7 @@ def test_two_bridges_give_each_other_their_parts(two):
         assert bytes(ours.slot(1)[:12]) == bytes(theirs.slot(0)[:12]) == b"abcdefghijkl"
         # all of it from the other, as one run: what lies behind it stays
         theirs.slot(1)[:12] = b"whole bucket"
-        theirs_alone = (c.Part(root=1, runs=_runs((0, 11))),)
+        theirs_alone = (MemberPart(root=1, runs=_runs((0, 11))),)
         _together(
             two,
             c.Exchange(slot=0, generation=1, token=8, parts=theirs_alone),
@@ -363,17 +364,17 @@ def test_two_bridges_give_each_other_their_parts(two):
 )
 def test_parts_that_cannot_be_are_refused_before_anything_is_sent(two, runs):
     with pytest.raises(WeightSyncError, match="part of rank 0"):
-        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(c.Part(root=0, runs=runs),)))
+        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(MemberPart(root=0, runs=runs),)))
     with pytest.raises(WeightSyncError, match="no rank 2"):
-        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(c.Part(root=2, runs=_runs((0, 1))),)))
+        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(MemberPart(root=2, runs=_runs((0, 1))),)))
     two[0].call(c.Offer(reader="e/0"))
     _exported(two[0], c.Export(slot=0, nbytes=5, sequence=1, readers=("e/0",)))
     with pytest.raises(WeightSyncError, match="still held by e/0"):
-        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(c.Part(root=0, runs=_runs((0, 1))),)))
+        two[0].call(c.Exchange(slot=0, generation=1, token=1, parts=(MemberPart(root=0, runs=_runs((0, 1))),)))
 
 
 def test_parts_of_two_exchanges_are_not_taken_for_each_other(two):
-    part = (c.Part(root=0, runs=_runs((0, 4))),)
+    part = (MemberPart(root=0, runs=_runs((0, 4))),)
     numbers = [one.send(c.Exchange(slot=0, generation=1, token=token, parts=part)) for token, one in enumerate(two)]
     assert two[0].answer(numbers[0]) == c.Done(), "the root does not hear of it here: the daemons do"
     with pytest.raises(TransportBroken, match="another exchange"):
@@ -435,7 +436,7 @@ def test_every_command_survives_the_pipe(kind):
         "key": "k",
         "ticket": b"t",
         "token": 6,
-        "parts": (c.Part(root=0, runs=b"r" * 16),),
+        "parts": (MemberPart(root=0, runs=b"r" * 16),),
     }
     command = kind(**{name: samples[name] for name in kind.__struct_fields__})
     request = c.Request(id=1, timeout=2.5, command=command)

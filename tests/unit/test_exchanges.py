@@ -41,9 +41,6 @@ class Rails:
     def break_up(self):
         self.members = []
 
-    async def leave(self, bridge):
-        assert bridge is self.bridges[0]
-
     def peer(self, node):
         async def ask(question, deadline):
             self._take_part(node)

@@ -22,6 +22,11 @@ def test_importing_loads_nothing_heavy():
     assert not loaded_by("from weightsync import push_weights, PushReport").intersection(HEAVY)
 
 
+def test_messages_and_what_asks_for_a_status_load_no_numpy():
+    """Half of what `weightsync status` would take."""
+    assert "numpy" not in loaded_by("import weightsync.operator, weightsync.wire.codec")
+
+
 def test_a_daemon_loads_no_torch():
     assert "torch" not in loaded_by("import weightsyncd.server, weightsyncd.__main__")
 

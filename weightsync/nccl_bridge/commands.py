@@ -19,6 +19,7 @@ from msgspec import Meta
 from weightsync.errors import CodecError, ErrorRecord
 from weightsync.ipc.descriptors import Algorithm
 from weightsync.ipc.ledger import Account
+from weightsync.plan.shares import MemberPart
 
 __all__ = [
     "MAX_FRAME",
@@ -37,7 +38,6 @@ __all__ = [
     "LedgerBooks",
     "Offer",
     "Offered",
-    "Part",
     "Pending",
     "PendingReaders",
     "Ready",
@@ -250,13 +250,6 @@ class Receive(Command[Received], frozen=True, kw_only=True, tag="receive"):
     sequence: Natural | None = None
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member of a communicator has of a bucket."""
-
-    root: Natural
-    runs: Annotated[bytes, Meta(max_length=MAX_FRAME)]  # as in `weightsync.plan.runs.Share`
-
-
 class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     """Give every other member the parts of the bucket in `slot` that are this member's, and take theirs, verified.
 
@@ -268,7 +261,7 @@ class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     slot: Natural
     generation: Natural
     token: Natural
-    parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
+    parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
 
 
 class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):

@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
-    from weightsync.nccl_bridge.commands import Part
+    from weightsync.plan.shares import MemberPart
     from weightsync.transports.gloo import Communicator
 
 __all__ = ["Exchange", "runs_of"]
 
 
-def runs_of(part: Part, room: int) -> list[tuple[int, int]]:
+def runs_of(part: MemberPart, room: int) -> list[tuple[int, int]]:
     """First byte and length of each run. Raises `LocalProtocolError` where they do not lie in `room` bytes, ascending
     and apart.
     """
@@ -48,7 +48,7 @@ class Exchange:
         self._check = check
         self._staging: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)  # kept: parts are alike in size
 
-    def run(self, slot: memoryview, token: int, parts: Sequence[Part], *, deadline: float) -> None:
+    def run(self, slot: memoryview, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
         """Every member has the bytes of all `parts` in `slot` when its call returns; all give the same parts.
 
         Raises `LocalProtocolError` before anything is sent; `TransportBroken` where a part differs from what its root

@@ -289,9 +289,8 @@ class BridgeService:
         receiver = GlooReceiver(communicator, self.arena, self.name)
         with self._lock:
             exchange = Exchange(communicator, lambda: self._joined(departures))
-            self._member = Member(
-                communicator, sender, receiver, exchange
-            )  # before joining, so that `interrupt` finds it
+            # before joining, so that `interrupt` finds it
+            self._member = Member(communicator, sender, receiver, exchange)
         try:
             self._joined(departures)
             communicator.join(hosted, command.key, deadline=deadline)

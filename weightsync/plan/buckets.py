@@ -23,12 +23,14 @@ from weightsync.plan.groups import layer_key
 from weightsync.plan.manifest import MAX_PIECES, Layout, Manifest, TensorTable
 from weightsync.plan.merge import merge_layouts
 from weightsync.plan.parts import Overlaps, overlaps
-from weightsync.plan.runs import Share, shares_by_bucket
+from weightsync.plan.runs import shares_by_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import numpy.typing as npt
+
+    from weightsync.plan.shares import Share
 
 __all__ = ["Plan", "plan_push"]
 

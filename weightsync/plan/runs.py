@@ -11,19 +11,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from weightsync.plan.boxes import Ints, padded_width, row_strides
+from weightsync.plan.shares import Share
 
 if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
     from weightsync.plan.parts import Overlaps
 
-__all__ = ["Share", "shares_by_bucket"]
-
-
-class Share(NamedTuple):
-    """What one node writes of one bucket."""
-
-    node: int
-    runs: bytes  # little-endian i64 pairs: first byte in the slot, and how many; ascending, and apart
+__all__ = ["shares_by_bucket"]
 
 
 def shares_by_bucket(manifest: Manifest, met: Overlaps, node: Ints) -> tuple[tuple[Share, ...], ...]:

@@ -56,7 +56,7 @@ class RankOpened(Event, frozen=True):
     rank: int
     layout: bytes  # digest of its layout
     node: str = ""  # that it runs on; "" for the trainer's node that coordinates, home
-    slots: tuple[int, ...] = ()  # of that node's bridges, should it not have been known when the push began
+    slots: tuple[int, ...] = ()  # of that node's bridges, if it is another
     describe_seconds: float = 0.0
 
 

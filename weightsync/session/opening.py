@@ -28,7 +28,7 @@ class Opening(Transferring):
 
     def _form_group(self, now: float, out: list[Instruction]) -> None:
         """Of nodes with engines, and with ranks that write: replicas elsewhere need not be reached."""
-        writers = {self._rank_nodes[rank] for bucket in self.buckets for rank in bucket.fillers}
+        writers = {self._rank_nodes[rank] for rank in frozenset[int]().union(*(b.fillers for b in self.buckets))}
         self._spread = bool(writers - {self.home})
         self._nodes &= {self.home, *writers, *(e.node for e in self._live())}
         for node in [n for n in self._remote_nodes() if (n, 0) not in self._capacity]:

@@ -138,12 +138,14 @@ class Transferring(Committing):
                 bucket.unfilled = set(bucket.fillers)
                 self._active.add(index)
                 self.phases.start("fill", now)
+                writers: dict[str, list[int]] = {}
+                for rank in sorted(bucket.fillers):
+                    writers.setdefault(self._rank_nodes[rank], []).append(rank)
                 for node, indices in zip(nodes, free, strict=True):
                     slot = do.Slot(node, owner, indices.pop(0))
                     bucket.copies[node] = Copy(slot)
-                    ranks = tuple(rank for rank in sorted(bucket.fillers) if self._rank_nodes[rank] == node)
-                    if ranks:
-                        out.append(do.GrantLease(bucket=index, slot=slot, ranks=ranks))
+                    if node in writers:
+                        out.append(do.GrantLease(bucket=index, slot=slot, ranks=tuple(writers[node])))
 
     def _export(self, index: int, node: str, now: float, out: list[Instruction]) -> None:
         bucket = self.buckets[index]

@@ -20,6 +20,7 @@ from msgspec import Meta
 
 from weightsync.config import EngineConfig
 from weightsync.errors import ErrorRecord
+from weightsync.plan.shares import MemberPart
 
 __all__ = [
     "MESSAGES",
@@ -45,7 +46,6 @@ __all__ = [
     "Lease",
     "Message",
     "Open",
-    "Part",
     "Planned",
     "PushOutcome",
     "PushStatus",
@@ -313,13 +313,6 @@ class Receive(Message, frozen=True, tag="receive"):
     timeout: Seconds
 
 
-class Part(msgspec.Struct, frozen=True, kw_only=True):
-    """What one member of a communicator has of a bucket."""
-
-    root: Rank
-    runs: Column  # as in `weightsync.plan.runs.Share`
-
-
 class Exchange(Message, frozen=True, tag="exchange"):
     """Take part in the exchange of one bucket, of which a part may lie in the slot. Answered by `Executed` once all of
     it is there, verified.
@@ -331,7 +324,7 @@ class Exchange(Message, frozen=True, tag="exchange"):
     slot: Natural
     generation: Natural  # of the communicator that the parts' roots are ranks of
     token: Natural  # that no other exchange has
-    parts: Annotated[tuple[Part, ...], Meta(max_length=4096)]
+    parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
     timeout: Seconds
 
 
