@@ -196,6 +196,7 @@ class Fleet:
         peers: Sequence[Daemon] | Mapping[str, str] = (),
         wait: bool = True,
         within: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
         **sections: Mapping[str, Any],
     ) -> Daemon:
         """Start a weightsyncd. `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`; `peers`
@@ -216,7 +217,7 @@ class Fleet:
         config = self.root / f"{node}.toml"
         config.write_text("\n".join(lines) + "\n")
         log = self.root / f"{node}.log"
-        process = self._popen(("-m", "weightsyncd", "--node-config", str(config)), log, within=within)
+        process = self._popen(("-m", "weightsyncd", "--node-config", str(config)), log, env, within)
         listen = str(tables.get("cluster", {}).get("listen", ""))
         daemon = Daemon(node, process, log, endpoint=endpoint, listen=listen, config=config, within=tuple(within))
         self.children.append(daemon)
@@ -294,6 +295,8 @@ def _toml(name: str, table: Mapping[str, Any]) -> list[str]:
     def text(value: Any) -> str:
         if isinstance(value, bool):
             return str(value).lower()
+        if isinstance(value, list | tuple):
+            return f"[{', '.join(map(text, value))}]"
         return str(value) if isinstance(value, int | float) else f'"{value}"'
 
     return [f"[{name}]", *(f"{key} = {text(value)}" for key, value in table.items())]

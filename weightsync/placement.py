@@ -30,19 +30,13 @@ def placed(
 ) -> NodeConfig:
     """The config with every choice made: `arena.device`, `arena.slot_bytes`, `node.gpus` and `node.bridges`.
 
-    Slots lie on GPUs where there are any, one bridge for each that is visible here, unless other nodes are joined.
-    Asks nvidia-smi, once, or looks at the machine's `gpus` where they are given; makes no CUDA context. Raises
-    `ConfigError` where the config wants GPUs that are not there.
+    Slots lie on GPUs where there are any, one bridge for each that is visible here. Asks nvidia-smi, once, or looks at
+    the machine's `gpus` where they are given; makes no CUDA context. Raises `ConfigError` where the config wants GPUs
+    that are not there.
     """
     node, arena = config.node, config.arena
     chosen: list[Gpu] = []
-    joined = bool(config.cluster.peers or config.cluster.listen)
-    if joined and arena.device == "cuda":
-        raise ConfigError(
-            'arena.device = "cuda" in a cluster: nodes whose slots lie on GPUs cannot be joined yet',
-            hint='arena.device = "cpu" on all of them',
-        )
-    if arena.device != "cpu" and not joined:
+    if arena.device != "cpu":
         chosen = _chosen(config, environment, _there(config) if gpus is None else gpus)
     if chosen:
         bridges, slot_bytes, device = len(chosen), arena.slot_bytes or _slot_bytes(chosen, arena.slots), "cuda"

@@ -97,6 +97,7 @@ async def _attempt(
             token=token,
             parts=parts,
             timeout=max(0.0, until - time.monotonic()),
+            checksum=context.sums.get(bucket),
         )
         try:
             await rails.peer(node).ask(question, until + MOMENT)

@@ -186,6 +186,7 @@ class Follower:
             slot_bytes=self._config.arena.slot_bytes,
             address=self._config.cluster.address,
             peers=tuple(sorted(self._peers)),
+            device="cuda" if self._config.arena.device == "cuda" else "cpu",
         )
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:
@@ -242,6 +243,8 @@ class Follower:
                 if held.branch is not None:
                     held.branch.check_arena(message.rail)
                 held.context.arenas[message.bucket] = bridge.incarnation
+                if message.checksum is not None:
+                    held.context.sums[message.bucket] = message.checksum
                 command = commands.Exchange(
                     slot=message.slot,
                     generation=message.generation,

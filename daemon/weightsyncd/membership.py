@@ -45,8 +45,6 @@ def with_engines(config: NodeConfig, add: tuple[EngineConfig, ...], remove: tupl
 
 def as_in(config: NodeConfig, file: NodeConfig) -> NodeConfig:
     """The config with the engines and peers of its file as that is now. Raises `ConfigError`."""
-    if file.cluster.peers and config.arena.device == "cuda":
-        raise ConfigError("[cluster.peers]: nodes whose slots lie on GPUs cannot be joined yet")
     cluster = msgspec.structs.replace(config.cluster, peers=file.cluster.peers)
     return checked(msgspec.structs.replace(config, engines=file.engines, cluster=cluster))
 

@@ -11,10 +11,18 @@ import secrets
 import time
 from typing import TYPE_CHECKING
 
-from weightsync.errors import DaemonLost, ErrorRecord, ProtocolError, TransportError, WeightSyncError
+from weightsync.errors import (
+    DaemonLost,
+    ErrorRecord,
+    ProtocolError,
+    TransportBroken,
+    TransportError,
+    WeightSyncError,
+)
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
+from weightsyncd.wire import NodeWire
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
@@ -154,9 +162,18 @@ class Rails:
             if info is None:
                 problem = peer.problem if peer is not None else "it is a peer no longer"
                 failed[node] = DaemonLost(f"node {node} is not connected: {problem}").record()
+            elif info.device != self._config.arena.device:
+                failed[node] = self._apart(node, info.device)
             else:
                 members.append((node, info.incarnation))
         return tuple(members)
+
+    def _apart(self, node: str, device: str) -> ErrorRecord:
+        where = {"cpu": "in host memory", "cuda": "on GPUs"}
+        return TransportBroken(
+            f"node {node} keeps its slots {where[device]}, node {self.home} {where[self._config.arena.device]}",
+            hint="give arena.device the same value on both",
+        ).record()
 
     async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
@@ -254,7 +271,8 @@ class Rails:
         readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
         peers = tuple(sorted(readers.values()))
         slot, nbytes = instruction.slot.index, instruction.nbytes
-        export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers)
+        checksum = NodeWire.checksum_of(context, instruction.bucket, bridge)
+        export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers, checksum=checksum)
         try:
             reply = await bridge.call(export, deadline=until)
         except ProtocolError as error:  # it has restarted, and joined nobody yet

@@ -100,7 +100,7 @@ class NodeWire:
             nbytes=instruction.nbytes,
             sequence=sequence,
             readers=tuple(reader for ranks in readers.values() for reader in ranks),
-            checksum=context.sums.get(bucket, 0) if bridge.config.gpu else None,
+            checksum=self.checksum_of(context, bucket, bridge),
         )
         incarnation = bridge.incarnation
         if context.arenas.get(bucket, incarnation) != incarnation:
@@ -118,6 +118,11 @@ class NodeWire:
         for name, ranks in readers.items():
             context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
         return ev.BucketExported(bucket=bucket, node=self.node)
+
+    @staticmethod
+    def checksum_of(context: PushContext, bucket: int, bridge: Bridge) -> int | None:
+        """What its ranks say a bucket on a GPU sums up to; None where the bridge has heard or computes it itself."""
+        return context.sums.get(bucket) if bridge.config.gpu else None
 
     def bridge_lost(
         self, index: int, incarnation: str | None, error: WeightSyncError, bucket: int | None = None

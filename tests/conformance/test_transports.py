@@ -14,7 +14,7 @@ import pytest
 from weightsync.errors import CodecError, TransportBroken
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.descriptors import checksum, seal, unseal
-from weightsync.nccl_bridge.communicator import GlooCommunicator
+from weightsync.nccl_bridge.gloo import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.testing import check_transport, transport_checks
 from weightsync.transports.base import Lease

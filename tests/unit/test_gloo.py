@@ -14,7 +14,7 @@ import torch.distributed
 
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.ipc.arena import Arena
-from weightsync.nccl_bridge.communicator import GlooCommunicator
+from weightsync.nccl_bridge.gloo import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.nccl_bridge.sockets import cut, open_sockets
 from weightsync.testing import no_leaks

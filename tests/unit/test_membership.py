@@ -217,12 +217,6 @@ def test_peers_are_kept_from_when_they_come_until_they_go():
     asyncio.run(main())
 
 
-def test_nodes_with_slots_on_gpus_are_not_joined():
-    config = parse_node_config('[arena]\ndevice = "cuda"\n')
-    with pytest.raises(ConfigError, match="cannot be joined yet"):
-        as_in(config, parse_node_config('[cluster.peers]\nn1 = "tcp://127.0.0.1:9"\n'))
-
-
 def test_what_needs_a_restart_is_named():
     before = parse_node_config(FILE)
     after = parse_node_config(

@@ -99,8 +99,7 @@ def test_a_driver_that_fails_is_told(smi, caplog):
 
 
 @pytest.mark.parametrize("key", ['listen = "tcp://127.0.0.1:29600"', 'peers = {n1 = "tcp://127.0.0.1:29601"}'])
-def test_nodes_of_a_cluster_have_their_slots_in_host_memory(smi, key):
-    """Whichever of them coordinates: bytes go between nodes over gloo."""
-    assert place(f"[cluster]\n{key}")[0] == "cpu"
-    with pytest.raises(ConfigError, match="cannot be joined yet"):
-        place(f'[cluster]\n{key}\n[arena]\ndevice = "cuda"')
+def test_nodes_of_a_cluster_have_their_slots_on_gpus_too(smi, key):
+    """Whichever of them coordinates: bytes go between nodes by NCCL then, or by gloo."""
+    assert place(f"[cluster]\n{key}")[0] == "cuda"
+    assert place(f'[cluster]\n{key}\n[arena]\ndevice = "cpu"')[0] == "cpu"

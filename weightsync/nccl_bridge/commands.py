@@ -152,7 +152,7 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
     """Give the first `nbytes` of `slot` to local `readers` (each by the transport of its last `Offer`) and to `peers`,
-    bridges of other nodes (gloo).
+    bridges of other nodes.
 
     Exporting the same slot and sequence again adds readers to it. Peers stay pending until `Send` has ended.
     """

@@ -1,28 +1,34 @@
 """A bucket that ranks of several nodes have written: each node's bridge has a part of it, and afterwards all of it.
 
-The members of a communicator broadcast their parts in turn, in one order. A part that is one run of bytes goes straight
-from slot to slot; others are gathered first. What says that it arrived travels behind it: which exchange it is of, and
-its checksum.
+In host memory the members of a communicator broadcast their parts in turn, in one order. A part that is one run of
+bytes goes straight from slot to slot; others are gathered first. What says that it arrived travels behind it: which
+exchange it is of, and its checksum. On GPUs all runs of all parts are launched together, straight from slot to slot;
+what arrived is checked by who reads the bucket, against what the trainer's ranks have written.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.ipc.descriptors import ALGORITHM, checksum
+from weightsync.transports.nccl import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
+    from weightsync.ipc.arena import Arena
+    from weightsync.ipc.cuda import DeviceSlots
     from weightsync.plan.shares import MemberPart
-    from weightsync.transports.gloo import Communicator
+    from weightsync.transports.broadcast import Member
+    from weightsync.transports.gloo import HostMember
+    from weightsync.transports.nccl import DeviceMember
 
-__all__ = ["Exchange", "runs_of"]
+__all__ = ["DeviceExchange", "Exchange", "HostExchange", "runs_of"]
 
 
 def runs_of(part: MemberPart, room: int) -> list[tuple[int, int]]:
@@ -39,26 +45,32 @@ def runs_of(part: MemberPart, room: int) -> list[tuple[int, int]]:
     return [(first, length) for first, length in runs.tolist()]
 
 
-class Exchange:
-    """This member's side of it. One at a time, as with any operation of a communicator."""
+class Exchange(Protocol):
+    """One member's side of it. One at a time, as with any operation of a communicator."""
 
-    def __init__(self, communicator: Communicator, check: Callable[[], object]) -> None:
-        """`check` raises when there is no point in going on; it is called between blocks of a checksum."""
-        self._communicator = communicator
-        self._check = check
-        self._staging: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)  # kept: parts are alike in size
-
-    def run(self, slot: memoryview, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
+    def run(self, slot: int, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
         """Every member has the bytes of all `parts` in `slot` when its call returns; all give the same parts.
 
         Raises `LocalProtocolError` before anything is sent; `TransportBroken` where a part differs from what its root
-        sent; what the communicator raises.
+        sent, or is of another exchange; what the communicator raises.
         """
-        mine, world = self._communicator.rank, self._communicator.world
-        if strangers := [part.root for part in parts if part.root >= world]:
-            raise LocalProtocolError(f"there is no rank {strangers[0]} in a communicator of {world}")
-        all_runs = [runs_of(part, len(slot)) for part in parts]
-        whole = np.frombuffer(slot, dtype=np.uint8)
+
+
+class HostExchange:
+    """Of slots in host memory."""
+
+    def __init__(self, communicator: HostMember, arena: Arena, check: Callable[[], object]) -> None:
+        """`check` raises when there is no point in going on; it is called between blocks of a checksum."""
+        self._communicator = communicator
+        self._arena = arena
+        self._check = check
+        self._staging: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)  # kept: parts are alike in size
+
+    def run(self, slot: int, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
+        """As `Exchange.run`."""
+        mine = self._communicator.rank
+        all_runs = _all_runs(self._communicator, parts, self._arena.slot_bytes)
+        whole = np.frombuffer(self._arena.slot(slot), dtype=np.uint8)
         for part, runs in zip(parts, all_runs, strict=True):
             payload = whole[runs[0][0] : sum(runs[0])] if len(runs) == 1 else self._staged(sum(n for _, n in runs))
             if part.root == mine and len(runs) > 1:
@@ -93,3 +105,30 @@ class Exchange:
         if len(self._staging) < nbytes:
             self._staging = np.empty(nbytes, dtype=np.uint8)
         return self._staging[:nbytes]
+
+
+class DeviceExchange:
+    """Of slots on GPUs."""
+
+    def __init__(self, communicator: DeviceMember, slots: DeviceSlots, slot_bytes: int) -> None:
+        self._communicator = communicator
+        self._slots = slots
+        self._slot_bytes = slot_bytes
+
+    def run(self, slot: int, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
+        """As `Exchange.run`."""
+        start = self._slots.slot(slot)
+        all_runs = _all_runs(self._communicator, parts, self._slot_bytes)
+        pieces = [
+            Piece(part.root, start + first, length)
+            for part, runs in zip(parts, all_runs, strict=True)
+            for first, length in runs
+        ]
+        self._communicator.broadcast(pieces, token, deadline=deadline)
+
+
+def _all_runs(communicator: Member, parts: Sequence[MemberPart], room: int) -> list[list[tuple[int, int]]]:
+    world = communicator.world
+    if strangers := [part.root for part in parts if part.root >= world]:
+        raise LocalProtocolError(f"there is no rank {strangers[0]} in a communicator of {world}")
+    return [runs_of(part, room) for part in parts]

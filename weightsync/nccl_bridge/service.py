@@ -14,15 +14,16 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
-from weightsync.ipc.descriptors import ALGORITHM
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
-from weightsync.nccl_bridge.communicator import GlooCommunicator
-from weightsync.nccl_bridge.exchange import Exchange
+from weightsync.nccl_bridge.exchange import DeviceExchange, Exchange, HostExchange
+from weightsync.nccl_bridge.gloo import GlooCommunicator
+from weightsync.nccl_bridge.nccl import NcclCommunicator, nccl
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
 from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.gloo import GlooReceiver, GlooSender
+from weightsync.transports.nccl import NcclReceiver, NcclSender
 from weightsync.transports.shm import ShmSender
 from weightsync.transports.torch_cuda import TorchCudaSender
 from weightsync.transports.torch_shm import TorchShmSender
@@ -65,9 +66,9 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
 class Member(NamedTuple):
     """This bridge's part in one generation."""
 
-    communicator: GlooCommunicator
-    sender: GlooSender
-    receiver: GlooReceiver
+    communicator: GlooCommunicator | NcclCommunicator
+    sender: GlooSender | NcclSender
+    receiver: GlooReceiver | NcclReceiver
     exchange: Exchange
 
 
@@ -78,6 +79,7 @@ class BridgeService:
         self.name = name
         self.incarnation = incarnation
         self.arena = arena
+        self._slots = slots
         self._ledger = Ledger()
         self._checksums = Checksums(arena) if slots is None else DeviceChecksums(arena, slots)
         books: dict[str, Any] = {"ledger": self._ledger, "checksums": self._checksums}
@@ -131,6 +133,8 @@ class BridgeService:
                 return c.Done()
             case c.Warm():
                 load()
+                if self._slots is not None:
+                    nccl()
                 return c.Done()
             case c.Host():
                 self._hosted = Rendezvous.host(command.host, deadline=deadline)
@@ -151,7 +155,7 @@ class BridgeService:
                 self._check_idle(command.slot)
                 if (generation := member.communicator.generation) != command.generation:
                     raise LocalProtocolError(f"bridge {self.name} has joined generation {generation} since")
-                member.exchange.run(self.arena.slot(command.slot), command.token, command.parts, deadline=deadline)
+                member.exchange.run(command.slot, command.token, command.parts, deadline=deadline)
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
@@ -269,35 +273,48 @@ class BridgeService:
         start = time.perf_counter()
         arrival = member.receiver.receive_into(command.ticket, command.slot, deadline=deadline)
         sequence = arrival.sequence if command.sequence is None else command.sequence
-        self._checksums.know(command.slot, sequence, arrival.nbytes, Checksum(ALGORITHM, arrival.checksum))
+        self._checksums.know(command.slot, sequence, arrival.nbytes, arrival.checksum)
         return c.Received(sequence=sequence, nbytes=arrival.nbytes, seconds=time.perf_counter() - start)
 
     def _join(self, command: c.Join, deadline: float, departures: int) -> None:
-        if self.arena.memory is not None:
-            raise LocalProtocolError(
-                f"bridge {self.name} keeps its slots on a GPU, and this communicator moves host memory",
-                hint='nodes are joined with arena.device = "cpu" on both',
-            )
         self._leave()
         hosted = self._hosted
         if hosted is None or hosted.port != command.port or command.rank != 0:
             hosted = Rendezvous.connect(command.host, command.port, deadline=deadline)
-        communicator = GlooCommunicator(
-            generation=command.generation, rank=command.rank, world=command.world, address=command.address
-        )
-        sender = GlooSender(communicator, self.arena, ledger=self._ledger, checksums=self._checksums)
-        receiver = GlooReceiver(communicator, self.arena, self.name)
+        member = self._new_member(command, departures)
         with self._lock:
-            exchange = Exchange(communicator, lambda: self._joined(departures))
-            # before joining, so that `interrupt` finds it
-            self._member = Member(communicator, sender, receiver, exchange)
+            self._member = member  # before joining, so that `interrupt` finds it
         try:
             self._joined(departures)
-            communicator.join(hosted, command.key, deadline=deadline)
+            member.communicator.join(hosted, command.key, deadline=deadline)
         except BaseException:
             self._leave()
             raise
         logger.info("[generation=%d rank=%d] join.complete world=%d", command.generation, command.rank, command.world)
+
+    def _new_member(self, command: c.Join, departures: int) -> Member:
+        place: Any = {
+            "generation": command.generation,
+            "rank": command.rank,
+            "world": command.world,
+            "address": command.address,
+        }
+        books: Any = {"ledger": self._ledger, "checksums": self._checksums}
+        if (slots := self._slots) is not None:
+            device = NcclCommunicator(**place)
+            return Member(
+                device,
+                NcclSender(device, self.arena, slots, **books),
+                NcclReceiver(device, self.arena, slots, self.name),
+                DeviceExchange(device, slots, self.arena.slot_bytes),
+            )
+        host = GlooCommunicator(**place)
+        return Member(
+            host,
+            GlooSender(host, self.arena, **books),
+            GlooReceiver(host, self.arena, self.name),
+            HostExchange(host, self.arena, lambda: self._joined(departures)),
+        )
 
     def _leave(self) -> None:
         with self._lock:

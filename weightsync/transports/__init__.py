@@ -16,6 +16,7 @@ RECEIVERS = {
     "shm": "weightsync.transports.shm:ShmReceiver",
     "cuda-ipc": "weightsync.transports.cuda_ipc:CudaIpcReceiver",
     "gloo": "weightsync.transports.gloo:GlooReceiver",
+    "nccl": "weightsync.transports.nccl:NcclReceiver",
 }
 
 

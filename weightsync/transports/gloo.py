@@ -1,314 +1,72 @@
-"""gloo: a slot of this bridge is broadcast into slots of bridges on other nodes.
-
-Sender and receivers share a communicator (`weightsync.nccl_bridge.communicator.GlooCommunicator`), which their maker
-joins and closes; every member except the root receives each bucket. An offer says which communicator and who is root; a
-ticket what comes next. As in any collective, all members take the buckets in one order.
-"""
+"""gloo: slots in host memory, broadcast between nodes."""
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import msgspec
-from msgspec import Meta
-
-from weightsync.errors import LocalProtocolError, TransportBroken
-from weightsync.ipc.descriptors import ALGORITHM, Natural, ReaderName, checksum, seal, unseal
-from weightsync.ipc.ledger import Ledger
-from weightsync.transports.base import BucketReceiver, BucketSender, Capabilities, Lease, seconds_left
-from weightsync.transports.exports import Checksums, Exports
+from weightsync.errors import TransportBroken
+from weightsync.ipc.descriptors import ALGORITHM, checksum
+from weightsync.transports.base import Capabilities
+from weightsync.transports.broadcast import BroadcastReceiver, BroadcastSender, Member
+from weightsync.transports.exports import Checksums
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from weightsync.ipc.arena import Arena
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.transports.broadcast import BroadcastTicket
 
-__all__ = ["Arrival", "Communicator", "GlooOffer", "GlooReceiver", "GlooSender", "GlooTicket"]
+__all__ = ["GlooReceiver", "GlooSender", "HostMember"]
 
 CAPABILITIES = Capabilities(device="cpu", scope="cluster", collective=True)
-_REMEMBERED = 4096  # tickets; a second opening of an older one fails at its checksum, if it is not refused here
 
 
-class Communicator(Protocol):
-    """What is needed of a joined communicator."""
-
-    generation: int
-    rank: int
-    world: int
+class HostMember(Member, Protocol):
+    """A communicator that moves host memory (`weightsync.nccl_bridge.gloo.GlooCommunicator`)."""
 
     def broadcast(self, memory: memoryview, root: int, *, deadline: float) -> None:
         """Copy `memory` of `root` into everybody else's."""
 
-    def abort(self) -> None:
-        """Make an operation under way raise `TransportClosed`."""
 
-
-class GlooOffer(msgspec.Struct, frozen=True, kw_only=True):
-    """What an offer says."""
-
-    generation: Natural
-    root: Natural
-    reader: ReaderName
-
-
-class GlooTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says."""
-
-    generation: Natural
-    root: Natural
-    reader: ReaderName
-    sequence: Natural
-    nbytes: Natural
-    algorithm: Literal["xxh3-64"]
-    checksum: Annotated[int, Meta(ge=0)]
-
-
-class Arrival(NamedTuple):
-    """A bucket that was received and verified."""
-
-    sequence: int
-    nbytes: int
-    checksum: int
-
-
-class GlooSender(BucketSender):
-    """The root. Its readers are the other members, each by one name."""
+class GlooSender(BroadcastSender):
+    """See the base class."""
 
     capabilities = CAPABILITIES
 
     def __init__(
         self,
-        communicator: Communicator,
+        communicator: HostMember,
         arena: Arena,
         *,
         ledger: Ledger | None = None,
         checksums: Checksums | None = None,
     ) -> None:
-        super().__init__()
-        self._communicator = communicator
-        self._arena = arena
-        self._ledger = ledger if ledger is not None else Ledger()
-        self._checksums = checksums if checksums is not None else Checksums(arena)
-        self._exports = Exports(arena.slots, arena.slot_bytes)
-        self._offered: set[str] = set()
-        self._lock = threading.RLock()
-        self._exporting = threading.Lock()
+        super().__init__(communicator, arena, checksums if checksums is not None else Checksums(arena), ledger=ledger)
+        self._gloo = communicator
 
-    def offer(self, reader: str) -> bytes:
-        with self._lock:
-            self._check_open()
-            self._offered.add(reader)
-            return seal(
-                b"G", GlooOffer(generation=self._communicator.generation, root=self._communicator.rank, reader=reader)
-            )
-
-    def export(self, slot: int, nbytes: int, sequence: int, readers: Iterable[str]) -> dict[str, bytes]:
-        names = list(readers)
-        with self._exporting:
-            with self._lock:
-                self._check_open()
-                if strangers := [name for name in names if name not in self._offered]:
-                    raise LocalProtocolError(f"nothing was offered to {', '.join(strangers)}")
-                export = self._exports.begin(slot, nbytes, sequence, names)
-            export.checksum = self._checksums.of(slot, sequence, nbytes, self._check_open)
-            with self._lock:
-                self._check_open()
-                self._exports.record(slot, export)
-                for name in names:
-                    export.readers.add(name)
-                    export.waiting[name] = 0
-                    self._ledger.exported(name)
-                return {name: self._ticket(sequence, nbytes, export.checksum.value, name) for name in names}
-
-    def send(self, slot: int, *, deadline: float) -> None:
-        with self._lock:
-            self._check_open()
-            export = self._exports.get(slot)
-            if export is None or not export.waiting:
-                raise LocalProtocolError(f"nothing of slot {slot} is exported and not sent")
-            waiting = list(export.waiting)
-        what = f"bucket of sequence {export.sequence}"
-        seconds_left(deadline, what)
-        try:
-            self._communicator.broadcast(
-                self._arena.slot(slot)[: export.nbytes], self._communicator.rank, deadline=deadline
-            )
-        except BaseException:
-            self._end(slot, export.sequence, waiting, arrived=False)
-            raise
-        self._end(slot, export.sequence, waiting, arrived=True)
-
-    def pending(self, slot: int) -> tuple[str, ...]:
-        with self._lock:
-            self._check_open()
-            export = self._exports.get(slot)
-            return tuple(export.waiting) if export is not None else ()
-
-    def revoke(self, slot: int, reader: str) -> None:
-        """Stop waiting for `reader`. Its place in a broadcast under way is not given up: abort for that."""
-        with self._lock:
-            self._check_open()
-            export = self._exports.get(slot)
-            if export is not None and export.waiting.pop(reader, None) is not None:
-                self._ledger.revoked(reader)
-
-    def close(self) -> None:
-        """Revoke what was never sent."""
-        self._ended.set()
-        with self._lock:
-            for slot, export in self._exports.held().items():
-                self._end(slot, export.sequence, list(export.waiting), arrived=False)
-
-    def abort(self) -> None:
-        self._ended.set()
-        self._communicator.abort()
-
-    def _end(self, slot: int, sequence: int, readers: list[str], *, arrived: bool) -> None:
-        """The broadcast is over: nobody reads this slot, and what failed is a revocation in the books."""
-        with self._lock:
-            export = self._exports.get(slot)
-            if export is None or export.sequence != sequence:
-                return
-            for reader in readers:
-                if export.waiting.pop(reader, None) is None:
-                    continue  # revoked meanwhile
-                if arrived:
-                    self._ledger.opened(reader)
-                    self._ledger.closed(reader)
-                else:
-                    self._ledger.revoked(reader)
-
-    def _ticket(self, sequence: int, nbytes: int, value: int, reader: str) -> bytes:
-        ticket = GlooTicket(
-            generation=self._communicator.generation,
-            root=self._communicator.rank,
-            reader=reader,
-            sequence=sequence,
-            nbytes=nbytes,
-            algorithm=ALGORITHM,
-            checksum=value,
-        )
-        return seal(b"C", ticket)
+    def _broadcast(self, slot: int, nbytes: int, sequence: int, deadline: float) -> None:
+        self._gloo.broadcast(self._arena.slot(slot)[:nbytes], self._gloo.rank, deadline=deadline)
 
 
-class GlooReceiver(BucketReceiver):
-    """A member that is not root. Buckets arrive in slots of its own `arena`, which the caller owns and closes."""
+class GlooReceiver(BroadcastReceiver):
+    """See the base class. Everything that comes is verified."""
 
     capabilities = CAPABILITIES
 
-    def __init__(self, communicator: Communicator, arena: Arena, reader: str) -> None:
-        """`reader` is the name under which this member is exported to."""
-        super().__init__()
-        self._communicator = communicator
-        self._arena = arena
-        self._reader = reader
-        self._opened: OrderedDict[tuple[int, int], None] = OrderedDict()  # (root, sequence), oldest first
-        self._leased: dict[int, Lease | None] = {}  # slot → its lease; None while it is being filled
-        self._freed = threading.Condition()
+    def __init__(self, communicator: HostMember, arena: Arena, reader: str) -> None:
+        super().__init__(communicator, arena, reader)
+        self._gloo = communicator
 
-    def accept(self, offer: bytes, *, deadline: float) -> None:
-        self._check_open()
-        wanted = unseal(offer, b"G", GlooOffer)
-        seconds_left(deadline, "accepting an offer")
-        self._check_mine("the offer", wanted.generation, wanted.reader, wanted.root)
+    def _broadcast(self, slot: int, wanted: BroadcastTicket, deadline: float) -> None:
+        self._gloo.broadcast(self._arena.slot(slot)[: wanted.nbytes], wanted.root, deadline=deadline)
 
-    def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
-        """See the base class; what came is always verified, since it decides whether the broadcast succeeded."""
-        wanted = self._wanted(ticket, deadline)
-        slot = self._take_slot(deadline)
-        try:
-            self._receive(wanted, slot, deadline)
-            view = self._arena.slot(slot)[: wanted.nbytes].toreadonly()
-            lease = Lease(
-                sequence=wanted.sequence,
-                nbytes=wanted.nbytes,
-                lent=view,
-                on_release=partial(self._free, slot),
-                checksum=wanted.checksum,
-            )
-            with self._freed:
-                self._check_open()
-                self._leased[slot] = lease
-        except BaseException:
-            self._free(slot)
-            raise
-        return lease
-
-    def receive_into(self, ticket: bytes, slot: int, *, deadline: float) -> Arrival:
-        """Like `receive`, into a slot that the caller knows to be free; there is no lease, the caller keeps order."""
-        wanted = self._wanted(ticket, deadline)
-        self._receive(wanted, slot, deadline)
-        return Arrival(wanted.sequence, wanted.nbytes, wanted.checksum)
-
-    def close(self) -> None:
-        with self._freed:
-            self._ended.set()
-            leases = [lease for lease in self._leased.values() if lease is not None]
-            self._freed.notify_all()
-        for lease in leases:
-            lease.release()
-
-    def abort(self) -> None:
-        self._ended.set()
-        with self._freed:
-            self._freed.notify_all()
-        self._communicator.abort()
-
-    def _wanted(self, ticket: bytes, deadline: float) -> GlooTicket:
-        self._check_open()
-        wanted = unseal(ticket, b"C", GlooTicket)
-        what = f"bucket of sequence {wanted.sequence}"
-        seconds_left(deadline, what)
-        self._check_mine(what, wanted.generation, wanted.reader, wanted.root)
-        if wanted.nbytes > self._arena.slot_bytes:
-            raise TransportBroken(f"{what}: {wanted.nbytes} bytes do not fit into a slot of {self._arena.slot_bytes}")
-        with self._freed:
-            self._check_unopened(wanted)  # before waiting for a slot, so that a ticket is not refused by a timeout
-        return wanted
-
-    def _check_unopened(self, wanted: GlooTicket) -> None:
-        if (wanted.root, wanted.sequence) in self._opened:
-            raise TransportBroken(f"the ticket of sequence {wanted.sequence} was opened before")
-
-    def _check_mine(self, what: str, generation: int, reader: str, root: int) -> None:
-        mine = self._communicator
-        if generation != mine.generation:
-            raise TransportBroken(f"{what}: of generation {generation}, here is generation {mine.generation}")
-        if reader != self._reader:
-            raise TransportBroken(f"{what}: for reader {reader}, here is {self._reader}")
-        if root >= mine.world or root == mine.rank:
-            raise TransportBroken(f"{what}: rank {root} of {mine.world} cannot be its root for rank {mine.rank}")
-
-    def _receive(self, wanted: GlooTicket, slot: int, deadline: float) -> None:
-        what = f"bucket of sequence {wanted.sequence}"
-        memory = self._arena.slot(slot)[: wanted.nbytes]
-        with self._freed:
-            self._check_unopened(wanted)
-            self._opened[wanted.root, wanted.sequence] = None
-            if len(self._opened) > _REMEMBERED:
-                self._opened.popitem(last=False)
-        self._communicator.broadcast(memory, wanted.root, deadline=deadline)
-        found = checksum(memory, self._check_open)
-        if found != wanted.checksum:
+    def _verify(self, slot: int, wanted: BroadcastTicket) -> None:
+        found = checksum(self._arena.slot(slot)[: wanted.nbytes], self._check_open)
+        if wanted.algorithm != ALGORITHM or found != wanted.checksum:
             raise TransportBroken(
-                f"{what} differs from what was exported: {ALGORITHM} is {found:016x}, not {wanted.checksum:016x}",
+                f"bucket of sequence {wanted.sequence} differs from what was exported: {ALGORITHM} is {found:016x}, "
+                f"not {wanted.checksum:016x} ({wanted.algorithm})",
                 hint="the slot was written to after it was exported, or the members take buckets in different orders",
             )
 
-    def _take_slot(self, deadline: float) -> int:
-        with self._freed:
-            while True:
-                self._check_open()
-                for slot in range(self._arena.slots):
-                    if slot not in self._leased:
-                        self._leased[slot] = None
-                        return slot
-                self._freed.wait(seconds_left(deadline, f"all {self._arena.slots} slots of this receiver are leased"))
-
-    def _free(self, slot: int) -> None:
-        with self._freed:
-            self._leased.pop(slot, None)
-            self._freed.notify_all()
+    def _lend(self, slot: int, nbytes: int) -> memoryview:
+        return self._arena.slot(slot)[:nbytes].toreadonly()

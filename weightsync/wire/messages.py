@@ -13,7 +13,7 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -268,6 +268,7 @@ class Attached(Message, frozen=True, tag="attached"):
     slot_bytes: Natural
     address: Name  # for communicators
     peers: tuple[Name, ...] = ()  # other nodes that it coordinates pushes for itself
+    device: Literal["cpu", "cuda"] = "cpu"  # where its slots lie
 
 
 class Execute(Message, frozen=True, tag="execute"):
@@ -326,6 +327,7 @@ class Exchange(Message, frozen=True, tag="exchange"):
     token: Natural  # that no other exchange has
     parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
     timeout: Seconds
+    checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, as the trainer's ranks made it
 
 
 class Gather(Message, frozen=True, tag="gather"):

@@ -1,0 +1,317 @@
+"""The communicator of bridges whose slots lie on GPUs: NCCL, one member for each node, one GPU each.
+
+No call of NCCL waits here. A member asks, then looks again and again whether it is done, whether a peer is gone,
+whether it was aborted, and whether its deadline has passed; whichever of these ends an operation early also ends the
+communicator, so that no kernel of it stays on the GPU. After that it is broken for good, on every member; the daemons
+form another generation.
+
+Slots are not registered with NCCL. So nothing but this member's own kernels writes into them, and when those have ended
+no late peer can.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from weightsync.errors import (
+    CodecError,
+    ConfigError,
+    LocalProtocolError,
+    TransportBroken,
+    TransportClosed,
+    TransportTimeout,
+    WeightSyncError,
+)
+from weightsync.ipc.cuda import cupy
+from weightsync.nccl_bridge.library import UNIQUE_ID_BYTES, Nccl, settings_here
+from weightsync.nccl_bridge.rendezvous import translated
+from weightsync.transports.base import seconds_left
+from weightsync.transports.nccl import Piece
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from weightsync.nccl_bridge.rendezvous import Rendezvous
+
+__all__ = ["NcclCommunicator", "Terms", "check_settings", "interface_of", "nccl"]
+
+logger = logging.getLogger(__name__)
+
+_POLL_FIRST = 10e-6  # seconds between two looks at an operation, growing to …
+_POLL_LAST = 500e-6
+_GROUP = 512  # broadcasts launched together: NCCL plans them into few kernels
+_IDLE = 5.0  # seconds for the GPU to end what an aborted communicator was doing
+_LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
+_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address, as the last 4 of the first 24 bytes
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """What rank 0 tells the others at the rendezvous."""
+
+    unique_id: Annotated[bytes, Meta(min_length=UNIQUE_ID_BYTES, max_length=UNIQUE_ID_BYTES)]
+    settings: dict[str, str]
+
+
+@cache
+def nccl() -> Nccl:
+    """The library, loaded once. Raises `ConfigError`."""
+    return Nccl()
+
+
+class NcclCommunicator:
+    """Member `rank` of the `world` members of one `generation`. One operation at a time; `abort` from any thread."""
+
+    def __init__(self, *, generation: int, rank: int, world: int, address: str, device: int = 0) -> None:
+        """`address` is this node's own, whose network interface NCCL is to use. Call `join` next."""
+        if not 0 <= rank < world:
+            raise LocalProtocolError(f"rank {rank} is not in a world of {world}")
+        self.generation = generation
+        self.rank = rank
+        self.world = world
+        self._address = address
+        self._device = device
+        self._communicator: Any = None
+        self._stream: Any = None
+        self._tokens: _Tokens | None = None
+        self._busy = threading.Lock()
+        self._closed = threading.Event()
+        self._broken = ""
+
+    @property
+    def closed(self) -> bool:
+        """Whether `close` or `abort` was called."""
+        return self._closed.is_set()
+
+    def join(self, rendezvous: Rendezvous, key: str, *, deadline: float) -> None:
+        """Return when all members have joined. They all give the same `key`.
+
+        Raises `ConfigError` where NCCL is set up otherwise here than at rank 0.
+        """
+        what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
+        with self._operation(what, deadline):
+            if self._communicator is not None:
+                raise LocalProtocolError(f"generation {self.generation} is joined already")
+            if name := interface_of(self._address):
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
+            library, mine = nccl(), settings_here(nccl())
+            store = rendezvous.store(key, self.generation)
+            if self.rank == 0:
+                terms = Terms(unique_id=library.unique_id(), settings=mine)
+                store.set("terms", msgspec.msgpack.encode(terms))
+            else:
+                terms = _decoded(store.get("terms"))
+                check_settings(mine, terms.settings)
+            c = cupy().cuda
+            self._stream = c.Stream(non_blocking=True)
+            self._tokens = _Tokens(self.world)
+            self._communicator = library.begin(self.world, terms.unique_id, self.rank)
+            self._wait(what, deadline)
+
+    def broadcast(self, pieces: Sequence[Piece], token: int, *, deadline: float) -> None:
+        """Every member has the bytes of all `pieces` when its call returns; all give pieces of the same roots and
+        sizes, in one order, and the same `token`, which no other broadcast has.
+
+        At a root: when the bytes are on their way, and may change. Raises `TransportBroken` where a root was in another
+        broadcast.
+        """
+        nbytes = sum(piece.nbytes for piece in pieces)
+        what = f"broadcast of {nbytes} bytes in {len(pieces)} pieces, generation {self.generation}"
+        if strangers := {piece.root for piece in pieces if not 0 <= piece.root < self.world}:
+            raise LocalProtocolError(f"{what}: there is no rank {min(strangers)}, only {self.world}")
+        with self._operation(what, deadline):
+            tokens = self._tokens
+            if self._communicator is None or tokens is None:
+                raise LocalProtocolError(f"{what}: not joined")
+            if self.world == 1:
+                return
+            roots = sorted({piece.root for piece in pieces})
+            tokens.send(token, self.rank, self._stream)
+            told = [Piece(root, tokens.address(root), tokens.nbytes) for root in roots]
+            everything = [*told, *(piece for piece in pieces if piece.nbytes)]
+            for start in range(0, len(everything), _GROUP):
+                self._launch(everything[start : start + _GROUP], what, deadline)
+            tokens.fetch(self._stream)
+            done = cupy().cuda.Event(disable_timing=True)
+            done.record(self._stream)
+            self._wait(what, deadline, lambda: bool(done.done))
+            if others := [root for root in roots if tokens.of(root) != token]:
+                raise TransportBroken(f"{what}: rank {others[0]} is in another one: members take them in other orders")
+
+    def close(self, *, deadline: float) -> None:
+        """Leave, after the operation under way, if there is one, has ended; by `deadline` at the latest, by force.
+
+        The other members see it as broken if they are still in it. Raises `TransportTimeout` where NCCL does not let
+        go: nothing but the end of the process helps then.
+        """
+        start = time.monotonic()
+        if not self._busy.acquire(timeout=min(max(0.0, deadline - start), _LONGEST_CLOSE)):
+            self.abort()
+            if not self._busy.acquire(timeout=_LONGEST_CLOSE):
+                raise TransportTimeout(f"generation {self.generation}: NCCL does not return")
+        try:
+            self._closed.set()
+            self._end()
+        finally:
+            self._busy.release()
+
+    def abort(self) -> None:
+        """An operation under way in another thread ends and raises `TransportClosed`. `close` afterwards."""
+        self._closed.set()
+
+    def _launch(self, pieces: Sequence[Piece], what: str, deadline: float) -> None:
+        library = nccl()
+        library.group_start()
+        try:
+            for root, address, nbytes in pieces:
+                library.broadcast(self._communicator, address, nbytes, root, self._stream.ptr)
+        finally:
+            library.group_end()
+        self._wait(what, deadline)
+
+    def _wait(self, what: str, deadline: float, done: Callable[[], bool] = lambda: True) -> None:
+        """Until NCCL has done on the host what it was asked, and `done`. Raises `TransportBroken` for a peer's end."""
+        pause = _POLL_FIRST
+        while not (nccl().ready(self._communicator) and done()):
+            if self._closed.wait(pause):
+                raise TransportClosed(f"{what}: aborted")
+            seconds_left(deadline, what)
+            pause = min(1.2 * pause, _POLL_LAST)
+
+    @contextmanager
+    def _operation(self, what: str, deadline: float) -> Iterator[None]:
+        self._check(what)
+        if not self._busy.acquire(timeout=seconds_left(deadline, what)):
+            raise TransportTimeout(f"{what}: another operation was under way until the deadline")
+        try:
+            self._check(what)
+            with cupy().cuda.Device(self._device):
+                yield
+        except LocalProtocolError:
+            raise
+        except WeightSyncError as error:
+            self._broken = error.message
+            self._end()
+            raise
+        except RuntimeError as error:  # of CUDA, or of the store
+            broken = translated(error, what)
+            self._broken = broken.message
+            self._end()
+            raise broken from error
+        finally:
+            self._busy.release()
+
+    def _end(self) -> None:
+        """Abort it, and see that nothing of it is left on the GPU. Raises `TransportTimeout` if something is."""
+        communicator, self._communicator = self._communicator, None
+        stream, self._stream = self._stream, None
+        tokens, self._tokens = self._tokens, None
+        with cupy().cuda.Device(self._device):
+            if communicator is not None:
+                start = time.monotonic()
+                nccl().abort(communicator)
+                logger.info(
+                    "[generation=%d rank=%d] left seconds=%.3f", self.generation, self.rank, time.monotonic() - start
+                )
+            if stream is None:
+                return
+            until = time.monotonic() + _IDLE
+            while not stream.done:
+                if time.monotonic() > until:
+                    raise TransportTimeout(f"generation {self.generation}: its kernels did not end in {_IDLE:g} s")
+                threading.Event().wait(_POLL_LAST)
+            if tokens is not None:
+                tokens.free()
+
+    def _check(self, what: str) -> None:
+        if self._closed.is_set():
+            raise TransportClosed(f"{what}: the communicator was closed")
+        if self._broken:
+            raise TransportBroken(
+                f"{what}: the communicator is broken since: {self._broken}", hint="form a new generation"
+            )
+
+
+class _Tokens:
+    """A word of each member, on the GPU and in host memory: roots send theirs along with their bytes."""
+
+    nbytes = 8
+
+    def __init__(self, world: int) -> None:
+        c = cupy().cuda
+        self._device = c.runtime.malloc(self.nbytes * world)
+        self._pinned = c.alloc_pinned_memory(self.nbytes * world)
+        self._host = np.frombuffer(self._pinned, dtype=np.uint64, count=world)
+
+    def address(self, root: int) -> int:
+        """Of a member's word on the GPU."""
+        return int(self._device) + self.nbytes * root
+
+    def of(self, root: int) -> int:
+        """What was fetched."""
+        return int(self._host[root])
+
+    def send(self, token: int, rank: int, stream: Any) -> None:
+        """Put this member's own in place."""
+        self._host[rank] = token
+        self._copy(self.address(rank), self._host[rank:].ctypes.data, self.nbytes, stream)
+
+    def fetch(self, stream: Any) -> None:
+        """Copy all to host memory, on the stream."""
+        self._copy(self._host.ctypes.data, int(self._device), self._host.nbytes, stream)
+
+    def free(self) -> None:
+        """Nothing runs that uses it."""
+        cupy().cuda.runtime.free(self._device)
+
+    @staticmethod
+    def _copy(to: int, from_: int, nbytes: int, stream: Any) -> None:
+        runtime = cupy().cuda.runtime
+        runtime.memcpyAsync(to, from_, nbytes, runtime.memcpyDefault, stream.ptr)
+
+
+def check_settings(mine: dict[str, str], theirs: dict[str, str]) -> None:
+    """Raise `ConfigError` where NCCL would fail or hang for being set up differently; `theirs` are those of rank 0."""
+    different = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
+    if different:
+        told = ", ".join(f"{n} is {mine.get(n, 'unset')} here, {theirs.get(n, 'unset')} at rank 0" for n in different)
+        raise ConfigError(
+            f"NCCL is set up differently on two nodes: {told}",
+            hint="make them alike in the environment of weightsyncd on every node",
+        )
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface with this IPv4 address; None where it cannot be told, and NCCL is left to choose."""
+    try:
+        wanted = socket.inet_aton(socket.gethostbyname(address))
+    except OSError:
+        return None
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            request = name.encode()[:15].ljust(256, b"\0")
+            try:
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, request)
+            except OSError:  # an interface without one
+                continue
+            if found[20:24] == wanted:
+                return name
+    return None
+
+
+def _decoded(data: bytes) -> Terms:
+    try:
+        return msgspec.msgpack.decode(data, type=Terms)
+    except msgspec.MsgspecError as error:
+        raise CodecError(f"the rendezvous tells no terms of NCCL: {error}") from error
