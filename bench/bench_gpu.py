@@ -1,6 +1,7 @@
 """Pushes between GPUs of one host: FSDP2 shards into reference engines on the same GPUs, beside what the wires can do.
 
     python -m bench.bench_gpu --model 30b-a3b --engines tp --json out.json
+    python -m bench.bench_gpu --model 30b-a3b --engines away      # half of the GPUs to the other half, as two nodes
 
 Weights are random, shapes and names a real model's. Every push is verified: each engine's tensors are fingerprinted
 where they lie and compared with the trainer's. Seconds are medians over the pushes after two that warm up.
@@ -62,17 +63,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--model", choices=MODELS, default="30b-a3b")
-    parser.add_argument("--ranks", type=int, default=torch.cuda.device_count(), help="trainer ranks, one a GPU")
-    parser.add_argument("--engines", choices=("tp", "replicas"), default="tp", help="one of tp N, or N of tp 1")
+    parser.add_argument("--ranks", type=int, default=0, help="trainer ranks, one a GPU; all of the trainer's node")
+    parser.add_argument(
+        "--engines",
+        choices=("tp", "replicas", "away"),
+        default="tp",
+        help="one of tp N, N of tp 1, or one of tp N/2 on a node of its own, joined by NCCL",
+    )
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
     parser.add_argument("--no-ceilings", action="store_true")
     arguments = parser.parse_args()
-    ceilings = {} if arguments.no_ceilings else measure()
-    figures = {"ceilings": ceilings, **push(arguments)}
     gpus = torch.cuda.device_count()
-    into_each = figures["bytes"] / (gpus if arguments.engines == "tp" else 1)
+    arguments.ranks = arguments.ranks or (gpus // 2 if arguments.engines == "away" else gpus)
+    figures, broadcasts = push(arguments)
+    ceilings = broadcasts | ({} if arguments.no_ceilings else measure())
+    figures["ceilings"] = ceilings
+    if arguments.engines == "away":
+        gpus //= 2
+    into_each = figures["bytes"] / (1 if arguments.engines == "replicas" else gpus)
     rate = into_each / figures["seconds"] / 1e9
     rows = [
         ["model", f"{arguments.model}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
@@ -85,20 +95,26 @@ def main() -> None:
         ["load, into each GPU", f"{into_each / figures['phases']['load'] / 1e9:.0f} GB/s"],
         ["whole push, into each GPU", f"{rate:.0f} GB/s"],
         *([name, f"{value:.0f} GB/s"] for name, value in ceilings.items()),
+        *([f"whole push / {name}", f"{rate / value:.2f}"] for name, value in broadcasts.items()),
         ["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"],
     ]
     figures["gpu"] = {"name": torch.cuda.get_device_name(0), "count": gpus, "torch": torch.__version__}
     report("pushes between GPUs", ("what", "figure"), rows, figures, arguments.json)
 
 
-def push(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the pushes and put the ranks' figures together."""
+def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run the pushes and put the ranks' figures together; and, between nodes, what plain broadcasts do there."""
     gpus = torch.cuda.device_count()
+    away = arguments.engines == "away"
     with Fleet() as fleet:
         (fleet.root / "model").mkdir()
         write_config(MODELS[arguments.model], fleet.root / "model")
         flags = ["--load-format", "dummy"]
-        if arguments.engines == "tp":
+        if away:
+            there = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus // 2, gpus)))}
+            model = fleet.root / "model"
+            engines = [fleet.start_engine("e0", model, tp=gpus // 2, device="cuda", flags=flags, wait=False, env=there)]
+        elif arguments.engines == "tp":
             engines = [fleet.start_engine("e0", fleet.root / "model", tp=gpus, device="cuda", flags=flags, wait=False)]
         else:
             engines = [
@@ -114,13 +130,17 @@ def push(arguments: argparse.Namespace) -> dict[str, Any]:
             ]
         for engine in engines:
             fleet.wait_engine(engine)
-        daemon = fleet.start_daemon(
-            "bench",
-            engines,
-            arena={"slots": arguments.slots, "slot_bytes": arguments.slot},
-            timeouts={"operation": 120.0},
-        )
-        before = _users()
+        sections: Any = {
+            "arena": {"slots": arguments.slots, "slot_bytes": arguments.slot, "device": "cuda"},
+            "timeouts": {"operation": 120.0},
+        }
+        if away:
+            uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]
+            home, far = ({"gpus": part} for part in (uuids[: gpus // 2], uuids[gpus // 2 :]))
+            peer = fleet.start_daemon("away", engines, node=far, **sections)
+            daemon = fleet.start_daemon("bench", peers=[peer], node=home, **sections)
+        else:
+            daemon = fleet.start_daemon("bench", engines, **sections)
         script = Path(__file__).with_name("gpu_trainer.py")
         options = ["--model", str(fleet.root / "model"), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
         options += ["--pushes", str(arguments.pushes + 2)]
@@ -131,7 +151,18 @@ def push(arguments: argparse.Namespace) -> dict[str, Any]:
             raise SystemExit("\n".join([trainer.tail(100), daemon.tail(40), *(e.tail(20) for e in engines)]))
         ranks = [json.loads((fleet.root / f"rank{r}.json").read_text()) for r in range(arguments.ranks)]
         bridges = fetch_status(daemon.endpoint).bridges
-        used = [before.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
+        users = _users()
+        broadcasts: dict[str, float] = {}
+        if away:
+            for engine in engines:  # the model has room on a GPU once more
+                fleet.end(engine)
+            out = fleet.root / "broadcasts.json"
+            options = ["--model", str(fleet.root / "model"), "--bucket", str(bridges[0].slot_bytes), "--out", str(out)]
+            plain = fleet.torchrun("broadcasts", Path(__file__).with_name("gpu_broadcast.py"), gpus, options)
+            if plain.wait(120):
+                raise SystemExit(plain.tail(60))
+            broadcasts = json.loads(out.read_text())
+        used = [users.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
     first = ranks[0]["pushes"][2:]
     if not all(row["complete"] for row in first):
         raise SystemExit(f"a push was not complete: {first[-1]['engines']}")
@@ -139,7 +170,7 @@ def push(arguments: argparse.Namespace) -> dict[str, Any]:
     def median(rows: list[float]) -> float:
         return statistics.median(rows)
 
-    return {
+    figures = {
         "bytes": first[0]["bytes"],
         "tensors": first[0]["tensors"],
         "buckets": first[0]["buckets"],
@@ -152,6 +183,7 @@ def push(arguments: argparse.Namespace) -> dict[str, Any]:
         "phases": {name: median([row["phases"][name] for row in first]) for name in first[0]["phases"]},
         "bridge_extra_mib": round(max(used)) if used else 0,
     }
+    return figures, broadcasts
 
 
 def _users() -> dict[int, float]:

@@ -13,7 +13,7 @@ from weightsync.nccl_bridge import commands
 from weightsync.plan.shares import MemberPart
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
-from weightsyncd.rails import MOMENT, leave, quietly, sentences
+from weightsyncd.rails import MOMENT, quietly, sentences
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -104,7 +104,7 @@ async def _attempt(
         except WeightSyncError as error:
             if not broken:  # the others' errors follow from the first
                 broken[node] = error.record()
-                await leave(bridge)
+                await rails.give_up(bridge, generation)
 
     async def take_part_here() -> None:
         command = commands.Exchange(slot=own.index, generation=generation, token=token, parts=parts)
@@ -117,5 +117,5 @@ async def _attempt(
             group.create_task(take_part(node))
         group.create_task(take_part_here())
     if broken:
-        rails.break_up()
+        rails.break_up(generation)
     return broken

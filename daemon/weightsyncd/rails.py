@@ -61,9 +61,17 @@ class Rails:
         infos = [self._peers[node].info for node in nodes if node in self._peers]
         return min([len(self.bridges), *(len(info.slots) for info in infos if info is not None)])
 
-    def break_up(self) -> None:
-        """The standing generation is not to be used again."""
-        self._members, self._used = (), frozenset()
+    def break_up(self, generation: int | None = None) -> None:
+        """The standing generation is not to be used again, if it is this one."""
+        if generation in (None, self.generation):
+            self._members, self._used = (), frozenset()
+
+    async def give_up(self, bridge: Bridge, generation: int) -> None:
+        """End what the bridge does in this generation. One that was formed since is left alone: of several operations
+        that a broken communicator ends, the last to hear of it must not break its successor.
+        """
+        if generation == self.generation:
+            await leave(bridge)
 
     def taken(self) -> None:
         """Another daemon takes a bridge of this node into a communicator of its own."""
@@ -267,7 +275,7 @@ class Rails:
         until: float,
     ) -> dict[str, ErrorRecord]:
         """One attempt. Returns the nodes that do not hold the bucket, and why."""
-        bridge = self.bridges[instruction.slot.bridge]
+        bridge, generation = self.bridges[instruction.slot.bridge], self.generation
         readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
         peers = tuple(sorted(readers.values()))
         slot, nbytes = instruction.slot.index, instruction.nbytes
@@ -276,7 +284,7 @@ class Rails:
         try:
             reply = await bridge.call(export, deadline=until)
         except ProtocolError as error:  # it has restarted, and joined nobody yet
-            self.break_up()
+            self.break_up(generation)
             return dict.fromkeys(targets, error.record())
         failed: dict[str, ErrorRecord] = {}
 
@@ -293,7 +301,7 @@ class Rails:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 failed[node] = error.record()
-                await leave(bridge)
+                await self.give_up(bridge, generation)
 
         async with asyncio.TaskGroup() as group:
             for node, target in targets.items():
@@ -302,7 +310,7 @@ class Rails:
             mine = group.create_task(quietly(bridge.call(send, deadline=until)))
         own = mine.result()
         if failed or own is not None:
-            self.break_up()
+            self.break_up(generation)
         if own is not None and not failed:
             failed = dict.fromkeys(targets, own)
         return failed

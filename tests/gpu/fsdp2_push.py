@@ -26,6 +26,7 @@ class Collectives:
     def __init__(self, *, busy: bool) -> None:
         self.done = 0
         self._busy = busy
+        self._gpu = torch.cuda.current_device()
         self._leave = threading.Event()
         self._thread = threading.Thread(target=self._reduce)
 
@@ -40,7 +41,8 @@ class Collectives:
             self._thread.join()
 
     def _reduce(self) -> None:
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", self._gpu)
+        torch.cuda.set_device(device)  # of this thread
         with torch.cuda.stream(torch.cuda.Stream()):
             data = torch.ones(2**24, device=device)
             while True:

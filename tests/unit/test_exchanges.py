@@ -13,6 +13,7 @@ from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
+from weightsyncd.rails import leave
 
 RUNS = {"home": b"h", "ranks": b"r"}  # what the ranks of each have written; "engines" and "more" have none
 
@@ -38,8 +39,13 @@ class Rails:
         self.members = [node for node in nodes if node not in failed]
         return failed
 
-    def break_up(self):
+    def break_up(self, generation):
+        assert generation == self.generation
         self.members = []
+
+    async def give_up(self, bridge, generation):
+        assert generation == self.generation
+        await leave(bridge)
 
     def peer(self, node):
         async def ask(question, deadline):

@@ -124,6 +124,6 @@ class Nccl:
         raise TransportBroken(f"{what}: {text.partition(' (run with')[0]}{f' ({last})' if last else ''}")
 
 
-def settings_here(nccl: Nccl) -> dict[str, str]:
-    """What has to be the same in all members of a communicator."""
-    return {"version": nccl.version, **{name: os.environ.get(name, "unset") for name in _MUST_MATCH}}
+def settings_here(version: str) -> dict[str, str]:
+    """What has to be the same in all members of a communicator; `version` is that of this process's NCCL."""
+    return {"version": version, **{name: os.environ.get(name, "unset") for name in _MUST_MATCH}}

@@ -105,7 +105,8 @@ class NcclCommunicator:
                 raise LocalProtocolError(f"generation {self.generation} is joined already")
             if name := interface_of(self._address):
                 os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
-            library, mine = nccl(), settings_here(nccl())
+            library = nccl()
+            mine = settings_here(library.version)
             store = rendezvous.store(key, self.generation)
             if self.rank == 0:
                 terms = Terms(unique_id=library.unique_id(), settings=mine)

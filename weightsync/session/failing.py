@@ -91,8 +91,6 @@ class Failing(Opening):
             if copy is not None and copy.slot.bridge == event.bridge:
                 bucket.unfilled.difference_update(self._ranks_on(event.node))
                 del bucket.copies[event.node]
-        if event.node == self.home:
-            self._relay_busy.discard(event.bridge)
         if place in self._capacity:
             self._free[place] = list(range(self._capacity[place]))
         if self.state is State.OPENING and event.node == self.home:

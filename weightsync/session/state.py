@@ -87,7 +87,6 @@ class SessionState:
         self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
         self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
         self._active: set[int] = set()  # buckets that lie in a slot somewhere
-        self._relay_busy: set[int] = set()  # bridges with a broadcast under way
         self._drain_until: float | None = None
         self._abandoned = False
         self._begun_at: dict[str, float] = {}

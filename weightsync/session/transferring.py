@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Transferring"]
 
+_RELAYS = 2  # broadcasts of one bridge that are asked for at a time
+
 
 class Transferring(Committing):
     """Rules of the state TRANSFERRING."""
@@ -72,7 +74,6 @@ class Transferring(Committing):
         if not any(copy.relaying for copy in bucket.copies.values()):
             return
         bucket.relayed = True
-        self._relay_busy.discard(bucket.owner)
         for copy in bucket.copies.values():
             copy.relaying = False
         self.phases.stop("wire", now)
@@ -168,38 +169,48 @@ class Transferring(Committing):
         )
 
     def _relay(self, now: float, out: list[Instruction]) -> None:
-        """One broadcast at a time on each bridge, in bucket order, as soon as every remote node has a free slot."""
+        """Broadcasts on each bridge, in bucket order, as soon as every remote node has a free slot. One is asked for
+        while another is under way, so that no wire waits for daemons; an exchange is not, since who breaks one that
+        follows a broken one is not to blame.
+        """
         remote = self._remote_nodes()
         if not remote:
             return
         for rail, waiting in self._unrelayed.items():
-            if not waiting or rail in self._relay_busy:
-                continue
-            bucket = self.buckets[waiting[0]]
             if self._spread:
-                if bucket.filled:
+                if waiting and self.buckets[waiting[0]].filled and not self._relaying(rail):
                     self._exchange(waiting.popleft(), now, out)
                 continue
-            home = bucket.copies.get(self.home)
-            places = [(node, rail) for node in remote]
-            if home is None or not home.exported or not all(self._free.get(place) for place in places):
-                continue
-            index = waiting.popleft()
-            targets = tuple(do.Slot(node, rail, self._free[node, rail].pop(0)) for node, _ in places)
-            for target in targets:
-                bucket.copies[target.node] = Copy(target)
-            home.relaying = True
-            self._relay_busy.add(rail)
-            self.phases.start("wire", now)
-            out.append(
-                do.RelayBucket(
-                    bucket=index, slot=home.slot, nbytes=bucket.nbytes, targets=targets, deadline=self._until(now)
-                )
+            while waiting and self._relaying(rail) < _RELAYS:
+                bucket = self.buckets[waiting[0]]
+                home = bucket.copies.get(self.home)
+                places = [(node, rail) for node in remote]
+                if home is None or not home.exported or not all(self._free.get(place) for place in places):
+                    break
+                targets = tuple(do.Slot(node, rail, self._free[node, rail].pop(0)) for node, _ in places)
+                self._broadcast(waiting.popleft(), home, targets, now, out)
+
+    def _relaying(self, rail: int) -> int:
+        """Buckets of which a broadcast or an exchange is under way on a bridge."""
+        mine = (self.buckets[index] for index in self._active if self.buckets[index].owner == rail)
+        return sum(any(copy.relaying for copy in bucket.copies.values()) for bucket in mine)
+
+    def _broadcast(
+        self, index: int, home: Copy, targets: tuple[do.Slot, ...], now: float, out: list[Instruction]
+    ) -> None:
+        bucket = self.buckets[index]
+        for target in targets:
+            bucket.copies[target.node] = Copy(target)
+        home.relaying = True
+        self.phases.start("wire", now)
+        out.append(
+            do.RelayBucket(
+                bucket=index, slot=home.slot, nbytes=bucket.nbytes, targets=targets, deadline=self._until(now)
             )
+        )
 
     def _exchange(self, index: int, now: float, out: list[Instruction]) -> None:
         bucket = self.buckets[index]
-        self._relay_busy.add(bucket.owner)
         for copy in bucket.copies.values():
             copy.relaying = True
         self.phases.start("wire", now)

@@ -1,0 +1,69 @@
+"""What torch.distributed over NCCL does between GPUs that a push between nodes joins: rank i of the first half sends to
+rank i of the second, all at once. Started by bench_gpu with torchrun; rank 0 writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from weightsync.adapters.reference.config import read_config
+from weightsync.adapters.reference.sharding import checkpoint_tensors
+
+RUNS = 5
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--bucket", type=int, required=True, help="bytes")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rank, gpu = int(os.environ["RANK"]), int(os.environ["LOCAL_RANK"])
+    torch.cuda.set_device(gpu)
+    dist.init_process_group("nccl", device_id=torch.device("cuda", gpu))
+    pairs = dist.get_world_size() // 2
+    groups = [dist.new_group([i, pairs + i]) for i in range(pairs)]
+    group, root = groups[rank % pairs], rank % pairs
+    bucket = torch.empty(arguments.bucket, dtype=torch.uint8, device="cuda")
+    config = read_config(arguments.model)
+    sizes = [-(-shape.numel() // pairs) for shape in map(torch.Size, checkpoint_tensors(config).values())]
+    room = torch.empty(sum(sizes), dtype=getattr(torch, config.dtype), device="cuda")
+    tensors = room.split(sizes)
+
+    def seconds(tensors: list[torch.Tensor]) -> float:
+        found = []
+        for _ in range(RUNS + 1):
+            torch.cuda.synchronize()
+            dist.barrier()
+            start = time.perf_counter()
+            for tensor in tensors:
+                dist.broadcast(tensor, root, group=group)
+            torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        slowest = torch.tensor(statistics.median(found[1:]), device="cuda")
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return float(slowest)
+
+    several = 8
+    figures = {
+        "NCCL broadcast, buckets": several * arguments.bucket / seconds([bucket] * several) / 1e9,
+        "NCCL broadcast, tensor by tensor": room.nbytes / seconds(list(tensors)) / 1e9,
+    }
+    if rank == 0:
+        arguments.out.write_text(json.dumps(figures))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()
