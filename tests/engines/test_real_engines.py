@@ -258,6 +258,21 @@ def test_two_ranks(node):
         assert report.complete
 
 
+@ways(*(need for need in TP2 if need.kind == "vllm" and need.path != "ipc"))
+def test_two_ranks_of_which_a_call_has_failed(node):
+    """vLLM by itself takes each later answer of rank 1 for one to the call after."""
+
+    def ask(method, *args):
+        body = {"method": method, "args": args}
+        return httpx.post(f"{node.engine.url}/collective_rpc", json=body, trust_env=False, timeout=60)
+
+    assert ask("no_such_method").status_code == 500
+    said = ask("weightsync", '{"do": "hello"}').raise_for_status().json()["results"]
+    assert [worker["rank"] for worker in said] == [0, 1]
+    node.push("pert")
+    node.check("pert")
+
+
 @ways(*(need for need in TP2 if need.path == "ipc"))
 def test_two_ranks_on_a_cpu_are_refused_by_the_way_that_cannot_tell_them_apart(node):
     with pytest.raises(WeightSyncError, match="only --tp 1"):

@@ -15,6 +15,7 @@ from tests.recorded import FIXTURES, Replay
 from weightsync.adapters.vllm.control import VLLMAdapter
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
+from weightsync.adapters.vllm.profiles import MARK
 from weightsync.config import EngineConfig
 from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
 
@@ -162,8 +163,8 @@ class Server:
         if request.method == "POST":
             self.posted.append((path, query))
         if path in self.answers:
-            status, answer = self.answers[path]
-            return httpx.Response(status, json=answer)
+            answer = self.answers[path]
+            return answer if isinstance(answer, httpx.Response) else httpx.Response(answer[0], json=answer[1])
         match path:
             case "/version":
                 return httpx.Response(200, json={"version": self.version})
@@ -196,7 +197,7 @@ class Server:
                 self.weight_version = body["new_version"]
             case "/collective_rpc":
                 return self.worker(body)
-            case "/init_weight_transfer_engine" if self.backend != "weightsync":
+            case "/init_weight_transfer_engine" if self.backend != "weightsync" and "weightsync" in body["init_info"]:
                 return error(
                     "Invalid init_info for IPCWeightTransferEngine: unexpected keyword argument 'weightsync'"
                     if self.backend
@@ -207,6 +208,8 @@ class Server:
         return httpx.Response(200, json={"status": "done"})
 
     def worker(self, body):
+        if body["method"] == "__dir__":
+            return httpx.Response(200, json={"results": [["a", *[MARK] * self.plugin]] * self.world})
         if not self.plugin:
             return error("'CPUWorker' object has no attribute 'weightsync'")
         asked = json.loads(body["args"][0])
@@ -488,3 +491,81 @@ async def test_an_address_that_others_reach():
     found = judged(await VLLMAdapter(spec, transport=Server().transport()).examine(deadline=soon()))
     assert found[0][0] == "warn"
     assert "--host 127.0.0.1" in found[0][1]
+
+
+# --- several workers: a call that fails leaves vLLM out of step -------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+@on_loop
+async def test_several_stock_workers_are_asked_nothing_that_they_refuse(backend):
+    server = Server(backend=backend, plugin=False, world=2, each=2)
+    hand = adapter(server.transport())
+    if backend == "ipc":
+        assert "path ipc: no plugin answered" in (await hand.probe(deadline=soon())).profile
+    else:
+        with pytest.raises(EngineError, match="its weight-transfer backend is nccl"):
+            await hand.probe(deadline=soon())
+    assert server.paths() == ["/collective_rpc"]
+
+
+@on_loop
+async def test_several_stock_workers_that_cannot_be_asked_have_to_be_configured():
+    server = Server(backend="ipc", plugin=False, world=2, each=2)
+    server.info_off = True
+    hand = adapter(server.transport())
+    with pytest.raises(EngineError, match=r"cannot be asked.*vllm-project/vllm#57846") as caught:
+        await hand.probe(deadline=soon())
+    assert 'path = "ipc"' in (caught.value.hint or "")
+    levels = [finding.level for finding in await hand.examine(deadline=soon())]
+    assert levels[-1] == "warn"
+    assert "/init_weight_transfer_engine" not in server.paths()
+
+
+@on_loop
+async def test_our_plugin_in_several_workers_answers():
+    hand, info = await way(Server(world=2, each=2))
+    assert type(hand._path) is PluginPath
+    assert info.tp_size == 2
+
+
+def stock(world):
+    server = Server(backend="ipc", plugin=False, world=world, each=world)
+    spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa", "GPU-bb")[:world])
+    return server, VLLMAdapter(spec, transport=server.transport())
+
+
+@on_loop
+async def test_a_stock_server_is_put_in_order_by_calls_that_succeed():
+    server, hand = stock(2)
+    await hand.probe(deadline=soon())
+    await hand.begin(1, manifest(), OFFER * 2, deadline=soon())
+    opened = [path for path in server.paths() if path.endswith("_weight_update")]
+    assert opened == ["/start_weight_update"]
+    server.weight_version = "1>2"  # an update that failed
+    await hand.probe(deadline=soon())
+    server.posted.clear()
+    await hand.begin(2, manifest(), OFFER * 2, deadline=soon())
+    opened = [path for path in server.paths() if path.endswith("_weight_update")]
+    assert opened == ["/start_weight_update", "/finish_weight_update", "/start_weight_update"]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@on_loop
+async def test_several_stock_workers_one_of_which_failed_have_to_be_restarted(world):
+    server, hand = stock(world)
+    await hand.probe(deadline=soon())
+    await hand.begin(1, manifest(), OFFER * world, deadline=soon())
+    server.answers["/finish_weight_update"] = error("a layer is not whole")
+    with pytest.raises(EngineError, match="a layer is not whole"):
+        await hand.finish(1, deadline=soon())
+    if world == 1:
+        await hand.accept(manifest(), deadline=soon())
+    else:
+        with pytest.raises(EngineRefused, match=r"a layer is not whole.*takes the answers of its other workers") as e:
+            await hand.accept(manifest(), deadline=soon())
+        assert "restart it" in (e.value.hint or "")
+        server.started = 2.5
+        server.answers.clear()
+        await hand.probe(deadline=soon())
+        await hand.accept(manifest(), deadline=soon())

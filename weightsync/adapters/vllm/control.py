@@ -7,7 +7,6 @@ weight version by which a torn server is known.
 
 from __future__ import annotations
 
-import logging
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -37,8 +36,6 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["VLLMAdapter"]
-
-logger = logging.getLogger(__name__)
 
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _SLEEPS = re.compile(
@@ -205,7 +202,7 @@ class VLLMAdapter(EngineAdapter):
         wanted, why = self._spec.path, "as configured"
         hello: list[Hello] | None = None
         if wanted != "ipc":
-            hello = await self._hello(server, deadline=deadline)
+            hello = await server.plugin(deadline=deadline)
             if hello is None and wanted != "auto":
                 raise EngineError("our plugin is not in its workers", engine=self.name, hint=_PLUGIN_HINT)
         if wanted == "auto":
@@ -227,19 +224,12 @@ class VLLMAdapter(EngineAdapter):
         """The GPU of each worker: vLLM gives rank n the n-th that its server sees."""
         return reader_gpus(self._spec.url, range(world), named=self._spec.gpus, engine=self.name)
 
-    async def _hello(self, server: Server, *, deadline: float) -> list[Hello] | None:
-        try:
-            return await server.hello(deadline=deadline)
-        except EngineAnswer as answer:
-            logger.debug("[engine=%s] no plugin: %s", self.name, answer.reason)
-            return None
-
     async def _best(self, server: Server, hello: list[Hello] | None, *, deadline: float) -> tuple[str, str]:
         if hello is not None:
             if hello[0].backend == "weightsync":
                 return "plugin", "our backend is configured"
             return "extension", f"our plugin answered, the configured backend is {hello[0].backend}"
-        backend, _ = await configured(server.http, hello, deadline=deadline)
+        backend, _ = await configured(server, hello, deadline=deadline)
         if backend == "ipc":
             return "ipc", "no plugin answered, the backend is ipc"
         raise EngineError(

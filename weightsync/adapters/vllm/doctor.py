@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
-from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.profiles import DEV_ROUTES, Choice, choose, release
 from weightsync.adapters.vllm.server import Server, configured, field, find_routes, version_of
 from weightsync.errors import EngineError
@@ -40,13 +39,15 @@ async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Findi
     size = await http.get("/get_world_size", deadline=deadline)
     server = Server(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
     try:
-        hello: list[Hello] | None = await server.hello(deadline=deadline)
-    except EngineAnswer:
-        hello = None
+        hello: list[Hello] | None = await server.plugin(deadline=deadline)
     except EngineError as error:
         findings.append(Finding(level="fail", what=error.message, fix="the same weightsync here and in the engine"))
         return findings
-    backend, insecure = await configured(http, hello, deadline=deadline)
+    try:
+        backend, insecure = await configured(server, hello, deadline=deadline)
+    except EngineError as error:
+        findings.append(Finding(level="warn", what=error.message, fix=error.hint or ""))
+        return findings
     findings += judge_backend(path, choice, backend, plugin=hello is not None, insecure=insecure)
     if hello is not None and hello[0].replicas > 1:
         findings.append(

@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from weightsync.adapters.vllm.profiles import PROTOCOL
+from weightsync.adapters.vllm.profiles import MARK, PROTOCOL
 from weightsync.adapters.vllm.reload import WeightReload, worker_index
 from weightsync.errors import EngineError, LocalProtocolError
 
@@ -43,9 +43,10 @@ class WeightSyncExtension:
 
 
 def install() -> None:
-    """Give vLLM's workers the method `weightsync`. Harmless when repeated."""
-    base: Any = import_module("vllm.v1.worker.worker_base").WorkerBase
-    base.weightsync = answer
+    """Give vLLM's workers the method `weightsync`, and those who call them a mark of it. Harmless when repeated."""
+    module = import_module("vllm.v1.worker.worker_base")
+    module.WorkerBase.weightsync = answer
+    setattr(module.WorkerWrapperBase, MARK, True)
 
 
 def answer(worker: Any, request: str) -> dict[str, Any]:

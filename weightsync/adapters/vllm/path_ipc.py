@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.pickling import dumps
 from weightsync.adapters.torch_handles import cuda_args
 from weightsync.adapters.vllm.path import EnginePath
-from weightsync.adapters.vllm.server import first_names
+from weightsync.adapters.vllm.server import OUT_OF_STEP, first_names
 from weightsync.errors import ConfigError, EngineError, LocalProtocolError
 from weightsync.plan.groups import group_key
 from weightsync.transports.torch_cuda import TorchCudaTicket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
@@ -106,9 +108,14 @@ class IpcPath(EnginePath):
         self._gpus: tuple[str, ...] = ()
         self._manifest: Manifest | None = None
         self._whole = False  # the last update was one of ours, and ended well: there is nothing to repair
+        self._out_of_step = ""  # the call that failed, and left workers' answers unread
 
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
+        if self._out_of_step:
+            raise self.refused(
+                f"{self._out_of_step}; {OUT_OF_STEP}", "restart it; with our plugin, it would not have to be"
+            )
         if self.server.profile.packed is None:
             raise self.refused(
                 f"vllm {self.server.version} takes no packed buffers", "use our plugin, or vllm 0.22 or later"
@@ -135,14 +142,32 @@ class IpcPath(EnginePath):
         self._manifest = manifest
         forgets = not self.server.profile.keeps_version  # … that it was torn, when this daemon or it restarts
         repair, self._whole = torn or (forgets and not self._whole), False
-        http, packed = self.server.http, self.server.profile.packed
-        init = {"packed": True} if packed == "init" else {}
-        await http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
-        if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
-            await self.attempt("/finish_weight_update", None, deadline=deadline)
+        init = {"packed": True} if self.server.profile.packed == "init" else {}
+        with self._watched():
+            await self.server.http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
+            if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
+                await self._open(deadline=deadline)
+                await self.server.http.post("/finish_weight_update", None, deadline=deadline)
             await self.start(deadline=deadline)
-            await http.post("/finish_weight_update", None, deadline=deadline)
-        await self.start(deadline=deadline)
+
+    async def _open(self, *, deadline: float) -> None:
+        """Open an update, whether or not another is open: that one is closed."""
+        try:
+            await self.start(deadline=deadline)
+        except EngineAnswer:
+            if self.server.world > 1:
+                raise
+            await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+            await self.start(deadline=deadline)
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        try:
+            yield
+        except EngineAnswer as answer:
+            if self.server.world > 1:
+                self._out_of_step = answer.message
+            raise
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         if self._manifest is None:
@@ -157,10 +182,12 @@ class IpcPath(EnginePath):
             info = [update_info(manifest, bucket, dict([worker]), flagged=flagged) for worker in by_worker]
         else:
             info = update_info(manifest, bucket, dict(by_worker), flagged=flagged)
-        await self.server.http.post("/update_weights", {"update_info": info}, deadline=deadline)
+        with self._watched():
+            await self.server.http.post("/update_weights", {"update_info": info}, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+        with self._watched():
+            await self.server.http.post("/finish_weight_update", None, deadline=deadline)
         self._manifest = None
         self._whole = True
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import logging
 from importlib import import_module
 
+from weightsync.adapters.vllm.executor_repair import mend_executor
+
 __all__ = ["BACKEND", "register"]
 
 logger = logging.getLogger(__name__)
@@ -21,6 +23,7 @@ BACKEND = "weightsync"
 def register() -> None:
     """Make vLLM know our backend and our workers' method. May be called any number of times."""
     import_module("weightsync.adapters.vllm.extension").install()
+    mend_executor()
     try:
         factory = import_module("vllm.distributed.weight_transfer.factory").WeightTransferEngineFactory
     except ImportError as error:

@@ -17,9 +17,10 @@ from weightsync.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-__all__ = ["DEV_ROUTES", "PROFILES", "PROTOCOL", "Choice", "Profile", "choose", "release"]
+__all__ = ["DEV_ROUTES", "MARK", "PROFILES", "PROTOCOL", "Choice", "Profile", "choose", "release"]
 
 PROTOCOL = 1
+MARK = "weightsync_is_here"  # attribute of what holds a worker, where our plugin is: listed by its `__dir__`
 """Of the calls to our own plugin: the same in the daemon and in the engine, or no push is begun."""
 
 DEV_ROUTES = ("/pause", "/resume", "/is_paused", "/get_world_size", "/reset_prefix_cache", "/collective_rpc")

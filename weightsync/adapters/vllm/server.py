@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.vllm.profiles import DEV_ROUTES, PROFILES, PROTOCOL, Choice, choose
+from weightsync.adapters.vllm.profiles import DEV_ROUTES, MARK, PROFILES, PROTOCOL, Choice, choose
 from weightsync.errors import EngineError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "OUT_OF_STEP",
     "Hello",
     "Server",
     "backend_named",
@@ -30,8 +32,14 @@ __all__ = [
     "version_of",
 ]
 
+logger = logging.getLogger(__name__)
+
 _WORTH_ASKING = tuple(dict.fromkeys(route for profile in PROFILES for route in profile.routes))
 _GETS = ("/is_paused", "/get_world_size", "/weight_info")
+OUT_OF_STEP = (
+    "after a call that fails, vllm takes the answers of its other workers for those to the next "
+    "(vllm-project/vllm#57846)"
+)
 BACKENDS = {
     "NCCLWeightTransferEngine": "nccl",
     "IPCWeightTransferEngine": "ipc",
@@ -102,6 +110,23 @@ class Server:
             raise EngineError(f"its workers answered {do!r} in a way that is none of ours", engine=self.engine)
         return results
 
+    async def plugin(self, *, deadline: float) -> list[Hello] | None:
+        """What every worker says of itself; None where our plugin is in none. Of several workers that is asked in a way
+        that cannot fail: a call that does leaves a server without our plugin out of step.
+        """
+        if self.world > 1 and not await self._marked(deadline=deadline):
+            return None
+        try:
+            return await self.hello(deadline=deadline)
+        except EngineAnswer as answer:
+            logger.debug("[engine=%s] no plugin: %s", self.engine, answer.reason)
+            return None
+
+    async def _marked(self, *, deadline: float) -> bool:
+        answer = await self.http.post("/collective_rpc", {"method": "__dir__"}, deadline=deadline)
+        results = answer.get("results") if isinstance(answer, dict) else None
+        return isinstance(results, list) and bool(results) and all(MARK in names for names in results)
+
     async def hello(self, *, deadline: float) -> list[Hello]:
         """What every worker says of itself. Raises `EngineAnswer` where our plugin is in none."""
         results = await self.workers("hello", deadline=deadline)
@@ -119,13 +144,15 @@ class Server:
 
 
 async def configured(
-    http: EngineHttp, hello: Sequence[Hello] | None, *, deadline: float
+    server: Server, hello: Sequence[Hello] | None, *, deadline: float
 ) -> tuple[str | None, bool | None]:
     """The weight-transfer backend a server was started with (None: none), and whether it lets pickles in over HTTP
     (None: it does not say). `hello` is what its workers said, if they have our plugin.
+
+    Raises `EngineError` where it can only be asked by a call that may fail, and has several workers.
     """
     try:
-        info = await http.get("/server_info", {"config_format": "json"}, deadline=deadline)
+        info = await server.http.get("/server_info", {"config_format": "json"}, deadline=deadline)
         transfer = info["vllm_config"]["weight_transfer_config"]
         backend = None if transfer is None else str(transfer["backend"])
         return backend, bool(info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION"))
@@ -133,9 +160,17 @@ async def configured(
         pass  # it answers 500 in an environment without pip
     if hello is not None:
         return hello[0].backend, None
+    if server.world > 1:
+        raise EngineError(
+            "which weight-transfer backend it has cannot be asked: its /server_info fails, and its workers would have "
+            f"to refuse something. {OUT_OF_STEP}",
+            engine=server.engine,
+            phase="probe",
+            hint='path = "ipc" in the node config if that is its backend, or our plugin in its environment',
+        )
     try:
         # our own backend takes this, any other names itself in refusing it; neither does anything
-        await http.post("/init_weight_transfer_engine", {"init_info": {"weightsync": 1}}, deadline=deadline)
+        await server.http.post("/init_weight_transfer_engine", {"init_info": {"weightsync": 1}}, deadline=deadline)
     except EngineAnswer as answer:
         return backend_named(answer.reason), None
     return "weightsync", None
