@@ -1,4 +1,4 @@
-"""gpu_mixed.py: one push into a vLLM server on one node, and a SGLang and a reference server on another, joined by NCCL.
+"""gpu_mixed.py: one push into vLLM on one node, and SGLang and a reference server on another, joined by NCCL.
 
     python -m engines.gpu_mixed --models DIR --plugins DIR --vllm vllm --sglang "python -m sglang.launch_server"
 
