@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
+    parser.add_argument("--trace-dir", type=Path, help="keep traces of the pushes there, for ui.perfetto.dev")
     parser.add_argument("--no-ceilings", action="store_true")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
@@ -133,6 +134,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         sections: Any = {
             "arena": {"slots": arguments.slots, "slot_bytes": arguments.slot, "device": "cuda"},
             "timeouts": {"operation": 120.0},
+            "log": {"trace_dir": str(arguments.trace_dir or "")},
         }
         if away:
             uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]

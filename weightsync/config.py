@@ -136,6 +136,7 @@ class LogConfig(_Section, frozen=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["human", "json"] = "human"
+    trace_dir: str = ""  # where a file for Perfetto is written of every push that begins here; the newest 20 are kept
 
 
 class NodeConfig(_Section, frozen=True):

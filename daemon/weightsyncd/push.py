@@ -21,10 +21,12 @@ from weightsync.fingerprint import bucket_sum, combine
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
+from weightsync.session.trace import Trace
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.ranks import Rank, Ranks
+from weightsyncd.traces import write_trace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -90,9 +92,10 @@ class Push:
             grace=config.timeouts.grace,
             last_version=last_version,
         )
+        self._trace = Trace(self._home, engines, now) if config.log.trace_dir else None
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
         self.ranks.call_on_nodes()
-        self._carry_out(self.session.start(now))
+        self._carry_out(self.session.start(now), now)
 
     # --- what is heard ----------------------------------------------------------------------------------------------
 
@@ -102,13 +105,17 @@ class Push:
             return
         if isinstance(event, ev.NodeLost):
             self.ranks.node_lost(event.node)
-        before = self.session.state
-        instructions = self.session.handle(event, time.monotonic())
+        before, now = self.session.state, time.monotonic()
+        if self._trace is not None:
+            self._trace.heard(event, now)
+        instructions = self.session.handle(event, now)
         if self.session.state is not before:
             logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
-        self._carry_out(instructions)
+        self._carry_out(instructions, now)
 
-    def _carry_out(self, instructions: list[do.Instruction]) -> None:
+    def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
+        if self._trace is not None:
+            self._trace.told(instructions, now)
         for instruction in instructions:
             self._dispatch(instruction)
         if self.session.done:
@@ -394,3 +401,7 @@ class Push:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         await self._services.executor.wire.sweep(self.context)
+        if self._trace is not None:
+            name = f"push-{self.context.push}-v{self.session.version}"
+            document = self._trace.document(time.monotonic())
+            await asyncio.to_thread(write_trace, self._services.config.log.trace_dir, name, document)

@@ -65,5 +65,6 @@ def node() -> Iterator[Node]:
         engines = [fleet.start_engine(f"e{tp}", fleet.root / "A", tp=tp, wait=False) for tp in (1, 2)]
         for engine in engines:
             fleet.wait_engine(engine)
-        daemon = fleet.start_daemon("node0", engines, arena={"slot_bytes": "64KiB", "slots": 2})
+        log = {"trace_dir": str(fleet.root / "traces")}
+        daemon = fleet.start_daemon("node0", engines, arena={"slot_bytes": "64KiB", "slots": 2}, log=log)
         yield Node(fleet, daemon, engines, TINY, itertools.count(1))

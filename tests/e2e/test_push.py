@@ -12,6 +12,7 @@ from weightsync import push_weights, push_weights_async
 from weightsync.adapters.reference.model import greedy, load_checkpoint
 from weightsync.errors import ConfigError, DaemonLost, PushRefused, SourceError
 from weightsync.sources.checkpoint import CheckpointSource
+from weightsync.testing import eventually
 
 pytestmark = pytest.mark.e2e
 
@@ -32,6 +33,22 @@ def test_a_mapping_reaches_every_rank_of_every_engine(node):
     assert {e.checked for e in report.engines} == {len(weights)}
     assert set(report.phases) == {"describe", "plan", "fill", "wire", "load", "finalise", "verify"}
     assert "committed" in str(report)
+
+
+def test_a_push_leaves_a_trace(node):
+    version, report = push(node, node.weights("A"))
+    traces = node.fleet.root / "traces"
+    assert eventually(lambda: list(traces.glob(f"push-*-v{version}.json")) != [])
+    (path,) = traces.glob(f"push-*-v{version}.json")
+    rows = [row for row in json.loads(path.read_text())["traceEvents"] if row["ph"] == "X"]
+    names = {row["name"] for row in rows}
+    assert {
+        f"{step} {bucket}" for step in ("fill", "export", "load", "release") for bucket in range(report.buckets)
+    } < names
+    assert not [row for row in rows if row["args"]], "something failed, or did not end"
+    ends = {row["name"]: row["ts"] + row["dur"] for row in rows}
+    begins = {row["name"]: row["ts"] for row in rows}
+    assert begins["fill 1"] < ends["load 0"], "work on two buckets overlaps"
 
 
 def test_engines_generate_what_the_model_generates(node):
