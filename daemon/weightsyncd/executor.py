@@ -50,9 +50,9 @@ def phase_of(instruction: do.Instruction) -> str:
 class NodeExecutor:
     """This node's engines, and by `wire` its bridges, as instructions see them."""
 
-    def __init__(self, node: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
+    def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
         self.engines = engines
-        self.wire = NodeWire(node, engines, bridges)
+        self.wire = NodeWire(node, address, engines, bridges)
         self._letting_go: set[asyncio.Task[ev.Event]] = set()
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
@@ -117,6 +117,8 @@ class NodeExecutor:
                 )
             case do.AcceptEngine():
                 manifest = context.known_manifest()
+                if engine.info is not None and engine.info.transport == "group":
+                    await self.wire.offers_for(engine, deadline)  # what is wrong with that is wrong with the config
                 untouched = engine.accepted.get(manifest.digest)
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
@@ -141,7 +143,7 @@ class NodeExecutor:
                 tickets = context.tickets.pop((name, instruction.bucket), None)
                 if tickets is None:
                     raise LocalProtocolError(f"bucket {instruction.bucket} was not exported for engine {name}")
-                await hand.load(instruction.bucket, tickets, deadline=deadline)
+                await self._load(context, engine, instruction.bucket, tickets, deadline)
                 return ev.BucketLoaded(engine=name, bucket=instruction.bucket)
             case do.FinishEngine():
                 await hand.finish(context.version, deadline=deadline)
@@ -161,6 +163,23 @@ class NodeExecutor:
                 context.begun.discard(name)
                 return ev.EngineResumed(engine=name)
         raise LocalProtocolError(f"{type(instruction).__name__} is not for an engine")
+
+    async def _load(
+        self, context: PushContext, engine: Engine, bucket: int, tickets: Sequence[bytes], deadline: float
+    ) -> None:
+        loading = engine.adapter.load(bucket, tickets, deadline=deadline)
+        if engine.info is None or engine.info.transport != "group":
+            await loading
+            return
+        both = [
+            asyncio.ensure_future(loading),
+            asyncio.ensure_future(self.wire.send_to_group(context, engine, bucket, tickets, deadline)),
+        ]
+        try:
+            await asyncio.gather(*both)
+        finally:  # without the one, the other waits for nothing
+            for work in both:
+                work.cancel()
 
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:

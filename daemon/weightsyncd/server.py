@@ -97,7 +97,7 @@ class Server:
             for index in range(config.node.bridges)
         ]
         self.engines = Engines(config.engines, config.timeouts, busy=lambda: self.busy)
-        self.executor = NodeExecutor(config.node.name, self.engines, self.bridges)
+        self.executor = NodeExecutor(config.node.name, config.cluster.address, self.engines, self.bridges)
         key = read_key_file(config.cluster.key_file) if config.cluster.key_file else None
         self.peers: dict[str, Peer] = {}
         self.members = Membership(

@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING
 
 import msgspec
+import numpy as np
 
 from weightsync.errors import (
     EngineLost,
@@ -21,6 +22,7 @@ from weightsync.errors import (
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
+from weightsync.transports.group import GroupTicket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,8 +41,10 @@ _REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
 class NodeWire:
     """This node's bridges, as the engines that read from them see them."""
 
-    def __init__(self, node: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
+    def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
+        """`address` is where engines elsewhere reach this node's bridges."""
         self.node = node
+        self._address = address
         self.engines = engines
         self.bridges = bridges
         self._sequences = itertools.count(1)
@@ -49,10 +53,40 @@ class NodeWire:
 
     async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
         """One attach descriptor for each tp rank of the engine and each arena of this node."""
+        readers = self._readers(engine)
+        if "group" in readers.values():  # who restarted, or whose group has broken, gets another
+            return [[await self._offer_group(bridge, engine, deadline) for bridge in self.bridges]] * len(readers)
         return [
             [await self._offer(bridge, reader, transport, deadline) for bridge in self.bridges]
-            for reader, transport in self._readers(engine).items()
+            for reader, transport in readers.items()
         ]
+
+    async def _offer_group(self, bridge: Bridge, engine: Engine, deadline: float) -> bytes:
+        assert engine.info is not None, "it has readers"
+        command = commands.OfferGroup(
+            engine=engine.name,
+            incarnation=engine.info.incarnation,
+            readers=tuple(self._readers(engine)),
+            host=self._address,
+        )
+        return (await bridge.call(command, deadline=deadline)).offer
+
+    async def send_to_group(
+        self, context: PushContext, engine: Engine, bucket: int, tickets: Sequence[bytes], deadline: float
+    ) -> None:
+        """Have the bridge send a bucket to an engine that is asked to take it from their group. Raises
+        `TransportError`.
+        """
+        (slot, _), manifest = context.places[bucket], context.known_manifest()
+        pieces = slice(manifest.bucket_pieces(bucket).start, manifest.bucket_pieces(bucket).stop)
+        pairs = np.stack([manifest.piece_offset[pieces], manifest.piece_nbytes[pieces]], axis=1).astype("<i8")
+        command = commands.SendGroup(
+            engine=engine.name,
+            group=GroupTicket.unpack(tickets[0]).group,
+            slot=slot.index,
+            pieces=pairs.tobytes(),
+        )
+        await self.bridges[slot.bridge].call(command, deadline=deadline)
 
     async def _offer(self, bridge: Bridge, reader: str, transport: str, deadline: float) -> bytes:
         """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""
@@ -110,7 +144,8 @@ class NodeWire:
         try:
             for ranks in readers.values():
                 for reader, transport in ranks.items():
-                    await self._offer(bridge, reader, transport, instruction.deadline)
+                    if transport != "group":  # those were offered to when they were shown the manifest
+                        await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except (TransportError, LocalProtocolError) as error:
             logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)

@@ -25,7 +25,8 @@ pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 
 OLD_SGLANG = tuple(map(int, re.findall(r"\d+", installed("sglang"))[:3])) < (0, 5, 21)
 IPC = Need("sglang", "ipc")  # in old ones CUDA's alone
-SGLANG = [Need("sglang", "tensor"), *([] if OLD_SGLANG else [IPC]), Need("sglang", "plugin")]
+GROUP = Need("sglang", "group")
+SGLANG = [Need("sglang", "tensor"), *([] if OLD_SGLANG else [IPC]), GROUP, Need("sglang", "plugin")]
 VLLM = [Need("vllm", "plugin"), Need("vllm", "extension")]
 LONGER = 7000  # tokens: a request that no push outlives
 PROMPTS = ([5, 17, 211, 3, 42], [66, 4])

@@ -36,7 +36,7 @@ _FLAGS = {
     "vllm": ("--weight-transfer-config", '{"backend": "weightsync"}', "--worker-extension-cls", EXTENSION),
     "sglang": (),
 }
-_STOCK = ("tensor", "ipc")  # ways into an engine that knows nothing of weightsync
+_STOCK = ("tensor", "ipc", "group")  # ways into an engine that knows nothing of weightsync
 _SLOT = {True: "1MiB", False: "256KiB"}  # stock engines take tensors whole only; ours cut the embedding in two
 _TIMEOUTS = {"operation": 60, "grace": 5, "probe": 10, "probe_every": 0.5, "liveness": 5}
 _PUSH = 60.0  # seconds for one push of a tiny checkpoint on a loaded machine

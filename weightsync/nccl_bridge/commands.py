@@ -37,6 +37,7 @@ __all__ = [
     "Ledger",
     "LedgerBooks",
     "Offer",
+    "OfferGroup",
     "Offered",
     "Pending",
     "PendingReaders",
@@ -48,6 +49,7 @@ __all__ = [
     "Response",
     "Revoke",
     "Send",
+    "SendGroup",
     "Stop",
     "Warm",
     "decode_request",
@@ -150,6 +152,18 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
     transport: Name = "mapped"
 
 
+class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group"):
+    """Make the descriptor by which the ranks of an engine without our plugin join a process group with this bridge, as
+    `readers` of transport "group". One that stands is offered again, to the same `incarnation` of the engine.
+    """
+
+    reply = Offered
+    engine: Name
+    incarnation: Annotated[str, Meta(max_length=256)]
+    readers: Names
+    host: Name  # this node's address, where the group meets
+
+
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
     """Give the first `nbytes` of `slot` to local `readers` (each by the transport of its last `Offer`) and to `peers`,
     bridges of other nodes.
@@ -250,6 +264,18 @@ class Receive(Command[Received], frozen=True, kw_only=True, tag="receive"):
     sequence: Natural | None = None
 
 
+class SendGroup(Command[Done], frozen=True, kw_only=True, tag="send_group"):
+    """Send the exported bytes of `slot` at `pieces` (little-endian i64 pairs: first byte, length) to the ranks of an
+    engine, through the `group` that its ticket names; answers when they have left.
+    """
+
+    reply = Done
+    engine: Name
+    group: Name
+    slot: Natural
+    pieces: Annotated[bytes, Meta(max_length=2**21)]
+
+
 class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     """Give every other member the parts of the bucket in `slot` that are this member's, and take theirs, verified.
 
@@ -273,6 +299,7 @@ class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):
 AnyCommand = (
     Hello
     | Offer
+    | OfferGroup
     | Export
     | Pending
     | AwaitReleased
@@ -284,6 +311,7 @@ AnyCommand = (
     | Leave
     | Send
     | Receive
+    | SendGroup
     | Exchange
     | Stop
 )

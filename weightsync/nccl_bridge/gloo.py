@@ -22,7 +22,7 @@ from weightsync.transports.base import seconds_left
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from weightsync.nccl_bridge.rendezvous import Rendezvous
+    from weightsync.nccl_bridge.rendezvous import Meeting
 
 __all__ = ["GlooCommunicator"]
 
@@ -54,7 +54,12 @@ class GlooCommunicator:
         """Whether `close` or `abort` was called."""
         return self._closed.is_set()
 
-    def join(self, rendezvous: Rendezvous, key: str, *, deadline: float) -> None:
+    @property
+    def unusable(self) -> bool:
+        """Whether it was closed, or has broken."""
+        return self.closed or bool(self._broken)
+
+    def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`."""
         what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
         import torch.distributed

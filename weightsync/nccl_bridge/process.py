@@ -192,6 +192,8 @@ class Lanes:
         lane = self._service.lane(task.command)
         if lane is Lane.NOW:
             self._run(task)
+        elif lane is Lane.GROUP:
+            threading.Thread(target=self._run, args=(task,), name="group", daemon=True).start()
         else:
             self._queues[lane].put(task)
         if isinstance(task.command, c.Stop):
@@ -233,6 +235,8 @@ class Lanes:
         command = task.command
         if isinstance(command, c.AwaitReleased):
             return self._service.released(command, deadline=task.deadline)
+        if self._service.lane(command) is Lane.GROUP:
+            return self._service.handle_group(command, deadline=task.deadline)
         if self._service.lane(command) is Lane.WIRE:
             return self._service.handle_wire(command, deadline=task.deadline, departures=task.departures)
         return self._service.handle(command)

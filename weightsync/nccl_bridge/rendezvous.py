@@ -9,15 +9,24 @@ from __future__ import annotations
 import re
 import socket
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol
 
 from weightsync.errors import TransportBroken, TransportTimeout
 from weightsync.nccl_bridge.sockets import Sockets, open_sockets
 from weightsync.transports.base import seconds_left
 
-__all__ = ["Rendezvous", "load", "translated"]
+__all__ = ["Meeting", "Rendezvous", "load", "prefixed", "translated"]
 
 _PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it is
+
+
+class Meeting(Protocol):
+    """What a communicator needs of a rendezvous."""
+
+    before: Sockets
+
+    def store(self, key: str, generation: int) -> Any:
+        """Where its members leave word for each other."""
 
 
 class Rendezvous:
@@ -69,7 +78,19 @@ class Rendezvous:
 
     def store(self, key: str, generation: int) -> Any:
         """The part of the store (a `torch.distributed.Store`) of one generation, behind the secret `key`."""
-        return _torch().PrefixStore(f"weightsync/{key}/{generation}", self._store)
+        return prefixed(self._store, f"weightsync/{key}/{generation}")
+
+    @property
+    def raw(self) -> Any:
+        """The whole store."""
+        return self._store
+
+
+def prefixed(store: Any, *prefixes: str) -> Any:
+    """The part of a store below `prefixes`, the outermost first."""
+    for prefix in prefixes:
+        store = _torch().PrefixStore(prefix, store)
+    return store
 
 
 def _torch() -> Any:

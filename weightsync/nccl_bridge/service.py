@@ -18,6 +18,7 @@ from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.exchange import DeviceExchange, Exchange, HostExchange
 from weightsync.nccl_bridge.gloo import GlooCommunicator
+from weightsync.nccl_bridge.groups import Groups
 from weightsync.nccl_bridge.nccl import NcclCommunicator, nccl
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
@@ -48,6 +49,7 @@ class Lane(Enum):
     LOCAL = "behind other exports: a checksum, or a copy, takes its time"
     WIRE = "behind other operations of the communicator: these wait for peers"
     FENCE = "in the thread that watches fences"
+    GROUP = "in a thread of its own: each waits for an engine, and none for another"
 
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
@@ -60,6 +62,8 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Receive: Lane.WIRE,
     c.Exchange: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
+    c.OfferGroup: Lane.GROUP,
+    c.SendGroup: Lane.GROUP,
 }
 
 
@@ -88,6 +92,7 @@ class BridgeService:
             "torch-shm": TorchShmSender(arena, **books),
             "torch-cuda": TorchCudaSender(arena, **books),
         }
+        self._groups = Groups(name, arena, **books)
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None
         self._member: Member | None = None
@@ -159,6 +164,18 @@ class BridgeService:
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
+    def handle_group(self, command: c.AnyCommand, *, deadline: float) -> c.AnyReply:
+        """Do a command of the lane GROUP. Raises `WeightSyncError`."""
+        match command:
+            case c.OfferGroup():
+                offer = self._groups.offer(command, deadline=deadline)
+                self._transports.update(dict.fromkeys(command.readers, "group"))
+                return c.Offered(offer=offer)
+            case c.SendGroup():
+                self._groups.send(command, deadline=deadline)
+                return c.Done()
+        raise LocalProtocolError(f"{type(command).__name__} does not belong here")
+
     @property
     def departures(self) -> int:
         """How often the communicator was told to be left."""
@@ -187,7 +204,8 @@ class BridgeService:
 
     def pending(self, slot: int) -> tuple[str, ...]:
         """Readers, then peers, that may still read from `slot`."""
-        readers = tuple(reader for sender in self._senders.values() for reader in sender.pending(slot))
+        senders = [*self._senders.values(), *self._groups.senders()]
+        readers = tuple(reader for sender in senders for reader in sender.pending(slot))
         member = self._member
         if member is None:
             return readers
@@ -235,6 +253,10 @@ class BridgeService:
             readers = [reader for reader in command.readers if self._transports.get(reader, "mapped") == transport]
             if readers or transport == "mapped":  # … which checks what is asked, whoever the readers are
                 tickets.update(sender.export(slot, nbytes, sequence, readers))
+        for reader in command.readers:
+            if self._transports.get(reader) == "group":
+                group = self._groups.sender(reader.rpartition("/")[0])
+                tickets.update(group.export(slot, nbytes, sequence, [reader]))
         self._sequences[slot] = sequence
         peer_tickets = {}
         if member is not None and command.peers:
@@ -254,7 +276,7 @@ class BridgeService:
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member
         for slot in range(self.arena.slots) if command.slot is None else (command.slot,):
-            for sender in self._senders.values():
+            for sender in (*self._senders.values(), *self._groups.senders()):
                 sender.revoke(slot, command.reader)
             if member is not None and not member.sender.closed:
                 member.sender.revoke(slot, command.reader)

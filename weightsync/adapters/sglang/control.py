@@ -18,6 +18,7 @@ from weightsync.adapters.pickling import dumps
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
+from weightsync.adapters.sglang.group import GroupPath
 from weightsync.adapters.sglang.ordered import PluginPath
 from weightsync.adapters.sglang.paths import refuse_server
 from weightsync.adapters.sglang.profiles import choose
@@ -236,6 +237,8 @@ class SGLangAdapter(EngineAdapter):
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
             return PluginPath(self._server, profile, self._target), "our plugin answers"
+        if self._way == "group":
+            return GroupPath(self._server, profile, self._target), "asked for"
         gpus = await self._gpus(facts)
         if self._way == "ipc":
             from weightsync.adapters.sglang.checkpoint_engine import CheckpointEnginePath

@@ -1,0 +1,138 @@
+"""Process groups of this bridge with engines that have none of ours, one for each engine: made, used, made anew.
+
+A group is offered before it is there: while the engine is told of it and joins, a thread joins as rank 0. One that has
+broken, or whose engine has restarted, is left behind for another under another name.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, TransportError
+from weightsync.nccl_bridge.gloo import GlooCommunicator
+from weightsync.nccl_bridge.rendezvous import Rendezvous, prefixed
+from weightsync.transports.group import GroupOffer, GroupSender
+
+if TYPE_CHECKING:
+    from weightsync.ipc.arena import Arena
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.nccl_bridge import commands as c
+    from weightsync.transports.exports import Checksums
+
+__all__ = ["Groups"]
+
+logger = logging.getLogger(__name__)
+
+_LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
+_BACKEND = "gloo"
+
+
+class _EngineStore:
+    """A rendezvous where torch's helper for process groups looks for its keys: under the group's name, once for
+    whoever wrote the engine's function and once for torch's, and under the device that comes first for the backend.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, name: str) -> None:
+        self.before = rendezvous.before
+        self._rendezvous = rendezvous
+        self._name = name
+
+    def store(self, key: str, generation: int) -> Any:
+        """See `Rendezvous.store`; the name alone is the secret, and says which."""
+        return prefixed(self._rendezvous.raw, self._name, f"{self._name}/", "cpu/")
+
+
+@dataclass
+class _Group:
+    incarnation: str  # of the engine
+    rendezvous: Rendezvous  # the engine stays connected to it
+    communicator: GlooCommunicator
+    sender: GroupSender
+
+    def stands(self, incarnation: str, world: int) -> bool:
+        """Whether it is one with this incarnation of the engine, and may be used."""
+        same = (self.incarnation, self.sender.terms.world) == (incarnation, world)
+        return same and not self.communicator.unusable
+
+
+class Groups:
+    """Those of one bridge, whose slots lie in host memory."""
+
+    def __init__(self, bridge: str, arena: Arena, *, ledger: Ledger, checksums: Checksums) -> None:
+        self._bridge = bridge
+        self._arena = arena
+        self._ledger = ledger
+        self._checksums = checksums
+        self._groups: dict[str, _Group] = {}
+        self._lock = threading.Lock()
+
+    def offer(self, command: c.OfferGroup, *, deadline: float) -> bytes:
+        """How the engine joins its group; one that stands is offered again as it is. Raises `TransportError`."""
+        if self._arena.memory is not None:
+            raise ConfigError(
+                f'engine {command.engine}: path = "group" sends from host memory so far, and the slots of bridge '
+                f"{self._bridge} lie on a GPU",
+                hint='arena.device = "cpu" on this node, or a weightsyncd on the engine\'s own',
+            )
+        with self._lock:
+            known = self._groups.get(command.engine)
+            world = len(command.readers) + 1
+            if known is not None and known.stands(command.incarnation, world):
+                return known.sender.terms.pack()
+            self._leave(command.engine)
+            group = self._form(command, world, deadline)
+            self._groups[command.engine] = group
+            for reader in command.readers:
+                group.sender.offer(reader)
+            return group.sender.terms.pack()
+
+    def sender(self, engine: str) -> GroupSender:
+        """The one that reaches an engine. Raises `LocalProtocolError` where none does."""
+        group = self._groups.get(engine)
+        if group is None:
+            raise LocalProtocolError(f"bridge {self._bridge} shares no group with engine {engine}")
+        return group.sender
+
+    def senders(self) -> list[GroupSender]:
+        """All of them."""
+        return [group.sender for group in list(self._groups.values()) if not group.sender.closed]
+
+    def send(self, command: c.SendGroup, *, deadline: float) -> None:
+        """Send a bucket to an engine, which is about to be told to take it. Raises `TransportError`."""
+        sender = self.sender(command.engine)
+        if sender.terms.name != command.group:
+            raise TransportBroken(f"the group {command.group} of engine {command.engine} is over")
+        sender.send_pieces(command.slot, command.pieces, deadline=deadline)
+
+    def _form(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
+        rendezvous = Rendezvous.host(command.host, deadline=deadline)
+        name = f"weightsync-{secrets.token_hex(8)}"
+        terms = GroupOffer(name=name, host=command.host, port=rendezvous.port, world=world, backend=_BACKEND)
+        communicator = GlooCommunicator(generation=0, rank=0, world=world, address=command.host)
+        sender = GroupSender(communicator, self._arena, terms, ledger=self._ledger, checksums=self._checksums)
+        begun = threading.Event()
+
+        def join() -> None:
+            begun.set()
+            try:
+                communicator.join(_EngineStore(rendezvous, name), name, deadline=deadline)
+            except TransportError as error:  # the engine's own answer says why; this one is for the log
+                logger.warning("[engine=%s group=%s] join.failed %s", command.engine, name, error.message)
+            else:
+                logger.info("[engine=%s group=%s] join.complete world=%d", command.engine, name, world)
+
+        threading.Thread(target=join, name=f"join {command.engine}", daemon=True).start()
+        begun.wait(1.0)
+        return _Group(command.incarnation, rendezvous, communicator, sender)
+
+    def _leave(self, engine: str) -> None:
+        group = self._groups.pop(engine, None)
+        if group is not None:
+            group.sender.close()
+            group.communicator.abort()
+            group.communicator.close(deadline=time.monotonic() + _LEAVING)

@@ -1,0 +1,105 @@
+"""group: a slot of this bridge is sent, tensor by tensor, to the ranks of one engine that has none of ours.
+
+Engines have a way of their own to take weights from a process group: they join one that they are told of, and then
+broadcast into tensors of the shapes that they are told, rank 0 being the sender. Here that is the bridge. There is a
+group for each bridge and engine. An offer says how to join it; a ticket which group a bucket comes through; what is
+received is not checked, since no engine can.
+
+Source: `init_weights_update_group` and `update_weights_from_distributed` of SGLang 0.5.23.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+
+from weightsync.errors import LocalProtocolError
+from weightsync.ipc.descriptors import Natural, seal, unseal
+from weightsync.transports.gloo import GlooSender
+
+if TYPE_CHECKING:
+    from weightsync.ipc.arena import Arena
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.transports.exports import Checksum, Checksums
+    from weightsync.transports.gloo import HostMember
+
+__all__ = ["GroupOffer", "GroupSender", "GroupTicket"]
+
+Text = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+class GroupOffer(msgspec.Struct, frozen=True, kw_only=True):
+    """How an engine joins: its rank n is rank n + 1 of the group."""
+
+    name: Text
+    host: Text
+    port: Annotated[int, Meta(ge=1, le=65535)]
+    world: Annotated[int, Meta(ge=2, le=4096)]
+    backend: Text
+
+    def pack(self) -> bytes:
+        """As an offer."""
+        return seal(b"J", self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> GroupOffer:
+        """Raises `CodecError`."""
+        return unseal(data, b"J", cls)
+
+
+class GroupTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """What a ticket says."""
+
+    group: Text
+    sequence: Natural
+
+    @classmethod
+    def unpack(cls, data: bytes) -> GroupTicket:
+        """Raises `CodecError`."""
+        return unseal(data, b"Q", cls)
+
+
+class GroupSender(GlooSender):
+    """Rank 0 of the group that `terms` describe. Its readers are the engine's ranks; what they hold of a slot ends when
+    it was sent.
+    """
+
+    def __init__(
+        self, communicator: HostMember, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
+    ) -> None:
+        super().__init__(communicator, arena, ledger=ledger, checksums=checksums)
+        self.terms = terms
+        self._pieces: list[tuple[int, int]] = []
+
+    def offer(self, reader: str) -> bytes:
+        super().offer(reader)
+        return self.terms.pack()
+
+    def send_pieces(self, slot: int, pieces: bytes, *, deadline: float) -> None:
+        """Send the tensors that lie at `pieces` of the slot (little-endian i64 pairs: first byte, length), in that
+        order. Otherwise as `send`; one at a time.
+        """
+        pairs = np.frombuffer(pieces, dtype="<i8").reshape(-1, 2)
+        if (pairs < 0).any() or (pairs.sum(axis=1) > self._arena.slot_bytes).any():
+            raise LocalProtocolError(f"pieces do not lie in a slot of {self._arena.slot_bytes} bytes")
+        self._pieces = [(first, length) for first, length in pairs.tolist()]
+        self.send(slot, deadline=deadline)
+
+    def revoke(self, slot: int, reader: str) -> None:
+        """As the base class; and one that has not got everything would take the next bucket for the rest of this: the
+        group is over.
+        """
+        if not self.closed and reader in self.pending(slot):
+            super().revoke(slot, reader)
+            self._communicator.abort()
+
+    def _broadcast(self, slot: int, nbytes: int, sequence: int, deadline: float) -> None:
+        memory = self._arena.slot(slot)[:nbytes]
+        for first, length in self._pieces:
+            self._gloo.broadcast(memory[first : first + length], self._gloo.rank, deadline=deadline)
+
+    def _ticket(self, sequence: int, nbytes: int, value: Checksum, reader: str) -> bytes:
+        return seal(b"Q", GroupTicket(group=self.terms.name, sequence=sequence))
