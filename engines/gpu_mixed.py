@@ -109,7 +109,7 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
         "seconds_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
         "processes_on_gpus": len(before),
         "mib_grown_by_process": {pid: now.get(pid, 0) - mib for pid, mib in before.items() if now.get(pid) != mib},
-        "reference_equal_at_last": holds("base"),
+        "reference_equal_at_last": holds("new" if options.soak and options.soak % 2 == 0 else "base"),
     }
     equal = (found["tokens_equal"], found["back_equal"], found["moved"])
     found["good"] = (

@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class _Held:
     context: PushContext
     heard: float
     branch: Branch | None = None  # this node's ranks in it
-    rails: set[int] = field(default_factory=set)  # on which a broadcast may be under way
+    rails: Counter[int] = field(default_factory=Counter)  # how many broadcasts may be under way on each
     tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
     end: asyncio.Task[None] | None = None  # set once it is being let go
 
@@ -329,7 +329,7 @@ class Follower:
         await asyncio.gather(*held.tasks, return_exceptions=True)
         try:
             try:
-                await asyncio.gather(*(self._end_wire(self._bridges[rail]) for rail in held.rails))
+                await asyncio.gather(*(self._end_wire(self._bridges[rail]) for rail, n in held.rails.items() if n))
                 if held.branch is not None:
                     why = f"node {self._config.node.name} let go of the push: {why}"
                     await held.branch.end(why, error, grace=self._config.timeouts.grace)
@@ -381,11 +381,11 @@ class _Working:
         assert self._task is not None, "instructions are carried out in tasks"
         self._held.tasks.add(self._task)
         if self._rail is not None:
-            self._held.rails.add(self._rail)
+            self._held.rails[self._rail] += 1
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._task is not None
         if self._rail is not None and kind is None:
-            self._held.rails.discard(self._rail)
+            self._held.rails[self._rail] -= 1
         self._held.tasks.discard(self._task)
         self._held.heard = time.monotonic()

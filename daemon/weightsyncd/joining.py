@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from weightsync.errors import PushRefused, TransportTimeout
 from weightsync.nccl_bridge import commands
+from weightsyncd.rails import leave
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,6 +57,7 @@ class Joining:
         self._on_taken()
         await bridge.prompt(deadline=until)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
+        await leave(bridge)  # who forms another generation has given up what this bridge may still be doing in the last
         command = commands.Join(
             generation=message.generation,
             rank=message.rank,

@@ -16,6 +16,7 @@ from weightsync.errors import (
     ErrorRecord,
     ProtocolError,
     TransportBroken,
+    TransportClosed,
     TransportError,
     WeightSyncError,
 )
@@ -283,7 +284,7 @@ class Rails:
         export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers, checksum=checksum)
         try:
             reply = await bridge.call(export, deadline=until)
-        except ProtocolError as error:  # it has restarted, and joined nobody yet
+        except (ProtocolError, TransportClosed) as error:  # it has restarted, or is leaving what another relay broke
             self.break_up(generation)
             return dict.fromkeys(targets, error.record())
         failed: dict[str, ErrorRecord] = {}

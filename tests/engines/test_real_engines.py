@@ -33,7 +33,7 @@ PROMPTS = ([5, 17, 211, 3, 42], [66, 4])
 MIB = 2**20
 
 
-def ways(*needs: Need, slow: tuple[Need, ...] = ()):
+def ways(*needs: Need, slow: tuple[Need, ...] = (GROUP,)):
     """Run the test for each need; those in `slow` by `make test-engines-all` alone."""
     found = [pytest.param(need, id=str(need)) for need in needs if need not in slow]
     found += [pytest.param(need, id=str(need), marks=pytest.mark.engines_slow) for need in slow]
@@ -50,7 +50,7 @@ def _running(requests):
 # --- what a push is for ---------------------------------------------------------------------------------------------
 
 
-@ways(*SGLANG, *VLLM)
+@ways(*SGLANG, *VLLM, slow=())
 def test_there_and_back(node):
     for tag in ("pert", "base", "pert"):
         report = node.push(tag)
@@ -123,7 +123,7 @@ def test_a_model_in_two_parts(node):
     node.check("pert")
 
 
-@ways(*SGLANG, *VLLM, slow=(IPC, VLLM[1]))
+@ways(*SGLANG, *VLLM, slow=(IPC, GROUP, VLLM[1]))
 def test_fifty_versions_leave_memory_as_it_was(node):
     def push(count: int) -> tuple[int, int]:
         for number in range(count):
@@ -187,7 +187,7 @@ def test_weights_that_are_no_numbers_do_not_stop_the_engine(node):
 # --- what ends during a push ----------------------------------------------------------------------------------------
 
 
-@ways(*SGLANG, *VLLM)
+@ways(*SGLANG, *VLLM, slow=())
 def test_a_trainer_that_fails_during_a_push(node):
     def fail() -> None:
         raise SourceError("the disk is gone")

@@ -167,7 +167,7 @@ def test_other_settings_are_refused_with_both_values(monkeypatch):
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    assert eventually(lambda: hosted.store("k", 7).check(["terms"]))
+    assert eventually(lambda: hosted.store("k", 7).check(["settings"]))
     monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
     meeting = Rendezvous.connect("127.0.0.1", hosted.port, deadline=_soon())
     with pytest.raises(ConfigError, match="NCCL_CUMEM_ENABLE is 0 here, unset at rank 0"):
@@ -351,6 +351,9 @@ def test_a_bridge_that_ends_or_stands_still_in_a_push(nodes, whose, by):
         if error is not None:
             assert isinstance(error, WeightSyncError)
             assert daemon.name in str(error), f"{error}\n{nodes.logs()}"
+        else:  # it went on without the engine behind that bridge, or was over already
+            outcomes = {engine.node: engine.outcome for engine in pushing.result().engines}
+            assert [outcome for node, outcome in outcomes.items() if node != daemon.name] == ["committed"], outcomes
         assert time.monotonic() - start < 22
     assert eventually(lambda: not Path(f"/proc/{victim}").exists(), seconds=20), "it was not replaced"
     assert eventually(lambda: fetch_status(daemon.endpoint).bridges[0].pid is not None, seconds=20)

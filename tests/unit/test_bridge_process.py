@@ -436,6 +436,10 @@ def test_every_command_survives_the_pipe(kind):
         "key": "k",
         "ticket": b"t",
         "token": 6,
+        "engine": "e0",
+        "incarnation": "x",
+        "group": "g",
+        "pieces": b"p" * 16,
         "parts": (MemberPart(root=0, runs=b"r" * 16),),
     }
     command = kind(**{name: samples[name] for name in kind.__struct_fields__})

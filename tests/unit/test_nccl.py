@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 import pytest
 
-from weightsync.errors import CodecError, ConfigError, LocalProtocolError
-from weightsync.nccl_bridge import nccl
+from weightsync.errors import CodecError, ConfigError, LocalProtocolError, TransportBroken, WeightSyncError
+from weightsync.nccl_bridge import terms
 from weightsync.nccl_bridge.library import Nccl, settings_here
-from weightsync.nccl_bridge.nccl import NcclCommunicator, Terms, check_settings, interface_of
+from weightsync.nccl_bridge.nccl import NcclCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous
+from weightsync.nccl_bridge.terms import Terms, check_settings, interface_of
 
 ALIKE = {"version": "2.28.9", "NCCL_CUMEM_ENABLE": "unset", "NCCL_NVLS_ENABLE": "0"}
 
@@ -54,17 +57,88 @@ def test_a_rank_outside_the_world_is_refused():
         NcclCommunicator(generation=1, rank=2, world=2, address="127.0.0.1")
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", msgspec.msgpack.encode({"unique_id": b"short", "settings": {}})])
+@pytest.mark.parametrize("data", [b"", b"\xc1", msgspec.msgpack.encode({"unique_id": b"short"})])
 def test_terms_that_are_none(data):
     with pytest.raises(CodecError, match="tells no terms of NCCL"):
-        nccl._decoded(data)
+        terms._decoded(data, Terms)
 
 
-def test_terms_survive_the_store():
-    rendezvous = Rendezvous.host("127.0.0.1", deadline=time.monotonic() + 10)
-    terms = Terms(unique_id=bytes(range(128)), settings=ALIKE)
-    rendezvous.store("key", 1).set("terms", msgspec.msgpack.encode(terms))
-    assert nccl._decoded(rendezvous.store("key", 1).get("terms")) == terms
+# --- agreeing -----------------------------------------------------------------------------------------------------
+
+
+class Library:
+    """NCCL as far as agreeing goes."""
+
+    def __init__(self, version="2.28.9", problem=""):
+        self.version, self.problem, self.made = version, problem, 0
+
+    def unique_id(self):
+        self.made += 1
+        if self.problem:
+            raise TransportBroken(self.problem)
+        return bytes(range(128))
+
+
+class GivenUp(Exception):
+    pass
+
+
+class Patience:
+    """A pause that ends the waiting after so many times."""
+
+    def __init__(self, times):
+        self.times = times
+
+    def __call__(self):
+        self.times -= 1
+        if self.times < 0:
+            raise GivenUp("enough")
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def store():
+    return Rendezvous.host("127.0.0.1", deadline=time.monotonic() + 10).store("key", 1)
+
+
+def agreed(monkeypatch, store, libraries, patience=400):
+    """What becomes of each member."""
+    own = threading.local()
+    monkeypatch.setattr(terms, "nccl", lambda: own.library)
+
+    def member(rank):
+        own.library = libraries[rank]
+        try:
+            return terms.agree(store, rank, len(libraries), Patience(patience))
+        except (WeightSyncError, GivenUp) as error:
+            return error
+
+    with ThreadPoolExecutor(len(libraries)) as pool:
+        return list(pool.map(member, range(len(libraries))))
+
+
+def test_all_members_get_one_id(monkeypatch, store):
+    libraries = [Library() for _ in range(3)]
+    assert agreed(monkeypatch, store, libraries) == [bytes(range(128))] * 3
+    assert [library.made for library in libraries] == [1, 0, 0]
+
+
+def test_one_that_differs_fails_by_itself_and_no_id_is_made(monkeypatch, store):
+    libraries = [Library(), Library("2.27.3"), Library()]
+    root, other, third = agreed(monkeypatch, store, libraries, patience=60)
+    assert isinstance(other, ConfigError)
+    assert "version is 2.27.3 here, 2.28.9 at rank 0" in other.message
+    assert isinstance(root, GivenUp)
+    assert isinstance(third, GivenUp | TransportBroken)
+    assert [library.made for library in libraries] == [0, 0, 0]
+
+
+def test_the_others_hear_of_it_when_rank_0_gives_up(monkeypatch, store):
+    libraries = [Library(problem="no socket interface found"), Library()]
+    root, other = agreed(monkeypatch, store, libraries)
+    assert "no socket interface found" in str(root)
+    assert isinstance(other, TransportBroken)
+    assert "rank 0 has given up: no socket interface found" in other.message
 
 
 def test_without_cupy_the_error_says_what_to_install(monkeypatch):

@@ -325,6 +325,50 @@ def test_a_relay_that_fails_takes_out_the_engines_behind_it_only():
     assert outcomes(world)["b"] in ("torn", "skipped", "lost")
 
 
+def two_relays(world: World) -> list[do.RelayBucket]:
+    """Go on with all but broadcasts until nothing else is left to do; those that are under way then."""
+    world.open_all()
+    for _ in range(500):
+        rest = [i for i in world.pending if not isinstance(i, do.RelayBucket)]
+        if rest:
+            world.succeed(rest[0])
+        elif world.leases:
+            world.fill(*world.leases[0])
+    return [i for i in world.pending if isinstance(i, do.RelayBucket)]
+
+
+def test_two_broadcasts_of_a_bridge_are_asked_for_at_a_time():
+    world = World(buckets=6, slots=4, engines=REMOTE)
+    assert [relay.bucket for relay in two_relays(world)] == [0, 1]
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_broadcasts_that_fail_whichever_is_heard_of_first(first):
+    """The node is lost to the push once, and the other engines get everything."""
+    world = World(buckets=6, slots=4, engines=REMOTE)
+    both = two_relays(world)
+    for relay in (both[first], both[1 - first]):
+        world.pending.remove(relay)
+        world.hear(ev.BucketRelayed(bucket=relay.bucket, nodes=(), failed=(("away", ERROR),)))
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world)["a"] == "committed"
+    assert outcomes(world)["b"] in ("torn", "skipped", "lost")
+    world.check_done()
+
+
+def test_a_home_bridge_that_is_lost_with_two_broadcasts_under_way_ends_the_push():
+    world = World(buckets=6, slots=4, engines=REMOTE)
+    for relay in two_relays(world):
+        world.pending.remove(relay)
+        world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
+    world.run()
+    assert world.session.done
+    assert world.ended[0].error is not None
+
+
 def test_a_node_that_is_lost_takes_its_engines_with_it():
     world = World(engines=REMOTE)
     world.open_all()

@@ -153,6 +153,7 @@ class Server:
         self.protocol = 1
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.answers: dict[str, tuple[int, object]] = {}
+        self.open = False
 
     def transport(self):
         return httpx.MockTransport(self.handle)
@@ -203,6 +204,14 @@ class Server:
                     if self.backend
                     else "Weight transfer not configured. Please set weight_transfer_config to enable weight transfer."
                 )
+            case "/start_weight_update" if self.backend == "ipc":
+                if self.open:
+                    return error("start_weight_update called while a weight update is already active.")
+                self.open = True
+            case "/finish_weight_update" if self.backend == "ipc":
+                if not self.open:
+                    return error("finish_weight_update called without a matching start_weight_update.")
+                self.open = False
             case "/reset_prefix_cache":
                 return httpx.Response(200, json={"success": True})
         return httpx.Response(200, json={"status": "done"})
@@ -547,7 +556,21 @@ async def test_a_stock_server_is_put_in_order_by_calls_that_succeed():
     server.posted.clear()
     await hand.begin(2, manifest(), OFFER * 2, deadline=soon())
     opened = [path for path in server.paths() if path.endswith("_weight_update")]
-    assert opened == ["/start_weight_update", "/finish_weight_update", "/start_weight_update"]
+    assert opened == [
+        "/finish_weight_update",
+        *["/start_weight_update", "/finish_weight_update"],
+        "/start_weight_update",
+    ]
+
+
+@on_loop
+async def test_one_stock_worker_with_an_update_of_somebody_else_is_put_in_order():
+    server, hand = stock(1)
+    server.open, server.weight_version = True, "1>2"
+    await hand.probe(deadline=soon())
+    await hand.begin(2, manifest(), OFFER, deadline=soon())
+    assert server.open
+    await hand.finish(2, deadline=soon())
 
 
 @pytest.mark.parametrize("world", [1, 2])

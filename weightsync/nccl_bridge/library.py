@@ -93,7 +93,7 @@ class Nccl:
         """Whether nothing that was asked of it is still in progress on the host."""
         state = ctypes.c_int()
         self._check("ncclCommGetAsyncError", self._library.ncclCommGetAsyncError(communicator, ctypes.byref(state)))
-        self._check("a peer", state.value, communicator)
+        self._check("NCCL", state.value, communicator)
         return state.value == _SUCCESS
 
     def group_start(self) -> None:

@@ -11,23 +11,15 @@ no late peer can.
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
-import socket
 import threading
 import time
 from contextlib import contextmanager
-from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
-from msgspec import Meta
 
 from weightsync.errors import (
-    CodecError,
-    ConfigError,
     LocalProtocolError,
     TransportBroken,
     TransportClosed,
@@ -35,39 +27,27 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.ipc.cuda import cupy
-from weightsync.nccl_bridge.library import UNIQUE_ID_BYTES, Nccl, settings_here
 from weightsync.nccl_bridge.rendezvous import translated
+from weightsync.nccl_bridge.terms import agree, nccl, prepare
 from weightsync.transports.base import seconds_left
 from weightsync.transports.nccl import Piece
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from weightsync.nccl_bridge.rendezvous import Rendezvous
+    from weightsync.nccl_bridge.rendezvous import Meeting
 
-__all__ = ["NcclCommunicator", "Terms", "check_settings", "interface_of", "nccl"]
+__all__ = ["NcclCommunicator"]
 
 logger = logging.getLogger(__name__)
 
 _POLL_FIRST = 10e-6  # seconds between two looks at an operation, growing to …
 _POLL_LAST = 500e-6
+_POLL_AGREED = 2e-3  # seconds between two questions to the store
 _GROUP = 512  # broadcasts launched together: NCCL plans them into few kernels
 _IDLE = 5.0  # seconds for the GPU to end what an aborted communicator was doing
 _LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
-_SIOCGIFADDR = 0x8915  # linux/sockios.h: an interface's IPv4 address, as the last 4 of the first 24 bytes
-
-
-class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 tells the others at the rendezvous."""
-
-    unique_id: Annotated[bytes, Meta(min_length=UNIQUE_ID_BYTES, max_length=UNIQUE_ID_BYTES)]
-    settings: dict[str, str]
-
-
-@cache
-def nccl() -> Nccl:
-    """The library, loaded once. Raises `ConfigError`."""
-    return Nccl()
+_NOT_READY = 600  # cudaErrorNotReady
 
 
 class NcclCommunicator:
@@ -94,7 +74,7 @@ class NcclCommunicator:
         """Whether `close` or `abort` was called."""
         return self._closed.is_set()
 
-    def join(self, rendezvous: Rendezvous, key: str, *, deadline: float) -> None:
+    def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`.
 
         Raises `ConfigError` where NCCL is set up otherwise here than at rank 0.
@@ -103,21 +83,12 @@ class NcclCommunicator:
         with self._operation(what, deadline):
             if self._communicator is not None:
                 raise LocalProtocolError(f"generation {self.generation} is joined already")
-            if name := interface_of(self._address):
-                os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
-            library = nccl()
-            mine = settings_here(library.version)
+            prepare(self._address)
             store = rendezvous.store(key, self.generation)
-            if self.rank == 0:
-                terms = Terms(unique_id=library.unique_id(), settings=mine)
-                store.set("terms", msgspec.msgpack.encode(terms))
-            else:
-                terms = _decoded(store.get("terms"))
-                check_settings(mine, terms.settings)
-            c = cupy().cuda
-            self._stream = c.Stream(non_blocking=True)
+            unique_id = agree(store, self.rank, self.world, lambda: self._pause(_POLL_AGREED, what, deadline))
+            self._stream = cupy().cuda.Stream(non_blocking=True)
             self._tokens = _Tokens(self.world)
-            self._communicator = library.begin(self.world, terms.unique_id, self.rank)
+            self._communicator = nccl().begin(self.world, unique_id, self.rank)
             self._wait(what, deadline)
 
     def broadcast(self, pieces: Sequence[Piece], token: int, *, deadline: float) -> None:
@@ -144,9 +115,7 @@ class NcclCommunicator:
             for start in range(0, len(everything), _GROUP):
                 self._launch(everything[start : start + _GROUP], what, deadline)
             tokens.fetch(self._stream)
-            done = cupy().cuda.Event(disable_timing=True)
-            done.record(self._stream)
-            self._wait(what, deadline, lambda: bool(done.done))
+            self._wait(what, deadline, lambda: _idle(self._stream))
             if others := [root for root in roots if tokens.of(root) != token]:
                 raise TransportBroken(f"{what}: rank {others[0]} is in another one: members take them in other orders")
 
@@ -185,10 +154,13 @@ class NcclCommunicator:
         """Until NCCL has done on the host what it was asked, and `done`. Raises `TransportBroken` for a peer's end."""
         pause = _POLL_FIRST
         while not (nccl().ready(self._communicator) and done()):
-            if self._closed.wait(pause):
-                raise TransportClosed(f"{what}: aborted")
-            seconds_left(deadline, what)
+            self._pause(pause, what, deadline)
             pause = min(1.2 * pause, _POLL_LAST)
+
+    def _pause(self, seconds: float, what: str, deadline: float) -> None:
+        if self._closed.wait(seconds):
+            raise TransportClosed(f"{what}: aborted")
+        seconds_left(deadline, what)
 
     @contextmanager
     def _operation(self, what: str, deadline: float) -> Iterator[None]:
@@ -214,10 +186,8 @@ class NcclCommunicator:
             self._busy.release()
 
     def _end(self) -> None:
-        """Abort it, and see that nothing of it is left on the GPU. Raises `TransportTimeout` if something is."""
+        """Abort it, and see that its kernels are off the GPU. Raises `TransportTimeout` as long as they are not."""
         communicator, self._communicator = self._communicator, None
-        stream, self._stream = self._stream, None
-        tokens, self._tokens = self._tokens, None
         with cupy().cuda.Device(self._device):
             if communicator is not None:
                 start = time.monotonic()
@@ -225,15 +195,17 @@ class NcclCommunicator:
                 logger.info(
                     "[generation=%d rank=%d] left seconds=%.3f", self.generation, self.rank, time.monotonic() - start
                 )
-            if stream is None:
+            if self._stream is None:
                 return
             until = time.monotonic() + _IDLE
-            while not stream.done:
+            while not _idle(self._stream):
                 if time.monotonic() > until:
                     raise TransportTimeout(f"generation {self.generation}: its kernels did not end in {_IDLE:g} s")
                 threading.Event().wait(_POLL_LAST)
-            if tokens is not None:
-                tokens.free()
+            self._stream = None
+            if self._tokens is not None:
+                self._tokens.free()
+                self._tokens = None
 
     def _check(self, what: str) -> None:
         if self._closed.is_set():
@@ -242,6 +214,14 @@ class NcclCommunicator:
             raise TransportBroken(
                 f"{what}: the communicator is broken since: {self._broken}", hint="form a new generation"
             )
+
+
+def _idle(stream: Any) -> bool:
+    """Whether all that was given to a stream is done. Raises `TransportBroken` where its GPU has failed."""
+    status = int(cupy().cuda.runtime.streamQuery(stream.ptr))  # cupy's own `done` takes an error for "not yet"
+    if status not in (0, _NOT_READY):
+        raise TransportBroken(f"CUDA error {status} in the kernels of a communicator")
+    return status == 0
 
 
 class _Tokens:
@@ -280,39 +260,3 @@ class _Tokens:
     def _copy(to: int, from_: int, nbytes: int, stream: Any) -> None:
         runtime = cupy().cuda.runtime
         runtime.memcpyAsync(to, from_, nbytes, runtime.memcpyDefault, stream.ptr)
-
-
-def check_settings(mine: dict[str, str], theirs: dict[str, str]) -> None:
-    """Raise `ConfigError` where NCCL would fail or hang for being set up differently; `theirs` are those of rank 0."""
-    different = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
-    if different:
-        told = ", ".join(f"{n} is {mine.get(n, 'unset')} here, {theirs.get(n, 'unset')} at rank 0" for n in different)
-        raise ConfigError(
-            f"NCCL is set up differently on two nodes: {told}",
-            hint="make them alike in the environment of weightsyncd on every node",
-        )
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address; None where it cannot be told, and NCCL is left to choose."""
-    try:
-        wanted = socket.inet_aton(socket.gethostbyname(address))
-    except OSError:
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            request = name.encode()[:15].ljust(256, b"\0")
-            try:
-                found = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # an interface without one
-                continue
-            if found[20:24] == wanted:
-                return name
-    return None
-
-
-def _decoded(data: bytes) -> Terms:
-    try:
-        return msgspec.msgpack.decode(data, type=Terms)
-    except msgspec.MsgspecError as error:
-        raise CodecError(f"the rendezvous tells no terms of NCCL: {error}") from error

@@ -106,7 +106,8 @@ def load() -> None:
 
 def translated(error: RuntimeError, what: str) -> TransportBroken | TransportTimeout:
     """torch's error as ours. torch tells a timeout by its text alone."""
-    text = _PLACE.sub("", str(error).split("\n", 1)[0]).partition(" This is typically caused by")[0].strip()
+    text = _PLACE.sub("", str(error).split("\n", 1)[0]).partition(" This is typically caused by")[0]
+    text = text.partition(", keys:")[0].strip()  # they hold the secret
     lowered = text.lower()
     if "timed out" in lowered or "timeout" in lowered:
         return TransportTimeout(f"{what}: {text}")

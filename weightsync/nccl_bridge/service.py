@@ -11,20 +11,17 @@ import os
 import threading
 import time
 from enum import Enum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
-from weightsync.nccl_bridge.exchange import DeviceExchange, Exchange, HostExchange
-from weightsync.nccl_bridge.gloo import GlooCommunicator
 from weightsync.nccl_bridge.groups import Groups
-from weightsync.nccl_bridge.nccl import NcclCommunicator, nccl
+from weightsync.nccl_bridge.member import Member, new_member
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
+from weightsync.nccl_bridge.terms import nccl, prepare
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
 from weightsync.transports.exports import Checksum, Checksums
-from weightsync.transports.gloo import GlooReceiver, GlooSender
-from weightsync.transports.nccl import NcclReceiver, NcclSender
 from weightsync.transports.shm import ShmSender
 from weightsync.transports.torch_cuda import TorchCudaSender
 from weightsync.transports.torch_shm import TorchShmSender
@@ -65,15 +62,6 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.OfferGroup: Lane.GROUP,
     c.SendGroup: Lane.GROUP,
 }
-
-
-class Member(NamedTuple):
-    """This bridge's part in one generation."""
-
-    communicator: GlooCommunicator | NcclCommunicator
-    sender: GlooSender | NcclSender
-    receiver: GlooReceiver | NcclReceiver
-    exchange: Exchange
 
 
 class BridgeService:
@@ -142,6 +130,8 @@ class BridgeService:
                     nccl()
                 return c.Done()
             case c.Host():
+                if self._slots is not None:
+                    prepare(command.host)  # what is wrong here is nobody else's fault
                 self._hosted = Rendezvous.host(command.host, deadline=deadline)
                 return c.Hosted(port=self._hosted.port)
             case c.Join():
@@ -303,7 +293,15 @@ class BridgeService:
         hosted = self._hosted
         if hosted is None or hosted.port != command.port or command.rank != 0:
             hosted = Rendezvous.connect(command.host, command.port, deadline=deadline)
-        member = self._new_member(command, departures)
+        member = new_member(
+            command,
+            self.name,
+            self.arena,
+            self._slots,
+            ledger=self._ledger,
+            checksums=self._checksums,
+            check=lambda: self._joined(departures),
+        )
         with self._lock:
             self._member = member  # before joining, so that `interrupt` finds it
         try:
@@ -313,30 +311,6 @@ class BridgeService:
             self._leave()
             raise
         logger.info("[generation=%d rank=%d] join.complete world=%d", command.generation, command.rank, command.world)
-
-    def _new_member(self, command: c.Join, departures: int) -> Member:
-        place: Any = {
-            "generation": command.generation,
-            "rank": command.rank,
-            "world": command.world,
-            "address": command.address,
-        }
-        books: Any = {"ledger": self._ledger, "checksums": self._checksums}
-        if (slots := self._slots) is not None:
-            device = NcclCommunicator(**place)
-            return Member(
-                device,
-                NcclSender(device, self.arena, slots, **books),
-                NcclReceiver(device, self.arena, slots, self.name),
-                DeviceExchange(device, slots, self.arena.slot_bytes),
-            )
-        host = GlooCommunicator(**place)
-        return Member(
-            host,
-            GlooSender(host, self.arena, **books),
-            GlooReceiver(host, self.arena, self.name),
-            HostExchange(host, self.arena, lambda: self._joined(departures)),
-        )
 
     def _leave(self) -> None:
         with self._lock:

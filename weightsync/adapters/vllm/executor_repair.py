@@ -3,7 +3,7 @@
 vLLM asks all workers and reads their answers in order, up to the first that is an error. What the ranks behind it have
 answered stays in their queues, and from then on each of their answers is taken for one to the call after: an update is
 done when rank 0 says so, and what rank 1 said before. Seen from 0.26 to 0.32 with tensor parallelism of 2; told
-upstream as vllm-project/vllm#57846. Here the answers behind an error are read, too, and thrown away.
+upstream as vllm-project/vllm#57846. Here the answers behind an error are counted, and thrown away when they come.
 
 Executors live in vLLM's engine core, which loads plugins before it makes one.
 """
@@ -11,10 +11,10 @@ Executors live in vLLM's engine core, which loads plugins before it makes one.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from functools import wraps
 from importlib import import_module
 from inspect import signature
-from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -25,27 +25,33 @@ __all__ = ["InStep", "mend_executor"]
 logger = logging.getLogger(__name__)
 
 _MARK = "_weightsync_mended"
-_WAIT = 30.0  # seconds for the ranks behind one that failed; one that waits for it in a collective never answers
 
 
 class InStep:
-    """A rank's queue of answers. When it gives an error, those of the ranks behind it are emptied of theirs."""
+    """A rank's queue of answers, for one call. `owed` counts, by rank, those that an error has left unread: they are
+    read, and thrown away, before the rank's next answer is.
+    """
 
-    def __init__(self, queue: Any, behind: Sequence[Any], success: Any) -> None:
+    def __init__(self, rank: int, queue: Any, owed: Counter[int], behind: Sequence[int], success: Any) -> None:
+        """`behind` are the ranks that will not be asked if this one's answer is an error."""
+        self._rank = rank
         self._queue = queue
+        self._owed = owed
         self._behind = behind
         self._success = success
 
     def dequeue(self, *args: Any, **kwargs: Any) -> Any:
         """As the queue's own."""
-        status, result = self._queue.dequeue(*args, **kwargs)
+        while self._owed[self._rank]:
+            self._queue.dequeue(*args, **kwargs)
+            self._owed[self._rank] -= 1
+        try:
+            status, result = self._queue.dequeue(*args, **kwargs)
+        except TimeoutError:
+            self._owed.update((self._rank, *self._behind))
+            raise
         if status != self._success:
-            until = monotonic() + _WAIT
-            for queue in self._behind:
-                try:
-                    queue.dequeue(timeout=max(0.0, until - monotonic()))
-                except TimeoutError:
-                    logger.error("a rank behind one that failed does not answer: restart this server")  # noqa: TRY400
+            self._owed.update(self._behind)
         return status, result
 
     def __getattr__(self, name: str) -> Any:
@@ -71,10 +77,12 @@ def mend_executor() -> None:
     @wraps(original)
     def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = signature(original).bind(self, *args, **kwargs).arguments
+        merged = any(value is not None for name, value in asked.items() if name.endswith("_output_aggregator"))
+        one = asked.get("unique_reply_rank") is not None and not merged  # … answers, and no other
         queues = self.response_mqs
-        if asked.get("unique_reply_rank") is not None:  # the others do not answer
-            return original(self, *args, **kwargs)
-        self.response_mqs = [InStep(queue, queues[rank + 1 :], success) for rank, queue in enumerate(queues)]
+        owed = self.__dict__.setdefault("_weightsync_owed", Counter())
+        ranks = range(len(queues))
+        self.response_mqs = [InStep(r, queues[r], owed, () if one else ranks[r + 1 :], success) for r in ranks]
         try:
             return original(self, *args, **kwargs)
         finally:

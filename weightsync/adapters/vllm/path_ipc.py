@@ -108,13 +108,15 @@ class IpcPath(EnginePath):
         self._gpus: tuple[str, ...] = ()
         self._manifest: Manifest | None = None
         self._whole = False  # the last update was one of ours, and ended well: there is nothing to repair
+        self._opened = False  # by us, and not closed since
         self._out_of_step = ""  # the call that failed, and left workers' answers unread
 
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
         if self._out_of_step:
             raise self.refused(
-                f"{self._out_of_step}; {OUT_OF_STEP}", "restart it; with our plugin, it would not have to be"
+                f"{self._out_of_step}; {OUT_OF_STEP}",
+                "restart it (and weightsyncd, where its /metrics are off); with our plugin, it would not have to be",
             )
         if self.server.profile.packed is None:
             raise self.refused(
@@ -145,26 +147,34 @@ class IpcPath(EnginePath):
         init = {"packed": True} if self.server.profile.packed == "init" else {}
         with self._watched():
             await self.server.http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
+            if self._opened:
+                await self._close(deadline=deadline)
             if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
                 await self._open(deadline=deadline)
-                await self.server.http.post("/finish_weight_update", None, deadline=deadline)
-            await self.start(deadline=deadline)
+                await self._close(deadline=deadline)
+            await self._open(deadline=deadline)
 
     async def _open(self, *, deadline: float) -> None:
-        """Open an update, whether or not another is open: that one is closed."""
+        """Open an update. One that somebody else has left open is closed, where trying may cost nothing."""
         try:
             await self.start(deadline=deadline)
         except EngineAnswer:
             if self.server.world > 1:
                 raise
-            await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+            await self._close(deadline=deadline)
             await self.start(deadline=deadline)
+        self._opened = True
+
+    async def _close(self, *, deadline: float) -> None:
+        self._opened = False
+        await self.server.http.post("/finish_weight_update", None, deadline=deadline)
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         try:
             yield
         except EngineAnswer as answer:
+            self._opened = False  # a failed update is one that vLLM closes
             if self.server.world > 1:
                 self._out_of_step = answer.message
             raise
@@ -187,7 +197,7 @@ class IpcPath(EnginePath):
 
     async def finish(self, version: int, *, deadline: float) -> None:
         with self._watched():
-            await self.server.http.post("/finish_weight_update", None, deadline=deadline)
+            await self._close(deadline=deadline)
         self._manifest = None
         self._whole = True
 

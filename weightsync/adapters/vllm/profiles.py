@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["DEV_ROUTES", "MARK", "PROFILES", "PROTOCOL", "Choice", "Profile", "choose", "release"]
 
 PROTOCOL = 1
-MARK = "weightsync_is_here"  # attribute of what holds a worker, where our plugin is: listed by its `__dir__`
 """Of the calls to our own plugin: the same in the daemon and in the engine, or no push is begun."""
 
+MARK = "weightsync_is_here"  # attribute of what holds a worker, where our plugin is: listed by its `__dir__`
 DEV_ROUTES = ("/pause", "/resume", "/is_paused", "/get_world_size", "/reset_prefix_cache", "/collective_rpc")
 """What every version has, and only in development mode."""
 

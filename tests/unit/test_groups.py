@@ -1,0 +1,192 @@
+"""Process groups of a bridge with engines: offered, joined, used, left. Real engines join them in tests/engines."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+
+from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, TransportClosed, TransportError
+from weightsync.ipc.arena import Arena
+from weightsync.ipc.ledger import Ledger
+from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge.gloo import GlooCommunicator
+from weightsync.nccl_bridge.groups import Groups, _EngineStore
+from weightsync.nccl_bridge.rendezvous import Rendezvous
+from weightsync.testing import eventually
+from weightsync.transports.exports import Checksums
+from weightsync.transports.group import GroupOffer, GroupTicket
+
+READERS = ("e/0", "e/1")
+SECONDS = 20.0
+
+
+def soon(seconds=SECONDS):
+    return time.monotonic() + seconds
+
+
+class World:
+    """A bridge's groups, and the ranks of an engine that does as it is told."""
+
+    def __init__(self, arena):
+        self.arena = arena
+        self.ledger = Ledger()
+        self.groups = Groups("n/0", arena, ledger=self.ledger, checksums=Checksums(arena))
+        self.pool = ThreadPoolExecutor(4)
+        self.ranks: list[GlooCommunicator] = []
+
+    def offer(self, incarnation="1", readers=READERS, host="127.0.0.1"):
+        command = c.OfferGroup(engine="e", incarnation=incarnation, readers=readers, host=host)
+        return GroupOffer.unpack(self.groups.offer(command, deadline=soon()))
+
+    def join(self, offer):
+        """As the engine's ranks: the keys are those of torch's helper, under the group's name."""
+
+        def one(rank):
+            meeting = _EngineStore(Rendezvous.connect(offer.host, offer.port, deadline=soon()), offer.name)
+            member = GlooCommunicator(generation=0, rank=rank + 1, world=offer.world, address="127.0.0.1")
+            member.join(meeting, offer.name, deadline=soon())
+            return member
+
+        self.ranks = list(self.pool.map(one, range(offer.world - 1)))
+
+    def take(self, sizes):
+        """What each rank receives, asked for tensors of these sizes in turn."""
+
+        def one(member):
+            found = [bytearray(size) for size in sizes]
+            for tensor in found:
+                member.broadcast(memoryview(tensor), 0, deadline=soon())
+            return [bytes(tensor) for tensor in found]
+
+        return [self.pool.submit(one, member) for member in self.ranks]
+
+    def export(self, sequence, nbytes=100):
+        tickets: dict[str, bytes] = {}
+        for reader in READERS:
+            tickets |= self.groups.sender("e").export(0, nbytes, sequence, [reader])
+        return tickets
+
+    def send(self, pieces, group, deadline=None):
+        packed = np.array(pieces, dtype="<i8").tobytes()
+        command = c.SendGroup(engine="e", group=group, slot=0, pieces=packed)
+        self.groups.send(command, deadline=deadline or soon())
+
+    def pending(self):
+        return self.groups.sender("e").pending(0)
+
+
+@pytest.fixture
+def world(tmp_path):
+    with Arena.create(node="test", bridge=0, slots=1, slot_bytes=1000, directory=str(tmp_path)) as arena:
+        made = World(arena)
+        yield made
+        made.groups._leave("e")
+        for member in made.ranks:
+            member.close(deadline=soon(1))
+        made.pool.shutdown()
+
+
+def test_ranks_get_the_tensors_they_ask_for(world):
+    offer = world.offer()
+    world.join(offer)
+    world.arena.slot(0)[:100] = bytes(range(100))
+    for sequence in (1, 2):
+        tickets = world.export(sequence)
+        assert {GroupTicket.unpack(ticket).group for ticket in tickets.values()} == {offer.name}
+        assert world.pending() == READERS
+        taken = world.take([10, 30])
+        world.send([(5, 10), (64, 30)], offer.name)
+        assert [one.result(SECONDS) for one in taken] == [[bytes(range(5, 15)), bytes(range(64, 94))]] * 2
+        assert world.pending() == ()
+    assert [(a.exports, a.closes) for a in world.ledger.accounts()] == [(2, 2)] * 2
+
+
+def test_a_group_that_stands_is_offered_again(world):
+    first = world.offer()
+    world.join(first)
+    assert world.offer() == first
+
+
+@pytest.mark.parametrize("change", [{"incarnation": "2"}, {"readers": ("e/0",)}])
+def test_another_engine_under_that_name_gets_another_group(world, change):
+    first = world.offer()
+    world.join(first)
+    second = world.offer(**change)
+    assert second.name != first.name
+    with pytest.raises(TransportError):  # the old one has ended for those in it
+        world.ranks[0].broadcast(memoryview(bytearray(1)), 0, deadline=soon())
+    with pytest.raises(TransportBroken, match="is over"):
+        world.send([(0, 1)], first.name)
+
+
+def test_ranks_that_are_gone_break_the_group_and_the_next_is_another(world):
+    first = world.offer()
+    world.join(first)
+    world.export(1)
+    for member in world.ranks:
+        member.close(deadline=soon(1))
+    with pytest.raises(TransportBroken):
+        world.send([(0, 100)], first.name)
+    assert world.pending() == (), "nobody reads the slot any more"
+    second = world.offer()
+    assert second.name != first.name
+    world.join(second)
+    world.export(2)
+    taken = world.take([100])
+    world.send([(0, 100)], second.name)
+    assert all(one.result(SECONDS) for one in taken)
+
+
+def test_ranks_that_never_come_are_not_waited_for(world):
+    offer = world.offer()
+    world.export(1)
+    start = time.monotonic()
+    with pytest.raises(TransportError):
+        world.send([(0, 100)], offer.name, deadline=soon(0.5))
+    assert time.monotonic() - start < 5
+
+
+def test_who_takes_the_hold_of_a_reader_away_ends_the_group(world):
+    offer = world.offer()
+    world.join(offer)
+    world.export(1)
+    sending = world.pool.submit(world.send, [(0, 100)], offer.name)  # and nobody takes it
+    world.groups.sender("e").revoke(0, "e/1")
+    with pytest.raises(TransportClosed):
+        sending.result(SECONDS)
+    assert eventually(lambda: world.pending() == ())
+    assert world.offer().name != offer.name
+
+
+@pytest.mark.parametrize("pieces", [[(-1, 5)], [(0, 1001)], [(999, 2)]])
+def test_pieces_outside_of_the_slot_are_refused(world, pieces):
+    offer = world.offer()
+    world.join(offer)
+    world.export(1)
+    with pytest.raises(LocalProtocolError, match="do not lie in a slot"):
+        world.send(pieces, offer.name)
+
+
+def test_an_engine_that_was_never_offered_a_group(world):
+    with pytest.raises(LocalProtocolError, match="shares no group with engine e"):
+        world.send([(0, 1)], "g")
+
+
+def test_an_address_of_somebody_else_is_told(world):
+    with pytest.raises(TransportBroken, match=r"192\.0\.2\.1"):
+        world.offer(host="192.0.2.1")
+
+
+def test_slots_on_a_gpu_are_refused(world):
+    @contextmanager
+    def on_gpu():
+        world.arena.memory = object()
+        yield
+        world.arena.memory = None
+
+    with on_gpu(), pytest.raises(ConfigError, match='path = "group" sends from host memory'):
+        world.offer()

@@ -1,0 +1,83 @@
+"""What of rails and followers needs no bridge: who may end what, once several broadcasts of a rail are under way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from weightsync.config import parse_node_config
+from weightsync.nccl_bridge import commands
+from weightsyncd.context import PushContext
+from weightsyncd.follower import _Held, _Working
+from weightsyncd.rails import Rails
+
+
+class Bridge:
+    def __init__(self):
+        self.left = 0
+
+    async def call(self, command, *, deadline):
+        assert isinstance(command, commands.Leave)
+        self.left += 1
+        return commands.Done()
+
+
+@pytest.fixture
+def rails():
+    made = Rails(parse_node_config('[node]\nname = "n0"\n'), [], {})
+    made.generation = 7
+    made._members = (("n0/0", "a"), ("n1", "b"))
+    return made
+
+
+def test_what_breaks_the_standing_generation_ends_it(rails):
+    bridge = Bridge()
+    asyncio.run(rails.give_up(bridge, 7))
+    rails.break_up(7)
+    assert (bridge.left, rails._members) == (1, ())
+
+
+def test_who_hears_late_of_a_broken_generation_leaves_its_successor_alone(rails):
+    bridge = Bridge()
+    asyncio.run(rails.give_up(bridge, 6))
+    rails.break_up(6)
+    assert bridge.left == 0
+    assert rails._members
+
+
+def test_a_change_of_members_ends_whichever_stands(rails):
+    rails.break_up()
+    assert rails._members == ()
+
+
+def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
+    async def main():
+        held = _Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        done, never = asyncio.Event(), asyncio.Event()
+
+        async def work(until):
+            with _Working(held, 0):
+                await until.wait()
+
+        first, second = asyncio.create_task(work(done)), asyncio.create_task(work(never))
+        await asyncio.sleep(0)
+        done.set()
+        await first
+        second.cancel()
+        await asyncio.gather(second, return_exceptions=True)
+        return {rail for rail, count in held.rails.items() if count}
+
+    assert asyncio.run(main()) == {0}, "the one that was cancelled may still write"
+
+
+def test_a_rail_whose_broadcasts_are_done_is_at_rest():
+    async def main():
+        held = _Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        for _ in range(2):
+            with _Working(held, 0):
+                pass
+        return {rail for rail, count in held.rails.items() if count}
+
+    assert asyncio.run(main()) == set()

@@ -1,0 +1,63 @@
+"""A bridge's part in one generation: its communicator, and what moves buckets through it, by where its slots lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from weightsync.nccl_bridge.exchange import DeviceExchange, Exchange, HostExchange
+from weightsync.nccl_bridge.gloo import GlooCommunicator
+from weightsync.nccl_bridge.nccl import NcclCommunicator
+from weightsync.transports.gloo import GlooReceiver, GlooSender
+from weightsync.transports.nccl import NcclReceiver, NcclSender
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.ipc.arena import Arena
+    from weightsync.ipc.cuda import DeviceSlots
+    from weightsync.ipc.ledger import Ledger
+    from weightsync.nccl_bridge import commands as c
+    from weightsync.transports.exports import Checksums
+
+__all__ = ["Member", "new_member"]
+
+
+class Member(NamedTuple):
+    """This bridge's part in one generation."""
+
+    communicator: GlooCommunicator | NcclCommunicator
+    sender: GlooSender | NcclSender
+    receiver: GlooReceiver | NcclReceiver
+    exchange: Exchange
+
+
+def new_member(
+    command: c.Join,
+    name: str,
+    arena: Arena,
+    slots: DeviceSlots | None,
+    *,
+    ledger: Ledger,
+    checksums: Checksums,
+    check: Callable[[], object],
+) -> Member:
+    """One that has not joined yet. `name` is the bridge's; `check` raises when there is no point in going on."""
+    place: Any = {
+        "generation": command.generation,
+        "rank": command.rank,
+        "world": command.world,
+        "address": command.address,
+    }
+    books: Any = {"ledger": ledger, "checksums": checksums}
+    if slots is not None:
+        device = NcclCommunicator(**place)
+        return Member(
+            device,
+            NcclSender(device, arena, slots, **books),
+            NcclReceiver(device, arena, slots, name),
+            DeviceExchange(device, slots, arena.slot_bytes),
+        )
+    host = GlooCommunicator(**place)
+    return Member(
+        host, GlooSender(host, arena, **books), GlooReceiver(host, arena, name), HostExchange(host, arena, check)
+    )
