@@ -31,6 +31,7 @@ from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
 
+_WARM = 20  # pushes, after which nothing is allocated for the first time
 VLLM, SGLANG = Case("vllm", "plugin"), Case("sglang", "plugin")
 
 
@@ -101,14 +102,23 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
     }
     push("base")
     found["back_equal"] = [compare(server.generate(), b)[0] for server, b in zip(servers, base, strict=True)]
-    before = gpu_memory()
-    seconds = [push("new" if turn % 2 else "base").seconds for turn in range(options.soak)]
+    seconds = []
+    memory = {2: gpu_memory()}
+    for turn in range(options.soak):
+        seconds.append(push("new" if turn % 2 else "base").seconds)
+        if turn + 3 == _WARM:
+            memory[_WARM] = gpu_memory()
     now = gpu_memory()
     found |= {
         "pushes": len(seconds) + 2,
         "seconds_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
-        "processes_on_gpus": len(before),
-        "mib_grown_by_process": {pid: now.get(pid, 0) - mib for pid, mib in before.items() if now.get(pid) != mib},
+        "processes_on_gpus": {named(pid): mib for pid, mib in now.items()},
+        "mib_grown": {
+            f"since push {count}": {
+                named(pid): now.get(pid, 0) - mib for pid, mib in before.items() if now.get(pid) != mib
+            }
+            for count, before in memory.items()
+        },
         "reference_equal_at_last": holds("new" if options.soak and options.soak % 2 == 0 else "base"),
     }
     equal = (found["tokens_equal"], found["back_equal"], found["moved"])
@@ -116,10 +126,15 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
         all(all(one) for one in equal)
         and found["reference_equal"]
         and found["reference_equal_at_last"]
-        and not found["mib_grown_by_process"]
+        and not found["mib_grown"].get(f"since push {_WARM}")
         and len(found["versions"]) == 1
     )
     return found
+
+
+def named(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    return f"{pid} {words.strip()[-60:]}"
 
 
 def weights(options: argparse.Namespace, tag: str) -> Any:
