@@ -329,7 +329,8 @@ class Follower:
         await asyncio.gather(*held.tasks, return_exceptions=True)
         try:
             try:
-                await asyncio.gather(*(self._end_wire(self._bridges[rail]) for rail, n in held.rails.items() if n))
+                # nothing of a broadcast that was under way writes into a slot after this
+                await asyncio.gather(*(leave(self._bridges[rail]) for rail, n in held.rails.items() if n))
                 if held.branch is not None:
                     why = f"node {self._config.node.name} let go of the push: {why}"
                     await held.branch.end(why, error, grace=self._config.timeouts.grace)
@@ -340,12 +341,6 @@ class Follower:
                 self._held = None
                 self._free.set()
                 self._on_free()
-
-    @staticmethod
-    async def _end_wire(bridge: Bridge) -> None:
-        """Nothing of a broadcast that was under way writes into a slot after this."""
-        if (problem := await leave(bridge)) is not None:
-            bridge.retire(f"a broadcast of a push that has ended may still write into it: {problem.message}")
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 

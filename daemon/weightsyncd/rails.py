@@ -324,11 +324,14 @@ class _NodeFailed(Exception):
         self.error = error
 
 
-async def leave(bridge: Bridge) -> ErrorRecord | None:
-    """End what its communicator is doing: nobody can complete a collective that one member has left. Returns why it may
-    go on, if so.
+async def leave(bridge: Bridge) -> None:
+    """End what its communicator is doing: nobody can complete a collective that one member has left. A bridge that does
+    not let go is replaced: what it was doing may go on, and write into a slot that others are given.
     """
-    return await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+    incarnation = bridge.incarnation
+    problem = await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
+    if problem is not None and bridge.incarnation == incarnation:
+        bridge.retire(f"it does not leave its communicator: {problem.message}")
 
 
 async def quietly(call: Awaitable[object]) -> ErrorRecord | None:

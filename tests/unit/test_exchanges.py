@@ -29,7 +29,7 @@ class Rails:
         self.unreachable = set(unreachable)
         self.members = []
         self.asked = []
-        self.bridges = [SimpleNamespace(call=self._call)]
+        self.bridges = [SimpleNamespace(call=self._call, incarnation="one", retire=lambda reason: None)]
 
     def stands(self, nodes):
         return self.members == nodes

@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
 
 import pytest
 
 from weightsync.config import parse_node_config
+from weightsync.errors import TransportTimeout
 from weightsync.nccl_bridge import commands
 from weightsyncd.context import PushContext
 from weightsyncd.follower import _Held, _Working
-from weightsyncd.rails import Rails
+from weightsyncd.rails import Rails, leave
 
 
 class Bridge:
-    def __init__(self):
+    """One that leaves its communicator, or does not."""
+
+    def __init__(self, problem="", restarts=False):
+        self.problem, self.restarts = problem, restarts
+        self.incarnation = "first"
         self.left = 0
+        self.retired = ""
 
     async def call(self, command, *, deadline):
         assert isinstance(command, commands.Leave)
         self.left += 1
+        if self.restarts:
+            self.incarnation = "second"
+        if self.problem:
+            raise TransportTimeout(self.problem)
         return commands.Done()
+
+    def retire(self, reason):
+        self.retired = reason
 
 
 @pytest.fixture
@@ -45,6 +59,16 @@ def test_who_hears_late_of_a_broken_generation_leaves_its_successor_alone(rails)
     rails.break_up(6)
     assert bridge.left == 0
     assert rails._members
+
+
+@pytest.mark.parametrize(
+    ("problem", "restarts", "replaced"),
+    [("", False, False), ("its kernels did not end", False, True), ("it is gone", True, False)],
+)
+def test_a_bridge_that_does_not_leave_is_replaced(problem, restarts, replaced):
+    bridge: Any = Bridge(problem, restarts=restarts)
+    asyncio.run(leave(bridge))
+    assert (problem in bridge.retired and bool(bridge.retired)) == replaced
 
 
 def test_a_change_of_members_ends_whichever_stands(rails):
