@@ -67,7 +67,7 @@ class World:
     def export(self, sequence, nbytes=100):
         tickets: dict[str, bytes] = {}
         for reader in READERS:
-            tickets |= self.groups.sender("e").export(0, nbytes, sequence, [reader])
+            tickets |= self.groups.export("e", 0, nbytes, sequence, reader)
         return tickets
 
     def send(self, pieces, group, deadline=None):
@@ -76,7 +76,7 @@ class World:
         self.groups.send(command, deadline=deadline or soon())
 
     def pending(self):
-        return self.groups.sender("e").pending(0)
+        return tuple(reader for sender in self.groups.senders() for reader in sender.pending(0))
 
 
 @pytest.fixture
@@ -132,6 +132,7 @@ def test_ranks_that_are_gone_break_the_group_and_the_next_is_another(world):
     with pytest.raises(TransportBroken):
         world.send([(0, 100)], first.name)
     assert world.pending() == (), "nobody reads the slot any more"
+    assert world.groups.senders() == [], "it is left, so that nobody else waits in it"
     second = world.offer()
     assert second.name != first.name
     world.join(second)
@@ -155,7 +156,8 @@ def test_who_takes_the_hold_of_a_reader_away_ends_the_group(world):
     world.join(offer)
     world.export(1)
     sending = world.pool.submit(world.send, [(0, 100)], offer.name)  # and nobody takes it
-    world.groups.sender("e").revoke(0, "e/1")
+    (sender,) = world.groups.senders()
+    sender.revoke(0, "e/1")
     with pytest.raises(TransportClosed):
         sending.result(SECONDS)
     assert eventually(lambda: world.pending() == ())
@@ -171,9 +173,11 @@ def test_pieces_outside_of_the_slot_are_refused(world, pieces):
         world.send(pieces, offer.name)
 
 
-def test_an_engine_that_was_never_offered_a_group(world):
-    with pytest.raises(LocalProtocolError, match="shares no group with engine e"):
-        world.send([(0, 1)], "g")
+def test_a_group_that_is_over_fails_where_its_engine_is_asked(world):
+    """And not where a bucket is exported, which would be the bridge's own fault."""
+    (ticket,) = {GroupTicket.unpack(ticket).group for ticket in world.export(1).values()}
+    with pytest.raises(TransportBroken, match="with engine e is over"):
+        world.send([(0, 1)], ticket)
 
 
 def test_an_address_of_somebody_else_is_told(world):

@@ -10,13 +10,14 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, TransportError
+from weightsync.errors import ConfigError, TransportBroken, TransportClosed, TransportError
 from weightsync.nccl_bridge.gloo import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous, prefixed
-from weightsync.transports.group import GroupOffer, GroupSender
+from weightsync.transports.group import GroupOffer, GroupSender, GroupTicket
 
 if TYPE_CHECKING:
     from weightsync.ipc.arena import Arena
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
 _BACKEND = "gloo"
+_OVER = "over"  # name of a group that there is none of
 
 
 class _EngineStore:
@@ -91,12 +93,15 @@ class Groups:
                 group.sender.offer(reader)
             return group.sender.terms.pack()
 
-    def sender(self, engine: str) -> GroupSender:
-        """The one that reaches an engine. Raises `LocalProtocolError` where none does."""
+    def export(self, engine: str, slot: int, nbytes: int, sequence: int, reader: str) -> dict[str, bytes]:
+        """The ticket of one reader. Where its group is over that is a ticket for it all the same, which fails when the
+        bucket is sent: what an engine has brought about is told of that engine, and not of this bridge.
+        """
         group = self._groups.get(engine)
-        if group is None:
-            raise LocalProtocolError(f"bridge {self._bridge} shares no group with engine {engine}")
-        return group.sender
+        if group is not None and not group.sender.closed:
+            with suppress(TransportClosed):  # by now
+                return group.sender.export(slot, nbytes, sequence, [reader])
+        return {reader: GroupTicket(group=_OVER, sequence=sequence).pack()}
 
     def senders(self) -> list[GroupSender]:
         """All of them."""
@@ -104,10 +109,16 @@ class Groups:
 
     def send(self, command: c.SendGroup, *, deadline: float) -> None:
         """Send a bucket to an engine, which is about to be told to take it. Raises `TransportError`."""
-        sender = self.sender(command.engine)
-        if sender.terms.name != command.group:
-            raise TransportBroken(f"the group {command.group} of engine {command.engine} is over")
-        sender.send_pieces(command.slot, command.pieces, deadline=deadline)
+        group = self._groups.get(command.engine)
+        if group is None or group.sender.terms.name != command.group:
+            raise TransportBroken(f"the group of bridge {self._bridge} with engine {command.engine} is over")
+        try:
+            group.sender.send_pieces(command.slot, command.pieces, deadline=deadline)
+        except TransportError:  # the engine's ranks must not wait for what comes no more
+            with self._lock:
+                if self._groups.get(command.engine) is group:
+                    self._leave(command.engine)
+            raise
 
     def _form(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
         rendezvous = Rendezvous.host(command.host, deadline=deadline)

@@ -245,8 +245,7 @@ class BridgeService:
                 tickets.update(sender.export(slot, nbytes, sequence, readers))
         for reader in command.readers:
             if self._transports.get(reader) == "group":
-                group = self._groups.sender(reader.rpartition("/")[0])
-                tickets.update(group.export(slot, nbytes, sequence, [reader]))
+                tickets.update(self._groups.export(reader.rpartition("/")[0], slot, nbytes, sequence, reader))
         self._sequences[slot] = sequence
         peer_tickets = {}
         if member is not None and command.peers:

@@ -56,6 +56,10 @@ class GroupTicket(msgspec.Struct, frozen=True, kw_only=True):
     group: Text
     sequence: Natural
 
+    def pack(self) -> bytes:
+        """As a ticket."""
+        return seal(b"Q", self)
+
     @classmethod
     def unpack(cls, data: bytes) -> GroupTicket:
         """Raises `CodecError`."""
@@ -102,4 +106,4 @@ class GroupSender(GlooSender):
             self._gloo.broadcast(memory[first : first + length], self._gloo.rank, deadline=deadline)
 
     def _ticket(self, sequence: int, nbytes: int, value: Checksum, reader: str) -> bytes:
-        return seal(b"Q", GroupTicket(group=self.terms.name, sequence=sequence))
+        return GroupTicket(group=self.terms.name, sequence=sequence).pack()
