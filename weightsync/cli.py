@@ -170,6 +170,7 @@ def add(
         str | None, typer.Option(help="Variable of weightsyncd's environment that holds its key.", show_default=False)
     ] = None,
     ca_file: CaFileOption = None,
+    frozen: Annotated[bool, typer.Option("--frozen", help="Look after it, and never push to it.")] = False,
     daemon: DaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -182,7 +183,8 @@ def add(
 
     fields = {"name": name, "kind": kind, "url": url, "model": model, "path": path, "target": target}
     try:
-        engine = msgspec.convert({**fields, "api_key_env": api_key_env, "ca_file": ca_file}, EngineConfig)
+        more = {"api_key_env": api_key_env, "ca_file": ca_file, "frozen": frozen}
+        engine = msgspec.convert(fields | more, EngineConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"no such engine can be: {error}") from error
     found = change_engines(daemon or context.obj, add=[engine])

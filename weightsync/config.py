@@ -118,6 +118,7 @@ class EngineConfig(_Section, frozen=True):
     path: str = "auto"  # which way into the engine, see PATHS
     target: Literal["all", "model", "draft"] = "all"  # which of its models takes what is pushed
     gpus: tuple[str, ...] = ()  # UUIDs of its ranks' GPUs, where its process cannot be looked at
+    frozen: bool = False  # looked after, and never pushed to: a reference or a reward model
 
     @property
     def api_key(self) -> str | None:

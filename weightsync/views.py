@@ -37,7 +37,8 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     for e in status["engines"]:
         state = _coloured(e["state"])
         version, tp = _or_dash(e["version"]), _or_dash(e["tp_size"])
-        engines.add_row(e["name"], e["node"], e["model"], state, version, tp, e["url"], e["error"] or "")
+        model = f"{e['model']} (frozen)" if e["frozen"] else e["model"]
+        engines.add_row(e["name"], e["node"], model, state, version, tp, e["url"], e["error"] or "")
     bridges = _table("bridge", "pid", "slots", "on GPU", "open exports", "restarts", "problem")
     for b in status["bridges"]:
         slots = f"{b['slots']} × {b['slot_bytes'] / 2**20:g} MiB"

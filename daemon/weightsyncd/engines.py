@@ -111,6 +111,7 @@ class Engine:
             software=info.software if info else None,
             profile=info.profile if info else None,
             error=self.error.message if self.error else None,
+            frozen=self.config.frozen,
         )
 
 
@@ -156,8 +157,8 @@ class Engines:
         return gone
 
     def of_model(self, model: str) -> list[str]:
-        """Names of the engines that serve `model`."""
-        return [e.name for e in self._engines.values() if e.config.model == model]
+        """Names of the engines that take what is pushed to `model`."""
+        return [e.name for e in self._engines.values() if e.config.model == model and not e.config.frozen]
 
     async def watch(self) -> None:
         """Probe every engine, for ever, except while a push is under way."""

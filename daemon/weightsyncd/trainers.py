@@ -192,16 +192,19 @@ class Trainers:
         self.go_on()  # other ranks may have called before
 
     def _engines_of(self, model: str) -> dict[str, str]:
-        """Name → node of every engine of the model, wherever it is."""
+        """Name → node of every engine that takes what is pushed to the model, wherever it is."""
         services = self._services
         engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
         for name, peer in services.peers.items():
-            engines.update({e.name: name for e in peer.engines if e.model == model})
+            engines.update({e.name: name for e in peer.engines if e.model == model and not e.frozen})
         return engines
 
     def _models(self) -> list[str]:
-        remote = {e.model for peer in self._services.peers.values() for e in peer.engines}
-        return sorted(remote | {e.config.model for e in self._services.executor.engines})
+        """Of all engines that take pushes; a frozen one's is told as such."""
+        remote = {(e.model, e.frozen) for peer in self._services.peers.values() for e in peer.engines}
+        local = {(e.config.model, e.config.frozen) for e in self._services.executor.engines}
+        taken = {model for model, frozen in remote | local if not frozen}
+        return sorted(taken | {f"{model} (frozen)" for model, _ in remote | local if model not in taken})
 
     # --- its end --------------------------------------------------------------------------------------------------
 

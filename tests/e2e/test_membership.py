@@ -105,6 +105,23 @@ def test_an_engine_is_added_and_removed(site):
     assert (left["paused"], left["torn"]) == (False, False)
 
 
+def test_a_frozen_engine_takes_no_pushes(site):
+    """Neither one of a model that others serve, nor, where that is refused, one of its own; nor one of a peer."""
+    judge = f'{entry(site.engines[2])}model = "judge"\nfrozen = true\n'
+    site.hup(f"{site.file}{entry(site.engines[2])}frozen = true\n")
+    until(lambda: site.names() == {"e0", "e2"}, "e2 is there")
+    (shown,) = [engine for engine in fetch_status(site.here.endpoint).engines if engine.name == "e2"]
+    assert (shown.frozen, shown.state) == (True, "blank")
+    before = httpx.get(f"{site.engines[2].url}/info", trust_env=False).json()
+    assert site.push() == {"e0": "committed"}
+    assert httpx.get(f"{site.engines[2].url}/info", trust_env=False).json() == before
+    site.hup(f"{site.file}{judge}")
+    until(lambda: {e.model for e in fetch_status(site.here.endpoint).engines} == {"default", "judge"}, "it judges")
+    with CheckpointSource(site.fleet.root / "A") as source, pytest.raises(PushRefused, match="'judge'") as caught:
+        push_weights(source, version=next(VERSIONS), model="judge", daemon=site.here.endpoint, timeout=60)
+    assert "default, judge (frozen)" in (caught.value.hint or "")
+
+
 def test_what_cannot_be_is_said_and_changes_nothing(site):
     url = site.engines[2].url
     for words, said in (

@@ -206,6 +206,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     software: str | None = None
     profile: str | None = None
     error: str | None = None
+    frozen: bool = False  # takes no pushes, whatever its model
 
 
 class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
