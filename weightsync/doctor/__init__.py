@@ -2,6 +2,7 @@
 
     node       where slots would lie, and whether GPUs, memory and Python packages let them
     packages   cupy, torch and the driver: whether their CUDA versions fit together
+    joined     NCCL, where nodes with slots on GPUs are joined: whether it is there, and what must be alike
     process    whether an engine's process shares with this one what a push needs to be shared
 
 The engine's own adapter looks at what it says over HTTP (`EngineAdapter.examine`). The doctor stands in for

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import Finding
+from weightsync.doctor.joined import examine_joined
 from weightsync.doctor.packages import examine_packages
 from weightsync.errors import ConfigError
 from weightsync.gpus import Gpu, peer_states, survey
@@ -65,6 +66,7 @@ def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ
         found += _peers(gpus, chosen)
         found += examine_packages()
         found += _allocator(environment)
+        found += examine_joined(config, environment)
     if config.arena.device != "auto":  # else nobody knows how many slots there would be
         found.append(room(config))
     return node, worst_first(found)

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import ConfigError, TransportBroken
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["UNIQUE_ID_BYTES", "Nccl", "settings_here"]
 
@@ -124,6 +127,6 @@ class Nccl:
         raise TransportBroken(f"{what}: {text.partition(' (run with')[0]}{f' ({last})' if last else ''}")
 
 
-def settings_here(version: str) -> dict[str, str]:
+def settings_here(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
     """What has to be the same in all members of a communicator; `version` is that of this process's NCCL."""
-    return {"version": version, **{name: os.environ.get(name, "unset") for name in _MUST_MATCH}}
+    return {"version": version, **{name: environment.get(name, "unset") for name in _MUST_MATCH}}
