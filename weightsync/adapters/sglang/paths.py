@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang.payloads import DTYPES
 from weightsync.adapters.sglang.profiles import numbers_of
-from weightsync.errors import EngineError, EngineRefused
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["SELECTORS", "LoadPath", "Session", "refuse_server", "refuse_stock"]
+__all__ = ["LoadPath", "Session", "StockPath", "refuse_server", "refuse_stock"]
 
 SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
 """`target` of an engine's configuration → SGLang's word for it."""
@@ -88,6 +88,51 @@ class Session:
         """End the open one after a failure, whose error is the one to tell: there is no way to abort."""
         with suppress(EngineError):
             await self.end(deadline=deadline)
+
+
+class StockPath(LoadPath):
+    """One of the ways that need nothing of ours: a call for each bucket, within a session."""
+
+    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+        self._server = server
+        self._session = Session(server, profile, target)
+        self._manifest: Manifest | None = None
+        self._models: dict[str, Any] = {}  # what says in a call which of the engine's models are meant
+        if profile.draft == "selector":
+            self._models = {"selector": SELECTORS[target]}
+        elif profile.draft == "disable_draft_model" and target == "model":
+            self._models = {"disable_draft_model": True}
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
+        refuse_stock(manifest, self._server.engine)
+        return ()
+
+    async def finish(self, *, deadline: float) -> None:
+        self._manifest = None
+        await self._session.end(deadline=deadline)
+
+    async def _open(self, manifest: Manifest, *, deadline: float) -> None:
+        self._manifest = None
+        await self._session.open(deadline=deadline)
+        self._manifest = manifest
+
+    def _opened(self) -> Manifest:
+        if self._manifest is None:
+            raise LocalProtocolError("no update is open", engine=self._server.engine, hint="begin first")
+        return self._manifest
+
+    async def _load(self, route: str, body: dict[str, Any], *, deadline: float) -> None:
+        """Have it load a bucket; no update is open after a failure."""
+        try:
+            await self._server.call(route, {**body, "flush_cache": False, **self._models}, deadline=deadline)
+        except EngineLost:
+            self._manifest = None
+            raise
+        except EngineError:
+            self._manifest = None
+            await self._session.abandon(deadline=deadline)
+            raise
 
 
 def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str, *, plugin: bool) -> None:

@@ -12,11 +12,10 @@ that did succeed.
 from __future__ import annotations
 
 from base64 import b64encode
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session, refuse_stock
+from weightsync.adapters.sglang.paths import StockPath
 from weightsync.adapters.sglang.payloads import flattened_bucket
-from weightsync.errors import EngineError, EngineLost, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,58 +27,26 @@ if TYPE_CHECKING:
 __all__ = ["TensorPath"]
 
 
-class TensorPath(LoadPath):
+class TensorPath(StockPath):
     """Buckets as flattened tensors."""
 
     name = "tensor"
 
     def __init__(self, server: SGLangServer, profile: Profile, target: str, gpus: Sequence[str | None]) -> None:
         """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
-        self._server = server
+        super().__init__(server, profile, target)
         self._gpus = gpus
         self.transport = "torch-shm" if gpus[0] is None else "torch-cuda"
-        self._session = Session(server, profile, target)
-        self._manifest: Manifest | None = None
-        self._models: dict[str, Any] = {}
-        if profile.draft == "selector":
-            self._models = {"selector": SELECTORS[target]}
-        elif profile.draft == "disable_draft_model" and target == "model":
-            self._models = {"disable_draft_model": True}
-
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
-        refuse_stock(manifest, self._server.engine)
-        return ()
 
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class. There is nothing to attach to."""
-        self._manifest = None
-        await self._session.open(deadline=deadline)
-        self._manifest = manifest
+        await self._open(manifest, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        if self._manifest is None:
-            raise LocalProtocolError("no update is open", engine=self._server.engine, hint="begin first")
-        manifest = self._manifest
-        body = {
-            "serialized_named_tensors": [
-                b64encode(flattened_bucket(ticket, gpu, manifest, bucket)).decode()
-                for ticket, gpu in zip(tickets, self._gpus, strict=True)
-            ],
-            "load_format": "flattened_bucket",
-            "flush_cache": False,
-            **self._models,
-        }
-        try:
-            await self._server.call("/update_weights_from_tensor", body, deadline=deadline)
-        except EngineLost:
-            self._manifest = None
-            raise
-        except EngineError:
-            self._manifest = None
-            await self._session.abandon(deadline=deadline)
-            raise
-
-    async def finish(self, *, deadline: float) -> None:
-        self._manifest = None
-        await self._session.end(deadline=deadline)
+        manifest = self._opened()
+        payloads = [
+            b64encode(flattened_bucket(ticket, gpu, manifest, bucket)).decode()
+            for ticket, gpu in zip(tickets, self._gpus, strict=True)
+        ]
+        body = {"serialized_named_tensors": payloads, "load_format": "flattened_bucket"}
+        await self._load("/update_weights_from_tensor", body, deadline=deadline)
