@@ -17,6 +17,7 @@ from tests.recorded import FIXTURES, Replay
 from weightsync.adapters.sglang.control import SGLangAdapter
 from weightsync.errors import EngineError, EngineLost, EngineRefused
 from weightsync.ipc.descriptors import seal
+from weightsync.transports.group import GroupOffer, GroupTicket
 from weightsync.transports.torch_shm import TorchShmTicket
 
 if TYPE_CHECKING:
@@ -188,6 +189,7 @@ class Server(httpx.AsyncBaseTransport):
     def _paths(self) -> list[str]:
         paths = ["server_info", "model_info", "pause_generation", "continue_generation", "flush_cache"]
         paths += ["update_weight_version", "update_weights_from_tensor", "resume_memory_occupation"]
+        paths += ["init_weights_update_group", "destroy_weights_update_group", "update_weights_from_distributed"]
         return [f"/{path}" for path in paths + ["begin_weight_update", "end_weight_update"] * self.sessions]
 
     def _openapi(self) -> dict[str, Any]:
@@ -344,6 +346,64 @@ def test_stock_servers_refuse_parts() -> None:
             await hand.accept(big, deadline=soon())
         assert refusal.value.hint is not None
         assert "at least 2048" in refusal.value.hint
+        await hand.close()
+
+    asyncio.run(run())
+
+
+def group(name: str, port: int = 29500) -> bytes:
+    return GroupOffer(name=name, host="127.0.0.1", port=port, world=2, backend="gloo").pack()
+
+
+def test_groups_are_joined_once_and_left_for_others() -> None:
+    """One with each of two bridges; the second of which makes another, later."""
+    server = Server()
+    first, second, third = group("a", 1), group("b", 2), group("c", 3)
+
+    async def run() -> None:
+        hand = served(server, path="group")
+        ticket = GroupTicket(group="a", sequence=1).pack()
+        for version, offers in ((2, [first, second]), (3, [first, second]), (4, [first, third])):
+            await push(hand, version, [offers], lambda _: ticket)
+        await hand.close()
+
+    asyncio.run(run())
+    joined = server.said("/init_weights_update_group")
+    assert [(body["group_name"], body["master_port"]) for body in joined] == [("a", 1), ("b", 2), ("c", 3)]
+    assert all((body["rank_offset"], body["world_size"], body["backend"]) == (1, 2, "gloo") for body in joined)
+    assert server.said("/destroy_weights_update_group") == [{"group_name": "b"}]
+    loads = server.said("/update_weights_from_distributed")
+    assert len(loads) == 3 * MANIFEST.buckets
+    table = MANIFEST.tensors
+    assert [name for body in loads[: MANIFEST.buckets] for name in body["names"]] == [
+        table.names[tensor] for tensor in MANIFEST.piece_tensor.tolist()
+    ]
+    assert {body["group_name"] for body in loads} == {"a"}
+    assert all(not body["flush_cache"] and "load_format" not in body for body in loads)
+
+
+def test_a_group_that_cannot_be_joined_leaves_nothing_open() -> None:
+    server = Server()
+    server.replaced["/init_weights_update_group"] = (400, {"success": False, "message": "connection refused"})
+
+    async def run() -> None:
+        hand = served(server, path="group")
+        with pytest.raises(EngineError, match="connection refused"):
+            await push(hand, 2, [[group("a")]], lambda _: TICKET)
+        await hand.close()
+
+    asyncio.run(run())
+    assert not server.said("/begin_weight_update")
+
+
+def test_tensors_without_elements_cannot_be_broadcast() -> None:
+    async def run() -> None:
+        hand = served(Server(), path="group")
+        empty = manifest_of(
+            {"model.bias": ("float32", (0, 4), b""), "model.weight": ("float32", (4,), bytes(16))}, slot_bytes=64
+        )
+        with pytest.raises(EngineRefused, match=r"'model\.bias' has no elements"):
+            await hand.accept(empty, deadline=soon())
         await hand.close()
 
     asyncio.run(run())
