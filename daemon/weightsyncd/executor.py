@@ -118,7 +118,7 @@ class NodeExecutor:
             case do.AcceptEngine():
                 manifest = context.known_manifest()
                 if engine.info is not None and engine.info.transport == "group":
-                    await self.wire.offers_for(engine, deadline)  # what is wrong with that is wrong with the config
+                    await self.wire.offers_for(engine, deadline, begins=False)  # or tell what is wrong with the config
                 untouched = engine.accepted.get(manifest.digest)
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so

@@ -51,23 +51,27 @@ class NodeWire:
         self._offers: dict[tuple[str, str, str], bytes] = {}  # (bridge incarnation, reader, transport) → offer
         self.leaks = 0  # exports whose reader never released them
 
-    async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
-        """One attach descriptor for each tp rank of the engine and each arena of this node."""
+    async def offers_for(self, engine: Engine, deadline: float, *, begins: bool = True) -> list[list[bytes]]:
+        """One attach descriptor for each tp rank of the engine and each arena of this node. One that `begins` is about
+        to attach.
+        """
         readers = self._readers(engine)
         if "group" in readers.values():  # who restarted, or whose group has broken, gets another
-            return [[await self._offer_group(bridge, engine, deadline) for bridge in self.bridges]] * len(readers)
+            offers = [await self._offer_group(bridge, engine, deadline, begins) for bridge in self.bridges]
+            return [offers] * len(readers)
         return [
             [await self._offer(bridge, reader, transport, deadline) for bridge in self.bridges]
             for reader, transport in readers.items()
         ]
 
-    async def _offer_group(self, bridge: Bridge, engine: Engine, deadline: float) -> bytes:
+    async def _offer_group(self, bridge: Bridge, engine: Engine, deadline: float, begins: bool) -> bytes:
         assert engine.info is not None, "it has readers"
         command = commands.OfferGroup(
             engine=engine.name,
             incarnation=engine.info.incarnation,
             readers=tuple(self._readers(engine)),
             host=self._address,
+            join=begins,
         )
         return (await bridge.call(command, deadline=deadline)).offer
 

@@ -438,6 +438,7 @@ def test_every_command_survives_the_pipe(kind):
         "token": 6,
         "engine": "e0",
         "incarnation": "x",
+        "join": True,
         "group": "g",
         "pieces": b"p" * 16,
         "parts": (MemberPart(root=0, runs=b"r" * 16),),

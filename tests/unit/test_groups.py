@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -34,12 +35,13 @@ class World:
     def __init__(self, arena):
         self.arena = arena
         self.ledger = Ledger()
-        self.groups = Groups("n/0", arena, ledger=self.ledger, checksums=Checksums(arena))
+        one = threading.Lock()
+        self.groups = Groups("n/0", arena, ledger=self.ledger, checksums=Checksums(arena), one_by_one=one)
         self.pool = ThreadPoolExecutor(4)
         self.ranks: list[GlooCommunicator] = []
 
-    def offer(self, incarnation="1", readers=READERS, host="127.0.0.1"):
-        command = c.OfferGroup(engine="e", incarnation=incarnation, readers=readers, host=host)
+    def offer(self, incarnation="1", readers=READERS, host="127.0.0.1", engine="e", join=True):
+        command = c.OfferGroup(engine=engine, incarnation=incarnation, readers=readers, host=host, join=join)
         return GroupOffer.unpack(self.groups.offer(command, deadline=soon()))
 
     def join(self, offer):
@@ -106,9 +108,52 @@ def test_ranks_get_the_tensors_they_ask_for(world):
 
 
 def test_a_group_that_stands_is_offered_again(world):
-    first = world.offer()
+    """Also before anybody joins it, which the bridge does when the engine is about to."""
+    first = world.offer(join=False)
+    assert world.offer() == first
     world.join(first)
     assert world.offer() == first
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_engines_do_not_lose_their_group_with_another_engine(world, order):
+    """Whichever was there first: each is in a group of its own, with sockets of its own."""
+    other, mine = ("f", "e") if order == "second" else ("e", "f")
+    for engine in ("e", "f"):
+        world.join(world.offer(engine=engine, readers=(f"{engine}/0",)))
+        if engine == mine:
+            survivors = world.ranks
+    world.groups._leave(other)
+    offer = world.offer(engine=mine, readers=(f"{mine}/0",))
+    world.groups.export(mine, 0, 100, 1, f"{mine}/0")
+    world.ranks = survivors
+    (taken,) = world.take([100])
+    packed = np.array([(0, 100)], dtype="<i8").tobytes()
+    world.groups.send(c.SendGroup(engine=mine, group=offer.name, slot=0, pieces=packed), deadline=soon())
+    assert len(taken.result(SECONDS)[0]) == 100
+    world.groups._leave(mine)
+
+
+def test_a_broadcast_that_is_cut_off_cuts_off_no_other_group(world):
+    """Of two groups the older has one under way, in which nobody takes part: the younger's sockets came up since."""
+    older = world.offer()
+    world.join(older)
+    stuck = world.ranks
+    younger = world.offer(engine="f", readers=("f/0",))
+    world.join(younger)
+    world.export(1)
+    sending = world.pool.submit(world.send, [(0, 100)], older.name)
+    assert eventually(lambda: world.groups._groups["e"].communicator._busy.locked())
+    world.groups._leave("e")
+    with pytest.raises(TransportError):
+        sending.result(SECONDS)
+    world.groups.export("f", 0, 100, 1, "f/0")
+    (taken,) = world.take([100])
+    packed = np.array([(0, 100)], dtype="<i8").tobytes()
+    world.groups.send(c.SendGroup(engine="f", group=younger.name, slot=0, pieces=packed), deadline=soon())
+    assert taken.result(SECONDS)
+    world.groups._leave("f")
+    world.ranks += stuck
 
 
 @pytest.mark.parametrize("change", [{"incarnation": "2"}, {"readers": ("e/0",)}])

@@ -154,7 +154,8 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
 
 class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group"):
     """Make the descriptor by which the ranks of an engine without our plugin join a process group with this bridge, as
-    `readers` of transport "group". One that stands is offered again, to the same `incarnation` of the engine.
+    `readers` of transport "group". One that stands is offered again, to the same `incarnation` of the engine. With
+    `join` the engine is about to, and so the bridge does.
     """
 
     reply = Offered
@@ -162,6 +163,7 @@ class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group")
     incarnation: Annotated[str, Meta(max_length=256)]
     readers: Names
     host: Name  # this node's address, where the group meets
+    join: bool = False
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.nccl_bridge.rendezvous import translated
-from weightsync.nccl_bridge.sockets import Sockets, cut, open_sockets
+from weightsync.nccl_bridge.sockets import Sockets, Window, cut, forming
 from weightsync.transports.base import seconds_left
 
 if TYPE_CHECKING:
@@ -35,8 +35,12 @@ _CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends withi
 class GlooCommunicator:
     """Member `rank` of the `world` members of one `generation`. One operation at a time; `abort` from any thread."""
 
-    def __init__(self, *, generation: int, rank: int, world: int, address: str) -> None:
-        """`address` is this node's own, to which every socket of the communicator is bound. Call `join` next."""
+    def __init__(
+        self, *, generation: int, rank: int, world: int, address: str, one_by_one: threading.Lock | None = None
+    ) -> None:
+        """`address` is this node's own, to which every socket of the communicator is bound. Call `join` next. Those of
+        one process that share `one_by_one` join one after the other, so that the end of one is not that of another.
+        """
         if not 0 <= rank < world:
             raise LocalProtocolError(f"rank {rank} is not in a world of {world}")
         self.generation = generation
@@ -44,7 +48,9 @@ class GlooCommunicator:
         self.world = world
         self._address = address
         self._group: Any = None  # torch.distributed.ProcessGroupGloo
-        self._before: Sockets | None = None  # sockets of this process that are not ours
+        self._one_by_one = one_by_one if one_by_one is not None else threading.Lock()
+        self._window: Window | None = None  # of the sockets that are ours …
+        self._meeting: Sockets = frozenset()  # … and of those by which the members meet
         self._busy = threading.Lock()
         self._closed = threading.Event()
         self._broken = ""  # why; the error itself would keep its frames, and with them store and sockets, alive
@@ -65,10 +71,15 @@ class GlooCommunicator:
         import torch.distributed
 
         dist: Any = torch.distributed  # its stubs leave out what is needed here
-        with self._operation(what, deadline):
+
+        def check() -> None:
+            self._check(what)
+            seconds_left(deadline, what)
+
+        with self._operation(what, deadline), forming(self._one_by_one, check) as self._window:
             if self._group is not None:
                 raise LocalProtocolError(f"generation {self.generation} is joined already")
-            self._before = rendezvous.before
+            self._meeting = rendezvous.sockets
             options = dist.ProcessGroupGloo._Options()
             options._timeout = timedelta(seconds=seconds_left(deadline, what))
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
@@ -120,9 +131,9 @@ class GlooCommunicator:
     def abort(self) -> None:
         """End it now: an operation under way in another thread raises `TransportClosed`. `close` afterwards."""
         self._closed.set()
-        before = self._before
-        if before is not None and self._busy.locked():
-            count = cut(open_sockets() - before)
+        window = self._window
+        if window is not None and self._busy.locked():
+            count = cut(window.sockets() | self._meeting)
             logger.info("[generation=%d rank=%d] abort.complete connections=%d", self.generation, self.rank, count)
 
     @contextmanager

@@ -1,6 +1,6 @@
 """Process groups of this bridge with engines that have none of ours, one for each engine: made, used, made anew.
 
-A group is offered before it is there: while the engine is told of it and joins, a thread joins as rank 0. One that has
+A group is offered before it is there; when the engine is told of it and joins, a thread joins as rank 0. One that has
 broken, or whose engine has restarted, is left behind for another under another name.
 """
 
@@ -29,6 +29,7 @@ __all__ = ["Groups"]
 
 logger = logging.getLogger(__name__)
 
+_JOINING = 20.0  # seconds for an engine that was told to join; other communicators wait for it
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
 _BACKEND = "gloo"
 _OVER = "over"  # name of a group that there is none of
@@ -40,7 +41,7 @@ class _EngineStore:
     """
 
     def __init__(self, rendezvous: Rendezvous, name: str) -> None:
-        self.before = rendezvous.before
+        self.sockets = rendezvous.sockets
         self._rendezvous = rendezvous
         self._name = name
 
@@ -55,6 +56,7 @@ class _Group:
     rendezvous: Rendezvous  # the engine stays connected to it
     communicator: GlooCommunicator
     sender: GroupSender
+    joining: bool = False  # or joined
 
     def stands(self, incarnation: str, world: int) -> bool:
         """Whether it is one with this incarnation of the engine, and may be used."""
@@ -65,7 +67,11 @@ class _Group:
 class Groups:
     """Those of one bridge, whose slots lie in host memory."""
 
-    def __init__(self, bridge: str, arena: Arena, *, ledger: Ledger, checksums: Checksums) -> None:
+    def __init__(
+        self, bridge: str, arena: Arena, *, ledger: Ledger, checksums: Checksums, one_by_one: threading.Lock
+    ) -> None:
+        """`one_by_one` is shared with the other communicators of this process."""
+        self._one_by_one = one_by_one
         self._bridge = bridge
         self._arena = arena
         self._ledger = ledger
@@ -84,14 +90,13 @@ class Groups:
         with self._lock:
             known = self._groups.get(command.engine)
             world = len(command.readers) + 1
-            if known is not None and known.stands(command.incarnation, world):
-                return known.sender.terms.pack()
-            self._leave(command.engine)
-            group = self._form(command, world, deadline)
-            self._groups[command.engine] = group
-            for reader in command.readers:
-                group.sender.offer(reader)
-            return group.sender.terms.pack()
+            if known is None or not known.stands(command.incarnation, world):
+                self._leave(command.engine)
+                known = self._groups[command.engine] = self._new(command, world, deadline)
+            if command.join and not known.joining:
+                known.joining = True
+                self._join(command.engine, known, deadline)
+            return known.sender.terms.pack()
 
     def export(self, engine: str, slot: int, nbytes: int, sequence: int, reader: str) -> dict[str, bytes]:
         """The ticket of one reader. Where its group is over that is a ticket for it all the same, which fails when the
@@ -120,26 +125,33 @@ class Groups:
                     self._leave(command.engine)
             raise
 
-    def _form(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
+    def _new(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
         rendezvous = Rendezvous.host(command.host, deadline=deadline)
         name = f"weightsync-{secrets.token_hex(8)}"
         terms = GroupOffer(name=name, host=command.host, port=rendezvous.port, world=world, backend=_BACKEND)
-        communicator = GlooCommunicator(generation=0, rank=0, world=world, address=command.host)
+        communicator = GlooCommunicator(
+            generation=0, rank=0, world=world, address=command.host, one_by_one=self._one_by_one
+        )
         sender = GroupSender(communicator, self._arena, terms, ledger=self._ledger, checksums=self._checksums)
+        for reader in command.readers:
+            sender.offer(reader)
+        return _Group(command.incarnation, rendezvous, communicator, sender)
+
+    def _join(self, engine: str, group: _Group, deadline: float) -> None:
+        name, until = group.sender.terms.name, min(deadline, time.monotonic() + _JOINING)
         begun = threading.Event()
 
         def join() -> None:
             begun.set()
             try:
-                communicator.join(_EngineStore(rendezvous, name), name, deadline=deadline)
+                group.communicator.join(_EngineStore(group.rendezvous, name), name, deadline=until)
             except TransportError as error:  # the engine's own answer says why; this one is for the log
-                logger.warning("[engine=%s group=%s] join.failed %s", command.engine, name, error.message)
+                logger.warning("[engine=%s group=%s] join.failed %s", engine, name, error.message)
             else:
-                logger.info("[engine=%s group=%s] join.complete world=%d", command.engine, name, world)
+                logger.info("[engine=%s group=%s] join.complete", engine, name)
 
-        threading.Thread(target=join, name=f"join {command.engine}", daemon=True).start()
+        threading.Thread(target=join, name=f"join {engine}", daemon=True).start()
         begun.wait(1.0)
-        return _Group(command.incarnation, rendezvous, communicator, sender)
 
     def _leave(self, engine: str) -> None:
         group = self._groups.pop(engine, None)

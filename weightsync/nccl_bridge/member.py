@@ -11,6 +11,7 @@ from weightsync.transports.gloo import GlooReceiver, GlooSender
 from weightsync.transports.nccl import NcclReceiver, NcclSender
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from weightsync.ipc.arena import Arena
@@ -39,9 +40,12 @@ def new_member(
     *,
     ledger: Ledger,
     checksums: Checksums,
+    one_by_one: threading.Lock,
     check: Callable[[], object],
 ) -> Member:
-    """One that has not joined yet. `name` is the bridge's; `check` raises when there is no point in going on."""
+    """One that has not joined yet. `name` is the bridge's; `one_by_one` is shared by the communicators of this process;
+    `check` raises when there is no point in going on.
+    """
     place: Any = {
         "generation": command.generation,
         "rank": command.rank,
@@ -57,7 +61,7 @@ def new_member(
             NcclReceiver(device, arena, slots, name),
             DeviceExchange(device, slots, arena.slot_bytes),
         )
-    host = GlooCommunicator(**place)
+    host = GlooCommunicator(**place, one_by_one=one_by_one)
     return Member(
         host, GlooSender(host, arena, **books), GlooReceiver(host, arena, name), HostExchange(host, arena, check)
     )

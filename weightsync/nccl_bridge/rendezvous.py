@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 from weightsync.errors import TransportBroken, TransportTimeout
-from weightsync.nccl_bridge.sockets import Sockets, open_sockets
+from weightsync.nccl_bridge.sockets import Sockets, Window
 from weightsync.transports.base import seconds_left
 
 __all__ = ["Meeting", "Rendezvous", "load", "prefixed", "translated"]
@@ -23,7 +23,7 @@ _PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it
 class Meeting(Protocol):
     """What a communicator needs of a rendezvous."""
 
-    before: Sockets
+    sockets: Sockets  # its own
 
     def store(self, key: str, generation: int) -> Any:
         """Where its members leave word for each other."""
@@ -32,16 +32,16 @@ class Meeting(Protocol):
 class Rendezvous:
     """One end of the store: made by `host` on one member's node, by `connect` elsewhere."""
 
-    def __init__(self, store: Any, port: int, before: Sockets) -> None:
+    def __init__(self, store: Any, port: int, sockets: Sockets) -> None:
         self._store = store
         self.port = port
-        self.before = before  # sockets of this process that are older, and so no part of the communicator to come
+        self.sockets = sockets
 
     @classmethod
     def host(cls, host: str, *, deadline: float) -> Rendezvous:
         """Listen on `host`, an address of this node, at any free port. Raises `TransportBroken` if that is not ours."""
         what = f"rendezvous on {host}"
-        left, before = seconds_left(deadline, what), open_sockets()
+        left, window = seconds_left(deadline, what), Window()
         try:
             family = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0][0]
             listening = socket.create_server((host, 0), family=family, backlog=128)
@@ -61,20 +61,20 @@ class Rendezvous:
             )
         except RuntimeError as error:
             raise translated(error, what) from error
-        return cls(store, port, before)
+        return cls(store, port, window.sockets())
 
     @classmethod
     def connect(cls, host: str, port: int, *, deadline: float) -> Rendezvous:
         """Connect to the store that another member hosts."""
         what = f"rendezvous at {host}:{port}"
-        left, before = seconds_left(deadline, what), open_sockets()
+        left, window = seconds_left(deadline, what), Window()
         try:
             store = _torch().TCPStore(
                 host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=left)
             )
         except RuntimeError as error:
             raise translated(error, what) from error
-        return cls(store, port, before)
+        return cls(store, port, window.sockets())
 
     def store(self, key: str, generation: int) -> Any:
         """The part of the store (a `torch.distributed.Store`) of one generation, behind the secret `key`."""

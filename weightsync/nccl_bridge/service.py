@@ -80,7 +80,8 @@ class BridgeService:
             "torch-shm": TorchShmSender(arena, **books),
             "torch-cuda": TorchCudaSender(arena, **books),
         }
-        self._groups = Groups(name, arena, **books)
+        self._one_by_one = threading.Lock()
+        self._groups = Groups(name, arena, **books, one_by_one=self._one_by_one)
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None
         self._member: Member | None = None
@@ -299,6 +300,7 @@ class BridgeService:
             self._slots,
             ledger=self._ledger,
             checksums=self._checksums,
+            one_by_one=self._one_by_one,
             check=lambda: self._joined(departures),
         )
         with self._lock:
