@@ -10,16 +10,19 @@ import logging
 import secrets
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsync.errors import ConfigError, TransportBroken, TransportClosed, TransportError
+from weightsync.errors import ConfigError, TransportBroken, TransportClosed, TransportError, TransportTimeout
 from weightsync.nccl_bridge.gloo import GlooCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous, prefixed
+from weightsync.transports.base import seconds_left
 from weightsync.transports.group import GroupOffer, GroupSender, GroupTicket
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from weightsync.ipc.arena import Arena
     from weightsync.ipc.ledger import Ledger
     from weightsync.nccl_bridge import commands as c
@@ -87,7 +90,7 @@ class Groups:
                 f"{self._bridge} lie on a GPU",
                 hint='arena.device = "cpu" on this node, or a weightsyncd on the engine\'s own',
             )
-        with self._lock:
+        with self._alone(deadline):
             known = self._groups.get(command.engine)
             world = len(command.readers) + 1
             if known is None or not known.stands(command.incarnation, world):
@@ -120,10 +123,21 @@ class Groups:
         try:
             group.sender.send_pieces(command.slot, command.pieces, deadline=deadline)
         except TransportError:  # the engine's ranks must not wait for what comes no more
-            with self._lock:
+            with self._alone(time.monotonic() + _LEAVING):
                 if self._groups.get(command.engine) is group:
                     self._leave(command.engine)
             raise
+
+    @contextmanager
+    def _alone(self, deadline: float) -> Iterator[None]:
+        """While groups are made and left."""
+        what = f"bridge {self._bridge} makes or leaves another group"
+        if not self._lock.acquire(timeout=seconds_left(deadline, what)):
+            raise TransportTimeout(f"{what}, and did so until the deadline")
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _new(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
         rendezvous = Rendezvous.host(command.host, deadline=deadline)
@@ -139,10 +153,8 @@ class Groups:
 
     def _join(self, engine: str, group: _Group, deadline: float) -> None:
         name, until = group.sender.terms.name, min(deadline, time.monotonic() + _JOINING)
-        begun = threading.Event()
 
         def join() -> None:
-            begun.set()
             try:
                 group.communicator.join(_EngineStore(group.rendezvous, name), name, deadline=until)
             except TransportError as error:  # the engine's own answer says why; this one is for the log
@@ -151,7 +163,6 @@ class Groups:
                 logger.info("[engine=%s group=%s] join.complete", engine, name)
 
         threading.Thread(target=join, name=f"join {engine}", daemon=True).start()
-        begun.wait(1.0)
 
     def _leave(self, engine: str) -> None:
         group = self._groups.pop(engine, None)
