@@ -160,7 +160,7 @@ def test_newer_servers_get_a_list_with_each_workers_own_handle():
 
 def test_older_servers_get_one_dict_that_says_it_is_packed():
     init, *repair, _, update, _ = ipc_push(by_name("vllm-0.22"))
-    assert [path for path, _ in repair] == ["/finish_weight_update", "/start_weight_update", "/finish_weight_update"]
+    assert [path for path, _ in repair] == ["/start_weight_update", "/finish_weight_update"]
     assert init[1] == {"init_info": {}}
     assert set(opened(update[1]["update_info"])) == {"u0", "u1"}
     assert update[1]["update_info"]["packed"] is True
@@ -170,7 +170,6 @@ def test_a_torn_server_is_opened_and_closed_once_first():
     paths = [path for path, _ in ipc_push(by_name("vllm-0.29"), torn=True)]
     assert paths == [
         "/init_weight_transfer_engine",
-        "/finish_weight_update",
         "/start_weight_update",
         "/finish_weight_update",
         "/start_weight_update",
