@@ -188,7 +188,7 @@ def test_weights_that_are_no_numbers_do_not_stop_the_engine(node):
 # --- what ends during a push ----------------------------------------------------------------------------------------
 
 
-@ways(*SGLANG, *VLLM, slow=())
+@ways(*SGLANG, *VLLM)
 def test_a_trainer_that_fails_during_a_push(node):
     def fail() -> None:
         raise SourceError("the disk is gone")

@@ -1,11 +1,12 @@
-"""The bridge process: reads commands from its pipe, runs each in its lane, answers, and never outlives the daemon.
+"""The bridge process: reads commands from its pipe, runs each in its lane, answers, and does not outlive the daemon.
 
 Threads: the main one reads the pipe and answers what needs no waiting; `local` exports; `wire` works with the
-communicator; `fences` watches slots that somebody waits for. Answers come in the order in which work ends; ids match
+communicator; `fences` watches slots that somebody waits for; what is sent to a group has one of its own. Answers come in the order in which work ends; ids match
 them to requests.
 
-When the pipe ends, for whatever reason, the daemon is gone: the arena is removed and the process exits at once, without
-asking threads that may be stuck in a collective. For the same reason nothing here waits for them on `Stop`.
+When the pipe ends, for whatever reason, the daemon is gone: the arena is removed and the process exits, without asking
+threads that may be stuck in a collective; at once, unless a stock engine is about to open what it was given. `Stop`
+does not wait for those threads either.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ __all__ = ["BridgeProcess", "Options"]
 logger = logging.getLogger(__name__)
 
 _SEND_SECONDS = 30  # for an answer to fit into the pipe; a daemon that reads nothing for so long is taken for dead
+_LINGER = 2.0  # seconds that stock engines have to take what the daemon told them of before it was gone
 _POLL_FIRST = 50e-6  # seconds between two looks at the fences somebody waits for, growing to …
 _POLL_LAST = 2e-3  # … this: under 1 % of a core however long the wait
 
@@ -102,6 +104,8 @@ class BridgeProcess:
             elif failed is not None:
                 self._answer(c.Response(id=request.id, error=failed.record()))
         logger.info("pipe.complete: the daemon is gone")
+        if self._service is not None:
+            self._service.linger(_LINGER)
 
     def _make_arena(self) -> Arena:
         o = self._options

@@ -20,6 +20,7 @@ from weightsync.nccl_bridge.groups import Groups
 from weightsync.nccl_bridge.member import Member, new_member
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
 from weightsync.nccl_bridge.terms import nccl, prepare
+from weightsync.transports.counted import CountedSender
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
 from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.shm import ShmSender
@@ -29,13 +30,13 @@ from weightsync.transports.torch_shm import TorchShmSender
 if TYPE_CHECKING:
     from weightsync.ipc.arena import Arena
     from weightsync.ipc.cuda import DeviceSlots
-    from weightsync.transports.counted import CountedSender
     from weightsync.transports.mapped import MappedSender
 
 __all__ = ["BridgeService", "Lane"]
 
 logger = logging.getLogger(__name__)
 
+_LOOK = 5e-3  # seconds between two looks at who still holds an export
 _LEAVING = 1.0  # seconds that the last operation of an old generation has to end by itself
 
 
@@ -224,6 +225,15 @@ class BridgeService:
         offer = sender.offer(reader)
         self._transports[reader] = transport
         return offer
+
+    def linger(self, seconds: float) -> None:
+        """Wait until stock engines have let go of what they were given, for so long at most: one that was told of an
+        export and does not find it ends (SGLang's scheduler, 0.5.17 and 0.5.23).
+        """
+        until = time.monotonic() + seconds
+        counted = [sender for sender in self._senders.values() if isinstance(sender, CountedSender)]
+        while any(sender.held for sender in counted) and time.monotonic() < until:
+            threading.Event().wait(_LOOK)
 
     def close(self) -> None:
         """Remove what was exported beside the arena, which the caller owns."""

@@ -124,6 +124,12 @@ class CountedSender(BucketSender):
             for slot in self._exports.held():
                 self._settle(slot)
 
+    @property
+    def held(self) -> bool:
+        """Whether a reader has not let go of what it was given, or not opened it yet."""
+        self.settle()
+        return bool(self._counted)
+
     def close(self) -> None:
         self._ended.set()
         with self._lock:
