@@ -83,34 +83,29 @@ class GivenUp(Exception):
     pass
 
 
-class Patience:
-    """A pause that ends the waiting after so many times."""
-
-    def __init__(self, times):
-        self.times = times
-
-    def __call__(self):
-        self.times -= 1
-        if self.times < 0:
-            raise GivenUp("enough")
-        time.sleep(0.005)
-
-
 @pytest.fixture
 def store():
     return Rendezvous.host("127.0.0.1", deadline=time.monotonic() + 10).store("key", 1)
 
 
-def agreed(monkeypatch, store, libraries, patience=400):
-    """What becomes of each member."""
-    own = threading.local()
+def agreed(monkeypatch, store, libraries):
+    """What becomes of each member. Who still waits when one has failed by itself is told to give up."""
+    own, over = threading.local(), threading.Event()
     monkeypatch.setattr(terms, "nccl", lambda: own.library)
+
+    def pause():
+        if over.wait(0.001):
+            raise GivenUp("enough")
 
     def member(rank):
         own.library = libraries[rank]
         try:
-            return terms.agree(store, rank, len(libraries), Patience(patience))
-        except (WeightSyncError, GivenUp) as error:
+            return terms.agree(store, rank, len(libraries), pause)
+        except GivenUp as error:
+            return error
+        except WeightSyncError as error:
+            if isinstance(error, ConfigError):
+                over.set()
             return error
 
     with ThreadPoolExecutor(len(libraries)) as pool:
@@ -125,7 +120,7 @@ def test_all_members_get_one_id(monkeypatch, store):
 
 def test_one_that_differs_fails_by_itself_and_no_id_is_made(monkeypatch, store):
     libraries = [Library(), Library("2.27.3"), Library()]
-    root, other, third = agreed(monkeypatch, store, libraries, patience=60)
+    root, other, third = agreed(monkeypatch, store, libraries)
     assert isinstance(other, ConfigError)
     assert "version is 2.27.3 here, 2.28.9 at rank 0" in other.message
     assert isinstance(root, GivenUp)

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportClosed
+from weightsync.nccl_bridge.communicator import Communicator
 from weightsync.nccl_bridge.rendezvous import translated
 from weightsync.nccl_bridge.sockets import Sockets, Window, cut, forming
 from weightsync.transports.base import seconds_left
@@ -32,8 +33,8 @@ _LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
 _CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends within a millisecond
 
 
-class GlooCommunicator:
-    """Member `rank` of the `world` members of one `generation`. One operation at a time; `abort` from any thread."""
+class GlooCommunicator(Communicator):
+    """See the base class; `abort` from any thread."""
 
     def __init__(
         self, *, generation: int, rank: int, world: int, address: str, one_by_one: threading.Lock | None = None
@@ -41,29 +42,11 @@ class GlooCommunicator:
         """`address` is this node's own, to which every socket of the communicator is bound. Call `join` next. Those of
         one process that share `one_by_one` join one after the other, so that the end of one is not that of another.
         """
-        if not 0 <= rank < world:
-            raise LocalProtocolError(f"rank {rank} is not in a world of {world}")
-        self.generation = generation
-        self.rank = rank
-        self.world = world
-        self._address = address
+        super().__init__(generation=generation, rank=rank, world=world, address=address)
         self._group: Any = None  # torch.distributed.ProcessGroupGloo
         self._one_by_one = one_by_one if one_by_one is not None else threading.Lock()
         self._window: Window | None = None  # of the sockets that are ours …
         self._meeting: Sockets = frozenset()  # … and of those by which the members meet
-        self._busy = threading.Lock()
-        self._closed = threading.Event()
-        self._broken = ""  # why; the error itself would keep its frames, and with them store and sockets, alive
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` or `abort` was called."""
-        return self._closed.is_set()
-
-    @property
-    def unusable(self) -> bool:
-        """Whether it was closed, or has broken."""
-        return self.closed or bool(self._broken)
 
     def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`."""
@@ -138,25 +121,12 @@ class GlooCommunicator:
 
     @contextmanager
     def _operation(self, what: str, deadline: float) -> Iterator[None]:
-        self._check(what)
-        if not self._busy.acquire(timeout=seconds_left(deadline, what)):
-            raise TransportTimeout(f"{what}: another operation was under way until the deadline")
-        try:
-            self._check(what)
-            yield
-        except RuntimeError as error:
-            if self._closed.is_set():
-                raise TransportClosed(f"{what}: aborted") from error
-            broken = translated(error, what)
-            self._broken = broken.message
-            raise broken from error
-        finally:
-            self._busy.release()
-
-    def _check(self, what: str) -> None:
-        if self._closed.is_set():
-            raise TransportClosed(f"{what}: the communicator was closed")
-        if self._broken:
-            raise TransportBroken(
-                f"{what}: the communicator is broken since: {self._broken}", hint="form a new generation"
-            )
+        with self._alone(what, deadline):
+            try:
+                yield
+            except RuntimeError as error:
+                if self._closed.is_set():
+                    raise TransportClosed(f"{what}: aborted") from error
+                broken = translated(error, what)
+                self._broken = broken.message
+                raise broken from error

@@ -111,9 +111,20 @@ class Groups:
                 return group.sender.export(slot, nbytes, sequence, [reader])
         return {reader: GroupTicket(group=_OVER, sequence=sequence).pack()}
 
-    def senders(self) -> list[GroupSender]:
-        """All of them."""
-        return [group.sender for group in list(self._groups.values()) if not group.sender.closed]
+    def pending(self, slot: int) -> tuple[str, ...]:
+        """Readers that may still read from `slot`: none of a group that is being left."""
+        found: list[str] = []
+        for group in list(self._groups.values()):
+            with suppress(TransportClosed):
+                found += group.sender.pending(slot)
+        return tuple(found)
+
+    def revoke(self, slot: int, reader: str) -> None:
+        """Take the hold of a reader away, and its group with it."""
+        group = self._groups.get(reader.rpartition("/")[0])
+        if group is not None:
+            with suppress(TransportClosed):
+                group.sender.revoke(slot, reader)
 
     def send(self, command: c.SendGroup, *, deadline: float) -> None:
         """Send a bucket to an engine, which is about to be told to take it. Raises `TransportError`."""

@@ -27,6 +27,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.ipc.cuda import cupy
+from weightsync.nccl_bridge.communicator import Communicator
 from weightsync.nccl_bridge.rendezvous import translated
 from weightsync.nccl_bridge.terms import agree, nccl, prepare
 from weightsync.transports.base import seconds_left
@@ -50,29 +51,16 @@ _LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
 _NOT_READY = 600  # cudaErrorNotReady
 
 
-class NcclCommunicator:
-    """Member `rank` of the `world` members of one `generation`. One operation at a time; `abort` from any thread."""
+class NcclCommunicator(Communicator):
+    """See the base class; `abort` from any thread."""
 
     def __init__(self, *, generation: int, rank: int, world: int, address: str, device: int = 0) -> None:
         """`address` is this node's own, whose network interface NCCL is to use. Call `join` next."""
-        if not 0 <= rank < world:
-            raise LocalProtocolError(f"rank {rank} is not in a world of {world}")
-        self.generation = generation
-        self.rank = rank
-        self.world = world
-        self._address = address
+        super().__init__(generation=generation, rank=rank, world=world, address=address)
         self._device = device
         self._communicator: Any = None
         self._stream: Any = None
         self._tokens: _Tokens | None = None
-        self._busy = threading.Lock()
-        self._closed = threading.Event()
-        self._broken = ""
-
-    @property
-    def closed(self) -> bool:
-        """Whether `close` or `abort` was called."""
-        return self._closed.is_set()
 
     def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`.
@@ -164,26 +152,21 @@ class NcclCommunicator:
 
     @contextmanager
     def _operation(self, what: str, deadline: float) -> Iterator[None]:
-        self._check(what)
-        if not self._busy.acquire(timeout=seconds_left(deadline, what)):
-            raise TransportTimeout(f"{what}: another operation was under way until the deadline")
-        try:
-            self._check(what)
-            with cupy().cuda.Device(self._device):
-                yield
-        except LocalProtocolError:
-            raise
-        except WeightSyncError as error:
-            self._broken = error.message
-            self._end()
-            raise
-        except RuntimeError as error:  # of CUDA, or of the store
-            broken = translated(error, what)
-            self._broken = broken.message
-            self._end()
-            raise broken from error
-        finally:
-            self._busy.release()
+        with self._alone(what, deadline):
+            try:
+                with cupy().cuda.Device(self._device):
+                    yield
+            except LocalProtocolError:
+                raise
+            except WeightSyncError as error:
+                self._broken = error.message
+                self._end()
+                raise
+            except RuntimeError as error:  # of CUDA, or of the store
+                broken = translated(error, what)
+                self._broken = broken.message
+                self._end()
+                raise broken from error
 
     def _end(self) -> None:
         """Abort it, and see that its kernels are off the GPU. Raises `TransportTimeout` as long as they are not."""
@@ -206,14 +189,6 @@ class NcclCommunicator:
             if self._tokens is not None:
                 self._tokens.free()
                 self._tokens = None
-
-    def _check(self, what: str) -> None:
-        if self._closed.is_set():
-            raise TransportClosed(f"{what}: the communicator was closed")
-        if self._broken:
-            raise TransportBroken(
-                f"{what}: the communicator is broken since: {self._broken}", hint="form a new generation"
-            )
 
 
 def _idle(stream: Any) -> bool:

@@ -196,8 +196,8 @@ class BridgeService:
 
     def pending(self, slot: int) -> tuple[str, ...]:
         """Readers, then peers, that may still read from `slot`."""
-        senders = [*self._senders.values(), *self._groups.senders()]
-        readers = tuple(reader for sender in senders for reader in sender.pending(slot))
+        readers = tuple(reader for sender in self._senders.values() for reader in sender.pending(slot))
+        readers += self._groups.pending(slot)
         member = self._member
         if member is None:
             return readers
@@ -276,8 +276,9 @@ class BridgeService:
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member
         for slot in range(self.arena.slots) if command.slot is None else (command.slot,):
-            for sender in (*self._senders.values(), *self._groups.senders()):
+            for sender in self._senders.values():
                 sender.revoke(slot, command.reader)
+            self._groups.revoke(slot, command.reader)
             if member is not None and not member.sender.closed:
                 member.sender.revoke(slot, command.reader)
         return c.Done()

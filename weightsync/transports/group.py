@@ -96,7 +96,7 @@ class GroupSender(GlooSender):
         """As the base class; and one that has not got everything would take the next bucket for the rest of this: the
         group is over.
         """
-        if not self.closed and reader in self.pending(slot):
+        if reader in self.pending(slot):
             super().revoke(slot, reader)
             self._communicator.abort()
 
