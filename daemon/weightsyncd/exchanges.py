@@ -47,6 +47,8 @@ async def exchange(
         slots = {node: slot for node, slot in slots.items() if node not in missing}
         if missing.keys() & runs.keys():
             return _relayed(instruction, (), failed)  # without its part nobody has the bucket
+        if slots.keys() == {rails.home}:
+            return _relayed(instruction, slots, failed)  # what it has written is the bucket
         broken = await _attempt(rails, context, instruction.bucket, slots, runs, until)
         if not broken:
             logger.debug("[v=%d bucket=%d] exchange.complete nodes=%d", context.version, instruction.bucket, len(slots))

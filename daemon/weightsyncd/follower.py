@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, OrderedDict, deque
+from collections import OrderedDict, deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ class _Held:
     context: PushContext
     heard: float
     branch: Branch | None = None  # this node's ranks in it
-    rails: Counter[int] = field(default_factory=Counter)  # how many broadcasts may be under way on each
+    rails: set[tuple[int, asyncio.Task[object] | None]] = field(default_factory=set)  # what may be under way on each
     tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
     end: asyncio.Task[None] | None = None  # set once it is being let go
 
@@ -227,7 +227,11 @@ class Follower:
                 until = self._until(message.timeout)
                 if self._busy():
                     await self._wind_up(until)
+                if self._held is not None and self._held.end is not None:
+                    await self._let_go(self._held, None)  # its `Leave` must not come after our `Join`
                 await self._joining.join(message, lambda: self._check_free(identity), until=until)
+                if self._held is not None:  # what was under way in the last communicator is over
+                    self._held.rails = {(rail, task) for rail, task in self._held.rails if rail != message.rail}
             case msg.Receive():
                 until = self._until(message.timeout)
                 slot = do.Slot(self._config.node.name, message.rail, message.slot)
@@ -330,7 +334,7 @@ class Follower:
         try:
             try:
                 # nothing of a broadcast that was under way writes into a slot after this
-                await asyncio.gather(*(leave(self._bridges[rail]) for rail, n in held.rails.items() if n))
+                await asyncio.gather(*(leave(self._bridges[rail]) for rail in {rail for rail, _ in held.rails}))
                 if held.branch is not None:
                     why = f"node {self._config.node.name} let go of the push: {why}"
                     await held.branch.end(why, error, grace=self._config.timeouts.grace)
@@ -376,11 +380,11 @@ class _Working:
         assert self._task is not None, "instructions are carried out in tasks"
         self._held.tasks.add(self._task)
         if self._rail is not None:
-            self._held.rails[self._rail] += 1
+            self._held.rails.add((self._rail, self._task))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._task is not None
         if self._rail is not None and kind is None:
-            self._held.rails[self._rail] -= 1
+            self._held.rails.discard((self._rail, self._task))
         self._held.tasks.discard(self._task)
         self._held.heard = time.monotonic()

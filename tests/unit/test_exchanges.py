@@ -57,6 +57,8 @@ class Rails:
 
     async def _call(self, command, deadline):
         await asyncio.sleep(0)  # others are first to fail
+        if not self.members:
+            raise TransportBroken("home has joined no communicator")
         self._take_part("home")
 
     def _take_part(self, node):
@@ -66,11 +68,11 @@ class Rails:
             raise TransportBroken(f"{node} has failed")
 
 
-def run(rails, seconds=5.0):
+def run(rails, seconds=5.0, runs=RUNS):
     nodes = ("home", "ranks", "engines", "more")
     slots = tuple(do.Slot(node, 0, index) for index, node in enumerate(nodes))
     instruction = do.ExchangeBucket(bucket=3, slots=slots, deadline=time.monotonic() + seconds)
-    event = asyncio.run(exchange(rails, PushContext("p", "m", 1), instruction, RUNS))
+    event = asyncio.run(exchange(rails, PushContext("p", "m", 1), instruction, runs))
     assert event.bucket == 3
     return event.nodes, {node: error.message for node, error in event.failed}
 
@@ -99,6 +101,15 @@ def test_what_is_not_needed_is_left_out():
 def test_who_cannot_be_reached():
     assert run(Rails(unreachable=["more"])) == (("engines", "home", "ranks"), {"more": "more is not there"})
     assert run(Rails(unreachable=["ranks"])) == ((), {"ranks": "ranks is not there"})
+
+
+def test_who_is_left_alone_with_what_it_has_written_has_the_bucket():
+    """The next bucket, or the engines that are gone, decide what becomes of the push: nothing is wrong here."""
+    alone = {"home": b"h"}
+    why = {node: f"{node} has failed" for node in ("ranks", "engines", "more")}
+    assert run(Rails(ranks=9, engines=9, more=9), runs=alone) == (("home",), why)
+    why = {node: f"{node} is not there" for node in ("ranks", "engines", "more")}
+    assert run(Rails(unreachable=["ranks", "engines", "more"]), runs=alone) == (("home",), why)
 
 
 def test_when_time_is_up_it_is_given_up():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ import pytest
 from weightsync.config import parse_node_config
 from weightsync.errors import TransportTimeout
 from weightsync.nccl_bridge import commands
+from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
-from weightsyncd.follower import _Held, _Working
+from weightsyncd.follower import Follower, _Held, _Working
 from weightsyncd.rails import Rails, leave
 
 
@@ -91,7 +93,7 @@ def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
         await first
         second.cancel()
         await asyncio.gather(second, return_exceptions=True)
-        return {rail for rail, count in held.rails.items() if count}
+        return {rail for rail, _ in held.rails}
 
     assert asyncio.run(main()) == {0}, "the one that was cancelled may still write"
 
@@ -102,6 +104,96 @@ def test_a_rail_whose_broadcasts_are_done_is_at_rest():
         for _ in range(2):
             with _Working(held, 0):
                 pass
-        return {rail for rail, count in held.rails.items() if count}
+        return held.rails
 
     assert asyncio.run(main()) == set()
+
+
+# --- a follower whose bridge joins another communicator --------------------------------------------------------------
+
+
+class Recorder:
+    """A bridge that leaves and joins."""
+
+    incarnation = "first"
+
+    def __init__(self):
+        self.commands = []
+
+    async def prompt(self, *, deadline):
+        pass
+
+    async def warm(self, *, longest, deadline):
+        pass
+
+    async def call(self, command, *, deadline):
+        self.commands.append(type(command).__name__)
+        return commands.Done()
+
+
+JOIN = msg.JoinRail(rail=0, generation=8, rank=1, world=2, host="127.0.0.1", port=1, key="k", timeout=5.0)
+
+
+def following(bridge):
+    """A follower that a push holds, of whose broadcasts on rail 0 one has failed."""
+
+    async def let_go(context, until):
+        pass
+
+    executor: Any = SimpleNamespace(engines=[], let_go=let_go)
+    follower = Follower(
+        parse_node_config('[node]\nname = "n1"\n'),
+        "incarnation",
+        executor,
+        [bridge],
+        (),
+        busy=lambda: False,
+        wind_up=lambda until: let_go(None, until),
+        on_free=lambda: None,
+        on_taken=lambda: None,
+        send=lambda identity, message: True,
+        on_missed=lambda call, ranks, error: None,
+    )
+    held = follower._take(b"identity", PushContext("p", "m", 1))
+    held.rails.add((0, None))
+    return follower
+
+
+@pytest.mark.timeout(10)
+def test_a_bridge_joins_once_the_last_push_has_left():
+    """A `Leave` of what has ended, arriving after the `Join`, would end the communicator that was just formed."""
+
+    async def main():
+        bridge, begun, may_end = Recorder(), asyncio.Event(), asyncio.Event()
+        follower = following(bridge)
+
+        async def work():
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await may_end.wait()
+
+        follower._held.tasks.add(asyncio.create_task(work()))
+        await begun.wait()
+        ending = asyncio.create_task(follower.release(b"identity", "p", None))
+        joining = asyncio.create_task(follower.at_rail(b"identity", JOIN))
+        for _ in range(10):
+            await asyncio.sleep(0)
+        may_end.set()
+        await asyncio.gather(ending, joining)
+        return bridge.commands
+
+    assert asyncio.run(main())[-1] == "Join"
+
+
+@pytest.mark.timeout(10)
+def test_a_communicator_that_was_joined_since_is_not_left_for_what_was_done_in_the_last():
+    async def main():
+        bridge = Recorder()
+        follower = following(bridge)
+        await follower.at_rail(b"identity", JOIN)
+        await follower.release(b"identity", "p", None)
+        return bridge.commands
+
+    assert asyncio.run(main())[-1] == "Join"
