@@ -26,7 +26,7 @@ from weightsync.sources.recent import Recent
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["describe", "narrowed", "recall"]
+__all__ = ["describe", "narrowed", "plain_data", "recall"]
 
 _dtype_of = attrgetter("dtype")
 # What DTensor's public accessors give, but for the view that `to_local` makes of every parameter, which takes 3 µs.
@@ -257,6 +257,11 @@ def _held(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
             raise SourceError(f"tensor {name!r} is not initialised yet")
         local, none = tensor, (0,) * tensor.dim()
         boxes = [Box(none, none, tuple(tensor.shape))]
+    return plain_data(name, local), boxes
+
+
+def plain_data(name: str, local: torch.Tensor) -> torch.Tensor:
+    """`local` detached, if it is memory that can be read as it is. Raises `SourceError` naming the tensor."""
     if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise SourceError(
             f"tensor {name!r} is a {type(local).__name__}, which cannot be pushed", hint="give its plain tensors"
@@ -265,7 +270,7 @@ def _held(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
         raise SourceError(f"tensor {name!r} is sparse or quantised", hint="give dense tensors, scales as their own")
     if local.is_meta:
         raise SourceError(f"tensor {name!r} is on the meta device: it has no data")
-    return local.detach(), boxes
+    return local.detach()
 
 
 def narrowed(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
