@@ -51,6 +51,7 @@ class World:
         owners: int = 1,
         torn: str = "",
         places: tuple[str, ...] = (),
+        keepers: tuple[str, ...] = (),
     ) -> None:
         """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
         for those that are left out.
@@ -69,6 +70,7 @@ class World:
             deadline=100.0,
             operation_timeout=10.0,
             grace=5.0,
+            keepers=keepers,
         )
         self.now = 0.0
         self.served = served

@@ -73,6 +73,7 @@ class NodeSection(_Section, frozen=True):
     bridges: Annotated[int, Meta(ge=0, le=64)] = 0  # bridge processes; 0: one for each GPU, or one
     gpus: tuple[str, ...] = ()  # UUIDs of those that slots lie on; none: all that weightsyncd sees
     shm_dir: str = "/dev/shm"
+    retain: Literal["none", "host"] = "none"  # host: keep what was pushed last, for engines that come late
 
 
 class ArenaConfig(_Section, frozen=True):

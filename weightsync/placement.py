@@ -38,6 +38,11 @@ def placed(
     chosen: list[Gpu] = []
     if arena.device != "cpu":
         chosen = _chosen(config, environment, _there(config) if gpus is None else gpus)
+    if chosen and node.retain == "host":
+        raise ConfigError(
+            'node.retain = "host" keeps what lies in slots in host memory, and these lie on GPUs',
+            hint='leave node.retain away, or set arena.device = "cpu"',
+        )
     if chosen:
         bridges, slot_bytes, device = len(chosen), arena.slot_bytes or _slot_bytes(chosen, arena.slots), "cuda"
         if node.bridges not in (0, bridges):

@@ -116,14 +116,16 @@ class RankPush:
         pause: str,
         started: float,
         deadline: float,
+        engines: tuple[str, ...] = (),
     ) -> None:
-        """Describe the source. Raises `SourceError`."""
+        """Describe the source. `engines`: push again, to those alone. Raises `SourceError`."""
         self.on_progress: Callable[[int], None] | None = None  # called with bytes written so far, after each bucket
         self.version = version
         self.deadline = deadline
         self.filled = threading.Event()  # this rank's weights have been read
         self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
         self._pause = pause
+        self._engines = engines
         self._layout = source.layout()
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
@@ -197,6 +199,7 @@ class RankPush:
                 layout=digest,
                 plan=plan,
                 describe_seconds=self._describe_seconds,
+                engines=self._engines,
             )
         )
 

@@ -53,6 +53,9 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
         for name, state in status["peers"].items():
             peers.add_row(name, _coloured(state))
         parts += [Text(), peers]
+    kept = [f"version {version} of {model}" for model, version in status["kept"].items()]
+    if kept:
+        parts += [Text(), Text(f"kept for engines that come late: {', '.join(kept)}")]
     return Group(*parts, Text(), _push_line(status), *_last_push(status))
 
 

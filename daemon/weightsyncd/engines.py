@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING
 
 from weightsync.adapters import adapter
+from weightsync.config import EngineConfig
 from weightsync.errors import EngineError, EngineLost, ErrorRecord, WeightSyncError
 from weightsync.wire.messages import EngineStatus
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
     from weightsync.adapters.base import EngineAdapter, EngineInfo
-    from weightsync.config import EngineConfig, TimeoutConfig
+    from weightsync.config import TimeoutConfig
+    from weightsyncd.keeper import KeeperAdapter
 
 __all__ = ["Engine", "Engines"]
 
@@ -37,6 +39,7 @@ class Engine:
         self.error: ErrorRecord | None = None
         self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
+        self.begun = False  # an update of ours, which it has not been resumed from
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
         self.gone = False  # no engine of this node any more
         self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
@@ -48,7 +51,7 @@ class Engine:
             return "lost"
         if self.info is None:
             return "unknown"
-        if self.info.torn:
+        if self.info.torn or (self.begun and self.info.paused):  # its own word, or a begin that went wrong
             return "torn"
         if self.info.asleep:
             return "asleep"
@@ -60,7 +63,7 @@ class Engine:
         """Note what the engine says of itself; a restarted engine has accepted nothing yet."""
         if self.info is None or info.incarnation != self.info.incarnation:
             self.accepted.clear()
-            self.paused_by_us = False
+            self.paused_by_us = self.begun = False
             logger.info(
                 "[engine=%s] %s, %s, tp %d, version %s",
                 self.name,
@@ -118,8 +121,18 @@ class Engine:
 class Engines:
     """All engines of this node, looked at now and then while no push holds them."""
 
-    def __init__(self, configs: Iterable[EngineConfig], timeouts: TimeoutConfig, busy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        configs: Iterable[EngineConfig],
+        timeouts: TimeoutConfig,
+        busy: Callable[[], bool],
+        make_keeper: Callable[[str], KeeperAdapter] | None = None,
+    ) -> None:
+        """`make_keeper` makes the keeper of a model, where what is pushed is to be kept."""
         self._engines = {config.name: Engine(config, adapter(config)) for config in configs}
+        self._make_keeper = make_keeper
+        self.keepers: dict[str, KeeperAdapter] = {}  # by model
+        self._keeping: dict[str, Engine] = {}  # the same, as engines of a push, by name
         self._timeouts = timeouts
         self._busy = busy
 
@@ -127,11 +140,11 @@ class Engines:
         return iter(self._engines.values())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._engines
+        return name in self._engines or name in self._keeping
 
     def __getitem__(self, name: str) -> Engine:
-        """The engine of that name. Raises `EngineLost` where there is none."""
-        engine = self._engines.get(name)
+        """The engine, or keeper, of that name. Raises `EngineLost` where there is none."""
+        engine = self._engines.get(name) or self._keeping.get(name)
         if engine is None:
             raise EngineLost(f"this node has no engine called {name!r}", engine=name)
         return engine
@@ -159,6 +172,16 @@ class Engines:
     def of_model(self, model: str) -> list[str]:
         """Names of the engines that take what is pushed to `model`."""
         return [e.name for e in self._engines.values() if e.config.model == model and not e.config.frozen]
+
+    def keeper_of(self, model: str) -> str | None:
+        """The name that the model's keeper has in a push; None where nothing is kept."""
+        if self._make_keeper is None:
+            return None
+        name = f"{model}:keeper"  # no engine's: those have no colon
+        if name not in self._keeping:
+            hand = self.keepers[model] = self._make_keeper(model)
+            self._keeping[name] = Engine(EngineConfig(name=name, kind="keeper", url="", model=model), hand)
+        return name
 
     async def watch(self) -> None:
         """Probe every engine, for ever, except while a push is under way."""
@@ -200,4 +223,5 @@ class Engines:
 
     async def close(self) -> None:
         """Let go of every engine as it is."""
-        await asyncio.gather(*(engine.adapter.close() for engine in self._engines.values()))
+        engines = [*self._engines.values(), *self._keeping.values()]
+        await asyncio.gather(*(engine.adapter.close() for engine in engines))

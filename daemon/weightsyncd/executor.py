@@ -136,7 +136,7 @@ class NodeExecutor:
                 manifest, offers = context.known_manifest(), await self.wire.offers_for(engine, deadline)
                 await self._check_unchanged(context, engine, deadline)
                 context.begun.add(name)
-                engine.paused_by_us = False  # from here on only a whole update may take it back to serving
+                engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 await hand.begin(context.version, manifest, offers, deadline=deadline)
                 return ev.EngineBegun(engine=name)
             case do.LoadBucket():
@@ -158,7 +158,7 @@ class NodeExecutor:
                 if name in context.begun and engine.info is not None:  # it said so in `finish`, and was found right
                     info = msgspec.structs.replace(engine.info, version=context.version, torn=False, paused=False)
                     engine.learned(info)
-                engine.paused_by_us = False
+                engine.begun = engine.paused_by_us = False
                 context.modes.pop(name, None)
                 context.begun.discard(name)
                 return ev.EngineResumed(engine=name)

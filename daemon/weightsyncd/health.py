@@ -81,6 +81,7 @@ async def status_of(server: Server) -> msg.Status:
         push=trainers.push.status() if trainers.push is not None else None,
         last=trainers.last,
         last_error=trainers.last_error,
+        kept={model: keeper.version for model, keeper in server.engines.keepers.items() if keeper.version is not None},
     )
 
 

@@ -57,21 +57,29 @@ class Services:
 class Push:
     """One push under way. `done` is set when its session is: the next push may begin."""
 
-    def __init__(self, services: Services, first: msg.Open, engines: dict[str, str], last_version: int | None) -> None:
-        """`engines` maps the name of each engine of the model to its node."""
+    def __init__(
+        self,
+        services: Services,
+        first: msg.Open,
+        engines: dict[str, str],
+        last_version: int | None,
+        keeper: str | None = None,
+    ) -> None:
+        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here."""
         config = services.config
         now = time.monotonic()
+        self.repeat = bool(first.engines)  # of what a keeper has kept
         self.done = asyncio.Event()
         self.outcome: msg.PushOutcome | None = None
         self._services = services
         self._terms = (first.version, first.model, first.world, first.pause)
-        self._engines = engines
+        self._home = config.node.name
+        self._engines = engines = engines | ({keeper: self._home} if keeper is not None else {})
         self._plan: CachedPlan | None = None
         self._announced = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
-        self._home = config.node.name
         self._names: list[str] = []  # of the nodes where ranks are, as the plan counts them
         # a name of its own for every attempt: what is late from an earlier one must not be taken for it
         name = f"{self._home}-{secrets.token_hex(8)}"
@@ -91,6 +99,7 @@ class Push:
             operation_timeout=config.timeouts.operation,
             grace=config.timeouts.grace,
             last_version=last_version,
+            keepers=() if keeper is None else (keeper,),
         )
         self._trace = Trace(self._home, engines, now) if config.log.trace_dir else None
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
@@ -341,7 +350,7 @@ class Push:
                 session.model,
                 session.version,
                 len(session.committed),
-                len(session.engines),
+                len(session.fleet),
                 self.outcome.nbytes / 1e6,
                 self.outcome.seconds,
             )
@@ -371,7 +380,7 @@ class Push:
                     untouched=e.untouched,
                     error=e.error,
                 )
-                for e in session.engines.values()
+                for e in session.fleet
             ),
         )
 

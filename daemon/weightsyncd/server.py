@@ -38,11 +38,13 @@ from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
+from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.membership import Membership, as_in, need_restart, with_engines
 from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.rails import Rails
+from weightsyncd.repeats import Repeats
 from weightsyncd.seed import Registry, Seeker
 from weightsyncd.trainers import Trainers
 
@@ -96,7 +98,12 @@ class Server:
             )
             for index in range(config.node.bridges)
         ]
-        self.engines = Engines(config.engines, config.timeouts, busy=lambda: self.busy)
+        self.engines = Engines(
+            config.engines,
+            config.timeouts,
+            busy=lambda: self.busy,
+            make_keeper=self._make_keeper if config.node.retain == "host" else None,
+        )
         self.executor = NodeExecutor(config.node.name, config.cluster.address, self.engines, self.bridges)
         key = read_key_file(config.cluster.key_file) if config.cluster.key_file else None
         self.peers: dict[str, Peer] = {}
@@ -140,6 +147,15 @@ class Server:
         self.registry = Registry(config.timeouts.liveness)
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None
         self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
+        for engine in self.engines:
+            self.engines.keeper_of(engine.config.model)  # to be there before the first push
+        self.repeats = Repeats(
+            self.engines.keepers,
+            config.timeouts,
+            engines=self._engines_everywhere,
+            refresh=self._see_peers,
+            busy=lambda: self.busy,
+        )
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -213,6 +229,7 @@ class Server:
                 asyncio.create_task(self._watch(), name="watch"),
                 asyncio.create_task(self.engines.watch(), name="engines"),
                 asyncio.create_task(self._measure(), name="measure"),
+                asyncio.create_task(self.repeats.keep(), name="repeats"),
                 asyncio.create_task(self.rails.keep(lambda: self.busy), name="rails"),
                 asyncio.create_task(self.members.keep(), name="peers"),
                 *([asyncio.create_task(self.seeker.keep(), name="seed")] if self.seeker is not None else []),
@@ -386,6 +403,16 @@ class Server:
         """No push holds this node any more."""
         self.members.settle()
         self.trainers.go_on()
+
+    def _engines_everywhere(self) -> list[msg.EngineStatus]:
+        here = [engine.status(self.config.node.name) for engine in self.engines]
+        return here + [engine for peer in self.peers.values() for engine in peer.engines]
+
+    async def _see_peers(self) -> None:
+        await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
+
+    def _make_keeper(self, model: str) -> KeeperAdapter:
+        return KeeperAdapter(model, self.config.endpoint, self.config.log.level)
 
     # --- bridges and peers ----------------------------------------------------------------------------------------
 

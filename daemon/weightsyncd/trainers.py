@@ -88,7 +88,9 @@ class Trainers:
             if self.stopping:
                 self._refuse(call, "weightsyncd is stopping", None)
                 return
-            if self._leads(message):
+            if push.repeat and not message.engines:  # whoever has new weights need not know of it
+                self._wait(call)
+            elif self._leads(message):
                 version, model = push.session.version, push.session.model
                 reason = f"a push of version {version} of {model!r} by another trainer is under way"
                 self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
@@ -178,7 +180,14 @@ class Trainers:
         if left <= 0:
             self._time_is_up(call)
             return
-        engines = self._engines_of(message.model)
+        engines, keeper = self._engines_of(message.model), None
+        if message.engines:
+            if gone := sorted(set(message.engines) - engines.keys()):
+                self._refuse(call, f"model {message.model!r} has no engine called {', '.join(gone)}", None)
+                return
+            engines = {name: engines[name] for name in message.engines}
+        else:
+            keeper = self._services.executor.engines.keeper_of(message.model)
         if not engines:
             models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
@@ -186,7 +195,8 @@ class Trainers:
         self._failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
-        self.push = Push(self._services, first, engines, self._versions.get(message.model))
+        last = self._versions.get(message.model) if not message.engines else None  # which is what is pushed again
+        self.push = Push(self._services, first, engines, last, keeper)
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
         self.go_on()  # other ranks may have called before
@@ -219,14 +229,15 @@ class Trainers:
     async def _close(self, push: Push) -> None:
         await push.close()
         session = push.session
-        self.last, self.last_error = push.outcome, session.error
+        if not push.repeat:
+            self.last, self.last_error = push.outcome, session.error
         if session.committed:
             self._versions[session.model] = session.version
         if session.error is not None and not push.ranks.complete:
             until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
             self._failures.note(push.call, push.ranks, session.error, until=until)
         node = self._services.config.node.name
-        answering = [e.name for e in session.engines.values() if e.node == node and str(e.stage) != "lost"]
+        answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
         measure_push(self._metrics, session, push.outcome)
 

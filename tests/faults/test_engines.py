@@ -65,7 +65,7 @@ def test_an_engine_that_answers_500_is_out_and_the_other_goes_on(node, victim, e
         node.serves(broken, node.before)
     elif endpoint == "/begin":  # it is whole, but that is not known
         assert node.info(broken)["paused"]
-        assert node.engine_state(broken.name) == "paused"
+        assert node.engine_state(broken.name) == "torn"
     else:
         node.does_not_serve(broken)
         assert node.engine_state(broken.name) == "torn"

@@ -16,6 +16,7 @@ NAMES = st.sampled_from(["a", "b", "c"])
 ENGINES = st.sampled_from(
     [{"a": "home"}, {"a": "home", "b": "home"}, {"a": "home", "b": "away"}, {"a": "away", "b": "away2", "c": "home"}]
 )
+KEEPERS = st.sampled_from([(), (), ("b",), ("c",)])  # of those that there are; one engine serves at least
 
 
 class AnyOrder(RuleBasedStateMachine):
@@ -27,6 +28,7 @@ class AnyOrder(RuleBasedStateMachine):
         pause=st.sampled_from(["keep", "none"]),
         owners=st.integers(1, 2),
         torn=st.sampled_from(["", "", "a", "b"]),
+        keepers=KEEPERS,
         places=st.sampled_from([(), (), ("home", "away"), ("home", "away", "away2"), ("home", "home", "away")]),
     )
     def begin(self, **terms):

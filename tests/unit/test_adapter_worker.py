@@ -9,12 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.plan_kit import rank, whole
+from tests.bucket_kit import Buckets
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
-from weightsync.ipc.arena import Arena
-from weightsync.plan.buckets import plan_push
-from weightsync.transports.shm import ShmSender
 
 TENSORS = {
     "embed.weight": torch.randn(40, 8),
@@ -28,37 +25,6 @@ def _soon() -> float:
     return time.monotonic() + 20
 
 
-class World:
-    """An arena, its sender and a plan over TENSORS; buckets are filled as a trainer would."""
-
-    def __init__(self, directory, slot_bytes: int) -> None:
-        self.arena = Arena.create(node="w", bridge=0, slots=2, slot_bytes=slot_bytes, directory=str(directory))
-        self.sender = ShmSender(self.arena)
-        layout = rank(
-            *(whole(name, str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in TENSORS.items())
-        )
-        self.manifest = plan_push([layout], slot_bytes=slot_bytes, owners=1, alignment=64).manifest
-        self.sequence = 0
-        self.offer = self.sender.offer("e/0")
-
-    def ticket(self, bucket: int) -> bytes:
-        slot, self.sequence = self.arena.slot(0), self.sequence + 1
-        m = self.manifest
-        for piece in m.bucket_pieces(bucket):
-            tensor = TENSORS[m.tensors.names[int(m.piece_tensor[piece])]]
-            raw = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-            size = tensor.element_size()
-            first, nbytes = int(m.piece_start[piece]) * size, int(m.piece_nbytes[piece])
-            at = int(m.piece_offset[piece])
-            slot[at : at + nbytes] = raw[first : first + nbytes].data
-        return self.sender.export(0, int(m.bucket_nbytes[bucket]), self.sequence, ["e/0"])["e/0"]
-
-    def close(self) -> None:
-        self.sender.close()
-        self.arena.close()
-        self.arena.unlink()
-
-
 @pytest.fixture
 def slots():
     with closing(SlotReader("cpu")) as made:
@@ -67,10 +33,10 @@ def slots():
 
 @pytest.fixture
 def world(tmp_path):
-    made: list[World] = []
+    made: list[Buckets] = []
 
-    def make(slot_bytes: int) -> World:
-        made.append(World(tmp_path, slot_bytes))
+    def make(slot_bytes: int) -> Buckets:
+        made.append(Buckets(tmp_path, slot_bytes, TENSORS))
         return made[-1]
 
     yield make

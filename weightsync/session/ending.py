@@ -116,12 +116,12 @@ class Ending(SessionState):
             self._fail(self._record("PushAborted", message, rank=ranks[0], phase=phase), now, out)
 
     def _end_when_all_ended(self, now: float, out: list[Instruction]) -> None:
-        if self.ended or self._live():
+        if self.ended or self._worth_it():
             return
-        if self.committed:
-            self._end(State.COMMITTED, None, now, out)
-        else:
+        if not self.committed:
             self._fail_without_engines(now, out)
+        elif not self._live():  # what a keeper is about to keep is waited for
+            self._end(State.COMMITTED, None, now, out)
 
     # --- the push -------------------------------------------------------------------------------------------------
 
@@ -130,8 +130,8 @@ class Ending(SessionState):
         self._fail(self._record("PushRefused", message, hint=hint), now, out)
 
     def _fail_without_engines(self, now: float, out: list[Instruction]) -> None:
-        reasons = "; ".join(f"{e.name}: {e.error.message}" for e in self.engines.values() if e.error is not None)
-        first = next((e for e in self.engines.values() if e.error is not None), None)
+        reasons = "; ".join(f"{e.name}: {e.error.message}" for e in self.fleet if e.error is not None)
+        first = next((e for e in self.fleet if e.error is not None), None)
         message = f"no engine of model {self.model!r} is left to push to ({reasons or 'none is configured'})"
         error = self._record("PushAborted", message)
         if first is not None and first.error is not None:
@@ -148,10 +148,10 @@ class Ending(SessionState):
             if engine.asked is None:
                 self._evict(engine, error, lost=False, now=now, out=out)
         kept = (EngineStage.LOST, EngineStage.RESUMING, EngineStage.COMMITTED)
-        touched = [e.name for e in self.engines.values() if e.touched and e.stage not in kept]
+        touched = [e.name for e in self.fleet if e.touched and e.stage not in kept]
         if touched:
             error = about(error, message=f"{error.message}; torn and paused: {', '.join(touched)}")
-        was_touched = any(e.touched for e in self.engines.values())
+        was_touched = any(e.touched for e in self.fleet)
         self._end(State.TORN if was_touched else State.ABORTED, error, now, out)
 
     def _end(self, state: State, error: ErrorRecord | None, now: float, out: list[Instruction]) -> None:

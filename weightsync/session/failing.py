@@ -34,7 +34,9 @@ class Failing(Opening):
         if phase is not None:
             self.phases.stop(phase, now)
         self._evict(engine, event.error, lost=event.lost, now=now, out=out)
-        if event.error.kind == "EngineRefused" and not self.ended:  # it is well, and what was asked is wrong
+        if (
+            event.error.kind == "EngineRefused" and not engine.keeper and not self.ended
+        ):  # it is well, and what was asked is wrong
             message = f"engine {engine.name} cannot take these weights: {event.error.message}"
             self._fail(about(event.error, kind="PushRefused", message=message, engine=engine.name), now, out)
             return
@@ -44,7 +46,7 @@ class Failing(Opening):
         """One engine or more has left: whatever waited for it goes on."""
         if self.ended:
             self._free_slots()
-        elif not self._live():
+        elif not self._worth_it():
             self._end_when_all_ended(now, out)
         elif self.state is State.OPENING:
             self._open_on(now, out)

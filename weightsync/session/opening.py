@@ -133,7 +133,7 @@ class Opening(Transferring):
         if self.state is not State.OPENING or not (self._planned and self._group_ready):
             return
         live = self._live()
-        if not live:
+        if not self._worth_it():
             self._fail_without_engines(now, out)
         elif all(e.stage is EngineStage.ACCEPTED for e in live):
             self._begin_transfer(now, out)
@@ -144,7 +144,7 @@ class Opening(Transferring):
 
     def _version_rises(self, now: float, out: list[Instruction]) -> bool:
         """Whether every engine serves an older version; if not, the push is refused."""
-        served = {e.version: e.name for e in self._live() if e.version is not None and not e.was_torn}
+        served = {e.version: e.name for e in self._live() if e.version is not None and not (e.was_torn or e.keeper)}
         newest = max(served, default=None)
         if newest is not None and newest >= self.version:
             which = f"version {newest}, which engine {served[newest]} serves"

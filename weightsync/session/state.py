@@ -16,7 +16,7 @@ from weightsync.session.tracks import BucketTrack, Copy, EngineStage, EngineTrac
 
 if TYPE_CHECKING:
     from collections import deque
-    from collections.abc import Mapping
+    from collections.abc import Container, Mapping
 
 
 __all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "listed"]
@@ -57,9 +57,10 @@ class SessionState:
         operation_timeout: float = 60.0,
         grace: float = 10.0,
         last_version: int | None = None,
+        keepers: Container[str] = (),
     ) -> None:
         """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at
-        least.
+        least. `keepers` are those engines that only keep what is pushed: without an engine that serves it, nothing is.
         """
         self.model, self.version, self.world, self.home, self.pause = model, version, world, home, pause
         self.push_deadline = deadline
@@ -68,7 +69,7 @@ class SessionState:
         self.last_version = last_version
         self.state = State.OPENING
         self.error: ErrorRecord | None = None
-        self.engines = {name: EngineTrack(name, node) for name, node in engines.items()}
+        self.engines = {name: EngineTrack(name, node, keeper=name in keepers) for name, node in engines.items()}
         self.buckets: list[BucketTrack] = []
         self.phases = PhaseClock()
         self.nbytes = 0  # of the whole plan
@@ -104,12 +105,17 @@ class SessionState:
         return self.ended and (self._abandoned or not self._outstanding())
 
     @property
+    def fleet(self) -> list[EngineTrack]:
+        """Engines that serve: all but keepers."""
+        return [e for e in self.engines.values() if not e.keeper]
+
+    @property
     def torn(self) -> tuple[str, ...]:
-        return tuple(e.name for e in self.engines.values() if e.stage is EngineStage.TORN)
+        return tuple(e.name for e in self.fleet if e.stage is EngineStage.TORN)
 
     @property
     def committed(self) -> tuple[str, ...]:
-        return tuple(e.name for e in self.engines.values() if e.stage is EngineStage.COMMITTED)
+        return tuple(e.name for e in self.fleet if e.stage is EngineStage.COMMITTED)
 
     def deadline(self) -> float | None:
         """When `Tick` is due; None once done."""
@@ -175,7 +181,7 @@ class SessionState:
             if engine.asked == "resume" and engine.touched:
                 assert engine.stage is EngineStage.RESUMING, f"{engine.name} is torn and is being resumed"
         if self.state is State.ABORTED:
-            assert not any(e.touched for e in self.engines.values()), "aborted, yet an engine was touched"
+            assert not any(e.touched for e in self.fleet), "aborted, yet an engine was touched"
         if self.ended:
             assert self.state is State.COMMITTED or self.error is not None
             if self.error is not None:
@@ -190,8 +196,12 @@ class SessionState:
         return min(self.push_deadline, now + self.operation_timeout)
 
     def _live(self) -> list[EngineTrack]:
-        """Engines that may still commit."""
+        """Engines that may still commit, keepers among them."""
         return [e for e in self.engines.values() if not e.stage.ended]
+
+    def _worth_it(self) -> bool:
+        """Whether an engine that serves may still commit."""
+        return any(not e.stage.ended for e in self.fleet)
 
     def _remote_nodes(self) -> list[str]:
         return sorted(self._nodes - {self.home})

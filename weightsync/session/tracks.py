@@ -51,6 +51,7 @@ class EngineTrack:
 
     name: str
     node: str
+    keeper: bool = False  # serves nobody: it takes what is pushed to push it again, and decides nothing
     stage: EngineStage = EngineStage.PROBING
     asked: str | None = "probe"  # the one instruction under way at this engine, by phase
     touched: bool = False  # True from the moment BeginEngine was issued

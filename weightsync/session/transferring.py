@@ -113,7 +113,7 @@ class Transferring(Committing):
         if self.state is not State.TRANSFERRING:
             return
         live = self._live()
-        if not live:
+        if not self._worth_it():
             self._end_when_all_ended(now, out)
             return
         self._grant(now, out)

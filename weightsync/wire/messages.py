@@ -93,6 +93,7 @@ class Open(Message, frozen=True, tag="open"):
     layout: Digest
     plan: Digest | None = None  # of the plan this rank has cached for the layout
     describe_seconds: Seconds = 0.0
+    engines: tuple[Name, ...] = ()  # those alone, which the version is new to: what was pushed before is pushed again
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -248,6 +249,7 @@ class Status(Message, frozen=True, tag="status"):
     push: PushStatus | None = None
     last: PushOutcome | None = None
     last_error: ErrorRecord | None = None
+    kept: dict[str, Natural] = {}  # model → version that is kept to be pushed again
 
 
 # --- two daemons ---------------------------------------------------------------------------------------------------

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.adapters.reference.commands import Pipe, Reply
+from weightsync.adapters.reference.commands import Reply
 from weightsync.errors import ConfigError, EngineLost, TransportError
+from weightsync.wire.pipe import Pipe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -30,7 +30,6 @@ from weightsync.adapters.reference.commands import (
     Fingerprints,
     Finish,
     Load,
-    Pipe,
     Reply,
     Residents,
     Step,
@@ -42,6 +41,7 @@ from weightsync.adapters.reference.plugin import BucketLoader
 from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, WeightSyncError
 from weightsync.plan.manifest import Manifest
 from weightsync.transports import receiver
+from weightsync.wire.pipe import Pipe
 
 if TYPE_CHECKING:
     from typing import Any

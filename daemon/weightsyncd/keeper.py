@@ -1,0 +1,254 @@
+"""The daemon's hand on a keeper: the process that keeps what was pushed last in host memory.
+
+To a push it is an engine of one rank that serves nobody and is never torn: what it keeps stays until a newer push is
+committed. It is started when it is first asked for, ends with the daemon, and is replaced where it does not answer:
+then nothing is kept until the next push.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+import weightsync
+from weightsync.adapters.base import EngineAdapter, EngineInfo, PauseMode
+from weightsync.errors import EngineError, EngineLost
+from weightsync.keeper import commands as c
+from weightsync.wire.pipe import HEADER, MAX_FRAME
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.plan.boxes import Words
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["KeeperAdapter"]
+
+logger = logging.getLogger(__name__)
+
+_REAP = 5.0  # seconds from SIGKILL to the end of a process; longer only if the kernel itself is stuck
+_ROOT = str(Path(next(iter(weightsync.__path__))).parent)
+
+
+class _Process(NamedTuple):
+    process: asyncio.subprocess.Process
+    reader: asyncio.StreamReader
+    writer: asyncio.StreamWriter
+    incarnation: str
+
+
+class KeeperAdapter(EngineAdapter):
+    """See the module. What is asked while it is at work waits for its turn."""
+
+    def __init__(self, model: str, endpoint: str, log_level: str) -> None:
+        """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes."""
+        self._model = model
+        self._endpoint = endpoint
+        self._log_level = log_level
+        self._running: _Process | None = None
+        self._kept = c.Reply()
+        self._paused = False
+        self._finished = False
+        self._turn = asyncio.Lock()
+        self._asking: set[asyncio.Task[c.Reply]] = set()
+
+    @property
+    def alive(self) -> bool:
+        """It runs."""
+        return self._alive() is not None
+
+    @property
+    def version(self) -> int | None:
+        """Of the push that is kept, if one is."""
+        return self._kept.version if self._alive() is not None else None
+
+    async def warm(self, *, deadline: float) -> None:
+        """Start it before it is needed: what it imports takes it seconds. One that does not start is logged only."""
+        try:
+            await self.probe(deadline=deadline)
+        except EngineLost as error:
+            logger.warning("[model=%s] keeper.failed: %s", self._model, error.message)
+
+    # --- as an engine of a push -----------------------------------------------------------------------------------
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        """Start it if it does not run, and see what it keeps."""
+        reply = await self._ask(c.Hello(), deadline)
+        return EngineInfo(
+            software="weightsync keeper",
+            profile="keeps what is pushed in host memory",
+            tp_size=1,
+            version=reply.version,
+            paused=self._paused,
+            torn=False,
+            incarnation=self._running.incarnation if self._running is not None else "",
+        )
+
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+        """Raises `EngineError` where there is no room beside what is kept already."""
+        free = await asyncio.to_thread(_available)
+        if manifest.nbytes > free:
+            raise EngineError(
+                f"{manifest.nbytes / 1e9:.1f} GB do not fit into host memory, of which {free / 1e9:.1f} GB are free",
+                hint='node.retain = "host" takes the size of the model, and twice that during a push',
+            )
+        return ()
+
+    async def pause(self, mode: PauseMode, *, deadline: float) -> None:
+        """There is nothing to pause."""
+        self._paused = True
+
+    async def begin(
+        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
+    ) -> None:
+        """What is kept stays until `resume` of an update that was finished."""
+        self._finished = False
+        await self._ask(c.Begin(version, manifest.pack(), tuple(offers[0]), deadline), deadline)
+
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        """Copy it; the slot is free when this returns."""
+        await self._ask(c.Load(bucket, tickets[0], deadline), deadline)
+
+    async def finish(self, version: int, *, deadline: float) -> None:
+        """See that everything came."""
+        await self._ask(c.Finish(), deadline)
+        self._finished = True
+
+    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
+        """Buckets were checked as they came; the engines that get them once more are looked at then."""
+        return None
+
+    async def resume(self, *, deadline: float) -> None:
+        """All engines hold the update, whole: it is what is kept from now on."""
+        if self._finished:
+            self._finished = False
+            await self._ask(c.Commit(), deadline)
+        self._paused = False
+
+    async def close(self) -> None:
+        """End the process."""
+        await self._end()
+
+    # --- as a trainer ---------------------------------------------------------------------------------------------
+
+    async def repeat(self, engines: Sequence[str], *, deadline: float) -> None:
+        """Have it push what it keeps to these engines. Raises what the push failed with, or on which of them."""
+        await self._ask(c.Repeat(tuple(engines), deadline), deadline)
+
+    # --- the process ----------------------------------------------------------------------------------------------
+
+    async def _ask(self, command: c.Command, deadline: float) -> c.Reply:
+        """Raises `EngineLost` where it does not answer, and what it answers. Who gives up waiting does not put what is
+        said next out of step: the answer is still waited for.
+        """
+        asking = asyncio.create_task(self._exchange(command, deadline))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asked)
+        reply = await asyncio.shield(asking)
+        if reply.error is not None:
+            raise reply.error.error()
+        return reply
+
+    def _asked(self, asking: asyncio.Task[c.Reply]) -> None:
+        self._asking.discard(asking)
+        if not asking.cancelled() and (error := asking.exception()) is not None:
+            logger.debug("[model=%s] keeper.failed: %s", self._model, error)  # whoever asked may have given up
+
+    async def _exchange(self, command: c.Command, deadline: float) -> c.Reply:
+        what = type(command).__name__.lower()
+        async with self._turn:
+            try:
+                async with asyncio.timeout(max(0.0, deadline + _grace(deadline) - time.monotonic())):
+                    running = self._alive() or await self._start()
+                    reply = await _said(running, command)
+            except (TimeoutError, OSError, EOFError, msgspec.MsgspecError) as error:
+                await self._end()
+                why = f"did not answer {what!r} in time" if isinstance(error, TimeoutError) else f"is gone: {error}"
+                raise EngineLost(f"the keeper of model {self._model!r} {why}", hint="it is started anew") from error
+            except BaseException:
+                await self._end()
+                raise
+            self._kept = reply
+            return reply
+
+    def _alive(self) -> _Process | None:
+        running = self._running
+        gone = running is None or running.process.returncode is not None or running.reader.at_eof()
+        return None if gone else running
+
+    async def _start(self) -> _Process:
+        await self._end()
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                # -P: the working directory of the daemon is not searched for modules. A session of its own: a Ctrl-C on
+                # the daemon's terminal reaches the daemon alone. It has no use for GPUs.
+                process = await asyncio.create_subprocess_exec(
+                    *(sys.executable, "-P", "-m", "weightsync.keeper", "--pipe", str(theirs.fileno())),
+                    *("--daemon", self._endpoint, "--model", self._model, "--log-level", self._log_level),
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,
+                    stdin=asyncio.subprocess.DEVNULL,
+                    stdout=asyncio.subprocess.DEVNULL,
+                    env=os.environ
+                    | {
+                        "CUDA_VISIBLE_DEVICES": "",
+                        "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
+                    },
+                )
+            reader, writer = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            raise
+        self._running = _Process(process, reader, writer, f"{process.pid}-{secrets.token_hex(4)}")
+        await _said(self._running, c.Hello())
+        logger.info("[model=%s] keeper.ready pid=%d", self._model, process.pid)
+        return self._running
+
+    async def _end(self) -> None:
+        running, self._running = self._running, None
+        self._kept, self._finished = c.Reply(), False
+        if running is None:
+            return
+        running.writer.close()
+        with suppress(ProcessLookupError):
+            running.process.kill()
+        try:
+            async with asyncio.timeout(_REAP):
+                await running.process.wait()
+        except TimeoutError:
+            logger.error("[model=%s] keeper %d does not die", self._model, running.process.pid)  # noqa: TRY400
+
+
+async def _said(running: _Process, command: c.Command) -> c.Reply:
+    frame = msgspec.msgpack.encode(command)
+    running.writer.write(HEADER.pack(len(frame)) + frame)
+    await running.writer.drain()
+    (size,) = HEADER.unpack(await running.reader.readexactly(HEADER.size))
+    if size > MAX_FRAME:
+        raise EOFError(f"it announces {size} bytes")
+    return msgspec.msgpack.decode(await running.reader.readexactly(size), type=c.Reply)
+
+
+def _grace(deadline: float) -> float:
+    """Seconds that a keeper has beyond a deadline, by which it answers itself, before it is taken for wedged."""
+    return min(1.0, max(0.0, deadline - time.monotonic()) / 10)
+
+
+def _available() -> int:
+    """Bytes of host memory that are free, or could be, as the kernel reckons."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return sys.maxsize

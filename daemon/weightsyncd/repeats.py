@@ -1,0 +1,97 @@
+"""Engines that come late: what is kept of the last push is pushed to them again, between pushes.
+
+Late is an engine that serves an older version than is kept, none at all because it has restarted or joined, or that an
+aborted push has left torn. What another node has pushed since is newer than what is kept here, and nothing is repeated
+then: a fleet goes forward.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from weightsync.errors import WeightSyncError
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterable, Mapping
+
+    from weightsync.config import TimeoutConfig
+    from weightsync.wire.messages import EngineStatus
+    from weightsyncd.keeper import KeeperAdapter
+
+__all__ = ["Repeats", "late_engines"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 600.0  # seconds; as long as a push has
+_PATIENCE = 300.0  # seconds at most between two attempts at an engine
+
+
+def late_engines(engines: Iterable[EngineStatus], model: str, version: int) -> list[str]:
+    """Names of those that a repeat of this version would bring up to date; none where one is beyond it."""
+    ours = [e for e in engines if e.model == model and not e.frozen]
+    if any(e.version is not None and e.version > version for e in ours):
+        return []
+    return [e.name for e in ours if e.state in ("torn", "blank") or (e.state == "serving" and e.version != version)]
+
+
+class Repeats:
+    """See the module."""
+
+    def __init__(
+        self,
+        keepers: Mapping[str, KeeperAdapter],
+        timeouts: TimeoutConfig,
+        *,
+        engines: Callable[[], Iterable[EngineStatus]],
+        refresh: Callable[[], Awaitable[None]],
+        busy: Callable[[], bool],
+    ) -> None:
+        """`keepers` are those of each model; `engines` gives all that are known here, of other nodes too, as
+        they were last seen; `refresh` looks at other nodes anew.
+        """
+        self._keepers = keepers
+        self._timeouts = timeouts
+        self._engines = engines
+        self._refresh = refresh
+        self._busy = busy
+        self._failures: dict[str, tuple[int, float]] = {}  # engine → how often in a row, and when to try again
+
+    async def keep(self) -> None:
+        """See that keepers run, and look for late engines, for ever."""
+        while True:
+            for model, keeper in list(self._keepers.items()):
+                if not keeper.alive and not self._busy():
+                    await keeper.warm(deadline=time.monotonic() + self._timeouts.bridge_start)
+                elif not self._busy():
+                    await self._bring_up(model, keeper)
+            await asyncio.sleep(self._timeouts.probe_every)
+
+    async def _bring_up(self, model: str, keeper: KeeperAdapter) -> None:
+        version, now = keeper.version, time.monotonic()
+        if version is None or not self._late(model, version):
+            return
+        await self._refresh()  # what was just pushed may not be known of other nodes yet
+        late = self._late(model, version)
+        if not late or self._busy():
+            return
+        logger.info("[push=%s v=%d] repeat.started engines=%s", model, version, ",".join(late))
+        try:
+            await keeper.repeat(late, deadline=now + _LONGEST)
+        except WeightSyncError as error:
+            for name in late:
+                times = self._failures.get(name, (0, 0.0))[0] + 1
+                pause = min(_PATIENCE, self._timeouts.probe_every * 2**times)
+                self._failures[name] = times, time.monotonic() + pause
+            logger.warning("[push=%s v=%d] repeat.failed: %s", model, version, error.message)
+        else:
+            for name in late:
+                self._failures.pop(name, None)
+            logger.info("[push=%s v=%d] repeat.complete engines=%s", model, version, ",".join(late))
+
+    def _late(self, model: str, version: int) -> list[str]:
+        """Those that it is time to try."""
+        now = time.monotonic()
+        return [e for e in late_engines(self._engines(), model, version) if self._failures.get(e, (0, 0.0))[1] <= now]

@@ -1,0 +1,108 @@
+"""`python -m weightsync.keeper`: started by weightsyncd, one for each model; of no use by hand."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import time
+
+import msgspec
+import torch
+
+from weightsync.errors import LocalProtocolError, PushAborted, TransportBroken, WeightSyncError
+from weightsync.keeper import commands as c
+from weightsync.keeper.store import Store
+from weightsync.rank import RankPush, trainer_place
+from weightsync.wire.pipe import Pipe
+
+logger = logging.getLogger("weightsync.keeper")
+
+_ANSWER_SECONDS = 30.0  # the daemon always reads: one that does not for so long is stuck
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Serve until the daemon closes its end of the pipe."""
+    parser = argparse.ArgumentParser(prog="python -m weightsync.keeper", description=__doc__)
+    parser.add_argument("--pipe", type=int, required=True, help="this end of the socket pair to the daemon")
+    parser.add_argument("--daemon", required=True, help="the endpoint that trainers of its node call")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    arguments = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when a keeper ends
+    logging.basicConfig(
+        level=arguments.log_level.upper(),
+        format=f"%(asctime)s %(levelname)-7s %(name)s [model={arguments.model}] %(message)s".replace("%%", "%"),
+    )
+    torch.set_num_threads(1)
+    pipe, keeper = Pipe(socket.socket(fileno=arguments.pipe)), _Keeper(arguments.model, arguments.daemon)
+    decoder = msgspec.msgpack.Decoder(c.Command)
+    try:
+        while True:
+            reply = keeper.answer(decoder.decode(pipe.receive(deadline=None)))
+            pipe.send(msgspec.msgpack.encode(reply), deadline=time.monotonic() + _ANSWER_SECONDS)
+    except TransportBroken:
+        logger.info("pipe.complete: the daemon is gone")
+
+
+class _Keeper:
+    def __init__(self, model: str, endpoint: str) -> None:
+        self._model = model
+        self._endpoint = endpoint
+        self._store = Store()
+
+    def answer(self, command: c.Command) -> c.Reply:
+        """Do one command; what goes wrong is the answer."""
+        try:
+            self._do(command)
+        except WeightSyncError as error:
+            return self._reply(error)
+        except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
+            logger.exception("%s.failed", type(command).__name__.lower())
+            return self._reply(LocalProtocolError(f"the keeper failed: {type(error).__name__}: {error}"))
+        return self._reply()
+
+    def _reply(self, error: WeightSyncError | None = None) -> c.Reply:
+        kept = self._store.kept
+        record = error.record() if error is not None else None
+        return c.Reply(kept.version, kept.nbytes, record) if kept is not None else c.Reply(error=record)
+
+    def _do(self, command: c.Command) -> None:
+        match command:
+            case c.Hello():
+                pass
+            case c.Begin(version, manifest, offers, deadline):
+                self._store.begin(version, manifest, offers, deadline=deadline)
+            case c.Load(bucket, ticket, deadline):
+                self._store.load(bucket, ticket, deadline=deadline)
+            case c.Finish():
+                self._store.finish()
+            case c.Commit():
+                self._store.commit()
+            case c.Repeat(engines, deadline):
+                self._repeat(engines, deadline)
+
+    def _repeat(self, engines: tuple[str, ...], deadline: float) -> None:
+        kept = self._store.kept
+        if kept is None:
+            raise LocalProtocolError("nothing is kept")
+        push = RankPush(
+            kept.source(),
+            place=trainer_place(),
+            version=kept.version,
+            model=self._model,
+            endpoint=self._endpoint,
+            pause="keep",
+            started=time.monotonic(),
+            deadline=deadline,
+            engines=engines,
+        )
+        report = push.run()
+        failed = [f"{engine.engine}: {engine.error}" for engine in report.engines if engine.outcome != "committed"]
+        if failed:
+            raise PushAborted("; ".join(failed), model=self._model, version=kept.version)
+
+
+if __name__ == "__main__":
+    main()
