@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import msgspec
 import typer
 
-from weightsync.config import default_endpoint
+from weightsync.endpoints import default_endpoint
 from weightsync.errors import ConfigError, WeightSyncError
 
 if TYPE_CHECKING:

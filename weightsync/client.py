@@ -7,7 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from weightsync.config import default_endpoint
+from weightsync.endpoints import default_endpoint
 from weightsync.errors import ConfigError, PushTimeout, SourceError
 
 if TYPE_CHECKING:

@@ -13,11 +13,8 @@ that `api_key_env` names. A complete example is in docs/configuration.md; the sm
 from __future__ import annotations
 
 import difflib
-import ipaddress
 import os
 import re
-import stat
-import tempfile
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -27,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from weightsync.adapters import KINDS, PATHS
+from weightsync.endpoints import KEY_HINT, check_endpoint, default_endpoint, is_loopback, url_problems
 from weightsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,20 +39,12 @@ __all__ = [
     "NodeConfig",
     "NodeSection",
     "TimeoutConfig",
-    "check_endpoint",
     "checked",
-    "default_endpoint",
-    "is_loopback",
     "load_node_config",
     "parse_node_config",
-    "private_directory",
-    "runtime_dir",
-    "url_problems",
 ]
 
 _ANYWHERE = ("*", "0.0.0.0", "::")
-_KEY_HINT = "give every node the same [cluster] key_file, made by: weightsync keygen FILE"
-_SOCKET_PATH = 100  # characters; the kernel allows 107
 Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Size = Annotated[int, Meta(ge=0)]  # in TOML: 268435456 or "256MiB"
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
@@ -155,19 +145,6 @@ class NodeConfig(_Section, frozen=True):
     @property
     def endpoint(self) -> str:
         return self.node.listen or default_endpoint(self.node.name)
-
-
-def runtime_dir() -> Path:
-    """The user's private directory for sockets: $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary
-    one.
-    """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    return Path(base) / "weightsync" if base else Path(tempfile.gettempdir()) / f"weightsync-{os.getuid()}"
-
-
-def default_endpoint(node: str = "node0") -> str:
-    """Where a node listens unless told otherwise."""
-    return f"ipc://{runtime_dir() / node}.sock"
 
 
 def load_node_config(path: str | os.PathLike[str], changes: Sequence[str] = ()) -> NodeConfig:
@@ -325,7 +302,7 @@ def _cluster_problems(config: NodeConfig) -> list[str]:
     cluster, problems = config.cluster, []
     keys = bool(cluster.key_file)
     if not is_loopback(cluster.address) and not keys:
-        problems.append(f"cluster.address = {cluster.address!r} reaches beyond this machine; {_KEY_HINT}")
+        problems.append(f"cluster.address = {cluster.address!r} reaches beyond this machine; {KEY_HINT}")
     if cluster.listen and not cluster.listen.startswith("tcp://"):
         problems.append(f"cluster.listen = {cluster.listen!r}: write it as tcp://ADDRESS:PORT")
     endpoints = [("node.listen", config.node.listen, False), ("cluster.listen", cluster.listen, keys)]
@@ -353,69 +330,3 @@ def _cluster_problems(config: NodeConfig) -> list[str]:
         except ConfigError as error:
             problems.append(f"cluster.key_file: {error.message}" + (f"; {error.hint}" if error.hint else ""))
     return problems
-
-
-def url_problems(url: str) -> list[str]:
-    """What is wrong with an engine's URL, as ends of a sentence."""
-    try:
-        parts = urlsplit(url)
-        _ = parts.port  # parsed when asked for
-    except ValueError as error:
-        return [f"not a URL: {error}"]
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        return [f"{url!r} is not an http(s) URL such as http://127.0.0.1:8000"]
-    if parts.username or parts.password:
-        return ["holds a secret; put it into a variable and name that in api_key_env"]
-    return []
-
-
-def is_loopback(host: str) -> bool:
-    """Whether a host is this machine itself: a loopback address, or `localhost`."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def check_endpoint(endpoint: str, key: str, *, keys: bool = False) -> None:
-    """Raise `ConfigError` naming `key` unless the endpoint is an ipc socket or TCP: on loopback, or with `keys`."""
-    try:
-        parts = urlsplit(endpoint)
-        host, port = parts.hostname or "", parts.port
-    except ValueError as error:
-        raise ConfigError(f"{key} = {endpoint!r} is no endpoint: {error}") from error
-    if parts.scheme == "ipc":
-        if not parts.path.startswith("/"):
-            raise ConfigError(f"{key} = {endpoint!r} is no absolute path", hint="ipc:///run/weightsync.sock")
-        if len(parts.path) > _SOCKET_PATH:
-            hint = f"{_SOCKET_PATH} characters at most"
-            raise ConfigError(f"{key} = {endpoint!r} is longer than a socket path may be", hint=hint)
-    elif parts.scheme == "tcp":
-        if endpoint != f"tcp://{parts.netloc}" or "@" in parts.netloc or not host:
-            raise ConfigError(
-                f"{key} = {endpoint!r} is more or less than a host and a port", hint="tcp://127.0.0.1:29600"
-            )
-        if not is_loopback(host) and not keys:
-            here = key in ("node.listen", "daemon")
-            hint = "ipc://… or tcp://127.0.0.1:PORT; other nodes are let in at [cluster] listen" if here else _KEY_HINT
-            raise ConfigError(f"{key} = {endpoint!r} reaches beyond this machine", hint=hint)
-        if not port:
-            raise ConfigError(f"{key} = {endpoint!r} has no port", hint="tcp://127.0.0.1:29600")
-    else:
-        raise ConfigError(
-            f"{key} = {endpoint!r} is neither ipc:// nor tcp://", hint="ipc:///path or tcp://127.0.0.1:PORT"
-        )
-
-
-def private_directory(path: Path) -> Path:
-    """Make the directory, or see that it is this user's alone. Raises `ConfigError` where it is not."""
-    path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = path.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            f"{path} is not a directory of yours alone, so others could stand in for weightsyncd",
-            hint=f"remove it, or: chmod 700 {path}; or set XDG_RUNTIME_DIR to a private directory",
-        )
-    return path

@@ -6,7 +6,7 @@ import os
 import time
 from typing import TYPE_CHECKING, TypeVar
 
-from weightsync.config import check_endpoint
+from weightsync.endpoints import check_endpoint
 from weightsync.errors import ConfigError, DaemonLost, RemoteProtocolError
 from weightsync.wire import messages as msg
 from weightsync.wire.keys import read_key_file

@@ -13,7 +13,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsync.config import check_endpoint
+from weightsync.endpoints import check_endpoint
 from weightsync.errors import DaemonLost, PushRefused, RemoteProtocolError, WeightSyncError
 from weightsync.wire import messages as msg
 from weightsync.wire.daemon_links import PeerLink

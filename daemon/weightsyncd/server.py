@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from weightsync.config import check_endpoint, private_directory, runtime_dir
+from weightsync.endpoints import check_endpoint, private_directory, runtime_dir
 from weightsync.errors import (
     CodecError,
     ConfigError,

@@ -21,9 +21,10 @@ import msgspec
 from weightsync.adapters import adapter
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer, EngineHttp
-from weightsync.config import EngineConfig, NodeConfig, url_problems
+from weightsync.config import EngineConfig, NodeConfig
 from weightsync.doctor.node import Node, examine_node, room, worst_first
 from weightsync.doctor.process import examine_process
+from weightsync.endpoints import url_problems
 from weightsync.errors import EngineError, EngineLost, WeightSyncError
 
 if TYPE_CHECKING:

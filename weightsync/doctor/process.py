@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
-from weightsync.config import is_loopback
 from weightsync.doctor.node import size
+from weightsync.endpoints import is_loopback
 from weightsync.errors import ConfigError
 from weightsync.gpus import seen_by
 from weightsync.processes import command, environment, listener, same_namespace

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import zmq
 
-from weightsync.config import check_endpoint
+from weightsync.endpoints import check_endpoint
 from weightsync.errors import CodecError, DaemonLost
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.messages import Heartbeat
