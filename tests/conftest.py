@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
+from tests.foreign import foreign_segments
+
 settings.register_profile(
     "weightsync",
     deadline=None,
@@ -51,7 +53,9 @@ def no_leaks():
     new_threads = {t.name for t in set(threading.enumerate()) - threads if t.is_alive()}
     new_children = [c for c in psutil.Process().children(recursive=True) if c.pid not in children]
     assert not new_children, f"left processes: {new_children}"
-    assert not (_segments() - segments), f"left shared memory: {_segments() - segments}"
+    new_segments = _segments() - segments
+    new_segments -= foreign_segments(new_segments)
+    assert not new_segments, f"left shared memory: {new_segments}"
     assert not new_threads, f"left threads: {new_threads}"
     assert not new_fds, f"left file descriptors: {new_fds}"
 

@@ -23,6 +23,7 @@ import psutil
 import torch  # noqa: TC002 - dataclass methods
 from safetensors.torch import load_file
 
+from tests.foreign import foreign_segments
 from weightsync import push_weights
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.model import greedy, load_checkpoint
@@ -57,21 +58,7 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 20.0) -> No
 def segments(node: str) -> set[str]:
     """Arenas of a node in /dev/shm; not those of a node of that name that another run of these tests has here."""
     found = {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
-    return found - _foreign_segments(found) if found else found
-
-
-def _foreign_segments(names: set[str]) -> set[str]:
-    foreign = set()
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if "weightsync.nccl_bridge" not in words:
-                continue
-            ancestors = {parent.pid for parent in process.parents()}
-            if process.ppid() != 1 and os.getpid() not in ancestors:
-                incarnation = words[words.index("--incarnation") + 1]
-                foreign |= {name for name in names if name.endswith(incarnation)}
-    return foreign
+    return found - foreign_segments(found)
 
 
 class Rank:
