@@ -87,11 +87,13 @@ class Repeats:
                 self._failures[name] = times, time.monotonic() + pause
             logger.warning("[push=%s v=%d] repeat.failed: %s", model, version, error.message)
         else:
-            for name in late:
-                self._failures.pop(name, None)
             logger.info("[push=%s v=%d] repeat.complete engines=%s", model, version, ",".join(late))
 
     def _late(self, model: str, version: int) -> list[str]:
-        """Those that it is time to try."""
-        now = time.monotonic()
-        return [e for e in late_engines(self._engines(), model, version) if self._failures.get(e, (0, 0.0))[1] <= now]
+        """Those that it is time to try. Who is late no more has not failed, either."""
+        engines, now = list(self._engines()), time.monotonic()
+        late = late_engines(engines, model, version)
+        for engine in engines:
+            if engine.model == model and engine.name not in late:
+                self._failures.pop(engine.name, None)
+        return [name for name in late if self._failures.get(name, (0, 0.0))[1] <= now]

@@ -147,8 +147,8 @@ class Server:
         self.registry = Registry(config.timeouts.liveness)
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None
         self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
-        for engine in self.engines:
-            self.engines.keeper_of(engine.config.model)  # to be there before the first push
+        for model in {engine.config.model for engine in self.engines if not engine.config.frozen}:
+            self.engines.keeper_of(model)  # to be there before the first push
         self.repeats = Repeats(
             self.engines.keepers,
             config.timeouts,
