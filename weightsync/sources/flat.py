@@ -51,8 +51,7 @@ def flat_weights(
     """
     handles = _handles(listed)
     cut = _cut_of(module, listed, handles)
-    for i, handle in enumerate(handles):
-        _check_originals(handle, cut.named[i])
+    data = [_data(handle, cut.named[i]) for i, handle in enumerate(handles)]
     plain = [listed.tensors[i] for i in cut.plain]
     for name, tensor in zip(cut.plain_names, plain, strict=True):
         if getattr(tensor, "_fsdp_flattened", False):
@@ -62,7 +61,6 @@ def flat_weights(
             )
     names = (*cut.plain_names, *(name for name, _ in buffers))
     layout, shards = describe(names, [*plain, *(buffer for _, buffer in buffers)])
-    data = [_data(handle, cut.named[i]) for i, handle in enumerate(handles)]
     pieces = [
         data[p.handle].as_strided(p.shape, p.strides, data[p.handle].storage_offset() + p.begin) for p in cut.pieces
     ]
@@ -251,16 +249,15 @@ def _data(handle: FlatParamHandle, names: list[str]) -> torch.Tensor:
             f"parameter {names[0]!r} is gathered by FSDP1 at the moment",
             hint="push between steps and outside of summon_full_params: each rank's own part is all that is needed",
         )
+    if handle._use_orig_params and not handle._skipped_use_sharded_views:
+        _check_originals(flat, names)
     return plain_data(names[0], flat)
 
 
-def _check_originals(handle: FlatParamHandle, names: list[str]) -> None:
+def _check_originals(flat: FlatParameter, names: list[str]) -> None:
     """Raise `SourceError` for a parameter that was replaced, or given other data, since FSDP1 last took that up: what
     its flat parameter has of it is of the past.
     """
-    flat = handle.flat_param
-    if not handle._use_orig_params or handle._skipped_use_sharded_views:
-        return  # there are none, or they are views of what was gathered
     assert flat._params is not None, "with use_orig_params"
     begin, step = flat.data_ptr(), flat.element_size()
     columns = (names, flat._params, flat._param_infos, flat._shard_param_infos)
