@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -32,6 +31,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel as DDP
 
 from tests.unit.sources_kit import Block, Model, record, record_whole
@@ -49,7 +49,7 @@ TOKENS = torch.tensor([[1, 2, 3]])
 
 def fsdp1(model: Model, **options: Any) -> nn.Module:
     """Every block a unit, and what is left another."""
-    wrap = partial(FSDP1, device_id=torch.device("cpu"), **options)
+    wrap: Callable[[nn.Module], nn.Module] = partial(FSDP1, device_id=torch.device("cpu"), **options)
     for i, layer in enumerate(model.layers):
         model.layers[i] = wrap(layer)
     return wrap(model)
@@ -58,7 +58,13 @@ def fsdp1(model: Model, **options: Any) -> nn.Module:
 def fsdp2(model: Model, **options: Any) -> nn.Module:
     for layer in model.layers:
         fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def head_ignored(shard: Callable[..., nn.Module]) -> Callable[[Model], nn.Module]:
+    """By FSDP1, which leaves it as it is."""
+    return lambda model: shard(model, ignored_states=[model.head.weight])
 
 
 def checkpointed(model: Model, wrapper: Callable[[nn.Module], nn.Module] = checkpoint_wrapper) -> Model:
@@ -70,6 +76,18 @@ def checkpointed_later(model: nn.Module) -> nn.Module:
     """As trainers do it: inside of what FSDP1 has wrapped already."""
     apply_activation_checkpointing(model, check_fn=lambda one: isinstance(one, Block))
     return model
+
+
+def in_turn(*steps: Callable[[Any], Any]) -> Callable[[Model], nn.Module]:
+    """What wraps a model in one thing after another."""
+
+    def wrap(model: Any) -> nn.Module:
+        for step in steps:
+            model = step(model)
+        wrapped: nn.Module = model
+        return wrapped
+
+    return wrap
 
 
 def change(model: nn.Module) -> None:
@@ -131,14 +149,11 @@ class Ranks:
             self.case(f"fsdp1-{kind}-low", partial(shard, mixed_precision=low))
             self.case(f"fsdp1-{kind}-low-sent-low", partial(shard, mixed_precision=low), dtype=torch.bfloat16)
             self.case(f"fsdp1-{kind}-offloaded", partial(shard, cpu_offload=CPUOffload(offload_params=True)), steps=0)
-            self.case(f"fsdp1-{kind}-checkpoint", lambda m, shard=shard: shard(checkpointed(m)))
-            self.case(f"fsdp1-{kind}-checkpoint-later", lambda m, shard=shard: checkpointed_later(shard(m)))
-            self.case(
-                f"fsdp1-{kind}-no-backward",
-                partial(shard, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP),
-                backward=False,
-            )
-            self.case(f"fsdp1-{kind}-ignored", lambda m, shard=shard: shard(m, ignored_states=[m.head.weight]))
+            self.case(f"fsdp1-{kind}-checkpoint", in_turn(checkpointed, shard))
+            self.case(f"fsdp1-{kind}-checkpoint-later", in_turn(shard, checkpointed_later))
+            gathered = partial(shard, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+            self.case(f"fsdp1-{kind}-no-backward", gathered, backward=False)
+            self.case(f"fsdp1-{kind}-ignored", head_ignored(shard))
 
     def of_others(self, hybrid: DeviceMesh) -> None:
         mesh = init_device_mesh("cpu", (WORLD,))
@@ -148,18 +163,17 @@ class Ranks:
         self.case("fsdp2-low", partial(fsdp2, mesh=mesh, mp_policy=low))
         self.case("fsdp2-offloaded", partial(fsdp2, mesh=mesh, offload_policy=CPUOffloadPolicy(pin_memory=False)))
         self.case("fsdp2-uneven", partial(fsdp2, mesh=mesh), width=5, inner=3)
-        self.case("fsdp2-checkpoint", lambda m: fsdp2(checkpointed(m), mesh=mesh))
+        sharded, original = partial(fsdp2, mesh=mesh), partial(fsdp1, use_orig_params=True)
+        self.case("fsdp2-checkpoint", in_turn(checkpointed, sharded))
         self.case("ddp", DDP)
         self.case("ddp-tied", DDP, tied=True)
-        self.case("compile", torch.compile, steps=0)
+        self.case("compile", in_turn(torch.compile), steps=0)
         self.case("checkpoint", checkpointed)
-        self.case("offload-activations", lambda m: checkpointed(m, offload_wrapper))
-        self.case("ddp-compile-checkpoint", lambda m: DDP(torch.compile(checkpointed(m))), steps=0)
-        self.case("compile-ddp", lambda m: torch.compile(DDP(m)), steps=0)
-        self.case(
-            "compile-fsdp1-checkpoint", lambda m: torch.compile(fsdp1(checkpointed(m), use_orig_params=True)), steps=0
-        )
-        self.case("compile-fsdp2-checkpoint", lambda m: torch.compile(fsdp2(checkpointed(m), mesh=mesh)), steps=0)
+        self.case("offload-activations", partial(checkpointed, wrapper=offload_wrapper))
+        self.case("checkpoint-compile-ddp", in_turn(checkpointed, torch.compile, DDP), steps=0)
+        self.case("ddp-compile", in_turn(DDP, torch.compile), steps=0)
+        self.case("checkpoint-fsdp1-compile", in_turn(checkpointed, original, torch.compile), steps=0)
+        self.case("checkpoint-fsdp2-compile", in_turn(checkpointed, sharded, torch.compile), steps=0)
 
     def refusals(self) -> None:
         for original in (True, False):
@@ -191,4 +205,4 @@ def main(rank: int, out: str) -> None:
 
 
 if __name__ == "__main__":
-    torch.multiprocessing.start_processes(main, (sys.argv[1],), nprocs=WORLD, start_method="fork")
+    start_processes(main, (sys.argv[1],), nprocs=WORLD, start_method="fork")

@@ -113,10 +113,10 @@ def _patterns(only: Only) -> tuple[str, ...] | Callable[[str], object] | None:
     if only is None or callable(only):
         return only
     patterns = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else (only,)
-    odd = next((pattern for pattern in patterns if not isinstance(pattern, str)), None)
-    if odd is not None or not patterns:
+    odd = [pattern for pattern in patterns if not isinstance(pattern, str)]
+    if odd or not patterns:
         raise SourceError(
-            f"only has {odd!r}, which is no name" if patterns else "only is empty: it chooses nothing",
+            f"only has {odd[0]!r}, which is no name" if patterns else "only is empty: it chooses nothing",
             hint="a name or pattern, several of them, or a function that is given a name",
         )
     return patterns
