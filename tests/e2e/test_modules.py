@@ -8,6 +8,8 @@ from uuid import uuid4
 
 import pytest
 
+from tests.e2e.test_commands import run
+from weightsync import push_weights
 from weightsync.adapters.reference.oracle import expected_checksums
 
 pytestmark = pytest.mark.e2e
@@ -18,7 +20,7 @@ def test_fsdp1_hsdp_and_some_of_ddp(node):
     out = node.fleet.root / "modules"
     out.mkdir()
     a, b = node.checkpoint("A"), node.checkpoint("B")
-    version = next(node.versions)
+    version, *_ = (next(node.versions) for _ in range(4))
     urls = [engine.url for engine in node.engines]
     arguments = [a, b, node.daemon.endpoint, str(version), str(out), *urls]
     env = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": uuid4().hex}
@@ -34,3 +36,19 @@ def test_fsdp1_hsdp_and_some_of_ddp(node):
         for engine, sums in zip(node.engines, held[case]["sums"], strict=True):
             assert sums == expected_checksums(node.config, weights, engine.tp), (case, engine.name)
     node.assert_holds(of_both, version + 3)
+
+
+def test_some_tensors_of_a_checkpoint_directory(node):
+    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    push_all(node, "A")
+    version = next(node.versions)
+    how = ["--only", "model.layers.1.*", "--only", up, "--rename", f"{up}={gate}"]
+    done = run("weightsync", "push", node.checkpoint("B"), "--version", str(version), *how, node=node)
+    assert done.returncode == 0, done.stderr
+    other = node.weights("B")
+    sent = {name: tensor for name, tensor in other.items() if name.startswith("model.layers.1.")} | {gate: other[up]}
+    node.assert_holds(node.weights("A") | sent, version)
+
+
+def push_all(node, name: str) -> None:
+    push_weights(node.weights(name), version=next(node.versions), daemon=node.daemon.endpoint, timeout=30)

@@ -175,6 +175,17 @@ class Ranks:
         self.case("checkpoint-fsdp1-compile", in_turn(checkpointed, original, torch.compile), steps=0)
         self.case("checkpoint-fsdp2-compile", in_turn(checkpointed, sharded, torch.compile), steps=0)
 
+    def changed(self) -> None:
+        """Modules that FSDP1 has flattened, and that have changed places since."""
+        pair = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+        model = FSDP1(pair, use_orig_params=True, device_id=torch.device("cpu"))
+        before = source_of(model).layout()
+        pair["a"], pair["b"] = pair["b"], pair["a"]
+        assert source_of(model).layout() == ModuleSource(model).layout() != before
+        pair["b"] = nn.Linear(4, 4)
+        with pytest.raises(SourceError, match="that module is no longer in the one that is pushed"):
+            source_of(model)
+
     def refusals(self) -> None:
         for original in (True, False):
             model = fsdp1(Model(), use_orig_params=original)
@@ -199,6 +210,7 @@ def main(rank: int, out: str) -> None:
     ranks = Ranks(Path(out), rank)
     ranks.of_fsdp1(hybrid)
     ranks.of_others(hybrid)
+    ranks.changed()
     ranks.refusals()
     dist.barrier()
     os._exit(0)  # gloo's threads are in nobody's way

@@ -6,8 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
+from typer.testing import CliRunner
 
+from weightsync.cli import app
 from weightsync.errors import SourceError
 from weightsync.sources import Part, PartSource, Source, source_of
 from weightsync.sources import selected as selections
@@ -173,3 +176,20 @@ class TestAgain:
         assert len(source_of(m, only="*.weight").layout()) == 1
         m.append(nn.Linear(2, 2))
         assert len(source_of(m, only="*.weight").layout()) == 2
+
+
+@pytest.mark.parametrize(
+    ("how", "why"),
+    [
+        (["--only", "layers.7.*"], "chooses none of the 5 tensors"),
+        (["--rename", "norm.weight"], "is not OLD=NEW"),
+        (["--rename", "a=b", "--rename", "a=c"], "is the second for this tensor"),
+        (["--rename", "norm.weight=head.weight"], "would both be sent as 'head.weight'"),
+    ],
+)
+def test_the_command_says_so_too(tmp_path, how, why):
+    save_file(weights(), tmp_path / "model.safetensors")
+    nobody = ["--daemon", "ipc:///nowhere.sock", "--version", "1"]
+    done = CliRunner().invoke(app, ["push", str(tmp_path), *nobody, *how], env={"COLUMNS": "200"})
+    assert done.exit_code
+    assert why in " ".join(f"{done.output} {done.exception}".split())

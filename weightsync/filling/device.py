@@ -19,6 +19,7 @@ from weightsync.errors import ConfigError, TransportBroken
 from weightsync.filling.local import await_events
 from weightsync.filling.program import Filled
 from weightsync.plan.boxes import packed_strides
+from weightsync.sources.description import narrowed
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -152,7 +153,8 @@ class DeviceFill:
         return bool(self._under_way)
 
     def begin(self, bucket: int, bridge: int, slot: int) -> None:
-        """Have this rank's parts of a bucket written into a slot. Waits for the GPU only where it has to stage some.
+        """Have this rank's parts of a bucket written into a slot. Waits for the GPU only where it has to stage some out
+        of memory that is neither pinned nor a GPU's.
 
         Raises `SourceError`.
         """
@@ -201,7 +203,12 @@ class DeviceFill:
     def _staged(self, write: Write, device: torch.device) -> torch.Tensor:
         """One part on this GPU, as it is sent."""
         part = torch.empty(write.shape, dtype=write.dtype, device=device)
-        self._source.read_into(write.shard, write.src_offset, write.shape, part)
+        local = self._source.local(write.shard)
+        if local is not None and local.is_pinned():  # as FSDP2 offloads parameters: nothing waits for these copies
+            box = narrowed(local.detach(), write.src_offset, write.shape)
+            part.copy_(box.to(device, non_blocking=True))
+        else:
+            self._source.read_into(write.shard, write.src_offset, write.shape, part)
         return part
 
 

@@ -41,7 +41,6 @@ class PartSource(TensorSource):
                 raise SourceError(f"a part of {part.name!r} is {type(part.data).__name__}, not a tensor")
         self._shards = [plain_data(part.name, part.data) for part in held]
         self._layout = Layout.of(map(_shard, held), aliases)
-        self._names = None  # other ranks may have parts of others
 
 
 def _shard(part: Part) -> Shard:
