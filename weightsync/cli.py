@@ -106,7 +106,7 @@ def push(
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
         with CheckpointSource(checkpoint) as stored, Progress(*columns, console=console, transient=True) as progress:
-            source = source_of(stored, only=only or None, rename=_names_given(rename or []))
+            source = source_of(stored, only=only or None, rename=_names_given(rename or []) or None)
             bar = progress.add_task("filling", total=source.nbytes)
             report: PushReport = push_source(
                 source,

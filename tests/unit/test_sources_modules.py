@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.plan_kit import window
 from tests.unit.sources_kit import put_together
-from weightsync.sources.flat import flat_boxes_of
+from weightsync.sources.flat import boxes_of_stretch
 
 ROOT = Path(__file__).parents[2]
 WORLD = 4
@@ -43,7 +43,7 @@ def written(tmp_path_factory):
 @pytest.mark.timeout(150)
 def test_what_ranks_hold_makes_up_the_model(written):
     cases = sorted({path.name.split(".")[0] for path in written.glob("*.layout")})
-    assert len(cases) == 2 * 13 + 15
+    assert len(cases) == 2 * 14 + 15
     for case in cases:
         plan, layouts = put_together(written, case, WORLD)
         assert bool(plan.manifest.tensors.aliases) == ("tied" in case), case
@@ -81,7 +81,7 @@ def test_a_stretch_of_a_tensor_is_a_few_boxes(stretch):
     shape, one, other = stretch
     begin, end = sorted((one, other))
     whole = np.arange(prod(shape)).reshape(shape)
-    boxes = list(flat_boxes_of(shape, begin, end))
+    boxes = list(boxes_of_stretch(shape, begin, end))
     found = [whole[window(offset, box)].reshape(-1) for offset, box in boxes]
     assert np.concatenate([np.empty(0, int), *found]).tolist() == [*range(begin, end)]
     assert len(boxes) <= max(1, 2 * len(shape) - 1)

@@ -43,7 +43,7 @@ def source_of(
     what `push_weights` accepts.
     """
     source = _source_of(weights, buffers)
-    if only is not None or rename:
+    if only is not None or rename is not None:
         from weightsync.sources.selected import selected
 
         source = selected(source, only, rename)

@@ -1,4 +1,4 @@
-"""FSDP1's flat parameters: a rank's stretch of each, as boxes of the parameters that were laid end to end in it.
+"""FSDP1's flat parameters: a rank's stretch of each, as boxes of the parameters that lie end to end in it.
 
 What lies where is read from what torch notes down when it makes a flat parameter (`FlatParameter._param_infos`,
 `_shapes`, `_strides`, `_shard_param_infos`, torch/distributed/fsdp/_flat_param.py), alike with `use_orig_params` and
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from weightsync.sources.tree import Listed
 
-__all__ = ["FlatWeights", "flat_boxes_of", "flat_weights"]
+__all__ = ["FlatWeights", "boxes_of_stretch", "flat_weights"]
 
 
 class FlatWeights(NamedTuple):
@@ -68,7 +68,7 @@ def flat_weights(
     return FlatWeights(merged, [*shards, *pieces], (*names, *cut.names))
 
 
-def flat_boxes_of(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def boxes_of_stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Offsets and shapes of the boxes that elements [begin, end) of a row-major tensor are, in their order: at most
     one more than twice for each dimension but the first.
     """
@@ -93,7 +93,7 @@ def _within(
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """The boxes of elements that all lie in one row."""
     start = row * prod(shape[1:])
-    for offset, box in flat_boxes_of(shape[1:], begin - start, end - start):
+    for offset, box in boxes_of_stretch(shape[1:], begin - start, end - start):
         yield (row, *offset), (1, *box)
 
 
@@ -160,9 +160,8 @@ class _Known(NamedTuple):
 
 
 _RECENT: Recent[_Known] = Recent()
-_Paths: TypeAlias = (
-    "dict[int, list[tuple[int, str]]]"  # by module: the prefixes of its parameters' names, with their rank
-)
+# By module, what its parameters' names begin with, and how many modules are listed before it there.
+_Paths: TypeAlias = "dict[int, list[tuple[int, str]]]"
 
 
 def _cut_of(module: nn.Module, listed: Listed, handles: Sequence[FlatParamHandle]) -> _Cut:
@@ -174,8 +173,8 @@ def _cut_of(module: nn.Module, listed: Listed, handles: Sequence[FlatParamHandle
             _RECENT.add(known)
             return known.cut
     paths: _Paths = {}
-    for rank, (_, prefix, one) in enumerate(unwrapped_names(module)):
-        paths.setdefault(id(one), []).append((rank, prefix))
+    for before, (_, prefix, one) in enumerate(unwrapped_names(module)):
+        paths.setdefault(id(one), []).append((before, prefix))
     cut = _Cut(listed, paths, handles)
     if listed.tree is not None:
         _RECENT.add(_Known(listed.tree, met, laid, cut))
@@ -200,7 +199,7 @@ def _names(flat: FlatParameter, paths: _Paths) -> list[list[str]]:
                 "no longer in the one that is pushed",
                 hint="push the module that FSDP wrapped, and change its submodules before it is wrapped",
             )
-        found.setdefault(key, []).extend((rank, prefix + name) for rank, prefix in paths[id(module)])
+        found.setdefault(key, []).extend((before, prefix + name) for before, prefix in paths[id(module)])
 
     for info in flat._param_infos:
         add((id(info.module), info.param_name), info.module, info.param_name)
@@ -235,7 +234,7 @@ def _boxes_laid(name: str, shape: tuple[int, ...], strides: tuple[int, ...], lai
         return
     back = sorted(range(len(order)), key=order.__getitem__)
     begin, at = laid.intra_param_start_idx, laid.offset_in_shard
-    for offset, box in flat_boxes_of(stored, begin, begin + laid.numel_in_shard):
+    for offset, box in boxes_of_stretch(stored, begin, begin + laid.numel_in_shard):
         steps = packed_strides(box, 1)
         yield tuple([offset[d] for d in back]), tuple([box[d] for d in back]), at, tuple([steps[d] for d in back])
         at += prod(box)

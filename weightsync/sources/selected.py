@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from fnmatch import translate
 from typing import TYPE_CHECKING, TypeAlias
@@ -54,12 +54,11 @@ def selected(source: Source, only: Only = None, rename: Rename = None) -> Source
     every = getattr(source, "names", None)
     own = (*layout.tensors.names, *(other for other, _ in layout.tensors.aliases))
     names = _renamed(_chosen(own if every is None else every, only, known=every is not None), rename)
-    for known in _RECENT:
-        if known.layout is layout and known.names == names:
-            if known.rule == rule:
-                _RECENT.add(known)
-            return SelectedSource(source, known)
-    selection = _selection(layout, rule, names)
+    same = next((known for known in _RECENT if known.layout is layout and known.names == names), None)
+    if same is None:
+        selection = _selection(layout, rule, names)
+    else:
+        selection = same if same.rule == rule else replace(same, rule=rule)
     _RECENT.add(selection)
     return SelectedSource(source, selection)
 
