@@ -154,7 +154,7 @@ class Ranks:
             gathered = partial(shard, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
             self.case(f"fsdp1-{kind}-no-backward", gathered, backward=False)
             self.case(f"fsdp1-{kind}-ignored", head_ignored(shard))
-            self.channels_last(original=original)
+            self.convolutions(original=original)
 
     def of_others(self, hybrid: DeviceMesh) -> None:
         mesh = init_device_mesh("cpu", (WORLD,))
@@ -176,13 +176,16 @@ class Ranks:
         self.case("checkpoint-fsdp1-compile", in_turn(checkpointed, original, torch.compile), steps=0)
         self.case("checkpoint-fsdp2-compile", in_turn(checkpointed, sharded, torch.compile), steps=0)
 
-    def channels_last(self, *, original: bool) -> None:
-        """A parameter that lies in another order of dimensions than it has."""
+    def convolutions(self, *, original: bool) -> None:
+        """Parameters that lie in another order of dimensions than they have; and buffers."""
         torch.manual_seed(0)
-        plain = nn.Sequential(nn.Conv2d(3, 5, 3), nn.Conv2d(5, 2, 1)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        plain: Any = nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.Conv2d(5, 2, 1))
+        plain.to(memory_format=torch.channels_last)
         model = FSDP1(copy.deepcopy(plain), use_orig_params=original, device_id=torch.device("cpu"))
-        name = f"fsdp1-{'original' if original else 'flat'}-channels-last"
-        record(self.out, name, self.rank, source_of(model))
+        source = source_of(model, buffers=True)
+        assert source.layout() is source_of(model, buffers=True).layout()
+        name = f"fsdp1-{'original' if original else 'flat'}-convolutions"
+        record(self.out, name, self.rank, source)
         if self.rank == 0:
             record_whole(self.out, name, plain.state_dict())
 
