@@ -83,6 +83,14 @@ def push(
     daemon: DaemonOption = None,
     pause: Annotated[str, typer.Option(help="Requests in flight: keep, wait, abort or none.")] = "keep",
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for the whole push.")] = 600.0,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Send these tensors only: a name or a pattern such as 'model.layers.*'; several times."),
+    ] = None,
+    rename: Annotated[
+        list[str] | None,
+        typer.Option(metavar="OLD=NEW", help="Send a tensor under another name; several times."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Push a checkpoint directory to every engine of a model. Streamed: needs memory for a few buckets, not the
@@ -92,12 +100,13 @@ def push(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from weightsync.client import push_source
-    from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources import CheckpointSource, source_of
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with CheckpointSource(checkpoint) as source, Progress(*columns, console=console, transient=True) as progress:
+        with CheckpointSource(checkpoint) as stored, Progress(*columns, console=console, transient=True) as progress:
+            source = source_of(stored, only=only or None, rename=_names_given(rename or []) or None)
             bar = progress.add_task("filling", total=source.nbytes)
             report: PushReport = push_source(
                 source,
@@ -113,6 +122,18 @@ def push(
         raise typer.Exit(_INTERRUPTED) from None
     typer.echo(json.dumps(report.as_dict()) if as_json else str(report))
     raise typer.Exit(0 if report.complete else 1)
+
+
+def _names_given(pairs: list[str]) -> dict[str, str]:
+    """{OLD: NEW}."""
+    names: dict[str, str] = {}
+    for pair in pairs:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new) or old in names:
+            why = "is the second for this tensor" if old in names else "is not OLD=NEW"
+            raise typer.BadParameter(f"{pair!r} {why}", param_hint="--rename")
+        names[old] = new
+    return names
 
 
 def _stage(done: int, total: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import ConfigError, PushTimeout, SourceError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.base import PauseMode
     from weightsync.rank import RankPush
     from weightsync.report import PushReport
+    from weightsync.sources.selected import Only, Rename
 
 __all__ = ["PushHandle", "push_source", "push_weights", "push_weights_async"]
 
@@ -32,33 +33,43 @@ def push_weights(
     pause: PauseMode = "keep",
     timeout: float = 600.0,
     dtype: Any = None,
+    only: Only = None,
+    rename: Rename = None,
+    buffers: bool = False,
 ) -> PushReport:
     """Hand `weights` to every engine of `model`, and return when they serve them.
 
     Call it on every trainer rank that takes part, with what that rank holds; each gets the same report, or the same
     error. No collective is used, so it may be called where ranks are at slightly different places.
 
-    weights: an `nn.Module` (plain, or FSDP2: each rank writes its own shards), a mapping or iterable of (checkpoint
-    name,
-        tensor), or an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is
-        read to its end before anything is sent. Nothing is gathered and nothing is changed.
+    weights: an `nn.Module` (plain, or of FSDP2 or FSDP1, of which each rank writes its own shards; wrappers such as
+        DDP's and those of torch.compile do not show in names), a mapping or iterable of (checkpoint name, tensor), or
+        an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is read to its
+        end before anything is sent. Nothing is gathered and nothing is changed.
     version: must be above every version that an engine of the model serves.
     model: which engines; the `model` key of `[[engines]]` in the node config.
     daemon: endpoint of the node's weightsyncd; default `$WEIGHTSYNC_DAEMON`, else the user's own socket.
     process_group: the ranks that take part; default all of `torch.distributed`, or just this process without it.
     pause: what happens to requests in flight: "keep" them and go on with them on the new weights, "wait" for them to
-    end,
-        "abort" them, or "none": do not even pause (in-flight update).
+        end, "abort" them, or "none": do not even pause (in-flight update).
     timeout: seconds for the whole push.
     dtype: as what floating-point weights are sent, a torch.dtype or its name ("bfloat16"); default as they are held.
         Integers and float8 always stay as they are.
+    only: which tensors are sent: names and shell patterns ("model.layers.*"; one, or several), or a function that is
+        given a name. Names are the weights' own, before `rename`. Default: all.
+    rename: under which names: {own name: checkpoint name}, in which others stay as they are, or a function that makes
+        one of the other.
+    buffers: also send a module's persistent buffers, those in its `state_dict`; of ranks that all have them, one sends.
 
-    One engine that fails is evicted and the others go on: look at `report.complete` and `report.engines`.
-    Raises `SourceError` for weights that cannot be described, `PushRefused` before anything was touched,
+    `only` and `rename` must say the same on every rank. One engine that fails is evicted and the others go on: look at
+    `report.complete` and `report.engines`.
+    Raises `SourceError` for weights that cannot be described, for what `only` names and is not there, and for two
+    tensors that `rename` gives one name; `PushRefused` before anything was touched,
     `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
     `DaemonLost`.
     """
-    return _rank_push(weights, version, model, daemon, process_group, pause, timeout, dtype).run()
+    what = _Weights(weights, dtype, only, rename, buffers)
+    return _rank_push(what, version, model, daemon, process_group, pause, timeout).run()
 
 
 def push_weights_async(
@@ -71,12 +82,16 @@ def push_weights_async(
     pause: PauseMode = "keep",
     timeout: float = 600.0,
     dtype: Any = None,
+    only: Only = None,
+    rename: Rename = None,
+    buffers: bool = False,
 ) -> PushHandle:
     """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
 
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
-    return PushHandle(_rank_push(weights, version, model, daemon, process_group, pause, timeout, dtype))
+    what = _Weights(weights, dtype, only, rename, buffers)
+    return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout))
 
 
 def push_source(
@@ -94,7 +109,7 @@ def push_source(
     """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
     thread.
     """
-    push = _rank_push(source, version, model, daemon, process_group, pause, timeout, dtype)
+    push = _rank_push(_Weights(source, dtype), version, model, daemon, process_group, pause, timeout)
     push.on_progress = on_progress
     return push.run()
 
@@ -147,15 +162,24 @@ class PushHandle:
             raise PushTimeout(f"it took longer than {limit:.1f} s {what}", version=self._push.version)
 
 
+class _Weights(NamedTuple):
+    """What is pushed, and how."""
+
+    given: Any
+    dtype: Any
+    only: Only = None
+    rename: Rename = None
+    buffers: bool = False
+
+
 def _rank_push(
-    weights: Any,
+    weights: _Weights,
     version: int,
     model: str,
     daemon: str | None,
     process_group: Any,
     pause: str,
     timeout: float,
-    dtype: Any,
 ) -> RankPush:
     """Check the arguments and describe the weights."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 0:
@@ -173,7 +197,7 @@ def _rank_push(
     from weightsync.sources import source_of
 
     started = time.monotonic()
-    source = source_of(weights, dtype)
+    source = source_of(weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers)
     return RankPush(
         source,
         place=trainer_place(process_group),

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +15,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from tests.unit import sources_kit
+from tests.unit.sources_kit import Model, raw
 from weightsync.errors import SourceError
 from weightsync.sources import ModuleSource, TensorSource, source_of
 
@@ -25,61 +26,13 @@ if TYPE_CHECKING:
 OUT = Path(sys.argv[1])
 
 
-class Block(nn.Module):
-    def __init__(self, width: int, inner: int) -> None:
-        super().__init__()
-        self.up = nn.Linear(width, inner)
-        self.down = nn.Linear(inner, width, bias=False)
-        self.scale = nn.Parameter(torch.rand(1))  # one element: only one rank holds it
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        changed: torch.Tensor = x + self.scale * self.down(self.up(x).relu())
-        return changed
-
-
-class Model(nn.Module):
-    def __init__(self, width: int = 6, inner: int = 10, tied: bool = False) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, width)
-        self.layers = nn.ModuleList(Block(width, inner) for _ in range(2))
-        self.head = nn.Linear(width, 7, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = layer(x)
-        logits: torch.Tensor = self.head(x)
-        return logits
-
-
-def raw(tensor: torch.Tensor) -> np.ndarray:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(f"u{tensor.itemsize}").reshape(tuple(tensor.shape))
-
-
 def record(case: str, weights: nn.Module | dict[str, Any]) -> None:
     """Write this rank's layout and shards; rank 0 also writes the whole tensors."""
-    source = source_of(weights)
-    layout = source.layout()
-    arrays: dict[str, Any] = {}
-    for i in range(len(layout)):
-        shard = layout.shard(i)
-        out = torch.zeros(shard.shape, dtype=getattr(torch, shard.dtype))
-        none = (0,) * out.dim()
-        source.read_into(i, none, shard.shape, out)
-        data = source.box_bytes(i, none, shard.shape)
-        assert data is not None
-        assert data.tobytes() == raw(out).tobytes(), shard
-        arrays[f"shard{i}"] = raw(out)
-    rank = dist.get_rank()
-    (OUT / f"{case}.{rank}.layout").write_bytes(layout.pack())
-    np.savez(OUT / f"{case}.{rank}.npz", **arrays)
+    sources_kit.record(OUT, case, dist.get_rank(), source_of(weights))
     named = dict(weights.named_parameters()) if isinstance(weights, nn.Module) else weights
-    whole: dict[str, Any] = {name: raw(t.full_tensor() if isinstance(t, DTensor) else t) for name, t in named.items()}
-    if rank == 0:
-        np.savez(OUT / f"{case}.whole.npz", **whole)
+    whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in named.items()}
+    if dist.get_rank() == 0:
+        sources_kit.record_whole(OUT, case, whole)
 
 
 def described_again(weights: nn.Module | dict[str, Any], *, same: bool) -> None:

@@ -7,33 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from tests.plan_kit import filled, read_back
-from weightsync.plan.buckets import Plan, plan_push
-from weightsync.plan.manifest import Layout
+from tests.unit.sources_kit import put_together
 
 ROOT = Path(__file__).parents[2]
 CASES = {"trained", "state_dict", "tied", "bfloat16", "unsharded", "narrow", "mapping"}
 MORE = {2: set(), 3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps"}}
-
-
-def put_together(directory: Path, case: str, world: int) -> tuple[Plan, list[Layout]]:
-    """Plan the case, fill buckets from what its ranks wrote, compare with the whole tensors."""
-    layouts = [Layout.unpack((directory / f"{case}.{rank}.layout").read_bytes()) for rank in range(world)]
-    shards = []
-    for rank, layout in enumerate(layouts):
-        with np.load(directory / f"{case}.{rank}.npz") as arrays:
-            shards.append([arrays[f"shard{i}"] for i in range(len(layout))])
-    plan = plan_push(layouts, slot_bytes=512, owners=world, alignment=16)
-    back = read_back(plan.manifest, filled(plan, layouts, shards))
-    aliases = dict(plan.manifest.tensors.aliases)
-    with np.load(directory / f"{case}.whole.npz") as whole:
-        assert {*back, *aliases} == {*whole.files, *aliases}
-        for name in whole.files:
-            np.testing.assert_array_equal(back[aliases.get(name, name)], whole[name], err_msg=f"{case}: {name}")
-    return plan, layouts
 
 
 @pytest.mark.timeout(150)

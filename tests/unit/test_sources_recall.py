@@ -15,14 +15,14 @@ from torch import nn
 from weightsync.errors import SourceError
 from weightsync.sources import ModuleSource, Source, TensorSource, source_of
 from weightsync.sources import description as descriptions
-from weightsync.sources import module as modules
+from weightsync.sources import tree as trees
 from weightsync.sources.recent import RECENT, Recent
 
 
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch):
     monkeypatch.setattr(descriptions, "_RECENT", Recent())
-    monkeypatch.setattr(modules, "_RECENT", Recent())
+    monkeypatch.setattr(trees, "_RECENT", Recent())
 
 
 def values(source: Source) -> dict[str, torch.Tensor]:
@@ -161,15 +161,14 @@ class TestAModule:
         with pytest.raises(SourceError, match=r"'1.up.weight' is sparse"):
             source_of(m)
 
-    def test_that_is_wrapped_by_fsdp1_by_now(self):
-        class FullyShardedDataParallel(nn.Linear):
-            pass
-
+    def test_of_which_a_part_is_wrapped_by_now(self):
         m = model()
-        source_of(m)
-        m[2] = FullyShardedDataParallel(3, 5)
-        with pytest.raises(SourceError, match="FSDP1"):
-            source_of(m)
+        first = source_of(m)
+        m[1] = nn.DataParallel(m[1])
+        assert check(m).layout().tensors.names == first.layout().tensors.names
+        assert check(m).layout() is check(m).layout()
+        m[1] = nn.ModuleDict({"module": m[1].module})  # the same names below, and no wrapper
+        assert "1.module.scale" in check(m).layout().tensors.names
 
     def test_that_contains_itself_by_now(self):
         m = model()
@@ -302,7 +301,7 @@ def test_no_more_than_a_few_are_remembered():
         source_of({f"t{i}": torch.zeros(1)})
         source_of(nn.Sequential(*(nn.Linear(1, 1) for _ in range(i + 1))))
     assert len(descriptions._RECENT) == RECENT
-    assert len(modules._RECENT) == RECENT
+    assert len(trees._RECENT) == RECENT
 
 
 def test_those_in_use_are_the_last_to_be_forgotten():

@@ -231,14 +231,6 @@ class TestRefusals:
             source_of(weights)
         assert "mapping" in str(caught.value)
 
-    def test_fsdp1(self):
-        class FullyShardedDataParallel(nn.Module):
-            pass
-
-        model = nn.Sequential(FullyShardedDataParallel())
-        with pytest.raises(SourceError, match="FSDP1"):
-            source_of(model)
-
 
 class TestDispatch:
     def test_by_kind(self):

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from weightsync.sources.checkpoint import CheckpointSource
     from weightsync.sources.module import ModuleSource
     from weightsync.sources.parts import Part, PartSource
+    from weightsync.sources.selected import Only, Rename
     from weightsync.sources.tensors import TensorSource
 
 __all__ = ["CheckpointSource", "ModuleSource", "Part", "PartSource", "Source", "TensorSource", "source_of"]
@@ -32,13 +33,20 @@ _LAZY = {
 }
 
 
-def source_of(weights: object, dtype: Any = None) -> Source:
-    """The source for whatever `push_weights` was given, with what is floating-point as `dtype` if one is given.
+def source_of(
+    weights: object, dtype: Any = None, *, only: Only = None, rename: Rename = None, buffers: bool = False
+) -> Source:
+    """The source for whatever `push_weights` was given: of the tensors that `only` chooses, under the names that
+    `rename` gives them, with what is floating-point as `dtype`; each if it is given.
 
     A module or tensors that look as some did lately are not described again. Raises `SourceError` for what is none of
     what `push_weights` accepts.
     """
-    source = _source_of(weights)
+    source = _source_of(weights, buffers)
+    if only is not None or rename is not None:
+        from weightsync.sources.selected import selected
+
+        source = selected(source, only, rename)
     if dtype is None:
         return source
     from weightsync.sources.converted import converted
@@ -46,14 +54,19 @@ def source_of(weights: object, dtype: Any = None) -> Source:
     return converted(source, dtype)
 
 
-def _source_of(weights: object) -> Source:
-    if isinstance(weights, Source):
-        return weights
+def _source_of(weights: object, buffers: bool) -> Source:
     torch = sys.modules.get("torch")  # whoever has a module or tensors has imported it
     if torch is not None and isinstance(weights, torch.nn.Module):
-        from weightsync.sources.module import ModuleSource, parameters_of
+        from weightsync.sources.module import ModuleSource
 
-        return ModuleSource.recalled(*parameters_of(weights))
+        return ModuleSource.of(weights, buffers=buffers)
+    if buffers:
+        raise SourceError(
+            f"buffers = True is for modules, and these weights are a {type(weights).__name__}",
+            hint="give buffers among the weights, under their names",
+        )
+    if isinstance(weights, Source):
+        return weights
     single = torch is not None and isinstance(weights, torch.Tensor)
     if isinstance(weights, Mapping | Iterable) and not single and not isinstance(weights, str | bytes):
         from weightsync.sources.tensors import TensorSource, named

@@ -83,6 +83,11 @@ class CheckpointSource:
         """Bytes of all tensors together."""
         return self._layout.nbytes
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all tensors."""
+        return self._layout.tensors.names
+
     def layout(self) -> Layout:
         """One shard per tensor: the whole of it."""
         return self._layout

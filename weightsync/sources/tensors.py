@@ -28,10 +28,13 @@ class TensorSource:
     Changed values are what the next read sees; for tensors that were replaced, make a new source.
     """
 
+    _names: tuple[str, ...] | None = None
+
     def __init__(self, weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> None:
         """Raises `SourceError` naming the first tensor that cannot be pushed."""
         names, tensors = named(weights)
         self._layout, self._shards = describe(names, tensors)
+        self._names = names
 
     @classmethod
     def recalled(cls, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Self:
@@ -41,12 +44,20 @@ class TensorSource:
         """
         source = cls.__new__(cls)
         source._layout, source._shards = recall(names, tensors)
+        source._names = names
         return source
 
     @property
     def nbytes(self) -> int:
         """Bytes of all shards together."""
         return self._layout.nbytes
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of all tensors, tied ones too, whether this rank has a part of them or not; None where other ranks may have
+        some that are not known here.
+        """
+        return self._names
 
     def layout(self) -> Layout:
         """What this rank holds."""

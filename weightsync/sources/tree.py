@@ -1,0 +1,155 @@
+"""The names and parameters of a module as its checkpoint has them: put together once, and known again by a walk."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from weightsync.sources.recent import Recent
+from weightsync.sources.tensors import named
+from weightsync.sources.wrappers import unwrapped_names, wrapped_in
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import torch
+
+__all__ = ["Listed", "Tree", "parameters_of", "persistent_buffers"]
+
+_LISTING = ("named_parameters", "named_modules", "_named_members")
+_MOST = 1 << 22  # modules that a walk may meet
+
+
+class Listed(NamedTuple):
+    """What a module lists."""
+
+    names: tuple[str, ...]  # without wrappers
+    tensors: list[torch.Tensor]
+    tree: Tree | None  # the same object for modules in which the same names are; None: names are put together each time
+    met: list[nn.Module | None]  # by the walk; each module of it, where there is no tree
+    kinds: frozenset[type]  # classes of those
+
+
+@dataclass(frozen=True)
+class Tree:
+    """What a walk over a module meets, breadth first and shared submodules again, but for the parameters themselves."""
+
+    counts: list[int]  # of each module, parameters and submodules; one -1 for a submodule that is None
+    names: list[str]  # of each module's parameters, then of its submodules
+    given: list[bool]  # parameters that are not None
+    kinds: frozenset[type]  # classes of modules
+    wrappers: tuple[int, ...]  # which of the modules wrap another
+
+    def parameters(self) -> Iterator[str]:
+        """The full names of all parameters, in order."""
+        counts, names = iter(self.counts), iter(self.names)
+        prefixes = [""]
+        for prefix in prefixes:  # which grows meanwhile
+            own = next(counts)
+            if own < 0:
+                continue
+            below = next(counts)
+            for _ in range(own):
+                yield prefix + next(names)
+            prefixes += [f"{prefix}{next(names)}." for _ in range(below)]
+
+
+@dataclass(frozen=True)
+class _Known:
+    """The names of a tree's parameters, as its module lists them."""
+
+    tree: Tree
+    names: tuple[str, ...]
+    order: list[int]  # which of those that the walk met they are
+
+
+_RECENT: Recent[_Known] = Recent()
+
+
+def parameters_of(module: nn.Module) -> Listed:
+    """The names and parameters that `module.named_parameters(remove_duplicate=False)` gives, names without wrappers.
+
+    Names are not put together again for a module in which a walk meets the same as in another lately. Classes that list
+    their parameters in their own way are always asked.
+    """
+    met = _walk(module, max((len(known.tree.counts) for known in _RECENT), default=0))
+    if met is not None:
+        tree, parameters, modules = met
+        for known in _RECENT:
+            if tree == known.tree:
+                _RECENT.add(known)
+                return Listed(
+                    known.names, list(map(parameters.__getitem__, known.order)), known.tree, modules, tree.kinds
+                )
+    given, listed = named(module.named_parameters(remove_duplicate=False))
+    names = _without_wrappers(module, given)
+    met = _walk(module, _MOST)
+    if met is not None:
+        tree, parameters, modules = met
+        places = {name: i for i, name in enumerate(tree.parameters()) if parameters[i] is not None}
+        order = [places.get(name, -1) for name in given]
+        same = len(places) == len(names) and all(
+            i >= 0 and parameters[i] is parameter for i, parameter in zip(order, listed, strict=True)
+        )
+        if same:
+            _RECENT.add(_Known(tree, names, order))
+            return Listed(names, listed, tree, modules, tree.kinds)
+    modules = list(module.modules())
+    return Listed(names, listed, None, modules, frozenset(map(type, modules)))
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The buffers that a checkpoint has, under their names there."""
+    for _, prefix, one in unwrapped_names(module):
+        for name, buffer in one._buffers.items():
+            if buffer is not None and name not in one._non_persistent_buffers_set:
+                yield prefix + name, buffer
+
+
+def _without_wrappers(module: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    if not any(wrapped_in(kind) for kind in {type(one) for one in module.modules()}):
+        return names
+    short = {full + name: prefix + name for full, prefix, one in unwrapped_names(module) for name in one._parameters}
+    return tuple([short.get(name, name) for name in names])
+
+
+def _walk(module: nn.Module, most: int) -> tuple[Tree, list[nn.Parameter], list[nn.Module | None]] | None:
+    """The tree of a module, its parameters (None where they are not given), and the modules in it. None where more than
+    `most` modules are met, as in one that contains itself, or where one lists its parameters in its own way.
+    """
+    counts: list[int] = []
+    names: list[str] = []
+    parameters: list[nn.Parameter] = []
+    met: list[nn.Module | None] = [module]
+    for one in met:  # which grows meanwhile; once over everything, since memory that is far apart is what takes time
+        if one is None:
+            counts.append(-1)
+            continue
+        state = one.__dict__
+        own, below = state.get("_parameters"), state.get("_modules")
+        if own is None or below is None:
+            return None
+        counts.append(len(own))
+        counts.append(len(below))
+        if own:
+            names += own
+            parameters += own.values()
+        if below:
+            names += below
+            met += below.values()
+            if len(met) > most:
+                return None
+    kinds = frozenset(map(type, met))
+    wrapping = {kind for kind in kinds if wrapped_in(kind) is not None}
+    if any(name in vars(module) for name in _LISTING) or not all(map(_lists_plainly, kinds - wrapping)):
+        return None
+    wrappers = tuple(i for i, kind in enumerate(map(type, met)) if kind in wrapping) if wrapping else ()
+    given = [one is not None for one in parameters]
+    return Tree(counts, names, given, kinds, wrappers), parameters, met
+
+
+def _lists_plainly(kind: type) -> bool:
+    """Whether modules of this class, or None, list their parameters as `nn.Module` does."""
+    return kind is type(None) or all(getattr(kind, name, None) is getattr(nn.Module, name) for name in _LISTING)

@@ -1,0 +1,69 @@
+"""Modules that wrap another and have no place in a checkpoint's names: all that are known, and what each calls its own.
+
+Told by class, never by name: a model may well have a submodule called `module`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import nn
+
+__all__ = ["is_fsdp1", "unwrapped", "unwrapped_names", "wrapped_in"]
+
+_FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+# {(module that defines the class, class): the attribute that is the wrapped module}. FSDP2 wraps nothing.
+_WRAPPERS = {
+    ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
+    ("torch.nn.parallel.data_parallel", "DataParallel"): "module",
+    ("torch._dynamo.eval_frame", "OptimizedModule"): "_orig_mod",  # of torch.compile
+    # Checkpoint and offload wrappers of activations.
+    ("torch.distributed.algorithms._checkpoint.checkpoint_wrapper", "ActivationWrapper"): "_checkpoint_wrapped_module",
+    _FSDP1: "_fsdp_wrapped_module",
+}
+
+
+def wrapped_in(kind: type) -> str | None:
+    """The attribute under which modules of this class have the one that they wrap; None: they are no wrapper."""
+    for known, attribute in _WRAPPERS.items():
+        if _is_a(kind, known):
+            return attribute
+    return None
+
+
+def is_fsdp1(kind: type) -> bool:
+    """Whether modules of this class are FSDP1's."""
+    return _is_a(kind, _FSDP1)
+
+
+def _is_a(kind: type, known: tuple[str, str]) -> bool:
+    """Imports nothing: who has such a module has imported its class."""
+    module, name = known
+    wrapper = getattr(sys.modules.get(module), name, None)
+    return wrapper is not None and issubclass(kind, wrapper)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is in the wrappers around a module; FSDP1's, which hold parameters, stay."""
+    while (attribute := wrapped_in(type(module))) is not None and not is_fsdp1(type(module)):
+        module = module.get_submodule(attribute)
+    return module
+
+
+def unwrapped_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
+    """Every module in this one, itself first, as `named_modules(remove_duplicate=False)` has them: what its parameters'
+    names begin with there, the same without wrappers, and the module.
+    """
+    wrapped = {kind: wrapped_in(kind) for kind in {type(one) for one in module.modules()}}
+
+    def walk(one: nn.Module, full: str, short: str) -> Iterator[tuple[str, str, nn.Module]]:
+        yield full, short, one
+        for name, child in one._modules.items():
+            if child is not None:
+                yield from walk(child, f"{full}{name}.", short if name == wrapped[type(one)] else f"{short}{name}.")
+
+    return walk(module, "", "")
