@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from megatron.core import parallel_state as mpu
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
@@ -155,7 +155,10 @@ class NormedColumns(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class GroupedLinear(torch.nn.Module):
-    """As Megatron's `TEGroupedLinear`: a weight for each of this rank's experts, none of them marked as cut."""
+    """As Megatron's `TEGroupedLinear`: a weight for each of this rank's experts, all marked as cut along dimension 0.
+
+    Megatron keeps the way they are cut from Transformer Engine, whose `reset_parameters` then marks all alike.
+    """
 
     def __init__(
         self,
@@ -171,7 +174,9 @@ class GroupedLinear(torch.nn.Module):
         world = pg_collection.expt_tp.size()
         size = (output_size // world, input_size) if parallel_mode == "column" else (output_size, input_size // world)
         for i in range(num_gemms):
-            self.register_parameter(f"weight{i}", torch.nn.Parameter(torch.empty(size)))
+            weight = torch.nn.Parameter(torch.empty(size))
+            set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=0, stride=1)
+            self.register_parameter(f"weight{i}", weight)
 
 
 class ColumnGrouped(GroupedLinear):

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
-
-warnings.simplefilter("ignore")  # megatron-core's own, at import: no Apex, no Transformer Engine
 
 import numpy as np
 import torch

@@ -18,9 +18,9 @@ pytestmark = pytest.mark.skipif(find_spec("megatron.core") is None, reason="mega
 
 
 def torchrun(script: str, world: int, *arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        + [str(ROOT / "tests/unit" / script), *arguments],
+        [*command, str(ROOT / "tests/unit" / script), *arguments],
         capture_output=True,
         text=True,
         check=False,
@@ -46,3 +46,13 @@ def test_what_ranks_hold_makes_up_the_checkpoint(tmp_path, world, cases):
         if case == "tp4-padding-alone":
             rows = [layout.shard(0).shape[0] for layout in layouts]
             assert rows == [16, 16, 1, 0]
+
+
+@pytest.mark.skipif(find_spec("mbridge") is None, reason="mbridge is not installed")
+@pytest.mark.timeout(180)
+def test_what_mbridge_loads_is_declared_and_what_no_rule_knows_is_exported(tmp_path):
+    torchrun("megatron_bridge_ranks.py", 2, str(tmp_path))
+    cases = sorted({path.name.split(".")[0] for path in tmp_path.glob("*.layout")})
+    assert len(cases) == 10
+    for case in cases:
+        put_together(tmp_path, case, 2)

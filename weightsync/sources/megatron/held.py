@@ -29,7 +29,6 @@ class Held:
     layer: int | None = None  # of the whole model, from 0
     expert: int | None = None  # of all experts of the layer, from 0
     vocab_size: int | None = None  # rows of the checkpoint's embedding; Megatron's has some more
-    cut_dim: int | None = None  # the dimension that Megatron says it is cut along; None where it says nothing
 
     def named(self, template: str) -> str:
         """A name of the checkpoint, from one with `{layer}` and `{expert}` in it."""
@@ -38,12 +37,6 @@ class Held:
     def part(self, template: str, shape: tuple[int, ...], offset: tuple[int, ...], data: torch.Tensor) -> Part:
         """`data`, which lies at `offset` in the tensor of this name and shape."""
         return Part(self.named(template), shape, offset, data)
-
-    def expect_cut(self, dim: int | None) -> None:
-        """Raise `SourceError` where Megatron says that the parameter is cut along another dimension than `dim`."""
-        if self.cut_dim is not None and self.world > 1 and self.cut_dim != dim:
-            said = "is whole on each rank" if dim is None else f"is cut along dimension {dim}"
-            raise self.error(f"its rule says that it {said}, Megatron that it is cut along dimension {self.cut_dim}")
 
     def error(self, problem: str, hint: str | None = None) -> SourceError:
         """What is wrong with this parameter."""

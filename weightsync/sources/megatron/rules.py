@@ -24,7 +24,6 @@ class Whole:
     name: str
 
     def __call__(self, held: Held) -> list[Part]:
-        held.expect_cut(None)
         shape = tuple(held.data.shape)
         return [held.part(self.name, shape, (0,) * len(shape), held.data)]
 
@@ -66,7 +65,6 @@ class Vocabulary:
     name: str
 
     def __call__(self, held: Held) -> list[Part]:
-        held.expect_cut(0)
         size, rows, width = held.vocab_size, held.data.shape[0], held.data.shape[1]
         if size is None:
             raise held.error(
@@ -88,7 +86,6 @@ class Gated:
     up: str
 
     def __call__(self, held: Held) -> list[Part]:
-        held.expect_cut(0)
         if not getattr(held.config, "gated_linear_unit", True):
             raise held.error("its rule takes it apart into gate and up, and config.gated_linear_unit is False")
         if getattr(held.config, "moe_mlp_glu_interleave_size", None):
@@ -116,7 +113,6 @@ class QKV:
     value: str
 
     def __call__(self, held: Held) -> list[Part]:
-        held.expect_cut(0)
         config = held.config
         if getattr(config, "attention_output_gate", False):
             raise held.error("gates of attention's output lie in it (config.attention_output_gate)")
@@ -145,7 +141,6 @@ class QKV:
 
 
 def _cut(held: Held, name: str, dim: int) -> Part:
-    held.expect_cut(dim)
     shape = list(held.data.shape)
     if dim >= len(shape):
         raise held.error(f"its rule says that it is cut along dimension {dim}")

@@ -138,14 +138,12 @@ def held_of(stage: Stage, vocab_size: int | None) -> Iterator[tuple[int, Held]]:
             world=group.world,
             layer=None if layer is None else layer.layer_number - 1,
             vocab_size=vocab_size,
-            cut_dim=_cut_dim(tensor),
         )
         if not experts or layer is None:
             yield place, held
             continue
         for own, expert, data in _of_experts(rest, held, layer.mlp.local_expert_indices):
-            cut_dim = None if data is not held.data else held.cut_dim
-            yield place, replace(held, key=head + experts + own, data=data, expert=expert, cut_dim=cut_dim)
+            yield place, replace(held, key=head + experts + own, data=data, expert=expert)
 
 
 def _of_experts(name: str, held: Held, indices: Sequence[int]) -> Iterator[tuple[str, int, torch.Tensor]]:
@@ -161,14 +159,6 @@ def _of_experts(name: str, held: Held, indices: Sequence[int]) -> Iterator[tuple
             yield _PACKED[name], expert, data.t()
     else:
         raise held.error("it belongs to experts that are kept in a way not known here")
-
-
-def _cut_dim(tensor: torch.Tensor) -> int | None:
-    """The dimension that Megatron marks as cut (`set_tensor_model_parallel_attributes`). Not every layer marks it."""
-    if not getattr(tensor, "tensor_model_parallel", False):
-        return None
-    dim: int = getattr(tensor, "partition_dim", -1)
-    return dim if dim >= 0 else None
 
 
 def _expert_biases(model: Any) -> dict[str, torch.Tensor]:
