@@ -11,6 +11,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from tests.megatron_kit import Shape, build, checkpoint, load, without_gpus
 from weightsync.sources import MegatronSource
@@ -99,6 +101,23 @@ def described_again(models: list[Any], shape: Shape, before: MegatronSource) -> 
             parameter.data = parameter.data - 1
 
 
+def behind_a_distributed_optimizer(shape: Shape) -> None:
+    """Megatron's DDP moves all parameters into buffers; after a step each rank has its own share of what is new."""
+    weights = checkpoint(shape)
+    models = build(shape)
+    load(models, shape, weights)
+    before = MegatronSource(models, shape.facts())
+    options = DistributedDataParallelConfig(use_distributed_optimizer=True, overlap_param_gather=True)
+    wrapped = DistributedDataParallel(models[0].config, options, models[0])
+    source = MegatronSource(wrapped, shape.facts())
+    assert source.layout() is before.layout()
+    record("ddp", source, weights)
+    for group in wrapped.bucket_groups:
+        for bucket in group.buckets:  # as `DistributedOptimizer` does; it needs GPUs
+            shard_buffer(bucket.param_data, dist.get_world_size())[dist.get_rank()].add_(1)
+    record("ddp-stepped", MegatronSource(wrapped, shape.facts()), {name: one + 1 for name, one in weights.items()})
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     without_gpus()
@@ -119,6 +138,8 @@ def main() -> None:
         record(case, source, weights)
         if options.get("dtype") is None:
             described_again(models, shape, source)
+        if case == "dp2":
+            behind_a_distributed_optimizer(shape)
         mpu.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
@@ -12,24 +12,23 @@ from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 import torch
+from torch import nn
 
 from weightsync.errors import SourceError
+from weightsync.sources.megatron.describing import described
 from weightsync.sources.megatron.exporting import Exporter
-from weightsync.sources.megatron.families import EMBEDDING, FAMILIES, OUTPUT, rules_of
-from weightsync.sources.megatron.rules import Vocabulary
-from weightsync.sources.megatron.stages import Stage, bare, held_of, sync_parameters
-from weightsync.sources.megatron.views import Cut
-from weightsync.sources.parts import Part, PartSource
+from weightsync.sources.megatron.families import FAMILIES, rules_of
+from weightsync.sources.megatron.stages import Stage, bare, sync_parameters
+from weightsync.sources.parts import PartSource
 from weightsync.sources.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from os import PathLike
 
-    from torch import nn
-
     from weightsync.plan.manifest import Layout
-    from weightsync.sources.megatron.held import Held, Rule
+    from weightsync.sources.megatron.held import Rule
+    from weightsync.sources.megatron.views import Cut
 
 __all__ = ["MegatronSource"]
 
@@ -69,7 +68,9 @@ class MegatronSource(PartSource):
 
         Raises `SourceError` naming the first parameter that cannot be pushed.
         """
-        models = list(model) if isinstance(model, list | tuple) else [model]
+        models: list[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
+        if not models:
+            raise SourceError("no model is given", hint="give this rank's model, or the list of its virtual stages")
         facts = _facts(checkpoint if checkpoint is not None else getattr(bridge, "hf_config", None))
         for one in models:
             sync_parameters(one)
@@ -78,16 +79,17 @@ class MegatronSource(PartSource):
         _check_tied(stages, facts)
         vocab_size = vocab_size if vocab_size is not None else facts.get("vocab_size")
         options = _Options(table, vocab_size, None if bridge is None else type(bridge))
+        #: checkpoint tensors that a bridge has exported, and that this rank holds whole until the source goes
+        self.gathered: tuple[str, ...]
         for look in _RECENT:
             if look.fits(stages, options):
                 _RECENT.add(look)
                 self._layout, self.gathered = look.layout, look.gathered
                 self._shards = look.shards(stages, bridge)
                 return
-        described = _described(stages, options, bridge)
-        super().__init__(described.parts, described.aliases)
-        #: checkpoint tensors that a bridge has exported, and that this rank holds whole until the source goes
-        self.gathered: tuple[str, ...] = described.gathered
+        found = described(stages, table, vocab_size, bridge)
+        super().__init__(found.parts, found.aliases)
+        self.gathered = found.gathered
         if self.gathered:
             logger.warning(
                 "%d checkpoint tensors are gathered by %s, for want of a rule: %s",
@@ -95,8 +97,8 @@ class MegatronSource(PartSource):
                 type(bridge).__name__,
                 ", ".join(self.gathered[:8]) + (", …" if len(self.gathered) > 8 else ""),
             )
-        if described.cuts is not None:
-            _RECENT.add(_Look.of(stages, options, described.cuts, self._layout, self.gathered))
+        if found.cuts is not None:
+            _RECENT.add(_Look.of(stages, options, found.cuts, self._layout, self.gathered))
 
 
 @dataclass(frozen=True)
@@ -106,49 +108,6 @@ class _Options:
     table: Mapping[str, Rule]
     vocab_size: int | None
     bridge: type | None
-
-
-@dataclass
-class _Described:
-    parts: list[Part]
-    aliases: list[tuple[str, str]]
-    gathered: tuple[str, ...]
-    cuts: list[list[Cut | None]] | None  # of each stage's tensors; a bridge's are None. None: some part is a copy
-
-
-def _described(stages: list[Stage], options: _Options, bridge: Any) -> _Described:
-    parts: list[Part] = []
-    aliases: list[tuple[str, str]] = []
-    gathered: list[str] = []
-    cuts: list[list[Cut | None]] | None = []
-    for stage in stages:
-        exporter: Exporter | None = None
-        own: list[list[Part]] = [[] for _ in stage.tensors]
-        exported = set()
-        for place, held in held_of(stage, options.vocab_size):
-            if held.key == OUTPUT and stage.tied:
-                continue  # the last stage's copy; the first stage's is sent
-            if held.key in options.table:
-                own[place] += _applied(options.table[held.key], held)
-            elif bridge is None:
-                raise _unknown(held.where, held.key)
-            elif place not in exported:
-                exporter = exporter or Exporter(bridge, stage)
-                own[place] = exporter.parts(place)
-                exported.add(place)
-                gathered += (part.name for part in own[place])
-        for some in own:
-            parts += some
-        if stage.tied and stage.first:
-            aliases += _tied_names(options.table)
-        if cuts is not None:
-            found = [
-                None if place in exported else Cut.of(tensor, [part.data for part in own[place]])
-                for place, tensor in enumerate(stage.tensors)
-            ]
-            copied = any(cut is None for place, cut in enumerate(found) if place not in exported)
-            cuts = None if copied else [*cuts, found]
-    return _Described(parts, aliases, tuple(gathered), cuts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,43 +215,9 @@ def _table(
 
 def _check_tied(stages: list[Stage], facts: Mapping[str, Any]) -> None:
     said = facts.get("tie_word_embeddings")
-    if said is not None and stages and bool(said) != stages[0].tied:
+    if said is not None and bool(said) != stages[0].tied:
         raise SourceError(
             f"the checkpoint says tie_word_embeddings = {bool(said)}, the Megatron model says "
             f"share_embeddings_and_output_weights = {stages[0].tied}",
             hint="an engine would take the wrong tensor for its output layer: make both the same",
         )
-
-
-def _tied_names(table: Mapping[str, Rule]) -> list[tuple[str, str]]:
-    output, embedding = table.get(OUTPUT), table.get(EMBEDDING)
-    if isinstance(output, Vocabulary) and isinstance(embedding, Vocabulary):
-        return [(output.name, embedding.name)]
-    return []
-
-
-def _applied(rule: Rule, held: Held) -> list[Part]:
-    if rule is None:
-        return []
-    parts = rule(held)
-    if not isinstance(parts, Iterable):
-        raise held.error(f"its rule gave {type(parts).__name__}, not parts")
-    parts = list(parts)
-    for part in parts:
-        if not isinstance(part, Part):
-            raise held.error(f"its rule gave {type(part).__name__}, not weightsync.sources.Part")
-    return parts
-
-
-def _unknown(where: str, key: str) -> SourceError:
-    problem = f"no rule says where Megatron parameter {where!r} lies in the checkpoint"
-    if key.startswith("mtp."):
-        return SourceError(
-            f"{problem}: no table has rules for the layers of multi-token prediction",
-            hint="give rules= for them, with None for those that engines do not load; or an mbridge bridge=",
-        )
-    return SourceError(
-        problem,
-        hint=f"add one: rules={{{key!r}: Columns('model.layers.{{layer}}.….weight')}}, of Whole, Norm, Columns, Rows, "
-        "Vocabulary, Gated, QKV or a function of yours; None leaves it out. Or give an mbridge bridge=",
-    )

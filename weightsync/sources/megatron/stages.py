@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import nn
 
 from weightsync.errors import SourceError
@@ -22,11 +23,11 @@ from weightsync.sources.module import parameters_of
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
-
 __all__ = ["Group", "Stage", "bare", "held_of", "sync_parameters"]
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_FSDP = "FSDP cuts parameters in a way that MegatronSource does not know"
+_NO_FSDP = "use Megatron's DistributedDataParallel, with the distributed optimizer"
 _EXPERTS = "mlp.experts."
 _SEQUENTIAL = re.compile(r"^local_experts\.(\d+)\.(.+)$")  # SequentialMLP
 _GROUPED = re.compile(r"^(linear_fc[12]\.(?:weight|bias))(\d+)$")  # TEGroupedMLP
@@ -65,7 +66,21 @@ class Stage:
             )
         names, tensors = parameters_of(model)
         biases = _expert_biases(model)
-        return cls(model, (*names, *biases), [*tensors, *biases.values()])
+        stage = cls(model, (*names, *biases), [*tensors, *biases.values()])
+        stage._check_memory()
+        return stage
+
+    def _check_memory(self) -> None:
+        if any(map(is_dtensor, {type(one): one for one in self.tensors}.values())):
+            name = next(name for name, one in zip(self.names, self.tensors, strict=True) if is_dtensor(one))
+            raise SourceError(f"Megatron parameter {name!r} is a DTensor: {_FSDP}", hint=_NO_FSDP)
+        if not all(map(torch.Tensor.data_ptr, self.tensors)):
+            for name, one in zip(self.names, self.tensors, strict=True):
+                if not one.data_ptr() and one.numel():
+                    raise SourceError(
+                        f"Megatron parameter {name!r} has no memory on this rank: it was offloaded, or never loaded",
+                        hint="load the model back before the push",
+                    )
 
     def group(self, *, experts: bool) -> Group:
         """Those among whom parameters are cut: of the dense layers, or of experts."""
@@ -93,9 +108,7 @@ def bare(model: nn.Module) -> nn.Module:
     while True:
         if "FullyShardedDataParallel" in type(model).__name__:
             raise SourceError(
-                f"the model is wrapped by {type(model).__module__}.{type(model).__name__}: FSDP cuts parameters in "
-                "a way that MegatronSource does not know",
-                hint="use DistributedDataParallel with the distributed optimizer",
+                f"the model is wrapped by {type(model).__module__}.{type(model).__name__}: {_FSDP}", hint=_NO_FSDP
             )
         inner = getattr(model, "module", None)
         if not isinstance(inner, nn.Module):
@@ -122,8 +135,6 @@ def held_of(stage: Stage, vocab_size: int | None) -> Iterator[tuple[int, Held]]:
     dense, among_experts = stage.group(experts=False), stage.group(experts=True)
     layers: Any = stage.model.decoder.layers  # type: ignore[union-attr]
     for place, (name, tensor) in enumerate(zip(stage.names, stage.tensors, strict=True)):
-        if is_dtensor(tensor):
-            raise SourceError(f"Megatron parameter {name!r} is a DTensor: FSDP cuts it in a way of its own")
         found = _LAYER.match(name)
         layer = None if found is None else layers[int(found[1])]
         key = name if found is None else f"decoder.layers.*.{name[found.end() :]}"

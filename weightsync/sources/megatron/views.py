@@ -26,14 +26,20 @@ class Cut:
     @classmethod
     def of(cls, tensor: torch.Tensor, views: Sequence[torch.Tensor]) -> Cut | None:
         """None where one of them is no view of `tensor`, or `tensor` itself is not packed."""
+        if not tensor.is_contiguous():
+            return None
         if not views:
             return cls()
         memory = tensor.untyped_storage().data_ptr()
-        if not tensor.is_contiguous() or any(
-            view.untyped_storage().data_ptr() != memory or view.dtype != tensor.dtype for view in views
-        ):
-            return None
-        boxes = [(tuple(v.shape), v.stride(), v.storage_offset() - tensor.storage_offset()) for v in views]
+        boxes = []
+        for view in views:
+            shape, strides = tuple(view.shape), view.stride()
+            offset = int(view.storage_offset() - tensor.storage_offset())
+            last = offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+            inside = 0 in shape or 0 <= offset <= last < tensor.numel()
+            if view.untyped_storage().data_ptr() != memory or view.dtype != tensor.dtype or not inside:
+                return None
+            boxes.append((shape, strides, offset))
         if boxes == [(tuple(tensor.shape), tensor.stride(), 0)]:
             return cls(whole=True)
         step, at = tensor.stride(0) if tensor.dim() else 0, 0
