@@ -141,7 +141,7 @@ def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32, **optio
 def without_gpus() -> None:
     """Let megatron-core run where there are none: what it moves to the GPU stays, and experts need no kernels."""
     device = torch.device("cpu")
-    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign, assignment]
+    torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
     moe_experts.gg.assert_grouped_gemm_is_available = lambda: None
 
@@ -244,7 +244,8 @@ def load(models: list[GPTModel], shape: Shape, weights: dict[str, torch.Tensor])
 def _of_rank(
     name: str, parameter: torch.Tensor, shape: Shape, weights: dict[str, torch.Tensor], begin: int
 ) -> torch.Tensor:
-    tp, rank = mpu.get_tensor_model_parallel_world_size(), mpu.get_tensor_model_parallel_rank()
+    tp: int = mpu.get_tensor_model_parallel_world_size()
+    rank: int = mpu.get_tensor_model_parallel_rank()
     if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
         own = "model.embed_tokens.weight" if "embed" in name or shape.tie_word_embeddings else "lm_head.weight"
         whole = torch.full((parameter.shape[0] * tp, parameter.shape[1]), -1.0)
@@ -272,7 +273,7 @@ def _of_rank(
     if rest in plain:
         whole = weights[attention + plain[rest]]
         if getattr(parameter, "tensor_model_parallel", False):
-            return whole.chunk(tp, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
+            whole = whole.chunk(tp, dim=parameter.partition_dim)[rank]  # type: ignore[attr-defined]
         return whole
     mixtral = shape.model_type == "mixtral"
     names = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")

@@ -22,7 +22,15 @@ CONFIG = SimpleNamespace(
 
 def held(rows: int, *, rank: int = 0, world: int = 1, width: int = 3, **more: Any) -> Held:
     data = torch.arange(rows * width).reshape(rows, width).float()
-    given = {"key": "k", "where": "w", "data": data, "config": CONFIG, "rank": rank, "world": world, "layer": 5}
+    given: dict[str, Any] = {
+        "key": "k",
+        "where": "w",
+        "data": data,
+        "config": CONFIG,
+        "rank": rank,
+        "world": world,
+        "layer": 5,
+    }
     return Held(**(given | more))
 
 
@@ -118,6 +126,11 @@ class Model(nn.Module):
         self.decoder = nn.Module()
         self.decoder.layers = nn.ModuleList([Layer(number)])
 
+    @property
+    def layer(self) -> Any:
+        layers: Any = self.decoder.layers
+        return layers[0]
+
 
 FACTS = {"model_type": "llama", "vocab_size": 7}
 DOWN = "model.layers.2.mlp.down_proj.weight"
@@ -170,7 +183,7 @@ def test_own_rules_come_before_the_family_s():
     source = MegatronSource(model, FACTS, rules=rules)
     layout = source.layout()
     assert "model.embed_tokens.weight" not in layout.tensors.names
-    weight = model.decoder.layers[0].mlp.linear_fc2.weight
+    weight = model.layer.mlp.linear_fc2.weight
     assert torch.equal(source.local(2), weight.t())
     with torch.no_grad():
         weight.data = torch.rand(3, 2)
@@ -185,9 +198,9 @@ def test_a_rule_that_copies_is_asked_each_time():
     model = Model()
     for _ in range(2):
         source = MegatronSource(model, FACTS, rules=doubled)
-        assert torch.equal(source.local(3), model.decoder.layers[0].mlp.linear_fc2.weight * 2)
+        assert torch.equal(source.local(3), model.layer.mlp.linear_fc2.weight * 2)
         with torch.no_grad():
-            model.decoder.layers[0].mlp.linear_fc2.weight += 1
+            model.layer.mlp.linear_fc2.weight += 1
 
 
 def _with(held: Held, data: torch.Tensor) -> Held:
@@ -204,16 +217,16 @@ def test_what_has_changed_is_described_anew():
     assert MegatronSource(model, FACTS).layout() != before
     model.to(torch.float32)
     assert MegatronSource(model, FACTS).layout() == before
-    model.decoder.layers[0].mlp.linear_fc2 = nn.Linear(4, 3, bias=False)
+    model.layer.mlp.linear_fc2 = nn.Linear(4, 3, bias=False)
     assert MegatronSource(model, FACTS).layout() != before
 
 
 def test_nothing_remembered_keeps_weights_alive():
     model = Model()
     MegatronSource(model, FACTS)
-    storage = model.decoder.layers[0].mlp.linear_fc1.weight.untyped_storage()
+    storage = model.layer.mlp.linear_fc1.weight.untyped_storage()
     held_by = storage._weak_ref()
-    model.decoder.layers[0].mlp.linear_fc1.weight.data = torch.zeros(4, 3)
+    model.layer.mlp.linear_fc1.weight.data = torch.zeros(4, 3)
     del storage
     assert torch.UntypedStorage._expired(held_by)
     torch.UntypedStorage._free_weak_ref(held_by)
@@ -241,11 +254,11 @@ def test_what_is_missing_is_said(options, problem):
 
 def test_an_unknown_parameter_is_named_with_the_rule_that_is_missing():
     model = Model()
-    model.decoder.layers[0].mlp.adapter = nn.Linear(1, 1, bias=False)
+    model.layer.mlp.adapter = nn.Linear(1, 1, bias=False)
     with pytest.raises(SourceError, match=r"'decoder\.layers\.0\.mlp\.adapter\.weight'") as error:
         MegatronSource(model, FACTS)
     assert "rules={'decoder.layers.*.mlp.adapter.weight': Columns('model.layers.{layer}.….weight')}" in str(error.value)
-    del model.decoder.layers[0].mlp.adapter
+    del model.layer.mlp.adapter
     model.mtp = nn.Linear(1, 1)
     with pytest.raises(SourceError, match="multi-token prediction"):
         MegatronSource(model, FACTS)
@@ -261,7 +274,7 @@ def test_what_is_no_megatron_model_is_refused():
     with pytest.raises(SourceError, match="TorchFullyShardedDataParallel: FSDP cuts"):
         MegatronSource(wrapped, FACTS)
     offloaded = Model()
-    offloaded.decoder.layers[0].mlp.linear_fc1.weight.untyped_storage().resize_(0)
+    offloaded.layer.mlp.linear_fc1.weight.untyped_storage().resize_(0)
     with pytest.raises(SourceError, match=r"linear_fc1\.weight' has no memory on this rank"):
         MegatronSource(offloaded, FACTS)
 
@@ -281,12 +294,12 @@ class Bridge:
 
 def test_what_a_bridge_exports_is_made_again_for_each_push_and_said(caplog):
     model = Model()
-    model.decoder.layers[0].extra = nn.Linear(2, 1, bias=False)
+    model.layer.extra = nn.Linear(2, 1, bias=False)
     with caplog.at_level(logging.WARNING):
         first = MegatronSource(model, FACTS, bridge=Bridge())
     assert first.gathered == ("exported.layers.2.extra.weight",)
     assert "1 checkpoint tensors are gathered by Bridge" in caplog.text
-    weight = model.decoder.layers[0].extra.weight
+    weight = model.layer.extra.weight
     with torch.no_grad():
         weight += 1
     again = MegatronSource(model, FACTS, bridge=Bridge())
