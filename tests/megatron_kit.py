@@ -105,13 +105,14 @@ def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32, **optio
             "num_moe_experts": shape.num_experts,
             "moe_ffn_hidden_size": shape.moe_intermediate_size,
             "moe_shared_expert_intermediate_size": shape.shared_expert_intermediate_size or None,
-            "moe_shared_expert_gate": bool(shape.shared_expert_intermediate_size),
             "moe_router_topk": 2,
             "moe_router_load_balancing_type": "none",
             "moe_layer_freq": [int(i >= shape.dense_layers) for i in range(shape.num_hidden_layers)],
             "expert_model_parallel_size": mpu.get_expert_model_parallel_world_size(),
             "expert_tensor_parallel_size": mpu.get_expert_tensor_parallel_world_size(),
         }
+        if shape.shared_expert_intermediate_size:
+            moe["moe_shared_expert_gate"] = True
     chosen = {
         "num_layers": shape.num_hidden_layers,
         "hidden_size": shape.hidden_size,

@@ -17,7 +17,7 @@ from weightsync.fleet import Fleet
 
 pytestmark = [
     pytest.mark.e2e,
-    pytest.mark.skipif(find_spec("megatron.core") is None, reason="megatron-core is not installed"),
+    pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
 ]
 
 MOE = ModelConfig(

@@ -14,7 +14,7 @@ from tests.unit.test_sources_fsdp2 import put_together
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.skipif(find_spec("megatron.core") is None, reason="megatron-core is not installed")
+pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 def torchrun(script: str, world: int, *arguments: str) -> None:
