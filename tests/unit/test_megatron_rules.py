@@ -279,6 +279,46 @@ def test_what_is_no_megatron_model_is_refused():
         MegatronSource(offloaded, FACTS)
 
 
+class Quantised(torch.Tensor):
+    """A tensor that is made of others, as Transformer Engine's fp8 parameters are."""
+
+    @classmethod
+    def __torch_dispatch__(cls, *_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing is computed with it")
+
+
+def test_parameters_without_memory_of_their_own_are_refused():
+    model = Model()
+    weight = torch.Tensor._make_wrapper_subclass(Quantised, (3, 2))  # type: ignore[attr-defined]
+    model.layer.mlp.linear_fc2._parameters["weight"] = weight
+    with pytest.raises(SourceError, match=r"linear_fc2\.weight' is a Quantised"):
+        MegatronSource(model, FACTS)
+
+
+class DDP(nn.Module):
+    """Megatron's, as far as a source looks at it."""
+
+    def __init__(self, model: nn.Module, *, overlap: bool) -> None:
+        super().__init__()
+        self.module = model
+        self.ddp_config = SimpleNamespace(use_distributed_optimizer=True, overlap_param_gather=overlap)
+        self.synced = 0
+
+    def start_param_sync(self, *, force_sync: bool) -> None:
+        assert force_sync
+        self.synced += 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parameters_that_are_gathered_late_are_asked_for_at_each_push(overlap):
+    wrapped = DDP(Model(), overlap=overlap)
+    outermost = nn.Module()
+    outermost.module = wrapped
+    for pushes in (1, 2):
+        MegatronSource(outermost, FACTS)
+        assert wrapped.synced == (pushes if overlap else 0)
+
+
 class Bridge:
     """An mbridge bridge as far as one rank looks at it."""
 

@@ -72,9 +72,10 @@ class MegatronSource(PartSource):
         if not models:
             raise SourceError("no model is given", hint="give this rank's model, or the list of its virtual stages")
         facts = _facts(checkpoint if checkpoint is not None else getattr(bridge, "hf_config", None))
+        inner = list(map(bare, models))
         for one in models:
             sync_parameters(one)
-        stages = [Stage.of(bare(one)) for one in models]
+        stages = list(map(Stage.of, inner))
         table = _table(family, facts.get("model_type"), rules, bridge)
         _check_tied(stages, facts)
         vocab_size = vocab_size if vocab_size is not None else facts.get("vocab_size")

@@ -71,9 +71,16 @@ class Stage:
         return stage
 
     def _check_memory(self) -> None:
-        if any(map(is_dtensor, {type(one): one for one in self.tensors}.values())):
-            name = next(name for name, one in zip(self.names, self.tensors, strict=True) if is_dtensor(one))
-            raise SourceError(f"Megatron parameter {name!r} is a DTensor: {_FSDP}", hint=_NO_FSDP)
+        """Raise `SourceError` naming the first parameter whose values cannot be read where they lie."""
+        for kind in {*map(type, self.tensors)}:
+            if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+                name, one = next(pair for pair in zip(self.names, self.tensors, strict=True) if type(pair[1]) is kind)
+                if is_dtensor(one):
+                    raise SourceError(f"Megatron parameter {name!r} is a DTensor: {_FSDP}", hint=_NO_FSDP)
+                raise SourceError(
+                    f"Megatron parameter {name!r} is a {kind.__name__}, which has its values in other tensors",
+                    hint="keep parameters in bfloat16 or float32, and what is computed from them in fp8",
+                )
         if not all(map(torch.Tensor.data_ptr, self.tensors)):
             for name, one in zip(self.names, self.tensors, strict=True):
                 if not one.data_ptr() and one.numel():
@@ -105,15 +112,12 @@ class Stage:
 
 def bare(model: nn.Module) -> nn.Module:
     """The model inside DDP, Float16Module and the like. Raises `SourceError` for FSDP."""
-    while True:
-        if "FullyShardedDataParallel" in type(model).__name__:
-            raise SourceError(
-                f"the model is wrapped by {type(model).__module__}.{type(model).__name__}: {_FSDP}", hint=_NO_FSDP
-            )
-        inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
+    *wrappers, inner = _unwrapped(model)
+    for wrapper in wrappers:
+        kind = type(wrapper)
+        if "FullyShardedDataParallel" in kind.__name__:
+            raise SourceError(f"the model is wrapped by {kind.__module__}.{kind.__name__}: {_FSDP}", hint=_NO_FSDP)
+    return inner
 
 
 def sync_parameters(model: nn.Module) -> None:
@@ -122,9 +126,18 @@ def sync_parameters(model: nn.Module) -> None:
     With `overlap_param_gather` a rank has, after the optimizer's step, only its own share of what was updated. As
     Megatron does before it writes a checkpoint (`force_param_sync`). A collective of the data-parallel ranks.
     """
-    ddp = getattr(model, "ddp_config", None)
-    if ddp is not None and ddp.use_distributed_optimizer and ddp.overlap_param_gather:
-        model.start_param_sync(force_sync=True)  # type: ignore[operator]
+    for wrapper in _unwrapped(model):
+        options = getattr(wrapper, "ddp_config", None)
+        if options is not None and options.use_distributed_optimizer and options.overlap_param_gather:
+            wrapper.start_param_sync(force_sync=True)  # type: ignore[operator]
+
+
+def _unwrapped(model: nn.Module) -> list[nn.Module]:
+    """The model with all its wrappers, outermost first."""
+    found = [model]
+    while isinstance(inner := getattr(found[-1], "module", None), nn.Module):
+        found.append(inner)
+    return found
 
 
 def held_of(stage: Stage, vocab_size: int | None) -> Iterator[tuple[int, Held]]:
