@@ -289,7 +289,7 @@ class Quantised(torch.Tensor):
 
 def test_parameters_without_memory_of_their_own_are_refused():
     model = Model()
-    weight = torch.Tensor._make_wrapper_subclass(Quantised, (3, 2))  # type: ignore[attr-defined]
+    weight = torch.Tensor._make_wrapper_subclass(Quantised, (3, 2))
     model.layer.mlp.linear_fc2._parameters["weight"] = weight
     with pytest.raises(SourceError, match=r"linear_fc2\.weight' is a Quantised"):
         MegatronSource(model, FACTS)

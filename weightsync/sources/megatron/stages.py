@@ -72,7 +72,8 @@ class Stage:
 
     def _check_memory(self) -> None:
         """Raise `SourceError` naming the first parameter whose values cannot be read where they lie."""
-        for kind in {*map(type, self.tensors)}:
+        kinds: set[Any] = {*map(type, self.tensors)}
+        for kind in kinds:
             if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
                 name, one = next(pair for pair in zip(self.names, self.tensors, strict=True) if type(pair[1]) is kind)
                 if is_dtensor(one):
