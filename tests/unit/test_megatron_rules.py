@@ -93,6 +93,8 @@ def test_rows_that_pad_the_vocabulary_are_left_out(rank, start, rows):
         (Vocabulary("e"), held(4), {}, "how many of its rows pad the vocabulary is not known"),
         (Vocabulary("e"), held(4, vocab_size=9), {}, "have 4 rows, a vocabulary of 9 has more"),
         (Rows("r"), held(4, data=torch.zeros(4)), {}, "cut along dimension 1"),
+        (Whole("m.{expert}"), held(4), {}, "what is to stand there for 'expert' is not known"),
+        (Whole("m.{block}"), held(4), {}, "what is to stand there for 'block' is not known"),
     ],
 )
 def test_what_is_not_as_its_rule_says_is_named(rule, given, config, problem):
@@ -219,6 +221,19 @@ def test_what_has_changed_is_described_anew():
     assert MegatronSource(model, FACTS).layout() == before
     model.layer.mlp.linear_fc2 = nn.Linear(4, 3, bias=False)
     assert MegatronSource(model, FACTS).layout() != before
+
+
+def test_routers_biases_are_weights_though_buffers():
+    model = Model()
+    model.config = SimpleNamespace(**vars(CONFIG), moe_router_enable_expert_bias=True)
+    model.layer.mlp.router = nn.Module()
+    model.layer.mlp.router.register_buffer("expert_bias", torch.ones(4))
+    name = "decoder.layers.*.mlp.router.expert_bias"
+    with pytest.raises(SourceError, match=r"'decoder\.layers\.0\.mlp\.router\.expert_bias'"):
+        MegatronSource(model, FACTS)
+    source = MegatronSource(model, FACTS, rules={name: Whole("model.layers.{layer}.mlp.gate.e_score_correction_bias")})
+    assert source.layout().tensors.names[-1] == "model.layers.2.mlp.gate.e_score_correction_bias"
+    assert torch.equal(source.local(4), torch.ones(4))
 
 
 def test_nothing_remembered_keeps_weights_alive():

@@ -31,8 +31,15 @@ class Held:
     vocab_size: int | None = None  # rows of the checkpoint's embedding; Megatron's has some more
 
     def named(self, template: str) -> str:
-        """A name of the checkpoint, from one with `{layer}` and `{expert}` in it."""
-        return template.format(layer=self.layer, expert=self.expert)
+        """A name of the checkpoint, from one with `{layer}` and `{expert}` in it. Raises `SourceError` for others."""
+        known = {"layer": self.layer, "expert": self.expert}
+        try:
+            return template.format(**{word: number for word, number in known.items() if number is not None})
+        except (KeyError, IndexError, ValueError) as error:
+            raise self.error(
+                f"its rule names {template!r}, and what is to stand there for {error} is not known",
+                hint="{layer} is known of parameters of layers, {expert} of those of experts",
+            ) from error
 
     def part(self, template: str, shape: tuple[int, ...], offset: tuple[int, ...], data: torch.Tensor) -> Part:
         """`data`, which lies at `offset` in the tensor of this name and shape."""

@@ -192,7 +192,8 @@ def _expert_biases(model: Any) -> dict[str, torch.Tensor]:
         return {}
     found = {}
     for i, layer in enumerate(model.decoder.layers):
-        bias = getattr(getattr(layer.mlp, "router", None), "expert_bias", None)
+        router = getattr(getattr(layer, "mlp", None), "router", None)
+        bias = getattr(router, "expert_bias", None)
         if bias is not None:
             found[f"decoder.layers.{i}.mlp.router.expert_bias"] = bias
     return found

@@ -17,9 +17,7 @@ __all__ = ["Cut"]
 class Cut:
     """The views of one packed tensor that were taken of it, so that they can be taken of it again, or of another."""
 
-    rows: tuple[
-        int, ...
-    ] = ()  # lengths of runs of rows, the first from row 0 on, each view one; then what is left over
+    rows: tuple[int, ...] = ()  # of runs of rows, the first from row 0 on: one a view, and at last what is left over
     boxes: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...] = ()  # of all other views: shape, strides, offset
     whole: bool = False  # the tensor itself is the only view
 
