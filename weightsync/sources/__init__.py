@@ -17,15 +17,26 @@ from weightsync.sources.base import Source
 
 if TYPE_CHECKING:
     from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources.megatron import MegatronSource
     from weightsync.sources.module import ModuleSource
     from weightsync.sources.parts import Part, PartSource
     from weightsync.sources.selected import Only, Rename
     from weightsync.sources.tensors import TensorSource
 
-__all__ = ["CheckpointSource", "ModuleSource", "Part", "PartSource", "Source", "TensorSource", "source_of"]
+__all__ = [
+    "CheckpointSource",
+    "MegatronSource",
+    "ModuleSource",
+    "Part",
+    "PartSource",
+    "Source",
+    "TensorSource",
+    "source_of",
+]
 
 _LAZY = {
     "CheckpointSource": "weightsync.sources.checkpoint",
+    "MegatronSource": "weightsync.sources.megatron",
     "ModuleSource": "weightsync.sources.module",
     "Part": "weightsync.sources.parts",
     "PartSource": "weightsync.sources.parts",

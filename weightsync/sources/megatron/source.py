@@ -1,0 +1,224 @@
+"""A rank of a megatron-core trainer: each parameter declared as the boxes of checkpoint tensors that it is."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from weakref import ref
+
+import torch
+from torch import nn
+
+from weightsync.errors import SourceError
+from weightsync.sources.megatron.describing import described
+from weightsync.sources.megatron.exporting import Exporter
+from weightsync.sources.megatron.families import FAMILIES, rules_of
+from weightsync.sources.megatron.stages import Stage, bare, sync_parameters
+from weightsync.sources.parts import PartSource
+from weightsync.sources.recent import Recent
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from os import PathLike
+
+    from weightsync.plan.manifest import Layout
+    from weightsync.sources.megatron.held import Rule
+    from weightsync.sources.megatron.views import Cut
+
+__all__ = ["MegatronSource"]
+
+logger = logging.getLogger(__name__)
+
+_DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
+
+
+class MegatronSource(PartSource):
+    """The weights of a megatron-core model, under the names and in the layout of its Hugging Face checkpoint.
+
+    Make one on every rank for each push, with the model as the trainer has it: wrapped by DDP or not, a list where
+    there are virtual pipeline stages. Nothing is gathered and nothing copied, except what only a bridge can export
+    (`gathered`). Parameters are read while the push runs, and must stay as they are until it has read them.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Sequence[nn.Module],
+        checkpoint: str | PathLike[str] | Mapping[str, Any] | Any = None,
+        *,
+        family: str | None = None,
+        vocab_size: int | None = None,
+        rules: Mapping[str, Rule] | None = None,
+        bridge: Any = None,
+    ) -> None:
+        """Describe what this rank holds; again, in milliseconds, if the same model was described lately.
+
+        checkpoint: the directory with the checkpoint's `config.json`, or what is in it: a mapping, or a transformers
+            configuration. Says family and vocab_size. Default: the bridge's.
+        family: whose table of rules applies, such as "qwen3"; one of `FAMILIES`.
+        vocab_size: rows of the checkpoint's embedding; Megatron's has more, so that ranks share them evenly.
+        rules: more rules, or others than the family's, by Megatron's name with `*` for the layer's number. Give the
+            same functions each time: for new ones everything is described anew.
+        bridge: an mbridge bridge, which exports what no rule knows. What it gathers is gathered at each push, by the
+            ranks that share the parameter: all of them must make their source.
+
+        Raises `SourceError` naming the first parameter that cannot be pushed.
+        """
+        models: list[nn.Module] = [model] if isinstance(model, nn.Module) else list(model)
+        if not models:
+            raise SourceError("no model is given", hint="give this rank's model, or the list of its virtual stages")
+        facts = _facts(checkpoint if checkpoint is not None else getattr(bridge, "hf_config", None))
+        inner = list(map(bare, models))
+        for one in models:
+            sync_parameters(one)
+        stages = list(map(Stage.of, inner))
+        table = _table(family, facts.get("model_type"), rules, bridge)
+        _check_tied(stages, facts)
+        vocab_size = vocab_size if vocab_size is not None else facts.get("vocab_size")
+        options = _Options(table, vocab_size, None if bridge is None else type(bridge))
+        #: checkpoint tensors that a bridge has exported, and that this rank holds whole until the source goes
+        self.gathered: tuple[str, ...]
+        for look in _RECENT:
+            if look.fits(stages, options):
+                _RECENT.add(look)
+                self._layout, self.gathered = look.layout, look.gathered
+                self._shards = look.shards(stages, bridge)
+                return
+        found = described(stages, table, vocab_size, bridge)
+        super().__init__(found.parts, found.aliases)
+        self.gathered = found.gathered
+        if self.gathered:
+            logger.warning(
+                "%d checkpoint tensors are gathered by %s, for want of a rule: %s",
+                len(self.gathered),
+                type(bridge).__name__,
+                ", ".join(self.gathered[:8]) + (", …" if len(self.gathered) > 8 else ""),
+            )
+        if found.cuts is not None:
+            _RECENT.add(_Look.of(stages, options, found.cuts, self._layout, self.gathered))
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What the caller said."""
+
+    table: Mapping[str, Rule]
+    vocab_size: int | None
+    bridge: type | None
+
+
+@dataclass(frozen=True, eq=False)
+class _Look:
+    """All that a description depended on. Of modules only weak references, and no tensor."""
+
+    modules: tuple[ref[nn.Module], ...]
+    options: _Options
+    names: list[tuple[str, ...]]  # of each stage's tensors, as all below
+    kinds: list[list[type]]
+    dtypes: list[list[torch.dtype]]
+    shapes: list[list[torch.Size]]
+    cuts: list[list[Cut | None]]
+    layout: Layout
+    gathered: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        stages: list[Stage],
+        options: _Options,
+        cuts: list[list[Cut | None]],
+        layout: Layout,
+        gathered: tuple[str, ...],
+    ) -> _Look:
+        return cls(
+            modules=tuple(ref(stage.model) for stage in stages),
+            options=options,
+            names=[stage.names for stage in stages],
+            kinds=[list(map(type, stage.tensors)) for stage in stages],
+            dtypes=[list(map(_DTYPE, stage.tensors)) for stage in stages],
+            shapes=[list(map(_SHAPE, stage.tensors)) for stage in stages],
+            cuts=cuts,
+            layout=layout,
+            gathered=gathered,
+        )
+
+    def fits(self, stages: list[Stage], options: _Options) -> bool:
+        """Whether these are the same modules, with parameters that look the same, wherever they lie by now."""
+        if len(stages) != len(self.modules) or options != self.options:
+            return False
+        for i, stage in enumerate(stages):
+            if self.modules[i]() is not stage.model or stage.names != self.names[i]:
+                return False
+            tensors = stage.tensors
+            if list(map(type, tensors)) != self.kinds[i] or list(map(_DTYPE, tensors)) != self.dtypes[i]:
+                return False
+            if list(map(_SHAPE, tensors)) != self.shapes[i] or not all(map(torch.Tensor.is_contiguous, tensors)):
+                return False
+        return True
+
+    def shards(self, stages: list[Stage], bridge: Any) -> list[torch.Tensor]:
+        """The memory of each shard, where it is now."""
+        shards: list[torch.Tensor] = []
+        with torch.no_grad():
+            for stage, cuts in zip(stages, self.cuts, strict=True):
+                exporter: Exporter | None = None
+                for place, cut in enumerate(cuts):
+                    if cut is not None:
+                        shards += cut.views(stage.tensors[place])
+                        continue
+                    exporter = exporter or Exporter(bridge, stage)
+                    shards += (part.data for part in exporter.parts(place))
+        return shards
+
+
+_RECENT: Recent[_Look] = Recent()
+
+
+def _facts(checkpoint: Any) -> Mapping[str, Any]:
+    """What a checkpoint's configuration says. Raises `SourceError` where it cannot be read."""
+    if checkpoint is None:
+        return {}
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
+    if hasattr(checkpoint, "to_dict"):
+        facts: Mapping[str, Any] = checkpoint.to_dict()
+        return facts
+    path = Path(checkpoint) / "config.json"
+    try:
+        read = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise SourceError(
+            f"cannot read {path}: {error}", hint="give a checkpoint's directory, or its configuration"
+        ) from error
+    if not isinstance(read, dict):
+        raise SourceError(f"{path} must hold a JSON object")
+    return read
+
+
+def _table(
+    family: str | None, model_type: str | None, rules: Mapping[str, Rule] | None, bridge: Any
+) -> Mapping[str, Rule]:
+    """The rules that apply: the caller's before those of the family."""
+    if family is None and (model_type in FAMILIES or (rules is None and bridge is None)):
+        family = model_type
+        if family is None:
+            raise SourceError(
+                "the model's family is not known, nor are rules given",
+                hint="give the checkpoint's directory or configuration, family=, or rules=",
+            )
+    known: Mapping[str, Rule] = {} if family is None else rules_of(family)
+    return known if rules is None else {**known, **rules}
+
+
+def _check_tied(stages: list[Stage], facts: Mapping[str, Any]) -> None:
+    said = facts.get("tie_word_embeddings")
+    if said is not None and bool(said) != stages[0].tied:
+        raise SourceError(
+            f"the checkpoint says tie_word_embeddings = {bool(said)}, the Megatron model says "
+            f"share_embeddings_and_output_weights = {stages[0].tied}",
+            hint="an engine would take the wrong tensor for its output layer: make both the same",
+        )
