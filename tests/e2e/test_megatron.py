@@ -20,6 +20,7 @@ pytestmark = [
     pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed"),
 ]
 
+ROOT = Path(__file__).parents[2]
 MOE = ModelConfig(
     architecture="Qwen3MoeForCausalLM",
     vocab_size=259,
@@ -52,7 +53,7 @@ def push(node: Node, sizes: dict[str, int], ranks: int, out: Path) -> None:
     first, second = next(node.versions), next(node.versions)
     arguments = [node.checkpoint("B"), node.daemon.endpoint, str(first), str(out), json.dumps(sizes)]
     name = "megatron-" + "-".join(f"{cut}{size}" for cut, size in sizes.items())
-    trainer = node.fleet.torchrun(name, script, ranks, arguments)
+    trainer = node.fleet.torchrun(name, script, ranks, arguments, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}"})
     assert trainer.wait(100) == 0, trainer.tail(60)
     node.assert_holds({name: weight + 1 for name, weight in node.weights("B").items()}, second)
     told = [json.loads((out / f"rank{r}.json").read_text()) for r in range(ranks)]

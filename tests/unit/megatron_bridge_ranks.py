@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from tests.megatron_kit import Shape, as_transformer_engine, checkpoint, without_gpus
-from tests.unit.megatron_ranks import MOE, OUT, QWEN2, QWEN3, TIED, record
+from tests.unit.megatron_ranks import MOE, OUT, QWEN2, QWEN3, TIED, record_case
 from weightsync.errors import SourceError
 from weightsync.sources import MegatronSource
 from weightsync.sources.megatron import FAMILIES
@@ -81,7 +81,7 @@ def main() -> None:
 
         source = MegatronSource(models, bridge=bridge)
         assert not source.gathered
-        record(case, source, weights)
+        record_case(case, source, weights)
         with torch.no_grad():
             exported = dict(bridge.export_weights(models))
         assert exported.keys() == weights.keys()
@@ -92,7 +92,7 @@ def main() -> None:
         facts = {"model_type": "a family of tomorrow", "vocab_size": shape.vocab_size}
         gathered = MegatronSource(models, facts, rules=rules, bridge=bridge)
         assert any("q_proj.weight" in name for name in gathered.gathered)
-        record(f"{case}-gathered", gathered, weights)
+        record_case(f"{case}-gathered", gathered, weights)
         again = MegatronSource(models, facts, rules=rules, bridge=bridge)
         assert again.layout() is gathered.layout()
         assert all(torch.equal(again.local(i), gathered.local(i)) for i in range(len(again.layout())))

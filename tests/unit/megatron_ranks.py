@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state as mpu
@@ -15,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from tests.megatron_kit import Shape, build, checkpoint, load, without_gpus
+from tests.unit.sources_kit import record, record_whole
 from weightsync.sources import MegatronSource
 
 OUT = Path(sys.argv[1])
@@ -63,25 +63,11 @@ CASES: dict[int, dict[str, tuple[Shape, dict[str, int], dict[str, Any]]]] = {
 }
 
 
-def raw(tensor: torch.Tensor) -> np.ndarray:
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return flat.view(f"u{tensor.itemsize}").reshape(tuple(tensor.shape))
-
-
-def record(case: str, source: MegatronSource, whole: dict[str, torch.Tensor]) -> None:
+def record_case(case: str, source: MegatronSource, whole: dict[str, torch.Tensor]) -> None:
     """Write this rank's layout and shards; rank 0 also writes the checkpoint."""
-    layout = source.layout()
-    arrays: dict[str, Any] = {}
-    for i in range(len(layout)):
-        shard = layout.shard(i)
-        out = torch.zeros(shard.shape, dtype=getattr(torch, shard.dtype))
-        source.read_into(i, (0,) * out.dim(), shard.shape, out)
-        arrays[f"shard{i}"] = raw(out)
-    (OUT / f"{case}.{dist.get_rank()}.layout").write_bytes(layout.pack())
-    np.savez(OUT / f"{case}.{dist.get_rank()}.npz", **arrays)
+    record(OUT, case, dist.get_rank(), source)
     if dist.get_rank() == 0:
-        tensors: dict[str, Any] = {name: raw(tensor) for name, tensor in whole.items()}
-        np.savez(OUT / f"{case}.whole.npz", **tensors)
+        record_whole(OUT, case, whole)
 
 
 def described_again(models: list[Any], shape: Shape, before: MegatronSource) -> None:
@@ -111,11 +97,11 @@ def behind_a_distributed_optimizer(shape: Shape) -> None:
     wrapped = DistributedDataParallel(models[0].config, options, models[0])
     source = MegatronSource(wrapped, shape.facts())
     assert source.layout() is before.layout()
-    record("ddp", source, weights)
+    record_case("ddp", source, weights)
     for group in wrapped.bucket_groups:
         for bucket in group.buckets:  # as `DistributedOptimizer` does; it needs GPUs
             shard_buffer(bucket.param_data, dist.get_world_size())[dist.get_rank()].add_(1)
-    record("ddp-stepped", MegatronSource(wrapped, shape.facts()), {name: one + 1 for name, one in weights.items()})
+    record_case("ddp-stepped", MegatronSource(wrapped, shape.facts()), {name: one + 1 for name, one in weights.items()})
 
 
 def main() -> None:
@@ -135,7 +121,7 @@ def main() -> None:
         load(models, shape, weights)
         source = MegatronSource(models if len(models) > 1 else models[0], shape.facts())
         assert not source.gathered
-        record(case, source, weights)
+        record_case(case, source, weights)
         if options.get("dtype") is None:
             described_again(models, shape, source)
         if case == "dp2":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.unit.test_sources_fsdp2 import put_together
+from tests.unit.sources_kit import put_together
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DemoResult", "run_demo"]
 
 _STEP_SECONDS = 120.0
+_NODES = f"demo{os.getpid()}"  # how the names of this run's nodes begin, and so those of what they leave in /dev/shm
 DENSE = ModelConfig(
     vocab_size=4096,
     hidden_size=512,
@@ -69,12 +70,11 @@ def run_demo(console: Console, *, steps: int = 5) -> DemoResult:
     """Push `steps` versions of each model of `ACTS`. Raises `FleetError` when a process fails."""
     started = time.monotonic()
     result = DemoResult()
-    segments = _segments()
     with Fleet() as fleet:
         for title, config in ACTS.items():
             _act(console, fleet, title, config, steps, result)
         root, pids = fleet.root, [child.pid for child in fleet.children]
-    result.left_behind += [f"/dev/shm/{name}" for name in sorted(_segments() - segments)]
+    result.left_behind += [f"/dev/shm/{name}" for name in sorted(os.listdir("/dev/shm")) if f"-{_NODES}-" in name]
     result.left_behind += [f"process {pid}" for pid in pids if Path(f"/proc/{pid}").exists()]
     result.left_behind += [str(root)] if root.exists() else []
     result.seconds = time.monotonic() - started
@@ -94,8 +94,8 @@ def _act(console: Console, fleet: Fleet, title: str, config: ModelConfig, steps:
         for engine in engines:
             fleet.wait_engine(engine)
         arena = {"slot_bytes": "16MiB", "slots": 3}
-        far = fleet.start_daemon(f"{kind}-node1", engines[2:], arena=arena)
-        near = fleet.start_daemon(f"{kind}-node0", engines[:2], peers=[far], arena=arena)
+        far = fleet.start_daemon(f"{_NODES}-{kind}-1", engines[2:], arena=arena)
+        near = fleet.start_daemon(f"{_NODES}-{kind}-0", engines[:2], peers=[far], arena=arena)
     console.print(
         f"weightsyncd on node0 with engines tp 1 and tp 2, on node1 with tp 2, joined by gloo; 2 FSDP2 ranks train "
         f"for {steps} steps and push after each"
@@ -173,7 +173,3 @@ def _line(push: dict[str, Any]) -> str:
     tokens = " ".join(str(t) for t in push["tokens"][:4])
     engines = f"{push['tokens_equal']} of {push['engines']} engines: {tokens} …"
     return f"{numbers} {speed}  [{colour}]{ranks:<16}  {engines}[/]"
-
-
-def _segments() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith("weightsync-")}

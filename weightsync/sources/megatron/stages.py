@@ -18,7 +18,7 @@ from torch import nn
 from weightsync.errors import SourceError
 from weightsync.sources.dtensors import is_dtensor
 from weightsync.sources.megatron.held import Held
-from weightsync.sources.module import parameters_of
+from weightsync.sources.tree import parameters_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -64,7 +64,7 @@ class Stage:
                 f"{type(model).__name__} is no language model of megatron-core: it has no config and decoder",
                 hint="give the GPTModel, wrapped or not, or the list of its virtual pipeline stages",
             )
-        names, tensors = parameters_of(model)
+        names, tensors, *_ = parameters_of(model)
         biases = _expert_biases(model)
         stage = cls(model, (*names, *biases), [*tensors, *biases.values()])
         stage._check_memory()
