@@ -17,14 +17,25 @@ from weightsync.sources.base import Source
 
 if TYPE_CHECKING:
     from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources.lora import LoraSource
     from weightsync.sources.module import ModuleSource
     from weightsync.sources.parts import Part, PartSource
     from weightsync.sources.tensors import TensorSource
 
-__all__ = ["CheckpointSource", "ModuleSource", "Part", "PartSource", "Source", "TensorSource", "source_of"]
+__all__ = [
+    "CheckpointSource",
+    "LoraSource",
+    "ModuleSource",
+    "Part",
+    "PartSource",
+    "Source",
+    "TensorSource",
+    "source_of",
+]
 
 _LAZY = {
     "CheckpointSource": "weightsync.sources.checkpoint",
+    "LoraSource": "weightsync.sources.lora",
     "ModuleSource": "weightsync.sources.module",
     "Part": "weightsync.sources.parts",
     "PartSource": "weightsync.sources.parts",
@@ -53,7 +64,15 @@ def _source_of(weights: object) -> Source:
     if torch is not None and isinstance(weights, torch.nn.Module):
         from weightsync.sources.module import ModuleSource, parameters_of
 
-        return ModuleSource.recalled(*parameters_of(weights))
+        names, parameters = parameters_of(weights)
+        if "peft" in sys.modules:
+            from weightsync.sources.lora_layers import is_adapted
+
+            if is_adapted(weights, names):
+                from weightsync.sources.lora import LoraSource
+
+                return LoraSource(weights)
+        return ModuleSource.recalled(names, parameters)
     single = torch is not None and isinstance(weights, torch.Tensor)
     if isinstance(weights, Mapping | Iterable) and not single and not isinstance(weights, str | bytes):
         from weightsync.sources.tensors import TensorSource, named

@@ -14,7 +14,7 @@ from weightsync.sources.tensors import TensorSource, named
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["ModuleSource", "parameters_of"]
+__all__ = ["ModuleSource", "parameters_of", "refuse_fsdp1"]
 
 _LISTING = ("named_parameters", "named_modules", "_named_members")
 _MOST = 1 << 22  # modules that a walk may meet
@@ -29,7 +29,7 @@ class ModuleSource(TensorSource):
 
     def __init__(self, module: nn.Module) -> None:
         """Raises `SourceError` naming the first parameter that cannot be pushed."""
-        _refuse_fsdp1(module)
+        refuse_fsdp1(module)
         super().__init__(module.named_parameters(remove_duplicate=False))
 
 
@@ -46,7 +46,7 @@ def parameters_of(module: nn.Module) -> tuple[tuple[str, ...], list[Any]]:
             if tree == known.tree:
                 _RECENT.add(known)
                 return known.names, list(map(parameters.__getitem__, known.order))
-    _refuse_fsdp1(module)
+    refuse_fsdp1(module)
     names, listed = named(module.named_parameters(remove_duplicate=False))
     met = _walk(module, _MOST)
     if met is not None:
@@ -139,7 +139,8 @@ def _is_fsdp1(kind: type) -> bool:
     return kind.__name__ == "FullyShardedDataParallel"
 
 
-def _refuse_fsdp1(module: nn.Module) -> None:
+def refuse_fsdp1(module: nn.Module) -> None:
+    """Raise `SourceError` naming the first module in it that FSDP1 wraps."""
     for name, child in module.named_modules():
         if _is_fsdp1(type(child)):
             raise SourceError(
