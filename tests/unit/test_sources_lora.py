@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -258,7 +259,7 @@ def test_layers_injected_into_a_plain_module_are_known():
     spoken(model)
     source = source_of(model)
     assert isinstance(source, LoraSource)
-    layer = model.layers[0].up
+    layer: Any = model.get_submodule("layers.0.up")
     found = sent(source)["layers.0.up.weight"]
     assert torch.equal(found, layer.base_layer.weight.data + layer.get_delta_weight("default"))
 

@@ -161,7 +161,8 @@ class _Matrices:
             if all(at >= 0 and at + n <= room for at, n, room in zip(inside, shape, held.shape, strict=True)):
                 return narrowed(held, inside, shape)
         raise SourceError(
-            f"this rank holds a part of {name!r}, and not all of the part of {called} that is added to it",
+            f"this rank holds a part of tensor {name!r}, but not what adapter {lora.adapter!r} adds to it: its "
+            f"lora_{which} is sharded too",
             hint="push LoraSource(model, gather=True), made on all ranks at the same place: it gathers the LoRA "
             "matrices alone; or keep them out of fully_shard (ignored_params), the same on all ranks",
         )

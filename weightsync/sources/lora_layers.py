@@ -69,7 +69,8 @@ def base_tensors(module: nn.Module) -> list[BaseTensor]:
         if config is None or config.is_prompt_learning:
             what = type(module).__name__ if config is None else f"a PeftModel with {config.peft_type.value}"
             raise SourceError(f"{what} has no weights that adapters could be merged into", hint=_LORA_ONLY)
-        module = module.get_base_model()
+        whole: Any = module
+        module = whole.get_base_model()
     found = _Walk(kinds)
     tensors = list(found.walk("", module))
     pushed = {id(one.tensor): one.name for one in tensors}
@@ -151,26 +152,26 @@ def _loras(kinds: _Kinds, path: str, layer: Any) -> tuple[Lora, ...]:
     if layer.merged:
         return ()  # they are in the weight already, and a merged layer computes with nothing else
     _refuse_disabled(path, layer)
-    kind = type(layer)
-    if isinstance(layer, kinds.linear):
-        a_of, b_of, transposed = layer.lora_A, layer.lora_B, bool(layer.fan_in_fan_out)
-    elif isinstance(layer, kinds.embedding):
-        a_of, b_of, transposed = layer.lora_embedding_A, layer.lora_embedding_B, True
-    else:
+    linear = isinstance(layer, kinds.linear)
+    if not linear and not isinstance(layer, kinds.embedding):
+        kind = type(layer)
         raise SourceError(f"layer {path!r} is peft's {kind.__module__}.{kind.__qualname__}", hint=_LORA_ONLY)
+    one: Any = layer
     loras = []
-    for adapter in layer.active_adapters:
-        if adapter not in a_of:
+    for adapter in one.active_adapters:
+        if adapter not in (one.lora_A if linear else one.lora_embedding_A):
             continue
-        variant = getattr(layer, "lora_variant", {}).get(adapter)
-        if variant is not None or layer.use_dora.get(adapter):  # older peft notes DoRA alone
+        variant = getattr(one, "lora_variant", {}).get(adapter)
+        if variant is not None or one.use_dora.get(adapter):  # older peft notes DoRA alone
             called = "DoRA" if variant is None else type(variant).__name__
             raise SourceError(f"adapter {adapter!r} of layer {path!r} is of the variant {called}", hint=_LORA_ONLY)
-        if getattr(layer, "lora_bias", {}).get(adapter):
+        if getattr(one, "lora_bias", {}).get(adapter):
             raise SourceError(f"adapter {adapter!r} of layer {path!r} has a bias (lora_bias=True)", hint=_LORA_ONLY)
-        a, b = (of[adapter] for of in (a_of, b_of))
-        a, b = (a, b) if isinstance(layer, kinds.embedding) else (a.weight, b.weight)
-        loras.append(Lora(adapter, a, b, float(layer.scaling[adapter]), transposed))
+        if linear:
+            a, b, transposed = one.lora_A[adapter].weight, one.lora_B[adapter].weight, bool(one.fan_in_fan_out)
+        else:
+            a, b, transposed = one.lora_embedding_A[adapter], one.lora_embedding_B[adapter], True
+        loras.append(Lora(adapter, a, b, float(one.scaling[adapter]), transposed))
     return tuple(loras)
 
 
