@@ -38,6 +38,7 @@ from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
+from weightsyncd.loras import Loras
 from weightsyncd.membership import Membership, as_in, need_restart, with_engines
 from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
@@ -69,6 +70,7 @@ _FROM_AFAR = (
     msg.TellRank,
     msg.Release,
     msg.Register,
+    msg.PushLora,
 )
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
 
@@ -140,6 +142,7 @@ class Server:
         self.registry = Registry(config.timeouts.liveness)
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None
         self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
+        self.loras = Loras(config, self.engines, self.peers, lambda: self.busy, self._spawn)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -284,6 +287,10 @@ class Server:
                 self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
             case msg.JoinRail() | msg.Receive() | msg.Exchange():
                 self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
+            case msg.PushLora():
+                if message.forward and identity.startswith(_FAR):
+                    raise RemoteProtocolError("a LoRA adapter from another node is for the engines of this one alone")
+                self._spawn(self._answer(identity, message.id, self.loras.push(message)))
             case msg.Register():
                 self._send(identity, msgspec.structs.replace(self.registry.register(message), id=message.id))
             case msg.Gather():
