@@ -72,7 +72,12 @@ class Loras:
             ) from error
         try:
             held = await self._held(message, mine, until)
-            path = await asyncio.to_thread(_write, self._node, message)
+            try:
+                path = await asyncio.to_thread(_write, self._node, message)
+            except OSError as error:
+                raise _refused(
+                    message, f"the adapter cannot be written to {error.filename}: {error.strerror}"
+                ) from error
             outcomes = await asyncio.gather(
                 *(self._load(engine, held[engine.name], message, path, until) for engine in mine),
                 *(self._pass_on(node, statuses, message, until) for node, statuses in theirs.items()),

@@ -17,8 +17,8 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
-from weightsync import push_weights
-from weightsync.errors import SourceError
+from weightsync import push_lora, push_weights
+from weightsync.errors import SourceError, WeightSyncError
 from weightsync.sources import LoraSource
 
 with warnings.catch_warnings():
@@ -49,6 +49,7 @@ def main() -> None:
         source = LoraSource(cut, gather=True)
         reports.append(push_weights(source, version=int(version) + i, daemon=daemon, timeout=60))
     told["complete"] = [report.complete for report in reports]
+    told["alone"] = [_alone(cut, daemon, gather=gather) for gather in (False, True)]
     rank = dist.get_rank()
     Path(out, f"rank{rank}.json").write_text(json.dumps(told))
     whole = {name: _gathered(rows) for name, rows in _merged_rows(cut).items()}
@@ -57,6 +58,13 @@ def main() -> None:
     dist.barrier()
     dist.destroy_process_group()
     os._exit(0)
+
+
+def _alone(model: Any, daemon: str, *, gather: bool) -> str:
+    try:
+        return str(push_lora(model, version=1, daemon=daemon, gather=gather))
+    except WeightSyncError as error:
+        return str(error.message)
 
 
 def _adapted(checkpoint: str, seed: int) -> Any:

@@ -70,7 +70,13 @@ def test_fsdp2_ranks_push_a_fine_tune(node, ranks, tmp_path):
     trainer = node.fleet.torchrun(f"lora-{ranks}", script, ranks, arguments)
     assert trainer.wait(100) == 0, trainer.tail(60)
     told = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(ranks)]
+    alone = [one.pop("alone") for one in told]
     assert told.count(told[0]) == ranks
+    # the first rank alone speaks; reference engines serve no adapters
+    assert alone[1:] == [["None", "None"]] * (ranks - 1)
+    sharded, refused = alone[0]
+    assert sharded.endswith("lora_A.weight' of the adapter is sharded")
+    assert refused == "engine e1: an engine of kind reference takes no LoRA adapters"
     message, hint = told[0]["refused"]
     assert message == (
         "this rank holds a part of tensor 'model.layers.0.self_attn.q_proj.weight', but not what adapter 'default' "

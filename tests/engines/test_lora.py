@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,11 @@ from weightsync import push_lora
 from weightsync.errors import PushAborted, PushRefused
 from weightsync.fleet import Daemon, Fleet
 from weightsync.testing import eventually
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync import LoraReport
 
 pytestmark = [pytest.mark.engines, pytest.mark.engines_slow, pytest.mark.timeout(400)]
 
@@ -28,7 +34,7 @@ FLAGS = {
 }
 PROMPT = (5, 6, 7)
 PREFIX = {"vllm": "/v1", "sglang": ""}
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "r": 4,
@@ -54,49 +60,37 @@ def adapter(seed: int, rank: int = 4) -> dict[str, torch.Tensor]:
     return tensors
 
 
+class OnAdapter(RealEngine):
+    """The same server, asked for an adapter."""
+
+    lora = ""
+
+    def _completion(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
+        return super()._completion(prompt, count) | {"model": self.lora}
+
+    def _generation(self, prompt: Sequence[int], count: int) -> dict[str, Any]:
+        return super()._generation(prompt, count) | {"lora_path": self.lora}
+
+
 @dataclass
 class Served:
     engine: RealEngine
     daemon: Daemon
 
-    def push(self, tensors: dict[str, torch.Tensor], version: int, **options: Any):
-        config = CONFIG | {"r": tensors[next(iter(tensors))].shape[0]}
-        return push_lora(tensors, config=config, version=version, daemon=self.daemon.endpoint, timeout=60, **options)
+    def push(self, tensors: dict[str, torch.Tensor], version: int) -> LoraReport | None:
+        config = CONFIG | {"r": min(tensors[next(iter(tensors))].shape)}
+        return push_lora(tensors, config=config, version=version, daemon=self.daemon.endpoint, timeout=60)
 
-    def generate(self, name: str, count: int = 16) -> Said:
-        if self.engine.kind == "vllm":
-            choice = self.engine.post("/v1/completions", self.body(name, count) | {"logprobs": 0})["choices"][0]
-            return Said(tuple(choice["token_ids"]), tuple(choice["logprobs"]["token_logprobs"]))
-        answer = self.engine.post("/generate", self.body(name, count) | {"return_logprob": True})
-        pairs = answer["meta_info"]["output_token_logprobs"]
-        return Said(tuple(int(token) for _, token, *_ in pairs), tuple(logprob for logprob, *_ in pairs))
+    def on(self, name: str) -> OnAdapter:
+        engine = OnAdapter(self.engine.kind, self.engine.checkpoint, self.engine.root, port=self.engine.port)
+        engine.lora = name
+        return engine
 
-    def body(self, name: str, count: int) -> dict[str, Any]:
-        if self.engine.kind == "vllm":
-            terms = {"max_tokens": count, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
-            return {"model": name, "prompt": list(PROMPT), **terms}
-        sampling = {"max_new_tokens": count, "temperature": 0, "ignore_eos": True}
-        named = {} if name == "tiny" else {"lora_path": name}
-        return {"input_ids": list(PROMPT), "sampling_params": sampling, **named}
+    def said(self, name: str, count: int = 16) -> Said:
+        return self.on(name).generate(PROMPT, count)
 
     def names(self) -> set[str]:
         return {card["id"] for card in self.engine.get("/v1/models")["data"] if card["parent"]}
-
-
-class OnAdapter:
-    """What `Running` asks of an engine, for one adapter."""
-
-    def __init__(self, served: Served, name: str) -> None:
-        self.name = name
-        self._engine = served.engine
-        self._served = served
-
-    def stream(self, _prompt, count):
-        plain = self._engine
-        body = self._served.body(self.name, count)
-        bound = RealEngine(plain.kind, plain.checkpoint, plain.root, port=plain.port)
-        bound._completion = bound._generation = lambda *_: body
-        return bound.stream(PROMPT, count)
 
 
 @pytest.fixture(params=["vllm", "sglang"])
@@ -126,29 +120,32 @@ def served(request, _yard, tmp_path):
 def test_an_adapter_alone(served, tmp_path):
     first, second = adapter(1), adapter(2)
     oracle("dense_base").check(served.engine)
-    plain = served.generate("tiny")
+    plain = served.engine.generate(PROMPT, 16)
 
     # what the server makes of the same adapter on disk, by its own route and without us
     disk = tmp_path / "disk"
     disk.mkdir()
     save_file(first, disk / "adapter_model.safetensors")
     (disk / "adapter_config.json").write_text(json.dumps(CONFIG))
-    served.engine.post(f"{PREFIX[served.engine.kind]}/load_lora_adapter", {"lora_name": "disk", "lora_path": str(disk)})
-    wanted = served.generate("disk")
+    url = f"{served.engine.url}{PREFIX[served.engine.kind]}/load_lora_adapter"
+    body = {"lora_name": "disk", "lora_path": str(disk)}
+    httpx.post(url, json=body, timeout=60, trust_env=False).raise_for_status()
+    wanted = served.said("disk")
     assert wanted.differs(plain)
 
     report = served.push(first, 1)
+    assert report is not None
     assert report.complete
     assert report.served == "policy@1"
-    assert not served.generate("policy@1").differs(wanted)
-    assert not served.generate("tiny").differs(plain)
+    assert not served.said("policy@1").differs(wanted)
+    assert not served.engine.generate(PROMPT, 16).differs(plain)
 
     # the next version, while a request is under way on this one
-    alone = served.generate("policy@1", 300).tokens
-    request = Running(OnAdapter(served, "policy@1"), PROMPT, 300)
+    alone = served.said("policy@1", 300).tokens
+    request = Running(served.on("policy@1"), PROMPT, 300)
     request.wait_first()
-    assert served.push(second, 2).complete
-    other = served.generate("policy@2")
+    assert served.push(second, 2) is not None
+    other = served.said("policy@2")
     assert other.differs(wanted)
     assert other.differs(plain)
     request.wait_end()
@@ -161,5 +158,5 @@ def test_an_adapter_alone(served, tmp_path):
     with pytest.raises(PushAborted, match="no engine has loaded policy@3") as caught:
         served.push(adapter(3, rank=16), 3)
     assert "rank" in caught.value.message
-    assert not served.generate("policy@2").differs(other)
+    assert not served.said("policy@2").differs(other)
     assert served.names() == {"disk", "policy@2"}

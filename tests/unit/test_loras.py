@@ -42,7 +42,7 @@ class Server:
     def __init__(self, *names, takes=True):
         self.loaded = dict.fromkeys(names, "from before")
         self.takes = takes
-        self.posts = []
+        self.posts: list[tuple[str, str]] = []
         self.fails = ""
         self.gone = False
         self.idle = asyncio.Event()
@@ -90,7 +90,7 @@ class Node:
         for one, server in servers.items():
             self.engines[one].adapter = VLLMAdapter(self.engines[one].config, transport=httpx.MockTransport(server))
         self.busy = False
-        self.tasks = []
+        self.tasks: list[asyncio.Task[None]] = []
         self.loras = Loras(
             NodeConfig(node=NodeSection(name=name)),
             self.engines,
@@ -199,7 +199,7 @@ async def test_what_is_refused_touches_no_engine():
     servers["e1"].takes = False
     with pytest.raises(PushRefused, match="engine e1: it takes no LoRA adapters") as caught:
         await node.push(6)
-    assert "--enable-lora" in caught.value.hint
+    assert "--enable-lora" in str(caught.value.hint)
     node.busy = True
     with pytest.raises(PushRefused, match="a push of weights is under way"):
         await node.push(6)
