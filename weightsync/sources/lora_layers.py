@@ -51,8 +51,8 @@ def is_adapted(module: nn.Module, names: tuple[str, ...]) -> bool:
     if isinstance(module, kinds.models):
         return True
     # modules are walked only for names that hint at some: that of all of a large model takes as long as describing it
-    hints = ("base_layer.", "modules_to_save.", "token_adapter.")
-    return any(hint in name for name in names for hint in hints) and any(
+    all_names = "\n".join(names)
+    return any(hint in all_names for hint in ("base_layer.", "modules_to_save.", "token_adapter.")) and any(
         isinstance(one, kinds.layers + kinds.wrappers) for one in module.modules()
     )
 
