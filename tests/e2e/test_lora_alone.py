@@ -104,8 +104,8 @@ def test_engines_of_two_nodes_are_told_once_each(servers):
 
         assert eventually(known, seconds=30)
         assert push(7) == {"lora-near/e0": "loaded", "lora-far/e1": "loaded"}
+        assert eventually(lambda: [list(server.loaded) for server in servers] == [["policy@7"]] * 2, seconds=10)
         for server in servers:
-            assert eventually(lambda server=server: list(server.loaded) == ["policy@7"], seconds=10), server.calls
             assert server.calls.count(("load_lora_adapter", "policy@7")) == 1
             assert all(bool((tensor == 7).all()) for tensor in server.loaded["policy@7"].values())
 
