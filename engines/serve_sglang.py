@@ -5,11 +5,13 @@ their place is the least that lets it start:
 
 - `sgl_kernel`: names can be imported; calling one raises. None is called here.
 - `torchvision`: the wheel is built against a CUDA torch; without the operator `nms` its import ends in an error.
+- `pin_memory`: its LoRA layers ask for pinned memory, of which a machine without a GPU has none.
 - `Tensor.cuda`, `torch.cuda.synchronize`: called by `/weights_checker` and by checkpoint-engine's worker even on CPU.
 
 It spawns its processes, and each imports SGLang anew, half of the start; so they fork, and inherit all of this.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import multiprocessing
@@ -54,6 +56,20 @@ for _name in ("nms", "qnms"):
     _operators.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 torch.Tensor.cuda = lambda self, *_args, **_options: self
 torch.cuda.synchronize = lambda *_args, **_options: None
+torch.Tensor.pin_memory = lambda self, *_args, **_options: self
+
+
+def _unpinned(make):
+    @functools.wraps(make)
+    def unpinned(*args, **options):
+        options.pop("pin_memory", None)
+        return make(*args, **options)
+
+    return unpinned
+
+
+for _name in ("tensor", "empty", "zeros", "ones", "full"):
+    setattr(torch, _name, _unpinned(getattr(torch, _name)))
 _set_start_method = multiprocessing.set_start_method
 multiprocessing.set_start_method = lambda _method, force=False: _set_start_method("fork", force=True)
 

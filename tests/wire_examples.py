@@ -97,4 +97,15 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.TellRank(push="p", rank=9, body=b"frame"),
     msg.Register(id=17, node="n1", endpoint="tcp://10.0.0.2:29600"),
     msg.Registered(id=17, nodes={"n1": "tcp://10.0.0.2:29600"}, complete=True),
+    msg.PushLora(
+        id=18, model="default", name="policy", version=12, keep=1, timeout=5.0, config=b"{}", weights=b"weights",
+        forward=True,
+    ),
+    msg.LoraPushed(
+        id=18,
+        engines=(
+            msg.LoraOutcome(engine="e0", node="n0", outcome="loaded"),
+            msg.LoraOutcome(engine="e1", node="n1", outcome="failed", error=ERROR),
+        ),
+    ),
 )  # fmt: skip

@@ -16,14 +16,17 @@ from weightsync.errors import WeightSyncError
 
 if TYPE_CHECKING:
     from weightsync.client import PushHandle, push_weights, push_weights_async
+    from weightsync.lora import LoraReport, push_lora
     from weightsync.report import EngineReport, PushReport
 
 __all__ = [
     "EngineReport",
+    "LoraReport",
     "PushHandle",
     "PushReport",
     "WeightSyncError",
     "__version__",
+    "push_lora",
     "push_weights",
     "push_weights_async",
 ]
@@ -32,8 +35,10 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EngineReport": "weightsync.report",
+    "LoraReport": "weightsync.lora",
     "PushHandle": "weightsync.client",
     "PushReport": "weightsync.report",
+    "push_lora": "weightsync.lora",
     "push_weights": "weightsync.client",
     "push_weights_async": "weightsync.client",
 }

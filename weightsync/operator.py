@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from weightsync.config import EngineConfig
 
-__all__ = ["change_engines", "fetch_status"]
+__all__ = ["ask", "change_engines", "fetch_status"]
 
 _KEYED = (
     "at its [cluster] listen a daemon answers those who have its key_file: set WEIGHTSYNC_KEY_FILE to that; at [node] "
@@ -32,7 +32,7 @@ def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
     """How the daemon at `endpoint` is: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE` names, the
     `cluster.listen` of any. Raises `DaemonLost` when it does not answer within `timeout` seconds.
     """
-    return _ask(endpoint, msg.StatusRequest(id=1), msg.Status, timeout)
+    return ask(endpoint, msg.StatusRequest(id=1), msg.Status, timeout)
 
 
 def change_engines(
@@ -45,10 +45,11 @@ def change_engines(
     `DaemonLost`.
     """
     question = msg.ChangeEngines(id=1, timeout=timeout, add=tuple(add), remove=tuple(remove))
-    return _ask(endpoint, question, msg.Changed, timeout + _PROBE).engines
+    return ask(endpoint, question, msg.Changed, timeout + _PROBE).engines
 
 
-def _ask(endpoint: str, question: msg.Message, kind: type[M], timeout: float) -> M:
+def ask(endpoint: str, question: msg.Message, kind: type[M], timeout: float) -> M:
+    """The daemon's answer. Raises the error it answers with, or `DaemonLost` if there is none in `timeout` seconds."""
     file = os.environ.get("WEIGHTSYNC_KEY_FILE")
     tcp = endpoint.startswith("tcp://")
     key = read_key_file(file) if file and tcp else None

@@ -39,6 +39,7 @@ from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
 from weightsyncd.keeper import KeeperAdapter
+from weightsyncd.loras import Loras
 from weightsyncd.membership import Membership, as_in, need_restart, with_engines
 from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
@@ -71,6 +72,7 @@ _FROM_AFAR = (
     msg.TellRank,
     msg.Release,
     msg.Register,
+    msg.PushLora,
 )
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
 
@@ -156,6 +158,7 @@ class Server:
             refresh=self._see_peers,
             busy=lambda: self.busy,
         )
+        self.loras = Loras(config, self.engines, self.peers, lambda: self.busy, self._spawn)
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -301,6 +304,10 @@ class Server:
                 self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
             case msg.JoinRail() | msg.Receive() | msg.Exchange():
                 self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
+            case msg.PushLora():
+                if message.forward and identity.startswith(_FAR):
+                    raise RemoteProtocolError("a LoRA adapter from another node is for the engines of this one alone")
+                self._spawn(self._answer(identity, message.id, self.loras.push(message)))
             case msg.Register():
                 self._send(identity, msgspec.structs.replace(self.registry.register(message), id=message.id))
             case msg.Gather():

@@ -23,6 +23,7 @@ import msgspec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.adapters.lora import LoraRoutes
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
@@ -58,6 +59,9 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 class EngineAdapter(ABC):
     """The daemon's hand inside one engine. Instances are used from one asyncio loop."""
+
+    loras: LoraRoutes | None = None
+    """How it takes LoRA adapters beside its weights; None: not at all."""
 
     @abstractmethod
     async def probe(self, *, deadline: float) -> EngineInfo:

@@ -45,10 +45,13 @@ class LocalWeights:
 
     def ready(self) -> list[torch.cuda.Event]:
         """For each GPU that they lie on, an event past all that the calling thread has asked that GPU for so far, such
-        as the optimiser's last step.
+        as the optimiser's last step. Weights that lie in no tensor may be computed on the current GPU.
         """
+        gpus = set(self.gpus) - {-1}
+        if torch.cuda.is_initialized() and any(tensor is None for tensor in self.tensors):
+            gpus.add(torch.cuda.current_device())
         events = []
-        for gpu in set(self.gpus) - {-1}:
+        for gpu in gpus:
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(gpu))
             events.append(event)

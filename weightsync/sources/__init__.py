@@ -17,6 +17,7 @@ from weightsync.sources.base import Source
 
 if TYPE_CHECKING:
     from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources.lora import LoraSource
     from weightsync.sources.megatron import MegatronSource
     from weightsync.sources.module import ModuleSource
     from weightsync.sources.parts import Part, PartSource
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointSource",
+    "LoraSource",
     "MegatronSource",
     "ModuleSource",
     "Part",
@@ -37,6 +39,7 @@ __all__ = [
 _LAZY = {
     "CheckpointSource": "weightsync.sources.checkpoint",
     "MegatronSource": "weightsync.sources.megatron",
+    "LoraSource": "weightsync.sources.lora",
     "ModuleSource": "weightsync.sources.module",
     "Part": "weightsync.sources.parts",
     "PartSource": "weightsync.sources.parts",
@@ -68,9 +71,7 @@ def source_of(
 def _source_of(weights: object, buffers: bool) -> Source:
     torch = sys.modules.get("torch")  # whoever has a module or tensors has imported it
     if torch is not None and isinstance(weights, torch.nn.Module):
-        from weightsync.sources.module import ModuleSource
-
-        return ModuleSource.of(weights, buffers=buffers)
+        return _source_of_module(weights, buffers)
     if buffers:
         raise SourceError(
             f"buffers = True is for modules, and these weights are a {type(weights).__name__}",
@@ -88,6 +89,24 @@ def _source_of(weights: object, buffers: bool) -> Source:
         hint="give an nn.Module, a mapping of names to tensors, an iterable of (name, tensor) pairs, or an object of "
         "weightsync.sources, such as CheckpointSource(directory)",
     )
+
+
+def _source_of_module(module: Any, buffers: bool) -> Source:
+    from weightsync.sources.module import ModuleSource
+    from weightsync.sources.tree import parameters_of
+    from weightsync.sources.wrappers import unwrapped
+
+    listed = parameters_of(unwrapped(module))
+    if "peft" in sys.modules:
+        from weightsync.sources.lora_layers import has_adapters
+
+        if has_adapters(listed.kinds):
+            from weightsync.sources.lora import LoraSource
+
+            if buffers:
+                raise SourceError("buffers = True is not for models with LoRA adapters", hint="push them by name")
+            return LoraSource(module)
+    return ModuleSource.of(module, buffers=buffers, listed=listed)
 
 
 def __getattr__(name: str) -> Any:

@@ -97,7 +97,7 @@ class ConvertedSource:
             self._read(shard, offset, out.narrow(dim, 0, half), held)
             self._read(shard, behind, out.narrow(dim, half, out.shape[dim] - half), held)
         else:
-            scratch = torch.empty(out.shape, dtype=held, device="cpu")
+            scratch = torch.empty(out.shape, dtype=held, device=out.device)
             self._source.read_into(shard, offset, tuple(out.shape), scratch)
             out.copy_(scratch)
 

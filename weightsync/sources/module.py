@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from weightsync.plan.manifest import Layout
+    from weightsync.sources.tree import Listed
 
 __all__ = ["ModuleSource"]
 
@@ -34,13 +35,14 @@ class ModuleSource(TensorSource):
         self._describe(module, buffers, describe)
 
     @classmethod
-    def of(cls, module: nn.Module, *, buffers: bool = False) -> Self:
-        """A source of a module that need not be described if one that looks the same was lately.
+    def of(cls, module: nn.Module, *, buffers: bool = False, listed: Listed | None = None) -> Self:
+        """A source of a module that need not be described if one that looks the same was lately; `listed` is what
+        `parameters_of` gives of what is in its wrappers, where that is known.
 
         Raises `SourceError` as constructing one does.
         """
         source = cls.__new__(cls)
-        source._describe(module, buffers, recall)
+        source._describe(module, buffers, recall, listed)
         return source
 
     def _describe(
@@ -48,9 +50,10 @@ class ModuleSource(TensorSource):
         module: nn.Module,
         buffers: bool,
         describe: Callable[[tuple[str, ...], Sequence[torch.Tensor]], tuple[Layout, list[torch.Tensor]]],
+        listed: Listed | None = None,
     ) -> None:
         module = unwrapped(module)
-        listed = parameters_of(module)
+        listed = parameters_of(module) if listed is None else listed
         more = list(persistent_buffers(module)) if buffers else []
         if any(map(is_fsdp1, listed.kinds)):
             self._layout, self._shards, self._names = flat_weights(module, listed, more, describe)

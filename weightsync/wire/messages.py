@@ -3,11 +3,12 @@
 Each is a frozen struct; on the wire it is one MessagePack map `{v, type, id, …}`. `id` pairs an answer with its
 question and is 0 where there is none. Fields are only ever added, with a default; a changed meaning takes a new type.
 
-    rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat
-    daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat
+    rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat, PushLora
+    daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat, LoraPushed
     operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
-    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat
-                       Attached, Executed, RankSays, Registered
+    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat,
+                       PushLora
+                       Attached, Executed, RankSays, Registered, LoraPushed
     anyone             ErrorReply
 """
 
@@ -44,9 +45,12 @@ __all__ = [
     "Heartbeat",
     "JoinRail",
     "Lease",
+    "LoraOutcome",
+    "LoraPushed",
     "Message",
     "Open",
     "Planned",
+    "PushLora",
     "PushOutcome",
     "PushStatus",
     "RankSays",
@@ -69,6 +73,7 @@ Seconds = Annotated[float, Meta(ge=0.0, le=1e9)]
 Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Blob = Annotated[bytes, Meta(max_length=64 * 1024)]  # an offer or a ticket
 Column = Annotated[bytes, Meta(max_length=2**28)]  # packed numbers
+LoraName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  # part of a file's name
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
@@ -184,6 +189,34 @@ class Ended(Message, frozen=True, tag="ended"):
 
     outcome: PushOutcome | None = None
     error: ErrorRecord | None = None
+
+
+class PushLora(Message, frozen=True, tag="push_lora"):
+    """A trainer calls `push_lora`; or its daemon passes that on. Answered by `LoraPushed`."""
+
+    model: Name
+    name: LoraName  # engines serve it as name@version
+    version: Natural
+    keep: Natural  # how many of the versions before stay loaded
+    timeout: Seconds
+    config: Column  # adapter_config.json, as peft writes it
+    weights: Column  # adapter_model.safetensors, likewise
+    forward: bool  # to the engines of other nodes, too
+
+
+class LoraOutcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What a push of a LoRA adapter came to on one engine."""
+
+    engine: Name
+    node: Name
+    outcome: Name  # loaded | failed (as before) | lost
+    error: ErrorRecord | None = None
+
+
+class LoraPushed(Message, frozen=True, tag="lora_pushed"):
+    """The push of a LoRA adapter has ended."""
+
+    engines: tuple[LoraOutcome, ...]
 
 
 # --- an operator and a daemon --------------------------------------------------------------------------------------
@@ -431,8 +464,24 @@ MESSAGES: tuple[type[Message], ...] = (
     TellRank,
     Register,
     Registered,
+    PushLora,
+    LoraPushed,
 )
 LARGE: frozenset[type[Message]] = frozenset(
-    {Describe, Planned, Execute, Filled, Status, Ended, Attached, Executed, Exchange, RankSays, TellRank}
+    {
+        Describe,
+        Planned,
+        Execute,
+        Filled,
+        Status,
+        Ended,
+        Attached,
+        Executed,
+        Exchange,
+        RankSays,
+        TellRank,
+        PushLora,
+        LoraPushed,
+    }
 )
 """Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""

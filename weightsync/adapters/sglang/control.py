@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.pickling import dumps
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.sglang import orders
@@ -65,6 +66,7 @@ class SGLangAdapter(EngineAdapter):
         self._named_gpus = spec.gpus
         self._keyed = spec.api_key is not None
         self._http = EngineHttp(spec, transport=transport)
+        self.loras = LoraRoutes(self._http, "", "with --enable-lora")
         self._server = SGLangServer(self._http)
         self._known: _Server | None = None
         self._mode: PauseMode | None = None  # in which we paused it

@@ -15,6 +15,7 @@ from weightsync.adapters import versions
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.vllm import doctor
 from weightsync.adapters.vllm.path import torn_text
@@ -56,6 +57,7 @@ class VLLMAdapter(EngineAdapter):
         self.name = spec.name
         self._spec = spec
         self._http = EngineHttp(spec, transport=transport)
+        self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
         self._started: str | None = None
         self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None

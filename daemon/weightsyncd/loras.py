@@ -1,0 +1,208 @@
+"""LoRA adapters on their way to engines: written once a node as a directory, which each engine is told to read.
+
+An adapter is megabytes: it goes through the daemon's socket, and no slot, plan or session is needed. Each version has a
+name of its own (`policy@12`), so that no engine ever mixes two: the new one is loaded beside the old, and when the
+engine lists it the old is unloaded. An engine that fails goes on with what it had. Of what is loaded the engines are
+asked each time; of directories the newest two of a name are kept, since vLLM may read one again for a request that
+goes on.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
+
+import msgspec
+
+from weightsync.endpoints import private_directory, runtime_dir
+from weightsync.errors import EngineError, EngineLost, EngineRefused, PushRefused, PushTimeout, WeightSyncError
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterable, Mapping
+
+    from weightsync.adapters.lora import LoraRoutes
+    from weightsync.config import NodeConfig
+    from weightsyncd.engines import Engine, Engines
+    from weightsyncd.peers import Peer
+
+__all__ = ["Loras", "older_versions"]
+
+logger = logging.getLogger(__name__)
+
+
+class Loras:
+    """Pushes of LoRA adapters to this node's engines and, for a trainer of this node, to those of its peers."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        engines: Engines,
+        peers: Mapping[str, Peer],
+        busy: Callable[[], bool],
+        spawn: Callable[[Coroutine[None, None, None]], None],
+    ) -> None:
+        """`busy` says whether a push of weights holds this node; `spawn` runs what nobody waits for."""
+        self._node, self._timeouts = config.node.name, config.timeouts
+        self._engines, self._peers, self._busy, self._spawn = engines, peers, busy, spawn
+        self._one = asyncio.Lock()
+
+    async def push(self, message: msg.PushLora) -> msg.LoraPushed:
+        """Have every engine of the model load the adapter. Raises `PushRefused` before any of this node's was touched,
+        and `PushTimeout` where an earlier one does not end.
+        """
+        until = time.monotonic() + message.timeout
+        mine = [self._engines[name] for name in self._engines.of_model(message.model)]
+        theirs = self._elsewhere(message) if message.forward else {}
+        if not mine and not theirs:
+            raise _refused(message, f"no engine serves model {message.model!r}")
+        try:
+            async with asyncio.timeout_at(until):
+                await self._one.acquire()
+        except TimeoutError as error:
+            raise PushTimeout(
+                "an earlier LoRA adapter is still under way", model=message.model, version=message.version
+            ) from error
+        try:
+            held = await self._held(message, mine, until)
+            try:
+                path = await asyncio.to_thread(_write, self._node, message)
+            except OSError as error:
+                raise _refused(
+                    message, f"the adapter cannot be written to {error.filename}: {error.strerror}"
+                ) from error
+            outcomes = await asyncio.gather(
+                *(self._load(engine, held[engine.name], message, path, until) for engine in mine),
+                *(self._pass_on(node, statuses, message, until) for node, statuses in theirs.items()),
+            )
+        finally:
+            self._one.release()
+        return msg.LoraPushed(engines=tuple(outcome for some in outcomes for outcome in some))
+
+    def _elsewhere(self, message: msg.PushLora) -> dict[str, list[msg.EngineStatus]]:
+        """Nodes and those of their engines that take the model."""
+        found = {
+            node: [e for e in peer.engines if e.model == message.model and not e.frozen]
+            for node, peer in self._peers.items()
+        }
+        return {node: engines for node, engines in found.items() if engines}
+
+    async def _held(
+        self, message: msg.PushLora, engines: Iterable[Engine], until: float
+    ) -> dict[str, list[str] | WeightSyncError]:
+        """By engine, the adapters that it has loaded, or why it does not say."""
+        if self._busy():
+            raise _refused(message, "a push of weights is under way on this node", hint="try again when it has ended")
+        soon = min(until, time.monotonic() + self._timeouts.probe)
+
+        async def ask(engine: Engine) -> tuple[str, list[str] | WeightSyncError]:
+            try:
+                return engine.name, await _routes(engine).names(deadline=soon)
+            except EngineRefused as error:
+                raise _refused(message, f"engine {engine.name}: {error.message}", hint=error.hint) from error
+            except WeightSyncError as error:
+                return engine.name, error
+
+        held = dict(await asyncio.gather(*map(ask, engines)))
+        for name, names in held.items():
+            newest = max((v for v, _ in _versions(message.name, names)), default=-1) if isinstance(names, list) else -1
+            if newest >= message.version:
+                raise _refused(
+                    message,
+                    f"engine {name} has {message.name}@{newest} loaded already",
+                    hint="versions of an adapter must rise",
+                )
+        return held
+
+    async def _load(
+        self, engine: Engine, held: list[str] | WeightSyncError, message: msg.PushLora, path: Path, until: float
+    ) -> list[msg.LoraOutcome]:
+        served = path.name
+        try:
+            if isinstance(held, WeightSyncError):
+                raise held
+            async with asyncio.timeout_at(until), engine.lock:
+                if self._busy():
+                    raise EngineError("a push of weights began meanwhile", engine=engine.name)
+                await _routes(engine).load(served, str(path), deadline=until)
+        except TimeoutError:
+            error: WeightSyncError = EngineLost("it was not free before the deadline", engine=engine.name)
+        except WeightSyncError as failure:
+            error = failure
+        else:
+            logger.info("[engine=%s] LoRA adapter %s is loaded", engine.name, served)
+            if old := older_versions(message.name, message.version, message.keep, held):
+                self._spawn(self._unload(engine, old))
+            return [msg.LoraOutcome(engine=engine.name, node=self._node, outcome="loaded")]
+        logger.warning("[engine=%s] LoRA adapter %s failed: %s", engine.name, served, error.message)
+        how = "lost" if isinstance(error, EngineLost) else "failed"
+        return [msg.LoraOutcome(engine=engine.name, node=self._node, outcome=how, error=error.record())]
+
+    async def _unload(self, engine: Engine, names: Iterable[str]) -> None:
+        """Nobody waits for it: SGLang lets requests under way end first. What stays is unloaded by the next push."""
+        for name in names:
+            try:
+                await _routes(engine).unload(name, deadline=time.monotonic() + self._timeouts.operation)
+            except WeightSyncError as error:
+                logger.warning("[engine=%s] LoRA adapter %s is still loaded: %s", engine.name, name, error.message)
+
+    async def _pass_on(
+        self, node: str, engines: Iterable[msg.EngineStatus], message: msg.PushLora, until: float
+    ) -> list[msg.LoraOutcome]:
+        question = msgspec.structs.replace(message, forward=False, timeout=max(0.0, until - time.monotonic()))
+        try:
+            # the far side keeps the same deadline; its answer needs a moment more
+            answer = await self._peers[node].ask(question, until + self._timeouts.liveness)
+            if isinstance(answer, msg.LoraPushed):
+                return list(answer.engines)
+            raise EngineError(f"node {node} answered PushLora with {type(answer).__name__}")
+        except WeightSyncError as error:
+            record = error.record()
+        return [msg.LoraOutcome(engine=e.name, node=node, outcome="failed", error=record) for e in engines]
+
+
+def older_versions(name: str, version: int, keep: int, held: Iterable[str]) -> list[str]:
+    """Of the adapters that an engine holds, the versions of `name` before `version`, but for the newest `keep`."""
+    older = sorted((v, one) for v, one in _versions(name, held) if v < version)
+    return [one for _, one in older[: len(older) - keep]] if keep < len(older) else []
+
+
+def _versions(name: str, held: Iterable[str]) -> list[tuple[int, str]]:
+    """The versions of `name` among what is held, with the names in full."""
+    pattern = re.compile(rf"{re.escape(name)}@(\d{{1,19}})")
+    return [(int(found[1]), one) for one in held if (found := pattern.fullmatch(one))]
+
+
+def _routes(engine: Engine) -> LoraRoutes:
+    routes = engine.adapter.loras
+    if routes is None:
+        raise EngineRefused(
+            f"an engine of kind {engine.config.kind} takes no LoRA adapters", engine=engine.name, hint="push it merged"
+        )
+    return routes
+
+
+def _refused(message: msg.PushLora, reason: str, hint: str | None = None) -> PushRefused:
+    return PushRefused(reason, model=message.model, version=message.version, hint=hint)
+
+
+def _write(node: str, message: msg.PushLora) -> Path:
+    """The adapter as peft saves it, in a directory of this user's alone; older ones of its name go, but for one."""
+    folder = private_directory(runtime_dir()) / f"{node}.loras" / quote(message.model, safe="")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    before = sorted((v, one) for v, one in _versions(message.name, [p.name for p in folder.iterdir()]))
+    for _, one in before[: -1 - message.keep]:
+        shutil.rmtree(folder / one, ignore_errors=True)
+    path = folder / f"{message.name}@{message.version}"
+    shutil.rmtree(path, ignore_errors=True)  # of a daemon before this one: no engine has it loaded
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=".new-"))
+    (new / "adapter_config.json").write_bytes(message.config)
+    (new / "adapter_model.safetensors").write_bytes(message.weights)
+    return new.rename(path)

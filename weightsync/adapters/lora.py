@@ -1,0 +1,49 @@
+"""LoRA adapters that a server serves beside its base model: the routes that vLLM and SGLang have alike.
+
+`POST …/load_lora_adapter {"lora_name", "lora_path"}` has every worker of the server read a directory as peft saves it;
+`POST …/unload_lora_adapter {"lora_name"}` forgets it; `GET /v1/models` lists each with the base model as its `parent`.
+vLLM (0.32) has the first two under /v1, with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1; it unloads at once,
+and requests that have begun go on with what they began with. SGLang (0.5.23) has them with --enable-lora; it takes no
+new request for an adapter that is to be unloaded, and answers when the last one under way has ended.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.errors import EngineError, EngineRefused
+
+if TYPE_CHECKING:
+    from weightsync.adapters.http import EngineHttp
+
+__all__ = ["LoraRoutes"]
+
+
+class LoraRoutes:
+    """Raises as `EngineHttp` does."""
+
+    def __init__(self, http: EngineHttp, prefix: str, flags: str) -> None:
+        """`flags` are what a server is started with that has the routes, which lie under `prefix`."""
+        self._http, self._prefix, self._flags = http, prefix, flags
+
+    async def names(self, *, deadline: float) -> list[str]:
+        """Those that are loaded. Raises `EngineRefused` for a server that takes none."""
+        if not await self._http.has("POST", f"{self._prefix}/load_lora_adapter", deadline=deadline):
+            raise EngineRefused("it takes no LoRA adapters", engine=self._http.engine, hint=f"start it {self._flags}")
+        answer = await self._http.get("/v1/models", deadline=deadline)
+        cards = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(cards, list):
+            raise EngineError("/v1/models answered without a list of models", engine=self._http.engine)
+        return [str(card.get("id")) for card in cards if isinstance(card, dict) and card.get("parent")]
+
+    async def load(self, name: str, path: str, *, deadline: float) -> None:
+        """Have it read the directory `path`, as it sees it, and serve that as `name`. Loaded when this returns."""
+        await self._http.post(
+            f"{self._prefix}/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline
+        )
+        if name not in await self.names(deadline=deadline):
+            raise EngineError(f"it does not list {name!r} after it has loaded it", engine=self._http.engine)
+
+    async def unload(self, name: str, *, deadline: float) -> None:
+        """Have it forget `name`."""
+        await self._http.post(f"{self._prefix}/unload_lora_adapter", {"lora_name": name}, deadline=deadline)

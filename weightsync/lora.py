@@ -1,0 +1,129 @@
+"""`push_lora`: an adapter alone, to engines that serve it beside the base model."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from weightsync.endpoints import default_endpoint
+from weightsync.errors import PushAborted, SourceError
+from weightsync.wire import messages as msg
+from weightsync.wire.codec import MAX_FRAME
+
+if TYPE_CHECKING:
+    from weightsync.errors import ErrorRecord
+
+__all__ = ["LoraEngineReport", "LoraReport", "push_lora"]
+
+_ROOM = 1 << 16  # bytes of a frame that are not the adapter's
+_PATIENCE = 15.0  # seconds beyond the timeout for the daemon's word
+
+
+@dataclass(frozen=True)
+class LoraEngineReport:
+    """What the push came to on one engine."""
+
+    engine: str
+    node: str
+    outcome: str  # loaded | failed (goes on with what it had) | lost (does not answer)
+    error: ErrorRecord | None
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """A push of a LoRA adapter that reached at least one engine."""
+
+    model: str
+    served: str  # the name to ask engines for: name@version
+    version: int
+    bytes: int  # of the adapter
+    seconds: float
+    engines: tuple[LoraEngineReport, ...]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all engines have loaded it."""
+        return all(engine.outcome == "loaded" for engine in self.engines)
+
+
+def push_lora(
+    lora: Any,
+    *,
+    version: int,
+    name: str = "policy",
+    config: Any = None,
+    model: str = "default",
+    keep: int = 0,
+    gather: bool = False,
+    daemon: str | None = None,
+    process_group: Any = None,
+    timeout: float = 120.0,
+) -> LoraReport | None:
+    """Have every engine of `model` load a LoRA adapter as `name@version`, and unload those of lower versions.
+
+    Engines must serve LoRA (docs/trainers-lora.md). Call it on rank 0 alone, or on all ranks: the first sends, to its
+    daemon, which tells each engine once; the others return None at once. Only with `gather` do all have to call.
+
+    lora: a `PeftModel`, whose active adapter is sent; or a mapping of names to tensors as peft saves them, with
+        `config`, peft's `LoraConfig` or a mapping.
+    version: must be above every version of the name that an engine has loaded.
+    keep: how many of the versions before stay loaded, for clients that still ask for them.
+    gather: gather matrices that are sharded (FSDP2): a collective over them.
+    timeout: seconds, until all engines have loaded it. The old ones are unloaded after that.
+
+    An engine that fails goes on with what it had: look at `report.complete`. Raises `SourceError` for an adapter that
+    engines would not compute as the trainer does, `PushRefused` before any engine was touched, `PushAborted` when none
+    has loaded it, and `DaemonLost`.
+    """
+    from weightsync.operator import ask
+    from weightsync.rank import trainer_place
+    from weightsync.sources.lora_files import adapter_files
+
+    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
+        raise SourceError(f"version = {version!r} is not a whole number from 0 up")
+    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
+        raise SourceError(f"keep = {keep!r} is not a whole number from 0 up")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+        raise SourceError(f"name = {name!r} will not do", hint="up to 64 letters, digits, dots, dashes and underscores")
+    if not timeout > 0:
+        raise SourceError(f"timeout = {timeout!r} is not a number of seconds above 0")
+    first = trainer_place(process_group).rank == 0
+    if not first and not gather:
+        return None
+    started = time.monotonic()
+    said, weights = adapter_files(lora, config, gather=gather)
+    if not first:
+        return None
+    if len(weights) + len(said) > MAX_FRAME - _ROOM:
+        raise SourceError(
+            f"the adapter has {len(weights)} bytes, and {MAX_FRAME - _ROOM} can be sent",
+            hint="push_weights(model, version=...) sends it merged, whatever its size",
+        )
+    question = msg.PushLora(
+        id=1,
+        model=model,
+        name=name,
+        version=version,
+        keep=keep,
+        timeout=timeout,
+        config=said,
+        weights=weights,
+        forward=True,
+    )
+    endpoint = daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
+    answer = ask(endpoint, question, msg.LoraPushed, timeout + _PATIENCE)
+    report = LoraReport(
+        model=model,
+        served=f"{name}@{version}",
+        version=version,
+        bytes=len(weights),
+        seconds=time.monotonic() - started,
+        engines=tuple(LoraEngineReport(e.engine, e.node, e.outcome, e.error) for e in answer.engines),
+    )
+    if not any(engine.outcome == "loaded" for engine in report.engines):
+        errors = "; ".join(f"{e.engine}: {e.error.message}" for e in report.engines if e.error is not None)
+        raise PushAborted(f"no engine has loaded {report.served}: {errors}", model=model, version=version)
+    return report

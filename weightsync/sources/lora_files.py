@@ -1,0 +1,111 @@
+"""A LoRA adapter as the two files that peft saves and engines read: its configuration and its matrices.
+
+What engines would compute otherwise than the trainer is refused here: some of it they pass over without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from weightsync.errors import SourceError
+from weightsync.sources.dtensors import is_dtensor
+from weightsync.sources.wrappers import unwrapped
+
+__all__ = ["adapter_files"]
+
+_MERGED = "push_weights(model, version=...) sends the model with the adapter merged"
+
+
+def adapter_files(lora: Any, config: Any = None, *, gather: bool = False) -> tuple[bytes, bytes]:
+    """`adapter_config.json` and `adapter_model.safetensors` of a `PeftModel`'s active adapter; or of a mapping of names
+    as in that file to tensors, with `config`: peft's, or a mapping as in that file.
+
+    gather: whether DTensors are gathered, a collective. Raises `SourceError` for what engines would compute otherwise
+    than the trainer does.
+    """
+    if isinstance(lora, Mapping):
+        if config is None:
+            raise SourceError(
+                "the tensors of a LoRA adapter were given without its config", hint="config=LoraConfig(...)"
+            )
+        tensors, said = dict(lora), _plain(config)
+    else:
+        tensors, said = _of_peft(unwrapped(lora) if isinstance(lora, torch.nn.Module) else lora)
+    _check(said)
+    return json.dumps(said, indent=2).encode(), save({name: _whole(name, t, gather) for name, t in tensors.items()})
+
+
+def _of_peft(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    if "peft" not in sys.modules or not isinstance(model, import_module("peft").PeftModel):
+        raise SourceError(
+            f"{type(model).__name__} is no PeftModel",
+            hint="give one, or the tensors of its adapter and config=LoraConfig(...)",
+        )
+    active = list(model.active_adapters)
+    if len(active) != 1:
+        raise SourceError(
+            f"{len(active)} adapters are active ({', '.join(active)}), and engines serve one", hint=_MERGED
+        )
+    (adapter,) = active
+    said = _plain(model.peft_config[adapter])
+    _check_scaling(model, adapter, said)
+    tensors = import_module("peft").get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
+    return tensors, said
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    said = dict(config) if isinstance(config, Mapping) else config.to_dict()
+    return {key: _jsonable(value) for key, value in said.items()} | {"inference_mode": True}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    return value.value if hasattr(value, "value") else value  # peft's enums
+
+
+def _check(said: dict[str, Any]) -> None:
+    """Raise `SourceError` for a config that engines do not serve as it says."""
+    if said.get("peft_type") != "LORA":
+        raise SourceError(f"an adapter of type {said.get('peft_type')} is no LoRA adapter", hint=_MERGED)
+    for key in ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"):
+        if said.get(key):
+            raise SourceError(f"engines do not serve a LoRA adapter with {key} = {said[key]!r}", hint=_MERGED)
+    if said.get("bias", "none") != "none":
+        raise SourceError(f"engines do not serve a LoRA adapter with bias = {said['bias']!r}", hint=_MERGED)
+    if said.get("rank_pattern") or said.get("alpha_pattern"):
+        raise SourceError(
+            "engines scale all layers alike: rank_pattern and alpha_pattern are not for them", hint=_MERGED
+        )
+
+
+def _check_scaling(model: Any, adapter: str, said: dict[str, Any]) -> None:
+    """Raise `SourceError` for a layer that is scaled otherwise than the config says, as engines read it."""
+    wanted = said["lora_alpha"] / (said["r"] ** 0.5 if said.get("use_rslora") else said["r"])
+    for name, module in model.named_modules():
+        scaling = getattr(module, "scaling", None)
+        if isinstance(scaling, dict) and abs(scaling.get(adapter, wanted) - wanted) > 1e-9 * wanted:
+            raise SourceError(
+                f"layer {name!r} scales by {scaling[adapter]:g}, and its config says {wanted:g}", hint=_MERGED
+            )
+
+
+def _whole(name: str, tensor: Any, gather: bool) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise SourceError(f"{name!r} is {type(tensor).__name__}, not a tensor")
+    whole = tensor.detach()
+    if is_dtensor(whole):
+        if not gather:
+            raise SourceError(
+                f"tensor {name!r} of the adapter is sharded",
+                hint="push_lora(..., gather=True), on all ranks at the same place: it gathers the LoRA matrices alone",
+            )
+        whole = whole.full_tensor()
+    return whole.to("cpu").clone(memory_format=torch.contiguous_format)
