@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import socket
 import subprocess
 import time
@@ -87,7 +88,8 @@ def make_checkpoint(folder: Path) -> None:
 
 @contextlib.contextmanager
 def running(kind: str, checkpoint: Path, url: str = "") -> Iterator[Servers]:
-    """An engine on the checkpoint and its node's weightsyncd; both end with the block.
+    """An engine on the checkpoint and its node's weightsyncd; both end with the block. Their logs lie beside the
+    checkpoint then.
 
     With `url` the engine is yours, and is waited for. Raises `FleetError` with the end of a log when one does not come
     up.
@@ -99,7 +101,11 @@ def running(kind: str, checkpoint: Path, url: str = "") -> Iterator[Servers]:
             url = fleet.start_engine("engine", checkpoint).url
         else:
             url = _start_engine(fleet, kind, checkpoint)
-        yield Servers(url, _start_daemon(fleet, kind, url).endpoint)
+        try:
+            yield Servers(url, _start_daemon(fleet, kind, url).endpoint)
+        finally:
+            for log in fleet.root.glob("*.log"):
+                shutil.copy(log, checkpoint.parent)
 
 
 def _start_daemon(fleet: Fleet, kind: str, url: str) -> Daemon:
@@ -138,7 +144,9 @@ def _start_engine(fleet: Fleet, kind: str, checkpoint: Path) -> str:
     }
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")},
-        **{"HF_HUB_OFFLINE": "1", "DO_NOT_TRACK": "1", "OMP_NUM_THREADS": "1"},
+        "HF_HUB_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "OMP_NUM_THREADS": "1",
         "PATH": f"{python.parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ENGINES / "plugins"),  # what `pip install weightsync` in the engine's environment does
         **ENVIRONMENT[kind],

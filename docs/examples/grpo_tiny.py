@@ -1,7 +1,7 @@
 """GRPO on a tiny model, all of it real: FSDP2 ranks train, an engine generates, weightsync carries the weights across.
 
-    python docs/examples/grpo_tiny.py --engine vllm --steps 60 --out grpo            # weights are pushed after each step
-    python docs/examples/grpo_tiny.py --engine vllm --steps 60 --out grpo --no-push  # the control: they are not
+    python docs/examples/grpo_tiny.py --engine vllm --steps 40 --out grpo
+    python docs/examples/grpo_tiny.py --engine vllm --steps 40 --out grpo --no-push  # the control
 
 The model is rewarded for writing digits. Every step each rank has the engine continue its prompts, several times each
 (a group); what did better than the mean of its group becomes likelier; and the new weights are pushed into the engine.
@@ -14,9 +14,11 @@ torn or incomplete, or a cache computed by old weights, would show in it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -26,14 +28,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from grpo_plot import plot
-from grpo_rollouts import Rollouts, Sampler
-from grpo_servers import KINDS, VOCABULARY, Servers, free_port, make_checkpoint, running
 from rich.console import Console
 from rich.progress import Progress
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from grpo_plot import plot
+from grpo_rollouts import Rollouts, Sampler
+from grpo_servers import KINDS, VOCABULARY, Servers, free_port, make_checkpoint, running
 from weightsync import push_weights
 from weightsync.adapters.reference.model import CausalLM, load_checkpoint
 
@@ -53,11 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=KINDS, default="vllm", help="reference needs nothing installed")
     parser.add_argument("--url", default="", help="a server that you start yourself, on OUT/checkpoint")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--push-every", type=int, default=1, metavar="K", help="push after each K-th step only")
     parser.add_argument("--no-push", dest="push_every", action="store_const", const=0, help="never push")
     parser.add_argument("--out", type=Path, default=Path("grpo"), help="gets a JSON of each run, and the plot of all")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end the servers then, as after Ctrl-C
 
     console = Console()
     checkpoint: Path = arguments.out.resolve() / "checkpoint"
@@ -67,7 +70,7 @@ def main() -> None:
     with running(arguments.engine, checkpoint, arguments.url) as servers:
         console.print(f"up after {time.monotonic() - started:.0f} s; {RANKS} FSDP2 ranks train")
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}  # as torchrun would
-        mp.spawn(train, (arguments, checkpoint, servers), nprocs=RANKS)
+        mp.spawn(train, (arguments, checkpoint, servers), RANKS, daemon=True)  # type: ignore[attr-defined, no-untyped-call]
     console.print(f"wrote {run_file(arguments)} and {plot(arguments.out)}")
 
 
@@ -85,7 +88,7 @@ def train(rank: int, arguments: argparse.Namespace, checkpoint: Path, servers: S
     whole = torch.randint(VOCABULARY, (PROMPTS, PROMPT_TOKENS), generator=torch.Generator().manual_seed(1))
     prompts = whole[rank::RANKS]  # a group stays on one rank
     log = Log(arguments) if rank == 0 else None
-    with Sampler(arguments.engine, servers.engine) as sampler:
+    with contextlib.closing(Sampler(arguments.engine, servers.engine)) as sampler:
         for step in range(1, arguments.steps + 1):
             clock = Clock()
             seed = (step * RANKS + rank) * PROMPTS * GROUP
@@ -145,7 +148,7 @@ def trainer_logprobs(model: CausalLM, rollouts: Rollouts) -> torch.Tensor:
 
 
 def policy_loss(logprobs: torch.Tensor, sampled: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """PPO's clipped objective against the policy that sampled: the engine's logprobs, which is why they must be true."""
+    """PPO's clipped objective. The ratio is to the policy that sampled, so to the engine's own logprobs."""
     ratio = (logprobs - sampled).exp()
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - CLIP, 1 + CLIP) * advantage).mean()
 
@@ -181,10 +184,12 @@ class Log:
         self._print("step  reward  gap mean   gap max  generate   train    push  blocked  one continuation")
 
     def add(self, row: dict[str, Any], continuation: torch.Tensor) -> None:
-        self._rows.append(row)
+        self._rows.append({name: float(f"{value:.4g}") for name, value in row.items()})
         text = "".join(chr(token) if 32 <= token < 127 else "·" for token in continuation.tolist())
         seconds = " ".join(f"{row[phase]:6.3f}s" for phase in ("generating", "training", "pushing", "blocked"))
-        self._print(f"{row['step']:4d}  {row['reward']:6.3f}  {row['gap_mean']:8.1e}  {row['gap_max']:8.1e}  {seconds}  {text}")
+        self._print(
+            f"{row['step']:4d}  {row['reward']:6.3f}  {row['gap_mean']:8.1e}  {row['gap_max']:8.1e}  {seconds}  {text}"
+        )
         self._progress.advance(self._task)
 
     def close(self) -> None:
@@ -194,7 +199,9 @@ class Log:
         run = {
             "name": run_name(self._arguments),
             "command": " ".join(["python", *sys.argv]),
-            "machine": f"{os.cpu_count()} cores, Linux {platform.release()}, torch {torch.__version__}, engine in float32",
+            "machine": f"{os.cpu_count()} cores, Linux {platform.release()}, torch {torch.__version__}",
+            "load_average": os.getloadavg()[1],  # of the last 5 minutes
+            "dtype": "float32",  # of the trainer and of the engine
             "reward_first_5": statistics.mean(rewards[:5]),
             "reward_last_5": statistics.mean(rewards[-5:]),
             "gap_mean": statistics.mean(row["gap_mean"] for row in self._rows),
