@@ -27,7 +27,7 @@ def plot(folder: Path) -> Path:
             reward.plot(steps, [row["reward"] for row in run["steps"]], color=colour, label=run["name"])
             gap.plot(steps, [row["gap_mean"] for row in run["steps"]], color=colour)
             gap.plot(steps, [row["gap_max"] for row in run["steps"]], color=colour, linestyle=":")
-        reward.set(xlabel="step", ylabel="digits among generated tokens", ylim=(0, 1), title="Reward")
+        reward.set(xlabel="step", ylabel="digits among generated tokens", ylim=(0, 1.02), title="Reward")
         gap.set(xlabel="step", ylabel="|engine − trainer|, nats", yscale="log", title="Logprob gap: mean, max dotted")
         for axes in (reward, gap):
             axes.grid(alpha=0.3)

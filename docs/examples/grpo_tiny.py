@@ -125,7 +125,7 @@ def train(rank: int, arguments: argparse.Namespace, checkpoint: Path, servers: S
                 blocked=blocked,
             )
             if log is not None:
-                log.add({"step": step, **mean, **worst}, rollouts.continuations[0])
+                log.add(step, mean | worst, rollouts.continuations[0])
     if log is not None:
         log.close()
     dist.barrier()
@@ -183,12 +183,12 @@ class Log:
         self._progress.start()
         self._print("step  reward  gap mean   gap max  generate   train    push  blocked  one continuation")
 
-    def add(self, row: dict[str, Any], continuation: torch.Tensor) -> None:
-        self._rows.append({name: float(f"{value:.4g}") for name, value in row.items()})
+    def add(self, step: int, row: dict[str, float], continuation: torch.Tensor) -> None:
+        self._rows.append({"step": step, **{name: float(f"{value:.4g}") for name, value in row.items()}})
         text = "".join(chr(token) if 32 <= token < 127 else "·" for token in continuation.tolist())
         seconds = " ".join(f"{row[phase]:6.3f}s" for phase in ("generating", "training", "pushing", "blocked"))
         self._print(
-            f"{row['step']:4d}  {row['reward']:6.3f}  {row['gap_mean']:8.1e}  {row['gap_max']:8.1e}  {seconds}  {text}"
+            f"{step:4d}  {row['reward']:6.3f}  {row['gap_mean']:8.1e}  {row['gap_max']:8.1e}  {seconds}  {text}"
         )
         self._progress.advance(self._task)
 
