@@ -20,7 +20,7 @@ def plot(folder: Path) -> Path:
 
     runs: list[dict[str, Any]] = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "grpo", "font.size": 9}):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
         reward, gap = figure.subplots(1, 2)
         for run, colour in zip(runs, COLOURS * len(runs), strict=False):
             steps = [row["step"] for row in run["steps"]]
@@ -31,7 +31,7 @@ def plot(folder: Path) -> Path:
         gap.set(xlabel="step", ylabel="|engine − trainer|, nats", yscale="log", title="Logprob gap: mean, max dotted")
         for axes in (reward, gap):
             axes.grid(alpha=0.3)
-        reward.legend(loc="best")
+        figure.legend(loc="outside lower center", ncols=4, frameon=False)
         path = folder / "grpo_tiny.svg"
         figure.savefig(path, metadata={"Date": None})
     return path

@@ -63,7 +63,7 @@ class Servers:
 
 
 def make_checkpoint(folder: Path) -> None:
-    """A Qwen3 of 0.4 million seeded random weights, and a tokenizer that knows ASCII, as any engine loads them."""
+    """A Qwen3 of 328,000 seeded random weights, and a tokenizer that knows ASCII, as any engine loads them."""
     config = ModelConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
@@ -95,13 +95,13 @@ def running(kind: str, checkpoint: Path, url: str = "") -> Iterator[Servers]:
     up.
     """
     with Fleet() as fleet:
-        if url:
-            _wait_healthy(url, None)
-        elif kind == "reference":
-            url = fleet.start_engine("engine", checkpoint).url
-        else:
-            url = _start_engine(fleet, kind, checkpoint)
         try:
+            if url:
+                _wait_healthy(url, None)
+            elif kind == "reference":
+                url = fleet.start_engine("engine", checkpoint).url
+            else:
+                url = _start_engine(fleet, kind, checkpoint)
             yield Servers(url, _start_daemon(fleet, kind, url).endpoint)
         finally:
             for log in fleet.root.glob("*.log"):
@@ -125,7 +125,7 @@ def _start_daemon(fleet: Fleet, kind: str, url: str) -> Daemon:
         kind = "{kind}"
         url = "{url}"
     """)
-    child = fleet.spawn(name, ("-m", "weightsyncd", "--node-config", str(config)))
+    child = fleet.spawn("weightsyncd", ("-m", "weightsyncd", "--node-config", str(config)))
     daemon = Daemon(name, child.process, child.log, endpoint=endpoint, config=config)
     fleet.wait_daemon(daemon, engines=1)
     return daemon

@@ -107,13 +107,12 @@ def train(rank: int, arguments: argparse.Namespace, checkpoint: Path, servers: S
                 optimiser.zero_grad()
             training = clock.lap()
 
-            blocked = 0.0
+            pushing = blocked = 0.0
             if arguments.push_every and step % arguments.push_every == 0:
                 report = push_weights(model, version=step, daemon=servers.daemon, timeout=PUSH_SECONDS)
                 if not report.complete:
                     raise SystemExit(str(report))  # says which engine did not take it, and why
-                blocked = report.blocked_seconds
-            pushing = clock.lap()
+                pushing, blocked = clock.lap(), report.blocked_seconds
 
             mean = over_ranks(dist.ReduceOp.SUM, reward=reward.mean() / RANKS, gap_mean=gap.mean() / RANKS)
             worst = over_ranks(
@@ -193,7 +192,9 @@ class Log:
         self._progress.advance(self._task)
 
     def close(self) -> None:
-        """Write the run. The medians leave out the first step, in which everything is done for the first time."""
+        """Write the run. Medians leave out the first step, in which all is done for the first time, and steps without a
+        push.
+        """
         self._progress.stop()
         rewards = [row["reward"] for row in self._rows]
         run = {
@@ -207,7 +208,7 @@ class Log:
             "gap_mean": statistics.mean(row["gap_mean"] for row in self._rows),
             "gap_max": max(row["gap_max"] for row in self._rows),
             "median_seconds": {
-                phase: statistics.median(row[phase] for row in self._rows[1:] or self._rows)
+                phase: statistics.median([row[phase] for row in self._rows[1:] if row[phase]] or [0.0])
                 for phase in ("generating", "training", "pushing", "blocked")
             },
             "steps": self._rows,
