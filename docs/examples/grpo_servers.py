@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import select
 import shutil
 import socket
@@ -104,8 +105,12 @@ def running(kind: str, checkpoint: Path, url: str = "") -> Iterator[Servers]:
                 url = _start_engine(fleet, kind, checkpoint)
             yield Servers(url, _start_daemon(fleet, kind, url).endpoint)
         finally:
+            segments = _segments({child.pid for child in fleet.children})
             for log in fleet.root.glob("*.log"):
                 shutil.copy(log, checkpoint.parent)
+            fleet.stop()
+            for segment in segments:
+                segment.unlink(missing_ok=True)
 
 
 def _start_daemon(fleet: Fleet, kind: str, url: str) -> Daemon:
@@ -170,6 +175,16 @@ def _start_engine(fleet: Fleet, kind: str, checkpoint: Path) -> str:
     url = f"http://127.0.0.1:{port}"
     _wait_healthy(url, child)
     return url
+
+
+def _segments(sessions: set[int]) -> set[Path]:
+    """Files of shared memory that processes of these sessions have mapped: vLLM and SGLang leave theirs behind."""
+    found = set()
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with contextlib.suppress(OSError):  # it has just ended, or is somebody else's
+            if os.getsid(int(maps.parent.name)) in sessions:
+                found |= set(re.findall(r"/dev/shm/\S+", maps.read_text()))
+    return {Path(name) for name in found if not name.startswith("/dev/shm/weightsync-")}  # these weightsyncd removes
 
 
 def _wait_healthy(url: str, child: Child | None) -> None:
