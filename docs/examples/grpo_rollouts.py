@@ -40,7 +40,10 @@ class Sampler:
         self._http.close()
 
     def sample(self, prompts: torch.Tensor, *, group: int, count: int, seed: int) -> Rollouts:
-        """`group` continuations of `count` tokens for each of prompts[P, T], at temperature 1."""
+        """`group` continuations of `count` tokens for each of prompts[P, T], at temperature 1.
+
+        Only the reference engine takes the seed.
+        """
         seeds = range(seed, seed + group * len(prompts), group)
         groups = self._threads.map(lambda ids, s: self._ask(ids, group, count, s), prompts.tolist(), seeds)
         answers = [answer for answers in groups for answer in answers]

@@ -32,6 +32,7 @@ __all__ = ["KINDS", "VOCABULARY", "Servers", "free_port", "make_checkpoint", "ru
 ROOT = Path(__file__).resolve().parents[2]
 ENGINES = Path(os.environ.get("WEIGHTSYNC_ENGINES", ROOT / ".engines")).resolve()
 KINDS = ("vllm", "sglang", "reference")
+PORTS = (24000, 24100)
 START = 300.0  # seconds; half a minute where cores are idle
 VOCABULARY = 128  # token 65 is "A": the tokens are ASCII
 
@@ -202,8 +203,10 @@ def _wait_healthy(url: str, child: Child | None) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that nobody has now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that nobody has now, below those that the kernel gives to clients: an engine takes a minute to bind it."""
+    for port in range(*PORTS):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise FleetError(f"no free port from {PORTS[0]} to {PORTS[1] - 1}")

@@ -77,21 +77,6 @@ def test_the_engine_decoder_with_its_cache_agrees_with_the_whole_model(case: tup
     worker.loader.close()
 
 
-def test_draws_spread_over_the_vocabulary_yield_the_distribution(case: tuple[dict[str, Any], Path]) -> None:
-    answers, directory = case
-    worker = Worker(read_config(directory), Ranks("unused", 1, 0, timeout=1))
-    worker.load_checkpoint(str(directory))
-    draws = [(i + 0.5) / 500 for i in range(500)]
-    choices = [worker.decoder.step(1, 0, answers["prompt"], draw) for draw in draws]
-    shares = torch.bincount(torch.tensor([c.token for c in choices]), minlength=worker.decoder.config.vocab_size) / 500
-    with torch.no_grad():
-        expected = load_checkpoint(directory)(torch.tensor([answers["prompt"]]))[0, -1].log_softmax(-1)
-    torch.testing.assert_close(shares, expected.exp(), atol=1 / 500 + 1e-4, rtol=0)
-    for choice in choices:
-        assert choice.logprob == pytest.approx(float(expected[choice.token]), abs=1e-4)
-    worker.loader.close()
-
-
 def test_checkpoints_survive_a_round_trip(case: tuple[dict[str, Any], Path], tmp_path: Path) -> None:
     model = load_checkpoint(case[1])
     save_checkpoint(model, tmp_path / "again")
@@ -110,6 +95,21 @@ SMALL = ModelConfig(
     num_key_value_heads=1,
     head_dim=8,
 )
+
+
+def test_draws_spread_over_the_vocabulary_yield_the_distribution(tmp_path: Path) -> None:
+    random_checkpoint(SMALL, tmp_path, 0)
+    worker = Worker(SMALL, Ranks("unused", 1, 0, timeout=1))
+    worker.load_checkpoint(str(tmp_path))
+    count, prompt = 200, [3, 1, 4]
+    choices = [worker.decoder.step(1, 0, prompt, (i + 0.5) / count) for i in range(count)]
+    shares = torch.bincount(torch.tensor([c.token for c in choices]), minlength=SMALL.vocab_size) / count
+    with torch.no_grad():
+        expected = load_checkpoint(tmp_path)(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+    torch.testing.assert_close(shares, expected.exp(), atol=1 / count + 1e-4, rtol=0)
+    for choice in choices:
+        assert choice.logprob == pytest.approx(float(expected[choice.token]), abs=1e-4)
+    worker.loader.close()
 
 
 def test_a_seed_names_a_checkpoint(tmp_path: Path) -> None:
