@@ -97,6 +97,21 @@ SMALL = ModelConfig(
 )
 
 
+def test_draws_spread_over_the_vocabulary_yield_the_distribution(tmp_path: Path) -> None:
+    random_checkpoint(SMALL, tmp_path, 0)
+    worker = Worker(SMALL, Ranks("unused", 1, 0, timeout=1))
+    worker.load_checkpoint(str(tmp_path))
+    count, prompt = 200, [3, 1, 4]
+    choices = [worker.decoder.step(1, 0, prompt, (i + 0.5) / count) for i in range(count)]
+    shares = torch.bincount(torch.tensor([c.token for c in choices]), minlength=SMALL.vocab_size) / count
+    with torch.no_grad():
+        expected = load_checkpoint(tmp_path)(torch.tensor([prompt]))[0, -1].log_softmax(-1)
+    torch.testing.assert_close(shares, expected.exp(), atol=1 / count + 1e-4, rtol=0)
+    for choice in choices:
+        assert choice.logprob == pytest.approx(float(expected[choice.token]), abs=1e-4)
+    worker.loader.close()
+
+
 def test_a_seed_names_a_checkpoint(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         random_checkpoint(SMALL, tmp_path / name, seed, "bfloat16")

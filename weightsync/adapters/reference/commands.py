@@ -78,6 +78,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     start: int  # position of the first of `tokens`; all before it are cached, and from 0 nothing is
     tokens: tuple[int, ...]
     ended: tuple[int, ...] = ()  # sequences whose caches to forget first
+    draw: float | None = None  # of [0, 1): take the token there in the distribution; none: the likeliest
 
 
 Command: TypeAlias = Accept | Begin | Load | Finish | Residents | Fingerprints | Checksums | Step

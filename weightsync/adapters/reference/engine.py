@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import random
 import uuid
 from collections import deque
 from contextlib import contextmanager
@@ -264,22 +265,27 @@ class Engine:
 
     # -- generation ------------------------------------------------------------------------------------------------
 
-    def generate(self, prompt: Sequence[int], max_tokens: int, *, deadline: float) -> Generated:
-        """Continue `prompt` greedily by at most `max_tokens` tokens."""
+    def generate(
+        self, prompt: Sequence[int], max_tokens: int, *, deadline: float, seed: int | None = None
+    ) -> Generated:
+        """Continue `prompt` by at most `max_tokens` tokens: greedily, or sampled at temperature 1, alike for a seed."""
         self._check_prompt(prompt, max_tokens)
         if self.blank:
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine holds no weights yet")
         entered = self._gate.enter()
         sequence = next(self._sequences)
         try:
-            return self._generate(sequence, list(prompt), max_tokens, entered, deadline)
+            return self._generate(sequence, list(prompt), max_tokens, entered, deadline, seed)
         finally:
             self._ended.append(sequence)
             self._gate.leave()
 
-    def _generate(self, sequence: int, tokens: list[int], max_tokens: int, entered: int, deadline: float) -> Generated:
+    def _generate(
+        self, sequence: int, tokens: list[int], max_tokens: int, entered: int, deadline: float, seed: int | None
+    ) -> Generated:
         prompt = len(tokens)
         logprobs: list[float] = []
+        draws = None if seed is None else random.Random(seed)
         version, flushes, cached = self.version, self._flushes, 0
         while len(logprobs) < max_tokens:
             with self._turn(deadline):
@@ -292,7 +298,8 @@ class Engine:
                     if self._flushes != flushes:
                         flushes, cached = self._flushes, 0
                     version = self.version
-                    chosen = self._step(sequence, cached, tokens[cached:])
+                    draw = None if draws is None else draws.random()
+                    chosen = self._step(sequence, cached, tokens[cached:], draw)
             if chosen is None:
                 self._gate.wait_open(entered, deadline=deadline)
                 continue
@@ -303,9 +310,9 @@ class Engine:
                 return Generated(tokens[prompt:], logprobs, "stop", version)
         return Generated(tokens[prompt:], logprobs, "length", version)
 
-    def _step(self, sequence: int, start: int, tokens: list[int]) -> Reply:
+    def _step(self, sequence: int, start: int, tokens: list[int], draw: float | None) -> Reply:
         ended = tuple(self._ended.popleft() for _ in range(len(self._ended)))
-        return self._call(Step(sequence, start, tuple(tokens), ended), monotonic())[0]
+        return self._call(Step(sequence, start, tuple(tokens), ended, draw), monotonic())[0]
 
     def _check_prompt(self, prompt: Sequence[int], max_tokens: int) -> None:
         if not prompt or not 0 <= min(prompt) <= max(prompt) < self.config.vocab_size:

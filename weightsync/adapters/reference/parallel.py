@@ -63,7 +63,7 @@ class Ranks:
 
 
 class Choice(NamedTuple):
-    """The most likely next token."""
+    """The next token."""
 
     token: int
     logprob: float
@@ -87,8 +87,10 @@ class ParallelDecoder:
         self._keys = max(config.num_key_value_heads // ranks.tp_size, 1)
 
     @torch.inference_mode()
-    def step(self, sequence: int, start: int, tokens: list[int]) -> Choice:
-        """Take `tokens` as positions `start`… of a sequence whose earlier ones are cached, and choose the next."""
+    def step(self, sequence: int, start: int, tokens: list[int], draw: float | None = None) -> Choice:
+        """Take `tokens` as positions `start`… of a sequence whose earlier ones are cached, and choose the next: the
+        likeliest, or the one at `draw` in the cumulative distribution.
+        """
         if start == 0:
             self._caches.pop(sequence, None)
         past = self._caches.get(sequence)
@@ -104,7 +106,7 @@ class ParallelDecoder:
             normed = self._norm(x, f"{prefix}.post_attention_layernorm.weight")
             x = x + (self._experts(normed, prefix) if self.config.sparse(layer) else self._mlp(normed, prefix))
         self._caches[sequence] = cache
-        return self._choose(self._norm(x[-1], "model.norm.weight"))
+        return self._choose(self._norm(x[-1], "model.norm.weight"), draw)
 
     def drop(self, sequences: Iterable[int]) -> None:
         """Forget the caches of sequences that ended."""
@@ -153,8 +155,12 @@ class ParallelDecoder:
             total[takers] += ops.fused_mlp(x[takers], w13[expert], w2[expert]) * share[takers, expert, None]
         return self.ranks.sum(total)
 
-    def _choose(self, x: Tensor) -> Choice:
+    def _choose(self, x: Tensor, draw: float | None) -> Choice:
         head = self.params[EMBED if self.config.tie_word_embeddings else HEAD]
         logits = torch.cat(self.ranks.gather(ops.linear(x, head)))[: self.config.vocab_size]  # padding rows fall away
-        token = int(logits.argmax())
+        if draw is None:
+            token = int(logits.argmax())
+        else:
+            below = logits.double().softmax(0).cumsum(0)
+            token = int((below <= draw * below[-1]).sum())
         return Choice(token, float(logits[token] - logits.logsumexp(0)))

@@ -10,7 +10,7 @@
     GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
     GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
     POST /resume                  409 when torn
-    POST /generate                {"prompt_ids", "max_tokens", "logprobs"}
+    POST /generate                {"prompt_ids", "max_tokens", "logprobs", "seed"}; without a seed, greedy
     GET  /checksums               per rank, xxh3 over its parameters
     POST /faults                  only with --enable-faults (see faults.py)
 
@@ -79,6 +79,7 @@ class _Generate(msgspec.Struct, frozen=True):
     prompt_ids: list[int]
     max_tokens: int = 16
     logprobs: bool = False
+    seed: int | None = None
 
 
 class EngineServer(ThreadingHTTPServer):
@@ -244,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _generate(self, _rest: str, deadline: float) -> bytes:
         body = self._json(_Generate)
-        done = self.server.engine.generate(body.prompt_ids, body.max_tokens, deadline=deadline)
+        done = self.server.engine.generate(body.prompt_ids, body.max_tokens, deadline=deadline, seed=body.seed)
         answer = done._asdict()
         if not body.logprobs:
             del answer["logprobs"]

@@ -92,7 +92,7 @@ class Worker:
         """Run one command. Only a decode step may raise."""
         if isinstance(command, Step):
             self.decoder.drop(command.ended)
-            choice = self.decoder.step(command.sequence, command.start, list(command.tokens))
+            choice = self.decoder.step(command.sequence, command.start, list(command.tokens), command.draw)
             return Reply(token=choice.token, logprob=choice.logprob)
         try:
             return self._answer(command)
