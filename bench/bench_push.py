@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--pushes", type=int, default=7, help="measured pushes of the model, after 2 that warm up")
-    parser.add_argument("--empty", type=int, default=200, help="measured pushes without bytes")
+    parser.add_argument("--small", type=int, default=200, help="measured pushes of one small tensor")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the engine")
     parser.add_argument("--slot", default="64MiB", help="arena.slot_bytes")
     arguments = parser.parse_args()
@@ -61,9 +61,9 @@ def main() -> None:
     with Fleet() as fleet:
         figures = {
             "model": measure_model(fleet, arguments.pushes, arguments.tp, arguments.slot),
-            "empty": measure_empty(fleet, arguments.empty),
+            "small": measure_small(fleet, arguments.small),
         }
-    model, empty = figures["model"], figures["empty"]
+    model, small = figures["model"], figures["small"]
     rows = [
         ["model", f"{model['bytes'] / 1e9:.2f} GB, {model['tensors']} tensors, tp {arguments.tp}"],
         ["one-core memcpy, same run", f"{model['memcpy_bytes_per_second'] / 1e9:.2f} GB/s"],
@@ -73,8 +73,8 @@ def main() -> None:
         ["  per copied byte, ratio to memcpy", f"{model['ratio_to_memcpy']:.2f}"],
         *([f"  {phase}", f"{seconds * 1e3:.0f} ms"] for phase, seconds in model["phases_median"].items()),
         [
-            "push without bytes, p50 / p99 of " + str(arguments.empty),
-            f"{empty['p50'] * 1e3:.1f} / {empty['p99'] * 1e3:.1f} ms",
+            "push of one small tensor, p50 / p99 of " + str(arguments.small),
+            f"{small['p50'] * 1e3:.1f} / {small['p99'] * 1e3:.1f} ms",
         ],
         ["daemon, resident", f"{model['rss']['daemon'] / 1e6:.0f} MB"],
         ["bridge, resident without its arena", f"{model['rss']['bridge'] / 1e6:.0f} MB"],
@@ -115,8 +115,8 @@ def measure_model(fleet: Fleet, pushes: int, tp: int, slot: str) -> dict[str, An
     }
 
 
-def measure_empty(fleet: Fleet, pushes: int) -> dict[str, Any]:
-    """Pushes without a byte, to two engines."""
+def measure_small(fleet: Fleet, pushes: int) -> dict[str, Any]:
+    """Pushes of one small tensor, to two engines: what a push takes whatever its bytes."""
     checkpoint = fleet.root / "small"
     checkpoint.mkdir()
     write_config(SMALL, checkpoint)
@@ -129,10 +129,11 @@ def measure_empty(fleet: Fleet, pushes: int) -> dict[str, Any]:
     daemon = fleet.start_daemon("small-node", engines, arena={"slot_bytes": "1MiB"})
     full = {n: torch.zeros(s) for n, s in checkpoint_tensors(SMALL).items()}
     push_weights(full, version=0, daemon=daemon.endpoint)
+    smallest = min(full, key=lambda name: full[name].numel())
     seconds = []
     for version in range(1, pushes + 11):
         start = time.perf_counter()
-        push_weights({}, version=version, daemon=daemon.endpoint)
+        push_weights({smallest: full[smallest]}, version=version, daemon=daemon.endpoint)
         seconds.append(time.perf_counter() - start)
     ordered = sorted(seconds[10:])
     return {

@@ -110,10 +110,11 @@ def test_a_part_of_the_weights_leaves_the_rest(node):
     assert all(e.untouched == len(node.weights("A")) - 1 for e in report.engines)
 
 
-def test_a_push_without_bytes_only_moves_the_version(node):
-    push(node, node.weights("A"))
-    version, report = push(node, {})
-    assert report.bytes == 0
+def test_a_push_of_nothing_is_refused(node):
+    """Such as one whose pattern no tensor matches: the policy would stay what it is under another number."""
+    version, _ = push(node, node.weights("A"))
+    with pytest.raises(PushRefused, match="no rank has a tensor to push"):
+        push_weights({}, version=version + 1, daemon=node.daemon.endpoint, timeout=10)
     node.assert_holds(node.weights("A"), version)
 
 
