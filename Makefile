@@ -27,7 +27,7 @@ demo: setup
 	$(BIN)/weightsync demo
 
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not engines"
+	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadgroup
 
 style: setup
 	$(BIN)/ruff check .

@@ -25,6 +25,15 @@ settings.load_profile("weightsync")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of two processes that share the tests (make test), one gets a file whole, and all of tests/faults: nodes there
+    have the same names, and a daemon clears up after its namesake.
+    """
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "faults" else str(item.path)))
+
+
 def _open_fds() -> dict[str, str]:
     fds = {}
     for fd in os.listdir("/proc/self/fd"):
