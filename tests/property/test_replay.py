@@ -1,0 +1,174 @@
+"""Whatever views and copies a loader goes through: what is replayed is what it loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.replay_kit import Model, same
+from weightsync.replay.state import ModelReplay, model_tensors
+from weightsync.replay.strided import Box, compose, merge_dims
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Step = "Callable[[torch.Tensor], torch.Tensor]"
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@st.composite
+def views(draw: Any, example: torch.Tensor, copies: bool) -> list[Any]:
+    """Steps from a tensor like this one to another, as functions of it. With `copies`, some move memory on the way."""
+    steps: list[Any] = []
+    kinds = ["narrow", "transpose", "chunk", "unsqueeze", "select", "step", "unflatten", "flatten"]
+    for _ in range(draw(st.integers(0, 5))):
+        kind = draw(st.sampled_from([*kinds, "clone", "reshape", "convert"] if copies else kinds))
+        dim = draw(st.integers(0, max(0, example.dim() - 1)))
+        step: Any = None
+        if not example.dim() and kind not in ("unsqueeze", "clone", "convert"):
+            continue
+        size = example.shape[dim] if example.dim() else 1
+        if kind == "narrow":
+            first = draw(st.integers(0, size - 1))
+            count = draw(st.integers(1, size - first))
+            step = lambda t, d=dim, f=first, n=count: t.narrow(d, f, n)
+        elif kind == "transpose":
+            other = draw(st.integers(0, example.dim() - 1))
+            step = lambda t, d=dim, o=other: t.transpose(d, o)
+        elif kind == "chunk":
+            at = draw(st.integers(0, 1))
+            step = lambda t, d=dim, a=at: t.chunk(2, d)[min(a, len(t.chunk(2, d)) - 1)]
+        elif kind == "unsqueeze":
+            step = lambda t, d=dim: t.unsqueeze(d)
+        elif kind == "select":
+            at = draw(st.integers(0, size - 1))
+            step = lambda t, d=dim, a=at: t.select(d, a)
+        elif kind == "step":
+            by = draw(st.integers(1, 3))
+            step = lambda t, d=dim, b=by: t[(slice(None),) * d + (slice(None, None, b),)]
+        elif kind == "unflatten" and size % 2 == 0:
+            step = lambda t, d=dim: t.unflatten(d, (2, -1))
+        elif kind == "flatten" and example.is_contiguous():
+            step = lambda t: t.view(-1)
+        elif kind == "clone":
+            form = draw(st.sampled_from([torch.preserve_format, torch.contiguous_format]))
+            step = lambda t, f=form: t.clone(memory_format=f)
+        elif kind == "reshape":
+            step = lambda t: t.reshape(-1)
+        elif kind == "convert":
+            to = draw(st.sampled_from(DTYPES))
+            step = lambda t, to=to: t.to(to)
+        if step is not None:
+            steps.append(step)
+            example = step(example)
+    return steps
+
+
+@st.composite
+def loads(draw: Any, copies: bool) -> tuple[dict[str, tuple[Any, torch.dtype]], dict[str, torch.Tensor], Any]:
+    """Tensors to push, the parameters that they are loaded into, and the loader."""
+    shapes = {
+        f"t{i}": tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3))) for i in range(draw(st.integers(1, 4)))
+    }
+    dtypes = {name: draw(st.sampled_from(DTYPES)) for name in shapes}
+    parts: list[list[tuple[str, list[Any]]]] = []
+    parameters: dict[str, torch.Tensor] = {}
+    for i in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(shapes)))
+        steps = draw(views(torch.zeros(shapes[name]), copies))
+        part = _through(torch.zeros(shapes[name]), steps)
+        same_shape = [(name, steps)] + ([(name, steps)] if draw(st.booleans()) else [])
+        parts.append(same_shape)
+        dim = draw(st.integers(0, part.dim()))
+        shape = (*part.shape[:dim], len(same_shape), *part.shape[dim:])
+        made = torch.zeros(shape, dtype=draw(st.sampled_from(DTYPES)))
+        if draw(st.booleans()):
+            made = made.transpose(0, -1).contiguous().transpose(0, -1)
+        parameters[f"layer{i}.w{dim}"] = made
+
+    def load(targets: Any, tensors: Any) -> None:
+        for name, tensor in tensors:
+            for (target, parameter), some in zip(sorted(targets.items()), parts, strict=True):
+                dim = int(target[-1])
+                for at, (source, steps) in enumerate(some):
+                    if source == name:
+                        parameter.select(dim, at).copy_(_through(tensor, steps))
+
+    return {name: (shapes[name], dtypes[name]) for name in shapes}, parameters, load
+
+
+def _through(tensor: torch.Tensor, steps: list[Any]) -> torch.Tensor:
+    for step in steps:
+        tensor = step(tensor)
+    return tensor
+
+
+def _weights(table: Any, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in table.items()}
+
+
+def _three_pushes(found: Any, slot_bytes: int) -> tuple[ModelReplay, Model]:
+    table, parameters, load = found
+    model, replay = Model(parameters, load), ModelReplay({})
+    for seed in range(3):
+        model.push(replay, _weights(table, seed), slot_bytes)
+        got = {name: tensor.clone() for name, tensor in model_tensors(model).items()}
+        heard = list(model.heard)
+        for name, tensor in model.loaded(_weights(table, seed)).items():
+            assert same(tensor, got[name])
+        model.heard = heard
+    return replay, model
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(copies=False), st.sampled_from([256, 1 << 16]))
+def test_views_are_always_replayed_and_give_what_the_loader_gives(found, slot_bytes):
+    replay, _ = _three_pushes(found, slot_bytes)
+    facts = replay.facts()
+    assert not facts.why
+    assert facts.phase == "replay"
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(copies=True), st.sampled_from([256, 1 << 16]))
+def test_with_copies_on_the_way_nothing_else_than_the_loader_gives_comes_out(found, slot_bytes):
+    replay, _ = _three_pushes(found, slot_bytes)
+    assert not any("differs" in why for why in replay.facts().why), "the plan was wrong, and only its proof saw it"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_view_of_a_copy_is_a_view_of_what_was_copied(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    order = data.draw(st.permutations(range(len(shape))))
+    there = torch.arange(300)
+    strides = data.draw(st.permutations([1, 6, 36][: len(shape)]))
+    source = there.as_strided(shape, strides, 3)
+    copy = source.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+    view = _through(copy, data.draw(views(copy, copies=False)))
+    found = compose(_box(view), _box(copy), _box(source))
+    if found is None:
+        assert not source.is_contiguous() or not copy.is_contiguous(), "what lies in one run is always followed"
+        return
+    offset, dims = found
+    flat = [part for parts in dims for part in parts]
+    again = there.as_strided([p.size for p in flat], [p.source // 8 for p in flat], offset // 8)
+    assert again.reshape(view.shape).equal(view)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 8), st.integers(0, 8)), max_size=4))
+def test_joined_dimensions_are_the_same_elements(dims):
+    sizes, one, other = (tuple(column) for column in zip(*dims, strict=True)) if dims else ((), (), ())
+    joined = merge_dims(Box(0, sizes, one), Box(0, sizes, other))
+    for before, after in zip((one, other), joined, strict=True):
+        memory = torch.arange(200)
+        wanted = memory.as_strided(sizes, before).reshape(-1)
+        assert memory.as_strided(after.sizes, after.strides).reshape(-1).equal(wanted)
+
+
+def _box(tensor: torch.Tensor) -> Box:
+    return Box(8 * tensor.storage_offset(), tuple(tensor.shape), tuple(8 * s for s in tensor.stride()))
