@@ -13,21 +13,24 @@ if TYPE_CHECKING:
 
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["ReadBucket"]
+__all__ = ["Named", "ReadBucket"]
+
+Named = tuple[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ReadBucket:
-    """The bytes of a bucket, uint8 [nbytes], and the tensors cut over several that are whole with it, uint8 [nbytes]."""
+    """One bucket's bytes, and the tensors cut over several buckets of which it is the last."""
 
     manifest: Manifest
     index: int
-    data: torch.Tensor
-    cut: Mapping[int, torch.Tensor]
+    data: torch.Tensor  # uint8 [nbytes]
+    cut: Mapping[int, torch.Tensor]  # by their place in the manifest, uint8 [nbytes] each
 
-    def tensors(self, skip: Collection[int] = ()) -> list[tuple[str, torch.Tensor]]:
+    def tensors(self, skip: Collection[int] = ()) -> list[Named]:
         """The tensors that are whole now by checkpoint name, but for those in `skip` (places in the manifest)."""
         manifest = self.manifest
+        names = manifest.tensors.names
         found = []
         for piece in manifest.bucket_pieces(self.index):
             tensor = int(manifest.piece_tensor[piece])
@@ -35,9 +38,9 @@ class ReadBucket:
                 continue
             start, nbytes = int(manifest.piece_offset[piece]), int(manifest.piece_nbytes[piece])
             if nbytes == int(manifest.tensors.sizes[tensor]):
-                found.append((manifest.tensors.names[tensor], self._as_pushed(tensor, self.data[start : start + nbytes])))
+                found.append((names[tensor], self._as_pushed(tensor, self.data[start : start + nbytes])))
             elif tensor in self.cut:
-                found.append((manifest.tensors.names[tensor], self.whole(tensor)))
+                found.append((names[tensor], self.whole(tensor)))
         return found
 
     def whole(self, tensor: int) -> torch.Tensor:

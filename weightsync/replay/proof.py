@@ -52,10 +52,9 @@ class Proof:
                 if not self._missing[move.target]:
                     done.append(move.target)
             apply(moves, source, self._scratch)
-        for target in done:
-            made = self._scratch.pop(target)
-            if self._first_difference(target, made) is not None:
-                self._differ[target] = made
+        self._differ |= {target: self._scratch.pop(target) for target in done}
+        for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
+            del self._differ[target]
 
     def finish(self) -> dict[str, str]:
         """The targets that the plan got wrong, and how. Empty: it is proved."""

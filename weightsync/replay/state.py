@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from weightsync.plan.manifest import Manifest
-    from weightsync.replay.bucket import ReadBucket
+    from weightsync.replay.bucket import Named, ReadBucket
 
 __all__ = ["SWITCH", "ModelReplay", "Phase", "ReplayFacts", "model_tensors"]
 
@@ -39,7 +39,6 @@ Phase = Literal["off", "record", "prove", "replay", "loader"]
 _NAMES_TOLD = 4  # of parameters with the same reason
 
 T = TypeVar("T")
-Named = "list[tuple[str, torch.Tensor]]"
 
 
 class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -124,7 +123,7 @@ class ModelReplay:
             self._proof = None if known.proved else self._new_proof(known)
         self._seconds[self._phase] = 0.0
 
-    def load(self, bucket: ReadBucket, load: Callable[[Any], T]) -> T | None:
+    def load(self, bucket: ReadBucket, load: Callable[[list[Named]], T]) -> T | None:
         """Load one bucket. `load` takes names and tensors; what it returned, or None where it was not called."""
         begun = perf_counter()
         if self._phase == "replay":
@@ -169,6 +168,8 @@ class ModelReplay:
                 known.plan = known.plan.without(wrong)
                 known.moves = lay_out(known.plan, self._manifest)
             known.proved = True
+        if self._phase in ("record", "prove"):
+            self._tell()
         self._targets, self._order = {}, {}
 
     def facts(self) -> ReplayFacts:
@@ -192,7 +193,20 @@ class ModelReplay:
             seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
         )
 
-    def _replay(self, bucket: ReadBucket) -> list[tuple[str, torch.Tensor]]:
+    def _tell(self) -> None:
+        facts = self.facts()
+        will = "is proved: from the next push on it loads" if facts.phase == "prove" else "is recorded, to be proved: it would load"
+        logger.info(
+            "weightsync: replay %s %d parameters (%.1f MB) in %d moves; %d stay with the loader%s",
+            will,
+            facts.targets,
+            facts.nbytes / 1e6,
+            facts.moves,
+            facts.loader_targets,
+            "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
+        )
+
+    def _replay(self, bucket: ReadBucket) -> list[Named]:
         """Carry out what the plan knows of a bucket; what is left for the loader."""
         assert self._known is not None, "`begin` comes first"
         if not self._filled:

@@ -18,6 +18,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -29,6 +30,8 @@ from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember,
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.plan.manifest import Manifest
+from weightsync.replay.bucket import Named
+from weightsync.replay.state import ModelReplay, model_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,6 +55,7 @@ class _Worker:
         self._slots: SlotReader | None = None
         self._models: list[Any] = []
         self._requantisers: list[Requantiser] = []
+        self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
     def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
         """Carry out one order; what to answer. Raises whatever goes wrong."""
@@ -86,29 +90,40 @@ class _Worker:
             earlier.abandon()
         self._requantisers = []
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
-        self._requantisers = [Requantiser(model, self._slots.tensors.names) for model in models]
+        self._requantisers = [Requantiser(model, self._slots.manifest.tensors.names) for model in models]
+        for model in models:
+            self._replays.setdefault(model, ModelReplay()).begin(self._slots.manifest, model_tensors(model))
         self._models = models
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        tensors = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
-        names = [name for name, _ in tensors]
+        bucket = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
         for model, requantiser in zip(self._models, self._requantisers, strict=True):
-            if tensors:
-                with requantiser.loading(names):
+
+            def load(tensors: list[Named], model: Any = model, requantiser: Requantiser = requantiser) -> None:
+                with requantiser.loading([name for name, _ in tensors]):
                     model.load_weights(list(tensors))
+
+            self._replays[model].load(bucket, load)
         return "loaded"
 
     def _finish(self) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        self._models = []
+        models, self._models = self._models, []
         self._slots.finish()
         for requantiser in self._requantisers:
             requantiser.finish()
+        for model in models:
+            self._replays[model].finish(model_tensors(model))
         return "finished"
+
+    def replay(self, model: Any) -> dict[str, Any]:
+        """What is known of the model's replay, as plain data; empty before its first push."""
+        found = self._replays.get(model)
+        return msgspec.to_builtins(found.facts()) if found is not None else {}
 
 
 _worker = _Worker()
@@ -181,9 +196,11 @@ def _models(manager: Any, target: str) -> list[Any]:
 
 def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
     updater = getattr(scheduler, "weight_updater", scheduler)
+    model = scheduler.tp_worker.model_runner.model
     result.internal_state["weightsync"] = {
         "protocol": orders.PROTOCOL,
         "paused": bool(getattr(scheduler, "_engine_paused", False)),
         "asleep": sorted(getattr(updater, "offload_tags", ())),
-        "requantises": remembered(scheduler.tp_worker.model_runner.model),
+        "requantises": remembered(model),
+        "replay": _worker.replay(model),
     }

@@ -57,7 +57,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
     index = worker_index(worker.vllm_config.parallel_config)
     match asked.do:
         case "hello":
-            return _hello(worker, state)
+            return {**_hello(worker, state), "replay": state.replay_facts(model)}
         case "check":
             fit = state.fit(model, b64decode(asked.manifest))
             return {
@@ -71,6 +71,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             offers = [b64decode(offer) for offer in asked.offers[index]]
             state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds)
             state.open(model, model_config)
+            state.ready(model)
         case "load":
             state.load(model, asked.bucket, b64decode(asked.tickets[index]), asked.seconds)
         case "finish":
