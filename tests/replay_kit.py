@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from tests.hand_push import as_bytes, fill_slot, manifest_of
 from weightsync.replay.bucket import ReadBucket
-from weightsync.replay.state import ModelReplay, model_tensors
+from weightsync.replay.model import ModelState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from weightsync.plan.manifest import Manifest
+    from weightsync.replay.state import ModelReplay
 
 __all__ = ["Model", "read_buckets", "same"]
-
-Load = "Callable[[Mapping[str, torch.Tensor], list[tuple[str, torch.Tensor]]], object]"
 
 
 def read_buckets(weights: Mapping[str, torch.Tensor], slot_bytes: int) -> tuple[Manifest, Iterator[ReadBucket]]:
@@ -31,7 +30,7 @@ def read_buckets(weights: Mapping[str, torch.Tensor], slot_bytes: int) -> tuple[
         come = [0] * len(sizes)
         for bucket in range(manifest.buckets):
             data = torch.zeros(int(manifest.bucket_nbytes[bucket]), dtype=torch.uint8)
-            fill_slot(manifest, bucket, tensors, memoryview(data.numpy()))
+            fill_slot(manifest, bucket, tensors, data.numpy().data)
             cut = {}
             for piece in manifest.bucket_pieces(bucket):
                 tensor, nbytes = int(manifest.piece_tensor[piece]), int(manifest.piece_nbytes[piece])
@@ -54,7 +53,7 @@ def read_buckets(weights: Mapping[str, torch.Tensor], slot_bytes: int) -> tuple[
 class Model(torch.nn.Module):
     """Parameters, and what a loader does with what it is given."""
 
-    def __init__(self, parameters: Mapping[str, torch.Tensor], load: Load) -> None:
+    def __init__(self, parameters: Mapping[str, torch.Tensor], load: Callable[[Any, Any], object]) -> None:
         super().__init__()
         self.heard: list[str] = []  # names that the loader was called with, of the last push
         self._load = load
@@ -70,22 +69,22 @@ class Model(torch.nn.Module):
     def load_weights(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         self.heard += [name for name, _ in tensors]
         with torch.no_grad():
-            self._load(model_tensors(self), tensors)
+            self._load(ModelState.of(self).tensors, tensors)
 
     def push(self, replay: ModelReplay, weights: Mapping[str, torch.Tensor], slot_bytes: int = 1 << 20) -> None:
         """One push through `replay`."""
         self.heard = []
         manifest, buckets = read_buckets(weights, slot_bytes)
-        replay.begin(manifest, model_tensors(self))
+        replay.begin(manifest, ModelState.of(self))
         for bucket in buckets:
             replay.load(bucket, self.load_weights)
             del bucket
-        replay.finish(model_tensors(self))
+        replay.finish(lambda: ModelState.of(self))
 
     def loaded(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """What the parameters are once the loader has loaded these."""
         self.load_weights(list(weights.items()))
-        return {name: tensor.clone() for name, tensor in model_tensors(self).items()}
+        return {name: tensor.clone() for name, tensor in ModelState.of(self).tensors.items()}
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:

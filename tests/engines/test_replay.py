@@ -6,19 +6,19 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
 from tests.engines.yard import Need
 
 if TYPE_CHECKING:
     from tests.engines.kit import RealEngine
 
-pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(600)]
 
 SGLANG = Need("sglang", "plugin")
+VLLM = Need("vllm", "plugin")
 
 
-def facts(engine: RealEngine) -> dict[str, Any]:
+def facts(engine: RealEngine) -> Any:
     """What rank 0 says of its replay."""
     if engine.kind == "vllm":
         body = {"method": "weightsync", "args": ['{"do": "hello"}']}
@@ -31,7 +31,7 @@ def forget(node: Any) -> None:
     node.push({name: w for name, w in node.weights("base").items() if "norm" in name})
 
 
-@pytest.mark.parametrize("node", [pytest.param(SGLANG, id="sglang")], indirect=True)
+@pytest.mark.parametrize("node", [pytest.param(SGLANG, id="sglang"), pytest.param(VLLM, id="vllm")], indirect=True)
 def test_there_and_back(node):
     forget(node)
     for tag in ("pert", "base", "pert", "base"):

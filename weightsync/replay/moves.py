@@ -1,8 +1,8 @@
 """A load plan laid over the buckets of a manifest, and carried out: the loop that stands in for a loader.
 
 What is known before the first byte comes is worked out once: which bytes of a bucket go where, neighbours as one. A
-move's two boxes are what a descriptor of `weightsync.device.table.box_items` is made of, so that one launch over a table
-can take the place of `apply`; moves that convert to anything but bfloat16 from float32 would stay with this loop.
+move's two boxes are what descriptors of `weightsync.device.table.box_items` are made of, so that one launch over a
+table can take the place of `apply`; moves that convert otherwise than float32 to bfloat16 would stay with this loop.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ class BucketMoves:
     """What a bucket's arrival brings."""
 
     moves: tuple[Move, ...]  # out of the bucket
-    cut: tuple[tuple[int, tuple[Move, ...]], ...]  # tensors of the manifest that it completes, and the moves out of each
+    cut: tuple[
+        tuple[int, tuple[Move, ...]], ...
+    ]  # tensors of the manifest that it completes, and the moves out of each
     replayed: frozenset[int]  # tensors of the manifest, of those that it completes, that need no loader
     left: bool  # whether it completes others
 
@@ -100,7 +102,7 @@ def lay_out(plan: LoadPlan, manifest: Manifest) -> Moves:
 
 
 def apply(moves: Iterable[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]) -> None:
-    """Carry out moves out of `data`, uint8 [n], contiguous. `targets` are those of the `Moves`, by their index there."""
+    """Carry out moves out of `data`, uint8 [n], contiguous. `targets`: those of the `Moves`, by their index there."""
     typed: dict[torch.dtype, torch.Tensor] = {}
     for move in moves:
         source = typed.get(move.source_dtype)

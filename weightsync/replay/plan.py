@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Copy", "Fill", "LoadPlan", "Target", "draw_up"]
 
+_NOT_SEEN = "the loader was not seen to copy any of it"
+
 
 class Target(NamedTuple):
     """A tensor of the model."""
@@ -35,7 +37,7 @@ class Target(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A box of a pushed tensor, and where it lies in a target; both boxes have the same sizes, and begin at its start."""
+    """A box of a pushed tensor, and where it lies in a target; of equal sizes, each counted from where that begins."""
 
     source: str
     source_box: Box
@@ -62,16 +64,19 @@ class LoadPlan:
     targets: tuple[str, ...]  # that get all of their bytes so
     by_loader: dict[str, str]  # target that the loader goes on to load → why
     untouched: tuple[str, ...]  # targets that nothing was seen to write or to compute with
-    sources: frozenset[str]  # tensors of which the loader need not hear any more
+    sources: frozenset[str]  # pushed tensors of which the loader need not hear any more
+    loader_sources: dict[str, str]  # pushed tensors that it goes on to be given → why
 
     def without(self, wrong: Mapping[str, str]) -> LoadPlan:
         """This plan, less these targets (with why) and all that hangs together with them."""
         bad = _spread({**self.by_loader, **wrong}, {}, self.copies, (*self.targets, *self.by_loader))
-        return _plan(self.copies, self.fills, self.targets, bad, self.untouched)
+        offered = (*self.sources, *self.loader_sources)
+        return _plan(offered, self.copies, self.fills, self.targets, bad, self.loader_sources, self.untouched)
 
 
 def draw_up(
     *,
+    sources: Sequence[str],
     targets: Mapping[str, Target],
     copies: Sequence[Copy],
     fills: Sequence[Fill],
@@ -80,7 +85,8 @@ def draw_up(
 ) -> LoadPlan:
     """The plan of a load that was watched.
 
-    `computed` are the pushed tensors, and `altered` the targets, with which more was done than a copy, and what that was.
+    `sources` were pushed; with those in `computed`, and with the targets in `altered`, more was done than copying, and
+    what.
     """
     unique = tuple(dict.fromkeys(copies))
     written = {copy.target for copy in unique} | {fill.target for fill in fills}
@@ -93,25 +99,34 @@ def draw_up(
     for name in written - bad.keys():
         if fault := _coverage_fault(targets[name], *onto[name]):
             bad[name] = fault
-    wrong = {name: f"{name} is more than copied: {what}" for name, what in computed.items()}
+    wrong = {name: f"more is done with it than copying ({what})" for name, what in computed.items()}
     bad = _spread(bad, wrong, unique, tuple(written | bad.keys()))
     good = tuple(name for name in targets if name in written and name not in bad)
     untouched = tuple(name for name in targets if name not in written and name not in bad)
-    return _plan(unique, tuple(fills), good, bad, untouched)
+    return _plan(sources, unique, tuple(fills), good, bad, wrong, untouched)
 
 
 def _plan(
-    copies: Sequence[Copy], fills: Sequence[Fill], targets: Iterable[str], bad: dict[str, str], untouched: tuple[str, ...]
+    offered: Iterable[str],
+    copies: Sequence[Copy],
+    fills: Sequence[Fill],
+    targets: Iterable[str],
+    bad: dict[str, str],
+    wrong: Mapping[str, str],
+    untouched: tuple[str, ...],
 ) -> LoadPlan:
     good = tuple(name for name in targets if name not in bad)
     kept = tuple(copy for copy in copies if copy.target not in bad)
+    sources = frozenset(copy.source for copy in kept)
+    why = {copy.source: f"{copy.target}: {bad[copy.target]}" for copy in copies if copy.target in bad} | dict(wrong)
     return LoadPlan(
         copies=kept,
         fills=tuple(fill for fill in fills if fill.target not in bad),
         targets=good,
         by_loader=bad,
         untouched=untouched,
-        sources=frozenset(copy.source for copy in kept),
+        sources=sources,
+        loader_sources={name: why.get(name, _NOT_SEEN) for name in offered if name not in sources},
     )
 
 
@@ -136,13 +151,13 @@ def _spread(
     for source, why in wrong.items():
         for target in links.get(source, ()):
             if target not in bad:
-                bad[target] = why
+                bad[target] = f"{source}: {why}"
                 new.append(target)
     while new:
         target = new.pop()
-        reached = {other: f"its layer has {target}" for other in layers.get(_layer(target), ())}
+        reached = dict.fromkeys(layers.get(_layer(target), ()), f"its layer has {target}")
         for source in sources.get(target, ()):
-            reached |= {other: f"{source} is loaded into {target} too" for other in links[source]}
+            reached |= dict.fromkeys(links[source], f"{source} is loaded into {target} too")
         for other, why in reached.items():
             if other not in bad:
                 bad[other] = f"{why}, which is by the loader: {_root(bad[target])}"

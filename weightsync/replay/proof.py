@@ -76,7 +76,7 @@ class Proof:
         name = self._moves.targets[target]
         real = self._targets[name]
         made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=real.device)
-        memory = torch.empty(0, dtype=torch.uint8, device=real.device).set_(made.untyped_storage())  # type: ignore[call-overload]
+        memory = torch.empty(0, dtype=torch.uint8, device=real.device).set_(made.untyped_storage())
         memory.fill_(_NOBODYS)
         for fill in self._plan.fills:
             if fill.target == name:

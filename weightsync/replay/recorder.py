@@ -8,8 +8,8 @@
 
 Every operation of torch passes through here and is carried out. Views keep their memory, so memory is what is followed:
 that of the tensors on offer, and that of whatever they were copied into on the way (a layer put together apart, a copy
-in another order or dtype). What is computed from them, or from a parameter, cannot be followed, and whoever had a part in
-it stays with the loader. Nothing is kept alive: memory is known by a weak reference.
+in another order or dtype). What is computed from them, or from a parameter, cannot be followed, and all that had a part
+in it stays with the loader. Nothing is kept alive: memory is known by a weak reference.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, field
 from functools import cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from weightsync.replay.plan import Copy, Fill, LoadPlan, Target, draw_up
@@ -37,9 +39,12 @@ _aten = torch.ops.aten
 _COPIES = (_aten.copy_.default,)
 _CLONES = (_aten.clone.default, _aten._to_copy.default)
 _FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
-_LOOK_AT_NO_DATA = ("empty_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "full_like")
-_LOOK_AT_NO_DATA += ("ones_like", "zeros_like", "is_pinned", "record_stream", "is_same_size", "_has_same_storage_numel")
-_LOOK_AT_NO_DATA += ("sym_size", "sym_stride", "sym_numel", "sym_storage_offset", "size", "stride", "numel", "device")
+_RAW = ("numpy", "__array__", "__dlpack__", "tolist", "data_ptr")
+_LOOK_AT_NO_DATA = frozenset(
+    ("empty_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "full_like", "ones_like")
+    + ("zeros_like", "is_pinned", "is_same_size", "record_stream", "sym_size", "sym_stride", "sym_numel")
+    + ("sym_storage_offset", "size", "stride", "numel")
+)
 
 
 class _Written(NamedTuple):
@@ -67,17 +72,19 @@ class _Memory:
 def box_of(tensor: torch.Tensor) -> Box:
     """Where a tensor lies in its storage."""
     size = tensor.element_size()
-    return Box(tensor.storage_offset() * size, tuple(tensor.shape), tuple(s * size for s in tensor.stride()))
+    return Box(int(tensor.storage_offset()) * size, tuple(tensor.shape), tuple(s * size for s in tensor.stride()))
 
 
 class Recorder(TorchDispatchMode):
     """One recording. A context manager that may be entered many times, in one thread."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """`targets`: all tensors of the model that a kernel may look at. Of two with the same memory the first counts."""
+        """`targets`: the model's parameters and buffers, by name. Of two with the same memory the first counts."""
         super().__init__()
         self._memories: dict[int, _Memory] = {}
         self._targets: dict[str, Target] = {}
+        self._offered: dict[str, None] = {}
+        self._calls = _Calls(self)
         self._lost = ""  # why nothing of this can be trusted
         self._copies: list[Copy] = []
         self._fills: list[Fill] = []
@@ -89,6 +96,7 @@ class Recorder(TorchDispatchMode):
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
         """The loader will be given this tensor, contiguous, which has the checkpoint's `name`."""
+        self._offered[name] = None
         if not tensor.numel():
             return
         memory = self._memory_of(tensor)
@@ -96,8 +104,10 @@ class Recorder(TorchDispatchMode):
         own = box_of(tensor)
         memory.written.append(_Written(name, own.shifted(-own.offset), own, tensor.dtype, tensor.dtype))
 
-    def plan(self) -> LoadPlan:
-        """What was seen, as far as it can be done again by copying."""
+    def plan(self, altered: Mapping[str, str] | None = None) -> LoadPlan:
+        """What was seen, as far as it can be done again by copying. `altered`: targets that cannot, and why."""
+        for name, why in (altered or {}).items():
+            self._altered.setdefault(name, why)
         for memory in self._memories.values():
             if memory.written and not memory.alive.expired():
                 for written in memory.written:
@@ -105,12 +115,29 @@ class Recorder(TorchDispatchMode):
         if self._lost:
             self._altered = dict.fromkeys(self._targets, self._lost)
         return draw_up(
+            sources=tuple(self._offered),
             targets=self._targets,
             copies=self._copies,
             fills=self._fills,
             computed=self._computed,
             altered=self._altered,
         )
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self._calls.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._calls.__exit__(*error)
+        super().__exit__(*error)
+
+    def handed_out(self, tensors: Iterable[torch.Tensor], to: str) -> None:
+        """Code that torch does not see into was given these: it may have read them, and written to them."""
+        for tensor in tensors:
+            if tensor.device.type != "meta":
+                self._read(tensor, to)
+                self._spoilt(tensor, f"the loader computes it ({to})")
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -148,7 +175,9 @@ class Recorder(TorchDispatchMode):
         if known is None or not self._follow(known, src, dst):
             how = "has from elsewhere" if known is None or known.targets else "converts or rearranges on the way"
             made_by = known.made_by if known is not None else ""
-            self._spoilt(dst, f"the loader computes it ({made_by})" if made_by else f"it is given what the loader {how}")
+            self._spoilt(
+                dst, f"the loader computes it ({made_by})" if made_by else f"it is given what the loader {how}"
+            )
             if known is not None:
                 self._read(src, "a copy that cannot be followed")
 
@@ -197,7 +226,9 @@ class Recorder(TorchDispatchMode):
             offset, dims = found
             flat = [part for parts in dims for part in parts]
             sizes = tuple(part.size for part in flat)
-            strides = [s for stride, parts in zip(onto.strides, dims, strict=True) for s in split_strides(stride, parts)]
+            strides = [
+                s for stride, parts in zip(onto.strides, dims, strict=True) for s in split_strides(stride, parts)
+            ]
             source = Box(offset, sizes, tuple(part.source for part in flat))
             return self._note(dst, [written._replace(source=source, own=Box(onto.offset, sizes, tuple(strides)))], [])
         return self._follow_whole(known, src, dst)
@@ -210,7 +241,9 @@ class Recorder(TorchDispatchMode):
             return False
         first, end, by = view.offset, view.end(itemsize), onto.offset - view.offset
         written = [w for w in known.written if w.own.touches(view, w.dtype.itemsize, itemsize)]
-        fills = [(box, dtype, value) for box, dtype, value in known.fills if box.touches(view, dtype.itemsize, itemsize)]
+        fills = [
+            (box, dtype, value) for box, dtype, value in known.fills if box.touches(view, dtype.itemsize, itemsize)
+        ]
         if not written and not fills:
             return False
         whole = all(w.own.within(first, end, itemsize) and w.dtype == src.dtype for w in written)
@@ -222,9 +255,7 @@ class Recorder(TorchDispatchMode):
             [(box.shifted(by), dtype, value) for box, dtype, value in fills],
         )
 
-    def _note(
-        self, dst: torch.Tensor, written: list[_Written], fills: list[tuple[Box, torch.dtype, float]]
-    ) -> bool:
+    def _note(self, dst: torch.Tensor, written: list[_Written], fills: list[tuple[Box, torch.dtype, float]]) -> bool:
         """This now lies in `dst`. False where it was converted more than once on its way."""
         if any(w.dtype not in (w.source_dtype, dst.dtype) for w in written):
             return False
@@ -254,7 +285,11 @@ class Recorder(TorchDispatchMode):
         writes = _written_arguments(func)
         inputs = list(_tensors((*args, *kwargs.values())))
         outputs = list(_tensors((out,)))
-        changed = [t for at in writes for t in _tensors((args[at] if isinstance(at, int) and at < len(args) else kwargs.get(str(at)),))]
+        changed = [
+            t
+            for at in writes
+            for t in _tensors((args[at] if isinstance(at, int) and at < len(args) else kwargs.get(str(at)),))
+        ]
         if not changed and outputs and all(any(self._same(o, i) for i in inputs) for o in outputs):
             return  # a view
         for tensor in inputs:
@@ -340,6 +375,24 @@ class Recorder(TorchDispatchMode):
     @staticmethod
     def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
         return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+
+
+class _Calls(TorchFunctionMode):
+    """Sees what goes past the dispatcher: operations of an engine's own, and views of memory that are no tensors."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        own = isinstance(func, OpOverload | OpOverloadPacket) and not str(func).startswith(("aten.", "prim"))
+        if own or getattr(func, "__name__", "") in _RAW:
+            self._recorder.handed_out(_tensors((*args, *kwargs.values())), str(func) if own else func.__name__)
+        return out
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:

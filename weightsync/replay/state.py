@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
 
-from weightsync.replay.moves import Moves, apply, lay_out, raw_bytes, strided_view
-from weightsync.replay.plan import LoadPlan
+from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
 
@@ -29,8 +28,11 @@ if TYPE_CHECKING:
 
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
+    from weightsync.replay.model import ModelState, Place
+    from weightsync.replay.moves import Moves
+    from weightsync.replay.plan import LoadPlan
 
-__all__ = ["SWITCH", "ModelReplay", "Phase", "ReplayFacts", "model_tensors"]
+__all__ = ["SWITCH", "ModelReplay", "Phase", "ReplayFacts"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,30 +40,19 @@ SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 _NAMES_TOLD = 4  # of parameters with the same reason
 
-T = TypeVar("T")
-
 
 class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a worker says of its replay of one model."""
 
     phase: str  # of the last push, see `Phase`
-    targets: int = 0  # parameters and buffers that are replayed, or will be once that is proved
-    nbytes: int = 0  # their size
-    loader_targets: int = 0  # that stay with the loader
-    loader_nbytes: int = 0
+    replayed: int = 0  # tensors of the push that are replayed, or will be once that is proved
+    replayed_bytes: int = 0
+    by_loader: int = 0  # tensors that stay with the loader
+    by_loader_bytes: int = 0
     moves: int = 0  # copies that a push comes to, neighbours joined
-    why: dict[str, list[str]] = {}  # why the loader loads them → the first of them, and "… and n more"
+    why: dict[str, list[str]] = {}  # why tensors stay with the loader → the first of them, and "… and n more"
     note: str = ""  # why all began anew, or is off
     seconds: dict[str, float] = {}  # in each phase, seconds of the last push's loading; of prove the loader's alone
-
-
-class _Place(NamedTuple):
-    """What has to be as it was for a plan to be of use."""
-
-    address: int
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass
@@ -69,15 +60,11 @@ class _Known:
     """What was learnt of one manifest."""
 
     digest: bytes
-    places: dict[str, _Place]
+    places: dict[str, Place]
     plan: LoadPlan
     moves: Moves
+    sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
-
-
-def model_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """All parameters and buffers, by their first names."""
-    return {name: tensor.detach() for name, tensor in (*model.named_parameters(), *model.named_buffers())}
 
 
 class ModelReplay:
@@ -89,27 +76,29 @@ class ModelReplay:
         self._phase: Phase = "off"
         self._note = f"{SWITCH} is {environment.get(SWITCH)}" if self._off else ""
         self._manifest: Manifest | None = None
-        self._targets: dict[str, torch.Tensor] = {}
+        self._before: ModelState | None = None
         self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._filled = False
-        self._seconds: Counter[str] = Counter()
+        self._seconds: dict[str, float] = {}  # of the last push in each phase
 
     @property
     def replayed(self) -> frozenset[str]:
         """Parameters that this push loads without the loader; their layers get nothing from it."""
-        return frozenset(self._known.plan.targets) if self._phase == "replay" and self._known is not None else frozenset()
+        return (
+            frozenset(self._known.plan.targets) if self._phase == "replay" and self._known is not None else frozenset()
+        )
 
-    def begin(self, manifest: Manifest, targets: Mapping[str, torch.Tensor]) -> None:
-        """A push of this manifest begins, whatever became of the last. `targets` as `model_tensors`."""
+    def begin(self, manifest: Manifest, model: ModelState) -> None:
+        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
         self._recorder = self._proof = None
         if self._off:
+            self._phase = "off"
             return
-        self._manifest, self._targets = manifest, dict(targets)
-        places = _places(targets)
-        known = self._known
-        if known is not None and (anew := _why_anew(known, manifest, places)):
+        self._manifest, self._before = manifest, model
+        known, targets = self._known, model.tensors
+        if known is not None and (anew := _why_anew(known, manifest, model.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
         self._known, self._filled = known, False
@@ -120,73 +109,85 @@ class ModelReplay:
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
             self._phase = "replay" if known.proved else "prove"
-            self._proof = None if known.proved else self._new_proof(known)
+            if not known.proved:
+                self._learn(lambda: self._start_proof(known, targets))
         self._seconds[self._phase] = 0.0
 
-    def load(self, bucket: ReadBucket, load: Callable[[list[Named]], T]) -> T | None:
-        """Load one bucket. `load` takes names and tensors; what it returned, or None where it was not called."""
+    def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
+        """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
         begun = perf_counter()
-        if self._phase == "replay":
-            left = self._replay(bucket)
-            answer = load(left) if left else None
-            self._seconds["replay"] += perf_counter() - begun
-            return answer
-        tensors = bucket.tensors()
+        tensors = self._replay(bucket) if self._phase == "replay" else bucket.tensors()
         if self._recorder is not None:
             for name, tensor in tensors:
                 self._recorder.offer(name, tensor)
-        if not tensors:
-            return None
-        answer = self.watched(lambda: load(tensors))
-        self._seconds[self._phase] += perf_counter() - begun
+        if tensors:
+            self.watched(lambda: load(tensors))
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + perf_counter() - begun
         if self._proof is not None:
-            self._try_proof(self._proof, bucket)
-        return answer
+            proof = self._proof
+            self._learn(lambda: proof.bucket(bucket.index, bucket.data, bucket.whole))
 
-    def watched(self, work: Callable[[], T]) -> T:
+    def watched(self, work: Callable[[], object]) -> None:
         """`work`, which may load something, seen by the recorder if there is one."""
-        if self._recorder is None:
-            return work()
-        with self._recorder:
-            return work()
+        with self._recorder or nullcontext():
+            work()
 
-    def finish(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """Everything is loaded; the model's tensors now. What was learnt counts from the next push on."""
-        recorder, proof, known = self._recorder, self._proof, self._known
-        self._recorder = self._proof = None
-        if recorder is not None and self._manifest is not None:
-            plan = recorder.plan()
-            before, after = _places(self._targets), _places(targets)
-            moved = {name: "the loader gives it other memory" for name in before if after.get(name) != before[name]}
-            plan = plan.without(moved)
-            self._known = _Known(self._manifest.digest, before, plan, lay_out(plan, self._manifest))
-        elif proof is not None and known is not None and self._manifest is not None:
-            wrong = proof.finish()
-            if wrong:
-                for name, why in wrong.items():
-                    logger.warning("weightsync: %s stays with the loader: %s", name, why)
-                known.plan = known.plan.without(wrong)
-                known.moves = lay_out(known.plan, self._manifest)
-            known.proved = True
+    def finish(self, look: Callable[[], ModelState]) -> None:
+        """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
         if self._phase in ("record", "prove"):
-            self._tell()
-        self._targets, self._order = {}, {}
+            self._learn(lambda: self._conclude(look()))
+        self._recorder = self._proof = self._before = None
+        self._order = {}
+
+    def _start_proof(self, known: _Known, targets: dict[str, torch.Tensor]) -> None:
+        self._proof = Proof(known.plan, known.moves, targets)
+
+    def _conclude(self, model: ModelState) -> None:
+        recorder, proof, known, before = self._recorder, self._proof, self._known, self._before
+        assert self._manifest is not None, "`begin` comes first"
+        assert before is not None
+        more = before.replaced(model)
+        if recorder is not None:
+            plan, table = recorder.plan(more), self._manifest.tensors
+            sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
+            self._known = _Known(self._manifest.digest, before.places, plan, lay_out(plan, self._manifest), sizes)
+        elif proof is not None and known is not None:
+            wrong = proof.finish() | {name: why for name, why in more.items() if name in known.plan.targets}
+            for name, why in wrong.items():
+                logger.warning("weightsync: %s stays with the loader: %s", name, why)
+            known.plan = known.plan.without(wrong)
+            known.moves = lay_out(known.plan, self._manifest)
+            known.proved = True
+        self._tell()
+
+    def _learn(self, work: Callable[[], None]) -> None:
+        """Nothing that goes wrong here costs a push: the loader has loaded, and goes on to."""
+        try:
+            work()
+        except torch.OutOfMemoryError as error:
+            self._recorder = self._proof = None
+            self._note = f"no memory was left to prove it: {error}"
+            logger.warning("weightsync: replay is put off: %s", self._note)
+        except Exception as error:
+            self._recorder = self._proof = self._known = None
+            self._off, self._note = True, f"it failed: {type(error).__name__} {error}"
+            logger.exception("weightsync: replay is off from here on")
 
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
         if known is None:
             return ReplayFacts(phase=self._phase, note=self._note)
-        sizes = {name: place.dtype.itemsize * torch.Size(place.shape).numel() for name, place in known.places.items()}
+        plan = known.plan
         why: dict[str, list[str]] = {}
-        for name, reason in known.plan.by_loader.items():
+        for name, reason in plan.loader_sources.items():
             why.setdefault(reason, []).append(name)
         return ReplayFacts(
             phase=self._phase,
-            targets=len(known.plan.targets),
-            nbytes=sum(sizes[name] for name in known.plan.targets),
-            loader_targets=len(known.plan.by_loader),
-            loader_nbytes=sum(sizes.get(name, 0) for name in known.plan.by_loader),
+            replayed=len(plan.sources),
+            replayed_bytes=sum(known.sizes[name] for name in plan.sources),
+            by_loader=len(plan.loader_sources),
+            by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
             moves=known.moves.count,
             why={reason: _first(names) for reason, names in why.items()},
             note=self._note,
@@ -195,14 +196,14 @@ class ModelReplay:
 
     def _tell(self) -> None:
         facts = self.facts()
-        will = "is proved: from the next push on it loads" if facts.phase == "prove" else "is recorded, to be proved: it would load"
+        will = "is proved, and loads" if facts.phase == "prove" else "is recorded, and will load once it is proved"
         logger.info(
-            "weightsync: replay %s %d parameters (%.1f MB) in %d moves; %d stay with the loader%s",
+            "weightsync: replay %s %d tensors (%.1f MB) in %d moves; %d stay with the loader%s",
             will,
-            facts.targets,
-            facts.nbytes / 1e6,
+            facts.replayed,
+            facts.replayed_bytes / 1e6,
             facts.moves,
-            facts.loader_targets,
+            facts.by_loader,
             "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
         )
 
@@ -220,27 +221,8 @@ class ModelReplay:
             apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
         return bucket.tensors(here.replayed) if here.left else []
 
-    def _new_proof(self, known: _Known) -> Proof:
-        return Proof(known.plan, known.moves, self._targets)
 
-    def _try_proof(self, proof: Proof, bucket: ReadBucket) -> None:
-        """A proof that has no memory to go on is put off: the push itself does not need it."""
-        try:
-            proof.bucket(bucket.index, bucket.data, bucket.whole)
-        except torch.OutOfMemoryError as error:
-            logger.warning("weightsync: replay is not proved, for want of memory: %s", error)
-            self._proof, self._note = None, "no memory was left for the proof"
-
-
-def _places(targets: Mapping[str, torch.Tensor]) -> dict[str, _Place]:
-    return {
-        name: _Place(t.data_ptr(), tuple(t.shape), t.stride(), t.dtype)
-        for name, t in targets.items()
-        if t.device.type != "meta"
-    }
-
-
-def _why_anew(known: _Known, manifest: Manifest, places: Mapping[str, _Place]) -> str:
+def _why_anew(known: _Known, manifest: Manifest, places: Mapping[str, Place]) -> str:
     """Why a plan is of no use now; "" if it is."""
     if known.digest != manifest.digest:
         return "what is pushed has another layout"

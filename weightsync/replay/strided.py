@@ -126,7 +126,7 @@ def split_strides(stride: int, parts: list[Dim]) -> list[int]:
 
 
 def merge_dims(one: Box, other: Box) -> tuple[Box, Box]:
-    """The same two boxes, of equal sizes, with no dimension of length 1 and neighbouring ones joined where both allow."""
+    """The same two boxes, of equal sizes, with no dimension of length 1, and neighbours joined where both allow it."""
     sizes: list[int] = []
     first: list[int] = []
     second: list[int] = []

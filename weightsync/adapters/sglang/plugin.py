@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from time import monotonic
@@ -30,11 +31,13 @@ from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember,
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.plan.manifest import Manifest
-from weightsync.replay.bucket import Named
-from weightsync.replay.state import ModelReplay, model_tensors
+from weightsync.replay.model import ModelState
+from weightsync.replay.state import ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from weightsync.replay.bucket import Named
 
 __all__ = ["register"]
 
@@ -92,7 +95,7 @@ class _Worker:
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
         self._requantisers = [Requantiser(model, self._slots.manifest.tensors.names) for model in models]
         for model in models:
-            self._replays.setdefault(model, ModelReplay()).begin(self._slots.manifest, model_tensors(model))
+            self._replays.setdefault(model, ModelReplay()).begin(self._slots.manifest, ModelState.of(model))
         self._models = models
         return "begun"
 
@@ -117,7 +120,7 @@ class _Worker:
         for requantiser in self._requantisers:
             requantiser.finish()
         for model in models:
-            self._replays[model].finish(model_tensors(model))
+            self._replays[model].finish(partial(ModelState.of, model))
         return "finished"
 
     def replay(self, model: Any) -> dict[str, Any]:

@@ -23,7 +23,8 @@ from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
 from weightsync.plan.manifest import Manifest
-from weightsync.replay.state import ModelReplay, model_tensors
+from weightsync.replay.model import ModelState
+from weightsync.replay.state import ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -58,7 +59,7 @@ class WeightReload:
         self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
         self._replay: ModelReplay | None = None  # of the update that is open
-        self._tensors: dict[str, torch.Tensor] = {}  # of the model that is reloaded, as its kernels see them
+        self._before: ModelState | None = None  # of the model that is reloaded, as its kernels see it
         if device.type == "cpu":
             cpu_repairs.mend()
 
@@ -84,7 +85,7 @@ class WeightReload:
         model_config = model_config or self.config.model_config
         with self._as_vllm():
             self._put_back(model, model_config)
-            self._tensors = model_tensors(model)
+            self._before = ModelState.of(model)
             reload.initialize_layerwise_reload(model)
 
     def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float) -> None:
@@ -100,10 +101,11 @@ class WeightReload:
     def ready(self, model: torch.nn.Module) -> None:
         """The update is open and begun: what may be replayed is, from here on."""
         layerwise = import_module(f"{_RELOAD}.layerwise")
-        if not hasattr(layerwise, "_place_kernel_tensors"):
+        before, self._before = self._before, None
+        if before is None or not hasattr(layerwise, "_place_kernel_tensors"):
             return
         replay = self._replays.setdefault(model, ModelReplay())
-        replay.begin(self._slots.manifest, self._tensors)
+        replay.begin(self._slots.manifest, before)
         layers = {name.rpartition(".")[0] for name in replay.replayed}
         for name, layer in model.named_modules():
             info = layerwise.get_layerwise_info(layer)
@@ -174,7 +176,7 @@ class WeightReload:
                 finalize(model, model_config)
             else:
                 replay.watched(lambda: finalize(model, model_config))
-                replay.finish(model_tensors(model))
+                replay.finish(lambda: ModelState.of(model))
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 

@@ -1,0 +1,81 @@
+"""What a model's layers hold at one moment: tensors, and what else loading may replace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+__all__ = ["ModelState", "Place"]
+
+_PLAIN = (bool, bytes, complex, float, int, str, torch.dtype, torch.device, torch.Size)
+_TORCHS = ("_parameters", "_buffers", "_modules")
+
+
+class Place(NamedTuple):
+    """What has to be as it was for a plan to be of use."""
+
+    address: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class ModelState:
+    """A model, looked at. Tensors are the model's own, without gradients."""
+
+    tensors: dict[str, torch.Tensor]  # parameters and buffers, by their first names
+    things: dict[str, dict[str, Any]]  # layer → its other attributes, and those of the objects in them
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> ModelState:
+        """As it is now."""
+        named = (*model.named_parameters(), *model.named_buffers())
+        return cls(
+            {name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"},
+            {path: _things(layer) for path, layer in model.named_modules()},
+        )
+
+    @property
+    def places(self) -> dict[str, Place]:
+        """Where each tensor lies."""
+        return {name: Place(t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items()}
+
+    def replaced(self, after: ModelState) -> dict[str, str]:
+        """Tensors for which loading did more than to write to them → what that was."""
+        places = after.places
+        found = {
+            name: "the loader gives it other memory" for name, place in self.places.items() if places.get(name) != place
+        }
+        for path, before in self.things.items():
+            now = after.things.get(path, {})
+            other = next((key for key in {**before, **now} if _differ(before.get(key), now.get(key))), None)
+            if other is not None:
+                own = [name for name in self.tensors if name.rpartition(".")[0] == path]
+                found |= {name: f"loading its layer replaces {other}" for name in own if name not in found}
+        return found
+
+
+def _things(layer: torch.nn.Module) -> dict[str, Any]:
+    found = {}
+    for key, value in vars(layer).items():
+        if key in _TORCHS or isinstance(value, torch.nn.Module):
+            continue
+        found[key] = value
+        if not isinstance(value, type) and hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
+            found |= {f"{key}.{inner}": held for inner, held in vars(value).items()}
+    return found
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether something else is there now; what is plain data may be made anew as long as it says the same."""
+    if one is other:
+        return False
+    return not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
