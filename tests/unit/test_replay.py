@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import replace
+from io import StringIO
 from typing import Any
 
+import msgspec
 import pytest
 import torch
+from rich.console import Console
 
 from tests.replay_kit import Model, read_buckets, same
+from weightsync.replay.facts import ReplayFacts, least
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out
 from weightsync.replay.state import SWITCH, ModelReplay
+from weightsync.views import replay_details
+from weightsync.wire.codec import decode_untrusted, encode
+from weightsync.wire.messages import EngineStatus, Status
 
 
 def weights(seed, **shapes):
@@ -367,3 +376,34 @@ def test_switched_off():
         model.push(replay, layer(seed))
         assert len(model.heard) == 15
     assert (replay.facts().phase, replay.facts().note) == ("off", "WEIGHTSYNC_REPLAY is 0")
+
+
+# --- what is told of it ---------------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_says_reaches_the_terminal():
+    model: Any = Model(
+        {"a.w": torch.zeros(4), "b.w": torch.zeros(4)},
+        lambda t, ws: [t[n].copy_(w if n == "a.w" else -w) for n, w in ws],
+    )
+    facts = pushed(model, lambda seed: weights(seed, a__w=(4,), b__w=(4,))).facts()
+    plain = json.loads(msgspec.json.encode(facts))
+    engine = EngineStatus(
+        name="e", node="n", kind="sglang", model="m", url="http://e", state="serving",
+        replay=msgspec.convert(plain, ReplayFacts),
+    )  # fmt: skip
+    status = Status(id=1, node="n", software="w", pid=1, uptime=1.0, engines=(engine,), bridges=(), peers={}, push=None)
+    assert decode_untrusted(encode(status)) == status
+    console = Console(width=200, file=StringIO())
+    console.print(replay_details(msgspec.to_builtins([engine])))
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "replays" in shown
+    assert re.search(r"e +more is done with it than copying \(neg\) +b\.w", shown)
+
+
+def test_of_several_workers_the_one_that_replays_least_is_told_of():
+    slow, fast = ReplayFacts(phase="replay", replayed_bytes=1), ReplayFacts(phase="replay", replayed_bytes=2)
+    off = ReplayFacts(phase="off", replayed_bytes=3)
+    assert least([fast, slow]) is slow
+    assert least([fast, off]) is off
+    assert least([]) is None

@@ -41,9 +41,9 @@ _CLONES = (_aten.clone.default, _aten._to_copy.default)
 _FILLS = (_aten.fill_.Scalar, _aten.zero_.default)
 _RAW = ("numpy", "__array__", "__dlpack__", "tolist", "data_ptr")
 _LOOK_AT_NO_DATA = frozenset(
-    ("empty_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "full_like", "ones_like")
-    + ("zeros_like", "is_pinned", "is_same_size", "record_stream", "sym_size", "sym_stride", "sym_numel")
-    + ("sym_storage_offset", "size", "stride", "numel")
+    {"empty_like", "new_empty", "new_empty_strided", "new_full", "new_ones", "new_zeros", "full_like", "ones_like"}
+    | {"zeros_like", "is_pinned", "is_same_size", "record_stream", "sym_size", "sym_stride", "sym_numel"}
+    | {"sym_storage_offset", "size", "stride", "numel"}
 )
 
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
-import msgspec
 import torch
 
+from weightsync.replay.facts import ReplayFacts
 from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
@@ -32,27 +32,13 @@ if TYPE_CHECKING:
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
 
-__all__ = ["SWITCH", "ModelReplay", "Phase", "ReplayFacts"]
+__all__ = ["SWITCH", "ModelReplay", "Phase"]
 
 logger = logging.getLogger(__name__)
 
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 _NAMES_TOLD = 4  # of parameters with the same reason
-
-
-class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a worker says of its replay of one model."""
-
-    phase: str  # of the last push, see `Phase`
-    replayed: int = 0  # tensors of the push that are replayed, or will be once that is proved
-    replayed_bytes: int = 0
-    by_loader: int = 0  # tensors that stay with the loader
-    by_loader_bytes: int = 0
-    moves: int = 0  # copies that a push comes to, neighbours joined
-    why: dict[str, list[str]] = {}  # why tensors stay with the loader → the first of them, and "… and n more"
-    note: str = ""  # why all began anew, or is off
-    seconds: dict[str, float] = {}  # in each phase, seconds of the last push's loading; of prove the loader's alone
 
 
 @dataclass

@@ -123,10 +123,10 @@ class _Worker:
             self._replays[model].finish(partial(ModelState.of, model))
         return "finished"
 
-    def replay(self, model: Any) -> dict[str, Any]:
-        """What is known of the model's replay, as plain data; empty before its first push."""
+    def replay(self, model: Any) -> Any:
+        """What is known of the model's replay, as plain data; None before its first push."""
         found = self._replays.get(model)
-        return msgspec.to_builtins(found.facts()) if found is not None else {}
+        return msgspec.to_builtins(found.facts()) if found is not None else None
 
 
 _worker = _Worker()

@@ -57,7 +57,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
     index = worker_index(worker.vllm_config.parallel_config)
     match asked.do:
         case "hello":
-            return {**_hello(worker, state), "replay": state.replay_facts(model)}
+            return _hello(worker, state)
         case "check":
             fit = state.fit(model, b64decode(asked.manifest))
             return {
@@ -80,6 +80,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
                 worker.model_runner.reset_lora_state()
         case "serve":
             state.finish(asked.version)
+            return {"weight_version": state.weight_version, "replay": state.replay_facts(model)}
         case _:
             raise LocalProtocolError(f"a vLLM worker cannot do {asked.do!r}")
     return {"weight_version": state.weight_version}

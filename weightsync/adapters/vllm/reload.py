@@ -114,10 +114,10 @@ class WeightReload:
                 info.reset()
         self._replay = replay
 
-    def replay_facts(self, model: torch.nn.Module) -> dict[str, Any]:
-        """What is known of the model's replay, as plain data; empty before its first push."""
+    def replay_facts(self, model: torch.nn.Module) -> Any:
+        """What is known of the model's replay, as plain data; None before its first push."""
         found = self._replays.get(model)
-        return msgspec.to_builtins(found.facts()) if found is not None else {}
+        return msgspec.to_builtins(found.facts()) if found is not None else None
 
     def load(
         self,
