@@ -32,13 +32,12 @@ def ways(*needs: Need, slow: bool = False) -> Any:
 def facts(node: Any, phase: str) -> Any:
     """What the daemon knows of its engine's replay, once that is in this phase."""
 
-    def told() -> Any:
+    def there() -> bool:
         found = node.engine_status().replay
-        return found if found is not None and found.phase == phase else None
+        return found is not None and found.phase == phase
 
-    found = eventually(told, seconds=30)
-    assert found, f"{node.engine_status().replay}\n{node.logs()}"
-    return found
+    assert eventually(there, seconds=30), f"{node.engine_status().replay}\n{node.logs()}"
+    return node.engine_status().replay
 
 
 def recorded_anew(node: Any, tag: str) -> Any:

@@ -197,6 +197,18 @@ def test_a_layer_is_replayed_as_a_whole_or_not_at_all():
     }
 
 
+def test_a_layer_whose_kernel_has_a_weight_in_another_form_stays_with_the_loader():
+    def load(targets, tensors):
+        for name, tensor in tensors:
+            if name != "a.w":
+                targets[name].copy_(tensor)
+
+    model: Any = Model({"a.w": torch.zeros(0), "a.bias": torch.zeros(4), "b.w": torch.zeros(4)}, load)
+    replay = pushed(model, lambda seed: weights(seed, a__w=(4, 4), a__bias=(4,), b__w=(4,)))
+    assert sorted(model.heard) == ["a.bias", "a.w"]
+    assert any("its layer has a.w" in why for why in replay.facts().why)
+
+
 def test_what_the_model_keeps_elsewhere_stays_with_the_loader():
     kept: list[Any] = []
 
@@ -230,6 +242,18 @@ def test_a_layer_that_gets_something_else_to_compute_with_stays_with_the_loader(
     replay = pushed(model, lambda seed: weights(seed, a__w=(4,), b__w=(4,)))
     assert replay.facts().why == {"a.w: loading its layer replaces linear": ["a.w"]}
     assert model.heard == ["a.w"]
+
+
+def test_what_plain_data_says_may_be_said_anew():
+    def load(targets, tensors):
+        for name, tensor in tensors:
+            targets[name].copy_(tensor)
+        model.a.scale = float("1.5")
+        model.a.names = ("x", "y")
+
+    model: Any = Model({"a.w": torch.zeros(4)}, load)
+    model.a.scale, model.a.names = 1.5, ("x", "y")
+    assert pushed(model, lambda seed: weights(seed, a__w=(4,))).facts().phase == "replay"
 
 
 def test_operations_of_an_engines_own_are_seen():
@@ -367,6 +391,15 @@ def test_memory_that_was_emptied_meanwhile_is_whole_after_a_replay():
     got = {name: tensor.clone() for name, tensor in ModelState.of(model).tensors.items()}
     assert replay.facts().phase == "replay"
     assert all(same(tensor, got[name]) for name, tensor in model.loaded(layer(3)).items())
+
+
+def test_what_goes_wrong_while_learning_costs_no_push(monkeypatch, caplog):
+    model: Any = Model(LAYER, load_layer)
+    monkeypatch.setattr("weightsync.replay.state.lay_out", lambda *_: 1 / 0)
+    replay = pushed(model, layer)
+    assert len(model.heard) == 15
+    assert (replay.facts().phase, replay.facts().note) == ("off", "it failed: ZeroDivisionError division by zero")
+    assert "replay is off" in caplog.text
 
 
 def test_switched_off():

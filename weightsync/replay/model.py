@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 
 __all__ = ["ModelState", "Place"]
 
-_PLAIN = (bool, bytes, complex, float, int, str, torch.dtype, torch.device, torch.Size)
+_PLAIN = (bool, bytes, complex, float, int, str, torch.dtype, torch.device)
 _TORCHS = ("_parameters", "_buffers", "_modules")
 
 
@@ -56,7 +57,7 @@ class ModelState:
         }
         for path, before in self.things.items():
             now = after.things.get(path, {})
-            other = next((key for key in {**before, **now} if _differ(before.get(key), now.get(key))), None)
+            other = next((key for key in {**before, **now} if _replaced(before.get(key), now.get(key))), None)
             if other is not None:
                 own = [name for name in self.tensors if name.rpartition(".")[0] == path]
                 found |= {name: f"loading its layer replaces {other}" for name in own if name not in found}
@@ -68,14 +69,30 @@ def _things(layer: torch.nn.Module) -> dict[str, Any]:
     for key, value in vars(layer).items():
         if key in _TORCHS or isinstance(value, torch.nn.Module):
             continue
-        found[key] = value
+        found[key] = _held(value)
         if not isinstance(value, type) and hasattr(value, "__dict__") and not isinstance(value, torch.Tensor):
-            found |= {f"{key}.{inner}": held for inner, held in vars(value).items()}
+            found |= {f"{key}.{inner}": _held(of_it) for inner, of_it in vars(value).items()}
     return found
 
 
-def _differ(one: Any, other: Any) -> bool:
+def _held(value: Any) -> Any:
+    """What stands for a value later: a function that is replaced may be all that held a layer's packed weights."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return value
+
+
+def _replaced(before: Any, now: Any) -> bool:
     """Whether something else is there now; what is plain data may be made anew as long as it says the same."""
-    if one is other:
+    if isinstance(before, weakref.ref) or isinstance(now, weakref.ref):
+        return before is not now or before() is None  # there is one reference to a thing as long as it lives
+    if before is now:
         return False
-    return not (type(one) is type(other) and isinstance(one, _PLAIN) and one == other)
+    return not (type(before) is type(now) and _plain(before) and _plain(now) and before == now)
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_plain(part) for part in value)
+    return value is None or isinstance(value, _PLAIN)

@@ -91,8 +91,10 @@ class Recorder(TorchDispatchMode):
         self._computed: dict[str, str] = {}  # tensor on offer → what read it that is no copy
         self._altered: dict[str, str] = {}  # target → what befell it that is no copy
         for name, tensor in targets.items():
-            if tensor.device.type != "meta" and tensor.numel():
+            if tensor.numel():
                 self._add_target(name, tensor)
+            else:
+                self._altered[name] = "it is empty: its kernel has it in another form"
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
         """The loader will be given this tensor, contiguous, which has the checkpoint's `name`."""

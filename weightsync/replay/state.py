@@ -32,10 +32,11 @@ if TYPE_CHECKING:
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
 
-__all__ = ["SWITCH", "ModelReplay", "Phase"]
+__all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
 
 logger = logging.getLogger(__name__)
 
+EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 _NAMES_TOLD = 4  # of parameters with the same reason
@@ -82,22 +83,27 @@ class ModelReplay:
         if self._off:
             self._phase = "off"
             return
-        self._manifest, self._before = manifest, model
+        self._manifest, self._before = manifest, None
         known, targets = self._known, model.tensors
         if known is not None and (anew := _why_anew(known, manifest, model.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
         self._known, self._filled = known, False
         if known is None:
-            self._phase, self._recorder = "record", Recorder(targets)
+            self._phase, self._recorder, self._before = "record", Recorder(targets), model
         elif not known.plan.targets:
             self._phase = "loader"
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
             self._phase = "replay" if known.proved else "prove"
             if not known.proved:
+                self._before = model
                 self._learn(lambda: self._start_proof(known, targets))
         self._seconds[self._phase] = 0.0
+
+    def turn_off(self, why: str) -> None:
+        """Leave everything to the loader from here on. Not during a push."""
+        self._off, self._note, self._known = True, why, None
 
     def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
         """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
@@ -155,8 +161,8 @@ class ModelReplay:
             self._note = f"no memory was left to prove it: {error}"
             logger.warning("weightsync: replay is put off: %s", self._note)
         except Exception as error:
-            self._recorder = self._proof = self._known = None
-            self._off, self._note = True, f"it failed: {type(error).__name__} {error}"
+            self._recorder = self._proof = None
+            self.turn_off(f"it failed: {type(error).__name__} {error}")
             logger.exception("weightsync: replay is off from here on")
 
     def facts(self) -> ReplayFacts:

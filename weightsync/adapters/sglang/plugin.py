@@ -32,7 +32,7 @@ from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.plan.manifest import Manifest
 from weightsync.replay.model import ModelState
-from weightsync.replay.state import ModelReplay
+from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,7 +67,7 @@ class _Worker:
             case orders.Accept():
                 return self._accept(_models(manager, order.target), order)
             case orders.Begin():
-                return self._begin(_models(manager, order.target), order, rank)
+                return self._begin(_models(manager, order.target), order, rank, experts_move=_experts_move(manager))
             case orders.Load():
                 return self._load(order, rank)
             case orders.Finish():
@@ -84,7 +84,7 @@ class _Worker:
         known = [name for name in manifest.tensors.names if name in unknown]
         return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
 
-    def _begin(self, models: list[Any], order: orders.Begin, rank: int) -> str:
+    def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
         device = next(models[0].parameters()).device
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
@@ -95,7 +95,10 @@ class _Worker:
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
         self._requantisers = [Requantiser(model, self._slots.manifest.tensors.names) for model in models]
         for model in models:
-            self._replays.setdefault(model, ModelReplay()).begin(self._slots.manifest, ModelState.of(model))
+            replay = self._replays.setdefault(model, ModelReplay())
+            if experts_move:
+                replay.turn_off(EXPERTS_MOVE)
+            replay.begin(self._slots.manifest, ModelState.of(model))
         self._models = models
         return "begun"
 
@@ -195,6 +198,12 @@ def _models(manager: Any, target: str) -> list[Any]:
             hint='target = "model", or path = "tensor"',
         )
     return [manager.tp_worker.model_runner.model]
+
+
+def _experts_move(manager: Any) -> bool:
+    """Whether SGLang gives experts other places while it serves."""
+    runner = getattr(getattr(manager, "tp_worker", None), "model_runner", None)
+    return getattr(runner, "eplb_manager", None) is not None
 
 
 def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:

@@ -24,7 +24,7 @@ from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
 from weightsync.plan.manifest import Manifest
 from weightsync.replay.model import ModelState
-from weightsync.replay.state import ModelReplay
+from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -105,6 +105,8 @@ class WeightReload:
         if before is None or not hasattr(layerwise, "_place_kernel_tensors"):
             return
         replay = self._replays.setdefault(model, ModelReplay())
+        if getattr(self.config.parallel_config, "enable_eplb", False):
+            replay.turn_off(EXPERTS_MOVE)
         replay.begin(self._slots.manifest, before)
         layers = {name.rpartition(".")[0] for name in replay.replayed}
         for name, layer in model.named_modules():
