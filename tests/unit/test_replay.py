@@ -183,6 +183,22 @@ def both(targets, tensors, load):
             load(targets, [(name, tensor)])
 
 
+def test_memory_that_is_loaded_in_part_only_is_not_taken_for_loaded():
+    def load(targets, tensors):
+        for name, tensor in tensors:
+            if name == "a":
+                targets["w"].copy_(tensor)
+            else:
+                apart = targets["b.w"] * 2
+                apart[:2].copy_(tensor)
+                targets["w"].copy_(apart)
+
+    model: Any = Model({"w": torch.zeros(4), "b.w": torch.ones(4)}, load)
+    replay = pushed(model, lambda seed: weights(seed, a=(4,), b=(2,)))
+    assert sorted(model.heard) == ["a", "b"]
+    assert replay.facts().replayed == 0
+
+
 def test_a_layer_is_replayed_as_a_whole_or_not_at_all():
     def load(targets, tensors):
         for name, tensor in tensors:

@@ -6,6 +6,7 @@ box by box, then a view of B is, as long as it stays within one of those boxes, 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 __all__ = ["Box", "Dim", "compose", "merge_dims", "split_strides"]
@@ -22,6 +23,11 @@ class Box(NamedTuple):
     def empty(self) -> bool:
         """Whether it has no element."""
         return 0 in self.sizes
+
+    @property
+    def elements(self) -> int:
+        """How many elements it has."""
+        return math.prod(self.sizes)
 
     def end(self, itemsize: int) -> int:
         """The byte after its last; of a box that is not empty."""
