@@ -418,6 +418,39 @@ def test_what_goes_wrong_while_learning_costs_no_push(monkeypatch, caplog):
     assert "replay is off" in caplog.text
 
 
+def test_a_model_that_cannot_be_looked_at_is_left_to_its_loader(caplog):
+    model: Any = Model(LAYER, load_layer)
+    replay = ModelReplay({})
+    manifest, buckets = read_buckets(layer(0), 1 << 20)
+    replay.begin(manifest, ModelState.seen(torch.nn.ModuleList))  # type: ignore[arg-type]
+    for bucket in buckets:
+        replay.load(bucket, model.load_weights)
+    assert len(model.heard) == 15
+    assert (replay.facts().phase, replay.facts().note) == ("off", "the model could not be looked at")
+    assert "nothing of type is replayed" in caplog.text
+
+
+def test_a_replay_that_fails_is_the_last(monkeypatch):
+    model: Any = Model(LAYER, load_layer)
+    replay = pushed(model, layer, times=3)
+    monkeypatch.setattr("weightsync.replay.state.apply", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.push(replay, layer(3))
+    model.push(replay, layer(4))
+    assert (replay.facts().phase, len(model.heard)) == ("off", 15)
+
+
+def test_a_parameter_that_is_padding_alone_stays_with_the_loader():
+    """The last rank's part of a vocabulary may be."""
+
+    def load(targets, tensors):
+        targets["embed.weight"][len(tensors[0][1][4:]) :].fill_(0)
+
+    model: Any = Model({"embed.weight": torch.ones(4, 4)}, load)
+    replay = pushed(model, lambda seed: weights(seed, embed=(4, 4)))
+    assert (replay.facts().phase, model.heard) == ("loader", ["embed"])
+
+
 def test_switched_off():
     model: Any = Model(LAYER, load_layer)
     replay = ModelReplay({SWITCH: "0"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = ["ModelState", "Place"]
+
+logger = logging.getLogger(__name__)
 
 _PLAIN = (bool, bytes, complex, float, int, str, torch.dtype, torch.device)
 _TORCHS = ("_parameters", "_buffers", "_modules")
@@ -43,6 +46,15 @@ class ModelState:
             {name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"},
             {path: _things(layer) for path, layer in model.named_modules()},
         )
+
+    @classmethod
+    def seen(cls, model: torch.nn.Module) -> ModelState | None:
+        """As `of`; None for a model that cannot be looked at so, and the log says why."""
+        try:
+            return cls.of(model)
+        except Exception:
+            logger.exception("weightsync: nothing of %s is replayed", type(model).__name__)
+            return None
 
     @property
     def places(self) -> dict[str, Place]:

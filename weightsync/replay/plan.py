@@ -85,8 +85,8 @@ def draw_up(
 ) -> LoadPlan:
     """The plan of a load that was watched.
 
-    `sources` were pushed; with those in `computed`, and with the targets in `altered`, more was done than copying, and
-    what.
+    `sources` were pushed. `computed` says of which of them, and `altered` of which targets, more was seen than copies,
+    and what that was.
     """
     unique = tuple(dict.fromkeys(copies))
     written = {copy.target for copy in unique} | {fill.target for fill in fills}
@@ -171,6 +171,8 @@ def _root(why: str) -> str:
 
 def _coverage_fault(target: Target, fills: Sequence[Box], copies: Sequence[Box]) -> str:
     """What is wrong with how a target was written, as part of a sentence; "" if each byte was, and by one copy."""
+    if not copies:
+        return "it is filled, and nothing is copied into it"
     itemsize = target.dtype.itemsize
     boxes = [merge_dims(box, box)[0] for box in (target.box, *fills, *copies)]
     unit = math.gcd(*(step for box in boxes for step in _steps(box, itemsize)))

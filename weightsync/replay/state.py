@@ -73,33 +73,38 @@ class ModelReplay:
     @property
     def replayed(self) -> frozenset[str]:
         """Parameters that this push loads without the loader; their layers get nothing from it."""
-        return (
-            frozenset(self._known.plan.targets) if self._phase == "replay" and self._known is not None else frozenset()
-        )
+        if self._phase != "replay" or self._known is None:
+            return frozenset()
+        return frozenset(self._known.plan.targets)
 
-    def begin(self, manifest: Manifest, model: ModelState) -> None:
-        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
-        self._recorder = self._proof = None
-        if self._off:
-            self._phase = "off"
-            return
-        self._manifest, self._before = manifest, None
+    def begin(self, manifest: Manifest, model: ModelState | None) -> None:
+        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it; None: it could
+        not be looked at, and its loader loads it.
+        """
+        self._recorder = self._proof = self._before = None
+        self._phase, self._manifest = "off", manifest
+        if model is None:
+            self.turn_off("the model could not be looked at")
+        if not self._off and model is not None:
+            self._learn(lambda: self._choose(manifest, model))
+        self._seconds[self._phase] = 0.0
+
+    def _choose(self, manifest: Manifest, model: ModelState) -> None:
         known, targets = self._known, model.tensors
         if known is not None and (anew := _why_anew(known, manifest, model.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
         self._known, self._filled = known, False
         if known is None:
-            self._phase, self._recorder, self._before = "record", Recorder(targets), model
+            self._recorder, self._before = Recorder(targets), model
+            self._phase = "record"
         elif not known.plan.targets:
             self._phase = "loader"
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
-            self._phase = "replay" if known.proved else "prove"
             if not known.proved:
-                self._before = model
-                self._learn(lambda: self._start_proof(known, targets))
-        self._seconds[self._phase] = 0.0
+                self._proof, self._before = Proof(known.plan, known.moves, targets), model
+            self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:
         """Leave everything to the loader from here on. Not during a push."""
@@ -126,13 +131,10 @@ class ModelReplay:
 
     def finish(self, look: Callable[[], ModelState]) -> None:
         """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
-        if self._phase in ("record", "prove"):
+        if self._recorder is not None or self._proof is not None:
             self._learn(lambda: self._conclude(look()))
         self._recorder = self._proof = self._before = None
         self._order = {}
-
-    def _start_proof(self, known: _Known, targets: dict[str, torch.Tensor]) -> None:
-        self._proof = Proof(known.plan, known.moves, targets)
 
     def _conclude(self, model: ModelState) -> None:
         recorder, proof, known, before = self._recorder, self._proof, self._known, self._before
@@ -208,9 +210,13 @@ class ModelReplay:
                 strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
             self._filled = True
         here = self._known.moves.buckets[bucket.index]
-        apply(here.moves, bucket.data, self._order)
-        for tensor, moves in here.cut:
-            apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
+        try:
+            apply(here.moves, bucket.data, self._order)
+            for tensor, moves in here.cut:
+                apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
+        except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
+            self.turn_off(f"it failed: {type(error).__name__} {error}")
+            raise
         return bucket.tensors(here.replayed) if here.left else []
 
 

@@ -98,7 +98,7 @@ class _Worker:
             replay = self._replays.setdefault(model, ModelReplay())
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
-            replay.begin(self._slots.manifest, ModelState.of(model))
+            replay.begin(self._slots.manifest, ModelState.seen(model))
         self._models = models
         return "begun"
 

@@ -85,7 +85,7 @@ class WeightReload:
         model_config = model_config or self.config.model_config
         with self._as_vllm():
             self._put_back(model, model_config)
-            self._before = ModelState.of(model)
+            self._before = ModelState.seen(model)
             reload.initialize_layerwise_reload(model)
 
     def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float) -> None:
@@ -102,7 +102,7 @@ class WeightReload:
         """The update is open and begun: what may be replayed is, from here on."""
         layerwise = import_module(f"{_RELOAD}.layerwise")
         before, self._before = self._before, None
-        if before is None or not hasattr(layerwise, "_place_kernel_tensors"):
+        if not hasattr(layerwise, "_place_kernel_tensors"):
             return
         replay = self._replays.setdefault(model, ModelReplay())
         if getattr(self.config.parallel_config, "enable_eplb", False):
