@@ -5,12 +5,17 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.replay_kit import Model, same
+from tests import box_emulation
+from tests.replay_kit import Model, read_buckets, same
+from weightsync.device.launch import COPY
+from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
 from weightsync.replay.model import ModelState
+from weightsync.replay.moves import Move, apply, strided_view
 from weightsync.replay.state import ModelReplay
 from weightsync.replay.strided import Box, compose, merge_dims
 
@@ -184,3 +189,48 @@ def test_joined_dimensions_are_the_same_elements(dims):
 
 def _box(tensor: torch.Tensor) -> Box:
     return Box(8 * int(tensor.storage_offset()), tuple(tensor.shape), tuple(8 * s for s in tensor.stride()))
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    if box_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernel with")
+    return box_emulation.library(tmp_path_factory.mktemp("boxes"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(found=loads(copies=False))
+def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
+    """What is to take the place of the loop on GPUs is here already, run by this machine's processor."""
+    table, parameters, load = found
+    model, replay = Model(parameters, load), ModelReplay({})
+    model.push(replay, _weights(table, 0))
+    known = replay._known
+    assert known is not None
+    manifest, buckets = read_buckets(_weights(table, 1), 1 << 20)
+    targets = ModelState.of(model).tensors
+    order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
+    (bucket,) = buckets
+    moves = [m for m in known.moves.buckets[0].moves if (m.source_dtype, m.dtype) != (torch.bfloat16, torch.float32)]
+    apply(moves, bucket.data, order)
+    wanted = {i: target.clone() for i, target in order.items()}
+    for move in moves:
+        strided_view(order[move.target], move.target_box).zero_()
+    items = joined([_items(move) for move in moves])
+    box_emulation.run(kernel, items, [order[i].data_ptr() for i in order], 1, COPY, bucket.data.data_ptr())
+    assert manifest.buckets == 1
+    assert all(same(order[i], wanted[i]) for i in order)
+
+
+def _items(move: Move) -> Any:
+    sizes = move.source_box.sizes or (1,)
+    source, target = (box.strides or (0,) for box in (move.source_box, move.target_box))
+    return box_items(
+        sizes,
+        move.dtype.itemsize,
+        Place(SLOT, move.source_box.offset, source),
+        Place(move.target, move.target_box.offset, target),
+        tensor_shape=sizes,
+        offset=(0,) * len(sizes),
+        op=BYTES if move.source_dtype == move.dtype else F32_TO_BF16,
+    )
