@@ -31,7 +31,6 @@ from weightsync.transports.shm import ShmReceiver
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightsync.plan.table import TensorTable
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
@@ -84,11 +83,6 @@ class SlotReader:
         self._gpu: _GpuBuckets | None = None  # where slots lie on GPUs too
         self._manifests: dict[bytes, Manifest] = {}  # by their bytes: the latest only
         self._update: _Update | None = None
-
-    @property
-    def tensors(self) -> TensorTable:
-        """The tensors of the update that is open. Raises `LocalProtocolError` if none is."""
-        return self._open().manifest.tensors
 
     @property
     def manifest(self) -> Manifest:

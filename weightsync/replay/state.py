@@ -37,7 +37,7 @@ __all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
 logger = logging.getLogger(__name__)
 
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
-SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
+SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader, 1 is for GPUs too
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 _NAMES_TOLD = 4  # of parameters with the same reason
 
@@ -58,10 +58,12 @@ class ModelReplay:
     """Of one model in one worker. Not for several threads."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
-        self._off = environment.get(SWITCH, "1").strip().lower() in ("0", "off", "false", "no")
+        switch = environment.get(SWITCH, "").strip()
+        self._off = switch not in ("", "1")
+        self._asked = switch == "1"
         self._known: _Known | None = None
         self._phase: Phase = "off"
-        self._note = f"{SWITCH} is {environment.get(SWITCH)}" if self._off else ""
+        self._note = f"{SWITCH} is {switch}" if self._off else ""
         self._manifest: Manifest | None = None
         self._before: ModelState | None = None
         self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
@@ -85,6 +87,8 @@ class ModelReplay:
         self._phase, self._manifest = "off", manifest
         if model is None:
             self.turn_off("the model could not be looked at")
+        elif not self._asked and any(t.device.type not in ("cpu", "meta") for t in model.tensors.values()):
+            self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
             self._learn(lambda: self._choose(manifest, model))
         self._seconds[self._phase] = 0.0
