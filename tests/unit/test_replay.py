@@ -490,9 +490,11 @@ def test_what_a_worker_says_reaches_the_terminal():
     status = Status(id=1, node="n", software="w", pid=1, uptime=1.0, engines=(engine,), bridges=(), peers={}, push=None)
     assert decode_untrusted(encode(status)) == status
     console = Console(width=200, file=StringIO())
-    console.print(replay_details(msgspec.to_builtins([engine])))
+    stock = msgspec.structs.replace(engine, name="stock", replay=None)
+    console.print(replay_details(msgspec.to_builtins([engine, stock])))
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert "replays" in shown
+    assert re.search(r"stock +nothing was told", shown)
     assert re.search(r"e +more is done with it than copying \(neg\) +b\.w", shown)
 
 
