@@ -169,12 +169,23 @@ def status(
 
 
 @engines_app.callback()
-def engines(context: typer.Context, daemon: DaemonOption = None, as_json: JsonOption = False) -> None:
+def engines(
+    context: typer.Context,
+    daemon: DaemonOption = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Show which tensors replay, and why others do not.")] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Every engine a weightsyncd reaches: what it is, which protocol was chosen for it and why, what it serves. `add`
     and `remove` change which those of its own node are.
     """
     context.obj = daemon or default_endpoint()
-    if context.invoked_subcommand is None:
+    if context.invoked_subcommand is None and plan and not as_json:
+        from rich.console import Console
+
+        from weightsync.views import replay_details
+
+        Console(highlight=False).print(replay_details(_fetch(context.obj)["engines"]))
+    elif context.invoked_subcommand is None:
         _show_engines(_fetch(context.obj)["engines"], as_json=as_json)
 
 

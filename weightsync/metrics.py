@@ -36,7 +36,13 @@ class Metrics:
             ["engine", "outcome"],
             registry=self.registry,
         )
-        self.engines: set[str] = set()  # that the next two show
+        self.engines: set[str] = set()  # that the next three show
+        self.engine_replayed = Gauge(
+            "weightsync_engine_replayed_bytes",
+            "Bytes of the last push that an engine's worker loaded without the engine's loader",
+            ["engine"],
+            registry=self.registry,
+        )
         self.engine_version = Gauge(
             "weightsync_engine_version", "Version an engine serves; -1 for none", ["engine"], registry=self.registry
         )

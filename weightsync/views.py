@@ -8,7 +8,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["engine_details", "findings_view", "status_view"]
+__all__ = ["engine_details", "findings_view", "replay_details", "status_view"]
 
 _COLOURS = {"serving": "green", "committed": "green", "connected": "green", "torn": "red", "lost": "red"}
 
@@ -99,3 +99,40 @@ def engine_details(engines: list[dict[str, Any]]) -> Table:
         tp, version = _or_dash(e["tp_size"]), _or_dash(e["version"])
         table.add_row(e["name"], e["node"], e["kind"], software, profile, tp, _coloured(e["state"]), version)
     return table
+
+
+_REPLAY = {
+    "record": "recorded; its proof is the next push",
+    "prove": "proved; replays from the next push on",
+    "replay": "replays",
+    "loader": "nothing can be replayed",
+    "off": "off",
+}
+
+
+def replay_details(engines: list[dict[str, Any]]) -> Group:
+    """Of which tensors each engine's loader is replayed, and what the others are still given to it for."""
+    table = _table(
+        "engine", "replay", "tensors", "bytes", "moves", "by the loader", "seconds with it", "without", "note"
+    )
+    why = _table("engine", "by the loader", "tensors")
+    for e in engines:
+        facts = e["replay"]
+        if facts is None:
+            table.add_row(e["name"], "nothing was told: no push yet, or no plugin", *[""] * 7)
+            continue
+        with_it = facts["seconds"].get("prove", facts["seconds"].get("loader"))
+        table.add_row(
+            e["name"],
+            _REPLAY.get(facts["phase"], facts["phase"]),
+            str(facts["replayed"]),
+            f"{facts['replayed_bytes'] / 1e6:,.1f} MB",
+            str(facts["moves"]),
+            f"{facts['by_loader']} ({facts['by_loader_bytes'] / 1e6:,.1f} MB)",
+            _or_dash(with_it and f"{with_it:.4f}"),
+            _or_dash((seconds := facts["seconds"].get("replay")) and f"{seconds:.4f}"),
+            facts["note"],
+        )
+        for reason, names in facts["why"].items():
+            why.add_row(e["name"], reason, ", ".join(names))
+    return Group(table, Text(), why) if why.row_count else Group(table)

@@ -115,6 +115,7 @@ class Engine:
             profile=info.profile if info else None,
             error=self.error.message if self.error else None,
             frozen=self.config.frozen,
+            replay=info.replay if info else None,
         )
 
 

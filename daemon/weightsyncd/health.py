@@ -105,12 +105,16 @@ async def measure_node(server: Server) -> None:
     names = {engine.name for engine in server.engines}
     for gone in metrics.engines - names:
         metrics.engine_version.remove(gone)
+        metrics.engine_replayed.remove(gone)
         for state in _STATES:
             metrics.engine_state.remove(gone, state)
     metrics.engines = names
     for engine in server.engines:
         version = engine.info.version if engine.info is not None else None
         metrics.engine_version.labels(engine.name).set(-1 if version is None else version)
+        replay = engine.info.replay if engine.info is not None else None
+        replayed = replay.replayed_bytes if replay is not None and replay.phase == "replay" else 0
+        metrics.engine_replayed.labels(engine.name).set(replayed)
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
     metrics.exports_leaked.set(server.executor.wire.leaks)

@@ -48,10 +48,10 @@ def world(tmp_path):
 def test_every_tensor_comes_whole_once_and_stays_when_the_slot_goes_on(world, slots, slot_bytes):
     here = world(slot_bytes)
     slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
-    assert set(slots.tensors.names) == set(TENSORS)
+    assert set(slots.manifest.tensors.names) == set(TENSORS)
     found: list[tuple[str, torch.Tensor]] = []
     for bucket in range(here.manifest.buckets):
-        found += slots.read(bucket, here.ticket(bucket), deadline=_soon())
+        found += slots.read(bucket, here.ticket(bucket), deadline=_soon()).tensors()
         assert here.sender.pending(0) == (), "released before it is loaded"
         here.arena.slot(0)[:] = bytes(slot_bytes)
     slots.finish()

@@ -172,6 +172,7 @@ def test_what_server_info_tells() -> None:
         "paused": True,
         "asleep": ["kv_cache", "weights"],
         "requantises": False,
+        "replay": None,
     }
 
 

@@ -118,7 +118,7 @@ def test_a_push_through_the_extension(vllm):
     model = Model()
     worker = Worker(model)
     tensors = weights("embed.weight", "norm.weight")
-    assert push(worker, tensors) == {"weight_version": "3"}
+    assert push(worker, tensors) == {"weight_version": "3", "replay": None}
     assert as_bytes(model.named_parameters()) == tensors
     assert vllm.calls == ["initialize", "finalize"]
     assert worker.ask("hello")["weight_version"] == "3"
@@ -138,7 +138,7 @@ def test_what_the_model_ignores_is_named_and_the_worker_stays_torn(vllm):
         push(worker, weights("embed.weight", "norm.weight"))
     assert worker.ask("hello")["weight_version"] == ">3"
     model.deaf = set()
-    assert push(worker, weights("embed.weight", "norm.weight"), 4) == {"weight_version": "4"}
+    assert push(worker, weights("embed.weight", "norm.weight"), 4)["weight_version"] == "4"
 
 
 def test_what_a_loader_trips_over_is_named(vllm):

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
+from weightsync.replay.facts import ReplayFacts
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -47,6 +49,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     transport: str = "mapped"  # whose tickets its readers take, see weightsync.transports
     incarnation: str = ""  # changes when the engine restarts
     asleep: bool = False  # its weights are not in memory: `begin` wakes it, `resume` wakes the rest
+    replay: ReplayFacts | None = None  # of its last push, where our plugin is in it and loaded one
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):

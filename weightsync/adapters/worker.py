@@ -3,7 +3,7 @@
     slots = SlotReader(device)
     slots.begin(manifest, offers, deadline=...)
     for bucket, ticket in ...:
-        model.load_weights(slots.read(bucket, ticket, deadline=...))
+        model.load_weights(slots.read(bucket, ticket, deadline=...).tensors())
     slots.finish()
 
 Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there, and its slot
@@ -13,7 +13,6 @@ is on its way while they load.
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,13 +24,13 @@ from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
 from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import checksum
 from weightsync.plan.manifest import Manifest
+from weightsync.replay.bucket import ReadBucket
 from weightsync.transports.cuda_ipc import CudaIpcReceiver
 from weightsync.transports.shm import ShmReceiver
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightsync.plan.table import TensorTable
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
@@ -69,6 +68,10 @@ class _Update:
         self.read = np.zeros(manifest.pieces, dtype=np.bool_)
         self.missing: dict[int, int] = {}  # tensor cut over several buckets → bytes that have not come yet
         self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
+        self.cut_pieces: dict[int, list[int]] = {}  # bucket → its pieces that are not a whole tensor
+        whole = manifest.tensors.sizes[manifest.piece_tensor]
+        for piece in np.flatnonzero(manifest.piece_nbytes != whole).tolist():
+            self.cut_pieces.setdefault(int(manifest.piece_bucket[piece]), []).append(piece)
 
 
 class SlotReader:
@@ -82,9 +85,9 @@ class SlotReader:
         self._update: _Update | None = None
 
     @property
-    def tensors(self) -> TensorTable:
-        """The tensors of the update that is open. Raises `LocalProtocolError` if none is."""
-        return self._open().manifest.tensors
+    def manifest(self) -> Manifest:
+        """Of the update that is open. Raises `LocalProtocolError` if none is."""
+        return self._open().manifest
 
     def begin(self, manifest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
         """Open an update, dropping one that is open, and attach to the arenas on offer.
@@ -107,8 +110,8 @@ class SlotReader:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(known)
 
-    def read(self, bucket: int, ticket: bytes, *, deadline: float) -> list[tuple[str, torch.Tensor]]:
-        """The tensors that are whole once this bucket is read, by checkpoint name, on this reader's device.
+    def read(self, bucket: int, ticket: bytes, *, deadline: float) -> ReadBucket:
+        """One bucket, on this reader's device, with the tensors that are whole once it is read.
 
         Raises `LocalProtocolError` for a bucket that is not of the update or was read before, otherwise as
         `BucketReceiver.receive`.
@@ -122,14 +125,14 @@ class SlotReader:
             raise LocalProtocolError("the bucket was read before", bucket=bucket)
         data = self._copy(bucket, ticket, int(manifest.bucket_nbytes[bucket]), deadline)
         update.read[pieces.start : pieces.stop] = True
-        found = []
-        for piece in pieces:
-            tensor = int(manifest.piece_tensor[piece])
+        cut = {}
+        for piece in update.cut_pieces.get(bucket, ()):
             start, nbytes = int(manifest.piece_offset[piece]), int(manifest.piece_nbytes[piece])
+            tensor = int(manifest.piece_tensor[piece])
             whole = self._whole(update, tensor, piece, data[start : start + nbytes])
             if whole is not None:
-                found.append((manifest.tensors.names[tensor], whole))
-        return found
+                cut[tensor] = whole
+        return ReadBucket(manifest, bucket, data, cut)
 
     def finish(self) -> None:
         """End the update. Raises `LocalProtocolError` naming the first tensor that did not come whole."""
@@ -188,23 +191,17 @@ class SlotReader:
             return data
 
     def _whole(self, update: _Update, tensor: int, piece: int, data: torch.Tensor) -> torch.Tensor | None:
-        """The tensor that this piece completes; None if more of it is to come."""
+        """The bytes of a cut tensor that this piece completes; None if more of it is to come."""
         table = update.manifest.tensors
-        nbytes = int(table.sizes[tensor])
-        if data.numel() < nbytes:
-            itemsize = int(table.itemsizes[tensor])
-            start = int(update.manifest.piece_start[piece]) * itemsize
-            parts = update.parts.get(tensor)
-            if parts is None:
-                parts = update.parts[tensor] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-                update.missing[tensor] = nbytes
-            parts[start : start + data.numel()] = data
-            update.missing[tensor] -= data.numel()
-            if update.missing[tensor]:
-                return None
-            data = update.parts.pop(tensor)
-            del update.missing[tensor]
-        shape = table.shapes[tensor]
-        assert data.numel() == nbytes == math.prod(shape) * int(table.itemsizes[tensor])
-        dtype: torch.dtype = getattr(torch, table.dtypes[tensor])
-        return data.view(dtype).view(shape)
+        start = int(update.manifest.piece_start[piece]) * int(table.itemsizes[tensor])
+        parts = update.parts.get(tensor)
+        if parts is None:
+            nbytes = int(table.sizes[tensor])
+            parts = update.parts[tensor] = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+            update.missing[tensor] = nbytes
+        parts[start : start + data.numel()] = data
+        update.missing[tensor] -= data.numel()
+        if update.missing[tensor]:
+            return None
+        del update.missing[tensor]
+        return update.parts.pop(tensor)

@@ -59,11 +59,11 @@ class Store:
         """Open an update. Raises as `SlotReader.begin`."""
         self._coming, self._whole = None, False
         self._reader.begin(manifest, offers, deadline=deadline)
-        self._coming = Kept(version, self._reader.tensors)
+        self._coming = Kept(version, self._reader.manifest.tensors)
 
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
         """Copy a bucket. Raises as `SlotReader.read`."""
-        self._open().tensors.update(self._reader.read(bucket, ticket, deadline=deadline))
+        self._open().tensors.update(self._reader.read(bucket, ticket, deadline=deadline).tensors())
 
     def finish(self) -> None:
         """Raise `LocalProtocolError` naming the first tensor that did not come whole."""

@@ -22,6 +22,7 @@ from msgspec import Meta
 from weightsync.config import EngineConfig
 from weightsync.errors import ErrorRecord
 from weightsync.plan.shares import MemberPart
+from weightsync.replay.facts import ReplayFacts
 
 __all__ = [
     "MESSAGES",
@@ -241,6 +242,7 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     profile: str | None = None
     error: str | None = None
     frozen: bool = False  # takes no pushes, whatever its model
+    replay: ReplayFacts | None = None  # of its last push, where our plugin is in it and loaded one
 
 
 class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):

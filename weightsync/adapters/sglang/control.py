@@ -113,6 +113,7 @@ class SGLangAdapter(EngineAdapter):
             transport=known.path.transport,
             incarnation=incarnation,
             asleep="weights" in self._asleep,
+            replay=plugin.replay if plugin else None,
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:

@@ -14,10 +14,12 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import sys
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import msgspec
 import torch
@@ -29,9 +31,13 @@ from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember,
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.plan.manifest import Manifest
+from weightsync.replay.model import ModelState
+from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from weightsync.replay.bucket import Named
 
 __all__ = ["register"]
 
@@ -52,6 +58,7 @@ class _Worker:
         self._slots: SlotReader | None = None
         self._models: list[Any] = []
         self._requantisers: list[Requantiser] = []
+        self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
     def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
         """Carry out one order; what to answer. Raises whatever goes wrong."""
@@ -60,7 +67,7 @@ class _Worker:
             case orders.Accept():
                 return self._accept(_models(manager, order.target), order)
             case orders.Begin():
-                return self._begin(_models(manager, order.target), order, rank)
+                return self._begin(_models(manager, order.target), order, rank, experts_move=_experts_move(manager))
             case orders.Load():
                 return self._load(order, rank)
             case orders.Finish():
@@ -77,7 +84,7 @@ class _Worker:
         known = [name for name in manifest.tensors.names if name in unknown]
         return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
 
-    def _begin(self, models: list[Any], order: orders.Begin, rank: int) -> str:
+    def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
         device = next(models[0].parameters()).device
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
@@ -86,29 +93,43 @@ class _Worker:
             earlier.abandon()
         self._requantisers = []
         self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
-        self._requantisers = [Requantiser(model, self._slots.tensors.names) for model in models]
+        self._requantisers = [Requantiser(model, self._slots.manifest.tensors.names) for model in models]
+        for model in models:
+            replay = self._replays.setdefault(model, ModelReplay())
+            if experts_move:
+                replay.turn_off(EXPERTS_MOVE)
+            replay.begin(self._slots.manifest, ModelState.seen(model))
         self._models = models
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        tensors = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
-        names = [name for name, _ in tensors]
+        bucket = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
         for model, requantiser in zip(self._models, self._requantisers, strict=True):
-            if tensors:
-                with requantiser.loading(names):
+
+            def load(tensors: list[Named], model: Any = model, requantiser: Requantiser = requantiser) -> None:
+                with requantiser.loading([name for name, _ in tensors]):
                     model.load_weights(list(tensors))
+
+            self._replays[model].load(bucket, load)
         return "loaded"
 
     def _finish(self) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        self._models = []
+        models, self._models = self._models, []
         self._slots.finish()
         for requantiser in self._requantisers:
             requantiser.finish()
+        for model in models:
+            self._replays[model].finish(partial(ModelState.of, model))
         return "finished"
+
+    def replay(self, model: Any) -> Any:
+        """What is known of the model's replay, as plain data; None before its first push."""
+        found = self._replays.get(model)
+        return msgspec.to_builtins(found.facts()) if found is not None else None
 
 
 _worker = _Worker()
@@ -179,11 +200,19 @@ def _models(manager: Any, target: str) -> list[Any]:
     return [manager.tp_worker.model_runner.model]
 
 
+def _experts_move(manager: Any) -> bool:
+    """Whether SGLang gives experts other places while it serves."""
+    runner = getattr(getattr(manager, "tp_worker", None), "model_runner", None)
+    return getattr(runner, "eplb_manager", None) is not None
+
+
 def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
     updater = getattr(scheduler, "weight_updater", scheduler)
+    model = scheduler.tp_worker.model_runner.model
     result.internal_state["weightsync"] = {
         "protocol": orders.PROTOCOL,
         "paused": bool(getattr(scheduler, "_engine_paused", False)),
         "asleep": sorted(getattr(updater, "offload_tags", ())),
-        "requantises": remembered(scheduler.tp_worker.model_runner.model),
+        "requantises": remembered(model),
+        "replay": _worker.replay(model),
     }

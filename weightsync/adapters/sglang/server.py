@@ -18,6 +18,7 @@ import msgspec
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang.profiles import Surface, surface_of
 from weightsync.errors import EngineError
+from weightsync.replay.facts import ReplayFacts
 
 if TYPE_CHECKING:
     from weightsync.adapters.http import EngineHttp
@@ -46,6 +47,7 @@ class PluginState(msgspec.Struct, frozen=True):
     paused: bool = False
     asleep: tuple[str, ...] = ()  # tags of the memory that was released
     requantises: bool = False  # its layers quantised themselves, and the plugin can have them do so again
+    replay: ReplayFacts | None = None  # rank 0's
 
 
 class _Internal(msgspec.Struct, frozen=True):

@@ -80,6 +80,8 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     self.weightsync.open(self.model)
                 offers = [b64decode(offer) for offer in info.offers[index]]
                 self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds)
+                if load_weights is None:
+                    self.weightsync.ready(self.model)
             case "load":
                 ticket = b64decode(info.tickets[index])
                 self.weightsync.load(self.model, info.bucket, ticket, info.seconds, load_weights)

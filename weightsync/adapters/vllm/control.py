@@ -95,6 +95,7 @@ class VLLMAdapter(EngineAdapter):
             transport=path.transport,
             incarnation=incarnation,
             asleep=asleep,
+            replay=path.replay,
         )
         return self._info
 

@@ -71,6 +71,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             offers = [b64decode(offer) for offer in asked.offers[index]]
             state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds)
             state.open(model, model_config)
+            state.ready(model)
         case "load":
             state.load(model, asked.bucket, b64decode(asked.tickets[index]), asked.seconds)
         case "finish":
@@ -79,6 +80,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
                 worker.model_runner.reset_lora_state()
         case "serve":
             state.finish(asked.version)
+            return {"weight_version": state.weight_version, "replay": state.replay_facts(model)}
         case _:
             raise LocalProtocolError(f"a vLLM worker cannot do {asked.do!r}")
     return {"weight_version": state.weight_version}

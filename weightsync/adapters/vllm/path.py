@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
+    from weightsync.replay.facts import ReplayFacts
 
 __all__ = ["EnginePath", "torn_text"]
 
@@ -30,6 +31,7 @@ class EnginePath(ABC):
         self.server = server
         self.draft = draft
         self._remembered = "default"
+        self.replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     async def weight_version(self, *, deadline: float) -> str:
         """The string that says which version it serves, or that it is torn."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.path import EnginePath
-from weightsync.adapters.vllm.server import first_names, ticket_seconds
+from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +74,9 @@ class ExtensionPath(EnginePath):
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
         await super().set_weight_version(text, deadline=deadline)
         if text.isdecimal():
-            await self.server.workers("serve", deadline=deadline, version=int(text))
+            draft = {"draft": True} if self.draft else {}
+            answers = await self.server.workers("serve", deadline=deadline, version=int(text), **draft)
+            self.replay = told_of_replay(answers, self.server.engine)
 
     def _begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], deadline: float

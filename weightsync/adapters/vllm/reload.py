@@ -12,7 +12,9 @@ from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from time import monotonic
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
+import msgspec
 import torch
 
 from weightsync.adapters.versions import serving, updating
@@ -21,9 +23,13 @@ from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
 from weightsync.plan.manifest import Manifest
+from weightsync.replay.model import ModelState
+from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+    from weightsync.replay.bucket import Named
 
 __all__ = ["WeightReload", "worker_index"]
 
@@ -51,6 +57,9 @@ class WeightReload:
         self._slots = SlotReader(device)
         self._held: int | None = None  # the version that was served last
         self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
+        self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
+        self._replay: ModelReplay | None = None  # of the update that is open
+        self._before: ModelState | None = None  # of the model that is reloaded, as its kernels see it
         if device.type == "cpu":
             cpu_repairs.mend()
 
@@ -76,16 +85,41 @@ class WeightReload:
         model_config = model_config or self.config.model_config
         with self._as_vllm():
             self._put_back(model, model_config)
+            self._before = ModelState.seen(model)
             reload.initialize_layerwise_reload(model)
 
     def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float) -> None:
         """From here on this worker is torn until `finish`."""
+        self._replay = None
         self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
         aliases: dict[str, tuple[str, ...]] = {}
-        for other, name in self._slots.tensors.aliases:
+        for other, name in self._slots.manifest.tensors.aliases:
             aliases[name] = (*aliases.get(name, ()), other)
         self._aliases = aliases
         self.weight_version = updating(self._held, version)
+
+    def ready(self, model: torch.nn.Module) -> None:
+        """The update is open and begun: what may be replayed is, from here on."""
+        layerwise = import_module(f"{_RELOAD}.layerwise")
+        before, self._before = self._before, None
+        if not hasattr(layerwise, "_place_kernel_tensors"):
+            return
+        replay = self._replays.setdefault(model, ModelReplay())
+        if getattr(self.config.parallel_config, "enable_eplb", False):
+            replay.turn_off(EXPERTS_MOVE)
+        replay.begin(self._slots.manifest, before)
+        layers = {name.rpartition(".")[0] for name in replay.replayed}
+        for name, layer in model.named_modules():
+            info = layerwise.get_layerwise_info(layer)
+            if name in layers and info.can_load():  # as vLLM itself does in the end with layers that got nothing
+                layerwise._place_kernel_tensors(layer, info)
+                info.reset()
+        self._replay = replay
+
+    def replay_facts(self, model: torch.nn.Module) -> Any:
+        """What is known of the model's replay, as plain data; None before its first push."""
+        found = self._replays.get(model)
+        return msgspec.to_builtins(found.facts()) if found is not None else None
 
     def load(
         self,
@@ -96,13 +130,25 @@ class WeightReload:
         load_weights: Callable[[Any], Any] | None = None,
     ) -> None:
         """Read one bucket and hand its tensors to the model. Raises `EngineError` naming what the model ignored."""
-        tensors = self._slots.read(bucket, ticket, deadline=monotonic() + seconds)
+        read = self._slots.read(bucket, ticket, deadline=monotonic() + seconds)
+
+        def load(tensors: list[Named]) -> None:
+            self._load(model, bucket, tensors, load_weights or model.load_weights)  # type: ignore[arg-type]
+
+        if self._replay is not None:
+            self._replay.load(read, load)
+        else:
+            load(read.tensors())
+
+    def _load(
+        self, model: torch.nn.Module, bucket: int, tensors: list[Named], load_weights: Callable[[Any], Any]
+    ) -> None:
         names = self._names(model)
         for name, tensor in list(tensors):
             tensors += [(other, tensor) for other in self._aliases.get(name, ()) if names.parameter_of(other)]
         try:
             with self._as_vllm():
-                loaded = (load_weights or model.load_weights)(iter(tensors))  # type: ignore[operator]
+                loaded = load_weights(iter(tensors))
         except _LOADERS_RAISE as error:  # many of its loaders assert, without a word
             shown = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors[:8])
             raise EngineError(
@@ -125,8 +171,14 @@ class WeightReload:
     def close(self, model: torch.nn.Module, model_config: Any) -> None:
         """Check that everything came, and complete the reload."""
         self._slots.finish()
+        finalize = import_module(_RELOAD).finalize_layerwise_reload
+        replay, self._replay = self._replay, None
         with self._as_vllm():
-            import_module(_RELOAD).finalize_layerwise_reload(model, model_config)
+            if replay is None:
+                finalize(model, model_config)
+            else:
+                replay.watched(lambda: finalize(model, model_config))
+                replay.finish(lambda: ModelState.of(model))
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
 

@@ -11,6 +11,7 @@ import msgspec
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.profiles import DEV_ROUTES, MARK, PROFILES, PROTOCOL, Choice, choose
 from weightsync.errors import EngineError
+from weightsync.replay.facts import ReplayFacts, least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -141,6 +142,15 @@ class Server:
                 hint="install the same weightsync in the engine's environment and here",
             )
         return workers
+
+
+def told_of_replay(answers: Sequence[dict[str, Any]], engine: str) -> ReplayFacts | None:
+    """What the worker that replays least says of it; None where an older plugin says nothing."""
+    try:
+        told = [msgspec.convert(answer["replay"], ReplayFacts) for answer in answers if answer.get("replay")]
+    except msgspec.ValidationError as error:
+        raise EngineError(f"its workers speak another weightsync: {error}", engine=engine) from error
+    return least(told)
 
 
 async def configured(

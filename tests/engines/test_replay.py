@@ -1,0 +1,118 @@
+"""The engine's loader recorded, proved and replayed, inside real vLLM and SGLang workers.
+
+What replays is told as operators see it; what an engine generates after a replayed push is what transformers generates
+from the same checkpoint. On a CPU without AMX (vLLM 0.32.0, SGLang 0.5.23) SGLang's kernels read the parameters as they
+are loaded, and all replay; vLLM gives all but the norms to oneDNN in a form of its own, and its loader has to.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import msgspec
+import pytest
+from rich.console import Console
+
+from tests.engines.yard import Need
+from weightsync.testing import eventually
+from weightsync.views import replay_details
+
+pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
+
+SGLANG, VLLM = Need("sglang", "plugin"), Need("vllm", "plugin")
+PACKED = "more is done with it than copying (_C.create_onednn_mm_handler)"
+
+
+def ways(*needs: Need, slow: bool = False) -> Any:
+    marks = [pytest.mark.engines_slow] if slow else []
+    return pytest.mark.parametrize("node", [pytest.param(n, id=str(n), marks=marks) for n in needs], indirect=True)
+
+
+def facts(node: Any, phase: str) -> Any:
+    """What the daemon knows of its engine's replay, once that is in this phase."""
+
+    def there() -> bool:
+        found = node.engine_status().replay
+        return found is not None and found.phase == phase
+
+    assert eventually(there, seconds=30), f"{node.engine_status().replay}\n{node.logs()}"
+    return node.engine_status().replay
+
+
+def recorded_anew(node: Any, tag: str) -> Any:
+    """The facts after a first push of the whole layout: the server may have had it from other tests before."""
+    weights = node.weights(tag)
+    if node.engine_status().replay is not None:
+        node.push({name: w for name, w in weights.items() if "norm" in name})
+    node.push(tag)
+    return facts(node, "record")
+
+
+def up_to_replay(node: Any, *tags: str) -> Any:
+    """The facts of the first replayed push; what is generated is looked at after each."""
+    first = recorded_anew(node, tags[0])
+    node.check(tags[0])
+    for tag, phase in zip(tags[1:], ("prove", "replay", "replay"), strict=True):
+        node.push(tag)
+        found = facts(node, phase)
+        node.check(tag)
+    assert found.why == first.why, "the proof found nothing"
+    print(shown(node))
+    return found
+
+
+def shown(node: Any) -> str:
+    console = Console(width=160, file=io.StringIO())
+    console.print(replay_details(msgspec.to_builtins([node.engine_status()])))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "replays" in text
+    return str(text)
+
+
+@ways(SGLANG)
+def test_sglang_replays_all(node):
+    found = up_to_replay(node, "pert", "base", "pert", "base")
+    weights = node.weights("base")
+    assert (found.replayed, found.by_loader, found.why) == (len(weights), 0, {})
+    assert found.replayed_bytes == sum(w.nbytes for w in weights.values())
+
+
+@ways(VLLM)
+def test_vllm_replays_what_it_does_not_pack(node):
+    found = up_to_replay(node, "pert", "base", "pert", "base")
+    weights = node.weights("base")
+    assert found.replayed == sum("norm" in name for name in weights)
+    assert found.by_loader == len(weights) - found.replayed
+    assert list(found.why) == [PACKED]
+    assert node.engine.child is not None
+    assert "RMSNorm: Failed to load weights" not in node.engine.child.tail(400), "layers that replay are not waited for"
+
+
+@ways(Need("sglang", "plugin", "moe"), slow=True)
+def test_stacked_experts(node):
+    found = up_to_replay(node, "pert", "base", "pert", "base")
+    assert (found.by_loader, found.why) == (0, {})
+
+
+@ways(Need("vllm", "plugin", "moe"), slow=True)
+def test_packed_experts(node):
+    found = up_to_replay(node, "pert", "base", "pert", "base")
+    assert found.replayed == sum("norm" in name for name in node.weights("base"))
+
+
+@ways(Need("sglang", "plugin", "tied", dtype="bfloat16"), slow=True)
+def test_tied_embeddings_and_a_conversion(node):
+    recorded_anew(node, "pert")
+    for phase in ("prove", "replay"):
+        node.push("base")
+        facts(node, phase)
+    node.push("pert")
+    node.check("pert")
+    assert facts(node, "replay").replayed == len(node.weights("pert"))
+
+
+@ways(Need("sglang", "plugin", tp=2), slow=True)
+def test_two_ranks(node):
+    found = up_to_replay(node, "pert", "base", "pert", "base")
+    assert (found.by_loader, found.why) == (0, {})

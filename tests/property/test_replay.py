@@ -1,0 +1,236 @@
+"""Whatever views and copies a loader goes through: what is replayed is what it loaded."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests import box_emulation
+from tests.replay_kit import Model, read_buckets, same
+from weightsync.device.launch import COPY
+from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.replay.model import ModelState
+from weightsync.replay.moves import Move, apply, strided_view
+from weightsync.replay.state import ModelReplay
+from weightsync.replay.strided import Box, compose, merge_dims
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@st.composite
+def views(draw: Any, example: torch.Tensor, copies: bool) -> list[Any]:
+    """Steps from a tensor like this one to another, as functions of it. With `copies`, some move memory on the way."""
+    steps: list[Any] = []
+    kinds = ["narrow", "transpose", "chunk", "unsqueeze", "select", "step", "unflatten", "flatten"]
+    for _ in range(draw(st.integers(0, 5))):
+        kind = draw(st.sampled_from([*kinds, "clone", "reshape", "convert"] if copies else kinds))
+        dim = draw(st.integers(0, max(0, example.dim() - 1)))
+        step: Any = None
+        if not example.dim() and kind not in ("unsqueeze", "clone", "convert"):
+            continue
+        size = example.shape[dim] if example.dim() else 1
+        if kind == "narrow":
+            first = draw(st.integers(0, size - 1))
+            count = draw(st.integers(1, size - first))
+            step = partial(torch.Tensor.narrow, dim=dim, start=first, length=count)
+        elif kind == "transpose":
+            other = draw(st.integers(0, example.dim() - 1))
+            step = partial(torch.Tensor.transpose, dim0=dim, dim1=other)
+        elif kind == "chunk":
+            at = draw(st.integers(0, 1))
+            step = partial(_chunk, dim=dim, at=at)
+        elif kind == "unsqueeze":
+            step = partial(torch.Tensor.unsqueeze, dim=dim)
+        elif kind == "select":
+            at = draw(st.integers(0, size - 1))
+            step = partial(torch.Tensor.select, dim=dim, index=at)
+        elif kind == "step":
+            by = draw(st.integers(1, 3))
+            step = partial(_every, dim=dim, by=by)
+        elif kind == "unflatten" and size % 2 == 0:
+            step = partial(torch.Tensor.unflatten, dim=dim, sizes=(2, -1))
+        elif kind == "flatten" and example.is_contiguous():
+            step = _flat
+        elif kind == "clone":
+            form = draw(st.sampled_from([torch.preserve_format, torch.contiguous_format]))
+            step = partial(torch.Tensor.clone, memory_format=form)
+        elif kind == "reshape":
+            step = partial(torch.Tensor.reshape, shape=(-1,))
+        elif kind == "convert":
+            to = draw(st.sampled_from(DTYPES))
+            step = partial(torch.Tensor.to, dtype=to)
+        if step is not None:
+            steps.append(step)
+            example = step(example)
+    return steps
+
+
+@st.composite
+def loads(draw: Any, copies: bool) -> tuple[dict[str, tuple[Any, torch.dtype]], dict[str, torch.Tensor], Any]:
+    """Tensors to push, the parameters that they are loaded into, and the loader."""
+    shapes = {
+        f"t{i}": tuple(draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+        for i in range(draw(st.integers(1, 4)))
+    }
+    dtypes = {name: draw(st.sampled_from(DTYPES)) for name in shapes}
+    parts: list[list[tuple[str, list[Any]]]] = []
+    parameters: dict[str, torch.Tensor] = {}
+    for i in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(sorted(shapes)))
+        steps = draw(views(torch.zeros(shapes[name], dtype=dtypes[name]), copies))
+        part = _through(torch.zeros(shapes[name], dtype=dtypes[name]), steps)
+        same_shape = [(name, steps)] + ([(name, steps)] if draw(st.booleans()) else [])
+        parts.append(same_shape)
+        dim = draw(st.integers(0, part.dim()))
+        shape = (*part.shape[:dim], len(same_shape), *part.shape[dim:])
+        made = torch.zeros(shape, dtype=draw(st.sampled_from(DTYPES)))
+        if draw(st.booleans()):
+            made = made.transpose(0, -1).contiguous().transpose(0, -1)
+        parameters[f"layer{i}.w{dim}"] = made
+
+    def load(targets: Any, tensors: Any) -> None:
+        for name, tensor in tensors:
+            for (target, parameter), some in zip(sorted(targets.items()), parts, strict=True):
+                dim = int(target[-1])
+                for at, (source, steps) in enumerate(some):
+                    if source == name:
+                        parameter.select(dim, at).copy_(_through(tensor, steps))
+
+    return {name: (shapes[name], dtypes[name]) for name in shapes}, parameters, load
+
+
+def _chunk(tensor: torch.Tensor, dim: int, at: int) -> torch.Tensor:
+    chunks = tensor.chunk(2, dim)
+    return chunks[min(at, len(chunks) - 1)]
+
+
+def _every(tensor: torch.Tensor, dim: int, by: int) -> torch.Tensor:
+    return tensor[(slice(None),) * dim + (slice(None, None, by),)]
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.view(-1)
+
+
+def _through(tensor: torch.Tensor, steps: list[Any]) -> torch.Tensor:
+    for step in steps:
+        tensor = step(tensor)
+    return tensor
+
+
+def _weights(table: Any, seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator).to(dtype) for name, (shape, dtype) in table.items()}
+
+
+def _three_pushes(found: Any, slot_bytes: int) -> tuple[ModelReplay, Model]:
+    table, parameters, load = found
+    model, replay = Model(parameters, load), ModelReplay({})
+    for seed in range(3):
+        model.push(replay, _weights(table, seed), slot_bytes)
+        got = {name: tensor.clone() for name, tensor in ModelState.of(model).tensors.items()}
+        heard = list(model.heard)
+        for name, tensor in model.loaded(_weights(table, seed)).items():
+            assert same(tensor, got[name])
+        model.heard = heard
+    return replay, model
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(copies=False), st.sampled_from([256, 1 << 16]))
+def test_views_are_always_replayed_and_give_what_the_loader_gives(found, slot_bytes):
+    replay, _ = _three_pushes(found, slot_bytes)
+    facts = replay.facts()
+    assert set(facts.why) <= {"the loader was not seen to copy any of it"}
+    assert facts.phase == "replay"
+
+
+@settings(max_examples=150, deadline=None)
+@given(loads(copies=True), st.sampled_from([256, 1 << 16]))
+def test_with_copies_on_the_way_nothing_else_than_the_loader_gives_comes_out(found, slot_bytes):
+    replay, _ = _three_pushes(found, slot_bytes)
+    assert not any("differs" in why for why in replay.facts().why), "the plan was wrong, and only its proof saw it"
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_a_view_of_a_copy_is_a_view_of_what_was_copied(data):
+    shape = tuple(data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=3)))
+    order = data.draw(st.permutations(range(len(shape))))
+    there = torch.arange(300)
+    strides = data.draw(st.permutations([1, 6, 36][: len(shape)]))
+    source = there.as_strided(shape, strides, 3)
+    copy = source.permute(order).contiguous().permute([order.index(i) for i in range(len(order))])
+    view = _through(copy, data.draw(views(copy, copies=False)))
+    found = compose(_box(view), _box(copy), _box(source))
+    if found is None:
+        assert not source.is_contiguous() or not copy.is_contiguous(), "what lies in one run is always followed"
+        return
+    offset, dims = found
+    flat = [part for parts in dims for part in parts]
+    again = there.as_strided([p.size for p in flat], [p.source // 8 for p in flat], offset // 8)
+    assert again.reshape(view.shape).equal(view)
+
+
+@given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 8), st.integers(0, 8)), max_size=4))
+def test_joined_dimensions_are_the_same_elements(dims):
+    sizes, one, other = (tuple(column) for column in zip(*dims, strict=True)) if dims else ((), (), ())
+    joined = merge_dims(Box(0, sizes, one), Box(0, sizes, other))
+    for before, after in zip((one, other), joined, strict=True):
+        memory = torch.arange(200)
+        wanted = memory.as_strided(sizes, before).reshape(-1)
+        assert memory.as_strided(after.sizes, after.strides).reshape(-1).equal(wanted)
+
+
+def _box(tensor: torch.Tensor) -> Box:
+    return Box(8 * int(tensor.storage_offset()), tuple(tensor.shape), tuple(8 * s for s in tensor.stride()))
+
+
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    if box_emulation.COMPILER is None:
+        pytest.skip("no C++ compiler to run the kernel with")
+    return box_emulation.library(tmp_path_factory.mktemp("boxes"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(found=loads(copies=False))
+def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
+    """What is to take the place of the loop on GPUs is here already, run by this machine's processor."""
+    table, parameters, load = found
+    model, replay = Model(parameters, load), ModelReplay({})
+    model.push(replay, _weights(table, 0))
+    known = replay._known
+    assert known is not None
+    manifest, buckets = read_buckets(_weights(table, 1), 1 << 20)
+    targets = ModelState.of(model).tensors
+    order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
+    (bucket,) = buckets
+    moves = [m for m in known.moves.buckets[0].moves if (m.source_dtype, m.dtype) != (torch.bfloat16, torch.float32)]
+    apply(moves, bucket.data, order)
+    wanted = {i: target.clone() for i, target in order.items()}
+    for move in moves:
+        strided_view(order[move.target], move.target_box).zero_()
+    items = joined([_items(move) for move in moves])
+    box_emulation.run(kernel, items, [order[i].data_ptr() for i in order], 1, COPY, bucket.data.data_ptr())
+    assert manifest.buckets == 1
+    assert all(same(order[i], wanted[i]) for i in order)
+
+
+def _items(move: Move) -> Any:
+    sizes = move.source_box.sizes or (1,)
+    source, target = (box.strides or (0,) for box in (move.source_box, move.target_box))
+    return box_items(
+        sizes,
+        move.dtype.itemsize,
+        Place(SLOT, move.source_box.offset, source),
+        Place(move.target, move.target_box.offset, target),
+        tensor_shape=sizes,
+        offset=(0,) * len(sizes),
+        op=BYTES if move.source_dtype == move.dtype else F32_TO_BF16,
+    )

@@ -1,0 +1,242 @@
+"""One model's way from its loader to a replay that is proved, push by push.
+
+    record    the loader loads and is watched
+    prove     it loads again, and the replay into scratch must come to the same bits
+    replay    no loader, but for what it has to go on with
+
+Each manifest begins anew, and so does a model whose parameters have moved (a sleep, an adapter, experts shuffled).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from weightsync.replay.facts import ReplayFacts
+from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
+from weightsync.replay.proof import Proof
+from weightsync.replay.recorder import Recorder
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from weightsync.plan.manifest import Manifest
+    from weightsync.replay.bucket import Named, ReadBucket
+    from weightsync.replay.model import ModelState, Place
+    from weightsync.replay.moves import Moves
+    from weightsync.replay.plan import LoadPlan
+
+__all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
+
+logger = logging.getLogger(__name__)
+
+EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
+SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader, 1 is for GPUs too
+Phase = Literal["off", "record", "prove", "replay", "loader"]
+_NAMES_TOLD = 4  # of parameters with the same reason
+
+
+@dataclass
+class _Known:
+    """What was learnt of one manifest."""
+
+    digest: bytes
+    places: dict[str, Place]
+    plan: LoadPlan
+    moves: Moves
+    sizes: dict[str, int]  # of the tensors of the push, in bytes
+    proved: bool = False
+
+
+class ModelReplay:
+    """Of one model in one worker. Not for several threads."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
+        switch = environment.get(SWITCH, "").strip()
+        self._off = switch not in ("", "1")
+        self._asked = switch == "1"
+        self._known: _Known | None = None
+        self._phase: Phase = "off"
+        self._note = f"{SWITCH} is {switch}" if self._off else ""
+        self._manifest: Manifest | None = None
+        self._before: ModelState | None = None
+        self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
+        self._recorder: Recorder | None = None
+        self._proof: Proof | None = None
+        self._filled = False
+        self._seconds: dict[str, float] = {}  # of the last push in each phase
+
+    @property
+    def replayed(self) -> frozenset[str]:
+        """Parameters that this push loads without the loader; their layers get nothing from it."""
+        if self._phase != "replay" or self._known is None:
+            return frozenset()
+        return frozenset(self._known.plan.targets)
+
+    def begin(self, manifest: Manifest, model: ModelState | None) -> None:
+        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it; None: it could
+        not be looked at, and its loader loads it.
+        """
+        self._recorder = self._proof = self._before = None
+        self._phase, self._manifest = "off", manifest
+        if model is None:
+            self.turn_off("the model could not be looked at")
+        elif not self._asked and any(t.device.type not in ("cpu", "meta") for t in model.tensors.values()):
+            self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
+        if not self._off and model is not None:
+            self._learn(lambda: self._choose(manifest, model))
+        self._seconds[self._phase] = 0.0
+
+    def _choose(self, manifest: Manifest, model: ModelState) -> None:
+        known, targets = self._known, model.tensors
+        if known is not None and (anew := _why_anew(known, manifest, model.places)):
+            logger.info("weightsync: replay begins anew: %s", anew)
+            self._note, known = anew, None
+        self._known, self._filled = known, False
+        if known is None:
+            self._recorder, self._before = Recorder(targets), model
+            self._phase = "record"
+        elif not known.plan.targets:
+            self._phase = "loader"
+        else:
+            self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
+            if not known.proved:
+                self._proof, self._before = Proof(known.plan, known.moves, targets), model
+            self._phase = "replay" if known.proved else "prove"
+
+    def turn_off(self, why: str) -> None:
+        """Leave everything to the loader from here on. Not during a push."""
+        self._off, self._note, self._known = True, why, None
+
+    def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
+        """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
+        begun = perf_counter()
+        tensors = self._replay(bucket) if self._phase == "replay" else bucket.tensors()
+        if self._recorder is not None:
+            for name, tensor in tensors:
+                self._recorder.offer(name, tensor)
+        if tensors:
+            self.watched(lambda: load(tensors))
+        self._seconds[self._phase] = self._seconds.get(self._phase, 0.0) + perf_counter() - begun
+        if self._proof is not None:
+            proof = self._proof
+            self._learn(lambda: proof.bucket(bucket.index, bucket.data, bucket.whole))
+
+    def watched(self, work: Callable[[], object]) -> None:
+        """`work`, which may load something, seen by the recorder if there is one."""
+        with self._recorder or nullcontext():
+            work()
+
+    def finish(self, look: Callable[[], ModelState]) -> None:
+        """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
+        if self._recorder is not None or self._proof is not None:
+            self._learn(lambda: self._conclude(look()))
+        self._recorder = self._proof = self._before = None
+        self._order = {}
+
+    def _conclude(self, model: ModelState) -> None:
+        recorder, proof, known, before = self._recorder, self._proof, self._known, self._before
+        assert self._manifest is not None, "`begin` comes first"
+        assert before is not None
+        more = before.replaced(model)
+        if recorder is not None:
+            plan, table = recorder.plan(more), self._manifest.tensors
+            sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
+            self._known = _Known(self._manifest.digest, before.places, plan, lay_out(plan, self._manifest), sizes)
+        elif proof is not None and known is not None:
+            wrong = proof.finish() | {name: why for name, why in more.items() if name in known.plan.targets}
+            for name, why in wrong.items():
+                logger.warning("weightsync: %s stays with the loader: %s", name, why)
+            known.plan = known.plan.without(wrong)
+            known.moves = lay_out(known.plan, self._manifest)
+            known.proved = True
+        self._tell()
+
+    def _learn(self, work: Callable[[], None]) -> None:
+        """Nothing that goes wrong here costs a push: the loader has loaded, and goes on to."""
+        try:
+            work()
+        except torch.OutOfMemoryError as error:
+            self._recorder = self._proof = None
+            self._note = f"no memory was left to prove it: {error}"
+            logger.warning("weightsync: replay is put off: %s", self._note)
+        except Exception as error:
+            self._recorder = self._proof = None
+            self.turn_off(f"it failed: {type(error).__name__} {error}")
+            logger.exception("weightsync: replay is off from here on")
+
+    def facts(self) -> ReplayFacts:
+        """For whoever asks."""
+        known = self._known
+        if known is None:
+            return ReplayFacts(phase=self._phase, note=self._note)
+        plan = known.plan
+        why: dict[str, list[str]] = {}
+        for name, reason in plan.loader_sources.items():
+            why.setdefault(reason, []).append(name)
+        return ReplayFacts(
+            phase=self._phase,
+            replayed=len(plan.sources),
+            replayed_bytes=sum(known.sizes[name] for name in plan.sources),
+            by_loader=len(plan.loader_sources),
+            by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
+            moves=known.moves.count,
+            why={reason: _first(names) for reason, names in why.items()},
+            note=self._note,
+            seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
+        )
+
+    def _tell(self) -> None:
+        facts = self.facts()
+        will = "is proved, and loads" if facts.phase == "prove" else "is recorded, and will load once it is proved"
+        logger.info(
+            "weightsync: replay %s %d tensors (%.1f MB) in %d moves; %d stay with the loader%s",
+            will,
+            facts.replayed,
+            facts.replayed_bytes / 1e6,
+            facts.moves,
+            facts.by_loader,
+            "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
+        )
+
+    def _replay(self, bucket: ReadBucket) -> list[Named]:
+        """Carry out what the plan knows of a bucket; what is left for the loader."""
+        assert self._known is not None, "`begin` comes first"
+        if not self._filled:
+            index = {name: i for i, name in enumerate(self._known.moves.targets)}
+            for fill in self._known.plan.fills:
+                strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
+            self._filled = True
+        here = self._known.moves.buckets[bucket.index]
+        try:
+            apply(here.moves, bucket.data, self._order)
+            for tensor, moves in here.cut:
+                apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
+        except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
+            self.turn_off(f"it failed: {type(error).__name__} {error}")
+            raise
+        return bucket.tensors(here.replayed) if here.left else []
+
+
+def _why_anew(known: _Known, manifest: Manifest, places: Mapping[str, Place]) -> str:
+    """Why a plan is of no use now; "" if it is."""
+    if known.digest != manifest.digest:
+        return "what is pushed has another layout"
+    changed = [name for name in {**known.places, **places} if known.places.get(name) != places.get(name)]
+    if not changed:
+        return ""
+    was, now = known.places.get(changed[0]), places.get(changed[0])
+    moved = was is not None and now is not None and was[1:] == now[1:]
+    more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
+    return f"{changed[0]}{more} {'moved' if moved else 'changed'} in memory"
+
+
+def _first(names: list[str]) -> list[str]:
+    more = len(names) - _NAMES_TOLD
+    return names if more <= 0 else [*names[:_NAMES_TOLD], f"… and {more} more"]
