@@ -299,6 +299,7 @@ def test_which_model_takes_the_tensors(version: str, target: str, field: dict[st
         ("0.5.23", {"dp_size": 2}, {}, "dp_size 2"),
         ("0.5.23", {"pp_size": 2}, {}, "pp_size 2"),
         ("0.5.23", {"weight_cache_mode": "client"}, {}, "--weight-cache-mode client"),
+        ("0.5.23", {"enable_lora": True}, {}, "--enable-lora"),
         ("0.5.15.post1", {"quantization": "fp8"}, {}, "cannot load new weights over quantised ones"),
         ("0.5.23", {"quantization": "fp8"}, {}, "cannot load new weights over quantised ones"),
         ("0.5.15.post1", {"quantization": "fp8", "load_format": "flash_rl"}, {}, "--load-format flash_rl"),

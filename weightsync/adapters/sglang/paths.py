@@ -145,6 +145,9 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
     elif facts.weight_cache_mode != "off":
         problem = f"it shares its weights with others (--weight-cache-mode {facts.weight_cache_mode})"
         hint = "--weight-cache-mode off"
+    elif facts.enable_lora:  # run on 0.5.23: it passes over what it does not find, and ends torn
+        problem = "it serves LoRA adapters (--enable-lora), and its layers have other names then"
+        hint = "push_lora for the adapter alone, or a server without --enable-lora for merged weights"
     elif facts.quantization and not _reloads(facts, profile, plugin=plugin):
         problem = (
             f"it quantises to {facts.quantization!r}, and SGLang {facts.version} "

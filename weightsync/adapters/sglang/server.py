@@ -73,6 +73,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
     enable_memory_saver: bool = False
     tokenizer_worker_num: int = 1
     speculative_algorithm: str | None = None
+    enable_lora: bool | None = None
     internal_states: tuple[_Internal, ...] = ()
 
     @property
