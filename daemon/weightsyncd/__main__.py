@@ -57,7 +57,9 @@ async def serve(path: Path, changes: list[str], config: NodeConfig) -> None:
     server = Server(placed(config))
     for number in _STOPS:
         loop.add_signal_handler(number, stop.set)
-    loop.add_signal_handler(signal.SIGHUP, lambda: server.reload(lambda: load_node_config(path, changes), config))
+    loop.add_signal_handler(
+        signal.SIGHUP, lambda: server.changes.reload(lambda: load_node_config(path, changes), config)
+    )
     try:
         await server.run(stop)
     finally:  # nothing is left: a signal that comes now must not make the end look like a failure

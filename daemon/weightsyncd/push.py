@@ -25,6 +25,7 @@ from weightsync.session.trace import Trace
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
+from weightsyncd.outcomes import outcome_of, status_of_push
 from weightsyncd.ranks import Rank, Ranks
 from weightsyncd.traces import write_trace
 
@@ -344,7 +345,7 @@ class Push:
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session
-        self.outcome = self._outcome()
+        self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
             logger.error("[push=%s v=%d] %s: %s", session.model, session.version, session.state, error.message)
         else:
@@ -361,44 +362,9 @@ class Push:
         for rank in self.ranks:
             self.ranks.tell(rank, ended)
 
-    def _outcome(self) -> msg.PushOutcome:
-        session = self.session
-        manifest = self.context.manifest
-        return msg.PushOutcome(
-            model=session.model,
-            version=session.version,
-            nbytes=manifest.nbytes if manifest is not None else 0,
-            tensors=len(manifest.tensors) if manifest is not None else 0,
-            buckets=len(session.buckets),
-            seconds=session.finished - session.started,
-            phases=dict(session.phases.seconds),
-            engines=tuple(
-                msg.EngineOutcome(
-                    engine=e.name,
-                    node=e.node,
-                    outcome=str(e.stage),
-                    version=session.version if e.stage.value == "committed" else None if e.touched else e.version,
-                    seconds=e.seconds,
-                    checked=e.checked,
-                    untouched=e.untouched,
-                    error=e.error,
-                )
-                for e in session.fleet
-            ),
-        )
-
     def status(self) -> msg.PushStatus:
         """How far it is."""
-        session = self.session
-        return msg.PushStatus(
-            model=session.model,
-            version=session.version,
-            state=str(session.state),
-            seconds=time.monotonic() - session.started,
-            nbytes=session.nbytes,
-            filled_bytes=session.filled_bytes,
-            waiting_for="" if session.ended else session.waiting_for(),
-        )
+        return status_of_push(self.session)
 
     async def close(self) -> None:
         """Stop what is still under way and let go of every slot. Call it once `done`, or when the daemon ends."""

@@ -34,13 +34,14 @@ from weightsync.wire import messages as msg
 from weightsync.wire.daemon_links import ControlServer
 from weightsync.wire.keys import read_key_file
 from weightsyncd.bridges import Bridge, BridgeConfig, kill_orphans
+from weightsyncd.changes import Changes
 from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
 from weightsyncd.health import HealthPage, measure_node, status_of
 from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.loras import Loras
-from weightsyncd.membership import Membership, as_in, need_restart, with_engines
+from weightsyncd.membership import Membership
 from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
@@ -50,10 +51,9 @@ from weightsyncd.seed import Registry, Seeker
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import Coroutine, Iterator
 
     from weightsync.config import NodeConfig
-    from weightsyncd.membership import Edit
 
 __all__ = ["Server"]
 
@@ -121,12 +121,13 @@ class Server:
                 key=key,
                 on_lost=self._peer_lost,
                 on_rank=lambda node, said: self.trainers.route_from(node, said),
-                taken=self._names_taken,
+                taken=lambda node, names: self.changes.names_taken(node, names),
             ),
             spawn=self._spawn,
             on_gone=self.executor.wire.forget,
             on_change=lambda: self.rails.break_up(),
         )
+        self.changes = Changes(config, self.members, self.engines, self.peers, self._spawn)
         self._here = ControlServer(config.endpoint, "node.listen")
         self._far = (
             ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
@@ -297,7 +298,7 @@ class Server:
             case msg.StatusRequest():
                 self._spawn(self._answer(identity, message.id, status_of(self)))
             case msg.ChangeEngines():
-                self._spawn(self._answer(identity, message.id, self._change_engines(message)))
+                self._spawn(self._answer(identity, message.id, self.changes.change_engines(message)))
             case msg.Attach():
                 self._spawn(self._answer(identity, message.id, self.follower.attach(identity, message)))
             case msg.Execute():
@@ -352,56 +353,7 @@ class Server:
                 self.trainers.check_alive(liveness)
                 await self.follower.check(liveness)
 
-    # --- engines that come and go -----------------------------------------------------------------------------------
-
-    def reload(self, load: Callable[[], NodeConfig], started: NodeConfig) -> None:
-        """Take the engines and peers of the config file as it is now. Mistakes are logged, and change nothing.
-        What else differs from the file as it was when the daemon started is logged too.
-        """
-        try:
-            file = load()
-        except ConfigError as error:
-            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
-            return
-        if keys := need_restart(started, file):
-            logger.warning("these keys of the node config need a restart: %s", ", ".join(keys))
-        self._spawn(self._reload(file))
-
-    async def _reload(self, file: NodeConfig) -> None:
-        try:
-            edit = self._apart_from_peers(lambda config: as_in(config, file))
-            await self.members.change(edit, timeout=self.config.timeouts.operation)
-        except WeightSyncError as error:
-            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
-        else:
-            logger.info("reload.complete: %d engines, %d peers", len(list(self.engines)), len(self.peers))
-
-    async def _change_engines(self, message: msg.ChangeEngines) -> msg.Message:
-        if not self.config.endpoint.startswith("ipc://"):  # where anybody on this machine may call
-            raise ConfigError(
-                "engines are added and removed over a private socket only",
-                hint="leave node.listen away; or edit the node config, and send weightsyncd a SIGHUP",
-            )
-        edit = self._apart_from_peers(lambda config: with_engines(config, message.add, message.remove))
-        await self.members.change(edit, timeout=min(message.timeout, self.config.timeouts.operation))
-        until = time.monotonic() + self.config.timeouts.probe
-        added = [self.engines[engine.name] for engine in message.add]
-        await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # its status says how
-        return msg.Changed(engines=tuple(engine.status(self.config.node.name) for engine in added))
-
-    def _apart_from_peers(self, edit: Edit) -> Edit:
-        """The same edit, refused where an engine would have the name of another node's."""
-
-        def edited(config: NodeConfig) -> NodeConfig:
-            after, known = edit(config), self._names_elsewhere()
-            for engine in after.engines:
-                if (node := known.get(engine.name)) is not None:
-                    raise ConfigError(
-                        f"an engine of node {node} is called {engine.name!r} already", hint="give it another name"
-                    )
-            return after
-
-        return edited
+    # --- nodes and engines -----------------------------------------------------------------------------------
 
     async def _learn_nodes(self, nodes: dict[str, str], complete: bool) -> None:
         await self.members.learn(nodes, complete=complete, timeout=self.config.timeouts.operation)
@@ -432,17 +384,6 @@ class Server:
     def _peer_lost(self, node: str, error: ErrorRecord) -> None:
         self.rails.break_up()
         self.trainers.hear(ev.NodeLost(node=node, error=error))
-
-    def _names_taken(self, node: str, names: Sequence[str]) -> str | None:
-        known = {**{e.name: self.config.node.name for e in self.engines}, **self._names_elsewhere(node)}
-        for name in names:
-            if name in known:
-                return f"its engine {name!r} has the name of one on {known[name]}; rename one of them"
-        return None
-
-    def _names_elsewhere(self, but: str = "") -> dict[str, str]:
-        """The names of peers' engines, and on which node each is; without those of one node."""
-        return {e.name: node for node, peer in self.peers.items() if node != but for e in peer.engines}
 
     # --- looking at it --------------------------------------------------------------------------------------------
 

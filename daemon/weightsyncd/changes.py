@@ -1,0 +1,107 @@
+"""Changes of a daemon's engines and peers, as operators ask for them: a command, or a config file that was edited.
+
+Names of engines are unique over all nodes that know each other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from typing import TYPE_CHECKING
+
+from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.wire import messages as msg
+from weightsyncd.membership import as_in, need_restart, with_engines
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Mapping, Sequence
+
+    from weightsync.config import NodeConfig
+    from weightsyncd.engines import Engines
+    from weightsyncd.membership import Edit, Membership
+    from weightsyncd.peers import Peer
+
+__all__ = ["Changes"]
+
+logger = logging.getLogger(__name__)
+
+
+class Changes:
+    """See the module. `spawn` runs what nobody waits for."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        members: Membership,
+        engines: Engines,
+        peers: Mapping[str, Peer],
+        spawn: Callable[[Coroutine[None, None, None]], None],
+    ) -> None:
+        self._config = config
+        self._members = members
+        self._engines = engines
+        self._peers = peers
+        self._spawn = spawn
+
+    def reload(self, load: Callable[[], NodeConfig], started: NodeConfig) -> None:
+        """Take the engines and peers of the config file as it is now. Mistakes are logged, and change nothing.
+        What else differs from the file as it was when the daemon started is logged too.
+        """
+        try:
+            file = load()
+        except ConfigError as error:
+            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
+            return
+        if keys := need_restart(started, file):
+            logger.warning("these keys of the node config need a restart: %s", ", ".join(keys))
+        self._spawn(self._reload(file))
+
+    async def _reload(self, file: NodeConfig) -> None:
+        try:
+            edit = self._apart_from_peers(lambda config: as_in(config, file))
+            await self._members.change(edit, timeout=self._config.timeouts.operation)
+        except WeightSyncError as error:
+            logger.error("reload.failed, and nothing has changed: %s", error)  # noqa: TRY400
+        else:
+            logger.info("reload.complete: %d engines, %d peers", len(list(self._engines)), len(self._peers))
+
+    async def change_engines(self, message: msg.ChangeEngines) -> msg.Message:
+        """As an operator asks, between two pushes. Raises `ConfigError`, and `PushRefused` where a push goes on."""
+        if not self._config.endpoint.startswith("ipc://"):  # where anybody on this machine may call
+            raise ConfigError(
+                "engines are added and removed over a private socket only",
+                hint="leave node.listen away; or edit the node config, and send weightsyncd a SIGHUP",
+            )
+        edit = self._apart_from_peers(lambda config: with_engines(config, message.add, message.remove))
+        await self._members.change(edit, timeout=min(message.timeout, self._config.timeouts.operation))
+        until = time.monotonic() + self._config.timeouts.probe
+        added = [self._engines[engine.name] for engine in message.add]
+        await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # its status says how
+        return msg.Changed(engines=tuple(engine.status(self._config.node.name) for engine in added))
+
+    def _apart_from_peers(self, edit: Edit) -> Edit:
+        """The same edit, refused where an engine would have the name of another node's."""
+
+        def edited(config: NodeConfig) -> NodeConfig:
+            after, known = edit(config), self._names_elsewhere()
+            for engine in after.engines:
+                if (node := known.get(engine.name)) is not None:
+                    raise ConfigError(
+                        f"an engine of node {node} is called {engine.name!r} already", hint="give it another name"
+                    )
+            return after
+
+        return edited
+
+    def names_taken(self, node: str, names: Sequence[str]) -> str | None:
+        """What is wrong with a peer that has engines of these names, as a sentence; None: nothing."""
+        known = {**{e.name: self._config.node.name for e in self._engines}, **self._names_elsewhere(node)}
+        for name in names:
+            if name in known:
+                return f"its engine {name!r} has the name of one on {known[name]}; rename one of them"
+        return None
+
+    def _names_elsewhere(self, but: str = "") -> dict[str, str]:
+        """The names of peers' engines, and on which node each is; without those of one node."""
+        return {e.name: node for node, peer in self._peers.items() if node != but for e in peer.engines}
