@@ -1,0 +1,120 @@
+"""verl: a checkpoint engine called "weightsync".
+
+    actor_rollout_ref.rollout.checkpoint_engine.backend=weightsync
+    actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=weightsync.integrations.verl
+    +actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs.weightsync.model=default   # options of push_weights
+
+verl imports this module on every worker and in its manager (`import_external_libs`), which registers the class. Read and
+tested with verl 0.9.1: `verl/checkpoint_engine/base.py`, `verl/workers/engine_workers.py` (actor side).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
+
+from weightsync.client import push_weights_async
+from weightsync.config import EngineConfig
+from weightsync.integrations.versions import Versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from weightsync.report import PushReport
+
+__all__ = ["PushEngine", "engines_of"]
+
+
+@CheckpointEngineRegistry.register("weightsync")  # type: ignore[untyped-decorator]  # verl has no types
+class PushEngine(CheckpointEngine):  # type: ignore[misc]
+    """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers.
+
+    verl makes every tensor whole on every actor rank, one after the other. Each rank keeps its share of them, about as
+    many bytes as the others, and drops the rest, so a rank holds the model's size divided by the ranks besides its
+    own shards; all ranks write at once.
+    """
+
+    # Weights never pass through verl's rollout workers. Of its two formats this is the one in which a stream may be
+    # empty: their adapters then set the server's step, and leave its weights alone.
+    wire_format: ClassVar[str] = "delta_flush"
+
+    def __init__(self, bucket_size: int, is_master: bool = False, **options: Any) -> None:
+        """bucket_size, is_master: verl's; the first is of no use here: buckets are the size of the daemon's slots.
+        options: those of `push_weights`.
+        """
+        self.report: PushReport | None = None
+        self._options = options
+        self._versions = Versions(options.get("model", "default"), options.get("daemon"))
+        self._syncs = 0
+
+    def prepare(self) -> dict[str, Any]:
+        """Nothing is allocated, and nothing has to be known elsewhere."""
+        return {}
+
+    @classmethod
+    def build_topology(
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """No group joins actors and rollout workers: no keyword arguments for `init_process_group` on either side."""
+        return {}, {}
+
+    def init_process_group(self, **kwargs: Any) -> None:
+        """There is none to make."""
+
+    def finalize(self) -> None:
+        """Nothing is held between pushes."""
+
+    async def send_weights(
+        self, weights: Iterable[tuple[str, Any]], global_steps: int | None = None
+    ) -> dict[str, float] | None:
+        """Push, as version `global_steps` or above. Every actor rank calls it; each returns verl's metrics of the sync.
+
+        Raises what `push_weights` raises.
+        """
+        step = self._syncs if global_steps is None else global_steps
+        self._syncs += 1
+        version = self._versions.of(step)
+        mine = dict(_share(weights, *_place()))
+        # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
+        handle = push_weights_async(mine, version=version, **self._options)
+        self.report = await asyncio.to_thread(handle.result)
+        return {"weightsync/version": float(version), "weightsync/seconds": self.report.seconds}
+
+    def receive_weights(self, global_steps: int | None = None) -> Iterator[Any]:
+        """On rollout workers: nothing; their servers take the push from weightsync."""
+        return iter(())
+
+
+def engines_of(replicas: Sequence[Any], kind: str, *, model: str = "default") -> list[EngineConfig]:
+    """verl's rollout replicas (`RolloutReplica`) as engines, for `weightsync.operator.change_engines(add=…)`.
+
+    verl chooses its servers' ports as it starts them, so no node config can name them. kind: "vllm" or "sglang".
+    """
+    return [
+        EngineConfig(name=f"verl-{r.replica_rank}", kind=kind, url=f"http://{r.server_address}", model=model)
+        for r in replicas
+    ]
+
+
+def _place() -> tuple[int, int]:
+    """This actor's rank, and how many there are."""
+    dist: Any = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _share(weights: Iterable[tuple[str, Any]], rank: int, world: int) -> Iterator[tuple[str, Any]]:
+    """Of tensors that all ranks see in the same order, those that `rank` keeps.
+
+    All are taken from `weights`, on every rank: making one whole is a collective.
+    """
+    held = [0] * world  # bytes
+    for name, tensor in weights:
+        owner = held.index(min(held))
+        held[owner] += tensor.nbytes
+        if owner == rank:
+            yield name, tensor
