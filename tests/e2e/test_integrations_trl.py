@@ -53,7 +53,8 @@ class Rollouts:
     """A `rollout_func` that has an engine generate, and notes which version did."""
 
     def __init__(self, node, engine) -> None:
-        self.node, self.engine, self.versions = node, engine, []
+        self.node, self.engine = node, engine
+        self.versions: list[int] = []
 
     def __call__(self, prompts, trainer):
         found: dict[str, list[Any]] = {"prompt_ids": [], "completion_ids": [], "logprobs": []}
@@ -78,9 +79,10 @@ def test_grpo_generates_with_what_it_has_just_learnt(node, tmp_path, monkeypatch
 
     monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     model = transformers_model(node.checkpoint("A"))
-    rollouts, pushed = Rollouts(node, node.engines[0]), PushCallback(daemon=node.daemon.endpoint, timeout=60)
+    rollouts = Rollouts(node, node.engines[0])
+    pushed: Any = PushCallback(daemon=node.daemon.endpoint, timeout=60)
 
-    class Compare(TrainerCallback):
+    class Compare(TrainerCallback):  # type: ignore[misc]
         steps = 0
 
         def on_step_end(self, args, state, control, model, **_):
@@ -132,7 +134,7 @@ def test_what_async_grpo_gathers_is_pushed(node):
 
     wanted = {name for name in vars(async_grpo_trainer.WeightTransferProtocol) if not name.startswith("_")}
     assert wanted <= set(dir(WeightTransfer))
-    transfer = WeightTransfer(daemon=node.daemon.endpoint, timeout=60)
+    transfer: Any = WeightTransfer(daemon=node.daemon.endpoint, timeout=60)
     model = transformers_model(node.checkpoint("B"))
     transfer.init_weight_transfer()
     for _ in range(2):

@@ -7,6 +7,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ class Actors:
 class Worker:
     """`ActorRolloutRefWorker` of verl/workers/engine_workers.py, as far as checkpoint engines go."""
 
-    def __init__(self, checkpoint: str, options: dict) -> None:
+    def __init__(self, checkpoint: str, options: dict[str, Any]) -> None:
         from safetensors.torch import load_file
         from verl.checkpoint_engine.base import CheckpointEngineRegistry
         from verl.utils.import_utils import import_external_libs
@@ -47,7 +48,7 @@ class Worker:
         self.weights = load_file(f"{checkpoint}/model.safetensors")
         self.engine = CheckpointEngineRegistry.new("weightsync", is_master=True, bucket_size=1 << 20, **options)
 
-    def execute(self, method: str, arguments: dict):
+    def execute(self, method: str, arguments: dict[str, Any]):
         return getattr(self.engine, method)(**arguments)
 
     async def update_weights(self, global_steps: int):
@@ -67,7 +68,8 @@ class Replica:
     """A rollout replica: a real worker of verl's, and what its manager asks of its servers, in order."""
 
     def __init__(self, worker) -> None:
-        self.workers, self.asked = [worker], []
+        self.workers = [worker]
+        self.asked: list[str] = []
 
     def __getattr__(self, name: str):
         async def ask(**_):

@@ -4,20 +4,20 @@
     actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=weightsync.integrations.verl
     +actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs.weightsync.model=default   # options of push_weights
 
-verl imports this module on every worker and in its manager (`import_external_libs`), which registers the class. Read and
-tested with verl 0.9.1: `verl/checkpoint_engine/base.py`, `verl/workers/engine_workers.py` (actor side).
+verl imports this module on every worker and in its manager (`import_external_libs`), which registers the class. Read
+and tested with verl 0.9.1: `verl/checkpoint_engine/base.py`, `verl/workers/engine_workers.py` (actor side).
 """
 
 from __future__ import annotations
 
 import asyncio
-import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
 from weightsync.client import push_weights_async
 from weightsync.config import EngineConfig
+from weightsync.integrations.shares import place, share
 from weightsync.integrations.versions import Versions
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["PushEngine", "engines_of"]
 
 
-@CheckpointEngineRegistry.register("weightsync")  # type: ignore[untyped-decorator]  # verl has no types
-class PushEngine(CheckpointEngine):  # type: ignore[misc]
+@CheckpointEngineRegistry.register("weightsync")
+class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
     """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers.
 
     verl makes every tensor whole on every actor rank, one after the other. Each rank keeps its share of them, about as
@@ -77,7 +77,7 @@ class PushEngine(CheckpointEngine):  # type: ignore[misc]
         step = self._syncs if global_steps is None else global_steps
         self._syncs += 1
         version = self._versions.of(step)
-        mine = dict(_share(weights, *_place()))
+        mine = dict(share(weights, *place()))
         # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
         handle = push_weights_async(mine, version=version, **self._options)
         self.report = await asyncio.to_thread(handle.result)
@@ -97,24 +97,3 @@ def engines_of(replicas: Sequence[Any], kind: str, *, model: str = "default") ->
         EngineConfig(name=f"verl-{r.replica_rank}", kind=kind, url=f"http://{r.server_address}", model=model)
         for r in replicas
     ]
-
-
-def _place() -> tuple[int, int]:
-    """This actor's rank, and how many there are."""
-    dist: Any = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_available() or not dist.is_initialized():
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
-
-
-def _share(weights: Iterable[tuple[str, Any]], rank: int, world: int) -> Iterator[tuple[str, Any]]:
-    """Of tensors that all ranks see in the same order, those that `rank` keeps.
-
-    All are taken from `weights`, on every rank: making one whole is a collective.
-    """
-    held = [0] * world  # bytes
-    for name, tensor in weights:
-        owner = held.index(min(held))
-        held[owner] += tensor.nbytes
-        if owner == rank:
-            yield name, tensor
