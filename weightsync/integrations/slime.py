@@ -83,7 +83,7 @@ class UpdateWeightFromWeightsync:
         router = options.pop("router", None)
         self._options = options
         self._model, self._daemon = options.get("model", "default"), options.get("daemon")
-        self._versions = Versions(self._model, self._daemon)
+        self._versions = Versions(options)
         self._router = Router(router) if router and place()[0] == 0 else None
         self._weights_getter = weights_getter
         self._chunks = _iterator(args)(

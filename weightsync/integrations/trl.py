@@ -40,7 +40,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
             raise ValueError(f"every = {every} is not a number of steps from 1 up")
         self.report: PushReport | None = None
         self._every, self._options = every, options
-        self._versions = Versions(options.get("model", "default"), options.get("daemon"))
+        self._versions = Versions(options)
         self._pushed: int | None = None  # the global step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -70,15 +70,16 @@ class WeightTransfer:
     def __init__(self, **options: Any) -> None:
         self.report: PushReport | None = None
         self._options = options
-        self._versions = Versions(options.get("model", "default"), options.get("daemon"))
-        self._alone: Any = None
+        self._versions = Versions(options)
         self._syncs = 0
 
     def init_weight_transfer(self) -> None:
         """Called on rank 0 only: it pushes in a process group of its own."""
         dist: Any = sys.modules.get("torch.distributed")
         if dist is not None and dist.is_available() and dist.is_initialized():
-            self._alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, backend="gloo")
+            alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, backend="gloo")
+            self._options = {**self._options, "process_group": alone}
+            self._versions = Versions(self._options)
 
     def pause(self) -> None:
         """Nothing: a push pauses engines itself, and for less long."""
@@ -86,8 +87,7 @@ class WeightTransfer:
     def send_weights(self, iterator: Iterable[tuple[str, Any]]) -> None:
         """Push them. Raises what `push_weights` raises."""
         self._syncs += 1
-        version = self._versions.of(self._syncs, alone=True)
-        self.report = push_weights(iterator, version=version, process_group=self._alone, **self._options)
+        self.report = push_weights(iterator, version=self._versions.of(self._syncs), **self._options)
 
     def resume(self) -> None:
         """Nothing: engines that committed have gone on."""
@@ -114,7 +114,7 @@ def push_to_vllm_server(**options: Any) -> None:
             original(self)
             return
         if not hasattr(self, "weightsync_versions"):
-            self.weightsync_versions = Versions(options.get("model", "default"), options.get("daemon"))
+            self.weightsync_versions = Versions(options)
             self.weightsync_syncs = 0
         self.weightsync_syncs += 1
         version = self.weightsync_versions.of(self.weightsync_syncs)

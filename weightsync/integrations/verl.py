@@ -21,21 +21,40 @@ from weightsync.integrations.shares import place, share
 from weightsync.integrations.versions import Versions
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from weightsync.report import PushReport
 
-__all__ = ["PushEngine", "engines_of"]
+__all__ = ["PushEngine", "Pusher", "engines_of"]
 
 
-@CheckpointEngineRegistry.register("weightsync")
-class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
-    """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers.
+class Pusher:
+    """Pushes what verl hands out, on all actor ranks together.
 
     verl makes every tensor whole on every actor rank, one after the other. Each rank keeps its share of them, about as
     many bytes as the others, and drops the rest, so a rank holds the model's size divided by the ranks besides its
     own shards; all ranks write at once.
     """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """options: those of `push_weights`."""
+        self._options = dict(options)
+        self._versions = Versions(self._options)
+        self._pushes = 0
+
+    async def push(self, weights: Iterable[tuple[str, Any]], step: int | None) -> PushReport:
+        """Push as version `step`, or above. Raises what `push_weights` raises."""
+        version = self._versions.of(self._pushes if step is None else step)
+        self._pushes += 1
+        mine = dict(share(weights, *place()))
+        # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
+        handle = push_weights_async(mine, version=version, **self._options)
+        return await asyncio.to_thread(handle.result)
+
+
+@CheckpointEngineRegistry.register("weightsync")
+class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
+    """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers."""
 
     # Weights never pass through verl's rollout workers. Of its two formats this is the one in which a stream may be
     # empty: their adapters then set the server's step, and leave its weights alone.
@@ -45,10 +64,7 @@ class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
         """bucket_size, is_master: verl's; the first is of no use here: buckets are the size of the daemon's slots.
         options: those of `push_weights`.
         """
-        self.report: PushReport | None = None
-        self._options = options
-        self._versions = Versions(options.get("model", "default"), options.get("daemon"))
-        self._syncs = 0
+        self._pusher = Pusher(options)
 
     def prepare(self) -> dict[str, Any]:
         """Nothing is allocated, and nothing has to be known elsewhere."""
@@ -74,14 +90,8 @@ class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
 
         Raises what `push_weights` raises.
         """
-        step = self._syncs if global_steps is None else global_steps
-        self._syncs += 1
-        version = self._versions.of(step)
-        mine = dict(share(weights, *place()))
-        # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
-        handle = push_weights_async(mine, version=version, **self._options)
-        self.report = await asyncio.to_thread(handle.result)
-        return {"weightsync/version": float(version), "weightsync/seconds": self.report.seconds}
+        report = await self._pusher.push(weights, global_steps)
+        return {"weightsync/version": float(report.version), "weightsync/seconds": report.seconds}
 
     def receive_weights(self, global_steps: int | None = None) -> Iterator[Any]:
         """On rollout workers: nothing; their servers take the push from weightsync."""

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import DaemonLost, WeightSyncError
 from weightsync.operator import fetch_status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 __all__ = ["Versions", "endpoint_of", "served_version"]
 
@@ -35,36 +38,41 @@ def served_version(model: str, daemon: str | None = None) -> int:
 class Versions:
     """The versions of one run: the framework's own count, moved up where engines already serve later ones."""
 
-    def __init__(self, model: str, daemon: str | None = None) -> None:
-        self._model, self._daemon = model, daemon
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """options: those that `push_weights` is called with: `model`, `daemon` and `process_group` are looked at."""
+        self._model: str = options.get("model", "default")
+        self._daemon: str | None = options.get("daemon")
+        self._group: Any = options.get("process_group")
         self._moved: int | None = None
         self._last = -1
 
-    def of(self, step: int, *, alone: bool = False) -> int:
-        """The version of `step`, above that of every earlier call. All ranks call it alike, unless `alone`.
+    def of(self, step: int) -> int:
+        """The version of `step`, above that of every earlier call. All ranks of the group call it alike.
 
-        The first call asks rank 0's daemon, and has rank 0 tell the others. Raises `DaemonLost`, on every rank.
+        The first call asks the daemon of the process group's rank 0, which tells the others. Raises `DaemonLost`, on
+        every rank.
         """
         if self._moved is None:
-            served = served_version(self._model, self._daemon) if alone else self._agreed()
-            self._moved = max(0, served + 1 - step)
+            self._moved = max(0, self._agreed() + 1 - step)
         self._last = max(step + self._moved, self._last + 1)
         return self._last
 
     def _agreed(self) -> int:
         dist: Any = sys.modules.get("torch.distributed")
-        if dist is None or not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        group, together = self._group, dist is not None and dist.is_available() and dist.is_initialized()
+        if not together or dist.get_world_size(group) == 1:
             return served_version(self._model, self._daemon)
         torch: Any = sys.modules["torch"]
-        on_gpu = "cpu" not in dist.get_backend_config() and torch.cuda.is_available()
+        on_gpu = "cpu" not in dist.get_backend_config(group) and torch.cuda.is_available()
         told = torch.tensor([_UNKNOWN], device=torch.cuda.current_device() if on_gpu else "cpu")
         failure: WeightSyncError | None = None
-        if dist.get_rank() == 0:
+        first = 0 if group is None else dist.get_global_rank(group, 0)
+        if dist.get_rank() == first:
             try:
                 told.fill_(served_version(self._model, self._daemon))
             except WeightSyncError as error:
                 failure = error
-        dist.broadcast(told, src=0)
+        dist.broadcast(told, src=first, group=group)
         if failure is not None:
             raise failure
         if int(told) == _UNKNOWN:
