@@ -28,6 +28,7 @@ for name, (method, trainer) in cases.items():
         told[name] = [place.group, place.rank, place.world]
     except WeightSyncError as error:
         told[name] = str(error)
+    dist.barrier()  # the other rank may still be connecting
     dist.destroy_process_group()
 print(json.dumps(told))
 """
@@ -59,7 +60,12 @@ def places(tmp_path_factory) -> list[dict[str, Any]]:
         )
         for rank in range(2)
     ]
-    return [json.loads(rank.communicate(timeout=50)[0].splitlines()[-1]) for rank in ranks]
+    try:
+        return [json.loads(rank.communicate(timeout=50)[0].splitlines()[-1]) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.communicate(timeout=10)
 
 
 @pytest.mark.parametrize("where", ["tcp", "file", "named", "nowhere, named"])

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from weightsync.client import push_weights
 from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError
+from weightsync.integrations.outcome import noted
 from weightsync.integrations.router import Router
 from weightsync.integrations.shares import place, share
 from weightsync.integrations.versions import Versions, endpoint_of
@@ -125,7 +126,8 @@ class UpdateWeightFromWeightsync:
         version = self._versions.of(self.weight_version + 1)
         rank, world = place()
         try:
-            self.report = push_weights(dict(share(self._named(), rank, world)), version=version, **self._options)
+            mine = dict(share(self._named(), rank, world))
+            self.report = noted(push_weights(mine, version=version, **self._options))
             self.weight_version = version
             self._metrics = {"weightsync/seconds": self.report.seconds, "weightsync/bytes": float(self.report.bytes)}
         finally:  # those that are torn must not be asked, however the push ended

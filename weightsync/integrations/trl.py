@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from weightsync.client import push_weights
+from weightsync.integrations.outcome import noted
 from weightsync.integrations.versions import Versions
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
             self._push(state.global_step, objects["model"])
 
     def _push(self, step: int, model: Any) -> None:
-        self.report = push_weights(model, version=self._versions.of(step), **self._options)
+        self.report = noted(push_weights(model, version=self._versions.of(step), **self._options))
         self._pushed = step
 
 
@@ -87,7 +88,7 @@ class WeightTransfer:
     def send_weights(self, iterator: Iterable[tuple[str, Any]]) -> None:
         """Push them. Raises what `push_weights` raises."""
         self._syncs += 1
-        self.report = push_weights(iterator, version=self._versions.of(self._syncs), **self._options)
+        self.report = noted(push_weights(iterator, version=self._versions.of(self._syncs), **self._options))
 
     def resume(self) -> None:
         """Nothing: engines that committed have gone on."""
@@ -118,7 +119,7 @@ def push_to_vllm_server(**options: Any) -> None:
             self.weightsync_syncs = 0
         self.weightsync_syncs += 1
         version = self.weightsync_versions.of(self.weightsync_syncs)
-        self.weightsync_report = push_weights(self.model, version=version, **options)
+        self.weightsync_report = noted(push_weights(self.model, version=version, **options))
 
     def init_communicator(self: Any, device: Any = 0) -> None:
         """There is no communicator: weightsync moves the bytes."""

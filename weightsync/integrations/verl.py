@@ -17,6 +17,7 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 
 from weightsync.client import push_weights_async
 from weightsync.config import EngineConfig
+from weightsync.integrations.outcome import noted
 from weightsync.integrations.shares import place, share
 from weightsync.integrations.versions import Versions
 
@@ -49,7 +50,7 @@ class Pusher:
         mine = dict(share(weights, *place()))
         # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
         handle = push_weights_async(mine, version=version, **self._options)
-        return await asyncio.to_thread(handle.result)
+        return noted(await asyncio.to_thread(handle.result))
 
 
 @CheckpointEngineRegistry.register("weightsync")
