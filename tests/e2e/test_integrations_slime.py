@@ -152,6 +152,13 @@ def test_slimes_actor_pushes_through_weightsync(actor, site):
     node.assert_holds(node.weights("B"), again.updater.weight_version)
 
 
+def test_a_later_slime_has_a_function_that_chooses(actor):
+    del actor.UpdateWeightFromTensor, actor.UpdateWeightFromDistributed
+    actor.create_weight_updater = object
+    install(SimpleNamespace())
+    assert actor.create_weight_updater is UpdateWeightFromWeightsync
+
+
 def test_a_slime_that_chooses_otherwise_is_named(actor):
     del actor.UpdateWeightFromTensor, actor.UpdateWeightFromDistributed
     with pytest.raises(ConfigError, match=r"slime\.backends\.megatron_utils\.actor has none of"):

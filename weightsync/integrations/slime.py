@@ -41,7 +41,8 @@ logger = logging.getLogger(__name__)
 
 _ACTOR = "slime.backends.megatron_utils.actor"
 _ITERATORS = "slime.backends.megatron_utils.update_weight.hf_weight_iterator"
-_CHOICES = ("UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
+# What makes its updater: one of its classes or, in later versions, a function that is called as they are.
+_CHOICES = ("create_weight_updater", "UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
 _PREFIX = "slime-"  # of the names of engines that slime made known here
 
 
