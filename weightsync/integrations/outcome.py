@@ -1,0 +1,25 @@
+"""What a framework would not look at: engines that a push did not reach."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from weightsync.integrations.shares import place
+
+if TYPE_CHECKING:
+    from weightsync.report import PushReport
+
+__all__ = ["noted"]
+
+logger = logging.getLogger(__name__)
+
+
+def noted(report: PushReport) -> PushReport:
+    """Warn, on rank 0, of every engine that did not commit; a torn one answers no request until a push repairs it."""
+    if place()[0] == 0:
+        for engine in report.engines:
+            if engine.outcome != "committed":
+                said = engine.error.message if engine.error is not None else "no error"
+                logger.warning("[engine=%s v=%d] push.%s %s", engine.engine, report.version, engine.outcome, said)
+    return report

@@ -1,0 +1,119 @@
+"""SGLang's router is shown those engines that answer and serve the latest version, and no others of weightsyncd's.
+
+Its API as sglang_router 0.3.2 answers (run): `GET /workers` lists `{"workers": [{"id", "url", "is_healthy", …}]}`;
+`POST /workers` with `{"url", "worker_type"}` and `DELETE /workers/{id}` answer 202 before anything is done, and what
+was asked for may fail unseen: a worker that does not answer is accepted and never listed. So both are waited for here.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from weightsync.errors import EngineError, RemoteProtocolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from weightsync.wire.messages import EngineStatus
+
+__all__ = ["Router", "up_to_date"]
+
+logger = logging.getLogger(__name__)
+
+_LOOK = 0.1  # seconds between looks at whether the router has done what it was asked for
+
+
+def up_to_date(engines: Iterable[EngineStatus]) -> list[EngineStatus]:
+    """Those that serve the highest version that any of them serves; one that was never pushed to is not among them."""
+    serving = [e for e in engines if e.state == "serving" and e.version is not None]
+    latest = max((e.version for e in serving if e.version is not None), default=None)
+    return [e for e in serving if e.version == latest]
+
+
+class Router:
+    """One SGLang router, over HTTP."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 30.0) -> None:
+        """timeout: seconds for each change to take effect."""
+        self.url = url.rstrip("/")
+        self._timeout = timeout
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+    def workers(self) -> dict[str, str]:
+        """Of the workers it has: url → id. Raises `RemoteProtocolError` for an answer that is none of a router's."""
+        answer = self._ask("GET", "/workers")
+        try:
+            return {str(w["url"]).rstrip("/"): str(w["id"]) for w in answer["workers"]}
+        except (KeyError, TypeError) as error:
+            raise RemoteProtocolError(
+                f"{self.url}/workers answered {str(answer)[:200]!r}", hint="a router of sglang_router >= 0.3"
+            ) from error
+
+    def show(self, engines: Iterable[EngineStatus]) -> None:
+        """Have it pass requests to those of `engines` that are up to date and answer, and to none of the others.
+
+        Workers that are not among `engines` stay as they are. The others are taken out first. Raises `EngineError`
+        where an engine that is up to date does not answer or is not taken in time, when all others are done.
+        """
+        engines = list(engines)
+        wanted = [e for e in up_to_date(engines) if self._answers(e)]
+        urls = {e.url.rstrip("/") for e in wanted}
+        has = self.workers()
+        for engine in engines:
+            url = engine.url.rstrip("/")
+            if url in has and url not in urls:
+                self._change("DELETE", f"/workers/{has[url]}", None, partial(self._lists, url, False))
+                logger.warning("[engine=%s] router.removed: %s, version %s", engine.name, engine.state, engine.version)
+        late = [e.name for e in up_to_date(engines) if e not in wanted]
+        for engine in wanted:
+            url = engine.url.rstrip("/")
+            if url in has:
+                continue
+            body = {"url": url, "worker_type": "regular"}
+            if self._change("POST", "/workers", body, partial(self._lists, url, True)):
+                logger.info("[engine=%s] router.added at version %s", engine.name, engine.version)
+            else:
+                late.append(engine.name)
+        if late:
+            raise EngineError(
+                f"{', '.join(late)} is up to date, but router {self.url} has not taken it within {self._timeout:g} s",
+                hint="its /health, /server_info and /model_info must answer the router",
+            )
+
+    def _lists(self, url: str, wanted: bool) -> bool:
+        """Whether it lists the worker, if that is `wanted`, or does not."""
+        return (url in self.workers()) is wanted
+
+    def _answers(self, engine: EngineStatus) -> bool:
+        try:
+            return httpx.get(f"{engine.url.rstrip('/')}/health", timeout=self._timeout, trust_env=False).is_success
+        except httpx.HTTPError:
+            return False
+
+    def _change(self, method: str, path: str, body: Any, done: Callable[[], bool]) -> bool:
+        """Ask for a change and wait until it is `done`; whether it was in time."""
+        deadline = time.monotonic() + self._timeout
+        self._ask(method, path, body)
+        never = threading.Event()
+        while not done():
+            if time.monotonic() > deadline:
+                return False
+            never.wait(_LOOK)
+        return True
+
+    def _ask(self, method: str, path: str, body: Any = None) -> Any:
+        try:
+            url, limit = f"{self.url}{path}", self._timeout
+            answer = httpx.request(method, url, json=body, headers=self._headers, timeout=limit, trust_env=False)
+            answer.raise_for_status()
+            return answer.json()
+        except (httpx.HTTPError, ValueError) as error:
+            raise RemoteProtocolError(
+                f"{method} {self.url}{path} failed: {error}", hint="is this the address of SGLang's router?"
+            ) from error

@@ -1,0 +1,160 @@
+"""slime: its weight updater pushes through weightsyncd.
+
+    --custom-megatron-init-path weightsync.integrations.slime.install
+
+slime chooses among its `UpdateWeight*` classes by what is sent how, and has no flag for another; `install` runs in each
+training actor before it chooses, and has it choose `UpdateWeightFromWeightsync`. Options are `args.weightsync`, a
+mapping that `--custom-config-path FILE.yaml` sets:
+
+    weightsync: {model: policy, pause: abort, timeout: 600, router: "http://10.0.0.1:30000"}
+
+slime is not on PyPI; this follows its sources as read, not run: `slime/backends/megatron_utils/actor.py` (028e290),
+`…/initialize.py` (1d907a2), `…/update_weight/update_weight_from_disk.py` (5a3552f), `…/hf_weight_iterator_direct.py`
+(102a6b3) and `slime/backends/sglang_utils/sglang_engine.py` (03b32d8).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from weightsync.client import push_weights
+from weightsync.config import EngineConfig
+from weightsync.errors import ConfigError
+from weightsync.integrations.outcome import noted
+from weightsync.integrations.router import Router
+from weightsync.integrations.shares import place, share
+from weightsync.integrations.versions import Versions, endpoint_of
+from weightsync.operator import change_engines, fetch_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from weightsync.report import PushReport
+    from weightsync.wire.messages import EngineStatus
+
+__all__ = ["UpdateWeightFromWeightsync", "install"]
+
+logger = logging.getLogger(__name__)
+
+_ACTOR = "slime.backends.megatron_utils.actor"
+_ITERATORS = "slime.backends.megatron_utils.update_weight.hf_weight_iterator"
+# What makes its updater: one of its classes or, in later versions, a function that is called as they are.
+_CHOICES = ("create_weight_updater", "UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
+_PREFIX = "slime-"  # of the names of engines that slime made known here
+
+
+def install(args: Any) -> None:
+    """Have slime's training actor in this process make `UpdateWeightFromWeightsync`, whichever it would choose.
+
+    Raises `ConfigError` where slime looks otherwise than it did.
+    """
+    actor = import_module(_ACTOR)
+    found = [name for name in _CHOICES if hasattr(actor, name)]
+    if not found:
+        raise ConfigError(f"{_ACTOR} has none of {', '.join(_CHOICES)}", hint="this slime is not one that was read")
+    for name in found:
+        setattr(actor, name, UpdateWeightFromWeightsync)
+
+
+class UpdateWeightFromWeightsync:
+    """A weight updater of slime's training actors; its arguments and methods are theirs.
+
+    slime makes every tensor whole on every rank, a few at a time, under its Hugging Face name; each rank keeps its
+    share of them and all push together. The lock that slime hands around is not taken: no two pushes of a model run at
+    once, and the communicators are the daemon's.
+    """
+
+    def __init__(
+        self,
+        args: Any,
+        model: Sequence[Any],
+        weights_getter: Callable[[], Mapping[str, Any]],
+        *,
+        model_name: str,
+        quantization_config: dict[str, Any] | None,
+    ) -> None:
+        self.weight_version = 0  # as engines have it: slime compares
+        self.report: PushReport | None = None
+        self._metrics: dict[str, float] = {}
+        options = dict(getattr(args, "weightsync", None) or {})
+        self._kind = options.pop("kind", "sglang")
+        self._register = options.pop("register", True)
+        router = options.pop("router", None)
+        self._options = options
+        self._model, self._daemon = options.get("model", "default"), options.get("daemon")
+        self._versions = Versions(options)
+        self._router = Router(router) if router and place()[0] == 0 else None
+        self._weights_getter = weights_getter
+        self._chunks = _iterator(args)(
+            args=args, model=model, model_name=model_name, quantization_config=quantization_config
+        )
+
+    def connect_rollout_engines(self, rollout_engines: Sequence[Any], rollout_engine_lock: Any, **_: Any) -> None:
+        """Make slime's engines known to rank 0's daemon, which looks at each; forget those that slime has replaced.
+
+        An engine that the daemon or a peer of its names already, by its URL, is left to them. With
+        `weightsync: {register: false}` all are. Nothing is reserved for engines that others started, and none of
+        their flags must agree with this job's. Raises `ConfigError`, `PushRefused` and `DaemonLost`.
+        """
+        if not self._register or place()[0] != 0:
+            return
+        ray: Any = import_module("ray")
+        hosts = ray.get([engine.get_server_host.remote() for engine in rollout_engines])
+        ports = ray.get([engine.get_server_port.remote() for engine in rollout_engines])
+        urls = {f"http://{host}:{port}" for host, port in zip(hosts, ports, strict=True)}
+        known = fetch_status(endpoint_of(self._daemon))
+        gone = [
+            e.name
+            for e in known.engines
+            if e.node == known.node and e.model == self._model and e.name.startswith(_PREFIX) and e.url not in urls
+        ]
+        new = sorted(urls - {e.url.rstrip("/") for e in known.engines})
+        added = [EngineConfig(name=_name(url), kind=self._kind, url=url, model=self._model) for url in new]
+        if added or gone:
+            change_engines(endpoint_of(self._daemon), add=added, remove=gone)
+
+    def disconnect_rollout_engines(self) -> None:
+        """Nothing joins this process and an engine."""
+
+    def update_weights(self) -> None:
+        """Push. All ranks call it. Afterwards, with a `router`, it is shown the engines that have what was pushed.
+
+        Raises what `push_weights` raises.
+        """
+        version = self._versions.of(self.weight_version + 1)
+        rank, world = place()
+        try:
+            mine = dict(share(self._named(), rank, world))
+            self.report = noted(push_weights(mine, version=version, **self._options))
+            self.weight_version = version
+            self._metrics = {"weightsync/seconds": self.report.seconds, "weightsync/bytes": float(self.report.bytes)}
+        finally:  # those that are torn must not be asked, however the push ended
+            if self._router is not None:
+                self._router.show(self._engines())
+
+    def pop_metrics(self) -> dict[str, float]:
+        """What slime logs of the last update; empty until the next one."""
+        metrics, self._metrics = self._metrics, {}
+        return metrics
+
+    def _named(self) -> Iterator[tuple[str, Any]]:
+        for chunk in self._chunks.get_hf_weight_chunks(self._weights_getter()):
+            yield from chunk
+
+    def _engines(self) -> list[EngineStatus]:
+        engines = fetch_status(endpoint_of(self._daemon)).engines
+        return [e for e in engines if e.model == self._model and not e.frozen]
+
+
+def _iterator(args: Any) -> Any:
+    """slime's own way from Megatron's parameters to Hugging Face's, as `--megatron-to-hf-mode` says."""
+    bridge = getattr(args, "megatron_to_hf_mode", "raw") == "bridge"
+    kind, name = ("bridge", "HfWeightIteratorBridge") if bridge else ("direct", "HfWeightIteratorDirect")
+    return getattr(import_module(f"{_ITERATORS}_{kind}"), name)
+
+
+def _name(url: str) -> str:
+    return _PREFIX + re.sub(r"[^A-Za-z0-9.-]", "-", url.removeprefix("http://"))

@@ -1,0 +1,110 @@
+"""verl: a checkpoint engine called "weightsync".
+
+    actor_rollout_ref.rollout.checkpoint_engine.backend=weightsync
+    actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=weightsync.integrations.verl
+    +actor_rollout_ref.rollout.checkpoint_engine.engine_kwargs.weightsync.model=default   # options of push_weights
+
+verl imports this module on every worker and in its manager (`import_external_libs`), which registers the class. Read
+and tested with verl 0.9.1: `verl/checkpoint_engine/base.py`, `verl/workers/engine_workers.py` (actor side).
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
+
+from weightsync.client import push_weights_async
+from weightsync.config import EngineConfig
+from weightsync.integrations.outcome import noted
+from weightsync.integrations.shares import place, share
+from weightsync.integrations.versions import Versions
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from weightsync.report import PushReport
+
+__all__ = ["PushEngine", "Pusher", "engines_of"]
+
+
+class Pusher:
+    """Pushes what verl hands out, on all actor ranks together.
+
+    verl makes every tensor whole on every actor rank, one after the other. Each rank keeps its share of them, about as
+    many bytes as the others, and drops the rest, so a rank holds the model's size divided by the ranks besides its
+    own shards; all ranks write at once.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """options: those of `push_weights`."""
+        self._options = dict(options)
+        self._versions = Versions(self._options)
+        self._pushes = 0
+
+    async def push(self, weights: Iterable[tuple[str, Any]], step: int | None) -> PushReport:
+        """Push as version `step`, or above. Raises what `push_weights` raises."""
+        version = self._versions.of(self._pushes if step is None else step)
+        self._pushes += 1
+        mine = dict(share(weights, *place()))
+        # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
+        handle = push_weights_async(mine, version=version, **self._options)
+        return noted(await asyncio.to_thread(handle.result))
+
+
+@CheckpointEngineRegistry.register("weightsync")
+class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
+    """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers."""
+
+    # Weights never pass through verl's rollout workers. Of its two formats this is the one in which a stream may be
+    # empty: their adapters then set the server's step, and leave its weights alone.
+    wire_format: ClassVar[str] = "delta_flush"
+
+    def __init__(self, bucket_size: int, is_master: bool = False, **options: Any) -> None:
+        """bucket_size, is_master: verl's; the first is of no use here: buckets are the size of the daemon's slots.
+        options: those of `push_weights`.
+        """
+        self._pusher = Pusher(options)
+
+    def prepare(self) -> dict[str, Any]:
+        """Nothing is allocated, and nothing has to be known elsewhere."""
+        return {}
+
+    @classmethod
+    def build_topology(
+        cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
+    ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
+        """No group joins actors and rollout workers: no keyword arguments for `init_process_group` on either side."""
+        return {}, {}
+
+    def init_process_group(self, **kwargs: Any) -> None:
+        """There is none to make."""
+
+    def finalize(self) -> None:
+        """Nothing is held between pushes."""
+
+    async def send_weights(
+        self, weights: Iterable[tuple[str, Any]], global_steps: int | None = None
+    ) -> dict[str, float] | None:
+        """Push, as version `global_steps` or above. Every actor rank calls it; each returns verl's metrics of the sync.
+
+        Raises what `push_weights` raises.
+        """
+        report = await self._pusher.push(weights, global_steps)
+        return {"weightsync/version": float(report.version), "weightsync/seconds": report.seconds}
+
+    def receive_weights(self, global_steps: int | None = None) -> Iterator[Any]:
+        """On rollout workers: nothing; their servers take the push from weightsync."""
+        return iter(())
+
+
+def engines_of(replicas: Sequence[Any], kind: str, *, model: str = "default") -> list[EngineConfig]:
+    """verl's rollout replicas (`RolloutReplica`) as engines, for `weightsync.operator.change_engines(add=…)`.
+
+    verl chooses its servers' ports as it starts them, so no node config can name them. kind: "vllm" or "sglang".
+    """
+    return [
+        EngineConfig(name=f"verl-{r.replica_rank}", kind=kind, url=f"http://{r.server_address}", model=model)
+        for r in replicas
+    ]

@@ -1,0 +1,71 @@
+"""verl where actor and rollout share their GPUs ("hybrid"): its server adapters push instead.
+
+    actor_rollout_ref.model.external_lib=weightsync.integrations.verl_hybrid
+
+There the checkpoint engine's backend is `naive`, and each actor worker calls `update_weights` of its own server adapter
+(`verl/workers/engine_workers.py`). verl imports `external_lib` as it reads the model's config, before it looks the
+adapter up by name in `verl.workers.rollout.base._ROLLOUT_REGISTRY`, where this module puts its own. Options are
+those of the checkpoint engine: `rollout.checkpoint_engine.engine_kwargs.weightsync`. Read with verl 0.9.1.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from verl.workers.rollout.base import _ROLLOUT_REGISTRY
+
+from weightsync.errors import SourceError
+from weightsync.integrations.verl import Pusher
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+__all__ = ["PushAdapter"]
+
+_PARENTS = {
+    "VllmAdapter": ("vllm", "verl.workers.rollout.vllm_rollout"),
+    "SGLangAdapter": ("sglang", "verl.workers.rollout.sglang_rollout.sglang_rollout"),
+}
+
+
+class PushAdapter:
+    """Mixed into one of verl's server adapters: full weights are pushed; all else is as it was."""
+
+    config: Any  # verl's RolloutConfig
+    _pusher: Pusher | None = None
+
+    async def update_weights(
+        self,
+        weights: Iterable[tuple[str, Any]],
+        wire_format: str = "named_tensors",
+        global_steps: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Push, and have verl's adapter set the server's step. Every actor rank calls it.
+
+        Raises `SourceError` for a LoRA adapter alone, and what `push_weights` raises.
+        """
+        parent: Any = super()
+        if wire_format == "named_tensors":
+            if kwargs.get("peft_config") is not None:
+                raise SourceError(
+                    "verl hands out a LoRA adapter, not the model's weights",
+                    hint="set actor_rollout_ref.model.lora.merge=True",
+                )
+            if self._pusher is None:
+                self._pusher = Pusher(self.config.checkpoint_engine.engine_kwargs.get("weightsync", {}))
+            await self._pusher.push(weights, global_steps)
+            weights, wire_format = iter(()), "delta_flush"  # an empty stream of this format: weights stay as they are
+        await parent.update_weights(weights, wire_format=wire_format, global_steps=global_steps, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    """The adapter classes; verl's own, which import their engine, are imported when one is asked for."""
+    if name not in _PARENTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    parent = import_module(_PARENTS[name][1]).ServerAdapter
+    return type(name, (PushAdapter, parent), {"__module__": __name__})
+
+
+_ROLLOUT_REGISTRY.update({(kind, "async"): f"{__name__}.{name}" for name, (kind, _) in _PARENTS.items()})

@@ -1,0 +1,80 @@
+"""Which version a step of a framework's trainer is pushed as.
+
+Frameworks count from 0 in each run, while engines outlive runs and take only versions above what they serve.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+from weightsync.endpoints import default_endpoint
+from weightsync.errors import DaemonLost, WeightSyncError
+from weightsync.operator import fetch_status
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+__all__ = ["Versions", "endpoint_of", "served_version"]
+
+_UNKNOWN = -2  # what rank 0 tells the others where it could not ask
+
+
+def endpoint_of(daemon: str | None) -> str:
+    """The endpoint that `push_weights(daemon=daemon)` pushes to."""
+    return daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
+
+
+def served_version(model: str, daemon: str | None = None) -> int:
+    """The highest version that an engine of `model` serves, as the daemon knows it; -1 where none serves any.
+
+    Raises `DaemonLost`.
+    """
+    engines = fetch_status(endpoint_of(daemon)).engines
+    return max((e.version for e in engines if e.model == model and e.version is not None), default=-1)
+
+
+class Versions:
+    """The versions of one run: the framework's own count, moved up where engines already serve later ones."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        """options: those that `push_weights` is called with: `model`, `daemon` and `process_group` are looked at."""
+        self._model: str = options.get("model", "default")
+        self._daemon: str | None = options.get("daemon")
+        self._group: Any = options.get("process_group")
+        self._moved: int | None = None
+        self._last = -1
+
+    def of(self, step: int) -> int:
+        """The version of `step`, above that of every earlier call. All ranks of the group call it alike.
+
+        The first call asks the daemon of the process group's rank 0, which tells the others. Raises `DaemonLost`, on
+        every rank.
+        """
+        if self._moved is None:
+            self._moved = max(0, self._agreed() + 1 - step)
+        self._last = max(step + self._moved, self._last + 1)
+        return self._last
+
+    def _agreed(self) -> int:
+        dist: Any = sys.modules.get("torch.distributed")
+        group, together = self._group, dist is not None and dist.is_available() and dist.is_initialized()
+        if not together or dist.get_world_size(group) == 1:
+            return served_version(self._model, self._daemon)
+        torch: Any = sys.modules["torch"]
+        on_gpu = "cpu" not in dist.get_backend_config(group) and torch.cuda.is_available()
+        told = torch.tensor([_UNKNOWN], device=torch.cuda.current_device() if on_gpu else "cpu")
+        failure: WeightSyncError | None = None
+        first = 0 if group is None else dist.get_global_rank(group, 0)
+        if dist.get_rank() == first:
+            try:
+                told.fill_(served_version(self._model, self._daemon))
+            except WeightSyncError as error:
+                failure = error
+        dist.broadcast(told, src=first, group=group)
+        if failure is not None:
+            raise failure
+        if int(told) == _UNKNOWN:
+            raise DaemonLost("rank 0 could not ask its daemon which version the engines serve")
+        return int(told)
