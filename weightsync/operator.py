@@ -28,11 +28,12 @@ _PROBE = 30.0  # seconds for the daemon to look at what was added, besides
 M = TypeVar("M", bound=msg.Message)
 
 
-def fetch_status(endpoint: str, *, timeout: float = 5.0) -> msg.Status:
+def fetch_status(endpoint: str, *, timeout: float = 5.0, fresh: bool = False) -> msg.Status:
     """How the daemon at `endpoint` is: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE` names, the
-    `cluster.listen` of any. Raises `DaemonLost` when it does not answer within `timeout` seconds.
+    `cluster.listen` of any. `fresh`: engines as they are now, not as they were last seen. Raises `DaemonLost` when it
+    does not answer within `timeout` seconds.
     """
-    return ask(endpoint, msg.StatusRequest(id=1), msg.Status, timeout)
+    return ask(endpoint, msg.StatusRequest(id=1, fresh=fresh), msg.Status, timeout)
 
 
 def change_engines(

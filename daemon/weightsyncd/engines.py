@@ -163,6 +163,7 @@ class Engines:
                 continue
             new = after[config.name] = Engine(config, adapter(config))
             if known is not None and known.config.url == config.url:
+                new.info, new.begun = known.info, known.begun
                 new.paused_by_us, new.owed_until = known.paused_by_us, known.owed_until
         self._engines = after
         gone = [engine for name, engine in before.items() if after.get(name) is not engine]

@@ -46,9 +46,14 @@ async def _accounts(bridge: Bridge, patience: float) -> tuple[Any, ...]:
     return books.accounts
 
 
-async def status_of(server: Server) -> msg.Status:
-    """Everything an operator asks for first."""
+async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
+    """Everything an operator asks for first; `fresh`: of engines as they are now, not as they were last seen."""
     config, trainers = server.config, server.trainers
+    if fresh:
+        await trainers.wind_up(time.monotonic() + config.timeouts.probe)
+        with contextlib.suppress(TimeoutError):  # a peer that does not answer is shown as it was last seen
+            async with asyncio.timeout(config.timeouts.probe):
+                await server.see_peers()
     bridges = []
     for bridge in server.bridges:
         how = bridge.status()
@@ -81,6 +86,7 @@ async def status_of(server: Server) -> msg.Status:
         push=trainers.push.status() if trainers.push is not None else None,
         last=trainers.last,
         last_error=trainers.last_error,
+        pushed=dict(trainers.newest),
         kept={model: keeper.version for model, keeper in server.engines.keepers.items() if keeper.version is not None},
     )
 

@@ -22,12 +22,12 @@ import msgspec
 
 import weightsync
 from weightsync.adapters.base import EngineAdapter, EngineInfo, PauseMode
-from weightsync.errors import EngineError, EngineLost
+from weightsync.errors import EngineLost
 from weightsync.keeper import commands as c
 from weightsync.wire.pipe import HEADER, MAX_FRAME
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
@@ -36,6 +36,7 @@ __all__ = ["KeeperAdapter"]
 
 logger = logging.getLogger(__name__)
 
+_PROBE = 10.0  # seconds for it to start, or to answer, where a push waits for that
 _REAP = 5.0  # seconds from SIGKILL to the end of a process; longer only if the kernel itself is stuck
 _ROOT = str(Path(next(iter(weightsync.__path__))).parent)
 
@@ -50,8 +51,11 @@ class _Process(NamedTuple):
 class KeeperAdapter(EngineAdapter):
     """See the module. What is asked while it is at work waits for its turn."""
 
-    def __init__(self, model: str, endpoint: str, log_level: str) -> None:
-        """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes."""
+    def __init__(self, model: str, endpoint: str, log_level: str, newest: Callable[[str], int | None]) -> None:
+        """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes. `newest` is the
+        version of a model that was committed last.
+        """
+        self._newest = newest
         self._model = model
         self._endpoint = endpoint
         self._log_level = log_level
@@ -75,15 +79,15 @@ class KeeperAdapter(EngineAdapter):
     async def warm(self, *, deadline: float) -> None:
         """Start it before it is needed: what it imports takes it seconds. One that does not start is logged only."""
         try:
-            await self.probe(deadline=deadline)
+            await self._ask(c.Hello(), deadline)
         except EngineLost as error:
             logger.warning("[model=%s] keeper.failed: %s", self._model, error.message)
 
     # --- as an engine of a push -----------------------------------------------------------------------------------
 
     async def probe(self, *, deadline: float) -> EngineInfo:
-        """Start it if it does not run, and see what it keeps."""
-        reply = await self._ask(c.Hello(), deadline)
+        """Start it if it does not run, and see what it keeps. A push does not wait long for that."""
+        reply = await self._ask(c.Hello(), min(deadline, time.monotonic() + _PROBE))
         return EngineInfo(
             software="weightsync keeper",
             profile="keeps what is pushed in host memory",
@@ -95,13 +99,7 @@ class KeeperAdapter(EngineAdapter):
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """Raises `EngineError` where there is no room beside what is kept already."""
-        free = await asyncio.to_thread(_available)
-        if manifest.nbytes > free:
-            raise EngineError(
-                f"{manifest.nbytes / 1e9:.1f} GB do not fit into host memory, of which {free / 1e9:.1f} GB are free",
-                hint='node.retain = "host" takes the size of the model, and twice that during a push',
-            )
+        """It takes anything; whether there is room for it, `begin` finds out."""
         return ()
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
@@ -113,7 +111,9 @@ class KeeperAdapter(EngineAdapter):
     ) -> None:
         """What is kept stays until `resume` of an update that was finished."""
         self._finished = False
-        await self._ask(c.Begin(version, manifest.pack(), tuple(offers[0]), deadline), deadline)
+        await self._ask(
+            c.Begin(version, self._newest(self._model), manifest.pack(), tuple(offers[0]), deadline), deadline
+        )
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         """Copy it; the slot is free when this returns."""
@@ -135,8 +135,14 @@ class KeeperAdapter(EngineAdapter):
             await self._ask(c.Commit(), deadline)
         self._paused = False
 
+    async def settle(self, *, partial: bool, deadline: float) -> None:
+        """The push is over; `partial`: engines hold tensors that it did not bring."""
+        if self.alive:
+            with suppress(EngineLost):
+                await self._ask(c.Settle(partial), deadline)
+
     async def close(self) -> None:
-        """End the process."""
+        """End the process, whatever it is doing; with it goes what it keeps."""
         await self._end()
 
     # --- as a trainer ---------------------------------------------------------------------------------------------
@@ -166,7 +172,13 @@ class KeeperAdapter(EngineAdapter):
 
     async def _exchange(self, command: c.Command, deadline: float) -> c.Reply:
         what = type(command).__name__.lower()
-        async with self._turn:
+        left = max(0.0, deadline + _grace(deadline) - time.monotonic())
+        try:
+            async with asyncio.timeout(left):
+                await self._turn.acquire()
+        except TimeoutError as error:
+            raise EngineLost(f"the keeper of model {self._model!r} is busy with something else") from error
+        try:
             try:
                 async with asyncio.timeout(max(0.0, deadline + _grace(deadline) - time.monotonic())):
                     running = self._alive() or await self._start()
@@ -180,6 +192,8 @@ class KeeperAdapter(EngineAdapter):
                 raise
             self._kept = reply
             return reply
+        finally:
+            self._turn.release()
 
     def _alive(self) -> _Process | None:
         running = self._running
@@ -243,12 +257,3 @@ async def _said(running: _Process, command: c.Command) -> c.Reply:
 def _grace(deadline: float) -> float:
     """Seconds that a keeper has beyond a deadline, by which it answers itself, before it is taken for wedged."""
     return min(1.0, max(0.0, deadline - time.monotonic()) / 10)
-
-
-def _available() -> int:
-    """Bytes of host memory that are free, or could be, as the kernel reckons."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return sys.maxsize

@@ -22,7 +22,15 @@ from urllib.parse import quote
 import msgspec
 
 from weightsync.endpoints import private_directory, runtime_dir
-from weightsync.errors import EngineError, EngineLost, EngineRefused, PushRefused, PushTimeout, WeightSyncError
+from weightsync.errors import (
+    EngineError,
+    EngineLost,
+    EngineRefused,
+    PushAborted,
+    PushRefused,
+    PushTimeout,
+    WeightSyncError,
+)
 from weightsync.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -36,6 +44,8 @@ if TYPE_CHECKING:
 __all__ = ["Loras", "older_versions"]
 
 logger = logging.getLogger(__name__)
+
+_NEW = ".new-"  # how directories begin that are being written
 
 
 class Loras:
@@ -60,7 +70,7 @@ class Loras:
         """
         until = time.monotonic() + message.timeout
         mine = [self._engines[name] for name in self._engines.of_model(message.model)]
-        theirs = self._elsewhere(message) if message.forward else {}
+        theirs = self._elsewhere(message) if message.forward else []
         if not mine and not theirs:
             raise _refused(message, f"no engine serves model {message.model!r}")
         try:
@@ -80,19 +90,19 @@ class Loras:
                 ) from error
             outcomes = await asyncio.gather(
                 *(self._load(engine, held[engine.name], message, path, until) for engine in mine),
-                *(self._pass_on(node, statuses, message, until) for node, statuses in theirs.items()),
+                *(self._pass_on(peer, statuses, message, until) for peer, statuses in theirs),
             )
         finally:
             self._one.release()
         return msg.LoraPushed(engines=tuple(outcome for some in outcomes for outcome in some))
 
-    def _elsewhere(self, message: msg.PushLora) -> dict[str, list[msg.EngineStatus]]:
-        """Nodes and those of their engines that take the model."""
-        found = {
-            node: [e for e in peer.engines if e.model == message.model and not e.frozen]
-            for node, peer in self._peers.items()
-        }
-        return {node: engines for node, engines in found.items() if engines}
+    def _elsewhere(self, message: msg.PushLora) -> list[tuple[Peer, list[msg.EngineStatus]]]:
+        """Other nodes, and those of their engines that take the model."""
+        found = [
+            (peer, [e for e in peer.engines if e.model == message.model and not e.frozen])
+            for peer in self._peers.values()
+        ]
+        return [(peer, engines) for peer, engines in found if engines]
 
     async def _held(
         self, message: msg.PushLora, engines: Iterable[Engine], until: float
@@ -154,18 +164,18 @@ class Loras:
                 logger.warning("[engine=%s] LoRA adapter %s is still loaded: %s", engine.name, name, error.message)
 
     async def _pass_on(
-        self, node: str, engines: Iterable[msg.EngineStatus], message: msg.PushLora, until: float
+        self, peer: Peer, engines: Iterable[msg.EngineStatus], message: msg.PushLora, until: float
     ) -> list[msg.LoraOutcome]:
         question = msgspec.structs.replace(message, forward=False, timeout=max(0.0, until - time.monotonic()))
         try:
             # the far side keeps the same deadline; its answer needs a moment more
-            answer = await self._peers[node].ask(question, until + self._timeouts.liveness)
+            answer = await peer.ask(question, until + self._timeouts.liveness)
             if isinstance(answer, msg.LoraPushed):
                 return list(answer.engines)
-            raise EngineError(f"node {node} answered PushLora with {type(answer).__name__}")
+            raise EngineError(f"node {peer.name} answered PushLora with {type(answer).__name__}")
         except WeightSyncError as error:
             record = error.record()
-        return [msg.LoraOutcome(engine=e.name, node=node, outcome="failed", error=record) for e in engines]
+        return [msg.LoraOutcome(engine=e.name, node=peer.name, outcome="failed", error=record) for e in engines]
 
 
 def older_versions(name: str, version: int, keep: int, held: Iterable[str]) -> list[str]:
@@ -197,12 +207,21 @@ def _write(node: str, message: msg.PushLora) -> Path:
     """The adapter as peft saves it, in a directory of this user's alone; older ones of its name go, but for one."""
     folder = private_directory(runtime_dir()) / f"{node}.loras" / quote(message.model, safe="")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    before = sorted((v, one) for v, one in _versions(message.name, [p.name for p in folder.iterdir()]))
-    for _, one in before[: -1 - message.keep]:
+    there = sorted((v, one) for v, one in _versions(message.name, [p.name for p in folder.iterdir()]))
+    older = [one for v, one in there if v < message.version]
+    left = [one for v, one in there if v >= message.version]  # by an earlier run: engines that answer have none of them
+    for one in (*older[: -1 - message.keep], *left, *(p.name for p in folder.glob(f"{_NEW}*"))):
         shutil.rmtree(folder / one, ignore_errors=True)
     path = folder / f"{message.name}@{message.version}"
-    shutil.rmtree(path, ignore_errors=True)  # of a daemon before this one: no engine has it loaded
-    new = Path(tempfile.mkdtemp(dir=folder, prefix=".new-"))
-    (new / "adapter_config.json").write_bytes(message.config)
-    (new / "adapter_model.safetensors").write_bytes(message.weights)
-    return new.rename(path)
+    new = Path(tempfile.mkdtemp(dir=folder, prefix=_NEW))
+    try:
+        (new / "adapter_config.json").write_bytes(message.config)
+        (new / "adapter_model.safetensors").write_bytes(message.weights)
+        return new.rename(path)
+    except OSError as error:
+        shutil.rmtree(new, ignore_errors=True)
+        raise PushAborted(
+            f"node {node} cannot write the adapter to {folder}: {error.strerror}",
+            model=message.model,
+            version=message.version,
+        ) from error

@@ -156,7 +156,8 @@ class Server:
             self.engines.keepers,
             config.timeouts,
             engines=self._engines_everywhere,
-            refresh=self._see_peers,
+            refresh=self.see_peers,
+            newest=lambda model: self.trainers.newest.get(model),
             busy=lambda: self.busy,
         )
         self.loras = Loras(config, self.engines, self.peers, lambda: self.busy, self._spawn)
@@ -296,7 +297,7 @@ class Server:
             case msg.Describe() | msg.Filled() | msg.Failed() | msg.Stopped():
                 self.trainers.route(identity, message)
             case msg.StatusRequest():
-                self._spawn(self._answer(identity, message.id, status_of(self)))
+                self._spawn(self._answer(identity, message.id, status_of(self, fresh=message.fresh)))
             case msg.ChangeEngines():
                 self._spawn(self._answer(identity, message.id, self.changes.change_engines(message)))
             case msg.Attach():
@@ -367,11 +368,12 @@ class Server:
         here = [engine.status(self.config.node.name) for engine in self.engines]
         return here + [engine for peer in self.peers.values() for engine in peer.engines]
 
-    async def _see_peers(self) -> None:
+    async def see_peers(self) -> None:
+        """Look at the engines of other nodes anew."""
         await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
-        return KeeperAdapter(model, self.config.endpoint, self.config.log.level)
+        return KeeperAdapter(model, self.config.endpoint, self.config.log.level, lambda m: self.trainers.newest.get(m))
 
     # --- bridges and peers ----------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from weightsync.wire.codec import decode_untrusted
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
+from weightsyncd.repeats import late_engines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -63,7 +64,7 @@ class Trainers:
         self._metrics = metrics
         self._follower = follower
         self._on_free = on_free
-        self._versions: dict[str, int] = {}  # model → newest version committed on any engine
+        self.newest: dict[str, int] = {}  # model → newest version committed on any engine
         self._waiting: list[_Waiting] = []
         self._failures = Failures()
         self._ending: asyncio.Task[None] | None = None
@@ -185,17 +186,20 @@ class Trainers:
             if gone := sorted(set(message.engines) - engines.keys()):
                 self._refuse(call, f"model {message.model!r} has no engine called {', '.join(gone)}", None)
                 return
-            engines = {name: engines[name] for name in message.engines}
-        else:
-            keeper = self._services.executor.engines.keeper_of(message.model)
+            engines = self._still_late(message, engines)
+            if not engines:
+                self._refuse(call, f"no engine is behind version {message.version} any more", None)
+                return
         if not engines:
             models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
+        if not message.engines:
+            keeper = self._services.executor.engines.keeper_of(message.model)
         self._failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
-        last = self._versions.get(message.model) if not message.engines else None  # which is what is pushed again
+        last = self.newest.get(message.model) if not message.engines else None  # which is what is pushed again
         self.push = Push(self._services, first, engines, last, keeper)
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
@@ -208,6 +212,17 @@ class Trainers:
         for name, peer in services.peers.items():
             engines.update({e.name: name for e in peer.engines if e.model == model and not e.frozen})
         return engines
+
+    def _still_late(self, message: msg.Open, engines: dict[str, str]) -> dict[str, str]:
+        """Of the engines that are to get what was pushed before, those that still lack it: this may have waited."""
+        newest = self.newest.get(message.model)
+        if newest is not None and newest > message.version:
+            return {}
+        services = self._services
+        here = [engine.status(services.config.node.name) for engine in services.executor.engines]
+        known = here + [engine for peer in services.peers.values() for engine in peer.engines]
+        late = late_engines(known, message.model, message.version)
+        return {name: engines[name] for name in message.engines if name in late}
 
     def _models(self) -> list[str]:
         """Of all engines that take pushes; a frozen one's is told as such."""
@@ -232,11 +247,15 @@ class Trainers:
         if not push.repeat:
             self.last, self.last_error = push.outcome, session.error
         if session.committed:
-            self._versions[session.model] = session.version
+            self.newest[session.model] = max(session.version, self.newest.get(session.model, -1))
         if session.error is not None and not push.ranks.complete:
             until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
             self._failures.note(push.call, push.ranks, session.error, until=until)
         node = self._services.config.node.name
+        keeper = self._services.executor.engines.keepers.get(session.model)
+        if keeper is not None and not push.repeat:
+            until = time.monotonic() + self._services.config.timeouts.grace
+            await keeper.settle(partial=any(e.untouched for e in session.fleet), deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
         measure_push(self._metrics, session, push.outcome)
@@ -324,8 +343,11 @@ class Trainers:
             self.push.hear(event)
 
     async def wind_up(self, until: float) -> None:
-        """Wait for a push from here that has ended and only lets go of what it held, but for none that is under way."""
-        if self.push is not None and self.push.session.ended and self._ending is not None:
+        """Wait for a push from here that has ended and only lets go of what it held, but for none that is under way;
+        unless that is a repeat, which no trainer has asked for.
+        """
+        push = self.push
+        if push is not None and (push.session.ended or push.repeat) and self._ending is not None:
             await asyncio.wait([self._ending], timeout=max(0.0, until - time.monotonic()))
 
     @property

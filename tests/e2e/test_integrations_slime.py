@@ -198,5 +198,5 @@ def test_an_engine_that_the_router_does_not_take_is_named(site, tmp_path):
         gone = EngineStatus(
             name="gone", node="n", kind="sglang", model="default", url="http://127.0.0.1:9", state="serving", version=1
         )
-        with pytest.raises(EngineError, match="gone is up to date, but router"):
+        with pytest.raises(EngineError, match="gone is up to date and does not answer"):
             router.show([gone])

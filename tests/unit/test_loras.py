@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import stat
 import time
@@ -15,7 +16,7 @@ import pytest
 from weightsync import push_lora
 from weightsync.adapters.vllm.control import VLLMAdapter
 from weightsync.config import EngineConfig, NodeConfig, NodeSection, TimeoutConfig
-from weightsync.errors import PushRefused, SourceError
+from weightsync.errors import PushAborted, PushRefused, SourceError
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsyncd.engines import Engines
@@ -74,6 +75,8 @@ class Server:
 
 class FarNode:
     """Another node, by way of the wire."""
+
+    name = "n1"
 
     def __init__(self, loras, *statuses):
         self.engines = statuses
@@ -137,6 +140,32 @@ async def test_versions_follow_one_another_and_directories_do_not_pile_up(runtim
         await node.settled()
         assert list(server.loaded) == [f"policy@{version}"]
     assert sorted(path.name for path in runtime.iterdir()) == ["policy@10", "policy@5"]
+
+
+@on_loop
+async def test_what_an_earlier_run_has_left_does_not_push_out_what_engines_have(runtime):
+    node = Node({"e0": Server()})
+    await node.push(500)
+    again = Node({"e0": Server()})
+    (runtime / ".new-half").mkdir()
+    for version in (1, 2):
+        await again.push(version)
+        await again.settled()
+    assert sorted(path.name for path in runtime.iterdir()) == ["policy@1", "policy@2"]
+
+
+@on_loop
+async def test_a_disk_that_is_full_is_said_and_nothing_of_it_is_left(runtime, monkeypatch):
+    node = Node({"e0": Server()})
+    await node.push(1)
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(PushAborted, match="node n0 cannot write the adapter to .*: No space left on device"):
+        await node.push(2)
+    assert [path.name for path in runtime.iterdir()] == ["policy@1"]
 
 
 @on_loop

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
 import torch
 
 from tests.bucket_kit import Buckets, soon
-from weightsync.config import parse_node_config
-from weightsync.errors import ConfigError, LocalProtocolError
+from weightsync.config import TimeoutConfig, parse_node_config
+from weightsync.errors import ConfigError, EngineError, LocalProtocolError, PushAborted
 from weightsync.gpus import Gpu
 from weightsync.keeper.store import Store
 from weightsync.placement import placed
 from weightsync.wire.messages import EngineStatus
-from weightsyncd.repeats import late_engines
+from weightsyncd.repeats import Repeats, late_engines
 
 
 def status(name, state="serving", version=7, **more):
@@ -69,9 +70,9 @@ def buckets(tmp_path):
     made.close()
 
 
-def take(store, buckets, version, count=None):
+def take(store, buckets, version, count=None, after=None):
     """An update of so many buckets, all by default."""
-    store.begin(version, buckets.manifest.pack(), [buckets.offer], deadline=soon())
+    store.begin(version, after, buckets.manifest.pack(), [buckets.offer], deadline=soon())
     for bucket in range(buckets.manifest.buckets if count is None else count):
         store.load(bucket, buckets.ticket(bucket), deadline=soon())
 
@@ -83,6 +84,9 @@ def test_what_is_kept_is_what_was_pushed(buckets):
     assert store.kept is None, "not before it is committed"
     store.commit()
     kept: Any = store.kept
+    assert not kept.whole, "nobody has said so"
+    store.settle(partial=False)
+    assert kept.whole
     assert (kept.version, kept.nbytes) == (3, sum(t.nbytes for t in TENSORS.values()))
     source = kept.source()
     layout = source.layout()
@@ -116,3 +120,116 @@ def test_what_was_finished_and_not_committed_is_forgotten(buckets):
     take(store, buckets, 4, count=1)
     with pytest.raises(LocalProtocolError, match="no update was finished"):
         store.commit()
+
+
+def test_an_update_that_is_given_up_takes_no_memory(buckets):
+    store = Store()
+    take(store, buckets, 3, count=1)
+    store.settle(partial=False)
+    assert store._coming is None
+
+
+def test_where_there_is_no_room_the_update_is_refused_and_what_is_kept_stays(buckets, monkeypatch):
+    store = Store()
+    take(store, buckets, 3)
+    store.finish()
+    store.commit()
+    monkeypatch.setattr("weightsync.keeper.store.available", lambda: 1000)
+    with pytest.raises(EngineError, match=r"do not fit into host memory, of which 0\.0 GB are free"):
+        take(store, buckets, 4)
+    assert store.kept is not None
+    assert store.kept.version == 3
+
+
+@pytest.fixture
+def some(tmp_path):
+    (tmp_path / "some").mkdir()
+    made = Buckets(tmp_path / "some", 512, {"norm": torch.ones(7).to(torch.bfloat16), "more": torch.ones(2)})
+    yield made
+    made.close()
+
+
+def committed(store, buckets, version, *, after, partial):
+    take(store, buckets, version, after=after)
+    store.finish()
+    store.commit()
+    store.settle(partial=partial)
+
+
+def test_a_push_of_some_tensors_leaves_the_others_as_they_were_kept(buckets, some):
+    store = Store()
+    committed(store, buckets, 3, after=None, partial=False)
+    committed(store, some, 4, after=3, partial=True)
+    kept: Any = store.kept
+    assert (kept.version, kept.whole) == (4, True)
+    assert kept.tensors.keys() == TENSORS.keys() | {"more"}
+    assert torch.equal(kept.tensors["norm"], some.tensors["norm"])
+    assert torch.equal(kept.tensors["embed"], TENSORS["embed"])
+    assert kept.aliases == {"head": "embed"}
+
+
+@pytest.mark.parametrize("after", [None, 3, 5])
+def test_a_push_of_some_tensors_over_another_than_was_kept_is_not_whole(buckets, some, after):
+    store = Store()
+    if after == 5:  # what is kept is older than what the engines have
+        committed(store, buckets, 3, after=None, partial=False)
+    committed(store, some, 6, after=after, partial=True)
+    kept: Any = store.kept
+    assert (kept.version, kept.whole) == (6, False)
+
+
+# --- when it is pushed again ------------------------------------------------------------------------------------------
+
+
+class Keeper:
+    """One that keeps version 7 of model m, and fails as often as it is told to."""
+
+    alive = True
+
+    def __init__(self, fails=0):
+        self.version, self.fails, self.asked = 7, fails, []
+
+    async def repeat(self, engines, *, deadline):
+        self.asked.append(engines)
+        if self.fails:
+            self.fails -= 1
+            raise PushAborted("e1 refuses")
+
+    async def close(self):
+        raise AssertionError("it answers")
+
+
+def bring_up(keeper, engines, *, newest=7, looks=1):
+    async def refresh():
+        pass
+
+    repeats = Repeats(
+        {"m": keeper},
+        TimeoutConfig(probe_every=0.001),
+        engines=lambda: engines,
+        refresh=refresh,
+        newest=lambda model: newest,
+        busy=lambda: False,
+    )
+
+    async def main():
+        for _ in range(looks):
+            await repeats._bring_up("m", keeper)
+            repeats._failures = {name: (times, 0.0) for name, (times, _) in repeats._failures.items()}
+
+    asyncio.run(main())
+    return keeper.asked
+
+
+def test_late_engines_get_it_together():
+    assert bring_up(Keeper(), [status("e1", "blank", None), status("e2", version=6)]) == [["e1", "e2"]]
+
+
+def test_what_is_older_than_the_last_push_is_not_repeated():
+    """The keeper has missed version 8, which engines had before they all restarted."""
+    assert bring_up(Keeper(), [status("e1", "blank", None)], newest=8) == []
+
+
+def test_an_engine_that_refuses_does_not_keep_the_others_from_it():
+    asked = bring_up(Keeper(fails=1), [status("e1", "blank", None), status("e2", "torn", None)], looks=2)
+    assert asked == [["e1", "e2"], ["e1"]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.session_world import ERROR, REFUSAL, World, layout_of
@@ -460,3 +462,57 @@ def test_what_is_exported_while_its_node_is_dropped_is_revoked():
     world.run()
     assert world.session.state is State.COMMITTED
     world.check_done()
+
+
+# --- keepers ----------------------------------------------------------------------------------------------------------
+
+
+def kept(**more: Any) -> World:
+    """The engine `a` serves, `k` keeps."""
+    return World(engines={"a": "home", "k": "home"}, keepers=("k",), **more)
+
+
+def test_what_is_kept_counts_once_an_engine_serves_it():
+    world = kept()
+    world.open_all()
+    resume = world.run_until(do.ResumeEngine, engine="a")
+    assert not any(isinstance(i, do.ResumeEngine) and i.engine == "k" for i in world.pending)
+    world.succeed(resume)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert world.session.committed == ("a",)
+
+
+def test_what_no_engine_serves_is_not_kept():
+    world = kept()
+    world.open_all()
+    world.fail(world.run_until(do.ResumeEngine, engine="a"))
+    world.run()
+    assert world.session.state is State.TORN
+    assert outcomes(world)["k"] != "committed"
+    assert world.ended[0].error is not None
+    assert "torn and paused: a" in world.ended[0].error.message
+    assert "k" not in world.session.torn
+
+
+@pytest.mark.parametrize("kind", [do.ProbeEngine, do.AcceptEngine, do.BeginEngine, do.LoadBucket, do.FinishEngine])
+def test_a_keeper_that_fails_costs_nobody_the_push(kind):
+    world = kept()
+    world.open_all()
+    refusal = REFUSAL if kind is do.AcceptEngine else ERROR
+    world.fail(world.run_until(kind, engine="k"), error=refusal)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert outcomes(world)["a"] == "committed"
+
+
+@pytest.mark.parametrize("kind", [do.AcceptEngine, do.LoadBucket, do.FinishEngine])
+def test_without_an_engine_that_serves_a_keeper_keeps_nothing(kind):
+    world = kept()
+    world.open_all()
+    world.fail(world.run_until(kind, engine="a"))
+    world.run()
+    assert world.session.done
+    assert world.session.state in (State.ABORTED, State.TORN)
+    assert (world.session.state is State.TORN) == world.models["a"].begun
+    assert outcomes(world)["k"] != "committed"

@@ -59,31 +59,36 @@ class Router:
         """Have it pass requests to those of `engines` that are up to date and answer, and to none of the others.
 
         Workers that are not among `engines` stay as they are. The others are taken out first. Raises `EngineError`
-        where an engine that is up to date does not answer or is not taken in time, when all others are done.
+        naming each engine that is not as it should be, when all others are.
         """
         engines = list(engines)
         wanted = [e for e in up_to_date(engines) if self._answers(e)]
         urls = {e.url.rstrip("/") for e in wanted}
         has = self.workers()
+        problems = [f"{e.name} is up to date and does not answer" for e in up_to_date(engines) if e not in wanted]
         for engine in engines:
             url = engine.url.rstrip("/")
-            if url in has and url not in urls:
-                self._change("DELETE", f"/workers/{has[url]}", None, partial(self._lists, url, False))
+            if url not in has or url in urls:
+                continue
+            if problem := self._change("DELETE", f"/workers/{has[url]}", None, partial(self._lists, url, False)):
+                problems.append(
+                    f"{engine.name} is {engine.state} at version {engine.version} and still there: {problem}"
+                )
+            else:
                 logger.warning("[engine=%s] router.removed: %s, version %s", engine.name, engine.state, engine.version)
-        late = [e.name for e in up_to_date(engines) if e not in wanted]
         for engine in wanted:
             url = engine.url.rstrip("/")
             if url in has:
                 continue
             body = {"url": url, "worker_type": "regular"}
-            if self._change("POST", "/workers", body, partial(self._lists, url, True)):
-                logger.info("[engine=%s] router.added at version %s", engine.name, engine.version)
+            if problem := self._change("POST", "/workers", body, partial(self._lists, url, True)):
+                problems.append(f"{engine.name} is up to date and not taken: {problem}")
             else:
-                late.append(engine.name)
-        if late:
+                logger.info("[engine=%s] router.added at version %s", engine.name, engine.version)
+        if problems:
             raise EngineError(
-                f"{', '.join(late)} is up to date, but router {self.url} has not taken it within {self._timeout:g} s",
-                hint="its /health, /server_info and /model_info must answer the router",
+                f"router {self.url}: {'; '.join(problems)}",
+                hint="an engine's /health, /server_info and /model_info must answer the router",
             )
 
     def _lists(self, url: str, wanted: bool) -> bool:
@@ -96,16 +101,19 @@ class Router:
         except httpx.HTTPError:
             return False
 
-    def _change(self, method: str, path: str, body: Any, done: Callable[[], bool]) -> bool:
-        """Ask for a change and wait until it is `done`; whether it was in time."""
+    def _change(self, method: str, path: str, body: Any, done: Callable[[], bool]) -> str:
+        """Ask for a change and wait until it is `done`; what went wrong, "" if nothing did."""
         deadline = time.monotonic() + self._timeout
-        self._ask(method, path, body)
         never = threading.Event()
-        while not done():
-            if time.monotonic() > deadline:
-                return False
-            never.wait(_LOOK)
-        return True
+        try:
+            self._ask(method, path, body)
+            while not done():
+                if time.monotonic() > deadline:
+                    return f"not done within {self._timeout:g} s"
+                never.wait(_LOOK)
+        except RemoteProtocolError as error:
+            return error.message
+        return ""
 
     def _ask(self, method: str, path: str, body: Any = None) -> Any:
         try:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.client import push_weights
 from weightsync.config import EngineConfig
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.integrations.outcome import noted
 from weightsync.integrations.router import Router
 from weightsync.integrations.shares import place, share
@@ -43,6 +43,7 @@ _ACTOR = "slime.backends.megatron_utils.actor"
 _ITERATORS = "slime.backends.megatron_utils.update_weight.hf_weight_iterator"
 # What makes its updater: one of its classes or, in later versions, a function that is called as they are.
 _CHOICES = ("create_weight_updater", "UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
+_STATUS_SECONDS = 10.0  # a fresh look at all nodes takes as long as its slowest engine
 _PREFIX = "slime-"  # of the names of engines that slime made known here
 
 
@@ -120,7 +121,8 @@ class UpdateWeightFromWeightsync:
         """Nothing joins this process and an engine."""
 
     def update_weights(self) -> None:
-        """Push. All ranks call it. Afterwards, with a `router`, it is shown the engines that have what was pushed.
+        """Push. All ranks call it. Afterwards, with a `router`, it is shown the engines that have what was pushed: what
+        goes wrong there is logged, and tried again at the next push.
 
         Raises what `push_weights` raises.
         """
@@ -132,8 +134,17 @@ class UpdateWeightFromWeightsync:
             self.weight_version = version
             self._metrics = {"weightsync/seconds": self.report.seconds, "weightsync/bytes": float(self.report.bytes)}
         finally:  # those that are torn must not be asked, however the push ended
-            if self._router is not None:
-                self._router.show(self._engines())
+            self._show()
+
+    def _show(self) -> None:
+        if self._router is None:
+            return
+        try:
+            self._router.show(self._engines())
+        except (
+            WeightSyncError
+        ):  # on this rank alone: raised here, it would end the training, or hide what the push says
+            logger.exception("the router does not pass requests as it should")
 
     def pop_metrics(self) -> dict[str, float]:
         """What slime logs of the last update; empty until the next one."""
@@ -145,7 +156,7 @@ class UpdateWeightFromWeightsync:
             yield from chunk
 
     def _engines(self) -> list[EngineStatus]:
-        engines = fetch_status(endpoint_of(self._daemon)).engines
+        engines = fetch_status(endpoint_of(self._daemon), timeout=_STATUS_SECONDS, fresh=True).engines
         return [e for e in engines if e.model == self._model and not e.frozen]
 
 

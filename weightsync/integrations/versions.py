@@ -27,12 +27,12 @@ def endpoint_of(daemon: str | None) -> str:
 
 
 def served_version(model: str, daemon: str | None = None) -> int:
-    """The highest version that an engine of `model` serves, as the daemon knows it; -1 where none serves any.
-
-    Raises `DaemonLost`.
+    """The highest version that an engine of `model` serves, or that the daemon has seen committed: it takes none that
+    is not above it, though every engine has restarted since. -1 where there is none. Raises `DaemonLost`.
     """
-    engines = fetch_status(endpoint_of(daemon)).engines
-    return max((e.version for e in engines if e.model == model and e.version is not None), default=-1)
+    status = fetch_status(endpoint_of(daemon))
+    served = [e.version for e in status.engines if e.model == model and e.version is not None]
+    return max([*served, status.pushed.get(model, -1)])
 
 
 class Versions:

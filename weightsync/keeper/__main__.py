@@ -66,27 +66,31 @@ class _Keeper:
     def _reply(self, error: WeightSyncError | None = None) -> c.Reply:
         kept = self._store.kept
         record = error.record() if error is not None else None
-        return c.Reply(kept.version, kept.nbytes, record) if kept is not None else c.Reply(error=record)
+        if kept is None or not kept.whole:
+            return c.Reply(error=record)
+        return c.Reply(kept.version, kept.nbytes, record)
 
     def _do(self, command: c.Command) -> None:
         match command:
             case c.Hello():
                 pass
-            case c.Begin(version, manifest, offers, deadline):
-                self._store.begin(version, manifest, offers, deadline=deadline)
+            case c.Begin(version, after, manifest, offers, deadline):
+                self._store.begin(version, after, manifest, offers, deadline=deadline)
             case c.Load(bucket, ticket, deadline):
                 self._store.load(bucket, ticket, deadline=deadline)
             case c.Finish():
                 self._store.finish()
             case c.Commit():
                 self._store.commit()
+            case c.Settle(partial):
+                self._store.settle(partial=partial)
             case c.Repeat(engines, deadline):
                 self._repeat(engines, deadline)
 
     def _repeat(self, engines: tuple[str, ...], deadline: float) -> None:
         kept = self._store.kept
-        if kept is None:
-            raise LocalProtocolError("nothing is kept")
+        if kept is None or not kept.whole:
+            raise LocalProtocolError("nothing whole is kept")
         push = RankPush(
             kept.source(),
             place=trainer_place(),
@@ -99,7 +103,11 @@ class _Keeper:
             engines=engines,
         )
         report = push.run()
-        failed = [f"{engine.engine}: {engine.error}" for engine in report.engines if engine.outcome != "committed"]
+        failed = [
+            f"{engine.engine}: {engine.error.message if engine.error is not None else engine.outcome}"
+            for engine in report.engines
+            if engine.outcome != "committed"
+        ]
         if failed:
             raise PushAborted("; ".join(failed), model=self._model, version=kept.version)
 

@@ -11,7 +11,7 @@ import msgspec
 
 from weightsync.errors import ErrorRecord
 
-__all__ = ["Begin", "Command", "Commit", "Finish", "Hello", "Load", "Repeat", "Reply"]
+__all__ = ["Begin", "Command", "Commit", "Finish", "Hello", "Load", "Repeat", "Reply", "Settle"]
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -22,6 +22,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
     """Open an update; forget one that is open. What is kept stays."""
 
     version: int
+    after: int | None  # the version that was committed last, on any engine
     manifest: bytes  # as packed
     offers: tuple[bytes, ...]
     deadline: float
@@ -43,6 +44,12 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     """Keep this update from now on, and forget what was kept before."""
 
 
+class Settle(msgspec.Struct, frozen=True, tag=True):
+    """The push is over: forget an update that is still open; `partial`: engines hold tensors that it did not bring."""
+
+    partial: bool
+
+
 class Repeat(msgspec.Struct, frozen=True, tag=True):
     """Push what is kept to these engines, and answer when they serve it."""
 
@@ -50,7 +57,7 @@ class Repeat(msgspec.Struct, frozen=True, tag=True):
     deadline: float
 
 
-Command: TypeAlias = Hello | Begin | Load | Finish | Commit | Repeat
+Command: TypeAlias = Hello | Begin | Load | Finish | Commit | Settle | Repeat
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightsync.adapters.worker import SlotReader
-from weightsync.errors import LocalProtocolError
+from weightsync.errors import EngineError, LocalProtocolError
 from weightsync.sources.parts import Part, PartSource
 
 if TYPE_CHECKING:
@@ -21,27 +23,22 @@ __all__ = ["Kept", "Store"]
 
 @dataclass
 class Kept:
-    """The tensors of one push."""
+    """A model's tensors as of one version."""
 
     version: int
-    table: TensorTable
+    aliases: dict[str, str]  # name of a tied tensor → name under which it was sent
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    whole: bool = False  # it is known to be all that an engine needs
 
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors together."""
-        return int(self.table.sizes.sum())
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def source(self) -> PartSource:
         """All of it, to be pushed again; tied tensors under all their names."""
-        table = self.table
-        parts = []
-        for name, dtype, shape in zip(table.names, table.dtypes, table.shapes, strict=True):
-            data = self.tensors.get(name)
-            if data is None:  # of no elements: there was nothing to send
-                data = torch.empty(shape, dtype=getattr(torch, dtype))
-            parts.append(Part(name, shape, (0,) * len(shape), data))
-        return PartSource(parts, table.aliases)
+        parts = [Part(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in self.tensors.items()]
+        return PartSource(parts, self.aliases.items())
 
 
 class Store:
@@ -53,13 +50,24 @@ class Store:
         self.kept: Kept | None = None
         self._reader = SlotReader("cpu")
         self._coming: Kept | None = None
-        self._whole = False
+        self._table: TensorTable | None = None  # of the update that is open
+        self._after: int | None = None
+        self._finished = False
 
-    def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
-        """Open an update. Raises as `SlotReader.begin`."""
-        self._coming, self._whole = None, False
+    def begin(
+        self, version: int, after: int | None, manifest: bytes, offers: Sequence[bytes], *, deadline: float
+    ) -> None:
+        """Open an update. Raises as `SlotReader.begin`, and `EngineError` where there is no room for it."""
+        self._coming, self._finished, self._after = None, False, after
         self._reader.begin(manifest, offers, deadline=deadline)
-        self._coming = Kept(version, self._reader.manifest.tensors)
+        coming, free = self._reader.manifest, available()
+        if coming.nbytes > free:
+            raise EngineError(
+                f"{coming.nbytes / 1e9:.1f} GB do not fit into host memory, of which {free / 1e9:.1f} GB are free",
+                hint='node.retain = "host" takes the size of the model, and twice that during a push',
+            )
+        self._table = coming.tensors
+        self._coming = Kept(version, dict(coming.tensors.aliases))
 
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
         """Copy a bucket. Raises as `SlotReader.read`."""
@@ -67,17 +75,48 @@ class Store:
 
     def finish(self) -> None:
         """Raise `LocalProtocolError` naming the first tensor that did not come whole."""
-        self._open()
+        coming, table = self._open(), self._table
+        assert table is not None, "an update is open"
         self._reader.finish()
-        self._whole = True
+        for name, dtype, shape in zip(table.names, table.dtypes, table.shapes, strict=True):
+            if name not in coming.tensors:  # of no elements: there was nothing to send
+                coming.tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        self._finished = True
 
     def commit(self) -> None:
-        """Keep the update that was finished. Raises `LocalProtocolError` where none was."""
-        if not self._whole:
+        """Keep the update that was finished. Tensors that it did not bring stay, if they are those that engines have.
+        Raises `LocalProtocolError` where none was finished.
+        """
+        if not self._finished:
             raise LocalProtocolError("no update was finished")
-        self.kept, self._coming, self._whole = self._open(), None, False
+        before, now = self.kept, self._open()
+        if before is not None and before.version == self._after:
+            there = now.tensors.keys() | now.aliases.keys()
+            now.tensors = {n: t for n, t in before.tensors.items() if n not in there} | now.tensors
+            now.aliases = {
+                n: to for n, to in before.aliases.items() if n not in there and to in now.tensors
+            } | now.aliases
+            now.whole = before.whole
+        self.kept, self._coming, self._finished = now, None, False
+
+    def settle(self, *, partial: bool) -> None:
+        """The push is over. Where it did not bring all that engines hold, what is kept is whole only if what it was
+        laid over was.
+        """
+        self._coming, self._finished = None, False
+        if self.kept is not None:
+            self.kept.whole |= not partial
 
     def _open(self) -> Kept:
         if self._coming is None:
             raise LocalProtocolError("no update is open", hint="begin first")
         return self._coming
+
+
+def available() -> int:
+    """Bytes of host memory that are free, or could be, as the kernel reckons."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == "MemAvailable":
+            return int(value.split()[0]) * 1024
+    return sys.maxsize

@@ -58,9 +58,10 @@ class Committing(Ending):
         if any(e.stage is not EngineStage.VERIFIED for e in live):
             return
         for engine in live:
-            engine.stage, engine.asked = EngineStage.RESUMING, "resume"
-            self.phases.start("finalise", now)
-            out.append(do.ResumeEngine(engine=engine.name, deadline=self._until(now)))
+            if not engine.keeper:
+                engine.stage, engine.asked = EngineStage.RESUMING, "resume"
+                self.phases.start("finalise", now)
+                out.append(do.ResumeEngine(engine=engine.name, deadline=self._until(now)))
 
     def _on_engine_resumed(self, event: ev.EngineResumed, now: float, out: list[Instruction]) -> None:
         engine = self._answered(event.engine, "resume", now, out)
@@ -69,4 +70,10 @@ class Committing(Ending):
         self.phases.stop("finalise", now)
         engine.stage = EngineStage.COMMITTED
         engine.seconds = now - self._begun_at.get(engine.name, now)
+        for keeper in self._live():  # what one engine serves is worth keeping; nobody waits long for that
+            if keeper.keeper and keeper.stage is EngineStage.VERIFIED:
+                keeper.stage, keeper.asked = EngineStage.RESUMING, "resume"
+                self.phases.start("finalise", now)
+                until = min(self._until(now), now + self.grace)
+                out.append(do.ResumeEngine(engine=keeper.name, deadline=until))
         self._end_when_all_ended(now, out)

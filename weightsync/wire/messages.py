@@ -226,6 +226,8 @@ class LoraPushed(Message, frozen=True, tag="lora_pushed"):
 class StatusRequest(Message, frozen=True, tag="status_request"):
     """How are you?"""
 
+    fresh: bool = False  # look at engines of other nodes, and after a push that has just ended at all, before answering
+
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     """One engine as its daemon sees it."""
@@ -285,6 +287,7 @@ class Status(Message, frozen=True, tag="status"):
     last: PushOutcome | None = None
     last_error: ErrorRecord | None = None
     kept: dict[str, Natural] = {}  # model → version that is kept to be pushed again
+    pushed: dict[str, Natural] = {}  # model → newest version that was committed here: only newer ones are taken
 
 
 # --- two daemons ---------------------------------------------------------------------------------------------------
