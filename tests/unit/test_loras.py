@@ -163,7 +163,7 @@ async def test_a_disk_that_is_full_is_said_and_nothing_of_it_is_left(runtime, mo
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(PushAborted, match="node n0 cannot write the adapter to .*: No space left on device"):
+    with pytest.raises(PushAborted, match=r"node n0 cannot write the adapter to .*: No space left on device"):
         await node.push(2)
     assert [path.name for path in runtime.iterdir()] == ["policy@1"]
 
