@@ -354,3 +354,8 @@ def test_a_quantised_weight_is_refused_by_name():
     layer = model.base_model.model.layers[0].up.base_layer
     layer.weight = nn.Parameter(torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8), requires_grad=False)
     assert "'layers.0.up.weight' is torch.uint8 (864, 1), to which adapter 'default' adds (72, 4)" in refused(model)
+
+
+def test_a_pattern_that_no_tensor_of_the_base_model_matches_is_refused():
+    with pytest.raises(SourceError, match=r"only = 'haed\.weight' chooses none of"):
+        source_of(adapted(), only=["layers.*", "haed.weight"])

@@ -72,8 +72,8 @@ def test_tensors_and_their_config_are_sent_as_they_are():
         ({"use_dora": True}, "use_dora = True"),
         ({"modules_to_save": ["down"], "target_modules": ["up"]}, "modules_to_save"),
         ({"bias": "all"}, "bias = 'all'"),
-        ({"alpha_pattern": {"up": 3}}, "scales by 0.75, and its config says 2"),
-        ({"rank_pattern": {"up": 2}}, "scales by 4, and its config says 2"),
+        ({"alpha_pattern": {"up": 3}}, "engines scale all layers alike"),
+        ({"rank_pattern": {"up": 2}}, "engines scale all layers alike"),
     ],
     ids=str,
 )
@@ -82,6 +82,36 @@ def test_what_engines_would_compute_otherwise_is_refused(config, words):
         adapter_files(adapted(lora_alpha=8, **config))
     assert words in caught.value.message
     assert "push_weights" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights = 'pissa'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights = 'olora'"),
+        ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens = [1]"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"use_bdlora": {}}, None),
+        ({"init_lora_weights": "gaussian"}, None),
+    ],
+    ids=str,
+)
+def test_what_peft_has_done_to_the_base_or_does_to_some_tokens_alone_is_refused(said, words):
+    tensors = {"base_model.model.up.lora_A.weight": torch.zeros(4, 8)}
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, **said}
+    if words is None:
+        assert adapter_files(tensors, config)
+        return
+    with pytest.raises(SourceError) as caught:
+        adapter_files(tensors, config)
+    assert words in caught.value.message
+
+
+def test_an_adapter_scaled_by_the_root_of_its_rank_is_scaled_so_by_who_divides_by_the_rank():
+    model = adapted(lora_alpha=8, use_rslora=True)
+    said = json.loads(adapter_files(model)[0])
+    assert not said["use_rslora"]
+    assert said["lora_alpha"] / said["r"] == pytest.approx(model.base_model.model.up.scaling["default"])
 
 
 def test_a_rescaled_layer_is_refused():

@@ -253,3 +253,11 @@ class TestDispatch:
 
         with pytest.raises(AttributeError, match="NoSuchSource"):
             _ = weightsync.sources.NoSuchSource
+
+
+def test_a_stretch_of_a_flat_parameter_is_refused_whatever_its_length():
+    """A rank of FSDP1 with use_orig_params has 1-D stretches, which say nothing of where they lie."""
+    stretch = torch.nn.Parameter(torch.ones(6))
+    stretch._fsdp_flattened = True  # type: ignore[attr-defined]
+    with pytest.raises(SourceError, match="'w' is a rank's stretch of a flat parameter of FSDP1"):
+        source_of({"w": stretch})

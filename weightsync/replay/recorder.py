@@ -100,7 +100,9 @@ class Recorder(TorchDispatchMode):
             self._lineage.spoilt(tensor, f"the loader computes it ({name})", by=name)
 
     def _saw(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        if func in _COPIES:
+        if func.namespace not in ("aten", "prim", "prims"):  # collectives, say, write what their schema does not tell
+            self._gave(func, args, kwargs)
+        elif func in _COPIES:
             self._lineage.copied(args[0], args[1])
         elif func in _CLONES:
             self._lineage.cloned(out, args[0])

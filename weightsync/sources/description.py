@@ -250,11 +250,11 @@ def _memory_key(tensor: torch.Tensor, data: torch.Tensor) -> tuple[object, ...] 
 
 def _held(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
     """The data this rank has of a tensor, and the boxes of the tensor that it holds."""
-    # Of what FSDP1 has flattened, these are surely stretches; others may be whole, as in summon_full_params.
-    if getattr(tensor, "_is_flat_param", False) or (getattr(tensor, "_fsdp_flattened", False) and tensor.shape == (0,)):
+    # Of what FSDP1 has flattened, a rank's stretch is always 1-D; in summon_full_params a bias is, too, and whole.
+    if getattr(tensor, "_is_flat_param", False) or (getattr(tensor, "_fsdp_flattened", False) and tensor.dim() <= 1):
         raise SourceError(
             f"tensor {name!r} is a rank's stretch of a flat parameter of FSDP1, and does not say what of",
-            hint="give the module that FSDP wraps it in, not its parameters",
+            hint="give the module that FSDP wraps it in, not its parameters; inside summon_full_params, clones of them",
         )
     if is_dtensor(tensor):
         local, boxes = dtensor_boxes(name, tensor)

@@ -243,7 +243,8 @@ def _boxes_laid(name: str, shape: tuple[int, ...], strides: tuple[int, ...], lai
 def _data(handle: FlatParamHandle, names: list[str]) -> torch.Tensor:
     """This rank's stretch of a flat parameter."""
     flat = handle.flat_param
-    if flat.shape != flat._sharded_size:
+    own = getattr(flat, "_local_shard", None)  # from the first forward on
+    if flat.shape != flat._sharded_size or (own is not None and flat.data_ptr() != own.data_ptr()):
         raise SourceError(
             f"parameter {names[0]!r} is gathered by FSDP1 at the moment",
             hint="push between steps and outside of summon_full_params: each rank's own part is all that is needed",

@@ -65,6 +65,11 @@ class LoraSource:
         """Bytes of all shards together."""
         return self._base.nbytes
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of all tensors of the base model, tied ones too."""
+        return self._base.names
+
     def layout(self) -> Layout:
         """What this rank holds of the base model."""
         return self._base.layout()

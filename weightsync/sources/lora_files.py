@@ -20,6 +20,12 @@ from weightsync.sources.wrappers import unwrapped
 
 __all__ = ["adapter_files"]
 
+# Of peft 0.21's LoraConfig: what changes what layers compute. vLLM 0.32 refuses most, SGLang 0.5.23 passes over them.
+_NOT_SERVED = (
+    *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora"),
+    *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication", "use_bdlora"),
+)
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "lora_ga")  # of the adapter alone (vLLM's `_init_is_supported`)
 _MERGED = "push_weights(model, version=...) sends the model with the adapter merged"
 
 
@@ -36,9 +42,10 @@ def adapter_files(lora: Any, config: Any = None, *, gather: bool = False) -> tup
                 "the tensors of a LoRA adapter were given without its config", hint="config=LoraConfig(...)"
             )
         tensors, said = dict(lora), _plain(config)
+        _check(said)
     else:
         tensors, said = _of_peft(unwrapped(lora) if isinstance(lora, torch.nn.Module) else lora)
-    _check(said)
+    said |= _scaled_plainly(said)
     return json.dumps(said, indent=2).encode(), save({name: _whole(name, t, gather) for name, t in tensors.items()})
 
 
@@ -55,7 +62,8 @@ def _of_peft(model: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         )
     (adapter,) = active
     said = _plain(model.peft_config[adapter])
-    _check_scaling(model, adapter, said)
+    _check(said)
+    _check_layers(model, adapter, said)
     tensors = import_module("peft").get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False)
     return tensors, said
 
@@ -75,9 +83,15 @@ def _check(said: dict[str, Any]) -> None:
     """Raise `SourceError` for a config that engines do not serve as it says."""
     if said.get("peft_type") != "LORA":
         raise SourceError(f"an adapter of type {said.get('peft_type')} is no LoRA adapter", hint=_MERGED)
-    for key in ("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices"):
+    for key in _NOT_SERVED:
         if said.get(key):
             raise SourceError(f"engines do not serve a LoRA adapter with {key} = {said[key]!r}", hint=_MERGED)
+    init = said.get("init_lora_weights")
+    if isinstance(init, str) and init.lower() not in _PLAIN_INITS:
+        raise SourceError(
+            f"peft changes the base model's weights with init_lora_weights = {init!r}, and engines have them unchanged",
+            hint=_MERGED,
+        )
     if said.get("bias", "none") != "none":
         raise SourceError(f"engines do not serve a LoRA adapter with bias = {said['bias']!r}", hint=_MERGED)
     if said.get("rank_pattern") or said.get("alpha_pattern"):
@@ -86,10 +100,23 @@ def _check(said: dict[str, Any]) -> None:
         )
 
 
-def _check_scaling(model: Any, adapter: str, said: dict[str, Any]) -> None:
-    """Raise `SourceError` for a layer that is scaled otherwise than the config says, as engines read it."""
+def _scaled_plainly(said: dict[str, Any]) -> dict[str, Any]:
+    """SGLang (0.5.23, `srt/lora/lora.py`) scales by `lora_alpha / r` whatever `use_rslora` says: say what comes to the
+    same with both readings.
+    """
+    if not said.get("use_rslora"):
+        return {}
+    return {"use_rslora": False, "lora_alpha": said["lora_alpha"] * said["r"] ** 0.5}
+
+
+def _check_layers(model: Any, adapter: str, said: dict[str, Any]) -> None:
+    """Raise `SourceError` for a layer that computes otherwise, or is scaled otherwise, than engines read the config."""
     wanted = said["lora_alpha"] / (said["r"] ** 0.5 if said.get("use_rslora") else said["r"])
     for name, module in model.named_modules():
+        variant = getattr(module, "lora_variant", None)
+        if isinstance(variant, dict) and variant.get(adapter) is not None:
+            kind = type(variant[adapter]).__name__
+            raise SourceError(f"layer {name!r} is of the variant {kind}, which engines do not serve", hint=_MERGED)
         scaling = getattr(module, "scaling", None)
         if isinstance(scaling, dict) and abs(scaling.get(adapter, wanted) - wanted) > 1e-9 * wanted:
             raise SourceError(

@@ -130,7 +130,7 @@ def _chosen(
     if callable(only):
         chosen = [name for name in names if only(name)]
         if not chosen and known and names:
-            raise _nothing("only, a function,", "", names)
+            raise _nothing("only, a function, chooses", "", names)
         return chosen
     found = set(names).intersection(only)
     for pattern in only:
@@ -140,14 +140,14 @@ def _chosen(
             found |= matches
             is_name |= bool(matches)
         if not is_name and known and names:
-            raise _nothing(f"only = {pattern!r}", pattern, names)
+            raise _nothing(f"only = {pattern!r} chooses", pattern, names)
     return [name for name in names if name in found]
 
 
 def _nothing(what: str, pattern: str, names: tuple[str, ...]) -> SourceError:
     near = get_close_matches(pattern.replace("*", ""), names, _SHOWN, 0.4) or names[:_SHOWN]
     return SourceError(
-        f"{what} chooses none of the {len(names)} tensors",
+        f"{what} none of the {len(names)} tensors",
         hint=f"there are {', '.join(map(repr, near))} and others, as they are called before `rename`",
     )
 

@@ -173,6 +173,7 @@ class WeightReload:
         self._slots.finish()
         finalize = import_module(_RELOAD).finalize_layerwise_reload
         replay, self._replay = self._replay, None
+        self._before = None
         with self._as_vllm():
             if replay is None:
                 finalize(model, model_config)
@@ -184,6 +185,7 @@ class WeightReload:
 
     def check_whole(self) -> None:
         """Check that everything came, where vLLM's worker itself completes the reload."""
+        self._before = None
         self._slots.finish()
 
     def finish(self, version: int) -> None:

@@ -83,10 +83,9 @@ class MegatronSource(PartSource):
         #: checkpoint tensors that a bridge has exported, and that this rank holds whole until the source goes
         self.gathered: tuple[str, ...]
         for look in _RECENT:
-            if look.fits(stages, options):
+            if look.fits(stages, options) and (shards := look.shards(stages, bridge)) is not None:
                 _RECENT.add(look)
-                self._layout, self.gathered = look.layout, look.gathered
-                self._shards = look.shards(stages, bridge)
+                self._layout, self.gathered, self._shards = look.layout, look.gathered, shards
                 return
         found = described(stages, table, vocab_size, bridge)
         super().__init__(found.parts, found.aliases)
@@ -160,8 +159,8 @@ class _Look:
                 return False
         return True
 
-    def shards(self, stages: list[Stage], bridge: Any) -> list[torch.Tensor]:
-        """The memory of each shard, where it is now."""
+    def shards(self, stages: list[Stage], bridge: Any) -> list[torch.Tensor] | None:
+        """The memory of each shard, where it is now. None where a bridge exports others than the last one did."""
         shards: list[torch.Tensor] = []
         with torch.no_grad():
             for stage, cuts in zip(stages, self.cuts, strict=True):
@@ -171,8 +170,12 @@ class _Look:
                         shards += cut.views(stage.tensors[place])
                         continue
                     exporter = exporter or Exporter(bridge, stage)
-                    shards += (part.data for part in exporter.parts(place))
-        return shards
+                    for part in exporter.parts(place):
+                        known = self.layout.shard(len(shards)) if len(shards) < len(self.layout) else None
+                        if known is None or (known.name, known.shape) != (part.name, tuple(part.data.shape)):
+                            return None
+                        shards.append(part.data)
+        return shards if len(shards) == len(self.layout) else None
 
 
 _RECENT: Recent[_Look] = Recent()
