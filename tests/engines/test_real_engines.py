@@ -33,7 +33,7 @@ PROMPTS = ([5, 17, 211, 3, 42], [66, 4])
 MIB = 2**20
 
 
-def ways(*needs: Need, slow: tuple[Need, ...] = (GROUP,)):
+def ways(*needs: Need, slow: tuple[Need, ...] = (GROUP, IPC)):
     """Run the test for each need; those in `slow` by `make test-engines-all` alone."""
     found = [pytest.param(need, id=str(need)) for need in needs if need not in slow]
     later = [need for need in slow if need in needs]

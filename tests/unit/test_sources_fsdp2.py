@@ -13,11 +13,11 @@ from tests.unit.sources_kit import put_together
 
 ROOT = Path(__file__).parents[2]
 CASES = {"trained", "state_dict", "tied", "bfloat16", "unsharded", "narrow", "mapping"}
-MORE = {2: set(), 3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps"}}
+MORE = {3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps"}}
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [3, 4])
 def test_what_ranks_hold_makes_up_the_model(tmp_path, world):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
