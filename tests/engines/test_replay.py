@@ -29,12 +29,13 @@ def ways(*needs: Need, slow: bool = False) -> Any:
     return pytest.mark.parametrize("node", [pytest.param(n, id=str(n), marks=marks) for n in needs], indirect=True)
 
 
-def facts(node: Any, phase: str) -> Any:
-    """What the daemon knows of its engine's replay, once that is in this phase."""
+def facts(node: Any, phase: str, tensors: int | None = None) -> Any:
+    """What the daemon knows of its engine's replay, once that is in this phase, with so many tensors."""
 
     def there() -> bool:
         found = node.engine_status().replay
-        return found is not None and found.phase == phase
+        whole = tensors is None or (found is not None and found.replayed + found.by_loader == tensors)
+        return found is not None and found.phase == phase and whole
 
     assert eventually(there, seconds=30), f"{node.engine_status().replay}\n{node.logs()}"
     return node.engine_status().replay
@@ -46,7 +47,7 @@ def recorded_anew(node: Any, tag: str) -> Any:
     if node.engine_status().replay is not None:
         node.push({name: w for name, w in weights.items() if "norm" in name})
     node.push(tag)
-    return facts(node, "record")
+    return facts(node, "record", len(weights))
 
 
 def up_to_replay(node: Any, *tags: str) -> Any:
