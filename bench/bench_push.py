@@ -2,8 +2,9 @@
 
     python -m bench.bench_push --json out.json
 
-Three questions: how fast a model goes through shared memory (each byte is copied twice: into the slot, and into the
-engine), what a push costs that carries no bytes, and how much memory the daemon and its bridges take.
+Four questions: how fast a model goes through shared memory (each byte is copied twice: into the slot, and into the
+engine), what it costs to keep a copy for engines that come late, what a push costs whatever its bytes, and how much
+memory the daemon and its bridges take.
 """
 
 from __future__ import annotations
@@ -61,9 +62,10 @@ def main() -> None:
     with Fleet() as fleet:
         figures = {
             "model": measure_model(fleet, arguments.pushes, arguments.tp, arguments.slot),
+            "retained": measure_model(fleet, arguments.pushes, arguments.tp, arguments.slot, retain="host"),
             "small": measure_small(fleet, arguments.small),
         }
-    model, small = figures["model"], figures["small"]
+    model, retained, small = figures["model"], figures["retained"], figures["small"]
     rows = [
         ["model", f"{model['bytes'] / 1e9:.2f} GB, {model['tensors']} tensors, tp {arguments.tp}"],
         ["one-core memcpy, same run", f"{model['memcpy_bytes_per_second'] / 1e9:.2f} GB/s"],
@@ -72,6 +74,10 @@ def main() -> None:
         ["  model bytes per second", f"{model['bytes'] / model['seconds_median'] / 1e9:.2f} GB/s"],
         ["  per copied byte, ratio to memcpy", f"{model['ratio_to_memcpy']:.2f}"],
         *([f"  {phase}", f"{seconds * 1e3:.0f} ms"] for phase, seconds in model["phases_median"].items()),
+        [
+            "push where node.retain = host, times the other",
+            f"{retained['seconds_median'] / model['seconds_median']:.2f}",
+        ],
         [
             "push of one small tensor, p50 / p99 of " + str(arguments.small),
             f"{small['p50'] * 1e3:.1f} / {small['p99'] * 1e3:.1f} ms",
@@ -82,15 +88,16 @@ def main() -> None:
     report("pushes through shared memory", ["what", "figure"], rows, figures, arguments.json)
 
 
-def measure_model(fleet: Fleet, pushes: int, tp: int, slot: str) -> dict[str, Any]:
+def measure_model(fleet: Fleet, pushes: int, tp: int, slot: str, retain: str = "none") -> dict[str, Any]:
     """The model, pushed again and again to one engine."""
     checkpoint = fleet.root / "model"
-    checkpoint.mkdir()
+    checkpoint.mkdir(exist_ok=True)
     write_config(MODEL, checkpoint)
     weights = {n: torch.randn(s).to(torch.bfloat16) for n, s in checkpoint_tensors(MODEL).items()}
     nbytes = sum(w.nbytes for w in weights.values())
     engine = fleet.start_engine("big", checkpoint, tp=tp, flags=("--load-format", "dummy"))
-    daemon = fleet.start_daemon("big-node", [engine], arena={"slot_bytes": slot, "slots": 3})
+    arena = {"slot_bytes": slot, "slots": 3}
+    daemon = fleet.start_daemon("big-node", [engine], arena=arena, node={"retain": retain})
     reports = [push_weights(weights, version=v, daemon=daemon.endpoint, timeout=120) for v in range(pushes + 2)]
     measured = reports[2:]
     ceiling = copy_ceiling()

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 
     from weightsync.config import TimeoutConfig
     from weightsync.wire.messages import EngineStatus
+    from weightsyncd.engines import Engine
     from weightsyncd.keeper import KeeperAdapter
+    from weightsyncd.peers import Peer
 
-__all__ = ["Repeats", "late_engines"]
+__all__ = ["Repeats", "engines_everywhere", "late_engines"]
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,11 @@ def late_engines(engines: Iterable[EngineStatus], model: str, version: int) -> l
     if any(e.version is not None and e.version > version for e in ours):
         return []
     return [e.name for e in ours if e.state in ("torn", "blank") or (e.state == "serving" and e.version != version)]
+
+
+def engines_everywhere(node: str, engines: Iterable[Engine], peers: Iterable[Peer]) -> list[EngineStatus]:
+    """Of this node and of those it knows, as they were last seen."""
+    return [e.status(node) for e in engines] + [e for peer in peers for e in peer.engines]
 
 
 class Repeats:

@@ -46,7 +46,7 @@ from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.rails import Rails
-from weightsyncd.repeats import Repeats
+from weightsyncd.repeats import Repeats, engines_everywhere
 from weightsyncd.seed import Registry, Seeker
 from weightsyncd.trainers import Trainers
 
@@ -155,7 +155,7 @@ class Server:
         self.repeats = Repeats(
             self.engines.keepers,
             config.timeouts,
-            engines=self._engines_everywhere,
+            engines=lambda: engines_everywhere(config.node.name, self.engines, self.peers.values()),
             refresh=self.see_peers,
             newest=lambda model: self.trainers.newest.get(model),
             busy=lambda: self.busy,
@@ -363,10 +363,6 @@ class Server:
         """No push holds this node any more."""
         self.members.settle()
         self.trainers.go_on()
-
-    def _engines_everywhere(self) -> list[msg.EngineStatus]:
-        here = [engine.status(self.config.node.name) for engine in self.engines]
-        return here + [engine for peer in self.peers.values() for engine in peer.engines]
 
     async def see_peers(self) -> None:
         """Look at the engines of other nodes anew."""

@@ -27,7 +27,7 @@ from weightsync.wire.codec import decode_untrusted
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
-from weightsyncd.repeats import late_engines
+from weightsyncd.repeats import engines_everywhere, late_engines
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -219,8 +219,7 @@ class Trainers:
         if newest is not None and newest > message.version:
             return {}
         services = self._services
-        here = [engine.status(services.config.node.name) for engine in services.executor.engines]
-        known = here + [engine for peer in services.peers.values() for engine in peer.engines]
+        known = engines_everywhere(services.config.node.name, services.executor.engines, services.peers.values())
         late = late_engines(known, message.model, message.version)
         return {name: engines[name] for name in message.engines if name in late}
 
