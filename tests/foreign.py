@@ -1,9 +1,10 @@
-"""Several runs of these tests may be under way on one machine: which of what is found here is another's."""
+"""Several processes share these tests, and several runs of them a machine: which of what is found is another's."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 import psutil
 
@@ -11,15 +12,28 @@ __all__ = ["foreign_segments"]
 
 
 def foreign_segments(names: set[str]) -> set[str]:
-    """Of these arenas in /dev/shm, those whose bridge lives and was started by another run."""
-    foreign = set()
-    for process in psutil.process_iter() if names else ():
+    """Of these files in /dev/shm, those that a process has open or mapped which was not started from here."""
+    if not names:
+        return set()
+    foreign: set[str] = set()
+    mine = {os.getpid(), *(child.pid for child in psutil.Process().children(recursive=True))}
+    for process in psutil.process_iter():
+        orphan = False
         with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if "weightsync.nccl_bridge" not in words:
-                continue
-            ancestors = {parent.pid for parent in process.parents()}
-            if process.ppid() != 1 and os.getpid() not in ancestors:
-                incarnation = words[words.index("--incarnation") + 1]
-                foreign |= {name for name in names if name.endswith(incarnation)}
+            orphan = process.ppid() == 1  # of whoever: perhaps of a daemon that a test from here has killed
+        if process.pid not in mine and not orphan:
+            foreign |= names & _held(process.pid)
     return foreign
+
+
+def _held(pid: int) -> set[str]:
+    """Names of the files in /dev/shm that a process has open or mapped, as far as this user may see."""
+    held: set[str] = set()
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        held |= {line.rpartition("/dev/shm/")[2] for line in lines if "/dev/shm/" in line}
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):
+                held.add(os.readlink(f"/proc/{pid}/fd/{descriptor}").removeprefix("/dev/shm/"))
+    return held
