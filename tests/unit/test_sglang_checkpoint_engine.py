@@ -6,6 +6,7 @@ import asyncio
 import io
 import json
 import pickle
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -14,6 +15,7 @@ import zmq
 
 from tests.hand_push import soon
 from tests.unit.test_sglang_adapter import MANIFEST, TICKET, Server, served
+from weightsync.adapters.sglang.checkpoint_engine import _abandoned
 from weightsync.errors import EngineError, EngineLost
 from weightsync.testing import eventually
 
@@ -128,3 +130,9 @@ def test_a_push_that_is_given_up_tells_the_worker_so() -> None:
 
     server = Worker()
     asyncio.run(give_up(server))
+
+
+def test_a_directory_that_has_just_gone_is_nobodys(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    monkeypatch.setattr(Path, "glob", lambda *_: [gone])
+    assert _abandoned("http://127.0.0.1:1") == []

@@ -111,7 +111,7 @@ class _Update:
 async def end_abandoned(url: str, *, deadline: float) -> None:
     """End the updates of the server at `url` that a daemon of this user was killed in; its workers wait in them."""
     for directory in _abandoned(url):
-        with zmq.asyncio.Context() as context:
+        with zmq.asyncio.Context() as context, suppress(FileNotFoundError):
             waiting = [_bound(context, f"ipc://{directory}/{rank}") for rank in os.listdir(directory)]
             await _end(waiting, min(deadline - monotonic(), _RECONNECT))
             for socket in waiting:
@@ -130,9 +130,10 @@ def _abandoned(url: str) -> list[Path]:
     """Directories of sockets that this user made for a server, and at which nobody listens any more."""
     found = []
     for directory in Path(DIRECTORY).glob(_prefix(url) + "*"):
-        about = directory.lstat()
-        if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not any(map(_alive, directory.iterdir())):
-            found.append(directory)
+        with suppress(FileNotFoundError):  # whoever made it has just removed it
+            about, sockets_there = directory.lstat(), directory.iterdir()
+            if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not any(map(_alive, sockets_there)):
+                found.append(directory)
     return found
 
 
