@@ -135,11 +135,11 @@ class KeeperAdapter(EngineAdapter):
             await self._ask(c.Commit(), deadline)
         self._paused = False
 
-    async def settle(self, *, partial: bool, deadline: float) -> None:
-        """The push is over; `partial`: engines hold tensors that it did not bring."""
+    async def settle(self, *, whole: int | None, deadline: float) -> None:
+        """The push is over; `whole` is its version, if it was committed and brought all that engines hold."""
         if self.alive:
             with suppress(EngineLost):
-                await self._ask(c.Settle(partial), deadline)
+                await self._ask(c.Settle(whole), deadline)
 
     async def close(self) -> None:
         """End the process, whatever it is doing; with it goes what it keeps."""

@@ -85,7 +85,7 @@ def test_what_is_kept_is_what_was_pushed(buckets):
     store.commit()
     kept: Any = store.kept
     assert not kept.whole, "nobody has said so"
-    store.settle(partial=False)
+    store.settle(whole=3)
     assert kept.whole
     assert (kept.version, kept.nbytes) == (3, sum(t.nbytes for t in TENSORS.values()))
     source = kept.source()
@@ -125,7 +125,7 @@ def test_what_was_finished_and_not_committed_is_forgotten(buckets):
 def test_an_update_that_is_given_up_takes_no_memory(buckets):
     store = Store()
     take(store, buckets, 3, count=1)
-    store.settle(partial=False)
+    store.settle(whole=None)
     assert store._coming is None
 
 
@@ -153,7 +153,7 @@ def committed(store, buckets, version, *, after, partial):
     take(store, buckets, version, after=after)
     store.finish()
     store.commit()
-    store.settle(partial=partial)
+    store.settle(whole=None if partial else version)
 
 
 def test_a_push_of_some_tensors_leaves_the_others_as_they_were_kept(buckets, some):
@@ -166,6 +166,16 @@ def test_a_push_of_some_tensors_leaves_the_others_as_they_were_kept(buckets, som
     assert torch.equal(kept.tensors["norm"], some.tensors["norm"])
     assert torch.equal(kept.tensors["embed"], TENSORS["embed"])
     assert kept.aliases == {"head": "embed"}
+
+
+def test_a_push_that_came_to_nothing_makes_nothing_whole(some):
+    store = Store()
+    committed(store, some, 6, after=None, partial=True)
+    take(store, some, 7, after=6, count=0)
+    store.settle(whole=None)  # it was aborted
+    store.settle(whole=8)  # it was committed, and this keeper had left it
+    kept: Any = store.kept
+    assert (kept.version, kept.whole) == (6, False)
 
 
 @pytest.mark.parametrize("after", [None, 3, 5])

@@ -82,8 +82,8 @@ class _Keeper:
                 self._store.finish()
             case c.Commit():
                 self._store.commit()
-            case c.Settle(partial):
-                self._store.settle(partial=partial)
+            case c.Settle(whole):
+                self._store.settle(whole=whole)
             case c.Repeat(engines, deadline):
                 self._repeat(engines, deadline)
 

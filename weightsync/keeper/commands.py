@@ -45,9 +45,9 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):
-    """The push is over: forget an update that is still open; `partial`: engines hold tensors that it did not bring."""
+    """The push is over: forget an update that is still open."""
 
-    partial: bool
+    whole: int | None  # its version, if it was committed and brought all that engines hold
 
 
 class Repeat(msgspec.Struct, frozen=True, tag=True):

@@ -99,13 +99,13 @@ class Store:
             now.whole = before.whole
         self.kept, self._coming, self._finished = now, None, False
 
-    def settle(self, *, partial: bool) -> None:
-        """The push is over. Where it did not bring all that engines hold, what is kept is whole only if what it was
-        laid over was.
+    def settle(self, *, whole: int | None) -> None:
+        """The push is over. `whole` is its version, if it was committed and brought all that engines hold; else what is
+        kept is whole only if it was before, or if what it was laid over was.
         """
         self._coming, self._finished = None, False
-        if self.kept is not None:
-            self.kept.whole |= not partial
+        if self.kept is not None and self.kept.version == whole:
+            self.kept.whole = True
 
     def _open(self) -> Kept:
         if self._coming is None:
