@@ -40,12 +40,12 @@ engines:
 	PYTHON=$(PYTHON) bash engines/setup.sh
 
 test-engines: setup engines
-	$(BIN)/python -m pytest -m "engines and not engines_slow" tests/engines
+	$(BIN)/python -m pytest -m "engines and not engines_slow" tests/engines tests/e2e
 
 test-engines-all: setup engines
-	$(BIN)/python -m pytest -m engines tests/engines
+	$(BIN)/python -m pytest -m engines tests/engines tests/e2e
 
-# one older version of each: WEIGHTSYNC_ENGINES=.engines/older .venv/bin/python -m pytest -m engines tests/engines
+# one older version of each: WEIGHTSYNC_ENGINES=.engines/older .venv/bin/python -m pytest -m engines tests/engines tests/e2e
 engines-older:
 	PYTHON=$(PYTHON) bash engines/setup.sh .engines/older engines/pins/older
 

@@ -6,23 +6,17 @@ The copy: module names, what `MegatronTrainRayActor.init` and `update_weights` c
 
 from __future__ import annotations
 
-import contextlib
-import os
-import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
-import httpx
 import pytest
 
+from tests.engines.router import running_router
 from weightsync.errors import ConfigError, EngineError
 from weightsync.fleet import Fleet
 from weightsync.integrations.router import Router
 from weightsync.integrations.slime import UpdateWeightFromWeightsync, install
 from weightsync.operator import change_engines, fetch_status
-from weightsync.testing import eventually
-
-from tests.engines.kit import ENGINES, free_port  # isort: skip
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(180)]
 BASE = "slime.backends.megatron_utils"
@@ -88,32 +82,6 @@ class Training:
         self.updater.update_weights()
 
 
-@contextlib.contextmanager
-def running_router(log):
-    python = ENGINES / "router/bin/python"
-    if not python.exists():
-        pytest.skip(f"no SGLang router in {ENGINES}: run `make engines`")
-    port, metrics = free_port(), free_port(50)
-    command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--policy", "round_robin"]
-    with log.open("wb") as out:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/liveness", timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
-
-    try:
-        assert eventually(answers, seconds=60), log.read_text()
-        yield url
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait(15)
-
-
 @pytest.fixture
 def site(node):
     """A daemon that knows no engine; the node's engines are slime's, or were started by others."""
@@ -165,6 +133,7 @@ def test_a_slime_that_chooses_otherwise_is_named(actor):
         install(SimpleNamespace())
 
 
+@pytest.mark.engines
 def test_the_router_is_shown_engines_once_they_have_the_weights(actor, site, tmp_path):
     """External engines: not before the first push, and out again with whoever fell behind."""
     node = site.node
@@ -190,6 +159,7 @@ def test_the_router_is_shown_engines_once_they_have_the_weights(actor, site, tmp
         assert set(router.workers()) == {engine.url for engine in node.engines}
 
 
+@pytest.mark.engines
 def test_an_engine_that_the_router_does_not_take_is_named(site, tmp_path):
     from weightsync.wire.messages import EngineStatus
 

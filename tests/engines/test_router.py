@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-
-import httpx
 import pytest
 
-from tests.engines.kit import ENGINES, free_port
+from tests.engines.router import running_router
 from weightsync import doctor
 from weightsync.config import EngineConfig
-from weightsync.testing import eventually
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(120)]
 
 
 @pytest.fixture
 def router(tmp_path):
-    python = ENGINES / "router/bin/python"
-    if not python.exists():
-        pytest.fail(f"no router in {ENGINES}: run `make engines`")
-    port, metrics = free_port(), free_port(50)
-    command = [str(python), "-m", "sglang_router.launch_router", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--prometheus-host", "127.0.0.1", "--prometheus-port", str(metrics), "--policy", "round_robin"]
-    with (tmp_path / "router.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-    url = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        try:
-            return httpx.get(f"{url}/liveness", timeout=5, trust_env=False).is_success
-        except httpx.HTTPError:
-            return False
-
-    try:
-        assert eventually(answers, seconds=60), (tmp_path / "router.log").read_text()
+    with running_router(tmp_path / "router.log") as url:
         yield url
-    finally:
-        os.killpg(process.pid, 9)
-        process.wait(15)
 
 
 def test_the_doctor_tells_a_router_from_an_engine(router):
