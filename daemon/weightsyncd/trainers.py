@@ -27,7 +27,7 @@ from weightsync.wire.codec import decode_untrusted
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
-from weightsyncd.repeats import engines_everywhere, late_engines
+from weightsyncd.targets import engines_of, models_of, still_late
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -181,17 +181,17 @@ class Trainers:
         if left <= 0:
             self._time_is_up(call)
             return
-        engines, keeper = self._engines_of(message.model), None
+        engines, keeper = engines_of(self._services, message.model), None
         if message.engines:
             if gone := sorted(set(message.engines) - engines.keys()):
                 self._refuse(call, f"model {message.model!r} has no engine called {', '.join(gone)}", None)
                 return
-            engines = self._still_late(message, engines)
+            engines = still_late(self._services, message, engines, self.newest.get(message.model))
             if not engines:
                 self._refuse(call, f"no engine is behind version {message.version} any more", None)
                 return
         if not engines:
-            models = ", ".join(self._models()) or "none; add [[engines]] to the node config"
+            models = ", ".join(models_of(self._services)) or "none; add [[engines]] to the node config"
             self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
             return
         if not message.engines:
@@ -204,31 +204,6 @@ class Trainers:
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
         self.go_on()  # other ranks may have called before
-
-    def _engines_of(self, model: str) -> dict[str, str]:
-        """Name → node of every engine that takes what is pushed to the model, wherever it is."""
-        services = self._services
-        engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
-        for name, peer in services.peers.items():
-            engines.update({e.name: name for e in peer.engines if e.model == model and not e.frozen})
-        return engines
-
-    def _still_late(self, message: msg.Open, engines: dict[str, str]) -> dict[str, str]:
-        """Of the engines that are to get what was pushed before, those that still lack it: this may have waited."""
-        newest = self.newest.get(message.model)
-        if newest is not None and newest > message.version:
-            return {}
-        services = self._services
-        known = engines_everywhere(services.config.node.name, services.executor.engines, services.peers.values())
-        late = late_engines(known, message.model, message.version)
-        return {name: engines[name] for name in message.engines if name in late}
-
-    def _models(self) -> list[str]:
-        """Of all engines that take pushes; a frozen one's is told as such."""
-        remote = {(e.model, e.frozen) for peer in self._services.peers.values() for e in peer.engines}
-        local = {(e.config.model, e.config.frozen) for e in self._services.executor.engines}
-        taken = {model for model, frozen in remote | local if not frozen}
-        return sorted(taken | {f"{model} (frozen)" for model, _ in remote | local if model not in taken})
 
     # --- its end --------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,9 +18,10 @@ from weightsync.plan.manifest import Layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-    from pathlib import Path
 
     from weightsync.sources import Source
+
+ROOT = Path(__file__).parents[2]
 
 
 class Block(nn.Module):
@@ -91,3 +96,18 @@ def put_together(directory: Path, case: str, world: int) -> tuple[Plan, list[Lay
         for name in whole.files:
             np.testing.assert_array_equal(back[aliases.get(name, name)], whole[name], err_msg=f"{case}: {name}")
     return plan, layouts
+
+
+def run_ranks(script: str, *arguments: str, torchrun: int = 0) -> None:
+    """Run a script of this folder, by `torchrun` on so many ranks, or by itself. It has to end well."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
+    done = subprocess.run(
+        [sys.executable, *launcher, str(ROOT / "tests/unit" / script), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=140,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-4000:]

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
-from tests.unit.sources_kit import put_together
+from tests.unit.sources_kit import put_together, run_ranks
 
-ROOT = Path(__file__).parents[2]
 CASES = {"trained", "state_dict", "tied", "bfloat16", "unsharded", "narrow", "mapping"}
 MORE = {3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps"}}
 
@@ -19,17 +13,7 @@ MORE = {3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("world", [3, 4])
 def test_what_ranks_hold_makes_up_the_model(tmp_path, world):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/unit/fsdp2_ranks.py"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=140,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks("fsdp2_ranks.py", str(tmp_path), torchrun=world)
     cases = {path.name.split(".")[0] for path in tmp_path.glob("*.layout")}
     assert cases == CASES | MORE[world]
     for case in sorted(cases):

@@ -2,39 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 
-from tests.unit.sources_kit import put_together
-
-ROOT = Path(__file__).parents[2]
+from tests.unit.sources_kit import put_together, run_ranks
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
-
-
-def torchrun(script: str, world: int, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    done = subprocess.run(
-        [*command, str(ROOT / "tests/unit" / script), *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=170,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.mark.timeout(180)
 @pytest.mark.parametrize(("world", "cases"), [(1, 1), (2, 19), (4, 7)])
 def test_what_ranks_hold_makes_up_the_checkpoint(tmp_path, world, cases):
-    torchrun("megatron_ranks.py", world, str(tmp_path))
+    run_ranks("megatron_ranks.py", str(tmp_path), torchrun=world)
     names = sorted({path.name.split(".")[0] for path in tmp_path.glob("*.layout")})
     assert len(names) == cases
     for case in names:
@@ -51,7 +31,7 @@ def test_what_ranks_hold_makes_up_the_checkpoint(tmp_path, world, cases):
 @pytest.mark.skipif(find_spec("mbridge") is None, reason="mbridge is not installed")
 @pytest.mark.timeout(180)
 def test_what_mbridge_loads_is_declared_and_what_no_rule_knows_is_exported(tmp_path):
-    torchrun("megatron_bridge_ranks.py", 2, str(tmp_path))
+    run_ranks("megatron_bridge_ranks.py", str(tmp_path), torchrun=2)
     cases = sorted({path.name.split(".")[0] for path in tmp_path.glob("*.layout")})
     assert len(cases) == 10
     for case in cases:

@@ -4,11 +4,7 @@ is the model bit for bit, under the model's own names.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from math import prod
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.plan_kit import window
-from tests.unit.sources_kit import put_together
+from tests.unit.sources_kit import put_together, run_ranks
 from weightsync.sources.flat import boxes_of_stretch
 
-ROOT = Path(__file__).parents[2]
 WORLD = 4
 
 
@@ -27,16 +22,7 @@ WORLD = 4
 def written(tmp_path_factory):
     """The folder in which four ranks have written all cases; they are forked from one process, which imports once."""
     out = tmp_path_factory.mktemp("ranks")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/unit/module_ranks.py"), str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=140,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_ranks("module_ranks.py", str(out))
     return out
 
 

@@ -1,0 +1,42 @@
+"""Which engines a push is for, of this node and of those it knows."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsyncd.repeats import engines_everywhere, late_engines
+
+if TYPE_CHECKING:
+    from weightsync.wire import messages as msg
+    from weightsyncd.push import Services
+
+__all__ = ["engines_of", "models_of", "still_late"]
+
+
+def engines_of(services: Services, model: str) -> dict[str, str]:
+    """Name → node of every engine that takes what is pushed to the model, wherever it is."""
+    engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
+    for name, peer in services.peers.items():
+        engines.update({e.name: name for e in peer.engines if e.model == model and not e.frozen})
+    return engines
+
+
+def models_of(services: Services) -> list[str]:
+    """Of all engines that take pushes; a frozen one's is told as such."""
+    found = {(e.model, e.frozen) for e in _everywhere(services)}
+    taken = {model for model, frozen in found if not frozen}
+    return sorted(taken | {f"{model} (frozen)" for model, _ in found if model not in taken})
+
+
+def still_late(services: Services, message: msg.Open, engines: dict[str, str], newest: int | None) -> dict[str, str]:
+    """Of the engines that are to get what was pushed before, those that still lack it: this may have waited. None of
+    them do where something newer has been committed, as `newest` says.
+    """
+    if newest is not None and newest > message.version:
+        return {}
+    late = late_engines(_everywhere(services), message.model, message.version)
+    return {name: engines[name] for name in message.engines if name in late}
+
+
+def _everywhere(services: Services) -> list[msg.EngineStatus]:
+    return engines_everywhere(services.config.node.name, services.executor.engines, services.peers.values())
