@@ -13,7 +13,7 @@ from weightsync.fleet import Fleet
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
-    from weightsync.fleet import Daemon
+    from weightsync.fleet import Child, Daemon, Engine
 
 
 @pytest.hookimpl(wrapper=True)
@@ -36,19 +36,25 @@ def prepared(fleet: Fleet) -> None:
         random_checkpoint(TINY, fleet.root / name, seed)
 
 
+def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
+    """Make the checkpoints that are pushed; start engines, by name and size, and a trainer that listens."""
+    prepared(fleet)
+    engines = [
+        fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
+        for name, tp in sizes.items()
+    ]
+    trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
+    for engine in engines:
+        fleet.wait_engine(engine)
+    until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
+    return engines, trainer
+
+
 @pytest.fixture(scope="session")
 def _one_node() -> Iterator[Node]:
     with Fleet() as fleet:
-        prepared(fleet)
-        engines = [
-            fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
-            for name, tp in (("e1", 1), ("e2", 2))
-        ]
-        trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
-        for engine in engines:
-            fleet.wait_engine(engine)
+        engines, trainer = populated(fleet, e1=1, e2=2)
         daemon = fleet.start_daemon("fault0", engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
-        until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
         yield Node(fleet, daemon, engines, trainer)
         _no_surprises(daemon)
     assert not segments("fault0")
@@ -57,18 +63,10 @@ def _one_node() -> Iterator[Node]:
 @pytest.fixture(scope="session")
 def _two_nodes() -> Iterator[Node]:
     with Fleet() as fleet:
-        prepared(fleet)
-        engines = [
-            fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
-            for name, tp in (("home", 1), ("away1", 1), ("away2", 2))
-        ]
-        trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
-        for engine in engines:
-            fleet.wait_engine(engine)
+        engines, trainer = populated(fleet, home=1, away1=1, away2=2)
         timeouts, log = {**TIMEOUTS, "operation": 8}, {"level": "debug"}
         away = fleet.start_daemon("fault2", engines[1:], arena=ARENA, timeouts=timeouts, log=log)
         home = fleet.start_daemon("fault1", engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
-        until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
         node = Node(fleet, home, engines, trainer, [away])
         node.wait_attached()
         yield node

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import psutil
 import pytest
 
-from tests.faults.conftest import prepared
-from tests.faults.kit import ARENA, TIMEOUTS, TRAINER, Node, engine_processes, until
+from tests.faults.conftest import populated
+from tests.faults.kit import ARENA, TIMEOUTS, Node, engine_processes, until
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
 from weightsync.operator import change_engines
@@ -71,20 +71,12 @@ class Late(Node):
 @pytest.fixture(scope="module")
 def _fleet() -> Iterator[Late]:
     with Fleet() as fleet:
-        prepared(fleet)
-        engines = [
-            fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
-            for name, tp in (("home", 1), ("away", 2))
-        ]
-        trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
-        for engine in engines:
-            fleet.wait_engine(engine)
+        engines, trainer = populated(fleet, home=1, away=2)
         log = {"level": "debug"}
         away = fleet.start_daemon("late2", engines[1:], arena=ARENA, timeouts=TIMEOUTS, log=log)
         home = fleet.start_daemon(
             "late1", engines[:1], peers=[away], arena=ARENA, timeouts=TIMEOUTS, log=log, node={"retain": "host"}
         )
-        until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
         made = Late(fleet, home, engines, trainer, [away])
         made.wait_attached()
         yield made
