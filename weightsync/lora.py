@@ -76,7 +76,7 @@ def push_lora(
 
     An engine that fails goes on with what it had: look at `report.complete`. Raises `SourceError` for an adapter that
     engines would not compute as the trainer does, `PushRefused` before any engine was touched, `PushAborted` when none
-    has loaded it, and `DaemonLost`.
+    has loaded it, `PushTimeout` when what is under way on the node does not end in time, and `DaemonLost`.
     """
     from weightsync.operator import ask
     from weightsync.rank import trainer_place

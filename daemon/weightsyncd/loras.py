@@ -63,23 +63,19 @@ class Loras:
         self._node, self._timeouts = config.node.name, config.timeouts
         self._engines, self._peers, self._busy, self._spawn = engines, peers, busy, spawn
         self._one = asyncio.Lock()
+        self._freed = asyncio.Event()
 
     async def push(self, message: msg.PushLora) -> msg.LoraPushed:
-        """Have every engine of the model load the adapter. Raises `PushRefused` before any of this node's was touched,
-        and `PushTimeout` where an earlier one does not end.
+        """Have every engine of the model load the adapter. What is under way on this node, of adapters or of weights,
+        is waited for. Raises `PushRefused` before any of this node's engines was touched, and `PushTimeout` where what
+        is waited for does not end.
         """
         until = time.monotonic() + message.timeout
         mine = [self._engines[name] for name in self._engines.of_model(message.model)]
         theirs = self._elsewhere(message) if message.forward else []
         if not mine and not theirs:
             raise _refused(message, f"no engine serves model {message.model!r}")
-        try:
-            async with asyncio.timeout_at(until):
-                await self._one.acquire()
-        except TimeoutError as error:
-            raise PushTimeout(
-                "an earlier LoRA adapter is still under way", model=message.model, version=message.version
-            ) from error
+        await self._turn(message, until)
         try:
             held = await self._held(message, mine, until)
             try:
@@ -96,6 +92,29 @@ class Loras:
             self._one.release()
         return msg.LoraPushed(engines=tuple(outcome for some in outcomes for outcome in some))
 
+    async def _turn(self, message: msg.PushLora, until: float) -> None:
+        """Take `_one` in turn. A push of weights is over for the trainer before it is for the node."""
+        busy = "an earlier LoRA adapter"
+        try:
+            async with asyncio.timeout_at(until):
+                await self._one.acquire()
+                busy = "a push of weights"
+                try:
+                    while self._busy():
+                        await self._freed.wait()
+                except BaseException:
+                    self._one.release()
+                    raise
+        except TimeoutError as error:
+            raise PushTimeout(
+                f"{busy} is still under way on node {self._node}", model=message.model, version=message.version
+            ) from error
+
+    def go_on(self) -> None:
+        """The node may be free: who waits for that looks again."""
+        self._freed.set()
+        self._freed.clear()
+
     def _elsewhere(self, message: msg.PushLora) -> list[tuple[Peer, list[msg.EngineStatus]]]:
         """Other nodes, and those of their engines that take the model."""
         found = [
@@ -108,8 +127,6 @@ class Loras:
         self, message: msg.PushLora, engines: Iterable[Engine], until: float
     ) -> dict[str, list[str] | WeightSyncError]:
         """By engine, the adapters that it has loaded, or why it does not say."""
-        if self._busy():
-            raise _refused(message, "a push of weights is under way on this node", hint="try again when it has ended")
         soon = min(until, time.monotonic() + self._timeouts.probe)
 
         async def ask(engine: Engine) -> tuple[str, list[str] | WeightSyncError]:

@@ -363,6 +363,7 @@ class Server:
         """No push holds this node any more."""
         self.members.settle()
         self.trainers.go_on()
+        self.loras.go_on()
 
     async def see_peers(self) -> None:
         """Look at the engines of other nodes anew."""

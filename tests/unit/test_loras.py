@@ -16,7 +16,7 @@ import pytest
 from weightsync import push_lora
 from weightsync.adapters.vllm.control import VLLMAdapter
 from weightsync.config import EngineConfig, NodeConfig, NodeSection, TimeoutConfig
-from weightsync.errors import PushAborted, PushRefused, SourceError
+from weightsync.errors import PushAborted, PushRefused, PushTimeout, SourceError
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsyncd.engines import Engines
@@ -229,11 +229,26 @@ async def test_what_is_refused_touches_no_engine():
     with pytest.raises(PushRefused, match="engine e1: it takes no LoRA adapters") as caught:
         await node.push(6)
     assert "--enable-lora" in str(caught.value.hint)
-    node.busy = True
-    with pytest.raises(PushRefused, match="a push of weights is under way"):
-        await node.push(6)
     assert not servers["e0"].posts
     assert not servers["e1"].posts
+
+
+@on_loop
+async def test_a_push_of_weights_is_waited_for_and_no_longer_than_asked():
+    server = Server()
+    node = Node({"e0": server})
+    node.busy = True
+    with pytest.raises(PushTimeout, match="a push of weights is still under way on node n0"):
+        await node.push(6, timeout=0.05)
+    waits = asyncio.create_task(node.push(6))
+    behind = asyncio.create_task(node.push(7))
+    await asyncio.sleep(0)
+    node.loras.go_on()  # as when the next push of weights began at once
+    await asyncio.sleep(0)
+    assert not server.posts
+    node.busy = False
+    node.loras.go_on()
+    assert [(await one)["e0"].outcome for one in (waits, behind)] == ["loaded", "loaded"]
 
 
 @on_loop
