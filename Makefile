@@ -55,8 +55,14 @@ test-gpu: setup
 bench: setup
 	$(BIN)/python -m bench --json-dir bench/results
 
-docs: setup
+$(BIN)/.docs-set-up: $(BIN)/.set-up
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
+	@touch $@
+
+# the diagram of docs/session.md from the code, and the site into site/
+docs: $(BIN)/.docs-set-up
 	$(BIN)/python docs/make_state_diagram.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
