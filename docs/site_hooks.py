@@ -1,4 +1,4 @@
-"""What mkdocs is told beside mkdocs.yml: two pages of the site lie in the repository's root, where people look for them."""
+"""What mkdocs is told beside mkdocs.yml: two pages lie in the repository's root, where people look for them."""
 
 from __future__ import annotations
 
