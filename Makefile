@@ -1,6 +1,6 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
 # make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
-# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
+# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types;  make docs  the docs as a site
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
