@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import socket
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,52 +27,46 @@ def read_page() -> list[tuple[str, str, str]]:
 
 
 def without_figures(text: str) -> list[str]:
-    """Lines in which every number is the same, and columns are as wide as they may be."""
-    lines = [" ".join(re.sub(r"\d[\d.,:-]*", "N", line).split()) for line in text.splitlines()]
-    return [line for line in lines if line]
+    """Its words, in which every number is the same: lines break elsewhere when a number is longer."""
+    return re.sub(r"\d[\d.,:-]*", "N", text).split()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
+def run(script: str, here: str) -> str:
+    """What it prints. Whatever it has started ends with it."""
+    environment = {**os.environ, "XDG_RUNTIME_DIR": here, "COLUMNS": "100", "PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}"}
+    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
+    for name in ("WEIGHTSYNC_DAEMON", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
+        environment.pop(name, None)
+    bash = subprocess.Popen(
+        ["bash", "-c", f"exec 2>&1; trap 'kill $(jobs -p) 2> /dev/null' EXIT\n{script}\nwait"],
+        cwd=here,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        printed = bash.communicate(timeout=280)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(bash.pid, signal.SIGKILL)
+    assert bash.returncode == 0, printed[-4000:]
+    return printed
 
 
-def test_it_can_be_followed_word_by_word():
-    blocks = read_page()
-    commands = [text for language, _, text in blocks if language == "bash"]
+def test_it_can_be_followed_word_by_word(no_leaks, unused_port):
+    blocks, port = read_page(), str(unused_port)
+    commands = [text.replace("8000", port) for language, _, text in blocks if language == "bash"]
+    script = f"echo '{MARK}'\n".join([*commands, ""]).replace("wait %2", "wait %2 || exit 1")  # weightsyncd's status
     with tempfile.TemporaryDirectory(prefix="ws-quick-") as here:  # sockets: their paths must be short
         for _, name, text in blocks:
             if name:
-                Path(here, name).write_text(text)
-        port = str(free_port())
-        script = "set -e\ntrap 'kill $(jobs -p) 2> /dev/null' EXIT\n" + f"echo '{MARK}'\n".join([*commands, ""])
-        for file in Path(here).iterdir():
-            file.write_text(file.read_text().replace("8000", port))
-        environment = {
-            **os.environ,
-            "XDG_RUNTIME_DIR": here,
-            "PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}",
-            "COLUMNS": "100",
-        }
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
-        for name in ("WEIGHTSYNC_DAEMON", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
-            environment.pop(name, None)
-        done = subprocess.run(
-            ["bash", "-c", script.replace("8000", port)],
-            cwd=here,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=280,
-            check=False,
-        )
-    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    outputs = iter(done.stdout.replace(port, "8000").split(MARK))
-    if out := os.environ.get("QUICKSTART_OUT"):
-        Path(out).write_text(done.stdout.replace(port, "8000"))
+                Path(here, name).write_text(text.replace("8000", port))
+        outputs = iter(run(script, here).replace(port, "8000").split(MARK))
     came = ""
     for language, name, text in blocks:
         if language == "bash":
             came = next(outputs)
         elif language == "text" and not name:
-            assert without_figures(text) == without_figures(came)[-len(without_figures(text)) :], came
+            words = without_figures(text)
+            assert words == without_figures(came)[-len(words) :], came
