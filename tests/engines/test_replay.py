@@ -55,8 +55,9 @@ def up_to_replay(node: Any, *tags: str) -> Any:
     first = recorded_anew(node, tags[0])
     node.check(tags[0])
     for tag, phase in zip(tags[1:], ("prove", "replay", "replay"), strict=True):
-        node.push(tag)
+        report = node.push(tag)
         found = facts(node, phase)
+        assert report.engines[0].checked == found.replayed, "what replays is compared where it lies"
         node.check(tag)
     assert found.why == first.why, "the proof found nothing"
     print(shown(node))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,8 +15,9 @@ from tests import box_emulation
 from tests.replay_kit import Model, read_buckets, same
 from weightsync.device.launch import COPY
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.fingerprint import fingerprint
 from weightsync.replay.model import ModelState
-from weightsync.replay.moves import Move, apply, strided_view
+from weightsync.replay.moves import Move, apply, raw_bytes, strided_view
 from weightsync.replay.state import ModelReplay
 from weightsync.replay.strided import Box, compose, merge_dims
 
@@ -155,6 +157,24 @@ def test_views_are_always_replayed_and_give_what_the_loader_gives(found, slot_by
 def test_with_copies_on_the_way_nothing_else_than_the_loader_gives_comes_out(found, slot_bytes):
     replay, _ = _three_pushes(found, slot_bytes)
     assert not any("differs" in why for why in replay.facts().why), "the plan was wrong, and only its proof saw it"
+
+
+@settings(max_examples=50, deadline=None)
+@given(loads(copies=True), st.sampled_from([256, 1 << 16]))
+def test_what_lies_in_parameters_is_told_as_boxes_of_what_was_pushed(found, slot_bytes):
+    replay, model = _three_pushes(found, slot_bytes)
+    sent = _weights(found[0], 2)
+    manifest, _ = read_buckets(sent, slot_bytes)
+    state = ModelState.of(model)
+    held = replay.residents(manifest.digest, state)
+    assert (held is not None) == (replay.facts().phase == "replay")
+    if held is None:
+        return
+    for one, told in zip(held.held, np.frombuffer(held.fingerprints(state.tensors), "<u8").tolist(), strict=True):
+        tensor = sent[manifest.tensors.names[one.tensor]]
+        box = tensor[tuple(slice(o, o + s) for o, s in zip(one.offset, one.shape, strict=True))]
+        where = {"global_shape": tuple(tensor.shape), "offset": one.offset, "shape": one.shape}
+        assert told == fingerprint(raw_bytes(box).numpy(), itemsize=tensor.element_size(), **where)
 
 
 @settings(max_examples=300, deadline=None)

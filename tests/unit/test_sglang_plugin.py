@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from tests.hand_push import HandPush, Tensors
+from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
-from weightsync.errors import LocalProtocolError
+from weightsync.errors import CodecError, LocalProtocolError
+from weightsync.plan.packing import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -99,6 +101,38 @@ def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
         assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
     for name, parameter in scheduler.model.named_parameters():
         assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_what_lies_in_the_model_is_told_once_it_is_proved(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        manifest = hand.manifest(TENSORS)
+        asked = [kind(manifest=manifest.digest, target="all") for kind in (orders.Sums, orders.Boxes)]
+        for told in (0, 2, 2):
+            scheduler.ask(begin(hand))
+            for bucket in range(manifest.buckets):
+                scheduler.ask(load(hand, bucket))
+            scheduler.ask(orders.Finish())
+            (sums,), (boxes,) = (orders.unpack_answers(scheduler.ask(order).message) for order in asked)
+            held = msgspec.msgpack.decode(sums, type=HeldSums)
+            assert len(held.sums) == 8 * told
+            assert held.boxes == (digest_of(boxes) if told else b"")
+
+
+def test_what_ranks_answer_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [b"a", b"bcd"]
+
+    def all_gather(out: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        for there, one in zip(out, theirs, strict=True):
+            padded = list(one.ljust(3, b"\0"))
+            there.copy_(torch.tensor([len(one)]) if mine.dtype == torch.int64 else torch.tensor(padded))
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    answers = plugin._gathered(b"a", None)
+    assert answers == theirs
+    assert orders.unpack_answers(orders.pack_answers(answers)) == theirs
+    with pytest.raises(CodecError, match="cannot be read"):
+        orders.unpack_answers("weightsync")
 
 
 def test_names_are_judged_before_anything_is_loaded(scheduler: Scheduler) -> None:

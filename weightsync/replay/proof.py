@@ -2,6 +2,7 @@
 
 The moves are carried out into scratch, the loader loads as always, and a target whose tensors have all come is compared
 at once where it is equal, and at the end of the push where it is not yet: some loaders put a layer together first.
+What was equal must still be so at the end.
 Scratch begins with bytes that nobody sends, so a move that is missing shows even where the weights have not changed.
 Tensors that the plan says are left alone must be found as they were.
 """
@@ -37,6 +38,7 @@ class Proof:
                 self._missing[move.target] += 1
         self._scratch: dict[int, torch.Tensor] = {}
         self._differ: dict[int, torch.Tensor] = {}
+        self._equal: dict[int, int] = {}  # target → checksum of what it was equal with
         self._before = {name: _checksum(targets[name]) for name in plan.untouched}
 
     def bucket(self, bucket: int, data: torch.Tensor, whole: Callable[[int], torch.Tensor]) -> None:
@@ -54,7 +56,7 @@ class Proof:
             apply(moves, source, self._scratch)
         self._differ |= {target: self._scratch.pop(target) for target in done}
         for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
-            del self._differ[target]
+            self._equal[target] = _checksum(self._differ.pop(target))
 
     def finish(self) -> dict[str, str]:
         """The targets that the plan got wrong, and how. Empty: it is proved."""
@@ -63,6 +65,10 @@ class Proof:
             at = self._first_difference(target, made)
             if at is not None:
                 wrong[self._moves.targets[target]] = f"its replay differs from what the loader made, first in byte {at}"
+        for target, equal in self._equal.items():
+            name = self._moves.targets[target]
+            if _checksum(self._targets[name]) != equal:
+                wrong[name] = "it is changed after its tensors were loaded"
         for name, before in self._before.items():
             if _checksum(self._targets[name]) != before:
                 why = f"the loader changes {name}, and was not seen to: it may do more that was not"

@@ -22,6 +22,7 @@ from weightsync.replay.facts import ReplayFacts
 from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
+from weightsync.replay.residents import Residents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -52,6 +53,7 @@ class _Known:
     moves: Moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
+    residents: Residents | None = None  # worked out when first asked for
 
 
 class ModelReplay:
@@ -70,6 +72,7 @@ class ModelReplay:
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._filled = False
+        self._in_host_memory = False  # where fingerprints are made
         self._seconds: dict[str, float] = {}  # of the last push in each phase
 
     @property
@@ -87,7 +90,9 @@ class ModelReplay:
         self._phase, self._manifest = "off", manifest
         if model is None:
             self.turn_off("the model could not be looked at")
-        elif not self._asked and any(t.device.type not in ("cpu", "meta") for t in model.tensors.values()):
+        else:
+            self._in_host_memory = all(t.device.type in ("cpu", "meta") for t in model.tensors.values())
+        if model is not None and not self._asked and not self._in_host_memory:
             self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
             self._learn(lambda: self._choose(manifest, model))
@@ -174,8 +179,9 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
+        compares = self._in_host_memory and not self._off
         if known is None:
-            return ReplayFacts(phase=self._phase, note=self._note)
+            return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
         plan = known.plan
         why: dict[str, list[str]] = {}
         for name, reason in plan.loader_sources.items():
@@ -189,8 +195,22 @@ class ModelReplay:
             moves=known.moves.count,
             why={reason: _first(names) for reason, names in why.items()},
             note=self._note,
+            compares=compares,
             seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
         )
+
+    def residents(self, digest: bytes, model: ModelState) -> Residents | None:
+        """What `model` has of the tensors of the push that has ended, whose manifest has this digest, as far as that is
+        proved; None where nothing is, or the push was another.
+        """
+        known, manifest = self._known, self._manifest
+        if known is None or manifest is None or not known.proved or not manifest.digest == known.digest == digest:
+            return None
+        if not self._in_host_memory or _why_anew(known, manifest, model.places):
+            return None
+        if known.residents is None:
+            known.residents = Residents(known.plan, manifest)
+        return known.residents
 
     def _tell(self) -> None:
         facts = self.facts()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
+from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.pickling import dumps
@@ -72,6 +73,7 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
+        self._held = HeldCheck(spec.name)
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
 
@@ -178,8 +180,17 @@ class SGLangAdapter(EngineAdapter):
         self._version = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None: SGLang keeps weights fused, and its own checksums are of that."""
-        return None
+        """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
+        known = await self._met(deadline)
+        path, plugin = known.path, known.facts.plugin
+        if not isinstance(path, PluginPath) or plugin is None or plugin.replay is None or not plugin.replay.compares:
+            return None
+        return await self._held.verify(
+            manifest,
+            expected,
+            sums=lambda: path.sums(manifest, deadline=deadline),
+            boxes=lambda: path.boxes(manifest, deadline=deadline),
+        )
 
     async def resume(self, *, deadline: float) -> None:
         if self._asleep and self._begun:  # one that was not loaded sleeps on, as whoever put it to sleep wants it

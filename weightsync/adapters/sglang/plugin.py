@@ -25,6 +25,7 @@ import msgspec
 import torch
 import torch.distributed
 
+from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
@@ -60,8 +61,10 @@ class _Worker:
         self._requantisers: list[Requantiser] = []
         self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
-    def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
-        """Carry out one order; what to answer. Raises whatever goes wrong."""
+    def obey(self, manager: Any, order: orders.AnyOrder) -> str | bytes:
+        """Carry out one order; what to answer, and where that is bytes every rank's answer is told. Raises whatever
+        goes wrong.
+        """
         rank = torch.distributed.get_rank(manager.tp_cpu_group)
         match order:
             case orders.Accept():
@@ -72,6 +75,12 @@ class _Worker:
                 return self._load(order, rank)
             case orders.Finish():
                 return self._finish()
+            case orders.Sums():
+                model = _models(manager, order.target)[0]
+                return msgspec.msgpack.encode(sums_of(self._replays.get(model), order.manifest, ModelState.of(model)))
+            case orders.Boxes():
+                model = _models(manager, order.target)[0]
+                return packed_boxes(self._replays.get(model), order.manifest, ModelState.of(model))
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
         manifest = Manifest.unpack(order.manifest)
@@ -158,7 +167,8 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
         return reply(success=False, message=str(error))
     if order is None:
         return original(manager, request)
-    answer, problem = "", ""
+    answer: str | bytes = ""
+    problem = ""
     try:
         answer = _worker.obey(manager, order)
     except WeightSyncError as error:
@@ -168,6 +178,8 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
         logger.exception("weightsync: %s failed", type(order).__name__)
         problem = f"{type(error).__name__}: {error}"
     problem = _agree(problem, manager.tp_cpu_group)
+    if isinstance(answer, bytes) and not problem:
+        answer = orders.pack_answers(_gathered(answer, manager.tp_cpu_group))
     return reply(success=not problem, message=problem or answer)
 
 
@@ -186,6 +198,22 @@ def _agree(problem: str, group: Any) -> str:
         if text:
             return f"tp rank {rank}: {text.decode('utf-8', 'replace')}"
     return ""
+
+
+def _gathered(mine: bytes, group: Any) -> list[bytes]:
+    """What every rank has, in their order."""
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return [mine]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(mine)]), group=group)
+    longest = max(int(length) for length in lengths)
+    if not longest:
+        return [b""] * size
+    padded = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8)
+    all_ranks = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    torch.distributed.all_gather(all_ranks, padded, group=group)
+    return [one.numpy().tobytes()[: int(length)] for one, length in zip(all_ranks, lengths, strict=True)]
 
 
 def _models(manager: Any, target: str) -> list[Any]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 import torch
 
+from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
@@ -29,6 +30,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from weightsync.adapters.held import HeldSums
     from weightsync.replay.bucket import Named
 
 __all__ = ["WeightReload", "worker_index"]
@@ -120,6 +122,14 @@ class WeightReload:
         """What is known of the model's replay, as plain data; None before its first push."""
         found = self._replays.get(model)
         return msgspec.to_builtins(found.facts()) if found is not None else None
+
+    def held_sums(self, model: torch.nn.Module, digest: bytes) -> HeldSums:
+        """What lies in the model of the push that has ended, whose manifest has this digest."""
+        return sums_of(self._replays.get(model), digest, ModelState.of(model))
+
+    def held_boxes(self, model: torch.nn.Module, digest: bytes) -> bytes:
+        """Of which boxes `held_sums` speaks."""
+        return packed_boxes(self._replays.get(model), digest, ModelState.of(model))
 
     def load(
         self,
