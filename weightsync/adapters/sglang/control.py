@@ -73,7 +73,7 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
-        self._held = HeldCheck(spec.name)
+        self._held, self._compares = HeldCheck(spec.name), False
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
 
@@ -99,6 +99,7 @@ class SGLangAdapter(EngineAdapter):
         self._version = weights.version
         plugin = facts.plugin
         self._asleep = plugin.asleep if plugin else ()
+        self._compares = plugin is not None and plugin.replay is not None and plugin.replay.compares
         released = "its weights are released" if "weights" in self._asleep else ""
         self._incomplete = "it is torn" if weights.torn else released
         if known.says_ready:
@@ -182,8 +183,8 @@ class SGLangAdapter(EngineAdapter):
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
         known = await self._met(deadline)
-        path, plugin = known.path, known.facts.plugin
-        if not isinstance(path, PluginPath) or plugin is None or plugin.replay is None or not plugin.replay.compares:
+        path = known.path
+        if not isinstance(path, PluginPath) or not self._compares:
             return None
         return await self._held.verify(
             manifest,
