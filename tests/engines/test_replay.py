@@ -60,6 +60,7 @@ def up_to_replay(node: Any, *tags: str) -> Any:
         assert report.engines[0].checked == found.replayed, "what replays is compared where it lies"
         node.check(tag)
     assert found.why == first.why, "the proof found nothing"
+    assert bool(found.pulled) == (not found.by_loader), "what no loader needs is taken out of the slots"
     print(shown(node))
     return found
 

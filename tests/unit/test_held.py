@@ -46,9 +46,9 @@ class Engine:
         self.check = HeldCheck("e0")
         self.asked = 0  # for boxes
 
-    def push(self, seed):
+    def push(self, seed, shapes=SHAPES):
         generator = torch.Generator().manual_seed(seed)
-        self.weights = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        self.weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         for model, replay in zip(self.models, self.replays, strict=True):
             model.push(replay, self.weights)
 
@@ -89,6 +89,25 @@ def test_what_is_proved_is_compared_after_every_push(engine):
         assert engine.verify() == 3, "every other row of a tensor is no box of it"
     assert engine.asked == 1
     assert [model.heard for model in engine.models] == [[], []]
+
+
+def test_what_a_whole_comparison_allows(engine):
+    def covers():
+        return engine.check.covers(read_buckets(engine.weights, 1 << 20)[0])
+
+    for seed in range(3):
+        engine.push(seed)
+        engine.verify()
+    assert not covers(), "one tensor cannot be compared"
+    fewer = {name: shape for name, shape in SHAPES.items() if name != "odd"}
+    for seed, equal in ((0, False), (1, True), (2, True)):
+        engine.push(seed, fewer)
+        engine.verify()
+        assert covers() == equal
+    engine.models[0].get_parameter("norm.weight").data[0] = 7
+    with pytest.raises(EngineError):
+        engine.verify()
+    assert not covers()
 
 
 def test_a_byte_that_is_wrong_is_found_in_any_worker(engine):

@@ -434,7 +434,7 @@ def test_a_model_that_cannot_be_looked_at_is_left_to_its_loader(caplog):
 def test_a_replay_that_fails_is_the_last(monkeypatch):
     model: Any = Model(LAYER, load_layer)
     replay = pushed(model, layer, times=3)
-    monkeypatch.setattr("weightsync.replay.state.apply", lambda *_: 1 / 0)
+    monkeypatch.setattr("weightsync.replay.kernel.apply", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.push(replay, layer(3))
     model.push(replay, layer(4))
@@ -458,7 +458,7 @@ def test_weights_elsewhere_than_in_host_memory_replay_if_asked_for(environment, 
     state = ModelState.of(model)
     replay = ModelReplay(environment)
     manifest, _ = read_buckets(weights(0, w=(4,)), 1 << 20)
-    elsewhere = SimpleNamespace(tensors={"w": SimpleNamespace(device=SimpleNamespace(type="cuda"), numel=lambda: 0)})
+    elsewhere = SimpleNamespace(tensors={"w": SimpleNamespace(device=torch.device("cuda"), numel=lambda: 0)})
     elsewhere.places = state.places
     replay.begin(manifest, elsewhere)  # type: ignore[arg-type]
     assert replay.facts().phase == phase

@@ -81,9 +81,10 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
         worker._slots.close()
 
 
-def begin(hand: HandPush, target: str = "all") -> orders.Begin:
+def begin(hand: HandPush, target: str = "all", pull: bool = False) -> orders.Begin:
     offers = tuple(tuple(rank) for rank in hand.offers("e", 1))
-    return orders.Begin(manifest=hand.manifest(TENSORS).pack(), target=target, offers=offers, seconds=10.0)
+    manifest = hand.manifest(TENSORS).pack()
+    return orders.Begin(manifest=manifest, target=target, offers=offers, seconds=10.0, pull=pull)
 
 
 def load(hand: HandPush, bucket: int) -> orders.Load:
@@ -116,6 +117,26 @@ def test_what_lies_in_the_model_is_told_once_it_is_proved(scheduler: Scheduler) 
             held = msgspec.msgpack.decode(sums, type=HeldSums)
             assert len(held.sums) == 8 * told
             assert held.boxes == (digest_of(boxes) if told else b"")
+
+
+def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        buckets = hand.manifest(TENSORS).buckets
+        for pulled in (0, 0, buckets):
+            with torch.no_grad():
+                scheduler.model.norm.weight.zero_()
+            scheduler.ask(begin(hand, pull=True))
+            for bucket in range(buckets):
+                assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
+            scheduler.ask(orders.Finish())
+            assert plugin._worker.replay(scheduler.model)["pulled"] == pulled
+            for name, parameter in scheduler.model.named_parameters():
+                assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_an_older_plugin_is_not_told_to_pull() -> None:
+    order = orders.Begin(manifest=b"", target="all", offers=(), seconds=1.0)
+    assert b"pull" not in msgspec.msgpack.encode(order)
 
 
 def test_what_ranks_answer_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:

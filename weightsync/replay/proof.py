@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightsync.ipc.descriptors import checksum
-from weightsync.replay.moves import apply, raw_bytes, strided_view
+from weightsync.replay.moves import raw_bytes, strided_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from weightsync.replay.kernel import Mover
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
 
@@ -30,7 +31,8 @@ _NOBODYS = 0xA5
 class Proof:
     """One push. `targets` holds the model's tensors as its kernels see them."""
 
-    def __init__(self, plan: LoadPlan, moves: Moves, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, plan: LoadPlan, moves: Moves, targets: Mapping[str, torch.Tensor], mover: Mover) -> None:
+        self._mover = mover
         self._plan, self._moves, self._targets = plan, moves, targets
         self._missing = [0] * len(moves.targets)
         for bucket in moves.buckets:
@@ -44,16 +46,16 @@ class Proof:
     def bucket(self, bucket: int, data: torch.Tensor, whole: Callable[[int], torch.Tensor]) -> None:
         """The loader has loaded this bucket, whose bytes `data` are; `whole` gives a tensor that it completed."""
         here = self._moves.buckets[bucket]
-        parts = [(data, here.moves), *((raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
+        parts = [(-1, data, here.moves), *((tensor, raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
         done = []
-        for source, moves in parts:
+        for tensor, source, moves in parts:
             for move in moves:
                 if move.target not in self._scratch:
                     self._scratch[move.target] = self._empty(move.target)
                 self._missing[move.target] -= 1
                 if not self._missing[move.target]:
                     done.append(move.target)
-            apply(moves, source, self._scratch)
+            self._mover.apply((bucket, tensor), moves, source, self._scratch)
         self._differ |= {target: self._scratch.pop(target) for target in done}
         for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
             self._equal[target] = _checksum(self._differ.pop(target))

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from weightsync.errors import LocalProtocolError
 from weightsync.replay.facts import ReplayFacts
-from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
+from weightsync.replay.kernel import mover_for
+from weightsync.replay.moves import lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
 from weightsync.replay.residents import Residents
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
+    from weightsync.replay.kernel import Mover
     from weightsync.replay.model import ModelState, Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
@@ -51,6 +54,7 @@ class _Known:
     places: dict[str, Place]
     plan: LoadPlan
     moves: Moves
+    mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
     residents: Residents | None = None  # worked out when first asked for
@@ -72,7 +76,8 @@ class ModelReplay:
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._filled = False
-        self._in_host_memory = False  # where fingerprints are made
+        self._pulled = 0
+        self._device = torch.device("cpu")
         self._seconds: dict[str, float] = {}  # of the last push in each phase
 
     @property
@@ -91,12 +96,13 @@ class ModelReplay:
         if model is None:
             self.turn_off("the model could not be looked at")
         else:
-            self._in_host_memory = all(t.device.type in ("cpu", "meta") for t in model.tensors.values())
-        if model is not None and not self._asked and not self._in_host_memory:
+            elsewhere = {t.device for t in model.tensors.values() if t.device.type not in ("cpu", "meta")}
+            self._device = next(iter(elsewhere), torch.device("cpu"))
+        if model is not None and not self._asked and self._device.type != "cpu":
             self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
             self._learn(lambda: self._choose(manifest, model))
-        self._seconds[self._phase] = 0.0
+        self._seconds[self._phase], self._pulled = 0.0, 0
 
     def _choose(self, manifest: Manifest, model: ModelState) -> None:
         known, targets = self._known, model.tensors
@@ -112,12 +118,25 @@ class ModelReplay:
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
             if not known.proved:
-                self._proof, self._before = Proof(known.plan, known.moves, targets), model
+                self._proof, self._before = Proof(known.plan, known.moves, targets, known.mover), model
             self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:
         """Leave everything to the loader from here on. Not during a push."""
         self._off, self._note, self._known = True, why, None
+
+    def takes(self, bucket: int) -> bool:
+        """Whether it loads all of this bucket of the push by itself, so that a loader hears nothing of it."""
+        return self._phase == "replay" and self._known is not None and not self._known.moves.buckets[bucket].left
+
+    def pull(self, bucket: ReadBucket) -> None:
+        """As `load`, for a bucket that is to be left alone when this returns."""
+        if not self.takes(bucket.index):
+            raise LocalProtocolError("a loader has to see this bucket, and would keep it", bucket=bucket.index)
+        begun = perf_counter()
+        self._replay(bucket)
+        self._seconds["replay"] += perf_counter() - begun
+        self._pulled += 1
 
     def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
         """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
@@ -153,13 +172,14 @@ class ModelReplay:
         if recorder is not None:
             plan, table = recorder.plan(more), self._manifest.tensors
             sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
-            self._known = _Known(self._manifest.digest, before.places, plan, lay_out(plan, self._manifest), sizes)
+            moves, mover = lay_out(plan, self._manifest), mover_for(self._device)
+            self._known = _Known(self._manifest.digest, before.places, plan, moves, mover, sizes)
         elif proof is not None and known is not None:
             wrong = proof.finish() | {name: why for name, why in more.items() if name in known.plan.targets}
             for name, why in wrong.items():
                 logger.warning("weightsync: %s stays with the loader: %s", name, why)
             known.plan = known.plan.without(wrong)
-            known.moves = lay_out(known.plan, self._manifest)
+            known.moves, known.mover = lay_out(known.plan, self._manifest), mover_for(self._device)
             known.proved = True
         self._tell()
 
@@ -179,7 +199,7 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
-        compares = self._in_host_memory and not self._off
+        compares = self._device.type == "cpu" and not self._off
         if known is None:
             return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
         plan = known.plan
@@ -192,6 +212,7 @@ class ModelReplay:
             replayed_bytes=sum(known.sizes[name] for name in plan.sources),
             by_loader=len(plan.loader_sources),
             by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
+            pulled=self._pulled,
             moves=known.moves.count,
             why={reason: _first(names) for reason, names in why.items()},
             note=self._note,
@@ -206,7 +227,7 @@ class ModelReplay:
         known, manifest = self._known, self._manifest
         if known is None or manifest is None or not known.proved or not manifest.digest == known.digest == digest:
             return None
-        if not self._in_host_memory or _why_anew(known, manifest, model.places):
+        if self._device.type != "cpu" or _why_anew(known, manifest, model.places):
             return None
         if known.residents is None:
             known.residents = Residents(known.plan, manifest)
@@ -235,9 +256,10 @@ class ModelReplay:
             self._filled = True
         here = self._known.moves.buckets[bucket.index]
         try:
-            apply(here.moves, bucket.data, self._order)
+            mover = self._known.mover
+            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order)
             for tensor, moves in here.cut:
-                apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
+                mover.apply((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), self._order)
         except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             raise

@@ -160,7 +160,10 @@ class SGLangAdapter(EngineAdapter):
         self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        await known.path.begin(manifest, offers, deadline=deadline)
+        if isinstance(known.path, PluginPath) and self._compares and self._held.covers(manifest):
+            await known.path.begin(manifest, offers, deadline=deadline, pull=True)
+        else:
+            await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)

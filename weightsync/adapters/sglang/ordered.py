@@ -57,13 +57,17 @@ class PluginPath(LoadPath):
             )
         return accepted.untouched
 
-    async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+    async def begin(
+        self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float, pull: bool = False
+    ) -> None:
+        """See the base class. `pull`: what is loaded will be compared, so that buckets need not be."""
         await self._session.open(deadline=deadline)
         order = orders.Begin(
             manifest=manifest.pack(),
             target=self._target,
             offers=tuple(tuple(rank) for rank in offers),
             seconds=_seconds(deadline),
+            pull=pull,
         )
         await self._in_session(order, deadline, "begin")
 

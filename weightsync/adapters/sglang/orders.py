@@ -54,13 +54,16 @@ class Accept(Order, frozen=True, tag="accept"):
     target: Target
 
 
-class Begin(Order, frozen=True, tag="begin"):
-    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors."""
+class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
+    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
+    loaded will be compared, so that buckets need not be; only told to a plugin that compares.
+    """
 
     manifest: bytes
     target: Target
     offers: tuple[tuple[bytes, ...], ...]
     seconds: Seconds
+    pull: bool = False
 
 
 class Load(Order, frozen=True, tag="load"):

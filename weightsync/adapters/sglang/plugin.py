@@ -38,7 +38,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightsync.replay.bucket import Named
+    from weightsync.replay.bucket import Named, ReadBucket
 
 __all__ = ["register"]
 
@@ -58,6 +58,7 @@ class _Worker:
     def __init__(self) -> None:
         self._slots: SlotReader | None = None
         self._models: list[Any] = []
+        self._pull = False
         self._requantisers: list[Requantiser] = []
         self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
@@ -108,20 +109,30 @@ class _Worker:
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
             replay.begin(self._slots.manifest, ModelState.seen(model))
-        self._models = models
+        self._models, self._pull = models, order.pull and self._slots.lends
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        bucket = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
-        for model, requantiser in zip(self._models, self._requantisers, strict=True):
+        ticket, deadline = order.tickets[rank], monotonic() + order.seconds
+        replays = [self._replays[model] for model in self._models]
+        if self._pull and all(replay.takes(order.bucket) for replay in replays):
+
+            def take(bucket: ReadBucket) -> None:
+                for replay in replays:
+                    replay.pull(bucket)
+
+            self._slots.pull(order.bucket, ticket, take, deadline=deadline)
+            return "loaded"
+        bucket = self._slots.read(order.bucket, ticket, deadline=deadline)
+        for model, requantiser, replay in zip(self._models, self._requantisers, replays, strict=True):
 
             def load(tensors: list[Named], model: Any = model, requantiser: Requantiser = requantiser) -> None:
                 with requantiser.loading([name for name, _ in tensors]):
                     model.load_weights(list(tensors))
 
-            self._replays[model].load(bucket, load)
+            replay.load(bucket, load)
         return "loaded"
 
     def _finish(self) -> str:

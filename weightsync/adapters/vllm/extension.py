@@ -34,6 +34,7 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     offers: list[list[str]] = []
     bucket: int = 0
     tickets: list[str] = []
+    pull: bool = False  # what is loaded will be compared, so that buckets need not be
     seconds: float = 0.0
     draft: bool = False
 
@@ -69,7 +70,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             }
         case "begin":
             offers = [b64decode(offer) for offer in asked.offers[index]]
-            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds)
+            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds, pull=asked.pull)
             state.open(model, model_config)
             state.ready(model)
         case "load":

@@ -110,6 +110,7 @@ class ExtensionPath(EnginePath):
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
+            **({"pull": True} if self.pull else {}),  # an older plugin does not know the word
         }
 
     def _load(self, bucket: int, tickets: Sequence[bytes], deadline: float) -> dict[str, Any]:
