@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from weightsync.replay.model import ModelState
     from weightsync.replay.state import ModelReplay
 
+LAYOUTS = 4  # that are remembered, as many as a worker remembers
 __all__ = ["HeldCheck", "HeldSums", "packed_boxes", "sums_of"]
 
 
@@ -53,15 +54,14 @@ class HeldCheck:
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._key: tuple[bytes, ...] = ()
-        self._whole = b""  # digest of a manifest all of whose tensors were equal when last compared
-        self._verifier: Verifier | None = None
+        self._verifiers: dict[tuple[bytes, ...], Verifier] = {}  # of the latest layouts, by what tells them apart
+        self._whole: set[bytes] = set()  # digests of manifests all of whose tensors were equal when last compared
 
     def covers(self, manifest: Manifest) -> bool:
-        """Whether all tensors of this manifest were compared after the last push that was. Then a worker may read of a
-        bucket what it needs alone: what it has read wrong is found when they are compared again.
+        """Whether all tensors of this manifest were compared after its last push. Then a worker may read of a bucket
+        only what it needs: what it has read wrong is found when they are compared again.
         """
-        return self._whole == manifest.digest
+        return manifest.digest in self._whole
 
     async def verify(
         self,
@@ -74,12 +74,13 @@ class HeldCheck:
         """How many tensors were compared, all equal; None where the workers cannot tell. `sums` and `boxes` ask them,
         in the order of ranks. Raises `EngineError` naming the first tensor that differs.
         """
-        self._whole = b""
+        self._whole.discard(manifest.digest)
         told = await sums()
         if not told or not all(one.boxes for one in told):
             return None
         key = (manifest.digest, *(one.boxes for one in told))
-        if self._verifier is None or key != self._key:
+        verifier = self._verifiers.pop(key, None)
+        if verifier is None:
             packed = await boxes()
             if [digest_of(one) for one in packed] != [one.boxes for one in told]:
                 raise EngineError(
@@ -93,8 +94,13 @@ class HeldCheck:
                     engine=self._engine,
                     phase="verify",
                 ) from error
-            self._verifier, self._key = Verifier(ranks, manifest.tensors, parts=True), key
-        compared = self._verifier.compare([one.sums for one in told], expected)
+            verifier = Verifier(ranks, manifest.tensors, parts=True)
+        self._verifiers[key] = verifier
+        while len(self._verifiers) > LAYOUTS:
+            forgotten = next(iter(self._verifiers))
+            del self._verifiers[forgotten]
+            self._whole.discard(forgotten[0])
+        compared = verifier.compare([one.sums for one in told], expected)
         if compared == len(manifest.tensors):
-            self._whole = manifest.digest
+            self._whole.add(manifest.digest)
         return compared

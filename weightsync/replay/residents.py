@@ -56,6 +56,7 @@ class Residents:
                 offset, box = placed
                 found.append(Resident(tensor, offset, box.sizes, copy.target, box))
         self.held = tuple(found)
+        self.complete = len(found) == len(plan.copies)
 
     @cached_property
     def packed(self) -> bytes:

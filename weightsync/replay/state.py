@@ -4,7 +4,7 @@
     prove     it loads again, and the replay into scratch must come to the same bits
     replay    no loader, but for what it has to go on with
 
-Each manifest begins anew, and so does a model whose parameters have moved (a sleep, an adapter, experts shuffled).
+Each manifest goes this way for itself, and anew where parameters have moved (a sleep, an adapter, experts shuffled).
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader, 1 is for GPUs too
 Phase = Literal["off", "record", "prove", "replay", "loader"]
+LAYOUTS = 4  # that are remembered, the latest ones pushed
 _NAMES_TOLD = 4  # of parameters with the same reason
 
 
@@ -50,7 +51,6 @@ _NAMES_TOLD = 4  # of parameters with the same reason
 class _Known:
     """What was learnt of one manifest."""
 
-    digest: bytes
     places: dict[str, Place]
     plan: LoadPlan
     moves: Moves
@@ -58,6 +58,12 @@ class _Known:
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
     residents: Residents | None = None  # worked out when first asked for
+
+    def held(self, manifest: Manifest) -> Residents:
+        """What parameters have of the tensors of this manifest, which it is of."""
+        if self.residents is None:
+            self.residents = Residents(self.plan, manifest)
+        return self.residents
 
 
 class ModelReplay:
@@ -67,7 +73,8 @@ class ModelReplay:
         switch = environment.get(SWITCH, "").strip()
         self._off = switch not in ("", "1")
         self._asked = switch == "1"
-        self._known: _Known | None = None
+        self._layouts: dict[bytes, _Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
+        self._known: _Known | None = None  # of them, that of the last push
         self._phase: Phase = "off"
         self._note = f"{SWITCH} is {switch}" if self._off else ""
         self._manifest: Manifest | None = None
@@ -105,10 +112,12 @@ class ModelReplay:
         self._seconds[self._phase], self._pulled = 0.0, 0
 
     def _choose(self, manifest: Manifest, model: ModelState) -> None:
-        known, targets = self._known, model.tensors
-        if known is not None and (anew := _why_anew(known, manifest, model.places)):
+        known, targets = self._layouts.pop(manifest.digest, None), model.tensors
+        if known is not None and (anew := _why_anew(known, model.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
+        if known is not None:
+            self._layouts[manifest.digest] = known
         self._known, self._filled = known, False
         if known is None:
             self._recorder, self._before = Recorder(targets), model
@@ -124,10 +133,16 @@ class ModelReplay:
     def turn_off(self, why: str) -> None:
         """Leave everything to the loader from here on. Not during a push."""
         self._off, self._note, self._known = True, why, None
+        self._layouts.clear()
 
     def takes(self, bucket: int) -> bool:
-        """Whether it loads all of this bucket of the push by itself, so that a loader hears nothing of it."""
-        return self._phase == "replay" and self._known is not None and not self._known.moves.buckets[bucket].left
+        """Whether it loads all of this bucket of the push by itself, so that a loader hears nothing of it, and can say
+        afterwards what lies where all of the push went.
+        """
+        known, manifest = self._known, self._manifest
+        if self._phase != "replay" or known is None or manifest is None:
+            return False
+        return not known.moves.buckets[bucket].left and known.held(manifest).complete
 
     def pull(self, bucket: ReadBucket) -> None:
         """As `load`, for a bucket that is to be left alone when this returns."""
@@ -173,7 +188,10 @@ class ModelReplay:
             plan, table = recorder.plan(more), self._manifest.tensors
             sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
             moves, mover = lay_out(plan, self._manifest), mover_for(self._device)
-            self._known = _Known(self._manifest.digest, before.places, plan, moves, mover, sizes)
+            self._known = _Known(before.places, plan, moves, mover, sizes)
+            while len(self._layouts) >= LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[self._manifest.digest] = self._known
         elif proof is not None and known is not None:
             wrong = proof.finish() | {name: why for name, why in more.items() if name in known.plan.targets}
             for name, why in wrong.items():
@@ -225,13 +243,9 @@ class ModelReplay:
         proved; None where nothing is, or the push was another.
         """
         known, manifest = self._known, self._manifest
-        if known is None or manifest is None or not known.proved or not manifest.digest == known.digest == digest:
+        if known is None or manifest is None or not known.proved or manifest.digest != digest:
             return None
-        if self._device.type != "cpu" or _why_anew(known, manifest, model.places):
-            return None
-        if known.residents is None:
-            known.residents = Residents(known.plan, manifest)
-        return known.residents
+        return None if self._device.type != "cpu" or _why_anew(known, model.places) else known.held(manifest)
 
     def _tell(self) -> None:
         facts = self.facts()
@@ -266,10 +280,8 @@ class ModelReplay:
         return bucket.tensors(here.replayed) if here.left else []
 
 
-def _why_anew(known: _Known, manifest: Manifest, places: Mapping[str, Place]) -> str:
+def _why_anew(known: _Known, places: Mapping[str, Place]) -> str:
     """Why a plan is of no use now; "" if it is."""
-    if known.digest != manifest.digest:
-        return "what is pushed has another layout"
     changed = [name for name in {**known.places, **places} if known.places.get(name) != places.get(name)]
     if not changed:
         return ""
