@@ -21,7 +21,7 @@ from weightsync.ipc.arena import DIRECTORY
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from weightsync.transports.conformance import MakePair
+    from weightsync.transports.conformance_kit import MakePair
 
 __all__ = ["LEAK_SECONDS", "ManualClock", "check_transport", "eventually", "no_leaks", "transport_checks"]
 

@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.engines.yard import Need
+from weightsync.replay.state import LAYOUTS
 from weightsync.testing import eventually
 from weightsync.views import replay_details
 
@@ -44,8 +45,9 @@ def facts(node: Any, phase: str, tensors: int | None = None) -> Any:
 def recorded_anew(node: Any, tag: str) -> Any:
     """The facts after a first push of the whole layout: the server may have had it from other tests before."""
     weights = node.weights(tag)
-    if node.engine_status().replay is not None:
-        node.push({name: w for name, w in weights.items() if "norm" in name})
+    norms = [name for name in weights if "norm" in name]
+    for count in range(1, LAYOUTS + 1) if node.engine_status().replay is not None else ():
+        node.push({name: weights[name] for name in norms[:count]})
     node.push(tag)
     return facts(node, "record", len(weights))
 
@@ -55,10 +57,12 @@ def up_to_replay(node: Any, *tags: str) -> Any:
     first = recorded_anew(node, tags[0])
     node.check(tags[0])
     for tag, phase in zip(tags[1:], ("prove", "replay", "replay"), strict=True):
-        node.push(tag)
+        report = node.push(tag)
         found = facts(node, phase)
+        assert report.engines[0].checked == found.replayed, "what replays is compared where it lies"
         node.check(tag)
     assert found.why == first.why, "the proof found nothing"
+    assert bool(found.pulled) == (not found.by_loader), "what no loader needs is taken out of the slots"
     print(shown(node))
     return found
 

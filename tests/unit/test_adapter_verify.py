@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsync.adapters.verify import ResidentBoxes, Verifier
+from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, EngineError
 from weightsync.fingerprint import fingerprint
+from weightsync.plan.residents import ResidentBoxes
 from weightsync.plan.table import TensorTable
 
 if TYPE_CHECKING:
@@ -94,6 +95,17 @@ def test_a_tensor_of_which_elements_are_missing_is_named() -> None:
         Verifier(boxes_of([SHARDED[0], SHARDED[1][2:]]), TABLE)
     with pytest.raises(EngineError, match="its ranks hold 10 of the 8 elements of 'b'"):
         Verifier(boxes_of([[(1, (0,), (5,))], [(1, (3,), (5,))]]), TABLE)
+
+
+def test_a_tensor_of_which_a_part_is_shown_may_be_left_out(weights: list[np.ndarray]) -> None:
+    ranks = [SHARDED[0], SHARDED[1][2:]]
+    sums, expected = held(ranks, weights), sent(weights)
+    verifier = Verifier(boxes_of(ranks), TABLE, parts=True)
+    compared = verifier.compare(as_sent(sums), expected)
+    assert 0 < compared < len(expected)
+    sums[-1][-1] += 1
+    with pytest.raises(EngineError, match="differs from what the trainer sent"):
+        verifier.compare(as_sent(sums), expected)
 
 
 def test_boxes_that_overlap_and_leave_as_much_out_are_no_tiling() -> None:

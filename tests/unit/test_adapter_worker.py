@@ -62,6 +62,40 @@ def test_every_tensor_comes_whole_once_and_stays_when_the_slot_goes_on(world, sl
     assert here.sender.damaged(0) == ()
 
 
+@pytest.mark.parametrize("slot_bytes", [100_000, 400])
+def test_a_bucket_is_taken_out_of_its_slot(world, slots, slot_bytes):
+    here = world(slot_bytes)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    found: dict[str, torch.Tensor] = {}
+
+    def take(bucket):
+        assert here.sender.pending(0), "it is held meanwhile"
+        found.update((name, tensor.clone()) for name, tensor in bucket.tensors())
+
+    assert slots.lends
+    for bucket in range(here.manifest.buckets):
+        slots.pull(bucket, here.ticket(bucket), take, deadline=_soon())
+        assert here.sender.pending(0) == ()
+        here.arena.slot(0)[:] = bytes(slot_bytes)
+    slots.finish()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+
+
+def test_a_bucket_that_cannot_be_taken_is_given_back(world, slots):
+    here = world(100_000)
+    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+
+    def fails(bucket):
+        raise ZeroDivisionError(bucket.index)
+
+    with pytest.raises(ZeroDivisionError):
+        slots.pull(0, here.ticket(0), fails, deadline=_soon())
+    assert here.sender.pending(0) == ()
+    assert here.sender.damaged(0) == ()
+    with pytest.raises(LocalProtocolError, match="read before"):
+        slots.pull(0, b"", fails, deadline=_soon())
+
+
 def test_what_did_not_come_is_named(world, slots):
     here = world(1500)
     slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())

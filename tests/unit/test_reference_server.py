@@ -22,8 +22,8 @@ from weightsync.adapters.reference.control import ReferenceAdapter
 from weightsync.adapters.reference.engine import Engine
 from weightsync.adapters.reference.faults import Faults
 from weightsync.adapters.reference.server import EngineServer, _Handler
-from weightsync.adapters.verify import ResidentBoxes
 from weightsync.errors import ConfigError, EngineError, EngineLost, EngineRefused
+from weightsync.plan.residents import ResidentBoxes
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -18,7 +18,7 @@ from tests.replay_kit import Model, read_buckets, same
 from weightsync.replay.facts import ReplayFacts, least
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out
-from weightsync.replay.state import SWITCH, ModelReplay
+from weightsync.replay.state import LAYOUTS, SWITCH, ModelReplay
 from weightsync.views import replay_details
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.messages import EngineStatus, Status
@@ -370,8 +370,8 @@ def test_a_push_that_failed_proves_nothing():
     replay.begin(manifest, ModelState.of(model))
     replay.load(next(buckets), model.load_weights)
     assert replay.facts().phase == "record", "another layout"
-    model.push(replay, layer(1))
-    assert replay.facts().phase == "record"
+    model.push(replay, layer(1), 1024)
+    assert replay.facts().phase == "record", "nothing was learnt of it"
     manifest, buckets = read_buckets(layer(1), 1 << 20)
     replay.begin(manifest, ModelState.of(model))
     assert replay.facts().phase == "prove"
@@ -379,6 +379,20 @@ def test_a_push_that_failed_proves_nothing():
     assert replay.facts().phase == "prove"
     model.push(replay, layer(2))
     assert replay.facts().phase == "replay"
+
+
+def test_layouts_that_take_turns_are_replayed():
+    model: Any = Model(LAYER, load_layer)
+    replay = ModelReplay({})
+    for phase in ("record", "prove", "replay", "replay"):
+        for names in (list(layer(0)), ["norm"]):
+            now = {name: tensor for name, tensor in layer(len(phase)).items() if name in names}
+            model.push(replay, now)
+            assert (replay.facts().phase, replay.facts().replayed) == (phase, len(names))
+    for name in list(layer(0))[:LAYOUTS]:
+        model.push(replay, {name: layer(0)[name]})
+    model.push(replay, layer(0))
+    assert replay.facts().phase == "record", "it was pushed longest ago"
 
 
 # --- when all begins anew -------------------------------------------------------------------------------------------
@@ -434,7 +448,7 @@ def test_a_model_that_cannot_be_looked_at_is_left_to_its_loader(caplog):
 def test_a_replay_that_fails_is_the_last(monkeypatch):
     model: Any = Model(LAYER, load_layer)
     replay = pushed(model, layer, times=3)
-    monkeypatch.setattr("weightsync.replay.state.apply", lambda *_: 1 / 0)
+    monkeypatch.setattr("weightsync.replay.kernel.apply", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model.push(replay, layer(3))
     model.push(replay, layer(4))
@@ -458,7 +472,7 @@ def test_weights_elsewhere_than_in_host_memory_replay_if_asked_for(environment, 
     state = ModelState.of(model)
     replay = ModelReplay(environment)
     manifest, _ = read_buckets(weights(0, w=(4,)), 1 << 20)
-    elsewhere = SimpleNamespace(tensors={"w": SimpleNamespace(device=SimpleNamespace(type="cuda"), numel=lambda: 0)})
+    elsewhere = SimpleNamespace(tensors={"w": SimpleNamespace(device=torch.device("cuda"), numel=lambda: 0)})
     elsewhere.places = state.places
     replay.begin(manifest, elsewhere)  # type: ignore[arg-type]
     assert replay.facts().phase == phase

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from tests.hand_push import HandPush, Tensors
+from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
-from weightsync.errors import LocalProtocolError
+from weightsync.errors import CodecError, LocalProtocolError
+from weightsync.plan.packing import digest_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -79,9 +81,10 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
         worker._slots.close()
 
 
-def begin(hand: HandPush, target: str = "all") -> orders.Begin:
+def begin(hand: HandPush, target: str = "all", pull: bool = False) -> orders.Begin:
     offers = tuple(tuple(rank) for rank in hand.offers("e", 1))
-    return orders.Begin(manifest=hand.manifest(TENSORS).pack(), target=target, offers=offers, seconds=10.0)
+    manifest = hand.manifest(TENSORS).pack()
+    return orders.Begin(manifest=manifest, target=target, offers=offers, seconds=10.0, pull=pull)
 
 
 def load(hand: HandPush, bucket: int) -> orders.Load:
@@ -99,6 +102,58 @@ def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
         assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
     for name, parameter in scheduler.model.named_parameters():
         assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_what_lies_in_the_model_is_told_once_it_is_proved(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        manifest = hand.manifest(TENSORS)
+        asked = [kind(manifest=manifest.digest, target="all") for kind in (orders.Sums, orders.Boxes)]
+        for told in (0, 2, 2):
+            scheduler.ask(begin(hand))
+            for bucket in range(manifest.buckets):
+                scheduler.ask(load(hand, bucket))
+            scheduler.ask(orders.Finish())
+            (sums,), (boxes,) = (orders.unpack_answers(scheduler.ask(order).message) for order in asked)
+            held = msgspec.msgpack.decode(sums, type=HeldSums)
+            assert len(held.sums) == 8 * told
+            assert held.boxes == (digest_of(boxes) if told else b"")
+
+
+def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        buckets = hand.manifest(TENSORS).buckets
+        for pulled in (0, 0, buckets):
+            with torch.no_grad():
+                scheduler.model.norm.weight.zero_()
+            scheduler.ask(begin(hand, pull=True))
+            for bucket in range(buckets):
+                assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
+            scheduler.ask(orders.Finish())
+            assert plugin._worker.replay(scheduler.model)["pulled"] == pulled
+            for name, parameter in scheduler.model.named_parameters():
+                assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_an_older_plugin_is_not_told_to_pull() -> None:
+    order = orders.Begin(manifest=b"", target="all", offers=(), seconds=1.0)
+    assert b"pull" not in msgspec.msgpack.encode(order)
+
+
+def test_what_ranks_answer_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = [b"a", b"bcd"]
+
+    def all_gather(out: list[torch.Tensor], mine: torch.Tensor, group: Any) -> None:
+        for there, one in zip(out, theirs, strict=True):
+            padded = list(one.ljust(3, b"\0"))
+            there.copy_(torch.tensor([len(one)]) if mine.dtype == torch.int64 else torch.tensor(padded))
+
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda _: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    answers = plugin._gathered(b"a", None)
+    assert answers == theirs
+    assert orders.unpack_answers(orders.pack_answers(answers)) == theirs
+    with pytest.raises(CodecError, match="cannot be read"):
+        orders.unpack_answers("weightsync")
 
 
 def test_names_are_judged_before_anything_is_loaded(scheduler: Scheduler) -> None:

@@ -10,14 +10,12 @@ for each box, and costs the daemon a few passes over an array.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, EngineError
-from weightsync.plan.boxes import Ints, measure, pad_shapes
-from weightsync.plan.packing import FORMAT, Packed, column, pack, unpack
+from weightsync.errors import EngineError
+from weightsync.plan.boxes import Ints, measure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,79 +23,18 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from weightsync.plan.boxes import Words
+    from weightsync.plan.residents import ResidentBoxes
     from weightsync.plan.table import TensorTable
 
-__all__ = ["ResidentBoxes", "Verifier"]
-
-
-class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    tensor: bytes  # int32, all columns little-endian
-    offset: bytes  # int64, rows of as many dimensions as the widest tensor has
-    shape: bytes  # int64
-
-
-@dataclass(frozen=True, eq=False)
-class ResidentBoxes:
-    """Where the residents of one engine rank lie in the tensors of a manifest, in the order of their fingerprints.
-
-    D is the `width` of the manifest's tensors; unused dimensions have offset 0 and shape 1. Constructed directly it
-    trusts its arguments.
-    """
-
-    tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
-    offset: Ints  # [n, D] in elements of the whole tensor
-    shape: Ints  # [n, D]
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-    @classmethod
-    def of(cls, boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], width: int) -> ResidentBoxes:
-        """These boxes, each a tensor's index, an offset and a shape."""
-        return cls(
-            np.array([tensor for tensor, _, _ in boxes], dtype=np.int32),
-            pad_shapes([offset for _, offset, _ in boxes], width, 0),
-            pad_shapes([shape for _, _, shape in boxes], width, 1),
-        )
-
-    def pack(self) -> bytes:
-        """As bytes, for `unpack`."""
-        return pack(
-            PackedResidents(
-                format=FORMAT,
-                tensor=self.tensor.astype("<i4").tobytes(),
-                offset=self.offset.astype("<i8").tobytes(),
-                shape=self.shape.astype("<i8").tobytes(),
-            )
-        )
-
-    @classmethod
-    def unpack(cls, data: bytes, tensors: TensorTable) -> ResidentBoxes:
-        """What `pack` turned into `data`, of a manifest of these tensors. Raises `CodecError`."""
-        raw = unpack(data, PackedResidents)
-        tensor = column(raw.tensor, "<i4", "tensor")
-        offset, shape = column(raw.offset, "<i8", "offset"), column(raw.shape, "<i8", "shape")
-        count, width = len(tensor), tensors.width
-        if not len(offset) == len(shape) == count * width:
-            raise CodecError("the columns of a rank's residents have different lengths")
-        if count and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(tensors):
-            raise CodecError("a resident belongs to a tensor that is not there")
-        offset, shape = offset.reshape(count, width), shape.reshape(count, width)
-        dims = tensors.dims[tensor]
-        inside = ((offset >= 0) & (offset <= dims) & (shape >= 1) & (shape <= dims - offset)).all(axis=1)
-        if not inside.all():
-            name = tensors.names[int(tensor[np.argmin(inside)])]
-            raise CodecError(f"a resident of {name!r} is empty or does not lie in that tensor")
-        return cls(tensor.astype(np.int32), offset, shape)
+__all__ = ["Verifier"]
 
 
 class Verifier:
     """Compares what the ranks of one engine hold of a manifest's tensors with what was sent, any number of times."""
 
-    def __init__(self, ranks: Sequence[ResidentBoxes], tensors: TensorTable) -> None:
-        """`ranks` by tp_rank. Raises `EngineError` naming the first tensor that they hold a part of, but not all.
-
-        Tensors of which they hold nothing are not compared.
+    def __init__(self, ranks: Sequence[ResidentBoxes], tensors: TensorTable, *, parts: bool = False) -> None:
+        """`ranks` by tp_rank. Raises `EngineError` naming the first tensor that they hold a part of, but not all; with
+        `parts` such a tensor is not compared. Nor are tensors of which they hold nothing.
         """
         self._tensors = tensors
         self._counts = [len(rank) for rank in ranks]
@@ -116,7 +53,12 @@ class Verifier:
         self._copies = order[~begins]  # the other rows …
         self._originals = self._boxes[box[~begins]]  # … and of which one each is a replica
         self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)  # where its boxes begin
-        self._check_coverage()
+        wrong, held = self._untiled()
+        if parts:
+            self._boxes = self._boxes[~np.isin(tensor[self._boxes], self._shown[wrong])]
+            self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)
+        elif wrong.any():
+            self._tell_untiled(int(np.argmax(wrong)), held)
 
     def compare(self, fingerprints: Sequence[bytes], expected: Words) -> int:
         """How many tensors were compared, all of them equal.
@@ -153,22 +95,23 @@ class Verifier:
                 )
         return np.frombuffer(b"".join(fingerprints), dtype="<u8")
 
-    def _check_coverage(self) -> None:
+    def _untiled(self) -> tuple[npt.NDArray[np.bool_], Ints]:
+        """Of the tensors shown, which are not tiled by their boxes, and how many elements all boxes of each have."""
         if not len(self._shown):
-            return
+            return np.empty(0, dtype=np.bool_), np.empty(0, dtype=np.int64)
         tensor, offset, shape = (column[self._boxes] for column in (self._tensor, self._offset, self._shape))
         dims = self._tensors.dims
         held = np.add.reduceat(shape.prod(axis=1, dtype=np.int64), self._first)
         whole = self._tensors.numels[self._shown]
         weight = np.add.reduceat(measure(offset, shape, dims[tensor]), self._first)
         tiled = weight == measure(np.zeros_like(dims), dims, dims)[self._shown]
-        wrong = (held != whole) | ~tiled
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            name = self._name(self._shown[at])
-            if held[at] == whole[at]:
-                raise EngineError(f"boxes that its ranks hold of {name} overlap", phase="verify")
-            raise EngineError(f"its ranks hold {held[at]} of the {whole[at]} elements of {name}", phase="verify")
+        return (held != whole) | ~tiled, held
+
+    def _tell_untiled(self, at: int, held: Ints) -> None:
+        name, whole = self._name(self._shown[at]), self._tensors.numels[self._shown[at]]
+        if held[at] == whole:
+            raise EngineError(f"boxes that its ranks hold of {name} overlap", phase="verify")
+        raise EngineError(f"its ranks hold {held[at]} of the {whole} elements of {name}", phase="verify")
 
     def _tell_replicas(self, differ: Ints) -> None:
         """Raise the `EngineError` for the first of these copies; they stand in the order of tensors and boxes."""

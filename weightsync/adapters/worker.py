@@ -8,11 +8,13 @@
 
 Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there, and its slot
 released before any of it is loaded: engines may keep what they are given for as long as they like, and the next bucket
-is on its way while they load.
+is on its way while they load. Where no loader takes part, and what lies in the model is compared afterwards, `pull` has
+only what is needed copied, straight out of the slot.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +31,7 @@ from weightsync.transports.cuda_ipc import CudaIpcReceiver
 from weightsync.transports.shm import ShmReceiver
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightsync.transports.base import BucketReceiver, Lease
 
@@ -116,23 +118,27 @@ class SlotReader:
         Raises `LocalProtocolError` for a bucket that is not of the update or was read before, otherwise as
         `BucketReceiver.receive`.
         """
-        update = self._open()
-        manifest = update.manifest
-        if not 0 <= bucket < manifest.buckets:
-            raise LocalProtocolError(f"the update has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
-        pieces = manifest.bucket_pieces(bucket)
-        if update.read[pieces.start]:
-            raise LocalProtocolError("the bucket was read before", bucket=bucket)
-        data = self._copy(bucket, ticket, int(manifest.bucket_nbytes[bucket]), deadline)
-        update.read[pieces.start : pieces.stop] = True
-        cut = {}
-        for piece in update.cut_pieces.get(bucket, ()):
-            start, nbytes = int(manifest.piece_offset[piece]), int(manifest.piece_nbytes[piece])
-            tensor = int(manifest.piece_tensor[piece])
-            whole = self._whole(update, tensor, piece, data[start : start + nbytes])
-            if whole is not None:
-                cut[tensor] = whole
-        return ReadBucket(manifest, bucket, data, cut)
+        update = self._expecting(bucket)
+        return self._as_read(update, bucket, self._copy(bucket, ticket, self._nbytes(bucket), deadline))
+
+    @property
+    def lends(self) -> bool:
+        """Whether `pull` works: slots and weights are in host memory."""
+        return self.device.type == "cpu" and self._gpu is None
+
+    def pull(self, bucket: int, ticket: bytes, take: Callable[[ReadBucket], None], *, deadline: float) -> None:
+        """Have `take` copy what it needs out of the bucket where it lies; its slot is released when that returns.
+
+        Nothing is checked but the lease, and `take` may keep none of it. Raises as `read`, and what `take` raises.
+        """
+        update = self._expecting(bucket)
+        with self._receiver.receive(ticket, deadline=deadline, verify=False) as lease:
+            self._check_size(lease, self._nbytes(bucket))
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*not writable.*")  # torch knows no read-only tensors
+                data = torch.frombuffer(lease.view, dtype=torch.uint8)
+            take(self._as_read(update, bucket, data))
+            del data
 
     def finish(self) -> None:
         """End the update. Raises `LocalProtocolError` naming the first tensor that did not come whole."""
@@ -150,6 +156,36 @@ class SlotReader:
         """Drop an update that is open and detach from every arena."""
         self._update = None
         self._receiver.close()
+
+    def _expecting(self, bucket: int) -> _Update:
+        update = self._open()
+        manifest = update.manifest
+        if not 0 <= bucket < manifest.buckets:
+            raise LocalProtocolError(f"the update has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
+        if update.read[manifest.bucket_pieces(bucket).start]:
+            raise LocalProtocolError("the bucket was read before", bucket=bucket)
+        return update
+
+    def _nbytes(self, bucket: int) -> int:
+        return int(self.manifest.bucket_nbytes[bucket])
+
+    def _as_read(self, update: _Update, bucket: int, data: torch.Tensor) -> ReadBucket:
+        manifest = update.manifest
+        pieces = manifest.bucket_pieces(bucket)
+        update.read[pieces.start : pieces.stop] = True
+        cut = {}
+        for piece in update.cut_pieces.get(bucket, ()):
+            start, nbytes = int(manifest.piece_offset[piece]), int(manifest.piece_nbytes[piece])
+            tensor = int(manifest.piece_tensor[piece])
+            whole = self._whole(update, tensor, piece, data[start : start + nbytes])
+            if whole is not None:
+                cut[tensor] = whole
+        return ReadBucket(manifest, bucket, data, cut)
+
+    @staticmethod
+    def _check_size(lease: Lease, nbytes: int) -> None:
+        if lease.nbytes != nbytes:
+            raise TransportBroken(f"the bucket has {lease.nbytes} bytes, its manifest says {nbytes}")
 
     def _open(self) -> _Update:
         if self._update is None:
@@ -176,8 +212,7 @@ class SlotReader:
         """The bucket on this device, uint8 [nbytes]; its slot is released."""
         checked_here = self.device.type == "cpu" or self._gpu is not None
         with self._receiver.receive(ticket, deadline=deadline, verify=not checked_here) as lease:
-            if lease.nbytes != nbytes:
-                raise TransportBroken(f"the bucket has {lease.nbytes} bytes, its manifest says {nbytes}")
+            self._check_size(lease, nbytes)
             if self._gpu is not None:
                 return self._gpu.copy(bucket, lease)
             if checked_here:

@@ -15,9 +15,11 @@ class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True):
     replayed_bytes: int = 0
     by_loader: int = 0  # tensors that stay with the loader
     by_loader_bytes: int = 0
+    pulled: int = 0  # buckets of the last push that were read where they lay, and not copied first
     moves: int = 0  # copies that a push comes to, neighbours joined
     why: dict[str, list[str]] = {}  # why tensors stay with the loader → the first of them, and "… and n more"
     note: str = ""  # why all began anew, or is off
+    compares: bool = False  # whether it can say what lies in the engine's memory, where that is proved
     seconds: dict[str, float] = {}  # phase → seconds that loading took in the last push of that phase
 
 

@@ -1,8 +1,6 @@
 """A load plan laid over the buckets of a manifest, and carried out: the loop that stands in for a loader.
 
-What is known before the first byte comes is worked out once: which bytes of a bucket go where, neighbours as one. A
-move's two boxes are what descriptors of `weightsync.device.table.box_items` are made of, so that one launch over a
-table can take the place of `apply`; moves that convert otherwise than float32 to bfloat16 would stay with this loop.
+What is known before the first byte comes is worked out once: which bytes of a bucket go where, neighbours as one.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 The moves are carried out into scratch, the loader loads as always, and a target whose tensors have all come is compared
 at once where it is equal, and at the end of the push where it is not yet: some loaders put a layer together first.
+What was equal must still be so at the end.
 Scratch begins with bytes that nobody sends, so a move that is missing shows even where the weights have not changed.
 Tensors that the plan says are left alone must be found as they were.
 """
@@ -13,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from weightsync.ipc.descriptors import checksum
-from weightsync.replay.moves import apply, raw_bytes, strided_view
+from weightsync.replay.moves import raw_bytes, strided_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from weightsync.replay.kernel import Mover
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
 
@@ -29,7 +31,8 @@ _NOBODYS = 0xA5
 class Proof:
     """One push. `targets` holds the model's tensors as its kernels see them."""
 
-    def __init__(self, plan: LoadPlan, moves: Moves, targets: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, plan: LoadPlan, moves: Moves, targets: Mapping[str, torch.Tensor], mover: Mover) -> None:
+        self._mover = mover
         self._plan, self._moves, self._targets = plan, moves, targets
         self._missing = [0] * len(moves.targets)
         for bucket in moves.buckets:
@@ -37,24 +40,25 @@ class Proof:
                 self._missing[move.target] += 1
         self._scratch: dict[int, torch.Tensor] = {}
         self._differ: dict[int, torch.Tensor] = {}
+        self._equal: dict[int, int] = {}  # target → checksum of what it was equal with
         self._before = {name: _checksum(targets[name]) for name in plan.untouched}
 
     def bucket(self, bucket: int, data: torch.Tensor, whole: Callable[[int], torch.Tensor]) -> None:
         """The loader has loaded this bucket, whose bytes `data` are; `whole` gives a tensor that it completed."""
         here = self._moves.buckets[bucket]
-        parts = [(data, here.moves), *((raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
+        parts = [(-1, data, here.moves), *((tensor, raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
         done = []
-        for source, moves in parts:
+        for tensor, source, moves in parts:
             for move in moves:
                 if move.target not in self._scratch:
                     self._scratch[move.target] = self._empty(move.target)
                 self._missing[move.target] -= 1
                 if not self._missing[move.target]:
                     done.append(move.target)
-            apply(moves, source, self._scratch)
+            self._mover.apply((bucket, tensor), moves, source, self._scratch)
         self._differ |= {target: self._scratch.pop(target) for target in done}
         for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
-            del self._differ[target]
+            self._equal[target] = _checksum(self._differ.pop(target))
 
     def finish(self) -> dict[str, str]:
         """The targets that the plan got wrong, and how. Empty: it is proved."""
@@ -63,6 +67,10 @@ class Proof:
             at = self._first_difference(target, made)
             if at is not None:
                 wrong[self._moves.targets[target]] = f"its replay differs from what the loader made, first in byte {at}"
+        for target, equal in self._equal.items():
+            name = self._moves.targets[target]
+            if _checksum(self._targets[name]) != equal:
+                wrong[name] = "it is changed after its tensors were loaded"
         for name, before in self._before.items():
             if _checksum(self._targets[name]) != before:
                 why = f"the loader changes {name}, and was not seen to: it may do more that was not"

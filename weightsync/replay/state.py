@@ -4,7 +4,7 @@
     prove     it loads again, and the replay into scratch must come to the same bits
     replay    no loader, but for what it has to go on with
 
-Each manifest begins anew, and so does a model whose parameters have moved (a sleep, an adapter, experts shuffled).
+Each manifest goes this way for itself, and anew where parameters have moved (a sleep, an adapter, experts shuffled).
 """
 
 from __future__ import annotations
@@ -18,16 +18,20 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from weightsync.errors import LocalProtocolError
 from weightsync.replay.facts import ReplayFacts
-from weightsync.replay.moves import apply, lay_out, raw_bytes, strided_view
+from weightsync.replay.kernel import mover_for
+from weightsync.replay.moves import lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
+from weightsync.replay.residents import Residents
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
+    from weightsync.replay.kernel import Mover
     from weightsync.replay.model import ModelState, Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
@@ -39,6 +43,7 @@ logger = logging.getLogger(__name__)
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader, 1 is for GPUs too
 Phase = Literal["off", "record", "prove", "replay", "loader"]
+LAYOUTS = 4  # that are remembered, the latest ones pushed
 _NAMES_TOLD = 4  # of parameters with the same reason
 
 
@@ -46,12 +51,19 @@ _NAMES_TOLD = 4  # of parameters with the same reason
 class _Known:
     """What was learnt of one manifest."""
 
-    digest: bytes
     places: dict[str, Place]
     plan: LoadPlan
     moves: Moves
+    mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
+    residents: Residents | None = None  # worked out when first asked for
+
+    def held(self, manifest: Manifest) -> Residents:
+        """What parameters have of the tensors of this manifest, which it is of."""
+        if self.residents is None:
+            self.residents = Residents(self.plan, manifest)
+        return self.residents
 
 
 class ModelReplay:
@@ -61,7 +73,8 @@ class ModelReplay:
         switch = environment.get(SWITCH, "").strip()
         self._off = switch not in ("", "1")
         self._asked = switch == "1"
-        self._known: _Known | None = None
+        self._layouts: dict[bytes, _Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
+        self._known: _Known | None = None  # of them, that of the last push
         self._phase: Phase = "off"
         self._note = f"{SWITCH} is {switch}" if self._off else ""
         self._manifest: Manifest | None = None
@@ -70,6 +83,8 @@ class ModelReplay:
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._filled = False
+        self._pulled = 0
+        self._device = torch.device("cpu")
         self._seconds: dict[str, float] = {}  # of the last push in each phase
 
     @property
@@ -87,17 +102,22 @@ class ModelReplay:
         self._phase, self._manifest = "off", manifest
         if model is None:
             self.turn_off("the model could not be looked at")
-        elif not self._asked and any(t.device.type not in ("cpu", "meta") for t in model.tensors.values()):
+        else:
+            elsewhere = {t.device for t in model.tensors.values() if t.device.type not in ("cpu", "meta")}
+            self._device = next(iter(elsewhere), torch.device("cpu"))
+        if model is not None and not self._asked and self._device.type != "cpu":
             self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
             self._learn(lambda: self._choose(manifest, model))
-        self._seconds[self._phase] = 0.0
+        self._seconds[self._phase], self._pulled = 0.0, 0
 
     def _choose(self, manifest: Manifest, model: ModelState) -> None:
-        known, targets = self._known, model.tensors
-        if known is not None and (anew := _why_anew(known, manifest, model.places)):
+        known, targets = self._layouts.pop(manifest.digest, None), model.tensors
+        if known is not None and (anew := _why_anew(known, model.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
+        if known is not None:
+            self._layouts[manifest.digest] = known
         self._known, self._filled = known, False
         if known is None:
             self._recorder, self._before = Recorder(targets), model
@@ -107,12 +127,31 @@ class ModelReplay:
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
             if not known.proved:
-                self._proof, self._before = Proof(known.plan, known.moves, targets), model
+                self._proof, self._before = Proof(known.plan, known.moves, targets, known.mover), model
             self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:
         """Leave everything to the loader from here on. Not during a push."""
         self._off, self._note, self._known = True, why, None
+        self._layouts.clear()
+
+    def takes(self, bucket: int) -> bool:
+        """Whether it loads all of this bucket of the push by itself, so that a loader hears nothing of it, and can say
+        afterwards what lies where all of the push went.
+        """
+        known, manifest = self._known, self._manifest
+        if self._phase != "replay" or known is None or manifest is None:
+            return False
+        return not known.moves.buckets[bucket].left and known.held(manifest).complete
+
+    def pull(self, bucket: ReadBucket) -> None:
+        """As `load`, for a bucket that is to be left alone when this returns."""
+        if not self.takes(bucket.index):
+            raise LocalProtocolError("a loader has to see this bucket, and would keep it", bucket=bucket.index)
+        begun = perf_counter()
+        self._replay(bucket)
+        self._seconds["replay"] += perf_counter() - begun
+        self._pulled += 1
 
     def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
         """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
@@ -148,13 +187,17 @@ class ModelReplay:
         if recorder is not None:
             plan, table = recorder.plan(more), self._manifest.tensors
             sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
-            self._known = _Known(self._manifest.digest, before.places, plan, lay_out(plan, self._manifest), sizes)
+            moves, mover = lay_out(plan, self._manifest), mover_for(self._device)
+            self._known = _Known(before.places, plan, moves, mover, sizes)
+            while len(self._layouts) >= LAYOUTS:
+                del self._layouts[next(iter(self._layouts))]
+            self._layouts[self._manifest.digest] = self._known
         elif proof is not None and known is not None:
             wrong = proof.finish() | {name: why for name, why in more.items() if name in known.plan.targets}
             for name, why in wrong.items():
                 logger.warning("weightsync: %s stays with the loader: %s", name, why)
             known.plan = known.plan.without(wrong)
-            known.moves = lay_out(known.plan, self._manifest)
+            known.moves, known.mover = lay_out(known.plan, self._manifest), mover_for(self._device)
             known.proved = True
         self._tell()
 
@@ -174,8 +217,9 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
+        compares = self._device.type == "cpu" and not self._off
         if known is None:
-            return ReplayFacts(phase=self._phase, note=self._note)
+            return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
         plan = known.plan
         why: dict[str, list[str]] = {}
         for name, reason in plan.loader_sources.items():
@@ -186,11 +230,22 @@ class ModelReplay:
             replayed_bytes=sum(known.sizes[name] for name in plan.sources),
             by_loader=len(plan.loader_sources),
             by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
+            pulled=self._pulled,
             moves=known.moves.count,
             why={reason: _first(names) for reason, names in why.items()},
             note=self._note,
+            compares=compares,
             seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
         )
+
+    def residents(self, digest: bytes, model: ModelState) -> Residents | None:
+        """What `model` has of the tensors of the push that has ended, whose manifest has this digest, as far as that is
+        proved; None where nothing is, or the push was another.
+        """
+        known, manifest = self._known, self._manifest
+        if known is None or manifest is None or not known.proved or manifest.digest != digest:
+            return None
+        return None if self._device.type != "cpu" or _why_anew(known, model.places) else known.held(manifest)
 
     def _tell(self) -> None:
         facts = self.facts()
@@ -215,19 +270,18 @@ class ModelReplay:
             self._filled = True
         here = self._known.moves.buckets[bucket.index]
         try:
-            apply(here.moves, bucket.data, self._order)
+            mover = self._known.mover
+            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order)
             for tensor, moves in here.cut:
-                apply(moves, raw_bytes(bucket.whole(tensor)), self._order)
+                mover.apply((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), self._order)
         except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             raise
         return bucket.tensors(here.replayed) if here.left else []
 
 
-def _why_anew(known: _Known, manifest: Manifest, places: Mapping[str, Place]) -> str:
+def _why_anew(known: _Known, places: Mapping[str, Place]) -> str:
     """Why a plan is of no use now; "" if it is."""
-    if known.digest != manifest.digest:
-        return "what is pushed has another layout"
     changed = [name for name in {**known.places, **places} if known.places.get(name) != places.get(name)]
     if not changed:
         return ""

@@ -12,8 +12,9 @@ import msgspec
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.connection import HttpClient
-from weightsync.adapters.verify import ResidentBoxes, Verifier
+from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
+from weightsync.plan.residents import ResidentBoxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

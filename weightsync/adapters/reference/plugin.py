@@ -13,8 +13,8 @@ import numpy as np
 
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.loading import plan_loading
-from weightsync.adapters.verify import ResidentBoxes
 from weightsync.errors import LocalProtocolError, TransportBroken
+from weightsync.plan.residents import ResidentBoxes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

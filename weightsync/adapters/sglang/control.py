@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
+from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.pickling import dumps
@@ -72,6 +73,7 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
+        self._held, self._compares = HeldCheck(spec.name), False
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
 
@@ -97,6 +99,7 @@ class SGLangAdapter(EngineAdapter):
         self._version = weights.version
         plugin = facts.plugin
         self._asleep = plugin.asleep if plugin else ()
+        self._compares = plugin is not None and plugin.replay is not None and plugin.replay.compares
         released = "its weights are released" if "weights" in self._asleep else ""
         self._incomplete = "it is torn" if weights.torn else released
         if known.says_ready:
@@ -157,7 +160,10 @@ class SGLangAdapter(EngineAdapter):
         self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        await known.path.begin(manifest, offers, deadline=deadline)
+        if isinstance(known.path, PluginPath) and self._compares and self._held.covers(manifest):
+            await known.path.begin(manifest, offers, deadline=deadline, pull=True)
+        else:
+            await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
@@ -178,8 +184,17 @@ class SGLangAdapter(EngineAdapter):
         self._version = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None: SGLang keeps weights fused, and its own checksums are of that."""
-        return None
+        """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
+        known = await self._met(deadline)
+        path = known.path
+        if not isinstance(path, PluginPath) or not self._compares:
+            return None
+        return await self._held.verify(
+            manifest,
+            expected,
+            sums=lambda: path.sums(manifest, deadline=deadline),
+            boxes=lambda: path.boxes(manifest, deadline=deadline),
+        )
 
     async def resume(self, *, deadline: float) -> None:
         if self._asleep and self._begun:  # one that was not loaded sleeps on, as whoever put it to sleep wants it

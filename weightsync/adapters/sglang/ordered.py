@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
-from weightsync.errors import EngineError, EngineLost, EngineRefused
+from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,7 +45,7 @@ class PluginPath(LoadPath):
         try:
             accepted = msgspec.json.decode(answer, type=orders.Accepted)
         except msgspec.DecodeError as error:
-            raise EngineError(f"an answer that is none of our plugin's: {error}", engine=self._server.engine) from error
+            raise self._none_of_ours(error) from error
         if accepted.unknown:
             names = ", ".join(map(repr, accepted.unknown[:_SHOWN]))
             more = len(accepted.unknown) - _SHOWN
@@ -56,13 +57,17 @@ class PluginPath(LoadPath):
             )
         return accepted.untouched
 
-    async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+    async def begin(
+        self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float, pull: bool = False
+    ) -> None:
+        """See the base class. `pull`: what is loaded will be compared, so that buckets need not be."""
         await self._session.open(deadline=deadline)
         order = orders.Begin(
             manifest=manifest.pack(),
             target=self._target,
             offers=tuple(tuple(rank) for rank in offers),
             seconds=_seconds(deadline),
+            pull=pull,
         )
         await self._in_session(order, deadline, "begin")
 
@@ -73,6 +78,28 @@ class PluginPath(LoadPath):
     async def finish(self, *, deadline: float) -> None:
         await self._in_session(orders.Finish(), deadline, "finish")
         await self._session.end(deadline=deadline)
+
+    async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
+        """What every rank holds of the push that has ended."""
+        told = await self._answers(orders.Sums(manifest=manifest.digest, target=self._target), deadline)
+        try:
+            return [msgspec.msgpack.decode(one, type=HeldSums) for one in told]
+        except msgspec.DecodeError as error:
+            raise self._none_of_ours(error) from error
+
+    async def boxes(self, manifest: Manifest, *, deadline: float) -> list[bytes]:
+        """Of which boxes `sums` speaks, as packed `ResidentBoxes`, by rank."""
+        return await self._answers(orders.Boxes(manifest=manifest.digest, target=self._target), deadline)
+
+    async def _answers(self, order: orders.Order, deadline: float) -> list[bytes]:
+        answer = await self._order(order, deadline, "verify")
+        try:
+            return orders.unpack_answers(answer)
+        except CodecError as error:
+            raise self._none_of_ours(error) from error
+
+    def _none_of_ours(self, error: Exception) -> EngineError:
+        return EngineError(f"an answer that is none of our plugin's: {error}", engine=self._server.engine)
 
     async def _in_session(self, order: orders.Order, deadline: float, phase: str) -> None:
         try:

@@ -8,14 +8,33 @@ running requests nor blocks new ones, nothing in it is unpickled, and a server w
 from __future__ import annotations
 
 import binascii
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from weightsync.errors import CodecError
 
-__all__ = ["PREFIX", "PROTOCOL", "Accept", "Accepted", "Begin", "Finish", "Load", "Order", "decode", "encode"]
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+__all__ = [
+    "PREFIX",
+    "PROTOCOL",
+    "Accept",
+    "Accepted",
+    "AnyOrder",
+    "Begin",
+    "Boxes",
+    "Finish",
+    "Load",
+    "Order",
+    "Sums",
+    "decode",
+    "encode",
+    "pack_answers",
+    "unpack_answers",
+]
 
 PROTOCOL = 1
 PREFIX = f"weightsync{PROTOCOL}:"
@@ -35,13 +54,16 @@ class Accept(Order, frozen=True, tag="accept"):
     target: Target
 
 
-class Begin(Order, frozen=True, tag="begin"):
-    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors."""
+class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
+    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
+    loaded will be compared, so that buckets need not be; only told to a plugin that compares.
+    """
 
     manifest: bytes
     target: Target
     offers: tuple[tuple[bytes, ...], ...]
     seconds: Seconds
+    pull: bool = False
 
 
 class Load(Order, frozen=True, tag="load"):
@@ -56,6 +78,20 @@ class Finish(Order, frozen=True, tag="finish"):
     """The last bucket was loaded: end the update."""
 
 
+class Sums(Order, frozen=True, tag="sums"):
+    """What lies in the model of the push that has ended? Answered by every rank's `HeldSums`, see `pack_answers`."""
+
+    manifest: bytes  # its digest
+    target: Target
+
+
+class Boxes(Order, frozen=True, tag="boxes"):
+    """Of which boxes do those sums speak? Answered by every rank's packed `ResidentBoxes`."""
+
+    manifest: bytes  # its digest
+    target: Target
+
+
 class Accepted(msgspec.Struct, frozen=True):
     """What a model says of the names of a manifest."""
 
@@ -63,12 +99,28 @@ class Accepted(msgspec.Struct, frozen=True):
     untouched: tuple[str, ...] = ()
 
 
+AnyOrder: TypeAlias = Accept | Begin | Load | Finish | Sums | Boxes
+
+
 def encode(order: Order) -> str:
     """The action that stands for `order`."""
     return PREFIX + binascii.b2a_base64(msgspec.msgpack.encode(order), newline=False).decode()
 
 
-def decode(action: str) -> Accept | Begin | Load | Finish | None:
+def pack_answers(answers: Sequence[bytes]) -> str:
+    """What all ranks answered, as one text."""
+    return binascii.b2a_base64(msgspec.msgpack.encode(answers), newline=False).decode()
+
+
+def unpack_answers(text: str) -> list[bytes]:
+    """What `pack_answers` made. Raises `CodecError`."""
+    try:
+        return msgspec.msgpack.decode(binascii.a2b_base64(text.encode("ascii"), strict_mode=True), type=list[bytes])
+    except (ValueError, msgspec.DecodeError, RecursionError) as error:
+        raise CodecError(f"answers that cannot be read: {error}") from error
+
+
+def decode(action: str) -> AnyOrder | None:
     """The order in an action; None for an action that is none of ours. Raises `CodecError` for a damaged one."""
     if not action.startswith("weightsync"):
         return None
@@ -79,6 +131,7 @@ def decode(action: str) -> Accept | Begin | Load | Finish | None:
         )
     try:
         packed = binascii.a2b_base64(action[len(PREFIX) :].encode("ascii"), strict_mode=True)
-        return msgspec.msgpack.decode(packed, type=Accept | Begin | Load | Finish)
+        order: AnyOrder = msgspec.msgpack.decode(packed, type=AnyOrder)
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
         raise CodecError(f"an order that cannot be read: {error}") from error
+    return order

@@ -25,6 +25,7 @@ import msgspec
 import torch
 import torch.distributed
 
+from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
@@ -37,7 +38,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightsync.replay.bucket import Named
+    from weightsync.replay.bucket import Named, ReadBucket
 
 __all__ = ["register"]
 
@@ -57,11 +58,14 @@ class _Worker:
     def __init__(self) -> None:
         self._slots: SlotReader | None = None
         self._models: list[Any] = []
+        self._pull = False
         self._requantisers: list[Requantiser] = []
         self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
-    def obey(self, manager: Any, order: orders.Accept | orders.Begin | orders.Load | orders.Finish) -> str:
-        """Carry out one order; what to answer. Raises whatever goes wrong."""
+    def obey(self, manager: Any, order: orders.AnyOrder) -> str | bytes:
+        """Carry out one order; what to answer, and where that is bytes every rank's answer is told. Raises whatever
+        goes wrong.
+        """
         rank = torch.distributed.get_rank(manager.tp_cpu_group)
         match order:
             case orders.Accept():
@@ -72,6 +76,12 @@ class _Worker:
                 return self._load(order, rank)
             case orders.Finish():
                 return self._finish()
+            case orders.Sums():
+                model = _models(manager, order.target)[0]
+                return msgspec.msgpack.encode(sums_of(self._replays.get(model), order.manifest, ModelState.of(model)))
+            case orders.Boxes():
+                model = _models(manager, order.target)[0]
+                return packed_boxes(self._replays.get(model), order.manifest, ModelState.of(model))
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
         manifest = Manifest.unpack(order.manifest)
@@ -99,20 +109,30 @@ class _Worker:
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
             replay.begin(self._slots.manifest, ModelState.seen(model))
-        self._models = models
+        self._models, self._pull = models, order.pull and self._slots.lends
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        bucket = self._slots.read(order.bucket, order.tickets[rank], deadline=monotonic() + order.seconds)
-        for model, requantiser in zip(self._models, self._requantisers, strict=True):
+        ticket, deadline = order.tickets[rank], monotonic() + order.seconds
+        replays = [self._replays[model] for model in self._models]
+        if self._pull and all(replay.takes(order.bucket) for replay in replays):
+
+            def take(bucket: ReadBucket) -> None:
+                for replay in replays:
+                    replay.pull(bucket)
+
+            self._slots.pull(order.bucket, ticket, take, deadline=deadline)
+            return "loaded"
+        bucket = self._slots.read(order.bucket, ticket, deadline=deadline)
+        for model, requantiser, replay in zip(self._models, self._requantisers, replays, strict=True):
 
             def load(tensors: list[Named], model: Any = model, requantiser: Requantiser = requantiser) -> None:
                 with requantiser.loading([name for name, _ in tensors]):
                     model.load_weights(list(tensors))
 
-            self._replays[model].load(bucket, load)
+            replay.load(bucket, load)
         return "loaded"
 
     def _finish(self) -> str:
@@ -158,7 +178,8 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
         return reply(success=False, message=str(error))
     if order is None:
         return original(manager, request)
-    answer, problem = "", ""
+    answer: str | bytes = ""
+    problem = ""
     try:
         answer = _worker.obey(manager, order)
     except WeightSyncError as error:
@@ -168,6 +189,8 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
         logger.exception("weightsync: %s failed", type(order).__name__)
         problem = f"{type(error).__name__}: {error}"
     problem = _agree(problem, manager.tp_cpu_group)
+    if isinstance(answer, bytes) and not problem:
+        answer = orders.pack_answers(_gathered(answer, manager.tp_cpu_group))
     return reply(success=not problem, message=problem or answer)
 
 
@@ -186,6 +209,22 @@ def _agree(problem: str, group: Any) -> str:
         if text:
             return f"tp rank {rank}: {text.decode('utf-8', 'replace')}"
     return ""
+
+
+def _gathered(mine: bytes, group: Any) -> list[bytes]:
+    """What every rank has, in their order."""
+    size = torch.distributed.get_world_size(group)
+    if size == 1:
+        return [mine]
+    lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(size)]
+    torch.distributed.all_gather(lengths, torch.tensor([len(mine)]), group=group)
+    longest = max(int(length) for length in lengths)
+    if not longest:
+        return [b""] * size
+    padded = torch.frombuffer(bytearray(mine.ljust(longest, b"\0")), dtype=torch.uint8)
+    all_ranks = [torch.empty(longest, dtype=torch.uint8) for _ in range(size)]
+    torch.distributed.all_gather(all_ranks, padded, group=group)
+    return [one.numpy().tobytes()[: int(length)] for one, length in zip(all_ranks, lengths, strict=True)]
 
 
 def _models(manager: Any, target: str) -> list[Any]:

@@ -44,6 +44,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     offers: list[list[str]] = field(default_factory=list)
     bucket: int = 0
     tickets: list[str] = field(default_factory=list)
+    pull: bool = False
     seconds: float = 0.0
 
 
@@ -79,7 +80,7 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 if load_weights is not None:  # the worker opened the reload, over whatever an earlier update left
                     self.weightsync.open(self.model)
                 offers = [b64decode(offer) for offer in info.offers[index]]
-                self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds)
+                self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds, pull=info.pull)
                 if load_weights is None:
                     self.weightsync.ready(self.model)
             case "load":

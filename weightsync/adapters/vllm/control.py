@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from weightsync.adapters import versions
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
+from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
@@ -64,6 +65,7 @@ class VLLMAdapter(EngineAdapter):
         self._why = ""
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
+        self._held = HeldCheck(spec.name)
         self._sleeps = False  # when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
 
@@ -134,6 +136,7 @@ class VLLMAdapter(EngineAdapter):
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
+        path.pull = path.replay is not None and path.replay.compares and self._held.covers(manifest)
         await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
@@ -152,8 +155,16 @@ class VLLMAdapter(EngineAdapter):
             )
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None: what vLLM holds is fused, sharded and packed for its kernels."""
-        return None
+        """None where our plugin cannot tell: what vLLM holds is fused, sharded and packed for its kernels."""
+        path, _ = self._probed()
+        if not isinstance(path, ExtensionPath) or path.replay is None or not path.replay.compares:
+            return None
+        return await self._held.verify(
+            manifest,
+            expected,
+            sums=lambda: path.sums(manifest, deadline=deadline),
+            boxes=lambda: path.boxes(manifest, deadline=deadline),
+        )
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. One that sleeps and was not loaded sleeps on: it has nothing to serve."""

@@ -10,7 +10,7 @@ importing this module in an engine does the work.
 from __future__ import annotations
 
 import os
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from importlib import import_module
 from typing import Any
 
@@ -30,10 +30,11 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     do: str
     version: int = 0
-    manifest: str = ""  # base64, as all bytes are here
+    manifest: str = ""  # base64, as all bytes are here; its digest for sums and boxes
     offers: list[list[str]] = []
     bucket: int = 0
     tickets: list[str] = []
+    pull: bool = False  # what is loaded will be compared, so that buckets need not be
     seconds: float = 0.0
     draft: bool = False
 
@@ -69,7 +70,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             }
         case "begin":
             offers = [b64decode(offer) for offer in asked.offers[index]]
-            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds)
+            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds, pull=asked.pull)
             state.open(model, model_config)
             state.ready(model)
         case "load":
@@ -78,6 +79,11 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             state.close(model, model_config)
             if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):
                 worker.model_runner.reset_lora_state()
+        case "sums":
+            held = state.held_sums(model, b64decode(asked.manifest))
+            return {"boxes": b64encode(held.boxes).decode(), "sums": b64encode(held.sums).decode()}
+        case "boxes":
+            return {"boxes": b64encode(state.held_boxes(model, b64decode(asked.manifest))).decode()}
         case "serve":
             state.finish(asked.version)
             return {"weight_version": state.weight_version, "replay": state.replay_facts(model)}

@@ -31,6 +31,7 @@ class EnginePath(ABC):
         self.server = server
         self.draft = draft
         self._remembered = "default"
+        self.pull = False  # what the next update loads will be compared, so that buckets need not be
         self.replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     async def weight_version(self, *, deadline: float) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
+from base64 import b64decode, b64encode
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
+from weightsync.errors import EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,6 +22,14 @@ __all__ = ["ExtensionPath", "PluginPath"]
 
 def _text(data: bytes) -> str:
     return b64encode(data).decode("ascii")
+
+
+def _bytes(answer: dict[str, Any], key: str, path: EnginePath) -> bytes:
+    """Bytes out of a worker's answer. Raises `EngineError`."""
+    try:
+        return b64decode(answer[key], validate=True)
+    except (KeyError, TypeError, ValueError) as error:
+        raise EngineError(f"its workers answered without {key!r}", engine=path.server.engine) from error
 
 
 class ExtensionPath(EnginePath):
@@ -78,6 +88,19 @@ class ExtensionPath(EnginePath):
             answers = await self.server.workers("serve", deadline=deadline, version=int(text), **draft)
             self.replay = told_of_replay(answers, self.server.engine)
 
+    async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
+        """What every worker holds of the push that has ended."""
+        answers = await self._asked_of(manifest, "sums", deadline)
+        return [HeldSums(_bytes(one, "boxes", self), _bytes(one, "sums", self)) for one in answers]
+
+    async def boxes(self, manifest: Manifest, *, deadline: float) -> list[bytes]:
+        """Of which boxes `sums` speaks, as packed `ResidentBoxes`."""
+        return [_bytes(one, "boxes", self) for one in await self._asked_of(manifest, "boxes", deadline)]
+
+    async def _asked_of(self, manifest: Manifest, do: str, deadline: float) -> list[dict[str, Any]]:
+        draft = {"draft": True} if self.draft else {}
+        return await self.server.workers(do, deadline=deadline, manifest=_text(manifest.digest), **draft)
+
     def _begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], deadline: float
     ) -> dict[str, Any]:
@@ -87,6 +110,7 @@ class ExtensionPath(EnginePath):
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
+            **({"pull": True} if self.pull else {}),  # an older plugin does not know the word
         }
 
     def _load(self, bucket: int, tickets: Sequence[bytes], deadline: float) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import msgspec
 import torch
 
+from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
@@ -29,6 +30,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from weightsync.adapters.held import HeldSums
     from weightsync.replay.bucket import Named
 
 __all__ = ["WeightReload", "worker_index"]
@@ -59,6 +61,7 @@ class WeightReload:
         self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
         self._replay: ModelReplay | None = None  # of the update that is open
+        self._pull = False
         self._before: ModelState | None = None  # of the model that is reloaded, as its kernels see it
         if device.type == "cpu":
             cpu_repairs.mend()
@@ -88,10 +91,15 @@ class WeightReload:
             self._before = ModelState.seen(model)
             reload.initialize_layerwise_reload(model)
 
-    def begin(self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float) -> None:
-        """From here on this worker is torn until `finish`."""
+    def begin(
+        self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float, *, pull: bool = False
+    ) -> None:
+        """From here on this worker is torn until `finish`. `pull`: what is loaded will be compared, so buckets need not
+        be.
+        """
         self._replay = None
         self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
+        self._pull = pull and self._slots.lends
         aliases: dict[str, tuple[str, ...]] = {}
         for other, name in self._slots.manifest.tensors.aliases:
             aliases[name] = (*aliases.get(name, ()), other)
@@ -121,6 +129,14 @@ class WeightReload:
         found = self._replays.get(model)
         return msgspec.to_builtins(found.facts()) if found is not None else None
 
+    def held_sums(self, model: torch.nn.Module, digest: bytes) -> HeldSums:
+        """What lies in the model of the push that has ended, whose manifest has this digest."""
+        return sums_of(self._replays.get(model), digest, ModelState.of(model))
+
+    def held_boxes(self, model: torch.nn.Module, digest: bytes) -> bytes:
+        """Of which boxes `held_sums` speaks."""
+        return packed_boxes(self._replays.get(model), digest, ModelState.of(model))
+
     def load(
         self,
         model: torch.nn.Module,
@@ -130,7 +146,11 @@ class WeightReload:
         load_weights: Callable[[Any], Any] | None = None,
     ) -> None:
         """Read one bucket and hand its tensors to the model. Raises `EngineError` naming what the model ignored."""
-        read = self._slots.read(bucket, ticket, deadline=monotonic() + seconds)
+        deadline = monotonic() + seconds
+        if self._pull and self._replay is not None and self._replay.takes(bucket):
+            self._slots.pull(bucket, ticket, self._replay.pull, deadline=deadline)
+            return
+        read = self._slots.read(bucket, ticket, deadline=deadline)
 
         def load(tensors: list[Named]) -> None:
             self._load(model, bucket, tensors, load_weights or model.load_weights)  # type: ignore[arg-type]

@@ -1,0 +1,106 @@
+"""What lies in an engine that has our plugin, compared with what the trainer sent, as far as its load plans tell.
+
+Each worker says what it holds of which boxes of the pushed tensors (`weightsync/replay/residents.py`), as fingerprints.
+Which boxes these are is asked once for a plan, of which a worker tells a digest each time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import msgspec
+from msgspec import Meta
+
+from weightsync.adapters.verify import Verifier
+from weightsync.errors import CodecError, EngineError
+from weightsync.plan.packing import digest_of
+from weightsync.plan.residents import ResidentBoxes
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Sequence
+
+    from weightsync.plan.boxes import Words
+    from weightsync.plan.manifest import Manifest
+    from weightsync.replay.model import ModelState
+    from weightsync.replay.state import ModelReplay
+
+LAYOUTS = 4  # that are remembered, as many as a worker remembers
+__all__ = ["HeldCheck", "HeldSums", "packed_boxes", "sums_of"]
+
+
+class HeldSums(msgspec.Struct, frozen=True):
+    """What one worker holds. `boxes` is a digest of which boxes; b"" where it cannot tell."""
+
+    boxes: Annotated[bytes, Meta(max_length=16)] = b""
+    sums: bytes = b""  # little-endian uint64, one for each box
+
+
+def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> HeldSums:
+    """In a worker: what `model` holds of the push that has ended, of the manifest with this digest."""
+    held = replay.residents(digest, model) if replay is not None else None
+    if held is None:
+        return HeldSums()
+    return HeldSums(boxes=digest_of(held.packed), sums=held.fingerprints(model.tensors))
+
+
+def packed_boxes(replay: ModelReplay | None, digest: bytes, model: ModelState) -> bytes:
+    """In a worker: the boxes that `sums_of` has spoken of, as `ResidentBoxes`; b"" where it cannot tell."""
+    held = replay.residents(digest, model) if replay is not None else None
+    return held.packed if held is not None else b""
+
+
+class HeldCheck:
+    """Of one engine, in the daemon."""
+
+    def __init__(self, engine: str) -> None:
+        self._engine = engine
+        self._verifiers: dict[tuple[bytes, ...], Verifier] = {}  # of the latest layouts, by what tells them apart
+        self._whole: set[bytes] = set()  # digests of manifests all of whose tensors were equal when last compared
+
+    def covers(self, manifest: Manifest) -> bool:
+        """Whether all tensors of this manifest were compared after its last push. Then a worker may read of a bucket
+        only what it needs: what it has read wrong is found when they are compared again.
+        """
+        return manifest.digest in self._whole
+
+    async def verify(
+        self,
+        manifest: Manifest,
+        expected: Words,
+        *,
+        sums: Callable[[], Awaitable[Sequence[HeldSums]]],
+        boxes: Callable[[], Awaitable[Sequence[bytes]]],
+    ) -> int | None:
+        """How many tensors were compared, all equal; None where the workers cannot tell. `sums` and `boxes` ask them,
+        in the order of ranks. Raises `EngineError` naming the first tensor that differs.
+        """
+        self._whole.discard(manifest.digest)
+        told = await sums()
+        if not told or not all(one.boxes for one in told):
+            return None
+        key = (manifest.digest, *(one.boxes for one in told))
+        verifier = self._verifiers.pop(key, None)
+        if verifier is None:
+            packed = await boxes()
+            if [digest_of(one) for one in packed] != [one.boxes for one in told]:
+                raise EngineError(
+                    "its workers say what they hold, and then something else", engine=self._engine, phase="verify"
+                )
+            try:
+                ranks = [ResidentBoxes.unpack(one, manifest.tensors) for one in packed]
+            except CodecError as error:
+                raise EngineError(
+                    f"what its workers say they hold cannot be read: {error.message}",
+                    engine=self._engine,
+                    phase="verify",
+                ) from error
+            verifier = Verifier(ranks, manifest.tensors, parts=True)
+        self._verifiers[key] = verifier
+        while len(self._verifiers) > LAYOUTS:
+            forgotten = next(iter(self._verifiers))
+            del self._verifiers[forgotten]
+            self._whole.discard(forgotten[0])
+        compared = verifier.compare([one.sums for one in told], expected)
+        if compared == len(manifest.tensors):
+            self._whole.add(manifest.digest)
+        return compared

@@ -1,0 +1,82 @@
+"""What an engine's rank holds of the tensors of a manifest: boxes, as it tells them to the daemon."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsync.errors import CodecError
+from weightsync.plan.boxes import Ints, pad_shapes
+from weightsync.plan.packing import FORMAT, Packed, column, pack, unpack
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy.typing as npt
+
+    from weightsync.plan.table import TensorTable
+
+__all__ = ["ResidentBoxes"]
+
+
+class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    tensor: bytes  # int32, all columns little-endian
+    offset: bytes  # int64, rows of as many dimensions as the widest tensor has
+    shape: bytes  # int64
+
+
+@dataclass(frozen=True, eq=False)
+class ResidentBoxes:
+    """Where the residents of one engine rank lie in the tensors of a manifest, in the order of their fingerprints.
+
+    D is the `width` of the manifest's tensors; unused dimensions have offset 0 and shape 1. Constructed directly it
+    trusts its arguments.
+    """
+
+    tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
+    offset: Ints  # [n, D] in elements of the whole tensor
+    shape: Ints  # [n, D]
+
+    def __len__(self) -> int:
+        return len(self.tensor)
+
+    @classmethod
+    def of(cls, boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], width: int) -> ResidentBoxes:
+        """These boxes, each a tensor's index, an offset and a shape."""
+        return cls(
+            np.array([tensor for tensor, _, _ in boxes], dtype=np.int32),
+            pad_shapes([offset for _, offset, _ in boxes], width, 0),
+            pad_shapes([shape for _, _, shape in boxes], width, 1),
+        )
+
+    def pack(self) -> bytes:
+        """As bytes, for `unpack`."""
+        return pack(
+            PackedResidents(
+                format=FORMAT,
+                tensor=self.tensor.astype("<i4").tobytes(),
+                offset=self.offset.astype("<i8").tobytes(),
+                shape=self.shape.astype("<i8").tobytes(),
+            )
+        )
+
+    @classmethod
+    def unpack(cls, data: bytes, tensors: TensorTable) -> ResidentBoxes:
+        """What `pack` turned into `data`, of a manifest of these tensors. Raises `CodecError`."""
+        raw = unpack(data, PackedResidents)
+        tensor = column(raw.tensor, "<i4", "tensor")
+        offset, shape = column(raw.offset, "<i8", "offset"), column(raw.shape, "<i8", "shape")
+        count, width = len(tensor), tensors.width
+        if not len(offset) == len(shape) == count * width:
+            raise CodecError("the columns of a rank's residents have different lengths")
+        if count and not 0 <= int(tensor.min()) <= int(tensor.max()) < len(tensors):
+            raise CodecError("a resident belongs to a tensor that is not there")
+        offset, shape = offset.reshape(count, width), shape.reshape(count, width)
+        dims = tensors.dims[tensor]
+        inside = ((offset >= 0) & (offset <= dims) & (shape >= 1) & (shape <= dims - offset)).all(axis=1)
+        if not inside.all():
+            name = tensors.names[int(tensor[np.argmin(inside)])]
+            raise CodecError(f"a resident of {name!r} is empty or does not lie in that tensor")
+        return cls(tensor.astype(np.int32), offset, shape)

@@ -1,0 +1,101 @@
+"""Who carries out moves: a loop on a CPU; on a GPU one launch for each bucket, over a table that stays there.
+
+The kernel is that of `weightsync.device`. What it cannot convert goes through torch, move by move, as on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from weightsync.device.launch import COPY, BoxKernel
+from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.replay.moves import apply
+
+if TYPE_CHECKING:
+    from collections.abc import Hashable, Mapping, Sequence
+
+    from weightsync.device.table import Items
+    from weightsync.replay.moves import Move
+
+__all__ = ["HostMoves", "KernelMoves", "Launcher", "Mover", "move_items", "mover_for"]
+
+
+class Mover(Protocol):
+    """Of one plan."""
+
+    def apply(
+        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+    ) -> None:
+        """Carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`."""
+
+
+class HostMoves:
+    """Moves in host memory, or wherever torch reaches."""
+
+    def apply(
+        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+    ) -> None:
+        """See `Mover`."""
+        apply(moves, data, targets)
+
+
+class Launcher(Protocol):
+    """`weightsync.device.launch.BoxKernel`."""
+
+    def table(self, items: Items) -> Any:
+        """The items where the kernel reads them."""
+
+    def launch(self, table: Any, mode: int, *, stream: Any, bases: torch.Tensor | None = None, slot: int = 0) -> None:
+        """Work on the whole table; returns at once."""
+
+
+class KernelMoves:
+    """Moves on the GPU `device`, on its current stream."""
+
+    def __init__(self, kernel: Launcher, device: torch.device) -> None:
+        self._kernel, self._device = kernel, device
+        self._tables: dict[Hashable, tuple[Any, tuple[Move, ...]]] = {}  # and the moves that are left for torch
+
+    def apply(
+        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+    ) -> None:
+        """See `Mover`."""
+        found = self._tables.get(key)
+        if found is None:
+            items = [(move, move_items(move)) for move in moves]
+            table = self._kernel.table(joined([some for _, some in items if some is not None]))
+            found = self._tables[key] = table, tuple(move for move, some in items if some is None)
+        table, left = found
+        addresses = [targets[i].data_ptr() if i in targets else 0 for i in range(max(targets, default=-1) + 1)]
+        bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        self._kernel.launch(table, COPY, stream=stream, bases=bases, slot=data.data_ptr())
+        apply(left, data, targets)
+
+
+def mover_for(device: torch.device) -> Mover:
+    """For weights on `device`. Raises what cupy raises where the kernel cannot be compiled."""
+    return KernelMoves(BoxKernel(device), device) if device.type == "cuda" else HostMoves()
+
+
+def move_items(move: Move) -> Items | None:
+    """The items of one move from the slot into a target, targets as bases; None for what the kernel cannot convert."""
+    if move.source_dtype == move.dtype:
+        op = BYTES
+    elif (move.source_dtype, move.dtype) == (torch.float32, torch.bfloat16):
+        op = F32_TO_BF16
+    else:
+        return None
+    sizes = move.source_box.sizes or (1,)
+    source, target = (box.strides or (0,) for box in (move.source_box, move.target_box))
+    return box_items(
+        sizes,
+        move.dtype.itemsize,
+        Place(SLOT, move.source_box.offset, source),
+        Place(move.target, move.target_box.offset, target),
+        tensor_shape=sizes,
+        offset=(0,) * len(sizes),
+        op=op,
+    )

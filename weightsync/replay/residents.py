@@ -1,0 +1,104 @@
+"""What lies in a worker's parameters, tensor by tensor as the trainer knows them: the load plan read backwards.
+
+A copy of the plan says which box of a pushed tensor a stretch of a parameter is. So the parameters can be fingerprinted
+as parts of the tensors that were pushed, and whoever has the parts of all workers can compare them with what was sent.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from weightsync.fingerprint import fingerprint
+from weightsync.plan.boxes import packed_strides
+from weightsync.plan.residents import ResidentBoxes
+from weightsync.replay.moves import raw_bytes, strided_view
+from weightsync.replay.strided import Box
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
+    from weightsync.plan.manifest import Manifest
+    from weightsync.replay.plan import LoadPlan
+
+__all__ = ["Resident", "Residents", "resident_box"]
+
+
+class Resident(NamedTuple):
+    """A box of a tensor of the manifest, and where a parameter has it."""
+
+    tensor: int
+    offset: tuple[int, ...]  # in the tensor, in elements
+    shape: tuple[int, ...]
+    target: str
+    box: Box  # from where the target begins, with the tensor's dimensions
+
+
+class Residents:
+    """Of one plan and one manifest."""
+
+    def __init__(self, plan: LoadPlan, manifest: Manifest) -> None:
+        """What is converted on its way, or is no box of its tensor (every other row, say), is left out."""
+        self._tensors = manifest.tensors
+        found = []
+        for copy in plan.copies:
+            tensor = manifest.tensors.index[copy.source]
+            if copy.source_dtype != copy.dtype:
+                continue
+            placed = resident_box(
+                manifest.tensors.shapes[tensor], copy.dtype.itemsize, copy.source_box, copy.target_box
+            )
+            if placed is not None:
+                offset, box = placed
+                found.append(Resident(tensor, offset, box.sizes, copy.target, box))
+        self.held = tuple(found)
+        self.complete = len(found) == len(plan.copies)
+
+    @cached_property
+    def packed(self) -> bytes:
+        """The boxes in the order of `fingerprints`, as packed `ResidentBoxes`."""
+        boxes = [(one.tensor, one.offset, one.shape) for one in self.held]
+        return ResidentBoxes.of(boxes, self._tensors.width).pack()
+
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """Little-endian uint64 for each, of what lies in `targets`, in host memory, now."""
+        sums = np.empty(len(self.held), dtype="<u8")
+        for at, one in enumerate(self.held):
+            itemsize, view = targets[one.target].element_size(), strided_view(targets[one.target], one.box)
+            sums[at] = fingerprint(
+                raw_bytes(view).numpy(),
+                itemsize=itemsize,
+                global_shape=self._tensors.shapes[one.tensor],
+                offset=one.offset,
+                shape=one.shape,
+            )
+        return sums.tobytes()
+
+
+def resident_box(shape: tuple[int, ...], itemsize: int, source: Box, target: Box) -> tuple[tuple[int, ...], Box] | None:
+    """Where in a row-major tensor of `shape` the box `source` of its bytes begins, and `target`, which has the same
+    elements, with the tensor's dimensions in their order. None if `source` is no box of the tensor.
+    """
+    steps = packed_strides(shape, itemsize)
+    offset, rest = [], source.offset
+    for step in steps:
+        offset.append(rest // step if step else 0)
+        rest -= offset[-1] * step
+    if rest or source.empty:
+        return None
+    sizes, strides = [1] * len(shape), [itemsize] * len(shape)
+    for size, stride, onto in zip(source.sizes, source.strides, target.strides, strict=True):
+        while size > 1:
+            dim = next((d for d, s in enumerate(steps) if s == stride and shape[d] > 1 and sizes[d] == 1), None)
+            if dim is None:
+                return None
+            room = shape[dim] - offset[dim]
+            if size > room and (offset[dim] or size % shape[dim]):
+                return None
+            sizes[dim], strides[dim] = min(size, shape[dim]), onto
+            size, stride, onto = size // sizes[dim], stride * sizes[dim], onto * sizes[dim]
+    return tuple(offset), Box(target.offset, tuple(sizes), tuple(strides))
