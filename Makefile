@@ -1,6 +1,6 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
 # make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
-# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
+# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types;  make docs  the docs as a site
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -55,8 +55,14 @@ test-gpu: setup
 bench: setup
 	$(BIN)/python -m bench --json-dir bench/results
 
-docs: setup
+$(BIN)/.docs-set-up: $(BIN)/.set-up
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
+	@touch $@
+
+# the diagram of docs/session.md from the code, and the site into site/
+docs: $(BIN)/.docs-set-up
 	$(BIN)/python docs/make_state_diagram.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
-"""Writes the diagram and the table of docs/session.md from `weightsync.session.machine.TRANSITIONS`.
+"""Writes the diagrams of docs/session.md and docs/concepts.md, and the former's table, from
+`weightsync.session.machine.TRANSITIONS`.
 
 python docs/make_state_diagram.py            write
-python docs/make_state_diagram.py --check    exit status 1 when the page is not what the table says
+python docs/make_state_diagram.py --check    exit status 1 when a page is not what the table says
 """
 
 from __future__ import annotations
@@ -12,39 +13,54 @@ from pathlib import Path
 
 from weightsync.session.machine import TRANSITIONS, State
 
-PAGE = Path(__file__).with_name("session.md")
+HERE = Path(__file__).parent
 BEGIN, END = "<!-- made by make_state_diagram.py -->", "<!-- end -->"
 
 
-def diagram() -> str:
-    """The states and what leads from one to another, as Mermaid and as a table."""
-    edges: dict[tuple[State, State], list[str]] = {}
-    rows = []
+def edges() -> dict[tuple[State, State], list[str]]:
+    """Which states lead to which other ones, by which events."""
+    found: dict[tuple[State, State], list[str]] = {}
     for (state, event), (method, follows) in TRANSITIONS.items():
-        if method.__name__ == "_ignore":
-            continue
         for target in follows:
-            if target is not state:
-                edges.setdefault((state, target), []).append(event.__name__)
-        after = ", ".join(str(s) for s in dict.fromkeys(follows)) or "–"
-        rows.append(f"| {state} | `{event.__name__}` | `{method.__name__.removeprefix('_')}` | {after} |")
+            if method.__name__ != "_ignore" and target is not state:
+                found.setdefault((state, target), []).append(event.__name__)
+    return found
+
+
+def diagram(*, events: bool) -> str:
+    """The states and what leads from one to another, as Mermaid."""
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.OPENING}"]
-    for (state, target), events in edges.items():
-        label = ", ".join(events) if len(events) <= 3 else f"{', '.join(events[:2])} and {len(events) - 2} more"
-        lines.append(f"    {state} --> {target}: {label}")
+    for (state, target), names in edges().items():
+        label = ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
+        lines.append(f"    {state} --> {target}" + (f": {label}" if events else ""))
     lines += [f"    {state} --> [*]" for state in State if state.ended]
-    lines += ["```", "", "| state | event | decided by | may lead to |", "|---|---|---|---|", *rows]
-    return "\n".join(lines)
+    return "\n".join([*lines, "```"])
+
+
+def table() -> str:
+    """What each event means in each state."""
+    rows = ["| state | event | decided by | may lead to |", "|---|---|---|---|"]
+    for (state, event), (method, follows) in TRANSITIONS.items():
+        if method.__name__ != "_ignore":
+            after = ", ".join(str(s) for s in dict.fromkeys(follows)) or "–"
+            rows.append(f"| {state} | `{event.__name__}` | `{method.__name__.removeprefix('_')}` | {after} |")
+    return "\n".join(rows)
 
 
 def main() -> int:
-    text = PAGE.read_text()
-    made = f"{BEGIN}\n\n{diagram()}\n\n{END}"
-    wanted = re.sub(f"{re.escape(BEGIN)}.*{re.escape(END)}", lambda _: made, text, flags=re.DOTALL)
-    if "--check" in sys.argv[1:]:
-        return int(wanted != text)
-    PAGE.write_text(wanted)
-    return 0
+    pages = {
+        HERE / "session.md": f"{diagram(events=True)}\n\n{table()}",
+        HERE / "concepts.md": diagram(events=False),
+    }
+    stale = 0
+    for page, made in pages.items():
+        text = page.read_text()
+        between = f"{re.escape(BEGIN)}.*{re.escape(END)}"
+        wanted = re.sub(between, lambda _, made=made: f"{BEGIN}\n\n{made}\n\n{END}", text, flags=re.DOTALL)
+        stale += wanted != text
+        if "--check" not in sys.argv[1:]:
+            page.write_text(wanted)
+    return int(stale > 0 and "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,6 @@ def test_the_example_config_is_valid_and_shows_the_defaults(monkeypatch):
 
 
 def test_files_named_in_the_docs_exist():
-    for page in (ROOT / "docs").glob("*.md"):
+    for page in (ROOT / "docs").rglob("*.md"):
         for name in re.findall(r"`((?:weightsync|daemon|tests|bench)/[\w./]+\.py)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
