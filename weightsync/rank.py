@@ -27,6 +27,7 @@ from weightsync.errors import (
     PushAborted,
     PushTimeout,
     RemoteProtocolError,
+    SourceError,
     WeightSyncError,
 )
 from weightsync.filling.host import HostFill
@@ -142,6 +143,7 @@ class RankPush:
         self._pause = pause
         self._engines = engines
         self._layout = source.layout()
+        self._flaw = _measured(source)
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._program: Program | None = None
@@ -168,6 +170,8 @@ class RankPush:
         try:
             link.start()
             self._open(link)
+            if self._flaw is not None:
+                raise self._flaw  # now that it can be told to all ranks
             try:
                 outcome = self._converse(link)
             finally:
@@ -359,6 +363,18 @@ class RankPush:
                 self.on_progress(self._written)
         if not filling.busy:
             self._busy_seconds += time.monotonic() - self._busy_since
+
+
+def _measured(source: Source) -> SourceError | None:
+    """Have a source look at the values that it is to send, if it is one that does; what is wrong with them."""
+    measure = getattr(source, "measure", None)
+    if measure is None:
+        return None
+    try:
+        measure()
+    except SourceError as error:
+        return error
+    return None
 
 
 def _on_gpus(source: Source) -> LocalWeights | None:
