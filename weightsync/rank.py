@@ -143,7 +143,7 @@ class RankPush:
         self._pause = pause
         self._engines = engines
         self._layout = source.layout()
-        self._flaw = _measured(source)
+        self._flaw = _measured(source)  # told to all ranks by the daemon, before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._program: Program | None = None
@@ -170,8 +170,6 @@ class RankPush:
         try:
             link.start()
             self._open(link)
-            if self._flaw is not None:
-                raise self._flaw  # now that it can be told to all ranks
             try:
                 outcome = self._converse(link)
             finally:
@@ -202,6 +200,8 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
+        if self._flaw is not None:  # the daemon asks for a layout that it does not know, and then hears of this
+            digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
         if plan is not None and plan + digest not in memory().programs:
             plan = None
@@ -242,6 +242,8 @@ class RankPush:
                 case msg.Welcome():
                     link.set_heartbeat(message.heartbeat)
                 case msg.AskDescription():
+                    if self._flaw is not None:
+                        raise self._flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message)
