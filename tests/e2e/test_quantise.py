@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.e2e.conftest import TINY, Node
+from tests.e2e.test_commands import run
 from tests.quantise_kit import quantised_whole
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
@@ -82,6 +83,14 @@ def test_a_module_a_mapping_and_a_checkpoint(node):
             assert report.complete, str(report)
             assert report.bytes == sum(tensor.nbytes for tensor in as_fp8(node.weights(name)).values())
             assert_serves(node, name, version)
+
+
+def test_the_command(node):
+    version = next(node.versions)
+    how = ["--version", str(version), "--quantise", node.checkpoint("A-fp8")]
+    done = run("weightsync", "push", node.checkpoint("B"), *how, node=node)
+    assert done.returncode == 0, done.stderr
+    assert_serves(node, "B", version)
 
 
 def test_what_engines_do_not_serve_as_float8_is_refused_by_them(node):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import warnings
+from collections import OrderedDict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from tests.engines import fp8_oracle
 from tests.quantise_kit import quantised_whole, sent, tensors_of
@@ -137,8 +141,10 @@ def test_what_says_nothing_about_how_is_refused():
 # --- like a checkpoint ------------------------------------------------------------------------------------------------
 
 
-def fp8_checkpoint(directory, block, names=tuple(MATRICES), scales="float32", **config):
+def fp8_checkpoint(directory, block, names=tuple(MATRICES), scales="float32", shape=None, **config):
     found = quantised_whole(model(), names, block)
+    if shape is not None:
+        found = {name: t.reshape(shape) if name.endswith("_scale") else t for name, t in found.items()}
     dtype = getattr(torch, scales)
     save_file({n: t.to(dtype) if "_scale" in n else t for n, t in found.items()}, directory / "model.safetensors")
     said = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block and list(block), **config}
@@ -156,6 +162,23 @@ def test_what_a_checkpoint_has_scales_for_is_quantised_and_nothing_else(tmp_path
     assert hash(recipe) == hash(Fp8.like(tmp_path))
     source = source_of(model())
     assert quantised(source, recipe).layout() is quantised(source, Fp8.like(tmp_path)).layout()
+
+
+def test_a_scale_may_have_no_dimensions(tmp_path):
+    """As AutoFP8 wrote them; engines take both, and are sent what their checkpoint has."""
+    like = fp8_checkpoint(tmp_path, None, MATRICES[:2], shape=())
+    found = sent(model(), like)
+    wanted = quantised_whole(model(), MATRICES[:2], None)
+    check(found, {name: t.reshape(()) if name.endswith("_scale") else t for name, t in wanted.items()})
+    name = MATRICES[0]
+    halves = [Part(name, (8, 8), (at, 0), model()[name][at : at + 4]) for at in (0, 4)]
+    layouts = [quantised(PartSource([half]), like).layout() for half in halves]
+    assert [layout.tensors.names for layout in layouts] == [(name, f"{name}_scale"), (name,)]
+
+
+def test_a_checkpoint_whose_scales_have_another_shape_is_refused(tmp_path):
+    with pytest.raises(SourceError, match=r"scales of .* are \(1, 1\), and \(1,\) is known here"):
+        Fp8.like(fp8_checkpoint(tmp_path, None, MATRICES[:1], shape=(1, 1)))
 
 
 def test_a_checkpoint_of_powers_of_two(tmp_path):
@@ -289,3 +312,14 @@ def test_ranks_that_share_blocks_send_what_one_would(tmp_path):
         assert all(len(fill) for fill in plan.fills), case
         if case == "hybrid":  # replicas send a scale once
             assert sum(map(len, plan.fills)) < sum(map(len, layouts))
+
+
+def test_adapters_are_merged_before():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft = pytest.importorskip("peft")
+        torch.manual_seed(0)
+        base = nn.Sequential(OrderedDict(up=nn.Linear(8, 12), down=nn.Linear(12, 8)))
+        adapted = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["up"], init_lora_weights=False))
+        merged = dict(copy.deepcopy(adapted).merge_and_unload().state_dict())
+    check(sent(adapted, Fp8(SMALL)), quantised_whole(merged, ["up.weight", "down.weight"], SMALL))

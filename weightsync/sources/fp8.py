@@ -7,10 +7,12 @@ import os
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import SourceError
+from weightsync.sources.grid import Grid
 from weightsync.sources.safetensors_header import StoredTensor, files_of, read_header
 
 if TYPE_CHECKING:
@@ -63,24 +65,14 @@ class Fp8:
         headers alone are read. Raises `SourceError` where it is not quantised in a way that is known here.
         """
         directory = Path(checkpoint)
-        block, ue8m0 = _scheme(_config(directory), directory)
-        stored = _headers(directory)
-        suffix = _TENSOR_SCALE if block is None else _BLOCK_SCALE
-        quantised = frozenset(name for name in stored if name + suffix in stored)
-        if not quantised:
-            raise SourceError(
-                f"{directory} has no tensor with scales called `…{suffix}` beside it",
-                hint="give the checkpoint that the engines serve, or say what is quantised by Fp8(…)",
-            )
-        for name in sorted(quantised):
-            weight, scale = stored[name], stored[name + suffix]
-            if weight.dtype.name != "float8_e4m3fn" or scale.dtype.name not in _SCALES:
-                raise SourceError(
-                    f"tensor {name!r} of {directory} is {weight.dtype.name} with scales of {scale.dtype.name}",
-                    hint="float8_e4m3fn with scales of float32 or bfloat16 is what can be made here",
-                )
-        shapes = {name: tensor.shape for name, tensor in stored.items()}
-        return cls(block, (), ue8m0, all_reduce, _Like(str(directory), quantised, shapes))
+        files = [directory / name for name in ("config.json", "model.safetensors.index.json", "model.safetensors")]
+        stamps = tuple([(info.st_mtime_ns, info.st_size) for info in map(os.stat, filter(os.path.exists, files))])
+        block, ue8m0, like = _read(str(directory), stamps)
+        return cls(block, (), ue8m0, all_reduce, like)
+
+    def grid(self, shape: tuple[int, ...]) -> Grid:
+        """How a tensor of this shape, which is quantised, is cut."""
+        return Grid.of(shape, self.block, scalar=self._like is not None and self._like.scalar)
 
     def scale_of(self, name: str) -> str:
         """What the scales of a tensor are called."""
@@ -108,6 +100,7 @@ class _Like:
     directory: str
     quantised: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
+    scalar: bool  # the scale of a matrix has no dimensions
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Like) and vars(self) == vars(other)
@@ -132,6 +125,34 @@ class _Like:
 def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     stacked = len(shape) == 3 and ".experts." in name
     return stacked or (len(shape) == 2 and name.endswith(".weight"))
+
+
+@lru_cache(maxsize=8)
+def _read(path: str, stamps: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int] | None, bool, _Like]:
+    """What the checkpoint there is like; `stamps` change when it does."""
+    directory = Path(path)
+    block, ue8m0 = _scheme(_config(directory), directory)
+    stored = _headers(directory)
+    suffix = _TENSOR_SCALE if block is None else _BLOCK_SCALE
+    quantised = frozenset(name for name in stored if name + suffix in stored)
+    if not quantised:
+        raise SourceError(
+            f"{directory} has no tensor with scales called `…{suffix}` beside it",
+            hint="give the checkpoint that the engines serve, or say what is quantised by Fp8(…)",
+        )
+    scalar = block is None and all(stored[name + suffix].shape == () for name in quantised)
+    for name in sorted(quantised):
+        weight, scale = stored[name], stored[name + suffix]
+        if weight.dtype.name != "float8_e4m3fn" or scale.dtype.name not in _SCALES or len(weight.shape) < 2:
+            raise SourceError(
+                f"tensor {name!r} of {directory} is {weight.dtype.name} with scales of {scale.dtype.name}",
+                hint="matrices of float8_e4m3fn with scales of float32 or bfloat16 are what can be made here",
+            )
+        wanted = Grid.of(weight.shape, block, scalar=scalar).scale_shape
+        if scale.shape != wanted:
+            raise SourceError(f"the scales of {name!r} in {directory} are {scale.shape}, and {wanted} is known here")
+    shapes = {name: tensor.shape for name, tensor in stored.items()}
+    return block, ue8m0, _Like(str(directory), quantised, shapes, scalar)
 
 
 def _config(directory: Path) -> dict[str, Any]:

@@ -24,13 +24,14 @@ class Grid(NamedTuple):
     height: int  # rows of a block
     width: int
     one: bool  # a matrix is one block
+    scalar: bool = False  # … and the tensor of a single matrix's scale has no dimensions
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], block: tuple[int, int] | None) -> Grid:
+    def of(cls, shape: tuple[int, ...], block: tuple[int, int] | None, *, scalar: bool = False) -> Grid:
         """The grid of a tensor of at least two dimensions; `block` None: one for each matrix."""
         rows, columns = shape[-2:]
         height, width = block or (max(1, rows), max(1, columns))
-        return cls(shape[:-2], rows, columns, height, width, block is None)
+        return cls(shape[:-2], rows, columns, height, width, block is None, scalar)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -42,10 +43,11 @@ class Grid(NamedTuple):
         """The shape of the tensor of scales, which has the blocks in the order of `shape`."""
         if not self.one:
             return self.shape
-        return self.lead or (min(1, self.rows * self.columns),)
+        return self.lead or (() if self.scalar else (min(1, self.rows * self.columns),))
 
-    def corners(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """The scales of the blocks that begin in a box of the tensor: a box of their tensor, as offset and shape.
+    def corners(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The scales of the blocks that begin in a box of the tensor: a box of their tensor, as offset and shape. None
+        for a scale of no dimensions that is another's.
 
         Boxes that tile the tensor so have scales that tile theirs: each is sent by one rank, or by replicas of it.
         """
@@ -56,6 +58,8 @@ class Grid(NamedTuple):
         if not self.one:
             return tuple(first), tuple(count)
         mine = count[-2] * count[-1]
+        if not self.lead and self.scalar:
+            return ((), ()) if mine else None
         if not self.lead:
             return (0,), (mine,)
         return tuple(first[:-2]), tuple(count[:-2]) if mine else (0,) * len(self.lead)

@@ -19,7 +19,6 @@ from weightsync.sources.amax import reduce_amax
 from weightsync.sources.blocks import amax_into, quantise_into, rows_at_a_time, scales_of
 from weightsync.sources.description import narrowed
 from weightsync.sources.fp8 import Fp8
-from weightsync.sources.grid import Grid
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 
     from weightsync.plan.boxes import Ints
     from weightsync.sources.base import Source
+    from weightsync.sources.grid import Grid
 
 __all__ = ["QuantisedSource", "quantised"]
 
@@ -215,7 +215,7 @@ def _made(layout: Layout, recipe: Fp8) -> _Cut:
             continue
         if dtype not in _FROM:
             raise SourceError(f"tensor {name!r} is {dtype}, and is not quantised", hint='give dtype="bfloat16" as well')
-        grids[i] = Grid.of(shape, recipe.block)
+        grids[i] = recipe.grid(shape)
     shards: list[Shard] = []
     scales: list[Shard] = []
     scale_of: list[int] = []
@@ -228,13 +228,18 @@ def _made(layout: Layout, recipe: Fp8) -> _Cut:
             shards.append(shard)
             continue
         shards.append(Shard(shard.name, "float8_e4m3fn", shard.global_shape, shard.offset, shard.shape))
-        offset, shape = grid.corners(shard.offset, shard.shape)
-        scales.append(Shard(recipe.scale_of(shard.name), "float32", grid.scale_shape, offset, shape))
-        scale_of.append(at)
+        corners = grid.corners(shard.offset, shard.shape)
+        if corners is not None:
+            scales.append(Shard(recipe.scale_of(shard.name), "float32", grid.scale_shape, *corners))
+            scale_of.append(at)
         boxes.setdefault(at, []).append((shard.offset, shard.shape))
     aliases = [*table.aliases]
-    quantised = {table.names[i] for i in grids}
-    aliases += [(recipe.scale_of(other), recipe.scale_of(name)) for other, name in table.aliases if name in quantised]
+    scaled = {scale.name for scale in scales}
+    aliases += [
+        (recipe.scale_of(other), recipe.scale_of(name))
+        for other, name in table.aliases
+        if recipe.scale_of(name) in scaled
+    ]
     made = Layout.of([*shards, *scales], aliases)
     return _Cut(
         layout=made,
