@@ -70,7 +70,7 @@ class QuantisedSource:
                 f"quantise makes float8 of none of the {len(every)} tensors",
                 hint=f"they are {every[0]!r} and others; leave `quantise` out for those that stay as they are",
             )
-        self._scales: dict[int, torch.Tensor] = {}  # by tensor of the source; of all blocks, 1 where none of it is here
+        self._scales: dict[int, torch.Tensor] = {}  # by tensor of the source, of all its blocks
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +99,8 @@ class QuantisedSource:
         """
         cut, layout = self._cut, self._source.layout()
         names = layout.tensors.names
-        reduces = self._recipe.all_reduce and torch.distributed.is_initialized()
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        reduces = self._recipe.all_reduce and distributed
         if cut.shared and not reduces:
             raise _shared(names[cut.shared[0]], cut.grids[cut.shared[0]], len(cut.shared))
         gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
