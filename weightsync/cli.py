@@ -91,6 +91,10 @@ def push(
         list[str] | None,
         typer.Option(metavar="OLD=NEW", help="Send a tensor under another name; several times."),
     ] = None,
+    quantise: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Send float8 with scales, like this fp8 checkpoint.", show_default=False),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Push a checkpoint directory to every engine of a model. Streamed: needs memory for a few buckets, not the
@@ -107,6 +111,10 @@ def push(
     try:
         with CheckpointSource(checkpoint) as stored, Progress(*columns, console=console, transient=True) as progress:
             source = source_of(stored, only=only or None, rename=_names_given(rename or []) or None)
+            if quantise is not None:
+                from weightsync.sources.quantised import quantised
+
+                source = quantised(source, quantise)
             bar = progress.add_task("filling", total=source.nbytes)
             report: PushReport = push_source(
                 source,

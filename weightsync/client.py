@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.base import PauseMode
     from weightsync.rank import RankPush
     from weightsync.report import PushReport
+    from weightsync.sources.fp8 import Fp8
     from weightsync.sources.selected import Only, Rename
 
 __all__ = ["PushHandle", "push_source", "push_weights", "push_weights_async"]
@@ -36,6 +37,7 @@ def push_weights(
     only: Only = None,
     rename: Rename = None,
     buffers: bool = False,
+    quantise: Fp8 | str | os.PathLike[str] | None = None,
 ) -> PushReport:
     """Hand `weights` to every engine of `model`, and return when they serve them.
 
@@ -60,15 +62,17 @@ def push_weights(
     rename: under which names: {own name: checkpoint name}, in which others stay as they are, or a function that makes
         one of the other.
     buffers: also send a module's persistent buffers, those in its `state_dict`; of ranks that all have them, one sends.
+    quantise: for engines that serve an fp8 checkpoint: its directory, or a `weightsync.sources.Fp8` that says which
+        matrices become float8 with scales beside them (docs/trainers-quantise.md). After `only`, `rename` and `dtype`.
 
-    `only` and `rename` must say the same on every rank. One engine that fails is evicted and the others go on: look at
-    `report.complete` and `report.engines`.
+    `only`, `rename` and `quantise` must say the same on every rank. One engine that fails is evicted and the others go
+    on: look at `report.complete` and `report.engines`.
     Raises `SourceError` for weights that cannot be described, for what `only` names and is not there, and for two
     tensors that `rename` gives one name; `PushRefused` before anything was touched,
     `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
     `DaemonLost`.
     """
-    what = _Weights(weights, dtype, only, rename, buffers)
+    what = _Weights(weights, dtype, only, rename, buffers, quantise)
     return _rank_push(what, version, model, daemon, process_group, pause, timeout).run()
 
 
@@ -85,12 +89,13 @@ def push_weights_async(
     only: Only = None,
     rename: Rename = None,
     buffers: bool = False,
+    quantise: Fp8 | str | os.PathLike[str] | None = None,
 ) -> PushHandle:
     """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
 
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
-    what = _Weights(weights, dtype, only, rename, buffers)
+    what = _Weights(weights, dtype, only, rename, buffers, quantise)
     return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout))
 
 
@@ -104,12 +109,13 @@ def push_source(
     pause: str = "keep",
     timeout: float = 600.0,
     dtype: Any = None,
+    quantise: Fp8 | str | os.PathLike[str] | None = None,
     on_progress: Callable[[int], None] | None = None,
 ) -> PushReport:
     """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
     thread.
     """
-    push = _rank_push(_Weights(source, dtype), version, model, daemon, process_group, pause, timeout)
+    push = _rank_push(_Weights(source, dtype, quantise=quantise), version, model, daemon, process_group, pause, timeout)
     push.on_progress = on_progress
     return push.run()
 
@@ -170,6 +176,7 @@ class _Weights(NamedTuple):
     only: Only = None
     rename: Rename = None
     buffers: bool = False
+    quantise: Fp8 | str | os.PathLike[str] | None = None
 
 
 def _rank_push(
@@ -198,6 +205,10 @@ def _rank_push(
 
     started = time.monotonic()
     source = source_of(weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers)
+    if weights.quantise is not None:
+        from weightsync.sources.quantised import quantised
+
+        source = quantised(source, weights.quantise, process_group)
     return RankPush(
         source,
         place=trainer_place(process_group),

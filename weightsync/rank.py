@@ -27,6 +27,7 @@ from weightsync.errors import (
     PushAborted,
     PushTimeout,
     RemoteProtocolError,
+    SourceError,
     WeightSyncError,
 )
 from weightsync.filling.host import HostFill
@@ -142,6 +143,7 @@ class RankPush:
         self._pause = pause
         self._engines = engines
         self._layout = source.layout()
+        self._flaw = _measured(source)  # told to all ranks by the daemon, before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._program: Program | None = None
@@ -198,6 +200,8 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
+        if self._flaw is not None:  # the daemon asks for a layout that it does not know, and then hears of this
+            digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
         if plan is not None and plan + digest not in memory().programs:
             plan = None
@@ -238,6 +242,8 @@ class RankPush:
                 case msg.Welcome():
                     link.set_heartbeat(message.heartbeat)
                 case msg.AskDescription():
+                    if self._flaw is not None:
+                        raise self._flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message)
@@ -359,6 +365,18 @@ class RankPush:
                 self.on_progress(self._written)
         if not filling.busy:
             self._busy_seconds += time.monotonic() - self._busy_since
+
+
+def _measured(source: Source) -> SourceError | None:
+    """Have a source look at the values that it is to send, if it is one that does; what is wrong with them."""
+    measure = getattr(source, "measure", None)
+    if measure is None:
+        return None
+    try:
+        measure()
+    except SourceError as error:
+        return error
+    return None
 
 
 def _on_gpus(source: Source) -> LocalWeights | None:

@@ -17,6 +17,7 @@ from weightsync.sources.base import Source
 
 if TYPE_CHECKING:
     from weightsync.sources.checkpoint import CheckpointSource
+    from weightsync.sources.fp8 import Fp8
     from weightsync.sources.lora import LoraSource
     from weightsync.sources.megatron import MegatronSource
     from weightsync.sources.module import ModuleSource
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointSource",
+    "Fp8",
     "LoraSource",
     "MegatronSource",
     "ModuleSource",
@@ -38,6 +40,7 @@ __all__ = [
 
 _LAZY = {
     "CheckpointSource": "weightsync.sources.checkpoint",
+    "Fp8": "weightsync.sources.fp8",
     "MegatronSource": "weightsync.sources.megatron",
     "LoraSource": "weightsync.sources.lora",
     "ModuleSource": "weightsync.sources.module",

@@ -16,7 +16,11 @@ __all__ = ["Source"]
 
 @runtime_checkable
 class Source(Protocol):
-    """The weights one rank holds. Boxes below are given by offset in shard `shard` of `layout()`, and shape."""
+    """The weights one rank holds. Boxes below are given by offset in shard `shard` of `layout()`, and shape.
+
+    A source may have a method `measure()`, which is called once in each push before anything is read, in the thread
+    that called `push_weights`. A `SourceError` that it raises ends the push on all ranks, with no engine touched.
+    """
 
     @property
     def nbytes(self) -> int:

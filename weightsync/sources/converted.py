@@ -55,6 +55,11 @@ class ConvertedSource:
         """Bytes of all shards together, as sent."""
         return self._layout.nbytes
 
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of all tensors, where the source knows them."""
+        return getattr(self._source, "names", None)
+
     def layout(self) -> Layout:
         """What this rank holds, in the types that are sent."""
         return self._layout

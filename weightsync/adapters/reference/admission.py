@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightsync.adapters.reference.sharding import EMBED, HEAD, checkpoint_tensors
+from weightsync.adapters.reference.sharding import EMBED, HEAD, checkpoint_tensors, dtype_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -55,8 +55,8 @@ def admit(config: ModelConfig, manifest: Manifest, required: Collection[str]) ->
             continue
         if tuple(shape) != expected:
             problems.append(f"{name}: shape {list(shape)}, but this engine's is {list(expected)}")
-        if dtype != config.dtype:
-            problems.append(f"{name}: dtype {dtype}, but this engine's is {config.dtype}")
+        if dtype != dtype_of(config, held[name]):
+            problems.append(f"{name}: dtype {dtype}, but this engine's is {dtype_of(config, held[name])}")
     if not config.tie_word_embeddings and HEAD not in table.index and any(other == HEAD for other, _ in table.aliases):
         problems.append(f"{HEAD}: pushed as an alias, but this engine holds it apart; push it as a tensor of its own")
     brought = set(held.values())

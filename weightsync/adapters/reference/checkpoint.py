@@ -35,7 +35,7 @@ def random_checkpoint(
     0.2 is ten times what training starts from: logits then lie far apart, so that greedy tokens tell one version from
     another and do not hang on the last bit. Norms are normal around one. Memory stays near one file's worth.
     """
-    config = msgspec.structs.replace(config, dtype=dtype or config.dtype)
+    config = msgspec.structs.replace(config, dtype=dtype or config.dtype, weight_block_size=None)
     kind: torch.dtype = getattr(torch, config.dtype)
     generator = torch.Generator().manual_seed(seed)
 

@@ -42,6 +42,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_topk_prob: bool = False
     decoder_sparse_step: _Size = 1
     mlp_only_layers: tuple[int, ...] = ()
+    weight_block_size: tuple[_Size, _Size] | None = None  # float8 projections, a scale for each such block
 
     def __post_init__(self) -> None:
         """Refuse what no decoder can be built from, naming the key."""
@@ -95,6 +96,8 @@ def read_config(directory: str | Path) -> ModelConfig:
 def write_config(config: ModelConfig, directory: str | Path) -> None:
     """Write `config.json` into an existing directory, as transformers 4 and 5, vLLM and SGLang read it."""
     fields = msgspec.to_builtins(config)
+    block = fields.pop("weight_block_size")
+    quantised = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": block}
     architecture = fields.pop("architecture")
     eos = fields.pop("eos_token_id")
     if not config.moe:
@@ -105,6 +108,7 @@ def write_config(config: ModelConfig, directory: str | Path) -> None:
         "architectures": [architecture],
         "model_type": _MODEL_TYPES[architecture],
         **fields,
+        **({"quantization_config": quantised} if block else {}),
         "torch_dtype": config.dtype,
         "eos_token_id": list(eos) or None,
         "attention_bias": False,
@@ -123,12 +127,16 @@ def _own_words(raw: dict[str, Any]) -> dict[str, Any]:
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError("rope_parameters: only the default rotary embedding is supported")
-    for key in ("attention_bias", "use_sliding_window", "quantization_config"):
+    for key in ("attention_bias", "use_sliding_window"):
         if raw.get(key):
             raise ValueError(f"{key} is set, which is not supported")
     if raw.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act is {raw['hidden_act']!r}; only 'silu' is supported")
+    quantised = raw.get("quantization_config") or {}
+    if quantised and (quantised.get("quant_method") != "fp8" or not quantised.get("weight_block_size")):
+        raise ValueError("quantization_config: only fp8 with a weight_block_size is supported")
     architectures = raw.get("architectures") or ["none"]
+    raw = raw | {"weight_block_size": quantised.get("weight_block_size")}
     found = {key: raw[key] for key in ModelConfig.__struct_fields__ if raw.get(key) is not None}
     found["architecture"] = architectures[0]
     if "num_local_experts" in raw:  # as transformers 5 writes it

@@ -19,6 +19,7 @@ from torch.nn import functional
 from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.checkpoint import open_checkpoint, random_checkpoint, save_tensors
 from weightsync.adapters.reference.config import ModelConfig, read_config, write_config
+from weightsync.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -192,7 +193,10 @@ def greedy(model: nn.Module, prompt_ids: Sequence[int], max_tokens: int) -> list
 
 def load_checkpoint(directory: str | Path) -> CausalLM:
     """The model of a safetensors directory. Raises `ConfigError` naming what is missing or has another shape."""
-    model = CausalLM(read_config(directory))
+    config = read_config(directory)
+    if config.weight_block_size is not None:
+        raise ConfigError(f"{directory} is quantised, and nothing to train from", hint="its checkpoint in bfloat16")
+    model = CausalLM(config)
     with open_checkpoint(directory, model.config) as tensors, torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(tensors.read(name))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-__all__ = ["attention", "fused_mlp", "linear", "rms_norm", "rotary_tables", "rotate", "route"]
+__all__ = ["attention", "dequantised", "fused_mlp", "linear", "rms_norm", "rotary_tables", "rotate", "route"]
 
 Tensor = torch.Tensor
 
@@ -17,6 +17,12 @@ Tensor = torch.Tensor
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """x[..., in] · weight[out, in]ᵀ → [..., out]."""
     return functional.linear(x, weight.float())
+
+
+def dequantised(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """float8 weight[out, in] times the scale of each block → float32."""
+    wide = scale.repeat_interleave(block[0], 0)[: weight.shape[0]].repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    return weight.float() * wide
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
-from weightsync.adapters.reference.sharding import rank_layout
+from weightsync.adapters.reference.sharding import dtype_of, rank_layout
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,8 +28,9 @@ def expected_checksums(config: ModelConfig, tensors: Mapping[str, torch.Tensor],
 
 def _rank_checksum(config: ModelConfig, tensors: Mapping[str, torch.Tensor], tp_size: int, tp_rank: int) -> str:
     layout = rank_layout(config, tp_size, tp_rank)
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    params = {name: torch.zeros(shape, dtype=dtype) for name, shape in layout.params.items()}
+    params = {
+        name: torch.zeros(shape, dtype=getattr(torch, dtype_of(config, name))) for name, shape in layout.params.items()
+    }
     for boxes in layout.slices.values():
         for box in boxes:
             source = tensors[box.tensor]

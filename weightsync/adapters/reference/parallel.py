@@ -9,7 +9,7 @@ import torch
 import torch.distributed
 
 from weightsync.adapters.reference import ops
-from weightsync.adapters.reference.sharding import EMBED, HEAD, rank_layout
+from weightsync.adapters.reference.sharding import EMBED, HEAD, SCALE, dtype_of, rank_layout
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -80,8 +80,10 @@ class ParallelDecoder:
         self.config = config
         self.ranks = ranks
         self.layout = rank_layout(config, ranks.tp_size, ranks.tp_rank)
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        self.params = {name: torch.zeros(shape, dtype=dtype) for name, shape in self.layout.params.items()}
+        self.params = {
+            name: torch.zeros(shape, dtype=getattr(torch, dtype_of(config, name)))
+            for name, shape in self.layout.params.items()
+        }
         self._caches: dict[int, list[tuple[Tensor, Tensor]]] = {}  # sequence → per layer: k, v [Hk, S, D] float32
         self._queries = config.num_attention_heads // ranks.tp_size
         self._keys = max(config.num_key_value_heads // ranks.tp_size, 1)
@@ -117,6 +119,15 @@ class ParallelDecoder:
         """Forget every cache: what they hold was computed by other weights."""
         self._caches.clear()
 
+    def _weight(self, name: str, expert: int | None = None) -> Tensor:
+        """A projection, of one expert where it stacks them."""
+        weight, scale = self.params[name], self.params.get(name + SCALE)
+        if expert is not None:
+            weight, scale = weight[expert], scale[expert] if scale is not None else None
+        if scale is None or self.config.weight_block_size is None:
+            return weight
+        return ops.dequantised(weight, scale, self.config.weight_block_size)
+
     def _norm(self, x: Tensor, name: str) -> Tensor:
         return ops.rms_norm(x, self.params[name], self.config.rms_norm_eps)
 
@@ -131,28 +142,32 @@ class ParallelDecoder:
     def _attend(
         self, x: Tensor, prefix: str, tables: tuple[Tensor, Tensor], past: tuple[Tensor, Tensor] | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        fused = ops.linear(x, self.params[f"{prefix}.qkv_proj.weight"])  # [T, (Hq + 2 Hk) · D]
+        fused = ops.linear(x, self._weight(f"{prefix}.qkv_proj.weight"))  # [T, (Hq + 2 Hk) · D]
         heads = fused.view(len(x), -1, self.config.head_dim).transpose(0, 1)
         q, k, v = heads.tensor_split((self._queries, self._queries + self._keys))
         q = ops.rotate(self._norm(q, f"{prefix}.q_norm.weight"), tables)
         k = ops.rotate(self._norm(k, f"{prefix}.k_norm.weight"), tables)
         if past is not None:
             k, v = torch.cat((past[0], k), dim=1), torch.cat((past[1], v), dim=1)
-        out = ops.linear(ops.attention(q, k, v), self.params[f"{prefix}.o_proj.weight"])
+        out = ops.linear(ops.attention(q, k, v), self._weight(f"{prefix}.o_proj.weight"))
         return self.ranks.sum(out), (k, v)
 
     def _mlp(self, x: Tensor, prefix: str) -> Tensor:
-        gate_up, down = self.params[f"{prefix}.mlp.gate_up_proj.weight"], self.params[f"{prefix}.mlp.down_proj.weight"]
+        gate_up, down = (
+            self._weight(f"{prefix}.mlp.gate_up_proj.weight"),
+            self._weight(f"{prefix}.mlp.down_proj.weight"),
+        )
         return self.ranks.sum(ops.fused_mlp(x, gate_up, down))
 
     def _experts(self, x: Tensor, prefix: str) -> Tensor:
-        w13, w2 = self.params[f"{prefix}.mlp.experts.w13.weight"], self.params[f"{prefix}.mlp.experts.w2.weight"]
+        w13, w2 = f"{prefix}.mlp.experts.w13.weight", f"{prefix}.mlp.experts.w2.weight"
         logits = ops.linear(x, self.params[f"{prefix}.mlp.gate.weight"])
         share = ops.route(logits, self.config.num_experts_per_tok, self.config.norm_topk_prob)
         total = torch.zeros_like(x)
         for expert in share.any(0).nonzero().flatten().tolist():
             takers = share[:, expert].nonzero().flatten()
-            total[takers] += ops.fused_mlp(x[takers], w13[expert], w2[expert]) * share[takers, expert, None]
+            made = ops.fused_mlp(x[takers], self._weight(w13, expert), self._weight(w2, expert))
+            total[takers] += made * share[takers, expert, None]
         return self.ranks.sum(total)
 
     def _choose(self, x: Tensor, draw: float | None) -> Choice:

@@ -11,6 +11,8 @@ An engine does not keep a checkpoint's tensors: it fuses, stacks, splits and pad
 
 With fewer key/value heads than ranks, neighbouring ranks hold the same head. Embedding and head are split by
 vocabulary, padded to a multiple of tp_size; the padding rows belong to no checkpoint tensor.
+
+Where projections are float8, each, fused or not, has a tensor of scales beside it, cut where its blocks are cut.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.reference.config import ModelConfig
 
-__all__ = ["EMBED", "HEAD", "RankLayout", "Slice", "check_tp", "checkpoint_tensors", "rank_layout"]
+__all__ = ["EMBED", "HEAD", "SCALE", "RankLayout", "Slice", "check_tp", "checkpoint_tensors", "dtype_of", "rank_layout"]
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+SCALE = "_scale_inv"  # behind the name of a float8 weight
+_FLOAT8 = ("_proj.weight", ".experts.w13.weight", ".experts.w2.weight")
 
 Shape = tuple[int, ...]
 
@@ -98,7 +102,18 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, Shape]:
     tensors["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         tensors[HEAD] = (config.vocab_size, hidden)
+    if config.weight_block_size is not None:
+        block = config.weight_block_size
+        scaled = {name: shape for name, shape in tensors.items() if name.endswith(_FLOAT8)}
+        tensors |= {name + SCALE: _blocks(shape, block) for name, shape in scaled.items()}
     return tensors
+
+
+def dtype_of(config: ModelConfig, name: str) -> str:
+    """The element type of a checkpoint tensor, or of a rank's parameter."""
+    if config.weight_block_size is None:
+        return config.dtype
+    return "float8_e4m3fn" if name.endswith(_FLOAT8) else "float32" if name.endswith(SCALE) else config.dtype
 
 
 def rank_layout(config: ModelConfig, tp_size: int, tp_rank: int) -> RankLayout:
@@ -111,7 +126,32 @@ def rank_layout(config: ModelConfig, tp_size: int, tp_rank: int) -> RankLayout:
     for piece in _rank_slices(config, tp_size, tp_rank, params):
         if 0 not in piece.shape:
             slices[piece.tensor] = (*slices.get(piece.tensor, ()), piece)
+    if config.weight_block_size is not None:
+        block = config.weight_block_size
+        scaled = {name: shape for name, shape in params.items() if name.endswith(_FLOAT8)}
+        params |= {name + SCALE: _blocks(shape, block) for name, shape in scaled.items()}
+        whole = checkpoint_tensors(config)
+        slices |= {
+            name + SCALE: tuple(_scales(piece, whole[name], block) for piece in pieces)
+            for name, pieces in slices.items()
+            if name.endswith(_FLOAT8)
+        }
     return RankLayout(params, slices)
+
+
+def _blocks(shape: Shape, block: tuple[int, int]) -> Shape:
+    return (*shape[:-2], -(-shape[-2] // block[0]), -(-shape[-1] // block[1]))
+
+
+def _scales(piece: Slice, whole: Shape, block: tuple[int, int]) -> Slice:
+    """The scales of a box of a weight. Raises `ConfigError` for one that begins or ends within a block."""
+    ends = zip(piece.offset, piece.at[-2:], piece.shape, whole, block, strict=True)
+    if any(low % n or at % n or (size % n and low + size != all_of) for low, at, size, all_of, n in ends):
+        raise ConfigError(f"{piece.tensor} is cut within a block of {block[0]} x {block[1]}", hint="another tp_size")
+    rows, columns = block
+    offset = (piece.offset[0] // rows, piece.offset[1] // columns)
+    at = (*piece.at[:-2], piece.at[-2] // rows, piece.at[-1] // columns)
+    return Slice(piece.tensor + SCALE, offset, _blocks(piece.shape, block), piece.param + SCALE, at)
 
 
 def _mlp(tensors: dict[str, Shape], prefix: str, hidden: int, inner: int) -> None:

@@ -1,0 +1,107 @@
+"""Run by torchrun for test_sources_quantised.py: real ranks of FSDP2 and FSDP1 that write down what they send."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
+
+from tests.quantise_kit import quantised_whole
+from tests.unit import sources_kit
+from tests.unit.sources_kit import Model
+from weightsync.errors import SourceError
+from weightsync.sources import Fp8, Part, PartSource, source_of
+from weightsync.sources.quantised import QuantisedSource, quantised
+
+OUT = Path(sys.argv[1])
+KEEP = ("*embed*", "head")
+
+
+def measured(weights: Any, recipe: Fp8, group: Any = None) -> QuantisedSource:
+    source = quantised(source_of(weights), recipe, group)
+    assert isinstance(source, QuantisedSource)
+    source.measure()
+    return source
+
+
+def record(case: str, weights: Any, recipe: Fp8, whole: dict[str, torch.Tensor], group: Any = None) -> None:
+    """Write what this rank sends of `weights`, and what all must make up."""
+    sources_kit.record(OUT, case, dist.get_rank(), measured(weights, recipe, group))
+    if dist.get_rank() == 0:
+        names = [name for name, tensor in whole.items() if tensor.dim() == 2 and recipe.quantises([name], (1, 1))]
+        assert names
+        sources_kit.record_whole(OUT, case, quantised_whole(whole, names, recipe.block))
+
+
+def built(**options: Any) -> tuple[Model, dict[str, torch.Tensor]]:
+    torch.manual_seed(0)
+    model = Model(**options)
+    return model, {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def sharded(model: Model, **options: Any) -> nn.Module:
+    for layer in model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    recipe = Fp8((4, 3), KEEP, all_reduce=True)
+
+    model, whole = built(width=6, inner=10)  # 10 rows are 3, 3, 3 and 1
+    fsdp2 = sharded(model)
+    record("fsdp2", fsdp2, recipe, whole)
+    with pytest.raises(SourceError, match=r"'layers\.0\.up\.weight' cannot be quantised by this rank alone"):
+        measured(fsdp2, Fp8((4, 3), KEEP))
+    record("tensor", fsdp2, Fp8(None, KEEP, all_reduce=True), whole)
+
+    both = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shards"))
+    model, whole = built(width=6, inner=10)
+    record("hybrid", sharded(model, mesh=both), recipe, whole)
+    model, whole = built(width=16, inner=16)  # blocks end where shards do: no collective is needed
+    record("aligned", sharded(model), Fp8((4, 3), KEEP), whole)
+    model, whole = built(tied=True)
+    record("tied", sharded(model), Fp8((4, 3), (), all_reduce=True), whole)
+
+    warnings.simplefilter("ignore")
+    model, whole = built(width=7, inner=9)
+    for i, layer in enumerate(model.layers):
+        model.layers[i] = FSDP1(layer, device_id=torch.device("cpu"), use_orig_params=bool(i))
+    flat = FSDP1(model, device_id=torch.device("cpu"))
+    record("fsdp1", flat, recipe, whole)
+
+    # Ranks that know different tensors, two of each; halves that end within a block
+    torch.manual_seed(2)
+    stages = {f"layers.{i}.weight": torch.randn(10, 5) for i in range(2)}
+    name = f"layers.{rank // 2}.weight"
+    half = stages[name][rank % 2 * 5 :][:5]
+    record("stages", PartSource([Part(name, (10, 5), (rank % 2 * 5, 0), half)]), recipe, stages)
+
+    # What is no number on one rank is none on any that shares its block
+    odd = half.clone()
+    odd[4 - rank % 2 * 4, 0] = float("nan") if rank == 0 else 1.0
+    parts = PartSource([Part(name, (10, 5), (rank % 2 * 5, 0), odd)])
+    if rank < 2:
+        with pytest.raises(SourceError, match=r"'layers.0.weight' has a NaN or an infinity, in block \[1, 0\]"):
+            measured(parts, recipe)
+    else:
+        measured(parts, recipe)
+    with pytest.raises(SourceError, match=r"'layers.0.weight' has \(3, 2\) blocks on one rank and \(4, 2\)"):
+        measured(PartSource([Part("layers.0.weight", (10 + rank, 5), (0, 0), torch.ones(1, 5))]), recipe)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

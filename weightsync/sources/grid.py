@@ -1,0 +1,112 @@
+"""Blocks of matrices that share a scale: where they lie, and which of them a box of the tensor touches. Pure."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import numpy.typing as npt
+
+__all__ = ["Grid", "Strip", "strips"]
+
+
+class Grid(NamedTuple):
+    """How a matrix, or each of a stack of them, is cut into blocks; the last block of each dimension may be smaller."""
+
+    lead: tuple[int, ...]  # of the stack
+    rows: int
+    columns: int
+    height: int  # rows of a block
+    width: int
+    one: bool  # a matrix is one block
+    scalar: bool = False  # … and the tensor of a single matrix's scale has no dimensions
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], block: tuple[int, int] | None, *, scalar: bool = False) -> Grid:
+        """The grid of a tensor of at least two dimensions; `block` None: one for each matrix."""
+        rows, columns = shape[-2:]
+        height, width = block or (max(1, rows), max(1, columns))
+        return cls(shape[:-2], rows, columns, height, width, block is None, scalar)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Blocks in each dimension."""
+        return (*self.lead, -(-self.rows // self.height), -(-self.columns // self.width))
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor of scales, which has the blocks in the order of `shape`."""
+        if not self.one:
+            return self.shape
+        return self.lead or (() if self.scalar else (min(1, self.rows * self.columns),))
+
+    def corners(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """The scales of the blocks that begin in a box of the tensor: a box of their tensor, as offset and shape. None
+        for a scale of no dimensions that is another's.
+
+        Boxes that tile the tensor so have scales that tile theirs: each is sent by one rank, or by replicas of it.
+        """
+        first, count = list(offset[:-2]), list(shape[:-2])
+        for at, length, step in zip(offset[-2:], shape[-2:], (self.height, self.width), strict=True):
+            first.append(-(-at // step))
+            count.append(-(-(at + length) // step) - first[-1])
+        if not self.one:
+            return tuple(first), tuple(count)
+        mine = count[-2] * count[-1]
+        if not self.lead and self.scalar:
+            return ((), ()) if mine else None
+        if not self.lead:
+            return (0,), (mine,)
+        return tuple(first[:-2]), tuple(count[:-2]) if mine else (0,) * len(self.lead)
+
+    def touched(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+        """The blocks in which a box of at least one element has any, as slices of the grid."""
+        steps = (*[1] * len(self.lead), self.height, self.width)
+        return tuple(slice(at // step, -(-(at + n) // step)) for at, n, step in zip(offset, shape, steps, strict=True))
+
+    def whole(self, boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
+        """Whether boxes, as offset and shape, have all elements of each block of which they have any."""
+        held = np.zeros(self.shape, dtype=np.int64)
+        for offset, shape in set(boxes):
+            if prod(shape):
+                across = [self._lengths(at, n, step) for at, n, step in self._cut(offset, shape)]
+                held[self.touched(offset, shape)] += np.multiply.outer(*across)
+        full = np.multiply.outer(*[self._lengths(0, n, s) for _, n, s in self._cut((0, 0), (self.rows, self.columns))])
+        return bool(((held == 0) | (held == full)).all())
+
+    def _cut(self, offset: Sequence[int], shape: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+        return zip(offset[-2:], shape[-2:], (self.height, self.width), strict=True)
+
+    def _lengths(self, at: int, length: int, step: int) -> npt.NDArray[np.int64]:
+        """What a stretch has of each block that it touches."""
+        edges = np.clip(np.arange(at // step, -(-(at + length) // step) + 1, dtype=np.int64) * step, at, at + length)
+        return edges[1:] - edges[:-1]
+
+
+class Strip(NamedTuple):
+    """Some rows of a box that lie in one row of blocks, or in several whole ones."""
+
+    start: int  # in the box
+    block: int  # row of the grid in which they begin
+    blocks: int  # rows of the grid
+    rows: int  # in each
+
+
+def strips(at: int, length: int, height: int, most: int) -> Iterator[Strip]:
+    """The rows `at` to `at + length` of a matrix whose blocks are `height` rows high, about `most` at a time."""
+    done = 0
+    while done < length:
+        block, inside = divmod(at + done, height)
+        count = min((length - done) // height, most // height)
+        if inside or not count:
+            rows = min(height - inside, length - done, max(1, most))
+            yield Strip(done, block, 1, rows)
+            done += rows
+        else:
+            yield Strip(done, block, count, height)
+            done += count * height
