@@ -1,7 +1,7 @@
 """Whole pushes of a model's shapes through a real weightsyncd into reference engines, on this machine's processors.
 
 \b
-    python -m bench push --shape qwen3-8b --layers 2 --ranks 2 --engines 2 --tp 2 --way push --way broadcast --json out.json
+    python -m bench push --shape qwen3-8b --layers 2 --ranks 2 --engines 2 --tp 2 --way push --way broadcast
 
 Ways, one after the other, with the same tensors, layout and engine ranks:
 
@@ -168,7 +168,7 @@ def _push(fleet: Fleet, case: Case, folder: Path, name: Name) -> Way:
     first = told[0]
     return Way(
         name="weightsync" if name is Name.push else "weightsync, copy kept",
-        software=f"weightsync, shm, {first[0]['buckets']} buckets, {case.slots} slots of {case.slot}, retain = {retain}",
+        software=f"shm, {first[0]['buckets']} buckets, {case.slots} slots of {case.slot}, retain = {retain}",
         seconds=Spread.of(max(one["wall"] for one in push) for push in zip(*told, strict=True)),
         blocked=Spread.of(max(one["until_filled"] for one in push) for push in zip(*told, strict=True)),
         paused=Spread.of(max(engine["seconds"] for engine in push["engines"]) for push in first),
@@ -203,7 +203,7 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
     seconds = longest(told, "wall" if check else "transfer")
     return Way(
         name="broadcast, checked" if check else "broadcast",
-        software=f"torch {torch.__version__} torch.distributed.broadcast over gloo, a tensor at a time, one thread a process",
+        software=f"torch.distributed.broadcast of torch {torch.__version__} over gloo, a tensor at a time",
         seconds=seconds,
         blocked=longest(trainers, "transfer"),
         paused=longest(engines, "wall" if check else "transfer"),

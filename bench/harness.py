@@ -1,5 +1,5 @@
-"""What every measurement shares: seconds and their spread, the ceiling of this machine's memory, the table, the JSON with
-its circumstances, and how a suite is a command.
+"""What every measurement shares: seconds and their spread, the ceiling of this machine's memory, the table, the JSON
+with its circumstances, and how a suite is a command.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
 Started with torchrun. The first --ranks processes are the trainer's: they put each tensor together (`full_tensor`)
 where it is sharded, and rank 0 sends it, name after name in an order that all know. The others are engines' ranks, of
 --tp each: they receive the tensor into new memory and copy what is theirs into their parameters, in the layout of the
-reference engine. With --check, the trainer's ranks fingerprint what they hold and engines what lies in their parameters in the
-end, and all of an engine's ranks must together have what was sent: what a push of weightsync checks too. Nothing is
-paused, and one process that dies takes all with it. Writes rankN.json.
+reference engine. With --check, the trainer's ranks fingerprint what they hold and engines what lies in their parameters
+in the end, and all of an engine's ranks must together have what was sent: what a push of weightsync checks too. Nothing
+is paused, and one process that dies takes all with it. Writes rankN.json.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One trainer rank of bench_push: a model's shapes, pushed again and again. Started with torchrun; writes rankN.json."""
+"""One trainer rank of bench_push, started with torchrun: a model, pushed again and again. Writes rankN.json."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import Spread
+from bench.harness import Spread  # noqa: TC001 - a field
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

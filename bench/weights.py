@@ -1,4 +1,4 @@
-"""A trainer rank's weights for the benchmarks, in host memory: random bytes in the shapes of a model, cut as FSDP2 cuts."""
+"""A trainer rank's weights in host memory: random bytes in the shapes of a model, cut as FSDP2 cuts."""
 
 from __future__ import annotations
 
