@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
-.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench docs clean
+.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench bench-pure docs clean
 .DEFAULT_GOAL := help
 
 help:
@@ -53,10 +53,18 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python -m bench --json-dir bench/results
+	$(BIN)/python -m bench all --json-dir bench/results
+
+# what is pure, beside the baseline; BASELINE=1 makes this run the baseline
+bench-pure: setup
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest bench/pure --benchmark-enable --benchmark-columns=min,median,max,rounds -p no:cacheprovider \
+		--benchmark-json=$(if $(BASELINE),docs/benchmarks/cpu/pure.json,bench/results/pure.json)
+	$(if $(BASELINE),,$(BIN)/python -m bench compare bench/results/pure.json)
 
 docs: setup
 	$(BIN)/python docs/make_state_diagram.py
+	$(BIN)/python -m bench table
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,9 +100,7 @@ def main(
     if nbytes is not None:
         model = model.fitting(size(nbytes))
     figures = measure(Case(model, ranks, engines, tp, pushes, slot, slots), way or [Name.push])
-    layout = (
-        f"{ranks} trainer rank{'s' if ranks > 1 else ''} to {engines} engine{'s' if engines > 1 else ''} of TP {tp}"
-    )
+    layout = f"trainer ranks: {ranks}, engines: {engines} of TP {tp}"
     title = f"{model.name}, {figures['layers']} layers, {model.nbytes / 1e9:.2f} GB: {layout}"
     table = rows(figures["ways"], model.nbytes, figures["memcpy_bytes_per_second"])
     report(title, COLUMNS, table, figures, to, footer=fastest(figures["ways"]))
@@ -158,7 +156,7 @@ def _push(fleet: Fleet, case: Case, folder: Path, name: Name) -> Way:
         f"{name}-node", engines, arena=arena, node={"retain": retain}, timeouts={"operation": 120.0}
     )
     out = fleet.root / name
-    ranks = _torchrun(fleet, case, "push_trainer.py", case.ranks, out, ["--daemon", daemon.endpoint])
+    ranks = torchrun(fleet, case.model, "push_trainer.py", case.ranks, out, ["--daemon", daemon.endpoint], case.pushes)
     told = [rank["pushes"][WARM:] for rank in ranks]
     if not all(push["complete"] for push in told[0]):
         raise ConfigError(f"a push was not complete: {told[0][-1]['engines']}\n{daemon.tail(30)}")
@@ -193,7 +191,7 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
         *(["--check"] if check else []),
     ]
     world = case.ranks + case.engines * case.tp
-    told = _torchrun(fleet, case, "peer_broadcast.py", world, fleet.root / name, options)
+    told = torchrun(fleet, case.model, "peer_broadcast.py", world, fleet.root / name, options, case.pushes)
     trainers, engines = told[: case.ranks], told[case.ranks :]
 
     def longest(ranks: list[Any], key: str) -> Spread:
@@ -216,11 +214,13 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
     )
 
 
-def _torchrun(fleet: Fleet, case: Case, script: str, world: int, out: Path, more: list[str]) -> list[dict[str, Any]]:
-    """Run a script of ours in `world` processes; what each wrote."""
-    path = fleet.root / "shape.json"
-    path.write_text(json.dumps({"model": case.model.name, "config": case.model.config}))
-    options = ["--shape", str(path), "--out", str(out), "--pushes", str(case.pushes + WARM), *more]
+def torchrun(
+    fleet: Fleet, model: shapes.Model, script: str, world: int, out: Path, more: list[str], pushes: int
+) -> list[dict[str, Any]]:
+    """Run a script of ours in `world` processes, which push a model so often, and two times before; what each wrote."""
+    path = out / "shape.json"
+    path.write_text(json.dumps({"model": model.name, "config": model.config}))
+    options = ["--shape", str(path), "--out", str(out), "--pushes", str(pushes + WARM), *more]
     paths = os.pathsep.join(filter(None, (str(_HERE.parent), os.environ.get("PYTHONPATH", ""))))
     child = fleet.torchrun(out.name, _HERE / script, world, options, env={"PYTHONPATH": paths})
     if child.wait(_WAIT):

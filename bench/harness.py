@@ -160,9 +160,16 @@ def circumstances() -> dict[str, Any]:
     return {
         "command": command(),
         "hardware": hardware(),
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for name in _PACKAGES},
         "load": {"before": [round(x, 2) for x in _LOAD], "after": [round(x, 2) for x in os.getloadavg()]},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # but on the path
 
 
 def command() -> str:

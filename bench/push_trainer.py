@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--shape", required=True)
     parser.add_argument("--daemon", required=True)
     parser.add_argument("--pushes", type=int, required=True)
+    parser.add_argument("--first", type=int, default=1, help="version")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -31,7 +32,7 @@ def main() -> None:
     world = dist.get_world_size()
     weights = whole(model) if world == 1 else shards(model, init_device_mesh("cpu", (world,)))
     rows: list[dict[str, Any]] = []
-    for version in range(1, arguments.pushes + 1):
+    for version in range(arguments.first, arguments.first + arguments.pushes):
         change(weights)
         dist.barrier()
         start = time.perf_counter()
