@@ -3,7 +3,7 @@
 \b
     python -m bench push --shape qwen3-8b --layers 2 --ranks 2 --engines 2 --tp 2 --way push --way broadcast
 
-Ways, one after the other, with the same tensors, layout and engine ranks:
+Ways, in turn, with the same tensors, layout and engine ranks:
 
 \b
   push             weightsync, every byte checked in the engines' own memory
@@ -22,6 +22,7 @@ import os
 import statistics
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,7 +32,7 @@ import typer
 
 from bench import shapes
 from bench.harness import JsonOption, Spread, copy_ceiling, peak_bytes, report, size, suite
-from bench.ways import COLUMNS, Way, fastest, rows
+from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from weightsync.adapters.reference.config import ModelConfig, read_config
 from weightsync.adapters.reference.sharding import check_tp
 from weightsync.errors import ConfigError
@@ -90,6 +91,7 @@ def main(
     engines: Annotated[int, typer.Option(min=1, help="Reference engines.")] = 1,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of each engine.")] = 1,
     pushes: Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")] = 1,
     slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "64MiB",
     slots: Annotated[int, typer.Option(min=1, help="arena.slots")] = 3,
     way: Annotated[list[Name] | None, typer.Option(help="Several times; see above.", show_default="push")] = None,
@@ -99,15 +101,15 @@ def main(
     model = shapes.load(shape).with_layers(layers)
     if nbytes is not None:
         model = model.fitting(size(nbytes))
-    figures = measure(Case(model, ranks, engines, tp, pushes, slot, slots), way or [Name.push])
+    figures = measure(Case(model, ranks, engines, tp, pushes, slot, slots), way or [Name.push], rounds)
     layout = f"trainer ranks: {ranks}, engines: {engines} of TP {tp}"
     title = f"{model.name}, {figures['layers']} layers, {model.nbytes / 1e9:.2f} GB: {layout}"
     table = rows(figures["ways"], model.nbytes, figures["memcpy_bytes_per_second"])
     report(title, COLUMNS, table, figures, to, footer=fastest(figures["ways"]))
 
 
-def measure(case: Case, ways: list[Name]) -> dict[str, Any]:
-    """Each way after the other, and what one core copies before and after them all."""
+def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
+    """The ways in turn, and what one core copies before and after them all."""
     before = copy_ceiling()
     with Fleet() as fleet:
         folder = fleet.root / "model"
@@ -119,13 +121,8 @@ def measure(case: Case, ways: list[Name]) -> dict[str, Any]:
                 hint="`plan --shape` takes every model",
             )
         check_tp(read_config(folder), case.tp)
-        found = []
-        for name in ways:
-            (fleet.root / name).mkdir()
-            if name in (Name.push, Name.retain):
-                found.append(_push(fleet, case, folder, name))
-            else:
-                found.append(_broadcast(fleet, case, folder, check=name is Name.broadcast_check))
+        way = {Name.push: _push, Name.retain: _push, Name.broadcast: _broadcast, Name.broadcast_check: _broadcast}
+        found = in_turn([partial(way[name], fleet, case, folder, name) for name in ways], rounds)
     return {
         "model": case.model.name,
         "config": case.model.source,
@@ -142,10 +139,10 @@ def measure(case: Case, ways: list[Name]) -> dict[str, Any]:
     }
 
 
-def _push(fleet: Fleet, case: Case, folder: Path, name: Name) -> Way:
-    load = os.getloadavg()
+def _push(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
+    busy = load()
     engines = [
-        fleet.start_engine(f"{name}{i}", folder, tp=case.tp, flags=("--load-format", "dummy"), wait=False)
+        fleet.start_engine(f"{name}{turn}-{i}", folder, tp=case.tp, flags=("--load-format", "dummy"), wait=False)
         for i in range(case.engines)
     ]
     for engine in engines:
@@ -153,9 +150,9 @@ def _push(fleet: Fleet, case: Case, folder: Path, name: Name) -> Way:
     retain = "host" if name is Name.retain else "none"
     arena = {"slot_bytes": case.slot, "slots": case.slots}
     daemon = fleet.start_daemon(
-        f"{name}-node", engines, arena=arena, node={"retain": retain}, timeouts={"operation": 120.0}
+        f"{name}{turn}", engines, arena=arena, node={"retain": retain}, timeouts={"operation": 120.0}
     )
-    out = fleet.root / name
+    out = _folder(fleet, name, turn)
     ranks = torchrun(fleet, case.model, "push_trainer.py", case.ranks, out, ["--daemon", daemon.endpoint], case.pushes)
     told = [rank["pushes"][WARM:] for rank in ranks]
     if not all(push["complete"] for push in told[0]):
@@ -174,13 +171,12 @@ def _push(fleet: Fleet, case: Case, folder: Path, name: Name) -> Way:
         peak=peak,
         copied=case.copied,
         phases={phase: statistics.median(push["phases"][phase] for push in first) for phase in first[0]["phases"]},
-        load=[round(x, 2) for x in load],
+        load=(busy,),
     )
 
 
-def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
-    load = os.getloadavg()
-    name = Name.broadcast_check if check else Name.broadcast
+def _broadcast(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
+    busy, check = load(), name is Name.broadcast_check
     options = [
         "--config",
         str(folder),
@@ -191,7 +187,7 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
         *(["--check"] if check else []),
     ]
     world = case.ranks + case.engines * case.tp
-    told = torchrun(fleet, case.model, "peer_broadcast.py", world, fleet.root / name, options, case.pushes)
+    told = torchrun(fleet, case.model, "peer_broadcast.py", world, _folder(fleet, name, turn), options, case.pushes)
     trainers, engines = told[: case.ranks], told[case.ranks :]
 
     def longest(ranks: list[Any], key: str) -> Spread:
@@ -210,8 +206,14 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, *, check: bool) -> Way:
             "trainer rank": max(rank["peak_bytes"] for rank in trainers),
             "engine rank": max(rank["peak_bytes"] for rank in engines),
         },
-        load=[round(x, 2) for x in load],
+        load=(busy,),
     )
+
+
+def _folder(fleet: Fleet, name: Name, turn: int) -> Path:
+    out = fleet.root / f"{name}{turn}.out"
+    out.mkdir()
+    return out
 
 
 def torchrun(

@@ -3,7 +3,7 @@
 \b
     python -m bench sglang --shape qwen3-0.6b --layers 8 --json out.json
 
-Ways into one and the same server, one after the other:
+Ways into one and the same server, in turn:
 
 \b
   plugin   weightsync with its plugin in the server: every bucket checked where it is read, loads replayed
@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 from dataclasses import asdict
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -31,7 +31,7 @@ import typer
 from bench import shapes
 from bench.bench_push import WARM, torchrun
 from bench.harness import JsonOption, Spread, copy_ceiling, peak_bytes, report, suite
-from bench.ways import COLUMNS, Way, fastest, rows
+from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from tests.engines.kit import ENGINES, RealEngine, free_port, installed
 from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError
@@ -60,6 +60,7 @@ def main(
     layers: Annotated[int | None, typer.Option(help="Of its layers, so many.", show_default="all")] = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the server; as many trainer ranks.")] = 1,
     pushes: Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")] = 1,
     slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "512MiB",
     slots: Annotated[int, typer.Option(min=1, help="arena.slots")] = 2,
     way: Annotated[list[Name] | None, typer.Option(help="Several times.", show_default="all three")] = None,
@@ -87,7 +88,8 @@ def main(
         )
         with engine:
             bench = Bench(fleet, engine, model, tp, pushes, slot, slots, version)
-            ways = [bench.slime() if name is Name.slime else bench.push(name) for name in way or list(Name)]
+            each = [bench.slime if name is Name.slime else partial(bench.push, name) for name in way or list(Name)]
+            ways = in_turn(each, rounds)
     figures = {
         "model": model.name,
         "config": model.source,
@@ -126,11 +128,11 @@ class Bench:
         self._sglang = software
         self._version = 0
 
-    def push(self, name: Name) -> Way:
+    def push(self, name: Name, turn: int) -> Way:
         """weightsync, by one of its ways."""
-        load = os.getloadavg()
-        daemon = self._daemon(name)
-        out = self._fleet.root / name
+        busy = load()
+        daemon = self._daemon(name, turn)
+        out = self._fleet.root / f"{name}{turn}"
         out.mkdir()
         self._forget_peaks()
         options = ["--daemon", daemon.endpoint, "--first", str(self._next())]
@@ -157,13 +159,13 @@ class Bench:
             peak=peak,
             copied=_COPIES[name] * self._model.nbytes,
             phases={phase: statistics.median(push["phases"][phase] for push in first) for phase in first[0]["phases"]},
-            load=[round(x, 2) for x in load],
+            load=(busy,),
         )
 
-    def slime(self) -> Way:
+    def slime(self, turn: int) -> Way:
         """SGLang's own route, driven as slime drives it."""
-        load = os.getloadavg()
-        out = self._fleet.root / "slime"
+        busy = load()
+        out = self._fleet.root / f"slime{turn}"
         out.mkdir()
         tensors = out / "tensors.json"
         tensors.write_text(json.dumps([[name, *tensor] for name, tensor in self._model.tensors.items()]))
@@ -208,11 +210,11 @@ class Bench:
             checked="none",
             peak={"trainer rank": max(rank["peak_bytes"] for rank in ranks), "server": self._peak()},
             copied=_COPIES["slime"] * self._model.nbytes,
-            load=[round(x, 2) for x in load],
+            load=(busy,),
         )
 
-    def _daemon(self, path: str) -> Daemon:
-        daemon = self._fleet.start_daemon(f"sglang-{path}", arena=self._arena, timeouts={"operation": 120.0})
+    def _daemon(self, path: str, turn: int) -> Daemon:
+        daemon = self._fleet.start_daemon(f"sglang-{path}{turn}", arena=self._arena, timeouts={"operation": 120.0})
         change_engines(
             daemon.endpoint, add=[EngineConfig(name="engine", kind="sglang", url=self._engine.url, path=path)]
         )

@@ -76,12 +76,10 @@ def ways(document: Document) -> list[str]:
         "way", f"p50 / p99 / max of {runs}", "time, of the first", "bytes a second", "copies, of memcpy",
         "trainer blocked", "engine paused", "most memory of a process, MB", "bytes checked",
     )  # fmt: skip
-    load = ", ".join(f"{way['load'][0]:.1f}" for way in found)
-    where = f"TP {figures['tp']}, {figures['ranks']} trainer rank{'s' if figures['ranks'] > 1 else ''}"
-    engines = f"{figures['engines']} engine{'s' if figures['engines'] > 1 else ''}"
+    load = "; ".join(", ".join(f"{value:.1f}" for value in way["load"]) for way in found)
     return [
-        f"{figures['model']}'s shapes, {figures['layers']} layers, {nbytes / 1e9:.2f} GB in {figures['tensors']:,} tensors; "
-        f"{where}, {engines}.",
+        f"{figures['model']}, layers: {figures['layers']}; {nbytes / 1e9:.2f} GB, {figures['tensors']:,} tensors. "
+        f"Trainer ranks: {figures['ranks']}; engines: {figures['engines']}, of TP {figures['tp']}.",
         f"One core copies {ceiling / 1e9:.1f} GB/s in this run. {document['hardware']['cores']} cores; processes that "
         f"wanted one before each way: {load}.",
         "",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+import statistics
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bench.harness import Spread  # noqa: TC001 - a field
+from bench.harness import Spread
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["COLUMNS", "Way", "fastest", "rows"]
+__all__ = ["COLUMNS", "Way", "fastest", "in_turn", "load", "rows"]
 
 COLUMNS = (
     "way", "p50", "p99", "max", "GB/s", "of memcpy", "time / first", "trainer blocked", "engine paused", "peak memory",
@@ -33,7 +34,36 @@ class Way:
     peak: dict[str, int]  # the most memory that a process of each kind had resident
     copied: int = 0  # bytes, each as often as it is copied from host memory to host memory; 0 where it is not known
     phases: dict[str, float] = field(default_factory=dict)  # medians
-    load: list[float] = field(default_factory=lambda: [round(x, 2) for x in os.getloadavg()])
+    load: tuple[float, ...] = ()  # processes that wanted a core in the minute before, each time that it was run
+
+
+def load() -> float:
+    """How many processes wanted a core in the last minute."""
+    return round(os.getloadavg()[0], 2)
+
+
+def in_turn(ways: Sequence[Callable[[int], Way]], rounds: int) -> list[Way]:
+    """Run all ways so often, in turn, so that what else the machine does meets them alike; each gets its round."""
+    found = [[way(turn) for way in ways] for turn in range(rounds)]
+    return [_together(one) for one in zip(*found, strict=True)]
+
+
+def _together(runs: Sequence[Way]) -> Way:
+    def every(key: str) -> Spread | None:
+        spreads = [getattr(run, key) for run in runs]
+        return None if spreads[0] is None else Spread.of(second for spread in spreads for second in spread.all)
+
+    seconds = every("seconds")
+    assert seconds is not None
+    return replace(
+        runs[0],
+        seconds=seconds,
+        blocked=every("blocked"),
+        paused=every("paused"),
+        peak={kind: max(run.peak.get(kind, 0) for run in runs) for kind in runs[0].peak},
+        phases={name: statistics.median(run.phases[name] for run in runs) for name in runs[0].phases},
+        load=tuple(value for run in runs for value in run.load),
+    )
 
 
 def rows(ways: Sequence[Mapping[str, Any]], nbytes: int, ceiling: float) -> list[list[str]]:
