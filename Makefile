@@ -1,5 +1,6 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
 # make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
+# make bench   benchmarks of this machine; make bench-pure  planning, codec, session beside their baseline
 # make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
 PYTHON ?= python3
 VENV ?= .venv
@@ -13,7 +14,7 @@ PIP_ARGS ?=
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile
 
 $(BIN)/.set-up: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

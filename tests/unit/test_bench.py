@@ -6,17 +6,19 @@ import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
 import weightsync.cli
 from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
 from bench.harness import Spread, size
-from bench.ways import COLUMNS, fastest, rows
+from bench.ways import COLUMNS, Way, fastest, in_turn, rows
 from weightsync.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,6 +86,22 @@ def test_ways_stand_beside_the_first_and_the_fastest_is_named_whoever_it_is():
     assert fastest([ours, way("peer", 1.01)]) == "Fastest: weightsync, level with peer."
 
 
+def test_ways_take_turns_and_are_put_together():
+    order = []
+
+    def run(name, turn):
+        order.append((name, turn))
+        spread = Spread.of([float(turn + 1)])
+        peak = {"rank": 10 - turn}
+        return Way(name, "s", spread, None, spread, "none", peak, phases={"fill": turn}, load=(turn,))
+
+    first, second = in_turn([partial(run, "a"), partial(run, "b")], 3)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert (first.name, second.name) == ("a", "b")
+    assert first.seconds == second.paused == Spread.of([1.0, 2.0, 3.0])
+    assert (first.blocked, first.peak, first.phases, first.load) == (None, {"rank": 10}, {"fill": 1}, (0, 1, 2))
+
+
 # --- the broadcast that a push is compared with ---------------------------------------------------------------------
 
 
@@ -92,12 +110,12 @@ def loaded(tmp_path, monkeypatch):
     """A trainer and an engine of TP 2 of the peer, after a transfer, in one process."""
     model = shapes.Model("tiny", "", {}, TINY)
     model.write(tmp_path)
-    monkeypatch.setattr(peer_broadcast.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
     trainer = peer_broadcast.Trainer(model, None, None)
     engines = [peer_broadcast.Engine(model, str(tmp_path), 2, rank, None) for rank in range(2)]
     for engine in engines:
         sent = iter(trainer.weights.values())
-        monkeypatch.setattr(peer_broadcast.dist, "broadcast", lambda into, *_, sent=sent, **__: into.copy_(next(sent)))
+        monkeypatch.setattr(dist, "broadcast", lambda into, *_, sent=sent, **__: into.copy_(next(sent)))
         engine.transfer()
     return trainer, engines
 
