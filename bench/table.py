@@ -80,8 +80,9 @@ def ways(document: Document) -> list[str]:
     return [
         f"{figures['model']}, layers: {figures['layers']}; {nbytes / 1e9:.2f} GB, {figures['tensors']:,} tensors. "
         f"Trainer ranks: {figures['ranks']}; engines: {figures['engines']}, of TP {figures['tp']}.",
-        f"One core copies {ceiling / 1e9:.1f} GB/s in this run. {document['hardware']['cores']} cores; processes that "
-        f"wanted one before each way: {load}.",
+        f"One core copies {ceiling / 1e9:.1f} GB/s in this run. Processes that wanted one of the "
+        f"{document['hardware']['cores']} cores in the minute before each start of each way, ours too:",
+        f"{load}.",
         "",
         *table(columns, rows),
         "",
