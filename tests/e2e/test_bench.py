@@ -25,6 +25,7 @@ TINY = {
 
 
 @pytest.mark.e2e
+@pytest.mark.usefixtures("no_leaks")
 def test_pushes_and_the_broadcast_beside_them(tmp_path):
     shape, out = tmp_path / "tiny.json", tmp_path / "out.json"
     shape.write_text(json.dumps(TINY))
