@@ -1,6 +1,8 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
 # make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
-# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types;  make docs  the docs as a site
+# make bench   benchmarks of this machine; make bench-pure  planning, codec, session beside their baseline
+# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
+# make docs    the docs as a site
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -9,11 +11,11 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
-.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench docs clean
+.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench bench-pure docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile
 
 $(BIN)/.set-up: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -53,7 +55,14 @@ test-gpu: setup
 	$(BIN)/python -m pytest -m gpu
 
 bench: setup
-	$(BIN)/python -m bench --json-dir bench/results
+	$(BIN)/python -m bench all --json-dir bench/results
+
+# what is pure, beside the baseline; BASELINE=1 makes this run the baseline
+bench-pure: setup
+	@mkdir -p bench/results
+	$(BIN)/python -m pytest bench/pure --benchmark-enable --benchmark-columns=min,median,max,rounds -p no:cacheprovider \
+		--benchmark-json=$(if $(BASELINE),docs/benchmarks/cpu/pure.json,bench/results/pure.json)
+	$(if $(BASELINE),,$(BIN)/python -m bench compare bench/results/pure.json)
 
 $(BIN)/.docs-set-up: $(BIN)/.set-up
 	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
@@ -62,6 +71,7 @@ $(BIN)/.docs-set-up: $(BIN)/.set-up
 # the diagram of docs/session.md from the code, and the site into site/
 docs: $(BIN)/.docs-set-up
 	$(BIN)/python docs/make_state_diagram.py
+	$(BIN)/python -m bench table
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:

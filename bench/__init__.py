@@ -1,1 +1,1 @@
-"""Measurements: each module prints a table and, with `--json PATH`, writes the figures with hardware and command."""
+"""Measurements: `python -m bench --help`. Each prints a table and, writes JSON where `--json` says."""

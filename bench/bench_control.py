@@ -1,6 +1,6 @@
 """What a bucket costs beside its bytes: processor time of each process, in pushes of many tiny buckets.
 
-    python -m bench.bench_control --tp 2 --json out.json
+    python -m bench control --tp 2 --json out.json
 
 What is left of the speed of the wires when buckets are small or many: the daemon hears of each from every rank, has it
 exported, loaded and given back. Medians over the pushes, minimum beside them: processes share this machine's cores.
@@ -8,18 +8,19 @@ exported, loaded and given back. Medians over the pushes, minimum beside them: p
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 import psutil
 import torch
+import typer
 
-from bench.bench_push import SMALL
-from bench.harness import report
+from bench.bench_small import SMALL
+from bench.harness import JsonOption, report, suite
 from weightsync import push_weights
 from weightsync.adapters.reference.config import write_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
@@ -43,21 +44,20 @@ def processor_seconds(pid: int) -> float:
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
-def main() -> None:
+def main(
+    pushes: Annotated[int, typer.Option(min=1, help="Measured pushes, after 2 that warm up.")] = 40,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the engine.")] = 1,
+    slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "64KiB",
+    to: JsonOption = None,
+) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--pushes", type=int, default=40, help="measured pushes, after 2 that warm up")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the engine")
-    parser.add_argument("--slot", default="64KiB", help="arena.slot_bytes")
-    arguments = parser.parse_args()
     torch.set_num_threads(1)
     weights = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in checkpoint_tensors(MODEL).items()}
     with Fleet() as fleet:
         (fleet.root / "model").mkdir()
         write_config(MODEL, fleet.root / "model")
-        engine = fleet.start_engine("e0", fleet.root / "model", tp=arguments.tp, flags=["--load-format", "dummy"])
-        daemon = fleet.start_daemon("bench", [engine], arena={"slots": 3, "slot_bytes": arguments.slot})
+        engine = fleet.start_engine("e0", fleet.root / "model", tp=tp, flags=["--load-format", "dummy"])
+        daemon = fleet.start_daemon("bench", [engine], arena={"slots": 3, "slot_bytes": slot})
         for version in (1, 2):
             push_weights(weights, version=version, daemon=daemon.endpoint)
         (bridge,) = psutil.Process(daemon.pid).children()
@@ -66,7 +66,7 @@ def main() -> None:
         pids |= {f"engine worker {rank}": worker.pid for rank, worker in enumerate(workers)}
         wall: list[float] = []
         busy: dict[str, list[float]] = {name: [] for name in pids}
-        for version in range(3, 3 + arguments.pushes):
+        for version in range(3, 3 + pushes):
             before = {name: processor_seconds(pid) for name, pid in pids.items()}
             start = time.perf_counter()
             buckets = push_weights(weights, version=version, daemon=daemon.endpoint).buckets
@@ -79,8 +79,9 @@ def main() -> None:
         ["wall time", *(f"{seconds / buckets * 1e6:.0f} µs" for seconds in (statistics.median(wall), min(wall)))]
     )
     title = f"Processor time for each of {buckets} buckets of {len(weights)} tensors"
-    report(title, ("", "median", "least"), rows, figures, arguments.json)
+    report(title, ("", "median", "least"), rows, figures, to)
 
 
+app = suite(main)
 if __name__ == "__main__":
-    main()
+    app()

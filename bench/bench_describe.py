@@ -1,6 +1,6 @@
 """What describing a rank's weights costs before a push: the first time, and again when nothing but values has changed.
 
-    python -m bench.bench_describe --json out.json
+    python -m bench describe --json out.json
 
 "Changed" is a push after one parameter was replaced by one of another shape: everything is described anew. "Moved" is
 one after every tensor got other memory. "Located" comes on top where slots lie on GPUs: addresses and strides.
@@ -9,11 +9,9 @@ Collections of garbage that fall into a run count, as they do in a trainer.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from bench.harness import report, timed
+from bench.harness import JsonOption, report, suite, timed
 from weightsync.filling.local import LocalWeights
 from weightsync.sources import source_of
 
@@ -92,11 +90,8 @@ def replace_last(module: nn.Module, make: Callable[[], torch.Tensor]) -> None:
     last.weight = nn.Parameter(make())
 
 
-def main() -> None:
+def main(to: JsonOption = None) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    arguments = parser.parse_args()
     figures = []
 
     mapping = {f"t{i}": small() for i in range(19_000)}
@@ -148,8 +143,9 @@ def main() -> None:
         for f in figures
     ]
     columns = ("", "tensors", "first", "again", "worst", "as bfloat16", "located", "moved", "changed")
-    report("Describing weights, one rank", columns, rows, list(map(asdict, figures)), arguments.json)
+    report("Describing weights, one rank", columns, rows, list(map(asdict, figures)), to)
 
 
+app = suite(main)
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,6 +1,8 @@
 """What planning costs: layouts taken in, planned, the manifest sent on, and the same again when it is known.
 
-    python -m bench.bench_plan --json out.json
+\b
+    python -m bench plan --json out.json
+    python -m bench plan --shape deepseek-v3 --ranks 256
 
 Layouts are handed over as bytes, one per rank, as a daemon receives them. "Parts" is what one trainer rank then works
 out for itself, "known" what a push costs whose layouts were planned before: a look-up by the tuple of their digests.
@@ -8,15 +10,15 @@ out for itself, "known" what a push costs whose layouts were planned before: a l
 
 from __future__ import annotations
 
-import argparse
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import numpy as np
+import typer
 
-from bench.harness import report, timed
+from bench import shapes
+from bench.harness import JsonOption, report, size, suite, timed
 from weightsync.plan.buckets import Plan, plan_push
 from weightsync.plan.manifest import Layout, Manifest, TensorTable
 from weightsync.plan.parts import parts_by_bucket
@@ -24,7 +26,6 @@ from weightsync.plan.parts import parts_by_bucket
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-SLOT = 512 << 20
 OWNERS = 8
 PROJECTIONS = ("gate", "up", "down")
 T = TypeVar("T")
@@ -71,7 +72,7 @@ def rows_of(tensors: TensorTable, rank: int, ranks: int) -> Layout:
     return Layout(tensors, np.arange(count, dtype=np.int32), offset, shape)
 
 
-def measured(case: str, layouts: list[Layout]) -> Figures:
+def measured(case: str, layouts: list[Layout], slot_bytes: int) -> Figures:
     """Plan these once, cold, as a daemon and its ranks would."""
     packed = [layout.pack() for layout in layouts]
 
@@ -80,7 +81,7 @@ def measured(case: str, layouts: list[Layout]) -> Figures:
         return [Layout.unpack(data, tables) for data in packed]
 
     received, unpack_seconds = once(unpack)
-    plan, plan_seconds = once(lambda: plan_push(received, slot_bytes=SLOT, owners=OWNERS))
+    plan, plan_seconds = once(lambda: plan_push(received, slot_bytes=slot_bytes, owners=OWNERS))
     sent, pack_seconds = once(plan.manifest.pack)
     manifest, manifest_seconds = once(lambda: Manifest.unpack(sent))
     _, parts_seconds = once(lambda: parts_by_bucket(manifest, layouts[0], plan.fills[0]))
@@ -133,12 +134,29 @@ def sharded(tensors: int, shape: tuple[int, int], ranks: int) -> list[Layout]:
     return [rows_of(every, rank, ranks) for rank in range(ranks)]
 
 
-def main() -> None:
+def published(name: str, ranks: int) -> list[Layout]:
+    """The layouts of a published model in an FSDP trainer."""
+    tensors = shapes.load(name).tensors
+    every = TensorTable(
+        tuple(tensors), tuple(t.dtype for t in tensors.values()), tuple(t.shape for t in tensors.values())
+    )
+    return [rows_of(every, rank, ranks) for rank in range(ranks)]
+
+
+def main(
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(help="A name of `models`, or a path; several times.", show_default="made-up cases"),
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="That have these shapes in FSDP shards.")] = 8,
+    slot: Annotated[str, typer.Option(help="arena.slot_bytes; Llama-3-70B needs 1GiB")] = "512MiB",
+    to: JsonOption = None,
+) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    arguments = parser.parse_args()
-    figures = [measured(case, layouts()) for case, layouts in CASES.items()]
+    if shape:
+        figures = [measured(f"{name}, FSDP over {ranks}", published(name, ranks), size(slot)) for name in shape]
+    else:
+        figures = [measured(case, layouts(), size(slot)) for case, layouts in CASES.items()]
     rows = [
         [
             f.case,
@@ -153,8 +171,9 @@ def main() -> None:
         for f in figures
     ]
     columns = ("", "shards", "buckets", "unpack", "plan", "manifest", "parts", "known")
-    report(f"Planning, slots of {SLOT >> 20} MiB", columns, rows, list(map(asdict, figures)), arguments.json)
+    report(f"Planning, slots of {slot}", columns, rows, list(map(asdict, figures)), to)
 
 
+app = suite(main)
 if __name__ == "__main__":
-    main()
+    app()

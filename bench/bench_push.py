@@ -1,33 +1,44 @@
-"""Whole pushes through a real weightsyncd into reference engines, against this machine's memory ceiling.
+"""Whole pushes of a model's shapes through a real weightsyncd into reference engines, on this machine's processors.
 
-    python -m bench.bench_push --json out.json
+\b
+    python -m bench push --shape qwen3-8b --layers 2 --ranks 2 --engines 2 --tp 2 --way push --way broadcast
 
-Four questions: how fast a model goes through shared memory (each byte is copied twice: into the slot, and into the
-engine), what it costs to keep a copy for engines that come late, what a push costs whatever its bytes, and how much
-memory the daemon and its bridges take.
+Ways, in turn, with the same tensors, layout and engine ranks:
+
+\b
+  push             weightsync, every byte checked in the engines' own memory
+  retain           the same, where the node keeps a copy for engines that come late (node.retain = "host")
+  broadcast        a torch.distributed broadcast of each tensor over gloo, which the engines load
+  broadcast-check  the same, and then what lies in the engines is compared as a push compares it
+
+Weights are random; names, shapes and types are the model's. Each byte of a push is copied into a slot, and from there
+into each engine: "of memcpy" is the rate of these copies to what one core copies alone in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
+import json
+import os
 import statistics
-import time
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import psutil
 import torch
+import typer
 
-from bench.harness import copy_ceiling, report
-from weightsync import push_weights
-from weightsync.adapters.reference.config import ModelConfig, write_config
-from weightsync.adapters.reference.sharding import checkpoint_tensors
-from weightsync.fleet import Fleet
+from bench import shapes
+from bench.harness import JsonOption, Spread, copy_ceiling, peak_bytes, report, size, suite
+from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
+from weightsync.adapters.reference.config import ModelConfig, read_config
+from weightsync.adapters.reference.sharding import check_tp
+from weightsync.errors import ConfigError
+from weightsync.fleet import Daemon, Engine, Fleet
 
-if TYPE_CHECKING:
-    from weightsync.fleet import Daemon
-
-# Qwen3-0.6B's shapes with 44 layers instead of 28: 2.0 GB in bfloat16
+# Qwen3-0.6B's shapes with 44 layers instead of 28, and a head of its own: 2.0 GB in bfloat16
 MODEL = ModelConfig(
     vocab_size=151936,
     hidden_size=1024,
@@ -38,127 +49,197 @@ MODEL = ModelConfig(
     head_dim=128,
     dtype="bfloat16",
 )
-SMALL = ModelConfig(
-    vocab_size=256,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-)
-COPIES = 2  # of each byte: trainer → slot, slot → engine
+WARM = 2  # pushes that do not count
+_WAIT = 900.0  # seconds for all pushes of one way
+_HERE = Path(__file__).parent
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--pushes", type=int, default=7, help="measured pushes of the model, after 2 that warm up")
-    parser.add_argument("--small", type=int, default=200, help="measured pushes of one small tensor")
-    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size of the engine")
-    parser.add_argument("--slot", default="64MiB", help="arena.slot_bytes")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+class Name(StrEnum):
+    """Of a way."""
+
+    push = "push"
+    retain = "retain"
+    broadcast = "broadcast"
+    broadcast_check = "broadcast-check"
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is pushed, and into what."""
+
+    model: shapes.Model
+    ranks: int
+    engines: int
+    tp: int
+    pushes: int
+    slot: str
+    slots: int
+
+    @property
+    def copied(self) -> int:
+        """Bytes, each as often as it is copied: into a slot, and into every engine."""
+        return self.model.nbytes * (1 + self.engines)
+
+
+def main(
+    shape: Annotated[str, typer.Option(help="A name of `models`, or the path of such a file.")] = "qwen3-0.6b",
+    layers: Annotated[int | None, typer.Option(help="Of its layers, so many.", show_default="all")] = None,
+    nbytes: Annotated[
+        str | None, typer.Option("--bytes", help="Or as many as come to this: 500MB.", show_default=False)
+    ] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Trainer ranks: FSDP2 shards if several.")] = 1,
+    engines: Annotated[int, typer.Option(min=1, help="Reference engines.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of each engine.")] = 1,
+    pushes: Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")] = 1,
+    slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "64MiB",
+    slots: Annotated[int, typer.Option(min=1, help="arena.slots")] = 3,
+    way: Annotated[list[Name] | None, typer.Option(help="Several times; see above.", show_default="push")] = None,
+    to: JsonOption = None,
+) -> None:
+    """Measure, print, write."""
+    model = shapes.load(shape).with_layers(layers)
+    if nbytes is not None:
+        model = model.fitting(size(nbytes))
+    figures = measure(Case(model, ranks, engines, tp, pushes, slot, slots), way or [Name.push], rounds)
+    layout = f"trainer ranks: {ranks}, engines: {engines} of TP {tp}"
+    title = f"{model.name}, {figures['layers']} layers, {model.nbytes / 1e9:.2f} GB: {layout}"
+    table = rows(figures["ways"], model.nbytes, figures["memcpy_bytes_per_second"])
+    report(title, COLUMNS, table, figures, to, footer=fastest(figures["ways"]))
+
+
+def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
+    """The ways in turn, and what one core copies before and after them all."""
+    before = copy_ceiling()
     with Fleet() as fleet:
-        figures = {
-            "model": measure_model(fleet, arguments.pushes, arguments.tp, arguments.slot),
-            "retained": measure_model(fleet, arguments.pushes, arguments.tp, arguments.slot, retain="host"),
-            "small": measure_small(fleet, arguments.small),
-        }
-    model, retained, small = figures["model"], figures["retained"], figures["small"]
-    rows = [
-        ["model", f"{model['bytes'] / 1e9:.2f} GB, {model['tensors']} tensors, tp {arguments.tp}"],
-        ["one-core memcpy, same run", f"{model['memcpy_bytes_per_second'] / 1e9:.2f} GB/s"],
-        ["push, median of " + str(arguments.pushes), f"{model['seconds_median']:.3f} s"],
-        ["  of that the trainer is blocked", f"{model['blocked_seconds_median']:.3f} s"],
-        ["  model bytes per second", f"{model['bytes'] / model['seconds_median'] / 1e9:.2f} GB/s"],
-        ["  per copied byte, ratio to memcpy", f"{model['ratio_to_memcpy']:.2f}"],
-        *([f"  {phase}", f"{seconds * 1e3:.0f} ms"] for phase, seconds in model["phases_median"].items()),
-        [
-            "push where node.retain = host, times the other",
-            f"{retained['seconds_median'] / model['seconds_median']:.2f}",
-        ],
-        [
-            "push of one small tensor, p50 / p99 of " + str(arguments.small),
-            f"{small['p50'] * 1e3:.1f} / {small['p99'] * 1e3:.1f} ms",
-        ],
-        ["daemon, resident", f"{model['rss']['daemon'] / 1e6:.0f} MB"],
-        ["bridge, resident without its arena", f"{model['rss']['bridge'] / 1e6:.0f} MB"],
-    ]
-    report("pushes through shared memory", ["what", "figure"], rows, figures, arguments.json)
-
-
-def measure_model(fleet: Fleet, pushes: int, tp: int, slot: str, retain: str = "none") -> dict[str, Any]:
-    """The model, pushed again and again to one engine."""
-    checkpoint = fleet.root / "model"
-    checkpoint.mkdir(exist_ok=True)
-    write_config(MODEL, checkpoint)
-    weights = {n: torch.randn(s).to(torch.bfloat16) for n, s in checkpoint_tensors(MODEL).items()}
-    nbytes = sum(w.nbytes for w in weights.values())
-    engine = fleet.start_engine("big", checkpoint, tp=tp, flags=("--load-format", "dummy"))
-    arena = {"slot_bytes": slot, "slots": 3}
-    daemon = fleet.start_daemon("big-node", [engine], arena=arena, node={"retain": retain})
-    reports = [push_weights(weights, version=v, daemon=daemon.endpoint, timeout=120) for v in range(pushes + 2)]
-    measured = reports[2:]
-    ceiling = copy_ceiling()
-    seconds = statistics.median(r.seconds for r in measured)
-    rss = resident(daemon)
-    fleet.end(daemon)
-    fleet.end(engine)
+        folder = fleet.root / "model"
+        folder.mkdir()
+        case.model.write(folder)
+        if case.model.config["model_type"] not in ("qwen3", "qwen3_moe"):
+            raise ConfigError(
+                f"no engine here serves {case.model.name}: the reference engine has Qwen3 and Qwen3-MoE only",
+                hint="`plan --shape` takes every model",
+            )
+        check_tp(read_config(folder), case.tp)
+        way = {Name.push: _push, Name.retain: _push, Name.broadcast: _broadcast, Name.broadcast_check: _broadcast}
+        found = in_turn([partial(way[name], fleet, case, folder, name) for name in ways], rounds)
     return {
-        "bytes": nbytes,
-        "tensors": len(weights),
-        "buckets": measured[0].buckets,
-        "slot": slot,
-        "tp": tp,
-        "memcpy_bytes_per_second": ceiling,
-        "seconds_first": reports[0].seconds,
-        "seconds": [r.seconds for r in measured],
-        "seconds_median": seconds,
-        "blocked_seconds_median": statistics.median(r.blocked_seconds for r in measured),
-        "phases_median": {p: statistics.median(r.phases[p] for r in measured) for p in measured[0].phases},
-        "ratio_to_memcpy": COPIES * nbytes / seconds / ceiling,
-        "rss": rss,
+        "model": case.model.name,
+        "config": case.model.source,
+        "layers": case.model.config["num_hidden_layers"],
+        "bytes": case.model.nbytes,
+        "tensors": len(case.model.tensors),
+        "ranks": case.ranks,
+        "engines": case.engines,
+        "tp": case.tp,
+        "slot": case.slot,
+        "slots": case.slots,
+        "memcpy_bytes_per_second": max(before, copy_ceiling()),
+        "ways": [asdict(one) for one in found],
     }
 
 
-def measure_small(fleet: Fleet, pushes: int) -> dict[str, Any]:
-    """Pushes of one small tensor, to two engines: what a push takes whatever its bytes."""
-    checkpoint = fleet.root / "small"
-    checkpoint.mkdir()
-    write_config(SMALL, checkpoint)
+def _push(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
+    busy = load()
     engines = [
-        fleet.start_engine(f"small-{tp}", checkpoint, tp=tp, flags=("--load-format", "dummy"), wait=False)
-        for tp in (1, 2)
+        fleet.start_engine(f"{name}{turn}-{i}", folder, tp=case.tp, flags=("--load-format", "dummy"), wait=False)
+        for i in range(case.engines)
     ]
     for engine in engines:
         fleet.wait_engine(engine)
-    daemon = fleet.start_daemon("small-node", engines, arena={"slot_bytes": "1MiB"})
-    full = {n: torch.zeros(s) for n, s in checkpoint_tensors(SMALL).items()}
-    push_weights(full, version=0, daemon=daemon.endpoint)
-    smallest = min(full, key=lambda name: full[name].numel())
-    seconds = []
-    for version in range(1, pushes + 11):
-        start = time.perf_counter()
-        push_weights({smallest: full[smallest]}, version=version, daemon=daemon.endpoint)
-        seconds.append(time.perf_counter() - start)
-    ordered = sorted(seconds[10:])
-    return {
-        "pushes": pushes,
-        "engines": len(engines),
-        "p50": ordered[len(ordered) // 2],
-        "p99": ordered[int(len(ordered) * 0.99)],
-        "max": ordered[-1],
-    }
+    retain = "host" if name is Name.retain else "none"
+    arena = {"slot_bytes": case.slot, "slots": case.slots}
+    daemon = fleet.start_daemon(
+        f"{name}{turn}", engines, arena=arena, node={"retain": retain}, timeouts={"operation": 120.0}
+    )
+    out = _folder(fleet, name, turn)
+    ranks = torchrun(fleet, case.model, "push_trainer.py", case.ranks, out, ["--daemon", daemon.endpoint], case.pushes)
+    told = [rank["pushes"][WARM:] for rank in ranks]
+    if not all(push["complete"] for push in told[0]):
+        raise ConfigError(f"a push was not complete: {told[0][-1]['engines']}\n{daemon.tail(30)}")
+    peak = {"trainer rank": max(rank["peak_bytes"] for rank in ranks), **_peaks(daemon, engines)}
+    for child in (daemon, *engines):
+        fleet.end(child)
+    first = told[0]
+    return Way(
+        name="weightsync" if name is Name.push else "weightsync, copy kept",
+        software=f"shm, {first[0]['buckets']} buckets, {case.slots} slots of {case.slot}, retain = {retain}",
+        seconds=Spread.of(max(one["wall"] for one in push) for push in zip(*told, strict=True)),
+        blocked=Spread.of(max(one["until_filled"] for one in push) for push in zip(*told, strict=True)),
+        paused=Spread.of(max(engine["seconds"] for engine in push["engines"]) for push in first),
+        checked="in engines",
+        peak=peak,
+        copied=case.copied,
+        phases={phase: statistics.median(push["phases"][phase] for push in first) for phase in first[0]["phases"]},
+        load=(busy,),
+    )
 
 
-def resident(daemon: Daemon) -> dict[str, int]:
-    """Bytes resident in the daemon and in one of its bridges, shared memory not counted."""
-    process = psutil.Process(daemon.pid)
-    bridges = process.children()
-    own = [p.memory_info().rss - p.memory_info().shared for p in (process, *bridges)]
-    return {"daemon": own[0], "bridge": max(own[1:], default=0)}
+def _broadcast(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
+    busy, check = load(), name is Name.broadcast_check
+    options = [
+        "--config",
+        str(folder),
+        "--ranks",
+        str(case.ranks),
+        "--tp",
+        str(case.tp),
+        *(["--check"] if check else []),
+    ]
+    world = case.ranks + case.engines * case.tp
+    told = torchrun(fleet, case.model, "peer_broadcast.py", world, _folder(fleet, name, turn), options, case.pushes)
+    trainers, engines = told[: case.ranks], told[case.ranks :]
+
+    def longest(ranks: list[Any], key: str) -> Spread:
+        last = len(ranks[0]["pushes"])
+        return Spread.of(max(rank["pushes"][i][key] for rank in ranks) for i in range(WARM, last))
+
+    seconds = longest(told, "wall" if check else "transfer")
+    return Way(
+        name="broadcast, checked" if check else "broadcast",
+        software=f"torch.distributed.broadcast of torch {torch.__version__} over gloo, a tensor at a time",
+        seconds=seconds,
+        blocked=longest(trainers, "transfer"),
+        paused=longest(engines, "wall" if check else "transfer"),
+        checked="in engines" if check else "none",
+        peak={
+            "trainer rank": max(rank["peak_bytes"] for rank in trainers),
+            "engine rank": max(rank["peak_bytes"] for rank in engines),
+        },
+        load=(busy,),
+    )
 
 
+def _folder(fleet: Fleet, name: Name, turn: int) -> Path:
+    out = fleet.root / f"{name}{turn}.out"
+    out.mkdir()
+    return out
+
+
+def torchrun(
+    fleet: Fleet, model: shapes.Model, script: str, world: int, out: Path, more: list[str], pushes: int
+) -> list[dict[str, Any]]:
+    """Run a script of ours in `world` processes, which push a model so often, and two times before; what each wrote."""
+    path = out / "shape.json"
+    path.write_text(json.dumps({"model": model.name, "config": model.config}))
+    options = ["--shape", str(path), "--out", str(out), "--pushes", str(pushes + WARM), *more]
+    paths = os.pathsep.join(filter(None, (str(_HERE.parent), os.environ.get("PYTHONPATH", ""))))
+    child = fleet.torchrun(out.name, _HERE / script, world, options, env={"PYTHONPATH": paths})
+    if child.wait(_WAIT):
+        raise ConfigError("\n".join([f"{script} failed", child.tail(60), *(c.tail(15) for c in fleet.children[:-1])]))
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
+
+
+def _peaks(daemon: Daemon, engines: list[Engine]) -> dict[str, int]:
+    """Of the daemon, its bridge and keeper, and the engines' ranks."""
+    found: dict[str, int] = {"daemon": peak_bytes(daemon.pid)}
+    for child in psutil.Process(daemon.pid).children():
+        kind = "keeper" if "keeper" in " ".join(child.cmdline()) else "bridge"
+        found[kind] = max(found.get(kind, 0), peak_bytes(child.pid))
+    workers = [peak_bytes(one.pid) for engine in engines for one in psutil.Process(engine.pid).children()]
+    return found | {"engine rank": max(workers, default=0)}
+
+
+app = suite(main)
 if __name__ == "__main__":
-    main()
+    app()

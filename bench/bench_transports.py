@@ -1,4 +1,6 @@
-"""How fast each transport moves a bucket, against what one core copies: `python -m bench.bench_transports --json PATH`.
+"""How fast each transport moves a bucket, against what one core copies: `python -m bench transports --json PATH`.
+
+\b
 
 * `shm`: this process fills a slot from private memory and exports it, another one receives, verifies and copies it into
   private memory of its own. Two copies and two checksums, one after the other, as a bucket lives them.
@@ -13,7 +15,6 @@ Figures are of warm slots: the first pass over a slot, which pays for its page f
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import multiprocessing
 import secrets
@@ -21,11 +22,13 @@ import statistics
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 
-from bench.harness import copy_ceiling, report
+from bench.harness import JsonOption, copy_ceiling, report, suite
+from bench.harness import size as bytes_of
 from weightsync.ipc.arena import Arena
 from weightsync.nccl_bridge import commands as c
 from weightsync.plan.shares import MemberPart
@@ -36,7 +39,6 @@ from weightsyncd.bridges import Bridge, BridgeConfig
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-SIZES = tuple(2**20 * size for size in (1, 4, 16, 64, 256, 1024))
 RUN = 192 * 2**10  # bytes: half of an expert's matrix of Qwen3-30B-A3B
 WAIT = 120.0  # seconds, for anything
 
@@ -228,17 +230,18 @@ def _row(figure: Figure) -> list[str]:
     ]
 
 
-def main() -> None:
+def main(
+    runs: Annotated[int, typer.Option(min=1, help="Measured, after one that does not count.")] = 7,
+    sizes: Annotated[
+        str, typer.Option("--bytes", help="Sizes of a bucket, with commas between them.")
+    ] = "1MiB,4MiB,16MiB,64MiB,256MiB,1GiB",
+    to: JsonOption = None,
+) -> None:
     """Measure, print, write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.bench_transports", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--largest", type=int, default=1024, help="MiB of the largest bucket")
-    arguments = parser.parse_args()
-    sizes = tuple(size for size in SIZES if size <= arguments.largest * 2**20)
+    wanted = tuple(bytes_of(one) for one in sizes.split(","))
     ceiling = copy_ceiling()
-    figures = [measure_shm(nbytes, arguments.runs, ceiling) for nbytes in sizes]
-    over_gloo, memory = asyncio.run(measure_gloo(sizes, arguments.runs, ceiling))
+    figures = [measure_shm(nbytes, runs, ceiling) for nbytes in wanted]
+    over_gloo, memory = asyncio.run(measure_gloo(wanted, runs, ceiling))
     figures += over_gloo
     document: dict[str, Any] = {
         "copy_ceiling_gb_per_s": ceiling / 1e9,
@@ -249,8 +252,9 @@ def main() -> None:
     rows += [[name, "", "", "", "", "", f"{nbytes / 2**20:.0f} MiB resident"] for name, nbytes in memory.items()]
     title = f"One bucket from memory to memory; one core copies {ceiling / 1e9:.1f} GB/s"
     columns = ("transport", "ms", "first ms", "GB/s", "of a copy", "per copied byte", "phases, ms")
-    report(title, columns, rows, document, arguments.json)
+    report(title, columns, rows, document, to)
 
 
+app = suite(main)
 if __name__ == "__main__":
-    main()
+    app()

@@ -1,8 +1,12 @@
-"""What every measurement shares: the ceiling of this machine's memory, the table, the JSON with its circumstances."""
+"""What every measurement shares: seconds and their spread, the ceiling of this machine's memory, the table, the JSON
+with its circumstances, and how a suite is a command.
+"""
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
+import math
 import os
 import platform
 import shlex
@@ -11,16 +15,53 @@ import sys
 import time
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+import typer
 from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
-__all__ = ["Timing", "copy_ceiling", "hardware", "report", "timed"]
+__all__ = [
+    "JsonOption",
+    "Spread",
+    "Timing",
+    "circumstances",
+    "command",
+    "copy_ceiling",
+    "hardware",
+    "peak_bytes",
+    "report",
+    "size",
+    "suite",
+    "timed",
+]
+
+JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", show_default=False)]
+_PACKAGES = ("weightsync", "torch", "numpy", "msgspec", "msgpack", "pyzmq")
+_LOAD = os.getloadavg()  # when this process began: what else the machine was doing
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How long each of several runs of one thing took, in seconds."""
+
+    p50: float
+    p99: float  # of fewer than a hundred runs: the longest
+    max: float
+    runs: int
+    all: tuple[float, ...]  # in the order in which they ran
+
+    @classmethod
+    def of(cls, seconds: Iterable[float]) -> Spread:
+        """Of one run at least."""
+        every = tuple(seconds)
+        ordered = sorted(every)
+        nearest = ordered[math.ceil(0.99 * len(ordered)) - 1]
+        return cls(statistics.median(ordered), nearest, ordered[-1], len(every), every)
 
 
 @dataclass(frozen=True)
@@ -52,6 +93,25 @@ def copy_ceiling(nbytes: int = 2**28, *, runs: int = 7) -> float:
     return nbytes / timed(lambda: np.copyto(target, source), runs=runs).best
 
 
+def size(text: str) -> int:
+    """Bytes that a text such as "64MiB" or "1.5GB" means. Raises `typer.BadParameter`."""
+    number = text.rstrip("BKMGTi")
+    unit = text[len(number) :]
+    powers = {"": 1, "B": 1} | {
+        f"{letter}{i}B": (1024 if i else 1000) ** (power + 1) for power, letter in enumerate("KMGT") for i in ("", "i")
+    }
+    try:
+        return int(float(number) * powers[unit])
+    except (ValueError, KeyError) as error:
+        raise typer.BadParameter(f"{text!r} is no size; say 64MiB or 1.5GB") from error
+
+
+def peak_bytes(pid: int | str = "self") -> int:
+    """The most memory that a process has had resident at a time, mapped shared memory included."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
 def hardware() -> dict[str, Any]:
     """What this was measured on."""
     model = platform.processor()
@@ -70,7 +130,12 @@ def hardware() -> dict[str, Any]:
 
 
 def report(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], figures: Any, json_path: Path | None
+    title: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    figures: Any,
+    json_path: Path | None,
+    footer: str = "",
 ) -> None:
     """Print `rows` as a table; write `figures` (plain data or dataclasses) to `json_path` if one is given."""
     table = Table(title=title)
@@ -78,21 +143,48 @@ def report(
         table.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         table.add_row(*row)
-    Console(width=None if sys.stdout.isatty() else 160).print(table)  # a log is wide enough for every column
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)  # a log has room for every column
+    console.print(table)
+    if footer:
+        console.print(footer)
     if json_path is not None:
-        document: Mapping[str, Any] = {
-            "title": title,
-            "command": "python -m " + shlex.join([_module(), *sys.argv[1:]]),
-            "hardware": hardware(),
-            "figures": figures,
-        }
+        document = {"title": title, **circumstances(), "figures": figures}
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(document, indent=2, default=_plain) + "\n")
 
 
-def _module() -> str:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    return spec.name if spec is not None else Path(sys.argv[0]).name
+def circumstances() -> dict[str, Any]:
+    """The exact command, what it ran on, with which versions, and what else the machine was doing: averages of how many
+    processes wanted a core in the last 1, 5 and 15 minutes, at the start and now.
+    """
+    return {
+        "command": command(),
+        "hardware": hardware(),
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "load": {"before": [round(x, 2) for x in _LOAD], "after": [round(x, 2) for x in os.getloadavg()]},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"  # but on the path
+
+
+def command() -> str:
+    """The command line of this process, without the folders of what was started."""
+    first, *rest = sys.orig_argv[1:]
+    if first == "-m":
+        return "python -m " + shlex.join(rest)
+    return shlex.join([Path(first).name, *rest])
+
+
+def suite(main: Callable[..., None]) -> typer.Typer:
+    """A command line of this one function: `python -m bench NAME`, or the module alone."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.command(help=sys.modules[main.__module__].__doc__)(main)
+    return app
 
 
 def _plain(value: Any) -> Any:

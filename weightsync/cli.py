@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import select
+import sys
 import time
-from pathlib import Path  # noqa: TC003 - typer reads the annotations
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
@@ -24,7 +25,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="New policy weights into every inference engine. `demo` shows it all on this machine; `push` sends a "
-    "checkpoint directory; `status` and `engines` look at a running weightsyncd; `doctor` says what an engine lacks.",
+    "checkpoint directory; `status` and `engines` look at a running weightsyncd; `doctor` says what an engine lacks; "
+    "`bench` measures.",
 )
 
 engines_app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -319,6 +321,26 @@ def keygen(
 
     make_key_file(file)
     typer.echo(f'{file}: a new key. On every node: [cluster] key_file = "{file.resolve()}"')
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def bench(context: typer.Context) -> None:
+    """How fast pushes are here, beside what this machine can do and what you would use instead.
+
+    Only where weightsync runs from its source tree: the benchmarks are not in the installed package.
+    """
+    from importlib import import_module
+
+    tree = Path(__file__).resolve().parent.parent
+    if not all((tree / name).is_file() for name in ("pyproject.toml", "bench/cli.py")):
+        raise ConfigError(
+            f"the benchmarks are not in the installed package ({tree})",
+            hint="in a clone of the source tree: `make setup`, then `.venv/bin/weightsync bench`, or `python -m bench`",
+        )
+    sys.path.insert(0, str(tree))  # for `bench` itself, which is no installed package
+    import_module("bench.cli").app(args=context.args, prog_name=context.command_path)
 
 
 def _show_findings(titles: dict[str, str], found: dict[str, list[dict[str, Any]]]) -> None:

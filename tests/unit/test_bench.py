@@ -1,0 +1,259 @@
+"""What the benchmarks compute, print and judge; nothing here measures."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import typer
+from typer.testing import CliRunner
+
+import weightsync.cli
+from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
+from bench.harness import Spread, size
+from bench.ways import COLUMNS, Way, fastest, in_turn, rows
+from weightsync.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent.parent
+TINY = {
+    "model_type": "qwen3_moe",
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "vocab_size": 129,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 16,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "torch_dtype": "bfloat16",
+    "mlp_only_layers": [1],
+}
+
+
+def way(name, p50, **more):
+    spread = {"p50": p50, "p99": 2 * p50, "max": 3 * p50, "runs": 3, "all": [p50]}
+    plain = {
+        "software": "s",
+        "blocked": spread,
+        "paused": None,
+        "checked": "none",
+        "peak": {"rank": 10**9},
+        "copied": 0,
+    }
+    return {"name": name, "seconds": spread, **plain, "load": [0.5], **more}
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+
+def test_spread_is_of_ranks_by_nearest_rank():
+    hundred = Spread.of(float(i) for i in range(1, 101))
+    assert (hundred.p50, hundred.p99, hundred.max, hundred.runs) == (50.5, 99.0, 100.0, 100)
+    assert Spread.of([3.0, 1.0, 2.0]) == Spread(2.0, 3.0, 3.0, 3, (3.0, 1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("17", 17), ("2B", 2), ("64MiB", 64 << 20), ("1.5GB", 1_500_000_000), ("1GiB", 1 << 30)]
+)
+def test_sizes(text, nbytes):
+    assert size(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "1XB", "one"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(typer.BadParameter, match="no size"):
+        size(text)
+
+
+def test_ways_stand_beside_the_first_and_the_fastest_is_named_whoever_it_is():
+    ours, peer = way("weightsync", 1.0, copied=4 * 10**9), way("peer", 0.5)
+    first, second = rows([ours, peer], 2 * 10**9, 8e9)
+    assert len(first) == len(COLUMNS)
+    assert dict(zip(COLUMNS, first, strict=True))["of memcpy"] == "0.50"
+    assert dict(zip(COLUMNS, second, strict=True))["time / first"] == "0.50"
+    assert dict(zip(COLUMNS, second, strict=True))["GB/s"] == "4.00"
+    assert fastest([ours, peer]) == "Fastest: peer."
+    assert fastest([ours, way("peer", 1.01)]) == "Fastest: weightsync, level with peer."
+
+
+def test_ways_take_turns_and_are_put_together():
+    order = []
+
+    def run(name, turn):
+        order.append((name, turn))
+        spread = Spread.of([float(turn + 1)])
+        peak = {"rank": 10 - turn}
+        return Way(name, "s", spread, None, spread, "none", peak, phases={"fill": turn}, load=(turn,))
+
+    first, second = in_turn([partial(run, "a"), partial(run, "b")], 3)
+    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert (first.name, second.name) == ("a", "b")
+    assert first.seconds == second.paused == Spread.of([1.0, 2.0, 3.0])
+    assert (first.blocked, first.peak, first.phases, first.load) == (None, {"rank": 10}, {"fill": 1}, (0, 1, 2))
+
+
+# --- the broadcast that a push is compared with ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def loaded(tmp_path, monkeypatch):
+    """A trainer and an engine of TP 2 of the peer, after a transfer, in one process."""
+    model = shapes.Model("tiny", "", {}, TINY)
+    model.write(tmp_path)
+    monkeypatch.setattr(dist, "get_rank", lambda: 0)
+    trainer = peer_broadcast.Trainer(model, None, None)
+    engines = [peer_broadcast.Engine(model, str(tmp_path), 2, rank, None) for rank in range(2)]
+    for engine in engines:
+        sent = iter(trainer.weights.values())
+        monkeypatch.setattr(dist, "broadcast", lambda into, *_, sent=sent, **__: into.copy_(next(sent)))
+        engine.transfer()
+    return trainer, engines
+
+
+def test_the_peer_loads_what_was_sent(loaded):
+    trainer, engines = loaded
+    peer_broadcast.compare([trainer.sums(), *(engine.sums() for engine in engines)], 1, 2)
+
+
+def test_the_peer_notices_one_wrong_byte(loaded):
+    trainer, engines = loaded
+    experts = engines[1].params["model.layers.0.mlp.experts.w13.weight"]
+    experts.view(torch.uint8)[3, 5, 7] ^= 1
+    with pytest.raises(RuntimeError, match=r"1 tensors arrived wrong, model.layers.0.mlp.experts.3"):
+        peer_broadcast.compare([trainer.sums(), *(engine.sums() for engine in engines)], 1, 2)
+
+
+def test_the_peer_notices_ranks_that_differ(loaded):
+    trainer, engines = loaded
+    engines[1].params["model.norm.weight"].view(torch.uint8)[0] ^= 1
+    with pytest.raises(RuntimeError, match="two ranks of one engine differ"):
+        peer_broadcast.compare([trainer.sums(), *(engine.sums() for engine in engines)], 1, 2)
+
+
+def test_weights_change_between_pushes():
+    model = shapes.Model("tiny", "", {}, TINY)
+    ours = weights.whole(model)
+    before = {name: tensor.clone() for name, tensor in ours.items()}
+    weights.change(ours)
+    changed = [name for name in ours if not torch.equal(ours[name].view(torch.int16), before[name].view(torch.int16))]
+    assert len(changed) == min(49, len(ours) - 1)
+
+
+# --- comparing with a baseline --------------------------------------------------------------------------------------
+
+
+def measured(**least):
+    stats = [{"fullname": f"bench/pure/test_x.py::{name}", "stats": {"min": value}} for name, value in least.items()]
+    return {"machine_info": {"node": "n", "cpu": {"count": 2}}, "benchmarks": stats}
+
+
+def test_compare_gives_ratios_and_what_is_new_or_gone():
+    found = compare.compare(measured(same=1.0, gone=1.0), measured(same=3.0, new=1.0))
+    assert [(row.name, row.ratio) for row in found] == [("same", 3.0), ("new", None), ("gone", None)]
+
+
+@pytest.mark.parametrize(("more", "status"), [([], 0), (["--fail-above", "3.1"], 0), (["--fail-above", "2.9"], 1)])
+def test_compare_judges_only_when_asked(tmp_path, more, status):
+    before, now = tmp_path / "before.json", tmp_path / "now.json"
+    before.write_text(json.dumps(measured(plan=1.0)))
+    now.write_text(json.dumps(measured(plan=3.0)))
+    result = CliRunner().invoke(compare.app, [str(now), str(before), *more])
+    assert result.exit_code == status, result.output
+    assert "3.00" in result.stdout
+
+
+def test_compare_refuses_other_files(tmp_path):
+    path = tmp_path / "x.json"
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="no file of pytest-benchmark"):
+        compare.read(path)
+
+
+def test_the_baseline_names_every_pure_benchmark():
+    written = {one["name"] for one in compare.read(compare.BASELINE)["benchmarks"]}
+    tests = (ROOT / "bench/pure").glob("test_*.py")
+    assert written == {
+        name for path in tests for name in re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE)
+    }
+
+
+# --- the page, the pictures, the command ----------------------------------------------------------------------------
+
+
+def test_the_page_is_what_the_json_gives():
+    page = table.PAGE.read_text()
+    assert page.count("<!-- bench: ") == page.count("<!-- end -->") > 5
+    assert table.render(page, table.PAGE.with_suffix("")) == page, "run: python -m bench table"
+
+
+def test_a_changed_figure_changes_the_page(tmp_path):
+    document = {"figures": {"engines": 2, "bytes": 64, "seconds": way("", 0.004)["seconds"]}, "load": {"before": [1.0]}}
+    (tmp_path / "small.json").write_text(json.dumps(document))
+    page = table.render("text\n<!-- bench: small small.json -->\nold\n<!-- end -->\nmore\n", tmp_path)
+    assert "4.0 / 8.0 / 12.0 ms" in page
+    assert "old" not in page
+    assert page.startswith("text\n")
+    assert page.endswith("<!-- end -->\nmore\n")
+
+
+def test_a_part_that_nobody_writes_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="nothing writes parts of kind 'x'"):
+        table.render("<!-- bench: x y.json -->\n<!-- end -->", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["transports.json", "push-ways.json"])
+def test_pictures(tmp_path, name):
+    document = json.loads((ROOT / "docs/benchmarks/cpu" / name).read_text())
+    plot.draw(document, tmp_path / "x.svg")
+    assert document["title"].split()[0] in (tmp_path / "x.svg").read_text()
+    with pytest.raises(ConfigError, match="no picture"):
+        plot.draw({"title": "t", "figures": []}, tmp_path / "y.svg")
+
+
+def test_help_names_every_suite():
+    help_text = CliRunner().invoke(cli.app, ["--help"]).stdout
+    assert all(f"\n  {name} " in help_text for name in (*cli.SUITES, *cli.TOOLS, "all"))
+
+
+def test_a_suite_runs_from_the_command_line_and_tells_its_circumstances(tmp_path):
+    shape, out = tmp_path / "tiny.json", tmp_path / "plan.json"
+    shape.write_text(json.dumps(TINY))
+    arguments = ["plan", "--shape", str(shape), "--ranks", "2", "--json", str(out)]
+    command = [sys.executable, "-m", "bench", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=50, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(out.read_text())
+    assert document["command"] == f"python -m bench {' '.join(arguments)}"
+    assert document["figures"][0]["tensors"] == len(shapes.load(str(shape)).tensors)
+    assert {"hardware", "versions", "load"} <= document.keys()
+    assert "FSDP over 2" in table.plan(document)[2]
+
+
+def test_all_refuses_a_suite_that_is_not_there():
+    result = CliRunner().invoke(cli.app, ["all", "--only", "nope"])
+    assert result.exit_code == 2
+    assert "nope" in result.output
+
+
+def test_the_installed_command_says_where_the_benchmarks_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(weightsync.cli, "__file__", str(tmp_path / "weightsync/cli.py"))
+    result = CliRunner().invoke(weightsync.cli.app, ["bench", "push"])
+    assert isinstance(result.exception, ConfigError)
+    assert "not in the installed package" in str(result.exception)
+
+
+def test_the_command_of_a_source_tree_is_the_same_one(monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    result = CliRunner().invoke(weightsync.cli.app, ["bench", "--help"])
+    assert result.exit_code == 0
+    assert "transports" in result.stdout
