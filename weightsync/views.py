@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["engine_details", "findings_view", "replay_details", "status_view"]
+if TYPE_CHECKING:
+    from collections.abc import Container
+
+__all__ = ["empty_table", "engine_details", "findings_view", "replay_details", "status_view"]
 
 _COLOURS = {"serving": "green", "committed": "green", "connected": "green", "torn": "red", "lost": "red"}
 
 
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column)
-    return table
+def empty_table(*columns: str, right: Container[int] = ()) -> Table:
+    """An empty one; numbers of the columns in `right` are flush with its right edge."""
+    empty = Table(box=None, pad_edge=False, header_style="bold")
+    for number, column in enumerate(columns):
+        empty.add_column(column, justify="right" if number in right else "left")
+    return empty
 
 
 def _coloured(word: str) -> Text:
@@ -33,13 +37,13 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     head = Text(
         f"{status['software']} on node {status['node']}, pid {status['pid']}, up {status['uptime']:.0f} s, at {clock}"
     )
-    engines = _table("engine", "node", "model", "state", "serves", "tp", "url", "problem")
+    engines = empty_table("engine", "node", "model", "state", "serves", "tp", "url", "problem")
     for e in status["engines"]:
         state = _coloured(e["state"])
         version, tp = _or_dash(e["version"]), _or_dash(e["tp_size"])
         model = f"{e['model']} (frozen)" if e["frozen"] else e["model"]
         engines.add_row(e["name"], e["node"], model, state, version, tp, e["url"], e["error"] or "")
-    bridges = _table("bridge", "pid", "slots", "on GPU", "open exports", "restarts", "problem")
+    bridges = empty_table("bridge", "pid", "slots", "on GPU", "open exports", "restarts", "problem")
     for b in status["bridges"]:
         slots = f"{b['slots']} × {b['slot_bytes'] / 2**20:g} MiB"
         name, restarts = f"{b['node']}/{b['index']}", str(b["restarts"])
@@ -49,7 +53,7 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
         )
     parts: list[Any] = [head, Text(), engines, Text(), bridges]
     if status["peers"]:
-        peers = _table("peer", "state")
+        peers = empty_table("peer", "state")
         for name, state in status["peers"].items():
             peers.add_row(name, _coloured(state))
         parts += [Text(), peers]
@@ -84,7 +88,7 @@ def _last_push(status: dict[str, Any]) -> list[Any]:
 
 def findings_view(findings: list[dict[str, Any]]) -> Table:
     """What the doctor found, and what mends it."""
-    table = _table("", "found", "what mends it")
+    table = empty_table("", "found", "what mends it")
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     for finding in findings:
         table.add_row(Text(finding["level"], style=colours[finding["level"]]), finding["what"], finding["fix"])
@@ -93,7 +97,7 @@ def findings_view(findings: list[dict[str, Any]]) -> Table:
 
 def engine_details(engines: list[dict[str, Any]]) -> Table:
     """What each engine is and how it is spoken to."""
-    table = _table("engine", "node", "kind", "software", "profile", "tp", "state", "serves")
+    table = empty_table("engine", "node", "kind", "software", "profile", "tp", "state", "serves")
     for e in engines:
         software, profile = _or_dash(e["software"]), _or_dash(e["profile"])
         tp, version = _or_dash(e["tp_size"]), _or_dash(e["version"])
@@ -112,10 +116,10 @@ _REPLAY = {
 
 def replay_details(engines: list[dict[str, Any]]) -> Group:
     """Of which tensors each engine's loader is replayed, and what the others are still given to it for."""
-    table = _table(
+    table = empty_table(
         "engine", "replay", "tensors", "bytes", "moves", "by the loader", "seconds with it", "without", "note"
     )
-    why = _table("engine", "by the loader", "tensors")
+    why = empty_table("engine", "by the loader", "tensors")
     for e in engines:
         facts = e["replay"]
         if facts is None:

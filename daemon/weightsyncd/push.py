@@ -25,9 +25,9 @@ from weightsync.session.trace import Trace
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
-from weightsyncd.outcomes import outcome_of, status_of_push
+from weightsyncd.outcomes import account_of, outcome_of, status_of_push
 from weightsyncd.ranks import Rank, Ranks
-from weightsyncd.traces import write_trace
+from weightsyncd.traces import PushTrace, Traces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -53,6 +53,7 @@ class Services:
     rails: Rails
     plans: Plans
     send: Callable[[bytes, msg.Message], bool]
+    traces: Traces
 
 
 class Push:
@@ -102,7 +103,8 @@ class Push:
             last_version=last_version,
             keepers=() if keeper is None else (keeper,),
         )
-        self._trace = Trace(self._home, engines, now) if config.log.trace_dir else None
+        self._trace = Trace(self._home, engines, now)
+        self._began = time.time()
         logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
         self.ranks.call_on_nodes()
         self._carry_out(self.session.start(now), now)
@@ -116,16 +118,14 @@ class Push:
         if isinstance(event, ev.NodeLost):
             self.ranks.node_lost(event.node)
         before, now = self.session.state, time.monotonic()
-        if self._trace is not None:
-            self._trace.heard(event, now)
+        self._trace.heard(event, now)
         instructions = self.session.handle(event, now)
         if self.session.state is not before:
             logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
         self._carry_out(instructions, now)
 
     def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
-        if self._trace is not None:
-            self._trace.told(instructions, now)
+        self._trace.told(instructions, now)
         for instruction in instructions:
             self._dispatch(instruction)
         if self.session.done:
@@ -366,6 +366,12 @@ class Push:
         """How far it is."""
         return status_of_push(self.session)
 
+    def trace(self) -> PushTrace:
+        """What it did so far, and when."""
+        session, now = self.session, time.monotonic()
+        about = account_of(session, self.context.push, self._began, now)
+        return PushTrace(self._trace, now, session.model, session.version, about)
+
     async def close(self) -> None:
         """Stop what is still under way and let go of every slot. Call it once `done`, or when the daemon ends."""
         if self._timer is not None:
@@ -379,7 +385,7 @@ class Push:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         await self._services.executor.wire.sweep(self.context)
-        if self._trace is not None:
-            name = f"push-{self.context.push}-v{self.session.version}"
-            document = self._trace.document(time.monotonic())
-            await asyncio.to_thread(write_trace, self._services.config.log.trace_dir, name, document)
+        trace = self.trace()
+        if not self.repeat:
+            self._services.traces.keep(trace, failed=self.session.error is not None)
+        await self._services.traces.write(trace, self.context.push)

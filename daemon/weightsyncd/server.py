@@ -48,6 +48,7 @@ from weightsyncd.push import Services
 from weightsyncd.rails import Rails
 from weightsyncd.repeats import Repeats, engines_everywhere
 from weightsyncd.seed import Registry, Seeker
+from weightsyncd.traces import Traces
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ _FAR = b"far"  # before the identity of whoever is connected to cluster.listen
 _FROM_AFAR = (
     msg.Heartbeat,
     msg.StatusRequest,
+    msg.TraceRequest,
     msg.Attach,
     msg.Execute,
     msg.JoinRail,
@@ -133,7 +135,8 @@ class Server:
             ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
         )
         self.rails = Rails(config, self.bridges, self.peers)
-        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send)
+        self.traces = Traces(config.node.name, config.log.trace_dir)
+        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send, self.traces)
         self.follower = Follower(
             config,
             secrets.token_hex(8),
@@ -298,6 +301,9 @@ class Server:
                 self.trainers.route(identity, message)
             case msg.StatusRequest():
                 self._spawn(self._answer(identity, message.id, status_of(self, fresh=message.fresh)))
+            case msg.TraceRequest():
+                current = self.trainers.push.trace() if self.trainers.push is not None else None
+                self._spawn(self._answer(identity, message.id, self.traces.answer(message, current)))
             case msg.ChangeEngines():
                 self._spawn(self._answer(identity, message.id, self.changes.change_engines(message)))
             case msg.Attach():

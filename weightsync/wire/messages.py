@@ -5,7 +5,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
 
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat, PushLora
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat, LoraPushed
-    operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
+    operator → daemon  StatusRequest, TraceRequest, ChangeEngines
+    daemon → operator  Status, Traced, Changed
     daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat,
                        PushLora
                        Attached, Executed, RankSays, Registered, LoraPushed
@@ -63,6 +64,8 @@ __all__ = [
     "StatusRequest",
     "Stopped",
     "TellRank",
+    "TraceRequest",
+    "Traced",
     "Welcome",
 ]
 
@@ -290,6 +293,21 @@ class Status(Message, frozen=True, tag="status"):
     pushed: dict[str, Natural] = {}  # model → newest version that was committed here: only newer ones are taken
 
 
+class TraceRequest(Message, frozen=True, tag="trace_request"):
+    """What did a push that began on this node do when? Answered by `Traced`."""
+
+    model: Text = ""  # "": of the push under way, or else the last, whichever model it was of
+    failed: bool = False  # of the last that failed
+
+
+class Traced(Message, frozen=True, tag="traced"):
+    """The trace of a push."""
+
+    model: Name
+    version: Natural
+    document: Column  # JSON, see `weightsync.chrome_trace`
+
+
 # --- two daemons ---------------------------------------------------------------------------------------------------
 
 
@@ -471,6 +489,8 @@ MESSAGES: tuple[type[Message], ...] = (
     Registered,
     PushLora,
     LoraPushed,
+    TraceRequest,
+    Traced,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {
@@ -487,6 +507,7 @@ LARGE: frozenset[type[Message]] = frozenset(
         TellRank,
         PushLora,
         LoraPushed,
+        Traced,
     }
 )
 """Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""
