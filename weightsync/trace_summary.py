@@ -88,7 +88,7 @@ def _engine(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _piece(row: dict[str, Any], lanes: dict[tuple[int, int], str]) -> dict[str, Any]:
-    lane = lanes.get((row["pid"], row["tid"]), "?").partition(" (")[0].partition(":")[0]
+    lane = row["args"].get("engine") or lanes.get((row["pid"], row["tid"]), "?").partition(" (")[0].partition(":")[0]
     return {"name": row["name"], "of": lane, "seconds": row["dur"] / 1e6}
 
 
@@ -117,7 +117,8 @@ def summary_view(summary: dict[str, Any]) -> Group:
     for engine in summary["engines"]:
         slowest = engine["slowest"]
         worst = f"{slowest['bucket']}: {slowest['seconds']:.4f} s" if slowest else "–"
-        engines.add_row(engine["engine"], *(f"{engine['seconds'][step]:.4f}" for step in _AT_ENGINES), worst)
+        seconds = (engine["seconds"][step] for step in _AT_ENGINES)
+        engines.add_row(engine["engine"], *(f"{each:.4f}" if each else "–" for each in seconds), worst)
     return Group(*_head(push), Text(), steps, Text(), engines, *_wrong(summary))
 
 

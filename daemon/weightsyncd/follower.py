@@ -110,6 +110,11 @@ class Follower:
         return self._held.context.push if self._held is not None else None
 
     @property
+    def context(self) -> PushContext | None:
+        """What is known of that push."""
+        return self._held.context if self._held is not None else None
+
+    @property
     def known(self) -> bool:
         """Whether this node is some other's peer: those attach again and again."""
         return time.monotonic() - self._attached < self._config.timeouts.liveness

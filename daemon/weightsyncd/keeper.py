@@ -24,6 +24,7 @@ import weightsync
 from weightsync.adapters.base import EngineAdapter, EngineInfo, PauseMode
 from weightsync.errors import EngineLost
 from weightsync.keeper import commands as c
+from weightsync.wire import messages as msg
 from weightsync.wire.pipe import HEADER, MAX_FRAME
 
 if TYPE_CHECKING:
@@ -75,6 +76,12 @@ class KeeperAdapter(EngineAdapter):
     def version(self) -> int | None:
         """Of the push that is kept, if one is."""
         return self._kept.version if self._alive() is not None else None
+
+    def status(self) -> msg.KeeperStatus:
+        """How it is, for operators."""
+        running = self._alive()
+        pid, kept = (running.process.pid, self._kept) if running is not None else (None, c.Reply())
+        return msg.KeeperStatus(model=self._model, pid=pid, version=kept.version, nbytes=kept.nbytes)
 
     async def warm(self, *, deadline: float) -> None:
         """Start it before it is needed: what it imports takes it seconds. One that does not start is logged only."""

@@ -51,6 +51,11 @@ def status_of_push(session: PushSession) -> msg.PushStatus:
         nbytes=session.nbytes,
         filled_bytes=session.filled_bytes,
         waiting_for="" if session.ended else session.waiting_for(),
+        buckets=len(session.buckets),
+        engines=tuple(
+            msg.EngineProgress(engine=e.name, stage=str(e.stage), loaded=e.loaded) for e in session.engines.values()
+        ),
+        phases={phase: seconds for phase, seconds in session.phases.seconds.items() if seconds},
     )
 
 

@@ -38,7 +38,7 @@ from weightsyncd.changes import Changes
 from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
-from weightsyncd.health import HealthPage, measure_node, status_of
+from weightsyncd.health import HealthPage, measure_node
 from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.loras import Loras
 from weightsyncd.membership import Membership
@@ -48,6 +48,7 @@ from weightsyncd.push import Services
 from weightsyncd.rails import Rails
 from weightsyncd.repeats import Repeats, engines_everywhere
 from weightsyncd.seed import Registry, Seeker
+from weightsyncd.status import status_of
 from weightsyncd.traces import Traces
 from weightsyncd.trainers import Trainers
 

@@ -59,6 +59,7 @@ class Trainers:
         self.push: Push | None = None
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
+        self.last_at: float | None = None
         self.stopping = False
         self._services = services
         self._metrics = metrics
@@ -219,7 +220,7 @@ class Trainers:
         await push.close()
         session = push.session
         if not push.repeat:
-            self.last, self.last_error = push.outcome, session.error
+            self.last, self.last_error, self.last_at = push.outcome, session.error, time.monotonic()
         if session.committed:
             self.newest[session.model] = max(session.version, self.newest.get(session.model, -1))
         if session.error is not None and not push.ranks.complete:

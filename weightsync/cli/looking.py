@@ -14,7 +14,7 @@ import typer
 
 from weightsync.cli.options import DaemonOption, JsonOption, app
 from weightsync.endpoints import default_endpoint
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, DaemonLost
 
 
 @app.command()
@@ -38,11 +38,11 @@ def status(
 
     with (
         contextlib.suppress(KeyboardInterrupt),
-        Live(_status_view(endpoint), console=console, refresh_per_second=4) as live,
+        Live(_watched(endpoint), console=console, refresh_per_second=4, vertical_overflow="visible") as live,
     ):
         while True:
             select.select([], [], [], 1.0)
-            live.update(_status_view(endpoint))
+            live.update(_watched(endpoint))
 
 
 @app.command()
@@ -97,6 +97,14 @@ def fetch(endpoint: str) -> dict[str, Any]:
 
 
 def _status_view(endpoint: str) -> Any:
-    from weightsync.views import status_view
+    from weightsync.status_view import status_view
 
     return status_view(fetch(endpoint), time.strftime("%H:%M:%S"))
+
+
+def _watched(endpoint: str) -> Any:
+    """As `_status_view`; a daemon that does not answer may be back in the next second."""
+    try:
+        return _status_view(endpoint)
+    except DaemonLost as error:
+        return f"{time.strftime('%H:%M:%S')} {error}"

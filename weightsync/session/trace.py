@@ -90,7 +90,7 @@ class Trace:
 
     def spans(self) -> list[Span]:
         """All that is known by now, in the order of their beginnings as they were told."""
-        reading = _Reading(self.home, self._engines, self.start)
+        reading = _Reading(self.home, self._engines)
         for now, note in zip(self._times, tuple(self._notes), strict=False):  # a push under way adds to them meanwhile
             if isinstance(note, list):
                 for instruction in note:
@@ -103,9 +103,10 @@ class Trace:
 class _Reading:
     """Makes spans of notes, from the first to the last."""
 
-    def __init__(self, home: str, engines: Mapping[str, str], start: float) -> None:
+    def __init__(self, home: str, engines: Mapping[str, str]) -> None:
         self.spans: list[Span] = []
-        self._home, self._engines, self._start = home, engines, start
+        self._home, self._engines = home, engines
+        self._first: float | None = None  # when the first rank called
         self._open: dict[_Key, Span] = {}
         self._sizes: tuple[int, ...] = ()  # of the buckets
 
@@ -162,8 +163,10 @@ class _Reading:
         if event.describe_seconds > 0:
             before = now - event.describe_seconds
             self.spans.append(Span(TRAINER, lane, "describe", "describe", before, now, rank=rank))
-        if now > self._start:  # since the first rank called
-            self.spans.append(Span(TRAINER, lane, "late", "has not called yet", self._start, now, rank=rank))
+        if self._first is None:
+            self._first = now
+        else:
+            self.spans.append(Span(TRAINER, lane, "late", "has not called yet", self._first, now, rank=rank))
 
     def _begun(self, instruction: do.Instruction, now: float) -> Iterator[tuple[_Key, Span]]:
         match instruction:

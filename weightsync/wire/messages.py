@@ -36,6 +36,7 @@ __all__ = [
     "Describe",
     "Ended",
     "EngineOutcome",
+    "EngineProgress",
     "EngineStatus",
     "ErrorReply",
     "Exchange",
@@ -46,11 +47,13 @@ __all__ = [
     "Gather",
     "Heartbeat",
     "JoinRail",
+    "KeeperStatus",
     "Lease",
     "LoraOutcome",
     "LoraPushed",
     "Message",
     "Open",
+    "PeerStatus",
     "Planned",
     "PushLora",
     "PushOutcome",
@@ -262,6 +265,18 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     outstanding: Natural  # exports that no reader has closed yet
     error: str | None = None
     gpu: str = ""  # UUID of the one that its slots lie on
+    taken: Natural = 0  # slots that hold a bucket of the push under way
+    exports: Natural = 0  # to readers, since it was started
+    revoked: Natural = 0  # … of which were taken away, since nobody waits for their reader any more
+    holding: dict[Name, Natural] = {}  # reader → exports that it has not closed yet; those with none are left out
+
+
+class EngineProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one engine is in the push under way."""
+
+    engine: Name
+    stage: Name  # probing | … | loading | … | committed | skipped | torn | lost
+    loaded: Natural  # buckets
 
 
 class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -274,6 +289,29 @@ class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: Natural
     filled_bytes: Natural
     waiting_for: str
+    buckets: Natural = 0
+    engines: tuple[EngineProgress, ...] = ()
+    phases: dict[str, float] = {}  # seconds so far of those that are over or have paused
+
+
+class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that keeps what was pushed last of one model."""
+
+    model: Name
+    pid: int | None  # None: it is not there
+    version: Natural | None  # kept; None: nothing is
+    nbytes: Natural
+
+
+class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Another node."""
+
+    node: Name
+    state: str  # connected | joining | why not
+    endpoint: str
+    engines: Natural
+    bridges: Natural
+    device: str  # where its slots lie; "" where it was not reached yet
 
 
 class Status(Message, frozen=True, tag="status"):
@@ -291,6 +329,12 @@ class Status(Message, frozen=True, tag="status"):
     last_error: ErrorRecord | None = None
     kept: dict[str, Natural] = {}  # model → version that is kept to be pushed again
     pushed: dict[str, Natural] = {}  # model → newest version that was committed here: only newer ones are taken
+    keepers: tuple[KeeperStatus, ...] = ()
+    nodes: tuple[PeerStatus, ...] = ()  # the same as `peers`, with more about each
+    device: Literal["cpu", "cuda"] = "cpu"  # where slots lie
+    shm_free: Natural | None = None  # bytes, in node.shm_dir
+    leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
+    last_ago: float | None = None  # seconds since the last push ended
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
