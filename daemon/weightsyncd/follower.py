@@ -380,15 +380,18 @@ class _Working:
         self._held = held
         self._rail = rail
         self._task: asyncio.Task[object] | None = asyncio.current_task()
+        self._lines = held.context.lines()
 
     def __enter__(self) -> None:
         assert self._task is not None, "instructions are carried out in tasks"
+        self._lines.__enter__()
         self._held.tasks.add(self._task)
         if self._rail is not None:
             self._held.rails.add((self._rail, self._task))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._task is not None
+        self._lines.__exit__()
         if self._rail is not None and kind is None:
             self._held.rails.discard((self._rail, self._task))
         self._held.tasks.discard(self._task)

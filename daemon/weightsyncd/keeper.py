@@ -30,6 +30,7 @@ from weightsync.wire.pipe import HEADER, MAX_FRAME
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightsync.config import LogConfig
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
@@ -52,14 +53,14 @@ class _Process(NamedTuple):
 class KeeperAdapter(EngineAdapter):
     """See the module. What is asked while it is at work waits for its turn."""
 
-    def __init__(self, model: str, endpoint: str, log_level: str, newest: Callable[[str], int | None]) -> None:
+    def __init__(self, model: str, endpoint: str, log: LogConfig, newest: Callable[[str], int | None]) -> None:
         """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes. `newest` is the
         version of a model that was committed last.
         """
         self._newest = newest
         self._model = model
         self._endpoint = endpoint
-        self._log_level = log_level
+        self._log = log
         self._running: _Process | None = None
         self._kept = c.Reply()
         self._paused = False
@@ -216,7 +217,8 @@ class KeeperAdapter(EngineAdapter):
                 # the daemon's terminal reaches the daemon alone. It has no use for GPUs.
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-P", "-m", "weightsync.keeper", "--pipe", str(theirs.fileno())),
-                    *("--daemon", self._endpoint, "--model", self._model, "--log-level", self._log_level),
+                    *("--daemon", self._endpoint, "--model", self._model),
+                    *("--log-level", self._log.level, "--log-format", self._log.format),
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL,

@@ -18,6 +18,7 @@ import numpy as np
 
 from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
 from weightsync.fingerprint import bucket_sum, combine
+from weightsync.logs import of_error
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
@@ -105,9 +106,11 @@ class Push:
         )
         self._trace = Trace(self._home, engines, now)
         self._began = time.time()
-        logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+        self._lines = self.context.lines()
         self.ranks.call_on_nodes()
-        self._carry_out(self.session.start(now), now)
+        with self._lines:
+            logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+            self._carry_out(self.session.start(now), now)
 
     # --- what is heard ----------------------------------------------------------------------------------------------
 
@@ -119,10 +122,11 @@ class Push:
             self.ranks.node_lost(event.node)
         before, now = self.session.state, time.monotonic()
         self._trace.heard(event, now)
-        instructions = self.session.handle(event, now)
-        if self.session.state is not before:
-            logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
-        self._carry_out(instructions, now)
+        with self._lines:
+            instructions = self.session.handle(event, now)
+            if (after := self.session.state) is not before:
+                logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
+            self._carry_out(instructions, now)
 
     def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
         self._trace.told(instructions, now)
@@ -212,7 +216,7 @@ class Push:
         if not self.session.ended:
             self.ranks.call_on_nodes()
         for rank in self.ranks.silent(liveness):
-            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank)
+            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
             self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
@@ -347,7 +351,8 @@ class Push:
         session = self.session
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
-            logger.error("[push=%s v=%d] %s: %s", session.model, session.version, session.state, error.message)
+            words = (session.model, session.version, session.state, error.message)
+            logger.error("[push=%s v=%d] %s: %s", *words, extra=of_error(error))
         else:
             logger.info(
                 "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",

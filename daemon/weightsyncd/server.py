@@ -377,7 +377,7 @@ class Server:
         await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
-        return KeeperAdapter(model, self.config.endpoint, self.config.log.level, lambda m: self.trainers.newest.get(m))
+        return KeeperAdapter(model, self.config.endpoint, self.config.log, lambda m: self.trainers.newest.get(m))
 
     # --- bridges and peers ----------------------------------------------------------------------------------------
 

@@ -114,7 +114,8 @@ class Trainers:
         if len(self._waiting) >= _MAX_WAITING:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
-        logger.debug("[push=%s v=%d] rank %d waits", message.model, message.version, message.rank)
+        words = (message.model, message.version, message.rank)
+        logger.debug("[push=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
         self._waiting.append(call)
         self._failures.tries_again(message)
 
@@ -148,7 +149,8 @@ class Trainers:
 
     def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
         message = call.message
-        logger.warning("[push=%s v=%d] refused: %s", message.model, message.version, reason)
+        words = (message.model, message.version, reason)
+        logger.warning("[push=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
         self._end(call, error.record())
 
@@ -211,7 +213,8 @@ class Trainers:
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
         try:
-            await self._close(push)
+            with push.context.lines():
+                await self._close(push)
         finally:  # whatever went wrong with its tail, the next push may begin
             self.push = None
             self._on_free()
@@ -356,7 +359,8 @@ class Trainers:
         """As `route` and `open`, for a rank on another node."""
         push = self.push
         if push is None or push.context.push != message.push:
-            logger.debug("rank %d of node %s, in no push of this node", message.rank, node)
+            extra = {"rank": message.rank}
+            logger.debug("rank %d of node %s, in no push of this node", message.rank, node, extra=extra)
             return
         if message.lost:
             if push.ranks.is_on(message.rank, node):
