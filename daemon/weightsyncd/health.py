@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
 import sys
 import threading
+import time
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
@@ -12,7 +15,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import make_wsgi_app
 
 from weightsync.errors import ConfigError
-from weightsyncd.status import accounts_of
+from weightsyncd.status import accounts_of, slots_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +35,8 @@ _STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
 def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None) -> None:
     """Count a push that has ended."""
     metrics.pushes.labels(session.model, str(session.state)).inc()
+    if session.error is not None:
+        metrics.push_failures.labels(session.model, session.error.kind).inc()
     if outcome is None:
         return
     for engine in outcome.engines:
@@ -62,13 +67,38 @@ async def measure_node(server: Server) -> None:
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
     metrics.exports_leaked.set(server.executor.wire.leaks)
+    _measure_pushes(server)
+    for gone in metrics.peers - server.peers.keys():
+        metrics.peer_connected.remove(gone)
+    metrics.peers = set(server.peers)
+    for name, peer in server.peers.items():
+        metrics.peer_connected.labels(name).set(peer.info is not None)
+    with contextlib.suppress(OSError):
+        metrics.shm_free.set(shutil.disk_usage(server.config.node.shm_dir).free)
+    books: dict[str, list[int]] = {}  # a reader has an account at every bridge
     for bridge in server.bridges:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
+        metrics.slots.labels(bridge.name).set(server.config.arena.slots)
+        metrics.slots_taken.labels(bridge.name).set(slots_taken(server, bridge.config.index))
         for account in await accounts_of(bridge, server.config.timeouts.operation):
-            metrics.exports.labels(account.reader).set(account.exports)
-            metrics.exports_opened.labels(account.reader).set(account.opens)
-            metrics.exports_closed.labels(account.reader).set(account.closes)
-            metrics.exports_outstanding.labels(account.reader).set(account.outstanding)
+            counts = books.setdefault(account.reader, [0, 0, 0, 0])
+            each = (account.exports, account.opens, account.closes, account.outstanding)
+            counts[:] = [total + count for total, count in zip(counts, each, strict=True)]
+    shown = (metrics.exports, metrics.exports_opened, metrics.exports_closed, metrics.exports_outstanding)
+    for reader, counts in books.items():
+        for gauge, count in zip(shown, counts, strict=True):
+            gauge.labels(reader).set(count)
+
+
+def _measure_pushes(server: Server) -> None:
+    metrics, push = server.metrics, server.trainers.push
+    metrics.push_under_way.set(time.monotonic() - push.session.started if push is not None else 0)
+    engines = [e.status(server.config.node.name) for e in server.engines]
+    engines += [e for peer in server.peers.values() for e in peer.engines]
+    for model, newest in server.trainers.newest.items():
+        metrics.newest_version.labels(model).set(newest)
+        serving = [-1 if e.version is None else e.version for e in engines if e.model == model and not e.frozen]
+        metrics.engines_behind.labels(model).set(sum(version < newest for version in serving))
 
 
 class HealthPage:

@@ -85,7 +85,7 @@ class Server:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics({engine.model for engine in config.engines if not engine.frozen})
         self.started = time.monotonic()
         self.bridges = [
             Bridge(

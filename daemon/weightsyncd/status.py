@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from weightsyncd.bridges import Bridge
     from weightsyncd.server import Server
 
-__all__ = ["accounts_of", "status_of"]
+__all__ = ["accounts_of", "slots_taken", "status_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -89,14 +89,14 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
         slot_bytes=config.arena.slot_bytes,
         outstanding=sum(account.outstanding for account in accounts),
         error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
-        taken=_taken(server, bridge.config.index),
+        taken=slots_taken(server, bridge.config.index),
         exports=sum(account.exports for account in accounts),
         revoked=sum(account.revoked for account in accounts),
         holding={account.reader: account.outstanding for account in accounts if account.outstanding},
     )
 
 
-def _taken(server: Server, bridge: int) -> int:
+def slots_taken(server: Server, bridge: int) -> int:
     """Slots that hold a bucket; for a push from elsewhere, those that an engine here still reads."""
     if server.trainers.push is not None:
         return server.trainers.push.session.taken(server.config.node.name, bridge)

@@ -167,6 +167,8 @@ class Trainers:
         """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
         message = call.message
         self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        if message.rank == 0:
+            self._metrics.push_failures.labels(message.model, error.kind).inc()
         if message.rank != 0 or message.world == 1:
             return
         self._failures.note(message, {0}, error, until=self._later())

@@ -96,9 +96,40 @@ def test_status_and_engines(node):
     table = run("weightsync", "status", node=node).stdout
     assert "serving" in table
     assert "last push" in table
+    assert "no push is under way" in table
+    assert status["shm_free"] > 0
+    assert status["last_ago"] >= 0
+    assert [(b["taken"], b["holding"]) for b in status["bridges"]] == [(0, {})]
+    assert status["bridges"][0]["exports"] > 0
     engines = json.loads(run("weightsync", "engines", "--json", node=node).stdout)
     assert [e["tp_size"] for e in engines] == [1, 2]
     assert "reference" in run("weightsync", "engines", node=node).stdout
+
+
+def test_where_a_push_spent_its_time(node, tmp_path):
+    version = next(node.versions)
+    run("weightsync", "push", node.checkpoint("A"), "--version", str(version), node=node)
+    run("weightsync", "push", node.checkpoint("B"), "--version", str(version), node=node)  # refused
+    failed = json.loads(run("weightsync", "trace", "--failed", "--json", node=node).stdout)
+    assert failed["push"]["state"] == "aborted"
+    assert "is not above version" in failed["push"]["error"]
+    version = next(node.versions)
+    run("weightsync", "push", node.checkpoint("B"), "--version", str(version), node=node)
+    done = run("weightsync", "trace", "-o", str(tmp_path / "push.json"), node=node)
+    assert done.returncode == 0, done.stderr
+    assert f"version {version} of default, committed" in done.stdout
+    summary = json.loads(run("weightsync", "trace", str(tmp_path / "push.json"), "--json").stdout)
+    assert (summary["failed"], summary["unfinished"]) == ([], [])
+    assert {engine["engine"] for engine in summary["engines"]} == {"e1", "e2"}
+    steps = {step["step"]: step for step in summary["steps"]}
+    last = fetch_status(node.daemon.endpoint).last
+    assert last is not None
+    assert steps["load"]["bytes"] == 2 * last.nbytes
+    assert steps["fill"]["bytes"] <= last.nbytes  # what ranks wrote, without the padding between tensors
+    assert steps["verify"]["pieces"] == 2
+    none = run("weightsync", "trace", "--model", "other", node=node)
+    assert none.returncode == 1
+    assert "no push of model 'other' has begun" in none.stderr
 
 
 def test_status_where_nobody_listens(tmp_path):

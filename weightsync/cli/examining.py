@@ -12,6 +12,8 @@ import typer
 from weightsync.cli.options import CaFileOption, JsonOption, app
 from weightsync.errors import ConfigError
 
+_MACHINE = "this machine"
+
 
 @app.command()
 def doctor(
@@ -30,32 +32,31 @@ def doctor(
 ) -> None:
     """What would keep a node and its engines from taking weights, and the exact flag or variable that mends it.
 
-    Run it where weightsyncd runs, as its user. Changes nothing.
+    Of the node and engines of a config, of one engine, or without either of this machine alone. Run it where
+    weightsyncd runs, as its user. Changes nothing. The exit status is 1 where something would fail.
     """
-    from weightsync.config import EngineConfig, load_node_config
-    from weightsync.doctor import examine, examine_node
+    from weightsync.config import EngineConfig, NodeConfig, load_node_config
+    from weightsync.doctor import examine, examine_machine, examine_node, worst_first
 
-    if (engine is None) == (node_config is None):
-        raise ConfigError("say which engine: --engine URL, or --node-config FILE for all of a node's")
-    found, titles = {}, {}
-    if node_config is not None:
-        config = load_node_config(node_config)
-        here = f"node {config.node.name}"  # no engine is called so: their names have no spaces
-        node, found[here] = examine_node(config)
-        titles[here] = f"{here} of {node_config}"
+    if engine is not None and node_config is not None:
+        raise ConfigError("either --engine URL, or --node-config FILE for all of a node's engines")
+    found, titles, node = {}, {}, None
+    specs: tuple[EngineConfig, ...] = ()
+    if engine is None:
+        config = load_node_config(node_config) if node_config is not None else NodeConfig()
+        here = f"node {config.node.name}" if node_config is not None else _MACHINE  # no engine's name has a space
+        node, judged = examine_node(config)
+        found[here] = worst_first([*judged, *examine_machine(node.config)])
+        titles[here] = f"{here} of {node_config}" if node_config is not None else here
         specs = config.engines
     else:
-        node = None
-        specs = (
-            EngineConfig(
-                name="engine", kind=kind, url=str(engine), path=path, api_key_env=api_key_env, ca_file=ca_file
-            ),
-        )
+        spec = EngineConfig(name="engine", kind=kind, url=engine, path=path, api_key_env=api_key_env, ca_file=ca_file)
+        specs = (spec,)
     for spec in specs:
         found[spec.name] = examine(spec, node, timeout=timeout)
         titles[spec.name] = f"{spec.name} at {spec.url}"
     if as_json:
-        typer.echo(json.dumps(msgspec.to_builtins(found if node_config else found["engine"])))
+        typer.echo(json.dumps(msgspec.to_builtins(found if engine is None else found["engine"])))
     else:
         _show_findings(titles, msgspec.to_builtins(found))
     raise typer.Exit(1 if any(f.level == "fail" for findings in found.values() for f in findings) else 0)
