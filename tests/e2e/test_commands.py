@@ -124,7 +124,7 @@ def test_where_a_push_spent_its_time(node, tmp_path):
     steps = {step["step"]: step for step in summary["steps"]}
     last = fetch_status(node.daemon.endpoint).last
     assert last is not None
-    assert steps["load"]["bytes"] == 2 * last.nbytes
+    assert steps["load"]["bytes"] == 2 * summary["push"]["bytes"] >= 2 * last.nbytes
     assert steps["fill"]["bytes"] <= last.nbytes  # what ranks wrote, without the padding between tensors
     assert steps["verify"]["pieces"] == 2
     none = run("weightsync", "trace", "--model", "other", node=node)
