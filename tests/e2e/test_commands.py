@@ -11,7 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from weightsync import push_weights
+from weightsync.errors import PushRefused
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
@@ -167,12 +170,18 @@ def test_metrics_and_health(node, unused_port):
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
         assert 'weightsync_bridge_restarts{bridge="metrics-node/0"} 0.0' in metrics
         assert httpx.get(f"{url}/other", trust_env=False).status_code == 404
+        with pytest.raises(PushRefused, match="no engine serves model 'lost'"):
+            push_weights({"w": torch.zeros(1)}, version=3, model="lost", daemon=daemon.endpoint)
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert 'weightsync_push_failures_total{kind="PushRefused",model="lost"} 1.0' in metrics
+        assert "weightsync_push_under_way_seconds 0.0" in metrics
     finally:
         daemon.kill(signal.SIGTERM)
         assert daemon.wait(20) == 0
-    lines = daemon.log.read_text().splitlines()
-    assert all(json.loads(line)["level"] for line in lines if line.startswith("{"))
-    assert any(line.startswith("{") for line in lines)
+    lines = [json.loads(line) for line in daemon.log.read_text().splitlines()]
+    (refused,) = [line for line in lines if "refused" in line["message"]]
+    assert (refused["level"], refused["model"], refused["version"], refused["rank"]) == ("warning", "lost", 3, 0)
+    assert any(line.get("bridge") == "metrics-node/0" for line in lines)
 
 
 def test_a_second_daemon_of_the_same_node_is_refused(node):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["NOTES", "TRAINER", "Span", "Trace"]
 
-NOTES = 100_000  # of one push: about 20 MB; what comes after them is not in its trace
+NOTES = 100_000  # of one push: about 15 MB; what comes after them is not in its trace
 
 _STEPS: dict[type[do.Instruction], str] = {
     do.ProbeEngine: "probe",
