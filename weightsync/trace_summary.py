@@ -127,10 +127,9 @@ def _head(push: dict[str, Any]) -> list[Text]:
         return []
     seconds, nbytes = push["seconds"], push["bytes"]
     speed = f", {nbytes / seconds / 1e9:.2f} GB/s" if seconds and nbytes else ""
-    what = (
-        f"version {push['version']} of {push['model']}, {push['state']}: {_size(nbytes)} in {push['buckets']} buckets"
-    )
-    lines = [Text(f"{what}, {seconds:.3f} s{speed}; began {push['began']} on node {push['node']}")]
+    what = f"version {push['version']} of {push['model']}, {push['state']}"
+    how = f"{_size(nbytes)} in {push['buckets']} buckets, {seconds:.3f} s{speed}"
+    lines = [Text(f"{what}: {how}"), Text(f"began {push['began']} on node {push['node']}")]
     if push.get("waiting_for"):
         lines.append(Text(f"under way, waiting for {push['waiting_for']}", style="yellow"))
     if push.get("error"):

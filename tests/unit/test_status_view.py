@@ -121,3 +121,12 @@ def test_nothing_is_wider_than_the_terminal():
     text = shown(msgspec.structs.replace(STATUS, push=PUSH))
     assert max(len(line.rstrip()) for line in text.splitlines()) <= 100
     assert "…" not in text
+
+
+def test_watching_outlives_the_daemon(tmp_path):
+    from weightsync.cli.looking import _watched
+
+    console = Console(width=200, markup=False)
+    with console.capture() as captured:
+        console.print(_watched(f"ipc://{tmp_path}/none.sock"))
+    assert "no weightsyncd listens at" in captured.get()

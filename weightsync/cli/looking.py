@@ -30,7 +30,7 @@ def status(
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if not watch:
         console.print(_status_view(endpoint))
         return
@@ -103,8 +103,10 @@ def _status_view(endpoint: str) -> Any:
 
 
 def _watched(endpoint: str) -> Any:
-    """As `_status_view`; a daemon that does not answer may be back in the next second."""
+    """As `_status_view`; but a daemon that does not answer may be back in the next second."""
+    from rich.text import Text
+
     try:
         return _status_view(endpoint)
     except DaemonLost as error:
-        return f"{time.strftime('%H:%M:%S')} {error}"
+        return Text(f"{time.strftime('%H:%M:%S')} {error}")
