@@ -44,6 +44,7 @@ class FakeNvidiaSmi:
         self._directory = directory
         self.gpus(*((gpu, f"{FREE}", "Disabled") for gpu in GPUS))
         self.peers("X OK", "OK X")
+        self.links("X NV18", "NV18 X")
         self.cuda("13.0")
         script = directory / "nvidia-smi"
         script.write_text(
@@ -53,6 +54,7 @@ echo "$*" >> calls
 case "$*" in
     "--query-gpu=uuid,memory.free,mig.mode.current --format=csv,noheader,nounits") cat gpus ;;
     "topo -p2p r") cat peers ;;
+    "topo -m") cat links ;;
     --version) cat version ;;
     *) echo "unknown: $*"; exit 2 ;;
 esac
@@ -77,6 +79,18 @@ exit $(cat status)
 
     def peers(self, *rows: str) -> None:
         (self._directory / "peers").write_text(matrix(*rows))
+
+    def links(self, *rows: str) -> None:
+        """As `topo -m` shows them, beside a network adapter and the affinities."""
+        columns = "".join(f"GPU{i}\t" for i in range(len(rows)))
+        head = f"\t\x1b[4m{columns}NIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
+        lines = [
+            f"GPU{i}\t" + "".join(f"{cell:^4}\t" for cell in row.split()) + "NODE\t0-51\t0\t\tN/A\n"
+            for i, row in enumerate(rows)
+        ]
+        adapter = "NIC0\t" + "NODE\t" * len(rows) + " X \t\t\t\t\n"
+        legend = "\nLegend:\n\n  X    = Self\n  NV#  = Connection traversing a bonded set of # NVLinks\n"
+        (self._directory / "links").write_text("".join([head, *lines, adapter, legend]))
 
     def cuda(self, version: str, *, name: str = "CUDA Version        ") -> None:
         text = "NVIDIA-SMI version  : 580.159.04\nNVML version        : 580.159\nDRIVER version      : 580.159.04\n"

@@ -108,4 +108,6 @@ EXAMPLES: tuple[msg.Message, ...] = (
             msg.LoraOutcome(engine="e1", node="n1", outcome="failed", error=ERROR),
         ),
     ),
+    msg.TraceRequest(id=19, model="default", failed=True),
+    msg.Traced(id=19, model="default", version=3, document=b"{}"),
 )  # fmt: skip

@@ -16,7 +16,7 @@ from weightsync.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-__all__ = ["Gpu", "all_gpus", "driver_cuda", "peer_states", "seen_by", "survey"]
+__all__ = ["Gpu", "all_gpus", "driver_cuda", "links", "peer_states", "seen_by", "survey"]
 
 _SECONDS = 10  # for nvidia-smi to answer
 _NO_DEVICES = "No devices were found"  # its words where the driver is well and there is no GPU
@@ -58,6 +58,23 @@ def driver_cuda() -> tuple[int, int]:
     if found is None:
         raise ConfigError("nvidia-smi --version names no CUDA version", hint="is the driver installed whole?")
     return int(found[1]), int(found[2])
+
+
+def links() -> dict[tuple[int, int], str]:
+    """What lies between each two GPUs, in nvidia-smi's words: NV18 (so many NVLinks), PIX, PXB, PHB, NODE, SYS.
+
+    Keys are places in the driver's order. Raises `ConfigError` where nvidia-smi fails.
+    """
+    found: dict[tuple[int, int], str] = {}
+    count = 0
+    for line in _nvidia_smi("topo", "-m").splitlines():
+        head, *cells = _UNDERLINED.sub("", line).split() or [""]
+        if head == "GPU0" and cells[:1] != ["X"]:  # the heads of columns, of which adapters and affinities come last
+            count = sum(bool(re.fullmatch(r"GPU\d+", cell)) for cell in [head, *cells])
+        elif re.fullmatch(r"GPU\d+", head) and len(cells) >= count:
+            one = int(head.removeprefix("GPU"))
+            found |= {(one, other): cell for other, cell in enumerate(cells[:count]) if other != one}
+    return found
 
 
 def peer_states() -> dict[tuple[int, int], str]:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
 __all__ = ["Metrics"]
+
+_OUTCOMES = ("committed", "aborted", "torn")
+_FAILURES = ("PushRefused", "PushAborted", "PushTimeout")
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
 
@@ -12,10 +20,34 @@ _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 30
 class Metrics:
     """Every metric of weightsyncd. Names start with `weightsync_`."""
 
-    def __init__(self) -> None:
+    def __init__(self, models: Iterable[str] = ()) -> None:
+        """Pushes of `models` are counted from 0 on, so that the first that fails is a rise."""
         self.registry = CollectorRegistry()
         self.pushes = Counter(
             "weightsync_pushes", "Pushes by how they ended", ["model", "outcome"], registry=self.registry
+        )
+        self.push_failures = Counter(
+            "weightsync_push_failures",
+            "Calls of push_weights that came to nothing, by the error that was raised",
+            ["model", "kind"],
+            registry=self.registry,
+        )
+        self.push_under_way = Gauge(
+            "weightsync_push_under_way_seconds",
+            "How long the push under way has lasted; 0 where there is none",
+            registry=self.registry,
+        )
+        self.newest_version = Gauge(
+            "weightsync_newest_version",
+            "Newest version that pushes from this node have committed",
+            ["model"],
+            registry=self.registry,
+        )
+        self.engines_behind = Gauge(
+            "weightsync_engines_behind",
+            "Engines, of all nodes, that serve an older version than the newest that was pushed from this node",
+            ["model"],
+            registry=self.registry,
         )
         self.push_seconds = Histogram(
             "weightsync_push_seconds",
@@ -68,6 +100,20 @@ class Metrics:
         self.exports_leaked = Gauge(
             "weightsync_exports_leaked", "Exports revoked because a reader never closed them", registry=self.registry
         )
+        self.slots = Gauge("weightsync_slots", "Slots of a bridge", ["bridge"], registry=self.registry)
+        self.slots_taken = Gauge(
+            "weightsync_slots_taken", "Slots of a bridge that hold a bucket", ["bridge"], registry=self.registry
+        )
+        self.shm_free = Gauge("weightsync_shm_free_bytes", "Free bytes of node.shm_dir", registry=self.registry)
+        self.peers: set[str] = set()  # that the next one shows
+        self.peer_connected = Gauge(
+            "weightsync_peer_connected", "1 for a node that is reached, else 0", ["peer"], registry=self.registry
+        )
         self.frames_refused = Counter(
             "weightsync_frames_refused", "Frames that were no message of ours", registry=self.registry
         )
+        for model in models:
+            for outcome in _OUTCOMES:
+                self.pushes.labels(model, outcome)
+            for kind in _FAILURES:
+                self.push_failures.labels(model, kind)

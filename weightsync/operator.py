@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from weightsync.config import EngineConfig
 
-__all__ = ["ask", "change_engines", "fetch_status"]
+__all__ = ["ask", "change_engines", "fetch_status", "fetch_trace"]
 
 _KEYED = (
     "at its [cluster] listen a daemon answers those who have its key_file: set WEIGHTSYNC_KEY_FILE to that; at [node] "
@@ -34,6 +34,13 @@ def fetch_status(endpoint: str, *, timeout: float = 5.0, fresh: bool = False) ->
     does not answer within `timeout` seconds.
     """
     return ask(endpoint, msg.StatusRequest(id=1, fresh=fresh), msg.Status, timeout)
+
+
+def fetch_trace(endpoint: str, *, model: str = "", failed: bool = False, timeout: float = 30.0) -> msg.Traced:
+    """The trace of the push under way at the daemon at `endpoint`, or else of the last, or the last that `failed`; of
+    `model`, if one is named. Raises `ConfigError` where there is none, and `DaemonLost` as `fetch_status`.
+    """
+    return ask(endpoint, msg.TraceRequest(id=1, model=model, failed=failed), msg.Traced, timeout)
 
 
 def change_engines(

@@ -4,48 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 import signal
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads the annotation
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from weightsync import logs
 from weightsync.config import NodeConfig, load_node_config
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.placement import placed
 from weightsyncd.server import Server
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-logger = logging.getLogger("weightsyncd")
 
 _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line: dict[str, Any] = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
 def _set_up_logging(config: NodeConfig) -> None:
-    handler = logging.StreamHandler()
-    if config.log.format == "json":
-        handler.setFormatter(JsonFormatter())
-    else:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s %(message)s"))
-    logging.basicConfig(level=config.log.level.upper(), handlers=[handler], force=True)
+    logs.set_up(config.log.level, config.log.format)
     logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for each request is not for an operator
     logging.getLogger("httpcore").setLevel(logging.WARNING)
 

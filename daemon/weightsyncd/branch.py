@@ -107,7 +107,7 @@ class Branch:
         for number, rank in self.ranks.items():
             if now - rank.heard > liveness:
                 rank.heard = float("inf")
-                logger.warning("[push=%s] rank %d has not been heard", self.call.push, number)
+                logger.warning("[push=%s] rank %d has not been heard", self.call.push, number, extra={"rank": number})
                 self._forward(
                     msg.RankSays(push=self.call.push, rank=number, lost=f"it has not been heard for {liveness:g} s")
                 )

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from weightsync.errors import LocalProtocolError
+from weightsync.logs import about
 
 if TYPE_CHECKING:
     import asyncio
@@ -39,6 +40,10 @@ class PushContext:
     suspects: set[int] = field(default_factory=set)  # bridges whose slots a stock engine did not give back
     held: set[tuple[str, int]] = field(default_factory=set)  # (engine, bucket) exported, not released
     exporting: set[asyncio.Task[ev.Event]] = field(default_factory=set)
+
+    def lines(self) -> about:
+        """For a block whose log lines are about this push."""
+        return about(push=self.push, model=self.model, version=self.version)
 
     def known_manifest(self) -> Manifest:
         if self.manifest is None:

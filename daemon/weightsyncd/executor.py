@@ -77,7 +77,8 @@ class NodeExecutor:
         name: str = getattr(instruction, "engine", "")
         phase = phase_of(instruction)
         bucket: int | None = getattr(instruction, "bucket", None)
-        logger.debug("[engine=%s v=%d] %s.started bucket=%s", name, context.version, phase, bucket)
+        words, extra = (name, context.version, phase), {"phase": phase}
+        logger.debug("[engine=%s v=%d] %s.started bucket=%s", *words, bucket, extra=extra)
         try:
             engine = self.engines[name]
             async with asyncio.timeout_at(instruction.deadline), engine.lock:
@@ -87,15 +88,16 @@ class NodeExecutor:
         except WeightSyncError as caught:
             error = caught
         except Exception as caught:
-            logger.exception("[engine=%s v=%d] %s failed in an unexpected way", name, context.version, phase)
+            logger.exception("[engine=%s v=%d] %s failed in an unexpected way", *words, extra=extra)
             error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
         else:
-            logger.debug("[engine=%s v=%d] %s.complete bucket=%s", name, context.version, phase, bucket)
+            logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, bucket, extra=extra)
             return event
         lost = isinstance(error, EngineLost)
         if lost and name in self.engines:
             self.engines[name].lost(error)
-        logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", name, context.version, phase, bucket, error.message)
+        extra |= {"error": type(error).__name__}
+        logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", *words, bucket, error.message, extra=extra)
         record = msgspec.structs.replace(
             error.record(),
             engine=name,

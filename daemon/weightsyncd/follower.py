@@ -110,6 +110,11 @@ class Follower:
         return self._held.context.push if self._held is not None else None
 
     @property
+    def context(self) -> PushContext | None:
+        """What is known of that push."""
+        return self._held.context if self._held is not None else None
+
+    @property
     def known(self) -> bool:
         """Whether this node is some other's peer: those attach again and again."""
         return time.monotonic() - self._attached < self._config.timeouts.liveness
@@ -375,15 +380,18 @@ class _Working:
         self._held = held
         self._rail = rail
         self._task: asyncio.Task[object] | None = asyncio.current_task()
+        self._lines = held.context.lines()
 
     def __enter__(self) -> None:
         assert self._task is not None, "instructions are carried out in tasks"
+        self._lines.__enter__()
         self._held.tasks.add(self._task)
         if self._rail is not None:
             self._held.rails.add((self._rail, self._task))
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         assert self._task is not None
+        self._lines.__exit__()
         if self._rail is not None and kind is None:
             self._held.rails.discard((self._rail, self._task))
         self._held.tasks.discard(self._task)

@@ -1,99 +1,42 @@
-"""Looking at a daemon: the answer to `weightsync status`, the metrics, and the pages /metrics and /healthz."""
+"""The metrics of a daemon, and the pages /metrics and /healthz."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
-import os
+import shutil
 import sys
 import threading
 import time
-from importlib.metadata import version as version_of
 from socketserver import ThreadingMixIn
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import make_wsgi_app
 
-from weightsync.errors import ConfigError, TransportError
-from weightsync.nccl_bridge import commands
-from weightsync.wire import messages as msg
+from weightsync.errors import ConfigError
+from weightsyncd.status import accounts_of, slots_taken
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightsync.metrics import Metrics
     from weightsync.session.machine import PushSession
-    from weightsyncd.bridges import Bridge
+    from weightsync.wire import messages as msg
     from weightsyncd.server import Server
 
-__all__ = ["HealthPage", "measure_node", "measure_push", "status_of"]
+__all__ = ["HealthPage", "measure_node", "measure_push"]
 
 logger = logging.getLogger(__name__)
 
 _STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
-_GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
-
-
-async def _accounts(bridge: Bridge, patience: float) -> tuple[Any, ...]:
-    """The bridge's books. One that does not show them within `patience` seconds is taken for wedged, and replaced."""
-    try:
-        books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + patience)
-    except TransportError as error:
-        logger.debug("[bridge=%s] shows no ledger: %s", bridge.name, error.message)
-        return ()
-    return books.accounts
-
-
-async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
-    """Everything an operator asks for first; `fresh`: of engines as they are now, not as they were last seen."""
-    config, trainers = server.config, server.trainers
-    if fresh:
-        await trainers.wind_up(time.monotonic() + config.timeouts.probe)
-        with contextlib.suppress(TimeoutError):  # a peer that does not answer is shown as it was last seen
-            async with asyncio.timeout(config.timeouts.probe):
-                await server.see_peers()
-    bridges = []
-    for bridge in server.bridges:
-        how = bridge.status()
-        accounts: tuple[Any, ...] = ()
-        with contextlib.suppress(TimeoutError):  # a question that somebody gave up on condemns nobody
-            async with asyncio.timeout(_GLANCE):
-                accounts = await _accounts(bridge, config.timeouts.operation)
-        bridges.append(
-            msg.BridgeStatus(
-                node=config.node.name,
-                index=bridge.config.index,
-                pid=how.pid,
-                restarts=how.restarts,
-                gpu=bridge.config.gpu,
-                slots=config.arena.slots,
-                slot_bytes=config.arena.slot_bytes,
-                outstanding=sum(account.outstanding for account in accounts),
-                error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
-            )
-        )
-    remote = [e for peer in server.peers.values() for e in peer.engines]
-    return msg.Status(
-        node=config.node.name,
-        software=f"weightsync {version_of('weightsync')}",
-        pid=os.getpid(),
-        uptime=time.monotonic() - server.started,
-        engines=(*(e.status(config.node.name) for e in server.engines), *remote),
-        bridges=tuple(bridges),
-        peers={name: server.rails.state_of(name) for name in server.peers},
-        push=trainers.push.status() if trainers.push is not None else None,
-        last=trainers.last,
-        last_error=trainers.last_error,
-        pushed=dict(trainers.newest),
-        kept={model: keeper.version for model, keeper in server.engines.keepers.items() if keeper.version is not None},
-    )
 
 
 def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None) -> None:
     """Count a push that has ended."""
     metrics.pushes.labels(session.model, str(session.state)).inc()
+    if session.error is not None:
+        metrics.push_failures.labels(session.model, session.error.kind).inc()
     if outcome is None:
         return
     for engine in outcome.engines:
@@ -124,13 +67,38 @@ async def measure_node(server: Server) -> None:
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
     metrics.exports_leaked.set(server.executor.wire.leaks)
+    _measure_pushes(server)
+    for gone in metrics.peers - server.peers.keys():
+        metrics.peer_connected.remove(gone)
+    metrics.peers = set(server.peers)
+    for name, peer in server.peers.items():
+        metrics.peer_connected.labels(name).set(peer.info is not None)
+    with contextlib.suppress(OSError):
+        metrics.shm_free.set(shutil.disk_usage(server.config.node.shm_dir).free)
+    books: dict[str, list[int]] = {}  # a reader has an account at every bridge
     for bridge in server.bridges:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
-        for account in await _accounts(bridge, server.config.timeouts.operation):
-            metrics.exports.labels(account.reader).set(account.exports)
-            metrics.exports_opened.labels(account.reader).set(account.opens)
-            metrics.exports_closed.labels(account.reader).set(account.closes)
-            metrics.exports_outstanding.labels(account.reader).set(account.outstanding)
+        metrics.slots.labels(bridge.name).set(server.config.arena.slots)
+        metrics.slots_taken.labels(bridge.name).set(slots_taken(server, bridge.config.index))
+        for account in await accounts_of(bridge, server.config.timeouts.operation):
+            counts = books.setdefault(account.reader, [0, 0, 0, 0])
+            each = (account.exports, account.opens, account.closes, account.outstanding)
+            counts[:] = [total + count for total, count in zip(counts, each, strict=True)]
+    shown = (metrics.exports, metrics.exports_opened, metrics.exports_closed, metrics.exports_outstanding)
+    for reader, counts in books.items():
+        for gauge, count in zip(shown, counts, strict=True):
+            gauge.labels(reader).set(count)
+
+
+def _measure_pushes(server: Server) -> None:
+    metrics, push = server.metrics, server.trainers.push
+    metrics.push_under_way.set(time.monotonic() - push.session.started if push is not None else 0)
+    engines = [e.status(server.config.node.name) for e in server.engines]
+    engines += [e for peer in server.peers.values() for e in peer.engines]
+    for model, newest in server.trainers.newest.items():
+        metrics.newest_version.labels(model).set(newest)
+        serving = [-1 if e.version is None else e.version for e in engines if e.model == model and not e.frozen]
+        metrics.engines_behind.labels(model).set(sum(version < newest for version in serving))
 
 
 class HealthPage:

@@ -24,11 +24,13 @@ import weightsync
 from weightsync.adapters.base import EngineAdapter, EngineInfo, PauseMode
 from weightsync.errors import EngineLost
 from weightsync.keeper import commands as c
+from weightsync.wire import messages as msg
 from weightsync.wire.pipe import HEADER, MAX_FRAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightsync.config import LogConfig
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
 
@@ -51,14 +53,14 @@ class _Process(NamedTuple):
 class KeeperAdapter(EngineAdapter):
     """See the module. What is asked while it is at work waits for its turn."""
 
-    def __init__(self, model: str, endpoint: str, log_level: str, newest: Callable[[str], int | None]) -> None:
+    def __init__(self, model: str, endpoint: str, log: LogConfig, newest: Callable[[str], int | None]) -> None:
         """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes. `newest` is the
         version of a model that was committed last.
         """
         self._newest = newest
         self._model = model
         self._endpoint = endpoint
-        self._log_level = log_level
+        self._log = log
         self._running: _Process | None = None
         self._kept = c.Reply()
         self._paused = False
@@ -75,6 +77,12 @@ class KeeperAdapter(EngineAdapter):
     def version(self) -> int | None:
         """Of the push that is kept, if one is."""
         return self._kept.version if self._alive() is not None else None
+
+    def status(self) -> msg.KeeperStatus:
+        """How it is, for operators."""
+        running = self._alive()
+        pid, kept = (running.process.pid, self._kept) if running is not None else (None, c.Reply())
+        return msg.KeeperStatus(model=self._model, pid=pid, version=kept.version, nbytes=kept.nbytes)
 
     async def warm(self, *, deadline: float) -> None:
         """Start it before it is needed: what it imports takes it seconds. One that does not start is logged only."""
@@ -209,7 +217,8 @@ class KeeperAdapter(EngineAdapter):
                 # the daemon's terminal reaches the daemon alone. It has no use for GPUs.
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-P", "-m", "weightsync.keeper", "--pipe", str(theirs.fileno())),
-                    *("--daemon", self._endpoint, "--model", self._model, "--log-level", self._log_level),
+                    *("--daemon", self._endpoint, "--model", self._model),
+                    *("--log-level", self._log.level, "--log-format", self._log.format),
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL,

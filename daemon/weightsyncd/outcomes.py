@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from weightsync.wire import messages as msg
 
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
     from weightsync.session.machine import PushSession
 
-__all__ = ["outcome_of", "status_of_push"]
+__all__ = ["account_of", "outcome_of", "status_of_push"]
 
 
 def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutcome:
@@ -50,4 +51,30 @@ def status_of_push(session: PushSession) -> msg.PushStatus:
         nbytes=session.nbytes,
         filled_bytes=session.filled_bytes,
         waiting_for="" if session.ended else session.waiting_for(),
+        buckets=len(session.buckets),
+        engines=tuple(
+            msg.EngineProgress(engine=e.name, stage=str(e.stage), loaded=e.loaded) for e in session.engines.values()
+        ),
+        phases={phase: seconds for phase, seconds in session.phases.seconds.items() if seconds},
     )
+
+
+def account_of(session: PushSession, push: str, began: float, now: float) -> dict[str, Any]:
+    """What a trace says of its push as a whole; `began` is by the wall clock, `now` by the session's."""
+    error = session.error
+    return {
+        "push": push,
+        "model": session.model,
+        "version": session.version,
+        "node": session.home,
+        "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="milliseconds"),
+        "state": str(session.state),
+        "seconds": round((session.finished if session.ended else now) - session.started, 6),
+        "bytes": session.nbytes,
+        "buckets": len(session.buckets),
+        "ranks": session.world,
+        "phases": {phase: round(seconds, 6) for phase, seconds in session.phases.seconds.items()},
+        "engines": {e.name: str(e.stage) for e in session.fleet},
+        "waiting_for": "" if session.ended else session.waiting_for(),
+        "error": error.message if error is not None else "",
+    }

@@ -18,6 +18,7 @@ import numpy as np
 
 from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
 from weightsync.fingerprint import bucket_sum, combine
+from weightsync.logs import of_error
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
@@ -25,9 +26,9 @@ from weightsync.session.trace import Trace
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
-from weightsyncd.outcomes import outcome_of, status_of_push
+from weightsyncd.outcomes import account_of, outcome_of, status_of_push
 from weightsyncd.ranks import Rank, Ranks
-from weightsyncd.traces import write_trace
+from weightsyncd.traces import PushTrace, Traces
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -53,6 +54,7 @@ class Services:
     rails: Rails
     plans: Plans
     send: Callable[[bytes, msg.Message], bool]
+    traces: Traces
 
 
 class Push:
@@ -102,10 +104,13 @@ class Push:
             last_version=last_version,
             keepers=() if keeper is None else (keeper,),
         )
-        self._trace = Trace(self._home, engines, now) if config.log.trace_dir else None
-        logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+        self._trace = Trace(self._home, engines, now)
+        self._began = time.time()
+        self._lines = self.context.lines()
         self.ranks.call_on_nodes()
-        self._carry_out(self.session.start(now), now)
+        with self._lines:
+            logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+            self._carry_out(self.session.start(now), now)
 
     # --- what is heard ----------------------------------------------------------------------------------------------
 
@@ -116,16 +121,15 @@ class Push:
         if isinstance(event, ev.NodeLost):
             self.ranks.node_lost(event.node)
         before, now = self.session.state, time.monotonic()
-        if self._trace is not None:
-            self._trace.heard(event, now)
-        instructions = self.session.handle(event, now)
-        if self.session.state is not before:
-            logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, self.session.state)
-        self._carry_out(instructions, now)
+        self._trace.heard(event, now)
+        with self._lines:
+            instructions = self.session.handle(event, now)
+            if (after := self.session.state) is not before:
+                logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
+            self._carry_out(instructions, now)
 
     def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
-        if self._trace is not None:
-            self._trace.told(instructions, now)
+        self._trace.told(instructions, now)
         for instruction in instructions:
             self._dispatch(instruction)
         if self.session.done:
@@ -212,7 +216,7 @@ class Push:
         if not self.session.ended:
             self.ranks.call_on_nodes()
         for rank in self.ranks.silent(liveness):
-            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank)
+            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
             self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
@@ -347,7 +351,8 @@ class Push:
         session = self.session
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
-            logger.error("[push=%s v=%d] %s: %s", session.model, session.version, session.state, error.message)
+            words = (session.model, session.version, session.state, error.message)
+            logger.error("[push=%s v=%d] %s: %s", *words, extra=of_error(error))
         else:
             logger.info(
                 "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
@@ -366,6 +371,12 @@ class Push:
         """How far it is."""
         return status_of_push(self.session)
 
+    def trace(self) -> PushTrace:
+        """What it did so far, and when."""
+        session, now = self.session, time.monotonic()
+        about = account_of(session, self.context.push, self._began, now)
+        return PushTrace(self._trace, now, session.model, session.version, about)
+
     async def close(self) -> None:
         """Stop what is still under way and let go of every slot. Call it once `done`, or when the daemon ends."""
         if self._timer is not None:
@@ -379,7 +390,7 @@ class Push:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
         await self._services.executor.wire.sweep(self.context)
-        if self._trace is not None:
-            name = f"push-{self.context.push}-v{self.session.version}"
-            document = self._trace.document(time.monotonic())
-            await asyncio.to_thread(write_trace, self._services.config.log.trace_dir, name, document)
+        trace = self.trace()
+        if not self.repeat:
+            self._services.traces.keep(trace, failed=self.session.error is not None)
+        await self._services.traces.write(trace, self.context.push)

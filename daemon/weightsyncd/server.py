@@ -38,7 +38,7 @@ from weightsyncd.changes import Changes
 from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
 from weightsyncd.follower import Follower
-from weightsyncd.health import HealthPage, measure_node, status_of
+from weightsyncd.health import HealthPage, measure_node
 from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.loras import Loras
 from weightsyncd.membership import Membership
@@ -48,6 +48,8 @@ from weightsyncd.push import Services
 from weightsyncd.rails import Rails
 from weightsyncd.repeats import Repeats, engines_everywhere
 from weightsyncd.seed import Registry, Seeker
+from weightsyncd.status import status_of
+from weightsyncd.traces import Traces
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ _FAR = b"far"  # before the identity of whoever is connected to cluster.listen
 _FROM_AFAR = (
     msg.Heartbeat,
     msg.StatusRequest,
+    msg.TraceRequest,
     msg.Attach,
     msg.Execute,
     msg.JoinRail,
@@ -82,7 +85,7 @@ class Server:
 
     def __init__(self, config: NodeConfig) -> None:
         self.config = config
-        self.metrics = Metrics()
+        self.metrics = Metrics({engine.model for engine in config.engines if not engine.frozen})
         self.started = time.monotonic()
         self.bridges = [
             Bridge(
@@ -133,7 +136,8 @@ class Server:
             ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
         )
         self.rails = Rails(config, self.bridges, self.peers)
-        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send)
+        self.traces = Traces(config.node.name, config.log.trace_dir)
+        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send, self.traces)
         self.follower = Follower(
             config,
             secrets.token_hex(8),
@@ -298,6 +302,9 @@ class Server:
                 self.trainers.route(identity, message)
             case msg.StatusRequest():
                 self._spawn(self._answer(identity, message.id, status_of(self, fresh=message.fresh)))
+            case msg.TraceRequest():
+                current = self.trainers.push.trace() if self.trainers.push is not None else None
+                self._spawn(self._answer(identity, message.id, self.traces.answer(message, current)))
             case msg.ChangeEngines():
                 self._spawn(self._answer(identity, message.id, self.changes.change_engines(message)))
             case msg.Attach():
@@ -370,7 +377,7 @@ class Server:
         await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
-        return KeeperAdapter(model, self.config.endpoint, self.config.log.level, lambda m: self.trainers.newest.get(m))
+        return KeeperAdapter(model, self.config.endpoint, self.config.log, lambda m: self.trainers.newest.get(m))
 
     # --- bridges and peers ----------------------------------------------------------------------------------------
 

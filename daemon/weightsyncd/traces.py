@@ -1,17 +1,88 @@
-"""Traces of pushes as files, the newest of them."""
+"""Traces of pushes that began on this node: of each model the last push and the last that failed, for `weightsync
+trace`; and, where `log.trace_dir` is set, the newest as files.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["write_trace"]
+from weightsync.chrome_trace import document
+from weightsync.errors import ConfigError
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from weightsync.session.trace import Trace
+
+__all__ = ["PushTrace", "Traces", "write_trace"]
 
 logger = logging.getLogger(__name__)
 
 _KEPT = 20  # files
+
+
+@dataclass(frozen=True)
+class PushTrace:
+    """The trace of a push, and what is known of the push itself."""
+
+    trace: Trace
+    until: float  # when it was looked at, or let go
+    model: str
+    version: int
+    about: dict[str, Any]
+
+    def document(self) -> dict[str, Any]:
+        """As `weightsync.chrome_trace` writes it. Takes a second for 100,000 spans: call it in a thread."""
+        return document(self.trace, self.until, self.about)
+
+
+class Traces:
+    """See the module."""
+
+    def __init__(self, node: str, directory: str) -> None:
+        """`directory` is `log.trace_dir`, or empty."""
+        self._node = node
+        self._directory = directory
+        self._last: dict[str, PushTrace] = {}  # by model
+        self._failed: dict[str, PushTrace] = {}
+        self._newest = ""  # model of the push that ended last
+
+    def keep(self, trace: PushTrace, *, failed: bool) -> None:
+        """A push has ended."""
+        self._newest = trace.model
+        self._last[trace.model] = trace
+        if failed:
+            self._failed[trace.model] = trace
+
+    async def write(self, trace: PushTrace, push: str) -> None:
+        """Write the file, where there is a directory for it."""
+        if self._directory:
+            name = f"push-{push}-v{trace.version}"
+            await asyncio.to_thread(lambda: write_trace(self._directory, name, trace.document()))
+
+    async def answer(self, question: msg.TraceRequest, current: PushTrace | None) -> msg.Traced:
+        """The trace that is asked for; `current` is that of the push under way. Raises `ConfigError` for none."""
+        found = self._find(question, current)
+        if found is None:
+            what = f"of model {question.model!r} " if question.model else ""
+            what = f"no push {what}has {'failed' if question.failed else 'begun'} on node {self._node}"
+            known = ", ".join(sorted(self._failed if question.failed else self._last))
+            hint = f"there are traces of {known}" if known else "a push is traced on the node of its rank 0"
+            raise ConfigError(f"{what} since its weightsyncd was started", hint=hint)
+        text = await asyncio.to_thread(lambda: json.dumps(found.document(), separators=(",", ":")).encode())
+        return msg.Traced(model=found.model, version=found.version, document=text)
+
+    def _find(self, question: msg.TraceRequest, current: PushTrace | None) -> PushTrace | None:
+        if question.failed:
+            newest = max(self._failed.values(), key=lambda trace: trace.until, default=None)
+            return self._failed.get(question.model) if question.model else newest
+        if current is not None and question.model in ("", current.model):
+            return current
+        return self._last.get(question.model or self._newest)
 
 
 def write_trace(directory: str, name: str, document: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ class Trainers:
         self.push: Push | None = None
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
+        self.last_at: float | None = None
         self.stopping = False
         self._services = services
         self._metrics = metrics
@@ -113,7 +114,8 @@ class Trainers:
         if len(self._waiting) >= _MAX_WAITING:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
-        logger.debug("[push=%s v=%d] rank %d waits", message.model, message.version, message.rank)
+        words = (message.model, message.version, message.rank)
+        logger.debug("[push=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
         self._waiting.append(call)
         self._failures.tries_again(message)
 
@@ -147,7 +149,8 @@ class Trainers:
 
     def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
         message = call.message
-        logger.warning("[push=%s v=%d] refused: %s", message.model, message.version, reason)
+        words = (message.model, message.version, reason)
+        logger.warning("[push=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
         self._end(call, error.record())
 
@@ -164,6 +167,8 @@ class Trainers:
         """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
         message = call.message
         self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        if message.rank == 0:
+            self._metrics.push_failures.labels(message.model, error.kind).inc()
         if message.rank != 0 or message.world == 1:
             return
         self._failures.note(message, {0}, error, until=self._later())
@@ -210,7 +215,8 @@ class Trainers:
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
         try:
-            await self._close(push)
+            with push.context.lines():
+                await self._close(push)
         finally:  # whatever went wrong with its tail, the next push may begin
             self.push = None
             self._on_free()
@@ -219,7 +225,7 @@ class Trainers:
         await push.close()
         session = push.session
         if not push.repeat:
-            self.last, self.last_error = push.outcome, session.error
+            self.last, self.last_error, self.last_at = push.outcome, session.error, time.monotonic()
         if session.committed:
             self.newest[session.model] = max(session.version, self.newest.get(session.model, -1))
         if session.error is not None and not push.ranks.complete:
@@ -355,7 +361,8 @@ class Trainers:
         """As `route` and `open`, for a rank on another node."""
         push = self.push
         if push is None or push.context.push != message.push:
-            logger.debug("rank %d of node %s, in no push of this node", message.rank, node)
+            extra = {"rank": message.rank}
+            logger.debug("rank %d of node %s, in no push of this node", message.rank, node, extra=extra)
             return
         if message.lost:
             if push.ranks.is_on(message.rank, node):

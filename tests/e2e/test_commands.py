@@ -11,7 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
+from weightsync import push_weights
+from weightsync.errors import PushRefused
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
@@ -96,9 +99,40 @@ def test_status_and_engines(node):
     table = run("weightsync", "status", node=node).stdout
     assert "serving" in table
     assert "last push" in table
+    assert "no push is under way" in table
+    assert status["shm_free"] > 0
+    assert status["last_ago"] >= 0
+    assert [(b["taken"], b["holding"]) for b in status["bridges"]] == [(0, {})]
+    assert status["bridges"][0]["exports"] > 0
     engines = json.loads(run("weightsync", "engines", "--json", node=node).stdout)
     assert [e["tp_size"] for e in engines] == [1, 2]
     assert "reference" in run("weightsync", "engines", node=node).stdout
+
+
+def test_where_a_push_spent_its_time(node, tmp_path):
+    version = next(node.versions)
+    run("weightsync", "push", node.checkpoint("A"), "--version", str(version), node=node)
+    run("weightsync", "push", node.checkpoint("B"), "--version", str(version), node=node)  # refused
+    failed = json.loads(run("weightsync", "trace", "--failed", "--json", node=node).stdout)
+    assert failed["push"]["state"] == "aborted"
+    assert "is not above version" in failed["push"]["error"]
+    version = next(node.versions)
+    run("weightsync", "push", node.checkpoint("B"), "--version", str(version), node=node)
+    done = run("weightsync", "trace", "-o", str(tmp_path / "push.json"), node=node)
+    assert done.returncode == 0, done.stderr
+    assert f"version {version} of default, committed" in done.stdout
+    summary = json.loads(run("weightsync", "trace", str(tmp_path / "push.json"), "--json").stdout)
+    assert (summary["failed"], summary["unfinished"]) == ([], [])
+    assert {engine["engine"] for engine in summary["engines"]} == {"e1", "e2"}
+    steps = {step["step"]: step for step in summary["steps"]}
+    last = fetch_status(node.daemon.endpoint).last
+    assert last is not None
+    assert steps["load"]["bytes"] == 2 * summary["push"]["bytes"] >= 2 * last.nbytes
+    assert steps["fill"]["bytes"] <= last.nbytes  # what ranks wrote, without the padding between tensors
+    assert steps["verify"]["pieces"] == 2
+    none = run("weightsync", "trace", "--model", "other", node=node)
+    assert none.returncode == 1
+    assert "no push of model 'other' has begun" in none.stderr
 
 
 def test_status_where_nobody_listens(tmp_path):
@@ -136,12 +170,18 @@ def test_metrics_and_health(node, unused_port):
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
         assert 'weightsync_bridge_restarts{bridge="metrics-node/0"} 0.0' in metrics
         assert httpx.get(f"{url}/other", trust_env=False).status_code == 404
+        with pytest.raises(PushRefused, match="no engine serves model 'lost'"):
+            push_weights({"w": torch.zeros(1)}, version=3, model="lost", daemon=daemon.endpoint)
+        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        assert 'weightsync_push_failures_total{kind="PushRefused",model="lost"} 1.0' in metrics
+        assert "weightsync_push_under_way_seconds 0.0" in metrics
     finally:
         daemon.kill(signal.SIGTERM)
         assert daemon.wait(20) == 0
-    lines = daemon.log.read_text().splitlines()
-    assert all(json.loads(line)["level"] for line in lines if line.startswith("{"))
-    assert any(line.startswith("{") for line in lines)
+    lines = [json.loads(line) for line in daemon.log.read_text().splitlines()]
+    (refused,) = [line for line in lines if "refused" in line["message"]]
+    assert (refused["level"], refused["model"], refused["version"], refused["rank"]) == ("warning", "lost", 3, 0)
+    assert any(line.get("bridge") == "metrics-node/0" for line in lines)
 
 
 def test_a_second_daemon_of_the_same_node_is_refused(node):

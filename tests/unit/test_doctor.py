@@ -106,9 +106,12 @@ def test_the_command(checkpoint, tmp_path, monkeypatch):
     assert "fail" in bad.output
     far = run.invoke(app, ["doctor", "--engine", "http://192.0.2.1:9", "--timeout", "0.2"])
     assert "name it in [cluster.peers] here" in far.output
-    neither = run.invoke(app, ["doctor"])
-    assert neither.exit_code == 1
-    assert "--engine URL" in str(neither.exception)
+    two = run.invoke(app, ["doctor", "--engine", "http://127.0.0.1:9", "--node-config", str(config)])
+    assert two.exit_code == 1
+    assert "either --engine URL, or --node-config" in str(two.exception)
+    alone = json.loads(run.invoke(app, ["doctor", "--json"]).output)
+    assert list(alone) == ["this machine"]
+    assert any("open files" in finding["what"] for finding in alone["this machine"])
 
 
 def test_time_is_kept():

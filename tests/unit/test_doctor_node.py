@@ -10,11 +10,13 @@ import pytest
 from tests.nvidia_smi import GPUS, FakeNvidiaSmi
 from weightsync.config import parse_node_config
 from weightsync.doctor import packages
-from weightsync.doctor.node import examine_node, room, size
+from weightsync.doctor.node import examine_node, room
 from weightsync.doctor.packages import Cupy, Torch
+from weightsync.doctor.sizes import size
 from weightsync.ipc.arena import Arena, DeviceMemory
 from weightsync.transports.torch_cuda import Counters
 
+NODE = "doctored"  # no other test's: arenas that it has in /dev/shm count as its own
 ON_CPU = '[arena]\ndevice = "cpu"\n'
 
 
@@ -26,7 +28,7 @@ def smi(tmp_path, monkeypatch):
 
 
 def look(text: str = "", **environment: str):
-    return examine_node(parse_node_config(text), environment)
+    return examine_node(parse_node_config(text, changes=[f"node.name={NODE}"]), environment)
 
 
 def only(found, level: str):
@@ -37,14 +39,15 @@ def only(found, level: str):
 def test_a_healthy_node_of_two_gpus(smi):
     node, found = look()
     assert node.on_gpus
-    assert [f.level for f in found] == ["ok"] * 5
-    first, second, peers, cupy, files = (f.what for f in found)
+    assert [f.level for f in found] == ["ok"] * 6
+    first, second, peers, links, cupy, files = (f.what for f in found)
     assert first == f"slots lie on GPU {GPUS[0]}: 3 × 2 GiB take 6 GiB of 139.5 GiB free"
     assert GPUS[1] in second
     assert peers == "the 2 GPUs here reach each other's memory"
+    assert links == "the 2 GPUs are linked by NV18"
     assert cupy == "cupy-cuda13x 14.0.1 beside torch for CUDA 13.0; the driver runs CUDA up to 13.0"
     assert files.startswith("fences and reference counters need 512 KiB of /dev/shm")
-    assert len(smi.calls) == 3
+    assert len(smi.calls) == 4
 
 
 def test_host_memory_asks_little(smi):
@@ -68,7 +71,7 @@ def test_arenas_of_a_running_weightsyncd_are_not_counted_twice(smi, tmp_path):
     text = f'[node]\nshm_dir = "{tmp_path}"\n[arena]\nslot_bytes = "256MiB"'
     memory = DeviceMemory(gpu=GPUS[0], handle=bytes(64))
     with Arena.create(
-        node="node0",
+        node=NODE,
         bridge=0,
         incarnation="0" * 16,
         slots=3,
@@ -112,6 +115,17 @@ def test_gpus_apart(smi):
     before = len(smi.calls)
     assert "ok" in {f.level for f in look()[1]}
     assert not any("topo" in call for call in smi.calls[before:])
+
+
+def test_links_between_gpus(smi):
+    smi.gpus(*((name, "142841", "Disabled") for name in ("aa", "bb", "cc")))
+    smi.peers("X OK OK", "OK X OK", "OK OK X")
+    smi.links("X NV18 SYS", "NV18 X SYS", "SYS SYS X")
+    apart = only(look()[1], "warn")
+    assert "some are not: GPU0-GPU2, GPU1-GPU2 SYS." in apart.what
+    assert "nvidia-smi nvlink --status" in apart.fix
+    smi.links("X PHB SYS", "PHB X SYS", "SYS SYS X")  # a machine without NVLink is as it was bought
+    assert any(f.what == "the 3 GPUs are linked by PHB, SYS" for f in look()[1] if f.level == "ok")
 
 
 def test_a_driver_that_fails(smi):

@@ -95,7 +95,7 @@ def test_a_container_seen_by_the_whole_doctor(tmp_path, monkeypatch):
         found = doctor.examine(EngineConfig(name="e", kind="vllm", url=url), timeout=0.2)
     bad = [f.what for f in found if f.level == "fail"]
     assert sum("of its own" in what for what in bad) == 3
-    assert len(smi.calls) == 3
+    assert len(smi.calls) == 4
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to start a process as another user")

@@ -516,3 +516,14 @@ def test_without_an_engine_that_serves_a_keeper_keeps_nothing(kind):
     assert world.session.state in (State.ABORTED, State.TORN)
     assert (world.session.state is State.TORN) == world.models["a"].begun
     assert outcomes(world)["k"] != "committed"
+
+
+def test_slots_that_hold_a_bucket_are_counted():
+    world = World(buckets=4, slots=2)
+    assert world.session.taken("home", 0) == 0
+    world.open_all()
+    world.run_until(do.LoadBucket)
+    assert world.session.taken("home", 0) == 2
+    world.run()
+    assert world.session.taken("home", 0) == 0
+    assert world.session.taken("elsewhere", 0) == 0

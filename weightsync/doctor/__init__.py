@@ -1,9 +1,11 @@
 """`weightsync doctor`: what would fail, before any push, and the exact flag or variable that mends it.
 
     node       where slots would lie, and whether GPUs, memory and Python packages let them
+    machine    open files, memory, limits of containers, namespaces, sockets
     packages   cupy, torch and the driver: whether their CUDA versions fit together
     joined     NCCL, where nodes with slots on GPUs are joined: whether it is there, and what must be alike
     process    whether an engine's process shares with this one what a push needs to be shared
+    environments   what is installed where the engine runs, beside what is installed here
 
 The engine's own adapter looks at what it says over HTTP (`EngineAdapter.examine`). The doctor stands in for
 weightsyncd: it has to run where that runs, as its user. Nothing is changed, and nothing is sent but questions.
@@ -22,6 +24,7 @@ from weightsync.adapters import adapter
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer, EngineHttp
 from weightsync.config import EngineConfig, NodeConfig
+from weightsync.doctor.machine import examine_machine
 from weightsync.doctor.node import Node, examine_node, room, worst_first
 from weightsync.doctor.process import examine_process
 from weightsync.endpoints import url_problems
@@ -30,7 +33,7 @@ from weightsync.errors import EngineError, EngineLost, WeightSyncError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["Node", "brand_of", "examine", "examine_node"]
+__all__ = ["Node", "brand_of", "examine", "examine_machine", "examine_node", "worst_first"]
 
 
 async def brand_of(spec: EngineConfig, *, deadline: float) -> str:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightsync.adapters.base import Finding
 from weightsync.doctor.joined import examine_joined
 from weightsync.doctor.packages import examine_packages
+from weightsync.doctor.sizes import size
 from weightsync.errors import ConfigError
-from weightsync.gpus import Gpu, peer_states, survey
+from weightsync.gpus import Gpu, links, peer_states, survey
 from weightsync.ipc.arena import DIRECTORY, MAX_READERS, stride
 from weightsync.ipc.fences import CELL_BYTES
 from weightsync.placement import placed
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from weightsync.config import NodeConfig
 
-__all__ = ["Node", "examine_node", "room", "size", "worst_first"]
+__all__ = ["Node", "examine_node", "room", "worst_first"]
 
 _COUNTERS = 80_064  # bytes of a bridge's reference counters for stock engines, see transports/torch_cuda.py
 _CONTEXT = 1 << 29  # bytes; about what a process's CUDA context takes of a GPU
@@ -48,7 +49,7 @@ class Node(NamedTuple):
 
 
 def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ) -> tuple[Node, list[Finding]]:
-    """What weightsyncd would meet if it were started here on this config. Calls nvidia-smi up to three times."""
+    """What weightsyncd would meet if it were started here on this config. Calls nvidia-smi up to four times."""
     gpus: tuple[Gpu, ...] = ()
     found = []
     try:
@@ -64,6 +65,7 @@ def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ
     if node.on_gpus:
         found += _arenas(config, chosen)
         found += _peers(gpus, chosen)
+        found += _links(gpus)
         found += examine_packages()
         found += _allocator(environment)
         found += examine_joined(config, environment)
@@ -100,14 +102,6 @@ def worst_first(found: Iterable[Finding]) -> list[Finding]:
     """Failures, then warnings, then what is well."""
     order = {"fail": 0, "warn": 1, "ok": 2}
     return sorted(found, key=lambda finding: order[finding.level])
-
-
-def size(nbytes: int) -> str:
-    """As a person says it."""
-    for unit, name in ((2**30, "GiB"), (2**20, "MiB")):
-        if nbytes >= unit:
-            return f"{nbytes / unit:.1f} {name}".replace(".0 ", " ")
-    return f"{nbytes / 2**10:.0f} KiB"
 
 
 def _held(config: NodeConfig) -> int:
@@ -164,6 +158,30 @@ def _peers(gpus: Sequence[Gpu], chosen: Sequence[Gpu]) -> list[Finding]:
         for state, pairs in apart.items()
     ]
     return found or [Finding(level="ok", what=f"the {len(gpus)} GPUs here reach each other's memory")]
+
+
+def _links(gpus: Sequence[Gpu]) -> list[Finding]:
+    """What lies between GPUs. That some pairs have NVLink and others have not is a fault more often than a design."""
+    if len(gpus) < 2:
+        return []
+    try:
+        found = links()
+    except ConfigError:  # `_peers` has said so
+        return []
+    pairs: dict[str, list[str]] = {}
+    for (one, other), link in sorted(found.items()):
+        if one < other < len(gpus):
+            pairs.setdefault("NVLink" if link.startswith("NV") else link, []).append(f"GPU{one}-GPU{other}")
+    slow = {link: names for link, names in pairs.items() if link != "NVLink"}
+    if "NVLink" in pairs and slow:
+        which = "; ".join(f"{', '.join(names[:8])} {link}" for link, names in slow.items())
+        what = f"some GPUs are linked by NVLink and some are not: {which}. Buckets between those go over PCIe"
+        fix = "nvidia-smi nvlink --status; systemctl status nvidia-fabricmanager"
+        return [Finding(level="warn", what=what, fix=fix)]
+    if pairs:
+        kinds = sorted({link for (one, other), link in found.items() if max(one, other) < len(gpus)})
+        return [Finding(level="ok", what=f"the {len(gpus)} GPUs are linked by {', '.join(kinds)}")]
+    return []
 
 
 def _allocator(environment: Mapping[str, str]) -> list[Finding]:

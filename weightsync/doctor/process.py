@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
-from weightsync.doctor.node import size
+from weightsync.doctor.environments import examine_environment
+from weightsync.doctor.sizes import size
 from weightsync.endpoints import is_loopback
 from weightsync.errors import ConfigError
 from weightsync.gpus import seen_by
@@ -60,7 +61,7 @@ def examine_process(url: str, node: Node) -> list[Finding]:
     if node.on_gpus:
         found += _namespaces(pid)
         found += _visible_gpus(environment(pid), node)
-    return found
+    return found + examine_environment(pid)
 
 
 def _user(pid: int) -> list[Finding]:

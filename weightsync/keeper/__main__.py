@@ -11,6 +11,7 @@ import time
 import msgspec
 import torch
 
+from weightsync import logs
 from weightsync.errors import LocalProtocolError, PushAborted, TransportBroken, WeightSyncError
 from weightsync.keeper import commands as c
 from weightsync.keeper.store import Store
@@ -29,12 +30,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--daemon", required=True, help="the endpoint that trainers of its node call")
     parser.add_argument("--model", required=True)
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
+    parser.add_argument("--log-format", default="human", choices=("human", "json"))
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when a keeper ends
-    logging.basicConfig(
-        level=arguments.log_level.upper(),
-        format=f"%(asctime)s %(levelname)-7s %(name)s [model={arguments.model}] %(message)s".replace("%%", "%"),
-    )
+    logs.set_up(arguments.log_level, arguments.log_format, model=arguments.model)
     torch.set_num_threads(1)
     pipe, keeper = Pipe(socket.socket(fileno=arguments.pipe)), _Keeper(arguments.model, arguments.daemon)
     decoder = msgspec.msgpack.Decoder(c.Command)

@@ -3,40 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
-import logging
 import os
 import signal
 
+from weightsync import logs
 from weightsync.ipc.arena import DIRECTORY, MAX_READERS
 from weightsync.nccl_bridge.process import BridgeProcess, Options
-
-
-class _JsonFormatter(logging.Formatter):
-    """One JSON object a line, with the daemon's keys and `bridge`."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__()
-        self._name = name
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = {
-            "time": self.formatTime(record, "%Y-%m-%dT%H:%M:%S"),
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "bridge": self._name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["exception"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
-
-
-def _formatter(name: str, kind: str) -> logging.Formatter:
-    if kind == "json":
-        return _JsonFormatter(name)
-    safe = name.replace("%", "%%")
-    return logging.Formatter(f"%(asctime)s %(levelname)-7s %(name)s [bridge={safe}] %(message)s")
 
 
 def main() -> None:
@@ -60,9 +32,7 @@ def main() -> None:
     # of the pipe ends the process in any case.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_formatter(f"{arguments.node}/{arguments.index}", arguments.log_format))
-    logging.basicConfig(level=arguments.log_level.upper(), handlers=[handler])
+    logs.set_up(arguments.log_level, arguments.log_format, bridge=f"{arguments.node}/{arguments.index}")
     # Only read when torch is loaded: its C++ log repeats, with a stack trace, every error that is raised and told here.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -117,6 +117,11 @@ class SessionState:
     def committed(self) -> tuple[str, ...]:
         return tuple(e.name for e in self.fleet if e.stage is EngineStage.COMMITTED)
 
+    def taken(self, node: str, bridge: int) -> int:
+        """How many slots of a bridge hold a bucket."""
+        place = (node, bridge)
+        return self._capacity[place] - len(self._free[place]) if place in self._capacity else 0
+
     def deadline(self) -> float | None:
         """When `Tick` is due; None once done."""
         if self.done:

@@ -1,21 +1,25 @@
-"""What a push did when: spans from each instruction to the event that ended it, in the format of Perfetto.
+"""What a push did when: spans from each instruction to the event that ended it.
 
-Pure: it is told what a session was given and what it answered, and by which clock. Open the file at ui.perfetto.dev or
-chrome://tracing. Every node is a process there, and the trainer another; lanes are ranks, bridges and engines.
+Pure: a `Trace` is told what a session was given and what it answered, and by which clock. It only notes that, which is
+cheap enough for every push; spans are made when somebody asks for them, and `weightsync.chrome_trace` puts them into a
+file. Every node is a process there, and the trainer another; lanes are ranks, bridges and engines.
 """
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
-__all__ = ["Span", "Trace"]
+__all__ = ["NOTES", "TRAINER", "Span", "Trace"]
+
+NOTES = 100_000  # of one push: about 15 MB; what comes after them is not in its trace
 
 _STEPS: dict[type[do.Instruction], str] = {
     do.ProbeEngine: "probe",
@@ -35,21 +39,25 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
 }
-_OF_ENGINES = {*_STEPS.values(), "load", "release"}
-_TRAINER = "trainer"
+TRAINER = "trainer"
 _Key = tuple[object, ...]
 
 
-@dataclass
+@dataclass(slots=True)
 class Span:
     """One piece of work. `begin` and `end` are seconds of the session's clock; no end: it was under way at the last."""
 
     process: str  # a node, or the trainer
     lane: str
-    name: str
+    step: str  # fill, load, verify, …
+    name: str  # the same, with the bucket
     begin: float
     end: float | None = None
     failed: str = ""
+    bucket: int | None = None
+    nbytes: int = 0
+    engine: str = ""
+    rank: int | None = None
 
 
 class Trace:
@@ -57,23 +65,63 @@ class Trace:
 
     def __init__(self, home: str, engines: Mapping[str, str], start: float) -> None:
         """`engines` says on which node each is."""
-        self.spans: list[Span] = []
-        self._home = home
+        self.home = home
+        self.start = start
+        self.dropped = 0  # notes beyond `NOTES`
         self._engines = engines
-        self._start = start
-        self._open: dict[_Key, Span] = {}
+        self._times = array("d")
+        self._notes: list[ev.Event | list[do.Instruction]] = []  # what was heard, and what was answered
 
-    def told(self, instructions: Iterable[do.Instruction], now: float) -> None:
-        """What the session has answered."""
-        for instruction in instructions:
-            for key, span in self._begun(instruction, now):
-                self._open[key] = span
-                self.spans.append(span)
+    def told(self, instructions: list[do.Instruction], now: float) -> None:
+        """What the session has answered. The list is kept: it must not be changed any more."""
+        if instructions:
+            self._note(instructions, now)
 
     def heard(self, event: ev.Event, now: float) -> None:
         """What the session was given."""
+        self._note(event, now)
+
+    def _note(self, note: ev.Event | list[do.Instruction], now: float) -> None:
+        if len(self._notes) >= NOTES:
+            self.dropped += 1
+            return
+        self._times.append(now)
+        self._notes.append(note)
+
+    def spans(self) -> list[Span]:
+        """All that is known by now, in the order of their beginnings as they were told."""
+        reading = _Reading(self.home, self._engines)
+        for now, note in zip(self._times, tuple(self._notes), strict=False):  # a push under way adds to them meanwhile
+            if isinstance(note, list):
+                for instruction in note:
+                    reading.begin(instruction, now)
+            else:
+                reading.hear(note, now)
+        return reading.spans
+
+
+class _Reading:
+    """Makes spans of notes, from the first to the last."""
+
+    def __init__(self, home: str, engines: Mapping[str, str]) -> None:
+        self.spans: list[Span] = []
+        self._home, self._engines = home, engines
+        self._first: float | None = None  # when the first rank called
+        self._open: dict[_Key, Span] = {}
+        self._sizes: tuple[int, ...] = ()  # of the buckets
+
+    def begin(self, instruction: do.Instruction, now: float) -> None:
+        for key, span in self._begun(instruction, now):
+            if span.bucket is not None and span.step != "fill" and span.bucket < len(self._sizes):
+                span.nbytes = self._sizes[span.bucket]
+            self._open[key] = span
+            self.spans.append(span)
+
+    def hear(self, event: ev.Event, now: float) -> None:
         match event:
             case ev.RankFilled():
+                if (span := self._open.get(("fill", event.rank, event.bucket))) is not None:
+                    span.nbytes = event.nbytes
                 self._end(("fill", event.rank, event.bucket), now)
             case ev.BucketExported():
                 self._end(("export", event.node, event.bucket), now)
@@ -82,79 +130,83 @@ class Trace:
             case ev.BucketLoaded():
                 self._end(("load", event.engine, event.bucket), now)
             case ev.BucketReleased():
-                self._end(("release", event.engine, event.bucket), now)
-            case ev.PlanMade() | ev.PlanFailed() | ev.LayoutsMissing():
+                wrong = "never given back" if event.leaked else "other bytes were read" if event.damaged else ""
+                self._end(("release", event.engine, event.bucket), now, wrong)
+            case ev.RankOpened():
+                self._opened(event, now)
+            case ev.PlanMade():
+                self._sizes = tuple(bucket.nbytes for bucket in event.buckets)
+                self._end(("plan",), now)
+            case ev.PlanFailed():
+                self._end(("plan",), now, event.error.message)
+            case ev.LayoutsMissing():
                 self._end(("plan",), now)
             case ev.GroupFormed():
-                self._end(("group", event.number), now)
+                self._end(("group", event.number), now, "; ".join(f"{n}: {e.message}" for n, e in event.failed))
             case ev.EngineFailed():
-                for key in [key for key in self._open if key[0] in _OF_ENGINES and key[1] == event.engine]:
-                    self._end(key, now, event.error.message)
+                self._fail(lambda span: span.engine == event.engine, now, event.error.message)
+            case ev.RankFailed():
+                self._fail(lambda span: span.rank == event.rank, now, event.error.message)
+            case ev.RankLost():
+                self._fail(lambda span: span.rank == event.rank, now, event.reason)
+            case ev.NodeLost():
+                self._fail(lambda span: span.process == event.node, now, event.error.message)
+            case ev.BridgeLost():
+                lane = f"bridge {event.bridge}:"
+                gone = event.error.message
+                self._fail(lambda span: span.process == event.node and span.lane.startswith(lane), now, gone)
             case _ if type(event) in _ENDS:
                 self._end((_ENDS[type(event)], getattr(event, "engine", "")), now)
 
-    def document(self, now: float) -> dict[str, Any]:
-        """All of it as one JSON object (Trace Event Format; times are microseconds since the push began)."""
-        rows: list[dict[str, Any]] = []
-        processes: dict[str, int] = {}
-        lanes: dict[tuple[str, str], list[float]] = {}  # lane → when each of its rows is free
-        numbers: dict[tuple[str, str, int], int] = {}
-        for span in sorted(self.spans, key=lambda span: span.begin):
-            process = processes.setdefault(span.process, len(processes) + 1)
-            free = lanes.setdefault((span.process, span.lane), [])
-            end = now if span.end is None else span.end
-            row = next((i for i, until in enumerate(free) if until <= span.begin), len(free))
-            free[row : row + 1] = [end]
-            thread = numbers.setdefault((span.process, span.lane, row), len(numbers) + 1)
-            more = {"failed": span.failed} if span.failed else {"unfinished": True} if span.end is None else {}
-            rows.append(
-                {
-                    "ph": "X",
-                    "name": span.name,
-                    "pid": process,
-                    "tid": thread,
-                    "ts": round((span.begin - self._start) * 1e6, 1),
-                    "dur": round((end - span.begin) * 1e6, 1),
-                    "args": more,
-                }
-            )
-        named = [("process_name", pid, 0, name) for name, pid in processes.items()]
-        named += [
-            ("thread_name", processes[process], tid, lane if row == 0 else f"{lane} ({row + 1})")
-            for (process, lane, row), tid in numbers.items()
-        ]
-        names = [{"ph": "M", "name": kind, "pid": p, "tid": t, "args": {"name": name}} for kind, p, t, name in named]
-        return {"displayTimeUnit": "ms", "traceEvents": [*names, *rows]}
+    def _opened(self, event: ev.RankOpened, now: float) -> None:
+        lane, rank = f"rank {event.rank}", event.rank
+        if event.describe_seconds > 0:
+            before = now - event.describe_seconds
+            self.spans.append(Span(TRAINER, lane, "describe", "describe", before, now, rank=rank))
+        if self._first is None:
+            self._first = now
+        else:
+            self.spans.append(Span(TRAINER, lane, "late", "has not called yet", self._first, now, rank=rank))
 
     def _begun(self, instruction: do.Instruction, now: float) -> Iterator[tuple[_Key, Span]]:
         match instruction:
             case do.GrantLease(bucket=bucket):
                 for rank in instruction.ranks:
-                    yield ("fill", rank, bucket), Span(_TRAINER, f"rank {rank}", f"fill {bucket}", now)
+                    span = Span(TRAINER, f"rank {rank}", "fill", f"fill {bucket}", now, bucket=bucket, rank=rank)
+                    yield ("fill", rank, bucket), span
             case do.ExportBucket(bucket=bucket, slot=slot):
-                span = Span(slot.node, f"bridge {slot.bridge}: export", f"export {bucket}", now)
+                span = Span(slot.node, f"bridge {slot.bridge}: export", "export", f"export {bucket}", now)
+                span.bucket = bucket
                 yield ("export", slot.node, bucket), span
             case do.RelayBucket(bucket=bucket, slot=slot):
-                yield ("wire", bucket), Span(self._home, f"bridge {slot.bridge}: wire", f"broadcast {bucket}", now)
+                span = Span(self._home, f"bridge {slot.bridge}: wire", "wire", f"broadcast {bucket}", now)
+                span.bucket = bucket
+                yield ("wire", bucket), span
             case do.ExchangeBucket(bucket=bucket, slots=slots):
-                bridge = slots[0].bridge
-                yield ("wire", bucket), Span(self._home, f"bridge {bridge}: wire", f"exchange {bucket}", now)
+                span = Span(self._home, f"bridge {slots[0].bridge}: wire", "wire", f"exchange {bucket}", now)
+                span.bucket = bucket
+                yield ("wire", bucket), span
             case do.LoadBucket(engine=engine, bucket=bucket):
-                yield ("load", engine, bucket), self._of(engine, f"{engine}: load", f"load {bucket}", now)
+                yield ("load", engine, bucket), self._of(engine, "load", now, bucket)
             case do.AwaitRelease(engine=engine, bucket=bucket):
-                yield ("release", engine, bucket), self._of(engine, f"{engine}: release", f"release {bucket}", now)
+                yield ("release", engine, bucket), self._of(engine, "release", now, bucket)
             case do.MakePlan():
-                yield ("plan",), Span(self._home, "plan", "plan", now)
+                yield ("plan",), Span(self._home, "plan", "plan", "plan", now)
             case do.FormGroup():
-                yield ("group", instruction.number), Span(self._home, "communicators", "form", now)
+                yield ("group", instruction.number), Span(self._home, "communicators", "form", "form", now)
             case _ if type(instruction) in _STEPS:
                 engine, step = getattr(instruction, "engine", ""), _STEPS[type(instruction)]
-                yield (step, engine), self._of(engine, engine, step, now)
+                yield (step, engine), self._of(engine, step, now)
 
-    def _of(self, engine: str, lane: str, name: str, now: float) -> Span:
-        return Span(self._engines[engine], lane, name, now)
+    def _of(self, engine: str, step: str, now: float, bucket: int | None = None) -> Span:
+        lane, name = (engine, step) if bucket is None else (f"{engine}: {step}", f"{step} {bucket}")
+        return Span(self._engines[engine], lane, step, name, now, bucket=bucket, engine=engine)
 
     def _end(self, key: _Key, now: float, failed: str = "") -> None:
         span = self._open.pop(key, None)
         if span is not None:
             span.end, span.failed = now, failed
+
+    def _fail(self, of: Callable[[Span], bool], now: float, why: str) -> None:
+        for key in [key for key, span in self._open.items() if of(span)]:
+            self._end(key, now, why)

@@ -5,7 +5,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
 
     rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat, PushLora
     daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat, LoraPushed
-    operator → daemon  StatusRequest, ChangeEngines    daemon → operator   Status, Changed
+    operator → daemon  StatusRequest, TraceRequest, ChangeEngines
+    daemon → operator  Status, Traced, Changed
     daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat,
                        PushLora
                        Attached, Executed, RankSays, Registered, LoraPushed
@@ -35,6 +36,7 @@ __all__ = [
     "Describe",
     "Ended",
     "EngineOutcome",
+    "EngineProgress",
     "EngineStatus",
     "ErrorReply",
     "Exchange",
@@ -45,11 +47,13 @@ __all__ = [
     "Gather",
     "Heartbeat",
     "JoinRail",
+    "KeeperStatus",
     "Lease",
     "LoraOutcome",
     "LoraPushed",
     "Message",
     "Open",
+    "PeerStatus",
     "Planned",
     "PushLora",
     "PushOutcome",
@@ -63,6 +67,8 @@ __all__ = [
     "StatusRequest",
     "Stopped",
     "TellRank",
+    "TraceRequest",
+    "Traced",
     "Welcome",
 ]
 
@@ -259,6 +265,18 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     outstanding: Natural  # exports that no reader has closed yet
     error: str | None = None
     gpu: str = ""  # UUID of the one that its slots lie on
+    taken: Natural = 0  # slots that hold a bucket of the push under way
+    exports: Natural = 0  # to readers, since it was started
+    revoked: Natural = 0  # … of which were taken away, since nobody waits for their reader any more
+    holding: dict[Name, Natural] = {}  # reader → exports that it has not closed yet; those with none are left out
+
+
+class EngineProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """How far one engine is in the push under way."""
+
+    engine: Name
+    stage: Name  # probing | … | loading | … | committed | skipped | torn | lost
+    loaded: Natural  # buckets
 
 
 class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -271,6 +289,29 @@ class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     nbytes: Natural
     filled_bytes: Natural
     waiting_for: str
+    buckets: Natural = 0
+    engines: tuple[EngineProgress, ...] = ()
+    phases: dict[str, float] = {}  # seconds so far of those that are over or have paused
+
+
+class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The process that keeps what was pushed last of one model."""
+
+    model: Name
+    pid: int | None  # None: it is not there
+    version: Natural | None  # kept; None: nothing is
+    nbytes: Natural
+
+
+class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """Another node."""
+
+    node: Name
+    state: str  # connected | joining | why not
+    endpoint: str
+    engines: Natural
+    bridges: Natural
+    device: str  # where its slots lie; "" where it was not reached yet
 
 
 class Status(Message, frozen=True, tag="status"):
@@ -288,6 +329,27 @@ class Status(Message, frozen=True, tag="status"):
     last_error: ErrorRecord | None = None
     kept: dict[str, Natural] = {}  # model → version that is kept to be pushed again
     pushed: dict[str, Natural] = {}  # model → newest version that was committed here: only newer ones are taken
+    keepers: tuple[KeeperStatus, ...] = ()
+    nodes: tuple[PeerStatus, ...] = ()  # the same as `peers`, with more about each
+    device: Literal["cpu", "cuda"] = "cpu"  # where slots lie
+    shm_free: Natural | None = None  # bytes, in node.shm_dir
+    leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
+    last_ago: float | None = None  # seconds since the last push ended
+
+
+class TraceRequest(Message, frozen=True, tag="trace_request"):
+    """What did a push that began on this node do when? Answered by `Traced`."""
+
+    model: Text = ""  # "": of the push under way, or else the last, whichever model it was of
+    failed: bool = False  # of the last that failed
+
+
+class Traced(Message, frozen=True, tag="traced"):
+    """The trace of a push."""
+
+    model: Name
+    version: Natural
+    document: Column  # JSON, see `weightsync.chrome_trace`
 
 
 # --- two daemons ---------------------------------------------------------------------------------------------------
@@ -471,6 +533,8 @@ MESSAGES: tuple[type[Message], ...] = (
     Registered,
     PushLora,
     LoraPushed,
+    TraceRequest,
+    Traced,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {
@@ -487,6 +551,7 @@ LARGE: frozenset[type[Message]] = frozenset(
         TellRank,
         PushLora,
         LoraPushed,
+        Traced,
     }
 )
 """Types whose frames grow with the model; all others fit into `codec.SMALL_FRAME`."""

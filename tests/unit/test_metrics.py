@@ -1,0 +1,185 @@
+"""What is exported, and what the dashboard and the alerts make of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import yaml  # type: ignore[import-untyped]
+from prometheus_client.metrics import MetricWrapperBase
+
+from weightsync.config import parse_node_config
+from weightsync.ipc.ledger import Account
+from weightsync.metrics import Metrics
+from weightsync.nccl_bridge.commands import LedgerBooks
+from weightsyncd.health import measure_node
+
+DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy"
+LEFT_OUT: dict[str, str] = {}  # metrics that the dashboard does not show → why not
+_SAMPLES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}
+_FROM_SCRAPING = {"job", "instance"}
+
+
+class Use(NamedTuple):
+    """One expression, and the labels that its texts speak of."""
+
+    where: str
+    expression: str
+    spoken: frozenset[str]
+
+
+def series() -> dict[str, frozenset[str]]:
+    """Every series that weightsyncd exports, and its labels."""
+    found = {}
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            for suffix in _SAMPLES[str(metric._type)]:
+                more = {"le"} if suffix == "_bucket" else set()
+                found[metric._name + suffix] = frozenset({*metric._labelnames, *more})
+    return found
+
+
+def dashboard() -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((DEPLOY / "grafana-dashboard.json").read_text())
+    return loaded
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [r for g in yaml.safe_load((DEPLOY / "prometheus-alerts.yaml").read_text())["groups"] for r in g["rules"]]
+
+
+def uses() -> list[Use]:
+    found = []
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", ()):
+            spoken = frozenset(re.findall(r"\{\{(\w+)\}\}", target["legendFormat"]))
+            found.append(Use(panel["title"], target["expr"], spoken))
+    for rule in alerts():
+        texts = " ".join(rule["annotations"].values())
+        found.append(Use(rule["alert"], rule["expr"], frozenset(re.findall(r"\$labels\.(\w+)", texts))))
+    return found
+
+
+def selectors(expression: str) -> list[tuple[str, set[str]]]:
+    """Each series that an expression reads, and the labels by which it chooses."""
+    found = re.findall(r"\b(weightsync_\w+|up)\b(?:\{([^}]*)\})?", expression)
+    return [(name, set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", chosen))) for name, chosen in found]
+
+
+@pytest.mark.parametrize("use", uses(), ids=lambda use: use.where)
+def test_every_series_and_label_in_it_is_exported(use):
+    known = {**series(), "up": frozenset()}
+    read = selectors(use.expression)
+    assert read, "it reads nothing of ours"
+    for name, labels in read:
+        assert name in known, name
+        assert labels <= known[name] | _FROM_SCRAPING, name
+    there = set().union(*(known[name] for name, _ in read)) | _FROM_SCRAPING
+    grouped = re.findall(r"\b(by|on|ignoring)\s*\(([^)]*)\)", use.expression)
+    for _, labels in grouped:
+        assert {label.strip() for label in labels.split(",")} <= there
+    kept = [{label.strip() for label in labels.split(",")} for word, labels in grouped if word == "by"]
+    shown = set().union(*kept) if kept else there if not re.match(r"(sum|count|max|min)\b", use.expression) else set()
+    assert use.spoken <= shown, "a text speaks of a label that the result does not have"
+
+
+def test_every_metric_is_shown_or_left_out_for_a_reason():
+    shown = {
+        name for panel in dashboard()["panels"] for t in panel.get("targets", ()) for name, _ in selectors(t["expr"])
+    }
+    exported = {
+        metric._name: metric._type for metric in vars(Metrics()).values() if isinstance(metric, MetricWrapperBase)
+    }
+    missing = {name for name, kind in exported.items() if not {name + suffix for suffix in _SAMPLES[str(kind)]} & shown}
+    assert missing == LEFT_OUT.keys()
+
+
+def test_panels_have_names_of_their_own_and_do_not_overlap():
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        at = panel["gridPos"]
+        cells = {(x, y) for x in range(at["x"], at["x"] + at["w"]) for y in range(at["y"], at["y"] + at["h"])}
+        assert not taken & cells, panel["title"]
+        assert at["x"] + at["w"] <= 24
+        taken |= cells
+
+
+def test_variables_of_the_dashboard_are_there():
+    document = dashboard()
+    named = {variable["name"] for variable in document["templating"]["list"]}
+    used = set(re.findall(r"\$\{?([a-z]\w*)", json.dumps(document["panels"])))
+    assert used == named
+
+
+def test_every_alert_says_what_it_is_and_what_to_do():
+    rules = alerts()
+    assert len({rule["alert"] for rule in rules}) == len(rules) > 5
+    page = (DEPLOY.parent / "operating.md").read_text()
+    for rule in rules:
+        assert rule["labels"]["severity"] in ("warning", "critical")
+        assert rule["annotations"]["summary"]
+        assert rule["annotations"]["description"]
+        assert f"`{rule['alert']}`" in page, rule["alert"]
+
+
+def test_the_first_failure_of_a_model_is_a_rise():
+    """A counter that begins at 1 has not risen, for Prometheus."""
+    metrics = Metrics(["policy"])
+    labels = {"model": "policy", "kind": "PushAborted"}
+    assert metrics.registry.get_sample_value("weightsync_push_failures_total", labels) == 0.0
+    labels = {"model": "policy", "outcome": "torn"}
+    assert metrics.registry.get_sample_value("weightsync_pushes_total", labels) == 0.0
+
+
+def test_a_node_is_measured(tmp_path):
+    """Books of several bridges add up; engines everywhere are compared with what was pushed from here."""
+
+    class FakeBridge:
+        def __init__(self, index: int, *accounts: Account) -> None:
+            self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
+            self._books = LedgerBooks(accounts=accounts)
+
+        async def call(self, command: object, deadline: float) -> LedgerBooks:
+            return self._books
+
+    class FakeEngine:
+        def __init__(self, name: str, version: int | None, model: str = "policy", frozen: bool = False) -> None:
+            self.name, self.version, self.model, self.frozen = name, version, model, frozen
+            self.state, self.info = "serving", SimpleNamespace(version=version, replay=None)
+
+        def status(self, node: str) -> FakeEngine:
+            return self
+
+    metrics = Metrics()
+    books = Account(reader="e0/0", exports=5, opens=5, closes=4), Account(reader="e0/0", exports=3, closes=3)
+    away = SimpleNamespace(info=None, engines=(FakeEngine("e2", None), FakeEngine("old", 1, "other")))
+    server: Any = SimpleNamespace(
+        config=parse_node_config(f'[node]\nshm_dir = "{tmp_path}"'),
+        metrics=metrics,
+        engines=[FakeEngine("e0", 7), FakeEngine("e1", 6), FakeEngine("ref", 1, frozen=True)],
+        peers={"n1": away},
+        trainers=SimpleNamespace(push=None, newest={"policy": 7}),
+        follower=SimpleNamespace(context=None),
+        executor=SimpleNamespace(wire=SimpleNamespace(leaks=2)),
+        bridges=[FakeBridge(0, books[0]), FakeBridge(1, books[1])],
+    )
+    asyncio.run(measure_node(server))
+    value = metrics.registry.get_sample_value
+    assert value("weightsync_exports", {"reader": "e0/0"}) == 8
+    assert value("weightsync_exports_outstanding", {"reader": "e0/0"}) == 1
+    assert value("weightsync_engines_behind", {"model": "policy"}) == 2
+    assert value("weightsync_newest_version", {"model": "policy"}) == 7
+    assert value("weightsync_peer_connected", {"peer": "n1"}) == 0
+    assert value("weightsync_exports_leaked") == 2
+    assert value("weightsync_slots", {"bridge": "n0/1"}) == 3
+    assert value("weightsync_shm_free_bytes")
+    server.peers = {}
+    asyncio.run(measure_node(server))
+    assert value("weightsync_peer_connected", {"peer": "n1"}) is None

@@ -1,0 +1,27 @@
+"""`weightsync`: the operator's hand. Try `weightsync demo` first.
+
+pushing     demo, push, keygen
+looking     status, trace
+engines     engines, engines add, engines remove
+examining   doctor
+measuring   bench
+"""
+
+from __future__ import annotations
+
+import typer
+
+from weightsync.cli import engines, examining, looking, measuring, pushing
+from weightsync.cli.options import app
+from weightsync.errors import WeightSyncError
+
+__all__ = ["app", "engines", "examining", "looking", "main", "measuring", "pushing"]
+
+
+def main() -> None:
+    """Entry point of the console script: errors in words, exit status 1; 130 after Ctrl-C."""
+    try:
+        app()
+    except WeightSyncError as error:
+        typer.echo(f"weightsync: {error}", err=True)
+        raise SystemExit(1) from None

@@ -1,0 +1,127 @@
+"""`weightsync status` on a terminal of 100 columns, made from the plain data of `weightsync status --json`.
+
+What is wrong comes in sentences below the tables, where nothing is cut off.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from weightsync.views import coloured, empty_table, or_dash
+
+__all__ = ["status_view"]
+
+_OVER_BYTES = ("fill", "wire", "load")  # phases in which the bytes of a push move
+
+
+def status_view(status: dict[str, Any], clock: str) -> Group:
+    """A whole daemon at a glance."""
+    head = f"{status['software']} on node {status['node']}, pid {status['pid']}, up {_lasting(status['uptime'])}"
+    parts: list[Any] = [Text(f"{head}, at {clock}"), Text(), _engines(status), Text(), _bridges(status)]
+    if status["nodes"]:
+        parts += [Text(), _nodes(status["nodes"])]
+    if status["keepers"]:
+        parts += [Text(), *(_keeper(keeper) for keeper in status["keepers"])]
+    wrong = list(_wrong(status))
+    if wrong:
+        parts += [Text(), *wrong]
+    return Group(*parts, Text(), *_under_way(status["push"]), *_last_push(status))
+
+
+def _engines(status: dict[str, Any]) -> Any:
+    engines = empty_table("engine", "node", "model", "kind", "state", "serves", "tp", "url")
+    for e in status["engines"]:
+        model = f"{e['model']} (frozen)" if e["frozen"] else e["model"]
+        version, tp = or_dash(e["version"]), or_dash(e["tp_size"])
+        engines.add_row(e["name"], e["node"], model, e["kind"], coloured(e["state"]), version, tp, e["url"])
+    return engines
+
+
+def _bridges(status: dict[str, Any]) -> Any:
+    bridges = empty_table("bridge", "pid", "slots", "taken", "on", "exports", "open", "revoked", "restarts")
+    for b in status["bridges"]:
+        slots = f"{b['slots']} × {b['slot_bytes'] / 2**20:g} MiB"
+        place = f"GPU {b['gpu'].partition('-')[0]}" if b["gpu"] else "host"
+        counts = [str(b[key]) for key in ("exports", "outstanding", "revoked", "restarts")]
+        bridges.add_row(f"{b['node']}/{b['index']}", or_dash(b["pid"]), slots, str(b["taken"]), place, *counts)
+    return bridges
+
+
+def _nodes(nodes: list[dict[str, Any]]) -> Any:
+    table = empty_table("peer", "engines", "bridges", "slots on", "endpoint", "state")
+    for node in nodes:
+        place = {"cuda": "GPUs", "cpu": "host"}.get(node["device"], "–")
+        state = coloured(node["state"])
+        table.add_row(node["node"], str(node["engines"]), str(node["bridges"]), place, node["endpoint"], state)
+    return table
+
+
+def _keeper(keeper: dict[str, Any]) -> Text:
+    process = f"pid {keeper['pid']}" if keeper["pid"] is not None else "not running"
+    kept = f"version {keeper['version']}, {_size(keeper['nbytes'])}" if keeper["version"] is not None else "nothing"
+    return Text(f"keeper of {keeper['model']} ({process}) keeps {kept}, for engines that come late")
+
+
+def _wrong(status: dict[str, Any]) -> Any:
+    for engine in status["engines"]:
+        if engine["error"]:
+            yield Text(f"engine {engine['name']}: {engine['error']}", style="red")
+    for bridge in status["bridges"]:
+        name = f"bridge {bridge['node']}/{bridge['index']}"
+        if bridge["error"]:
+            yield Text(f"{name}: {bridge['error']}", style="red")
+        if bridge["holding"] and status["push"] is None:
+            readers = ", ".join(f"{reader} {count}" for reader, count in bridge["holding"].items())
+            yield Text(f"{name}: exports that were not closed, with no push under way: {readers}", style="red")
+    if status["leaks"]:
+        yield Text(f"{status['leaks']} exports were never given back since the start, and were revoked", style="red")
+    needs = sum(b["slots"] * b["slot_bytes"] for b in status["bridges"])
+    if status["device"] == "cpu" and status["shm_free"] is not None and status["shm_free"] < needs // 20:
+        yield Text(f"shared memory is nearly full: {_size(status['shm_free'])} free", style="yellow")
+
+
+def _under_way(push: dict[str, Any] | None) -> list[Text]:
+    if push is None:
+        return [Text("no push is under way")]
+    share = 100 * push["filled_bytes"] / push["nbytes"] if push["nbytes"] else 0
+    what = f"pushing version {push['version']} of {push['model']}: {push['state']} for {push['seconds']:.1f} s"
+    lines = [f"{what}, {_size(push['filled_bytes'])} of {_size(push['nbytes'])} filled ({share:.0f} %)"]
+    if push["waiting_for"]:
+        lines.append(f"  waiting for {push['waiting_for']}")
+    lines += [f"  {e['engine']}: {e['stage']}, {e['loaded']} of {push['buckets']} buckets" for e in push["engines"]]
+    return [Text(line) for line in lines]
+
+
+def _last_push(status: dict[str, Any]) -> list[Any]:
+    last, error = status["last"], status["last_error"]
+    if last is None:
+        return []
+    ago = f", {_lasting(status['last_ago'])} ago" if status["last_ago"] is not None else ""
+    what = f"last push{ago}: version {last['version']} of {last['model']}"
+    size = f"{_size(last['nbytes'])} in {last['buckets']} buckets, {last['seconds']:.3f} s"
+    outcomes = Text("  " + ", ".join(f"{e['engine']} {e['outcome']}" for e in last["engines"]))
+    if error is not None:
+        hint = [Text(f"  hint: {error['hint']}")] if error.get("hint") else []
+        return [Text(f"{what} failed after {last['seconds']:.3f} s: {error['message']}", style="red"), *hint, outcomes]
+    phases = empty_table("  phase", "seconds", "GB/s", right=(1, 2))
+    for name, seconds in last["phases"].items():
+        moves = name in _OVER_BYTES and seconds > 0
+        phases.add_row(f"  {name}", f"{seconds:.4f}", f"{last['nbytes'] / seconds / 1e9:.2f}" if moves else "")
+    speed = f", {last['nbytes'] / last['seconds'] / 1e9:.2f} GB/s" if last["seconds"] else ""
+    return [Text(f"{what}: {size}{speed}"), phases, outcomes]
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def _lasting(seconds: float) -> str:
+    """Seconds as a person says them."""
+    whole = int(seconds)
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        if whole >= 2 * unit:
+            return f"{whole // unit} {name}"
+    return f"{whole} s"
