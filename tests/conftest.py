@@ -22,6 +22,9 @@ settings.register_profile(
 )
 settings.load_profile("weightsync")
 
+# Two processes share these tests on few cores, and each of theirs would have torch spin on all of them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A shell starts what runs in its background deaf to Ctrl-C, and what that starts too: tests send it to processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

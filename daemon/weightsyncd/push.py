@@ -351,8 +351,10 @@ class Push:
         session = self.session
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
-            words = (session.model, session.version, session.state, error.message)
-            logger.error("[push=%s v=%d] %s: %s", *words, extra=of_error(error))
+            refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything
+            words = (session.model, session.version, "refused" if refused else session.state, error.message)
+            level = logging.WARNING if refused else logging.ERROR
+            logger.log(level, "[push=%s v=%d] %s: %s", *words, extra=of_error(error))
         else:
             logger.info(
                 "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",

@@ -15,7 +15,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.faults.kit import ARENA, TIMEOUTS, segments, until
+from tests.faults.kit import ARENA, AT_ONCE, TIMEOUTS, segments, until
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
@@ -139,7 +139,7 @@ def test_a_push_that_can_end_is_let_end(stopped, signals):
     newcomer.push(**node.terms(0, 1, version=node.next_version(), group="another"))
     refused = newcomer.error()
     assert (refused["kind"], refused["message"]) == ("PushRefused", "weightsyncd is stopping")
-    assert refused["seconds"] < 1
+    assert refused["seconds"] < AT_ONCE
     ranks[0].go()
     assert all(rank.report()["complete"] for rank in ranks)
     gone(node.daemon, bridges, STOP)

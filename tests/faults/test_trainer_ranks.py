@@ -6,6 +6,8 @@ import signal
 
 import pytest
 
+from tests.faults.kit import AT_ONCE
+
 pytestmark = pytest.mark.faults
 
 
@@ -33,7 +35,7 @@ def test_a_rank_killed_before_the_others_call(node):
     error = second.error()
     assert (error["kind"], error["rank"], error["phase"]) == ("PushAborted", 0, "open")
     assert "trainer rank 0 was lost" in error["message"]
-    assert error["seconds"] < 2, "its siblings have failed long ago: it must not wait for them"
+    assert error["seconds"] < AT_ONCE, "its siblings have failed long ago: it must not wait for them"
     assert node.torn_or_whole(node.before) == set()
 
 
