@@ -108,6 +108,12 @@ def test_an_arena_larger_than_any_memory_is_the_same_error(node):
     assert not segments("vast")
 
 
+def stopped(pid):
+    """Whether all of a process's threads stand still: its first is not the one that hears of a child's end."""
+    states = [task.read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return set(states) == {"T"}
+
+
 class Filled:
     """A small file system that becomes full while no bridge has an arena in it."""
 
@@ -119,7 +125,7 @@ class Filled:
 
     def close(self, daemon, bridge):
         daemon.kill(signal.SIGSTOP)  # it must not start the next bridge before there is no room
-        until(lambda: psutil.Process(daemon.pid).status() == psutil.STATUS_STOPPED, "the daemon has stopped")
+        until(lambda: stopped(daemon.pid), "the daemon has stopped")
         bridge.kill()
         until(lambda: bridge.status() == psutil.STATUS_ZOMBIE, "the bridge has ended")
         (arena,) = self._small.glob("weightsync-*")
