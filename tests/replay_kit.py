@@ -71,13 +71,18 @@ class Model(torch.nn.Module):
         with torch.no_grad():
             self._load(ModelState.of(self).tensors, tensors)
 
-    def push(self, replay: ModelReplay, weights: Mapping[str, torch.Tensor], slot_bytes: int = 1 << 20) -> None:
+    def push(
+        self, replay: ModelReplay, weights: Mapping[str, torch.Tensor], slot_bytes: int = 1 << 20, *, pull: bool = False
+    ) -> None:
         """One push through `replay`."""
         self.heard = []
         manifest, buckets = read_buckets(weights, slot_bytes)
         replay.begin(manifest, ModelState.of(self))
         for bucket in buckets:
-            replay.load(bucket, self.load_weights)
+            if pull and replay.takes(bucket.index):
+                replay.pull(bucket)
+            else:
+                replay.load(bucket, self.load_weights)
             del bucket
         replay.finish(lambda: ModelState.of(self))
 

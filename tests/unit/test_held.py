@@ -37,23 +37,23 @@ def load(rank):
 
 
 class Engine:
-    """Two workers, and what the daemon has of them."""
+    """Workers, two if nothing else is said, and what the daemon has of them."""
 
-    def __init__(self):
+    def __init__(self, models=None):
         parameters = {"attn.qk": torch.zeros(6, 6), "norm.weight": torch.zeros(6), "odd.weight": torch.zeros(3, 4)}
-        self.models = [Model(parameters, load(rank)) for rank in range(2)]
+        self.models = models or [Model(parameters, load(rank)) for rank in range(2)]
         self.replays = [ModelReplay({}) for _ in self.models]
         self.check = HeldCheck("e0")
         self.asked = 0  # for boxes
 
-    def push(self, seed, shapes=SHAPES):
+    def push(self, seed, shapes=SHAPES, *, slot_bytes=1 << 20, pull=False):
         generator = torch.Generator().manual_seed(seed)
         self.weights = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
         for model, replay in zip(self.models, self.replays, strict=True):
-            model.push(replay, self.weights)
+            model.push(replay, self.weights, slot_bytes, pull=pull)
 
-    def verify(self, boxes=packed_boxes):
-        manifest, _ = read_buckets(self.weights, 1 << 20)
+    def verify(self, boxes=packed_boxes, slot_bytes=1 << 20):
+        manifest, _ = read_buckets(self.weights, slot_bytes)
         workers = [(r, manifest.digest, ModelState.of(m)) for r, m in zip(self.replays, self.models, strict=True)]
         expected = [
             fingerprint(
@@ -132,6 +132,59 @@ def test_a_worker_that_cannot_tell_ends_the_comparison(engine):
     assert engine.verify() is None
     engine.models[0]._parameters.clear()
     assert sums_of(engine.replays[0], b"another manifest", ModelState.of(engine.models[0])) == HeldSums()
+
+
+def test_what_was_pulled_has_to_be_compared(engine):
+    fewer = {name: shape for name, shape in SHAPES.items() if name != "odd"}
+    for seed in range(3):
+        engine.push(seed, fewer)
+        engine.verify()
+    engine.push(3, fewer, pull=True)
+    assert [replay.facts().pulled for replay in engine.replays] == [1, 1]
+    assert engine.verify() == 3
+    engine.push(4, fewer, pull=True)
+    engine.replays[1].turn_off("as was asked")
+    with pytest.raises(
+        EngineError, match=r"it pulled its weights unchecked.* cannot tell what lies in its memory"
+    ) as told:
+        engine.verify()
+    assert "read and checked bucket by bucket" in str(told.value.hint)
+
+
+def test_a_tensor_that_one_workers_loader_keeps_is_compared_in_none():
+    def computes(targets, tensors):
+        for name, tensor in tensors:
+            targets[f"{name}.weight"].copy_(tensor * 1.0 if name == "big" else tensor)
+
+    def copies(targets, tensors):
+        for name, tensor in tensors:
+            targets[f"{name}.weight"].copy_(tensor)
+
+    parameters = {"big.weight": torch.zeros(64, 8), "norm.weight": torch.zeros(6)}
+    shapes = {"big": (64, 8), "norm": (6,)}
+    engine = Engine([Model(parameters, load) for load in (copies, computes)])
+    for seed in range(3):
+        engine.push(seed, shapes, slot_bytes=512)
+    assert engine.verify(slot_bytes=512) == 1, "the norm; the other is not looked at in the second worker"
+    manifest, _ = read_buckets(engine.weights, 512)
+    assert not engine.check.covers(manifest)
+    engine.replays[1].begin(manifest, ModelState.of(engine.models[1]))
+    names = [manifest.tensors.names[int(manifest.piece_tensor[p])] for p in range(manifest.pieces)]
+    takes = [engine.replays[1].takes(bucket) for bucket in range(manifest.buckets)]
+    assert takes == [names[manifest.bucket_pieces(b).start] != "big" for b in range(manifest.buckets)]
+
+
+def test_a_worker_with_two_copies_that_differ_is_named():
+    def twice(targets, tensors):
+        for target in targets.values():
+            target.copy_(tensors[0][1])
+
+    engine = Engine([Model({"a.weight": torch.zeros(4), "b.weight": torch.zeros(4)}, twice)])
+    for seed in range(2):
+        engine.push(seed, {"w": (4,)})
+    engine.models[0].get_parameter("b.weight").data[0] = 7
+    with pytest.raises(EngineError, match="tp rank 0 holds twice, with different bytes of 'w'"):
+        engine.verify()
 
 
 def test_parameters_that_moved_since_are_not_spoken_of(engine):

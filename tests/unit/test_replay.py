@@ -433,6 +433,18 @@ def test_what_goes_wrong_while_learning_costs_no_push(monkeypatch, caplog):
     assert "replay is off" in caplog.text
 
 
+def test_want_of_memory_puts_the_proof_off(monkeypatch):
+    model: Any = Model(LAYER, load_layer)
+    replay = pushed(model, layer, times=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("weightsync.replay.proof.Proof._empty", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+        model.push(replay, layer(1))
+    assert (replay.facts().phase, "no memory was left" in replay.facts().note) == ("prove", True)
+    for phase in ("prove", "replay"):
+        model.push(replay, layer(2))
+        assert replay.facts().phase == phase
+
+
 def test_a_model_that_cannot_be_looked_at_is_left_to_its_loader(caplog):
     model: Any = Model(LAYER, load_layer)
     replay = ModelReplay({})

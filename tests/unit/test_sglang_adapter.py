@@ -225,6 +225,8 @@ def test_the_cache_is_flushed_once_and_the_version_set_last() -> None:
     order = [path for path, _ in server.asked]
     assert order.count("/flush_cache") == 1
     assert order.index("/end_weight_update") < order.index("/flush_cache")
+    last = len(order) - 1 - order[::-1].index("/update_weight_version")
+    assert order.index("/flush_cache") < last < order.index("/continue_generation")
     assert server.said("/update_weight_version") == [
         {"new_version": ">2", "abort_all_requests": False},
         {"new_version": "2", "abort_all_requests": False},

@@ -330,13 +330,13 @@ async def test_the_version_is_torn_before_anything_and_served_after_everything()
     assert server.paths()[:2] == ["/update_weight_version", "/start_weight_update"]
     server.posted.clear()
     await hand.finish(5, deadline=soon())
+    assert server.weight_version == ">5", "nobody has looked yet whether it was loaded right"
+    assert server.paths() == ["/finish_weight_update", "/reset_prefix_cache", "/reset_encoder_cache"]
+    server.posted.clear()
+    await hand.resume(deadline=soon())
     assert server.weight_version == "5"
-    assert server.paths()[:4] == [
-        "/finish_weight_update",
-        "/reset_prefix_cache",
-        "/reset_encoder_cache",
-        "/update_weight_version",
-    ]
+    assert server.paths()[0] == "/update_weight_version"
+    assert server.paths()[-1] == "/resume"
 
 
 @pytest.mark.parametrize(
@@ -365,6 +365,7 @@ async def test_a_cache_that_was_not_reset_leaves_the_server_torn():
     assert (await hand.probe(deadline=soon())).torn
     await hand.pause("none", deadline=soon())
     await hand.finish(5, deadline=soon())  # its KV was to be kept
+    await hand.resume(deadline=soon())
     assert not (await hand.probe(deadline=soon())).torn
 
 

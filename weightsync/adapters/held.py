@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from weightsync.replay.model import ModelState
     from weightsync.replay.state import ModelReplay
 
+_HINT = (
+    "weights that the trainer changed while they were read, a slot that was damaged under way, or something else that "
+    "writes into the engine's weights; the next push is read and checked bucket by bucket"
+)
 LAYOUTS = 4  # that are remembered, as many as a worker remembers
 __all__ = ["HeldCheck", "HeldSums", "packed_boxes", "sums_of"]
 
@@ -33,14 +37,17 @@ class HeldSums(msgspec.Struct, frozen=True):
 
     boxes: Annotated[bytes, Meta(max_length=16)] = b""
     sums: bytes = b""  # little-endian uint64, one for each box
+    pulled: int = 0  # buckets of the push of which it has checked nothing
 
 
 def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> HeldSums:
     """In a worker: what `model` holds of the push that has ended, of the manifest with this digest."""
-    held = replay.residents(digest, model) if replay is not None else None
-    if held is None:
+    if replay is None:
         return HeldSums()
-    return HeldSums(boxes=digest_of(held.packed), sums=held.fingerprints(model.tensors))
+    held = replay.residents(digest, model)
+    if held is None:
+        return HeldSums(pulled=replay.pulled)
+    return HeldSums(boxes=digest_of(held.packed), sums=held.fingerprints(model.tensors), pulled=replay.pulled)
 
 
 def packed_boxes(replay: ModelReplay | None, digest: bytes, model: ModelState) -> bytes:
@@ -76,7 +83,10 @@ class HeldCheck:
         """
         self._whole.discard(manifest.digest)
         told = await sums()
+        pulled = any(one.pulled for one in told)
         if not told or not all(one.boxes for one in told):
+            if pulled:
+                raise self._uncompared("a worker cannot tell what lies in its memory")
             return None
         key = (manifest.digest, *(one.boxes for one in told))
         verifier = self._verifiers.pop(key, None)
@@ -100,7 +110,17 @@ class HeldCheck:
             forgotten = next(iter(self._verifiers))
             del self._verifiers[forgotten]
             self._whole.discard(forgotten[0])
-        compared = verifier.compare([one.sums for one in told], expected)
+        try:
+            compared = verifier.compare([one.sums for one in told], expected)
+        except EngineError as error:
+            raise EngineError(error.message, engine=self._engine, phase="verify", hint=error.hint or _HINT) from error
         if compared == len(manifest.tensors):
             self._whole.add(manifest.digest)
+        elif pulled:
+            raise self._uncompared(f"{compared} of {len(manifest.tensors)} tensors can be compared in its memory")
         return compared
+
+    def _uncompared(self, why: str) -> EngineError:
+        words = f"it pulled its weights unchecked, because after the last push all could be compared, and now {why}"
+        hint = "the next push is read and checked bucket by bucket"
+        return EngineError(words, engine=self._engine, phase="verify", hint=hint)

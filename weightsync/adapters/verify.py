@@ -34,10 +34,12 @@ class Verifier:
 
     def __init__(self, ranks: Sequence[ResidentBoxes], tensors: TensorTable, *, parts: bool = False) -> None:
         """`ranks` by tp_rank. Raises `EngineError` naming the first tensor that they hold a part of, but not all; with
-        `parts` such a tensor is not compared. Nor are tensors of which they hold nothing.
+        `parts` such a tensor is not compared, and none of which a rank has parts that it does not show. Nor are tensors
+        of which they hold nothing.
         """
         self._tensors = tensors
         self._counts = [len(rank) for rank in ranks]
+        unseen = sorted({tensor for rank in ranks for tensor in rank.unseen})
         tensor = np.concatenate([np.empty(0, np.int32), *(rank.tensor for rank in ranks)])
         none = np.empty((0, tensors.width), np.int64)
         offset = np.concatenate([none, *(rank.offset for rank in ranks)])
@@ -55,7 +57,8 @@ class Verifier:
         self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)  # where its boxes begin
         wrong, held = self._untiled()
         if parts:
-            self._boxes = self._boxes[~np.isin(tensor[self._boxes], self._shown[wrong])]
+            left_out = np.concatenate([self._shown[wrong], np.array(unseen, dtype=np.int32)])
+            self._boxes = self._boxes[~np.isin(tensor[self._boxes], left_out)]
             self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)
         elif wrong.any():
             self._tell_untiled(int(np.argmax(wrong)), held)
@@ -118,8 +121,9 @@ class Verifier:
         copy, original = int(self._copies[differ[0]]), int(self._originals[differ[0]])
         first, second = np.searchsorted(np.cumsum(self._counts), [original, copy], side="right").tolist()
         ndim = int(self._tensors.ndims[self._tensor[copy]])
+        who = f"tp ranks {first} and {second} hold" if first != second else f"tp rank {first} holds twice, with"
         raise EngineError(
-            f"tp ranks {first} and {second} hold different bytes of {self._name(self._tensor[copy])}, "
+            f"{who} different bytes of {self._name(self._tensor[copy])}, "
             f"box {self._shape[copy, :ndim].tolist()} at {self._offset[copy, :ndim].tolist()}",
             phase="verify",
         )

@@ -12,7 +12,7 @@ from weightsync.plan.boxes import Ints, pad_shapes
 from weightsync.plan.packing import FORMAT, Packed, column, pack, unpack
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy.typing as npt
 
@@ -21,10 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["ResidentBoxes"]
 
 
-class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     tensor: bytes  # int32, all columns little-endian
     offset: bytes  # int64, rows of as many dimensions as the widest tensor has
     shape: bytes  # int64
+    unseen: bytes = b""  # int32
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,17 +39,25 @@ class ResidentBoxes:
     tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
     offset: Ints  # [n, D] in elements of the whole tensor
     shape: Ints  # [n, D]
+    unseen: frozenset[int] = frozenset()  # tensors of which the rank has more than these boxes
 
     def __len__(self) -> int:
         return len(self.tensor)
 
     @classmethod
-    def of(cls, boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]], width: int) -> ResidentBoxes:
+    def of(
+        cls,
+        boxes: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]],
+        width: int,
+        *,
+        unseen: Iterable[int] = (),
+    ) -> ResidentBoxes:
         """These boxes, each a tensor's index, an offset and a shape."""
         return cls(
             np.array([tensor for tensor, _, _ in boxes], dtype=np.int32),
             pad_shapes([offset for _, offset, _ in boxes], width, 0),
             pad_shapes([shape for _, _, shape in boxes], width, 1),
+            frozenset(unseen),
         )
 
     def pack(self) -> bytes:
@@ -59,6 +68,7 @@ class ResidentBoxes:
                 tensor=self.tensor.astype("<i4").tobytes(),
                 offset=self.offset.astype("<i8").tobytes(),
                 shape=self.shape.astype("<i8").tobytes(),
+                unseen=np.array(sorted(self.unseen), dtype="<i4").tobytes(),
             )
         )
 
@@ -79,4 +89,7 @@ class ResidentBoxes:
         if not inside.all():
             name = tensors.names[int(tensor[np.argmin(inside)])]
             raise CodecError(f"a resident of {name!r} is empty or does not lie in that tensor")
-        return cls(tensor.astype(np.int32), offset, shape)
+        unseen = column(raw.unseen, "<i4", "unseen")
+        if len(unseen) and not 0 <= int(unseen.min()) <= int(unseen.max()) < len(tensors):
+            raise CodecError("a rank has parts of a tensor that is not there")
+        return cls(tensor.astype(np.int32), offset, shape, frozenset(unseen.tolist()))

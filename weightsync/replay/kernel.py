@@ -1,6 +1,7 @@
 """Who carries out moves: a loop on a CPU; on a GPU one launch for each bucket, over a table that stays there.
 
-The kernel is that of `weightsync.device`. What it cannot convert goes through torch, move by move, as on a CPU.
+The kernel is that of `weightsync.device`. What it cannot convert, or would not reach, goes through torch, move by move,
+as on a CPU.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class KernelMoves:
         """See `Mover`."""
         found = self._tables.get(key)
         if found is None:
-            items = [(move, move_items(move)) for move in moves]
+            here = {i for i, target in targets.items() if target.device == self._device}
+            items = [(move, move_items(move) if move.target in here else None) for move in moves]
             table = self._kernel.table(joined([some for _, some in items if some is not None]))
             found = self._tables[key] = table, tuple(move for move, some in items if some is None)
         table, left = found

@@ -48,7 +48,7 @@ class BucketMoves:
         tuple[int, tuple[Move, ...]], ...
     ]  # tensors of the manifest that it completes, and the moves out of each
     replayed: frozenset[int]  # tensors of the manifest, of those that it completes, that need no loader
-    left: bool  # whether it completes others
+    left: bool  # whether it has anything of others
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ def lay_out(plan: LoadPlan, manifest: Manifest) -> Moves:
         for piece in manifest.bucket_pieces(bucket):
             tensor = tensors[piece]
             missing[tensor] -= nbytes[piece]
-            if missing[tensor]:
-                continue
             copies = by_source.get(names[tensor])
             if copies is None:
                 left = True
+                continue
+            if missing[tensor]:
                 continue
             replayed.add(tensor)
             if nbytes[piece] == sizes[tensor]:

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["Copy", "Fill", "LoadPlan", "Target", "draw_up"]
+__all__ = ["NOT_SEEN", "Copy", "Fill", "LoadPlan", "Target", "draw_up"]
 
-_NOT_SEEN = "the loader was not seen to copy any of it"
+NOT_SEEN = "the loader was not seen to copy any of it"
 
 
 class Target(NamedTuple):
@@ -126,7 +126,7 @@ def _plan(
         by_loader=bad,
         untouched=untouched,
         sources=sources,
-        loader_sources={name: why.get(name, _NOT_SEEN) for name in offered if name not in sources},
+        loader_sources={name: why.get(name, NOT_SEEN) for name in offered if name not in sources},
     )
 
 

@@ -15,6 +15,7 @@ from weightsync.fingerprint import fingerprint
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.residents import ResidentBoxes
 from weightsync.replay.moves import raw_bytes, strided_view
+from weightsync.replay.plan import NOT_SEEN
 from weightsync.replay.strided import Box
 
 if TYPE_CHECKING:
@@ -44,25 +45,25 @@ class Residents:
     def __init__(self, plan: LoadPlan, manifest: Manifest) -> None:
         """What is converted on its way, or is no box of its tensor (every other row, say), is left out."""
         self._tensors = manifest.tensors
-        found = []
+        index, shapes = manifest.tensors.index, manifest.tensors.shapes
+        found, unseen = [], {name for name, why in plan.loader_sources.items() if why != NOT_SEEN}
         for copy in plan.copies:
-            tensor = manifest.tensors.index[copy.source]
-            if copy.source_dtype != copy.dtype:
-                continue
-            placed = resident_box(
-                manifest.tensors.shapes[tensor], copy.dtype.itemsize, copy.source_box, copy.target_box
-            )
-            if placed is not None:
+            tensor = index[copy.source]
+            placed = resident_box(shapes[tensor], copy.dtype.itemsize, copy.source_box, copy.target_box)
+            if copy.source_dtype != copy.dtype or placed is None:
+                unseen.add(copy.source)
+            else:
                 offset, box = placed
                 found.append(Resident(tensor, offset, box.sizes, copy.target, box))
         self.held = tuple(found)
         self.complete = len(found) == len(plan.copies)
+        self.unseen = tuple(sorted(index[name] for name in unseen))  # tensors of which it has more than it can tell
 
     @cached_property
     def packed(self) -> bytes:
         """The boxes in the order of `fingerprints`, as packed `ResidentBoxes`."""
         boxes = [(one.tensor, one.offset, one.shape) for one in self.held]
-        return ResidentBoxes.of(boxes, self._tensors.width).pack()
+        return ResidentBoxes.of(boxes, self._tensors.width, unseen=self.unseen).pack()
 
     def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
         """Little-endian uint64 for each, of what lies in `targets`, in host memory, now."""

@@ -94,6 +94,11 @@ class ModelReplay:
             return frozenset()
         return frozenset(self._known.plan.targets)
 
+    @property
+    def pulled(self) -> int:
+        """How many buckets of the push were pulled."""
+        return self._pulled
+
     def begin(self, manifest: Manifest, model: ModelState | None) -> None:
         """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it; None: it could
         not be looked at, and its loader loads it.
@@ -105,6 +110,8 @@ class ModelReplay:
         else:
             elsewhere = {t.device for t in model.tensors.values() if t.device.type not in ("cpu", "meta")}
             self._device = next(iter(elsewhere), torch.device("cpu"))
+            if len(elsewhere) > 1:
+                self.turn_off(f"its weights are on {len(elsewhere)} devices")
         if model is not None and not self._asked and self._device.type != "cpu":
             self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
@@ -205,12 +212,12 @@ class ModelReplay:
         """Nothing that goes wrong here costs a push: the loader has loaded, and goes on to."""
         try:
             work()
-        except torch.OutOfMemoryError as error:
-            self._recorder = self._proof = None
-            self._note = f"no memory was left to prove it: {error}"
-            logger.warning("weightsync: replay is put off: %s", self._note)
         except Exception as error:
             self._recorder = self._proof = None
+            if _no_memory(error):
+                self._note = f"no memory was left to prove it: {error}"
+                logger.warning("weightsync: replay is put off: %s", self._note)
+                return
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             logger.exception("weightsync: replay is off from here on")
 
@@ -289,6 +296,11 @@ def _why_anew(known: _Known, places: Mapping[str, Place]) -> str:
     moved = was is not None and now is not None and was[1:] == now[1:]
     more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
     return f"{changed[0]}{more} {'moved' if moved else 'changed'} in memory"
+
+
+def _no_memory(error: Exception) -> bool:
+    """Whether an allocation failed; in host memory torch has no exception of its own for that."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _first(names: list[str]) -> list[str]:

@@ -1,8 +1,9 @@
 """The daemon's hand inside one SGLang server.
 
 The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
-loaded and the cache is flushed. Its dialect and the way in are chosen when it is first probed, and again when it has
-restarted. What a server does not say (whether it is paused, before 0.5.20 and without our plugin) is remembered here.
+loaded, the cache is flushed, and what can be compared was found right. Its dialect and the way in are chosen when it is
+first probed, and again when it has restarted. What a server does not say (whether it is paused, before 0.5.20 and
+without our plugin) is remembered here.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ class SGLangAdapter(EngineAdapter):
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
         self._held, self._compares = HeldCheck(spec.name), False
+        self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
 
@@ -156,6 +158,7 @@ class SGLangAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         known = await self._met(deadline)
+        self._loaded = None
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
         if "weights" in self._asleep:
@@ -171,23 +174,13 @@ class SGLangAdapter(EngineAdapter):
     async def finish(self, version: int, *, deadline: float) -> None:
         await (await self._met(deadline)).path.finish(deadline=deadline)
         await self._flush(deadline)
-        text = serving(version)
-        await self._server.set_weight_version(text, deadline=deadline)
-        found = await self._server.weight_version(deadline=deadline)
-        if found != text:
-            raise EngineError(
-                f"its weight version is {found!r} after it was set to {text!r}",
-                engine=self.name,
-                phase="finish",
-                hint="let nobody else set this server's weight version",
-            )
-        self._version = version
+        self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
         known = await self._met(deadline)
         path = known.path
-        if not isinstance(path, PluginPath) or not self._compares:
+        if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
             return None
         return await self._held.verify(
             manifest,
@@ -197,6 +190,9 @@ class SGLangAdapter(EngineAdapter):
         )
 
     async def resume(self, *, deadline: float) -> None:
+        """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
+        if self._loaded is not None:
+            await self._serve(self._loaded, deadline)
         if self._asleep and self._begun:  # one that was not loaded sleeps on, as whoever put it to sleep wants it
             await self._wake(self._asleep, deadline)
         self._begun = False
@@ -289,6 +285,19 @@ class SGLangAdapter(EngineAdapter):
         except EngineAnswer as answer:
             if "begin_weight_update" not in answer.reason:
                 raise
+
+    async def _serve(self, version: int, deadline: float) -> None:
+        text = serving(version)
+        await self._server.set_weight_version(text, deadline=deadline)
+        found = await self._server.weight_version(deadline=deadline)
+        if found != text:
+            raise EngineError(
+                f"its weight version is {found!r} after it was set to {text!r}",
+                engine=self.name,
+                phase="resume",
+                hint="let nobody else set this server's weight version",
+            )
+        self._version, self._loaded = version, None
 
     async def _flush(self, deadline: float) -> None:
         """Forget what the old weights computed. Requests that none froze keep theirs, and so does the cache then."""

@@ -109,7 +109,8 @@ class _Worker:
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
             replay.begin(self._slots.manifest, ModelState.seen(model))
-        self._models, self._pull = models, order.pull and self._slots.lends
+        # what is compared afterwards is the first model alone
+        self._models, self._pull = models, order.pull and self._slots.lends and len(models) == 1
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
@@ -190,7 +191,11 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
         problem = f"{type(error).__name__}: {error}"
     problem = _agree(problem, manager.tp_cpu_group)
     if isinstance(answer, bytes) and not problem:
-        answer = orders.pack_answers(_gathered(answer, manager.tp_cpu_group))
+        try:
+            answer = orders.pack_answers(_gathered(answer, manager.tp_cpu_group))
+        except Exception as error:
+            logger.exception("weightsync: the answers of all ranks cannot be put together")
+            problem = f"{type(error).__name__}: {error}"
     return reply(success=not problem, message=problem or answer)
 
 

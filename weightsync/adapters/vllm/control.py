@@ -66,6 +66,7 @@ class VLLMAdapter(EngineAdapter):
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
         self._held = HeldCheck(spec.name)
+        self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._sleeps = False  # when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
 
@@ -130,6 +131,7 @@ class VLLMAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         path, info = self._probed()
+        self._loaded = None
         current = await path.weight_version(deadline=deadline)
         await path.set_weight_version(torn_text(current, version), deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
@@ -143,21 +145,16 @@ class VLLMAdapter(EngineAdapter):
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        """See the base class. The version is set last: a server that says it has flushed its caches, too."""
         path, _ = self._probed()
         await path.finish(version, deadline=deadline)
         await self._flush(path.server, deadline=deadline)
-        text = versions.serving(version)
-        await path.set_weight_version(text, deadline=deadline)
-        if (said := await path.weight_version(deadline=deadline)) != text:
-            raise EngineError(
-                f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="finish"
-            )
+        self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None where our plugin cannot tell: what vLLM holds is fused, sharded and packed for its kernels."""
         path, _ = self._probed()
-        if not isinstance(path, ExtensionPath) or path.replay is None or not path.replay.compares:
+        compares = path.pull or (path.replay is not None and path.replay.compares)
+        if not isinstance(path, ExtensionPath) or not compares:
             return None
         return await self._held.verify(
             manifest,
@@ -167,7 +164,11 @@ class VLLMAdapter(EngineAdapter):
         )
 
     async def resume(self, *, deadline: float) -> None:
-        """See the base class. One that sleeps and was not loaded sleeps on: it has nothing to serve."""
+        """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One
+        that sleeps and was not loaded sleeps on: it has nothing to serve.
+        """
+        if self._loaded is not None:
+            await self._serve(self._loaded, deadline)
         if self._sleeps and not self._woken:
             return
         if self._woken:
@@ -252,6 +253,16 @@ class VLLMAdapter(EngineAdapter):
             phase="probe",
             hint=_PLUGIN_HINT,
         )
+
+    async def _serve(self, version: int, deadline: float) -> None:
+        path, _ = self._probed()
+        text = versions.serving(version)
+        await path.set_weight_version(text, deadline=deadline)
+        if (said := await path.weight_version(deadline=deadline)) != text:
+            raise EngineError(
+                f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="resume"
+            )
+        self._loaded = None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
         """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
