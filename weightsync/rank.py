@@ -27,7 +27,6 @@ from weightsync.errors import (
     PushAborted,
     PushTimeout,
     RemoteProtocolError,
-    SourceError,
     WeightSyncError,
 )
 from weightsync.filling.host import HostFill
@@ -149,7 +148,7 @@ class RankPush:
         self._program: Program | None = None
         self._filling: HostFill | DeviceFill | None = None
         self._give_back: Callable[[], None] | None = None
-        self._local = _on_gpus(source)
+        self._local = _on_gpus(source) if self._flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
         self._device = _current_gpu()
         self._thread = threading.get_ident()
@@ -367,14 +366,16 @@ class RankPush:
             self._busy_seconds += time.monotonic() - self._busy_since
 
 
-def _measured(source: Source) -> SourceError | None:
-    """Have a source look at the values that it is to send, if it is one that does; what is wrong with them."""
+def _measured(source: Source) -> Exception | None:
+    """Have a source look at the values that it is to send, if it is one that does; what was wrong with them, or with
+    looking.
+    """
     measure = getattr(source, "measure", None)
     if measure is None:
         return None
     try:
         measure()
-    except SourceError as error:
+    except Exception as error:  # noqa: BLE001 - raised once the daemon asks: other ranks would wait for this one
         return error
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.quantise_kit import quantised_whole
 from tests.unit import sources_kit
 from tests.unit.sources_kit import Model
-from weightsync.errors import SourceError
+from weightsync.errors import PushAborted, SourceError
 from weightsync.sources import Fp8, Part, PartSource, source_of
 from weightsync.sources.quantised import QuantisedSource, quantised
 
@@ -40,6 +41,45 @@ def record(case: str, weights: Any, recipe: Fp8, whole: dict[str, torch.Tensor],
         names = [name for name, tensor in whole.items() if tensor.dim() == 2 and recipe.quantises([name], (1, 1))]
         assert names
         sources_kit.record_whole(OUT, case, quantised_whole(whole, names, recipe.block))
+
+
+class Unreadable(PartSource):
+    """Weights that cannot be read."""
+
+    error: Exception
+
+    def local(self, shard: int) -> torch.Tensor:
+        raise self.error
+
+
+def ranks_that_fail(recipe: Fp8) -> None:
+    """All hear of them in the collective: nobody waits for its timeout."""
+    rank = dist.get_rank()
+    group = dist.new_group([1, 2, 3], timeout=timedelta(seconds=20))  # ranks are those of the group
+    if rank == 0:
+        return
+    parts = [Part("a.weight", (9, 5), (rank * 3 - 3, 0), torch.ones(3, 5))]
+    failing = Unreadable(parts)
+    failing.error = error = MemoryError("no room for a box")
+    with pytest.raises(MemoryError if rank == 2 else PushAborted) as caught:
+        measured(failing if rank == 2 else PartSource(parts), recipe, group)
+    if rank == 2:
+        assert caught.value is error
+    else:
+        assert isinstance(caught.value, PushAborted)
+        assert caught.value.message == "trainer rank 1 failed: MemoryError('no room for a box')"
+        assert caught.value.rank == 1
+    failing.error = SourceError("the file has gone", hint="put it back")
+    with pytest.raises(SourceError if rank != 1 else PushAborted) as caught:
+        measured(failing if rank != 1 else PartSource(parts), recipe, group)
+    if rank == 1:
+        assert isinstance(caught.value, PushAborted)
+        assert caught.value.message == "trainer rank 1 failed: the file has gone (and 1 more ranks)"
+        assert (caught.value.rank, caught.value.hint) == (1, "put it back")
+    failing.error = SourceError("the disk has gone")  # all of them, alike
+    with pytest.raises(SourceError, match="the disk has gone"):
+        measured(failing, recipe, group)
+    measured(PartSource(parts), recipe, group)  # and the group is as good as before
 
 
 def built(**options: Any) -> tuple[Model, dict[str, torch.Tensor]]:
@@ -82,6 +122,12 @@ def main() -> None:
     flat = FSDP1(model, device_id=torch.device("cpu"))
     record("fsdp1", flat, recipe, whole)
 
+    # Half of the ranks hold nothing of the only matrix
+    small = FSDP1(nn.Sequential(nn.Linear(1, 16)), device_id=torch.device("cpu"))
+    for only in (None, "0.*"):
+        held = quantised(source_of(small, only=only), recipe).layout().tensors.dtypes
+        assert ("float8_e4m3fn" in held) == (rank < 2)
+
     # Ranks that know different tensors, two of each; halves that end within a block
     torch.manual_seed(2)
     stages = {f"layers.{i}.weight": torch.randn(10, 5) for i in range(2)}
@@ -100,6 +146,7 @@ def main() -> None:
         measured(parts, recipe)
     with pytest.raises(SourceError, match=r"'layers.0.weight' has \(3, 2\) blocks on one rank and \(4, 2\)"):
         measured(PartSource([Part("layers.0.weight", (10 + rank, 5), (0, 0), torch.ones(1, 5))]), recipe)
+    ranks_that_fail(recipe)
     dist.destroy_process_group()
 
 

@@ -111,6 +111,17 @@ def test_a_tied_tensor_is_kept_if_one_of_its_names_is_and_else_its_scales_are_ti
         quantised(source_of(tied, "bfloat16"), Fp8(SMALL, ("b",)))
 
 
+@pytest.mark.parametrize(
+    "some", [{"only": "*norm*"}, {"only": str.isascii, "rename": lambda name: f"{name}.norm"}], ids=["only", "rename"]
+)
+@pytest.mark.parametrize("dtype", [None, "float32"])
+def test_what_makes_float8_of_nothing_that_was_chosen_is_refused(some, dtype):
+    weights = {"a.norm.weight": torch.ones(4, 4)} | ({} if "rename" in some else {"b.weight": torch.ones(4, 4)})
+    with pytest.raises(SourceError, match="float8 of none of the 1 tensors") as refused:
+        quantised(source_of(weights, dtype, **some), Fp8(SMALL))
+    assert ("'a.norm.weight.norm'" if "rename" in some else "'a.norm.weight'") in str(refused.value.hint)
+
+
 def test_names_and_types_are_what_rename_and_dtype_make_of_them():
     weights = {"m.a.weight": torch.randn(5, 7), "m.b.bias": torch.randn(5)}
     found = sent(weights, Fp8(SMALL), dtype="bfloat16", rename=lambda name: name.removeprefix("m."))
@@ -206,12 +217,14 @@ def test_a_checkpoint_without_the_tensor_or_with_another_shape_is_not_guessed_fr
         ({"quant_method": "awq"}, "which is not known here"),
         ({"activation_scheme": "static"}, "which is not known here"),
         ({"scale_fmt": "e5"}, "which is not known here"),
-        ({"weight_block_size": [4]}, "is no block"),
+        ({"weight_block_size": [4]}, r"weight_block_size = \[4\] in .*config\.json is no block"),
+        ({"weight_block_size": 128}, r"weight_block_size = 128 in .*config\.json is no block"),
     ],
 )
 def test_a_checkpoint_quantised_otherwise_is_refused(tmp_path, config, words):
-    with pytest.raises(SourceError, match=words):
+    with pytest.raises(SourceError, match=words) as refused:
         Fp8.like(fp8_checkpoint(tmp_path, SMALL, **config))
+    assert ("a pair, such as [128, 128]" in str(refused.value)) == ("is no block" in words)
 
 
 def test_a_checkpoint_that_is_not_quantised_is_refused(tmp_path):

@@ -19,7 +19,7 @@ class Source(Protocol):
     """The weights one rank holds. Boxes below are given by offset in shard `shard` of `layout()`, and shape.
 
     A source may have a method `measure()`, which is called once in each push before anything is read, in the thread
-    that called `push_weights`. A `SourceError` that it raises ends the push on all ranks, with no engine touched.
+    that called `push_weights`. What it raises ends the push on all ranks, with no engine touched.
     """
 
     @property

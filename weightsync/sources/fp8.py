@@ -183,7 +183,13 @@ def _scheme(config: dict[str, Any], directory: Path) -> tuple[tuple[int, int] | 
             f"{directory} is quantised by {told}, which is not known here",
             hint='quant_method "fp8", activation_scheme "dynamic", scale_fmt "ue8m0" or none',
         )
-    return (None if block is None else Fp8(tuple(block)).block), scales == "ue8m0"
+    try:
+        return Fp8(block).block, scales == "ue8m0"
+    except SourceError as error:
+        raise SourceError(
+            f"weight_block_size = {block!r} in {directory / 'config.json'} is no block of a matrix",
+            hint="a pair, such as [128, 128]",
+        ) from error
 
 
 def _headers(directory: Path) -> dict[str, StoredTensor]:

@@ -65,7 +65,7 @@ class QuantisedSource:
         self._source, self._recipe, self._group = source, recipe, group
         self._cut = _cut(source.layout(), recipe)
         every = getattr(source, "names", None)  # None: other ranks may have other tensors
-        if not self._cut.grids and every:
+        if not self._cut.grids and every and _has_all(source.layout(), every):
             raise SourceError(
                 f"quantise makes float8 of none of the {len(every)} tensors",
                 hint=f"they are {every[0]!r} and others; leave `quantise` out for those that stay as they are",
@@ -95,7 +95,8 @@ class QuantisedSource:
         """Work out all scales from the values of this moment. With `all_reduce`, a collective.
 
         Raises `SourceError` for a NaN or an infinity in what is quantised, and for blocks that other ranks have a part
-        of, where they may not be asked.
+        of, where they may not be asked; and what reading the weights raises. With `all_reduce`, the other ranks then
+        raise `PushAborted`, which names this one and why.
         """
         cut, layout = self._cut, self._source.layout()
         names = layout.tensors.names
@@ -106,17 +107,16 @@ class QuantisedSource:
         gpus = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         device = torch.device("cuda", torch.cuda.current_device()) if gpus else torch.device("cpu")
         with torch.no_grad():
-            amax: dict[int, torch.Tensor] = {}
-            for shard, tensor in cut.measured:
-                offset, shape = cut.box(shard)
-                for at, box in self._boxes(shard, (0,) * len(shape), shape, device):
-                    grid = cut.grids[tensor]
-                    if tensor not in amax:
-                        amax[tensor] = torch.zeros(grid.shape, dtype=torch.float32, device=box.device)
-                    amax_into(amax[tensor], box, _plus(offset, at), grid, cut.sent[tensor])
+            failure: Exception | None = None
+            try:
+                amax = self._amax(device)
+            except Exception as error:
+                if not reduces:
+                    raise
+                amax, failure = {}, error  # raised in the collective, where the other ranks wait for this one
             if reduces:
                 of_shared = {names[tensor] for tensor in cut.shared}
-                reduce_amax({names[tensor]: most for tensor, most in amax.items()}, of_shared, self._group)
+                reduce_amax({names[tensor]: most for tensor, most in amax.items()}, of_shared, self._group, failure)
             _check_finite({names[tensor]: most for tensor, most in amax.items()})
             self._scales = {
                 tensor: scales_of(most, cut.grids[tensor], ue8m0=self._recipe.ue8m0) for tensor, most in amax.items()
@@ -147,6 +147,19 @@ class QuantisedSource:
                 inside = tuple([a - b for a, b in zip(at, src_offset, strict=True)])
                 into = narrowed(out, inside, tuple(box.shape))
                 quantise_into(into, box, _plus(offset, at), grid, scales, cut.sent[tensor])
+
+    def _amax(self, device: torch.device) -> dict[int, torch.Tensor]:
+        """By tensor, the greatest magnitudes in this rank's parts of its blocks."""
+        cut = self._cut
+        amax: dict[int, torch.Tensor] = {}
+        for shard, tensor in cut.measured:
+            offset, shape = cut.box(shard)
+            for at, box in self._boxes(shard, (0,) * len(shape), shape, device):
+                grid = cut.grids[tensor]
+                if tensor not in amax:
+                    amax[tensor] = torch.zeros(grid.shape, dtype=torch.float32, device=box.device)
+                amax_into(amax[tensor], box, _plus(offset, at), grid, cut.sent[tensor])
+        return amax
 
     def _as_is(self, shard: int) -> bool:
         cut = self._cut
@@ -252,6 +265,11 @@ def _made(layout: Layout, recipe: Fp8) -> _Cut:
         offsets=_rows(made.offset),
         shapes=_rows(made.shape),
     )
+
+
+def _has_all(layout: Layout, names: tuple[str, ...]) -> bool:
+    """Whether a rank holds something of each: one of FSDP1 knows names of tensors that only others have."""
+    return {*layout.tensors.names, *dict(layout.tensors.aliases)}.issuperset(names)
 
 
 def _plus(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int, ...]:

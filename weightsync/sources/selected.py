@@ -68,11 +68,17 @@ class SelectedSource:
 
     def __init__(self, source: Source, selection: _Selection) -> None:
         self._source, self._layout, self._shards = source, selection.to, selection.shards
+        self._names = selection.names
 
     @property
     def nbytes(self) -> int:
         """Bytes of all shards together."""
         return self._layout.nbytes
+
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of all tensors that were chosen, as they are sent, where the source knows its own."""
+        return None if getattr(self._source, "names", None) is None else tuple(self._names.values())
 
     def layout(self) -> Layout:
         """What this rank holds of the tensors that were chosen."""

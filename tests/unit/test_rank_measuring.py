@@ -1,0 +1,88 @@
+"""A source whose measuring fails: every rank hears of it from the daemon, whatever it was."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from weightsync.errors import PushAborted, SourceError, WeightSyncError
+from weightsync.rank import RankPush, TrainerPlace
+from weightsync.rank_memory import RankMemory
+from weightsync.sources.tensors import TensorSource
+from weightsync.wire import messages as msg
+
+
+class Unmeasurable(TensorSource):
+    error: Exception
+
+    def measure(self) -> None:
+        raise self.error
+
+
+class Daemon:
+    """A line to a daemon that asks for the layout, and ends the push with the error that a rank told it."""
+
+    endpoint, patience = "ipc:///nobody", 0.0
+
+    def __init__(self, *, answers: bool) -> None:
+        self.heard: list[msg.Message] = []
+        self._answers = answers
+        self._to_say: list[msg.Message] = []
+
+    def start(self) -> None:
+        pass
+
+    def rest(self) -> None:
+        pass
+
+    def send(self, message: Any) -> None:
+        self.heard.append(message)
+        if isinstance(message, msg.Open):
+            self._to_say.append(msg.AskDescription(id=message.id))
+        elif isinstance(message, msg.Failed) and self._answers:
+            self._to_say.append(msg.Ended(id=message.id, error=message.error))
+
+    def receive(self, deadline: float) -> msg.Message | None:
+        return self._to_say.pop(0) if self._to_say else None
+
+
+@pytest.mark.parametrize("answers", [True, False], ids=["heard", "not heard"])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError("no room"), "rank 1 failed: MemoryError('no room')"),
+        (RuntimeError("all_gather: Connection closed by peer"), "Connection closed by peer"),
+        (SourceError("a NaN"), "a NaN"),
+        (PushAborted("trainer rank 0 failed: a NaN", rank=0), "trainer rank 0 failed: a NaN"),
+    ],
+    ids=["MemoryError", "RuntimeError", "SourceError", "PushAborted"],
+)
+def test_what_fails_as_values_are_measured_is_told_to_all(monkeypatch, error, words, answers):
+    memory, daemon = RankMemory(), Daemon(answers=answers)
+    memory.give_link(daemon)  # type: ignore[arg-type]
+    monkeypatch.setattr("weightsync.rank.memory", lambda: memory)
+    source = Unmeasurable({"a.weight": torch.ones(2, 2)})
+    source.error = error
+    push = RankPush(
+        source,
+        place=TrainerPlace("trainer", 1, 2),
+        version=3,
+        model="default",
+        endpoint=daemon.endpoint,
+        pause="keep",
+        started=time.monotonic(),
+        deadline=time.monotonic() + 30,
+    )
+    with pytest.raises(WeightSyncError) as caught:
+        push.run()
+    opened, failed = daemon.heard
+    assert isinstance(opened, msg.Open)
+    assert opened.layout != source.layout().digest  # a daemon that knows that layout would not ask
+    assert isinstance(failed, msg.Failed)
+    assert words in failed.error.message
+    assert failed.error.rank == (0 if isinstance(error, PushAborted) else 1)
+    assert words in caught.value.message
+    assert caught.value is error or caught.value.__cause__ is error
