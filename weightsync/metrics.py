@@ -34,7 +34,7 @@ class Metrics:
         )
         self.push_under_way = Gauge(
             "weightsync_push_under_way_seconds",
-            "How long the push under way has lasted; 0 where there is none",
+            "How long the push under way has lasted, coordinated here or elsewhere; 0 where this node has no part in any",
             registry=self.registry,
         )
         self.newest_version = Gauge(

@@ -28,7 +28,7 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     wrong = list(_wrong(status))
     if wrong:
         parts += [Text(), *wrong]
-    return Group(*parts, Text(), *_under_way(status["push"]), *_last_push(status))
+    return Group(*parts, Text(), *_under_way(status), *_last_push(status))
 
 
 def _engines(status: dict[str, Any]) -> Any:
@@ -73,7 +73,7 @@ def _wrong(status: dict[str, Any]) -> Any:
         name = f"bridge {bridge['node']}/{bridge['index']}"
         if bridge["error"]:
             yield Text(f"{name}: {bridge['error']}", style="red")
-        if bridge["holding"] and status["push"] is None:
+        if bridge["holding"] and status["push"] is None and status["follows"] is None:
             readers = ", ".join(f"{reader} {count}" for reader, count in bridge["holding"].items())
             yield Text(f"{name}: exports that were not closed, with no push under way: {readers}", style="red")
     if status["leaks"]:
@@ -83,7 +83,11 @@ def _wrong(status: dict[str, Any]) -> Any:
         yield Text(f"shared memory is nearly full: {_size(status['shm_free'])} free", style="yellow")
 
 
-def _under_way(push: dict[str, Any] | None) -> list[Text]:
+def _under_way(status: dict[str, Any]) -> list[Text]:
+    push, follows = status["push"], status["follows"]
+    if push is None and follows is not None:
+        what = f"version {follows['version']} of {follows['model']}" if follows["model"] else f"push {follows['push']}"
+        return [Text(f"takes part in {what}, which another node pushes, for {follows['seconds']:.1f} s")]
     if push is None:
         return [Text("no push is under way")]
     share = 100 * push["filled_bytes"] / push["nbytes"] if push["nbytes"] else 0

@@ -91,8 +91,9 @@ async def measure_node(server: Server) -> None:
 
 
 def _measure_pushes(server: Server) -> None:
-    metrics, push = server.metrics, server.trainers.push
-    metrics.push_under_way.set(time.monotonic() - push.session.started if push is not None else 0)
+    metrics, push, followed = server.metrics, server.trainers.push, server.follower.context
+    since = [push.session.started] if push is not None else [followed.since] if followed is not None else []
+    metrics.push_under_way.set(time.monotonic() - since[0] if since else 0)
     engines = [e.status(server.config.node.name) for e in server.engines]
     engines += [e for peer in server.peers.values() for e in peer.engines]
     for model, newest in server.trainers.newest.items():

@@ -18,6 +18,7 @@ from weightsync.wire import messages as msg
 if TYPE_CHECKING:
     from weightsync.ipc.ledger import Account
     from weightsyncd.bridges import Bridge
+    from weightsyncd.context import PushContext
     from weightsyncd.server import Server
 
 __all__ = ["accounts_of", "slots_taken", "status_of"]
@@ -70,7 +71,15 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         shm_free=shm_free,
         leaks=server.executor.wire.leaks,
         last_ago=time.monotonic() - trainers.last_at if trainers.last_at is not None else None,
+        follows=_followed(server.follower.context),
     )
+
+
+def _followed(context: PushContext | None) -> msg.FollowedPush | None:
+    if context is None:
+        return None
+    seconds = time.monotonic() - context.since
+    return msg.FollowedPush(push=context.push, model=context.model, version=context.version, seconds=seconds)
 
 
 async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from weightsync.config import parse_node_config
+from weightsync.errors import TransportBroken
 from weightsync.ipc.ledger import Account
 from weightsync.metrics import Metrics
 from weightsync.nccl_bridge.commands import LedgerBooks
+from weightsyncd.context import PushContext
 from weightsyncd.health import measure_node
 
 DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy"
@@ -138,31 +141,34 @@ def test_the_first_failure_of_a_model_is_a_rise():
     assert metrics.registry.get_sample_value("weightsync_pushes_total", labels) == 0.0
 
 
-def test_a_node_is_measured(tmp_path):
-    """Books of several bridges add up; engines everywhere are compared with what was pushed from here."""
+class FakeBridge:
+    def __init__(self, index: int, *accounts: Account) -> None:
+        self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
+        self.accounts: tuple[Account, ...] | None = accounts  # None: it does not answer
 
-    class FakeBridge:
-        def __init__(self, index: int, *accounts: Account) -> None:
-            self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
-            self._books = LedgerBooks(accounts=accounts)
+    async def call(self, command: object, deadline: float) -> LedgerBooks:
+        if self.accounts is None:
+            raise TransportBroken(f"bridge {self.name} is not ready")
+        return LedgerBooks(accounts=self.accounts)
 
-        async def call(self, command: object, deadline: float) -> LedgerBooks:
-            return self._books
 
-    class FakeEngine:
-        def __init__(self, name: str, version: int | None, model: str = "policy", frozen: bool = False) -> None:
-            self.name, self.version, self.model, self.frozen = name, version, model, frozen
-            self.state, self.info = "serving", SimpleNamespace(version=version, replay=None)
+class FakeEngine:
+    def __init__(self, name: str, version: int | None, model: str = "policy", frozen: bool = False) -> None:
+        self.name, self.version, self.model, self.frozen = name, version, model, frozen
+        self.state, self.info = "serving", SimpleNamespace(version=version, replay=None)
 
-        def status(self, node: str) -> FakeEngine:
-            return self
+    def status(self, node: str) -> FakeEngine:
+        return self
 
-    metrics = Metrics()
+
+@pytest.fixture
+def node(tmp_path) -> Any:
+    """Two bridges, three engines, and another node with two."""
     books = Account(reader="e0/0", exports=5, opens=5, closes=4), Account(reader="e0/0", exports=3, closes=3)
     away = SimpleNamespace(info=None, engines=(FakeEngine("e2", None), FakeEngine("old", 1, "other")))
-    server: Any = SimpleNamespace(
+    return SimpleNamespace(
         config=parse_node_config(f'[node]\nshm_dir = "{tmp_path}"'),
-        metrics=metrics,
+        metrics=Metrics(),
         engines=[FakeEngine("e0", 7), FakeEngine("e1", 6), FakeEngine("ref", 1, frozen=True)],
         peers={"n1": away},
         trainers=SimpleNamespace(push=None, newest={"policy": 7}),
@@ -170,8 +176,12 @@ def test_a_node_is_measured(tmp_path):
         executor=SimpleNamespace(wire=SimpleNamespace(leaks=2)),
         bridges=[FakeBridge(0, books[0]), FakeBridge(1, books[1])],
     )
-    asyncio.run(measure_node(server))
-    value = metrics.registry.get_sample_value
+
+
+def test_a_node_is_measured(node):
+    """Books of several bridges add up; engines everywhere are compared with what was pushed from here."""
+    asyncio.run(measure_node(node))
+    value = node.metrics.registry.get_sample_value
     assert value("weightsync_exports", {"reader": "e0/0"}) == 8
     assert value("weightsync_exports_outstanding", {"reader": "e0/0"}) == 1
     assert value("weightsync_engines_behind", {"model": "policy"}) == 2
@@ -180,6 +190,15 @@ def test_a_node_is_measured(tmp_path):
     assert value("weightsync_exports_leaked") == 2
     assert value("weightsync_slots", {"bridge": "n0/1"}) == 3
     assert value("weightsync_shm_free_bytes")
-    server.peers = {}
-    asyncio.run(measure_node(server))
+    node.peers = {}
+    asyncio.run(measure_node(node))
     assert value("weightsync_peer_connected", {"peer": "n1"}) is None
+
+
+def test_a_push_that_another_node_coordinates_is_under_way_here(node):
+    value = node.metrics.registry.get_sample_value
+    asyncio.run(measure_node(node))
+    assert value("weightsync_push_under_way_seconds") == 0
+    node.follower.context = PushContext("n1-ab", "policy", 3, since=time.monotonic() - 7)
+    asyncio.run(measure_node(node))
+    assert 7 <= value("weightsync_push_under_way_seconds") < 60

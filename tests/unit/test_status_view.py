@@ -84,6 +84,15 @@ def test_what_is_wrong_is_in_whole_sentences():
     assert "with no push under way" not in under_way  # they are what a push is made of
 
 
+def test_a_push_of_another_node():
+    """Its exports are open here while it is under way, and nothing is wrong with that."""
+    follows = msg.FollowedPush(push="n1-ab", model="policy", version=42, seconds=3.21)
+    text = " ".join(shown(msgspec.structs.replace(STATUS, follows=follows)).split())
+    assert "with no push under way" not in text
+    assert "takes part in version 42 of policy, which another node pushes, for 3.2 s" in text
+    assert "no push is under way" not in text
+
+
 def test_the_last_push_by_phase():
     lines = shown(STATUS).splitlines()
     assert "last push, 65 s ago: version 41 of policy: 61.00 GB in 120 buckets, 1.250 s, 48.80 GB/s" in lines

@@ -294,6 +294,15 @@ class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     phases: dict[str, float] = {}  # seconds so far of those that are over or have paused
 
 
+class FollowedPush(msgspec.Struct, frozen=True, kw_only=True):
+    """A push that another node coordinates and this one takes part in."""
+
+    push: Name
+    model: Text  # "" until it has asked for something of an engine
+    version: Natural
+    seconds: float
+
+
 class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
     """The process that keeps what was pushed last of one model."""
 
@@ -335,6 +344,7 @@ class Status(Message, frozen=True, tag="status"):
     shm_free: Natural | None = None  # bytes, in node.shm_dir
     leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
     last_ago: float | None = None  # seconds since the last push ended
+    follows: FollowedPush | None = None  # what holds this node for another one
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
