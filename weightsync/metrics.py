@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+    from weightsync.ipc.ledger import Account
+
 __all__ = ["Metrics"]
 
 _OUTCOMES = ("committed", "aborted", "torn")
@@ -34,7 +36,7 @@ class Metrics:
         )
         self.push_under_way = Gauge(
             "weightsync_push_under_way_seconds",
-            "How long the push under way has lasted, coordinated here or elsewhere; 0 where this node has no part in any",
+            "How long the push under way has lasted, coordinated here or elsewhere; 0 where this node is in none",
             registry=self.registry,
         )
         self.newest_version = Gauge(
@@ -62,6 +64,7 @@ class Metrics:
         self.push_bytes = Counter(
             "weightsync_push_bytes", "Bytes of committed pushes", ["model"], registry=self.registry
         )
+        self.outcomes: set[tuple[str, str]] = set()  # engines and outcomes that the next one shows
         self.engine_outcomes = Counter(
             "weightsync_engine_outcomes",
             "What pushes came to, by engine",
@@ -84,6 +87,8 @@ class Metrics:
         self.bridge_restarts = Gauge(
             "weightsync_bridge_restarts", "Times a bridge was restarted", ["bridge"], registry=self.registry
         )
+        self.books: dict[str, tuple[Account, ...]] = {}  # by bridge, as they were last shown
+        self.readers: set[str] = set()  # that the next four show
         self.exports = Gauge("weightsync_exports", "Exports so far, by reader", ["reader"], registry=self.registry)
         self.exports_outstanding = Gauge(
             "weightsync_exports_outstanding",

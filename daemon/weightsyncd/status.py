@@ -28,13 +28,15 @@ logger = logging.getLogger(__name__)
 _GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
 
 
-async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...]:
-    """The bridge's books. One that does not show them within `patience` seconds is taken for wedged, and replaced."""
+async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...] | None:
+    """The bridge's books; None where it shows none, which says nothing of what is in them. One that does not show them
+    within `patience` seconds is taken for wedged, and replaced.
+    """
     try:
         books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + patience)
     except TransportError as error:
         logger.debug("[bridge=%s] shows no ledger: %s", bridge.name, error.message)
-        return ()
+        return None
     return books.accounts
 
 
@@ -87,7 +89,7 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
     accounts: tuple[Account, ...] = ()
     with contextlib.suppress(TimeoutError):  # a question that somebody gave up on condemns nobody
         async with asyncio.timeout(_GLANCE):
-            accounts = await accounts_of(bridge, config.timeouts.operation)
+            accounts = await accounts_of(bridge, config.timeouts.operation) or ()
     return msg.BridgeStatus(
         node=config.node.name,
         index=bridge.config.index,

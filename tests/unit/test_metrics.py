@@ -15,12 +15,13 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from weightsync.config import parse_node_config
-from weightsync.errors import TransportBroken
+from weightsync.errors import ErrorRecord, TransportBroken
 from weightsync.ipc.ledger import Account
 from weightsync.metrics import Metrics
 from weightsync.nccl_bridge.commands import LedgerBooks
+from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
-from weightsyncd.health import measure_node
+from weightsyncd.health import measure_node, measure_push
 
 DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy"
 LEFT_OUT: dict[str, str] = {}  # metrics that the dashboard does not show → why not
@@ -202,3 +203,52 @@ def test_a_push_that_another_node_coordinates_is_under_way_here(node):
     node.follower.context = PushContext("n1-ab", "policy", 3, since=time.monotonic() - 7)
     asyncio.run(measure_node(node))
     assert 7 <= value("weightsync_push_under_way_seconds") < 60
+
+
+def test_readers_that_are_gone_are_shown_no_more(node):
+    """A gauge that stays at what a bridge's last books said would be exports that nobody holds."""
+
+    def outstanding() -> Any:
+        asyncio.run(measure_node(node))
+        return node.metrics.registry.get_sample_value("weightsync_exports_outstanding", {"reader": "e0/0"})
+
+    first, second = node.bridges
+    assert outstanding() == 1
+    kept, first.accounts = first.accounts, None
+    assert outstanding() == 1  # that it does not answer does not say that its books are empty
+    first.accounts = kept
+    assert outstanding() == 1
+    first.accounts = ()  # a new bridge, of a new ledger
+    assert outstanding() == 0
+    second.accounts = ()
+    assert outstanding() is None
+    names = ("weightsync_exports", "weightsync_exports_opened", "weightsync_exports_closed")
+    assert {node.metrics.registry.get_sample_value(name, {"reader": "e0/0"}) for name in names} == {None}
+
+
+def test_outcomes_of_engines_that_are_gone_are_shown_no_more(node):
+    """Engines of other nodes are pushed to from here, too."""
+
+    def outcomes() -> list[str]:
+        asyncio.run(measure_node(node))
+        (family,) = [f for f in node.metrics.registry.collect() if f.name == "weightsync_engine_outcomes"]
+        return sorted(s.labels["engine"] for s in family.samples if s.name.endswith("_total"))
+
+    measure_push(node.metrics, ended(), outcome_of("e0", "e2", "removed"))
+    assert outcomes() == ["e0", "e2"]
+    node.peers = {}
+    assert outcomes() == ["e0"]
+
+
+def ended(error: ErrorRecord | None = None) -> Any:
+    """The session of a push that has."""
+    return SimpleNamespace(model="policy", state="aborted", error=error, committed=False)
+
+
+def outcome_of(*engines: str) -> msg.PushOutcome:
+    each = tuple(
+        msg.EngineOutcome(engine=name, node="n0", outcome="skipped", version=None, seconds=0.0) for name in engines
+    )
+    return msg.PushOutcome(
+        model="policy", version=3, nbytes=0, tensors=0, buckets=0, seconds=0.0, phases={}, engines=each
+    )
