@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
+from weightsync.doctor.arenas import held
 from weightsync.doctor.cgroups import tightest
 from weightsync.doctor.sizes import size
 from weightsync.endpoints import private_directory, runtime_dir
@@ -55,10 +56,11 @@ def _memory(config: NodeConfig, proc: Path, cgroups: Path) -> Finding:
     """Arenas in host memory are counted to the container that writes them."""
     arena = config.arena
     need = max(config.node.bridges, 1) * arena.slots * stride(arena.slot_bytes) if arena.device == "cpu" else 0
-    free, where = _available(proc), "of memory are available"
+    there = held(config) if need else 0  # a new weightsyncd has that for its own
+    free, where = _available(proc) + there, "of memory are available"
     limit = tightest(proc, cgroups, *_LIMITS)
-    if limit is not None and limit.left < free:
-        free, where = limit.left, f"of memory are left of the limit of {size(limit.limit)} in {limit.where}"
+    if limit is not None and (left := min(limit.left + there, limit.limit)) < free:
+        free, where = left, f"of memory are left of the limit of {size(limit.limit)} in {limit.where}"
     what = f"{size(free)} {where}"
     if need:
         what += f"; slots in host memory take up to {size(need)} of that"
