@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -11,7 +12,9 @@ if TYPE_CHECKING:
 
     from weightsync.ipc.ledger import Account
 
-__all__ = ["Metrics"]
+__all__ = ["UNKNOWN", "Metrics"]
+
+UNKNOWN = "unknown"  # the label of models that no engine serves: callers may name any
 
 _OUTCOMES = ("committed", "aborted", "torn")
 _FAILURES = ("PushRefused", "PushAborted", "PushTimeout")
@@ -24,13 +27,14 @@ class Metrics:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         """Pushes of `models` are counted from 0 on, so that the first that fails is a rise."""
+        models = list(models)
         self.registry = CollectorRegistry()
         self.pushes = Counter(
             "weightsync_pushes", "Pushes by how they ended", ["model", "outcome"], registry=self.registry
         )
         self.push_failures = Counter(
             "weightsync_push_failures",
-            "Calls of push_weights that came to nothing, by the error that was raised",
+            "Calls of push_weights that came to nothing, by the error that was raised, whether there was a push or not",
             ["model", "kind"],
             registry=self.registry,
         )
@@ -120,5 +124,5 @@ class Metrics:
         for model in models:
             for outcome in _OUTCOMES:
                 self.pushes.labels(model, outcome)
-            for kind in _FAILURES:
-                self.push_failures.labels(model, kind)
+        for model, kind in itertools.product({*models, UNKNOWN}, _FAILURES):
+            self.push_failures.labels(model, kind)

@@ -28,7 +28,7 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     wrong = list(_wrong(status))
     if wrong:
         parts += [Text(), *wrong]
-    return Group(*parts, Text(), *_under_way(status), *_last_push(status))
+    return Group(*parts, Text(), *_under_way(status), *_last_push(status), *_refused(status))
 
 
 def _engines(status: dict[str, Any]) -> Any:
@@ -116,6 +116,15 @@ def _last_push(status: dict[str, Any]) -> list[Any]:
         phases.add_row(f"  {name}", f"{seconds:.4f}", f"{last['nbytes'] / seconds / 1e9:.2f}" if moves else "")
     speed = f", {last['nbytes'] / last['seconds'] / 1e9:.2f} GB/s" if last["seconds"] else ""
     return [Text(f"{what}: {size}{speed}"), phases, outcomes]
+
+
+def _refused(status: dict[str, Any]) -> list[Text]:
+    error = status["refused"]
+    if error is None:
+        return []
+    ago, what = _lasting(status["refused_ago"]), f"version {error['version']} of {error['model']}"
+    hint = [Text(f"  hint: {error['hint']}")] if error.get("hint") else []
+    return [Text(f"last call that came to no push, {ago} ago: {what}: {error['message']}", style="yellow"), *hint]
 
 
 def _size(nbytes: int) -> str:

@@ -33,10 +33,10 @@ logger = logging.getLogger(__name__)
 _STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
 
 
-def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None) -> None:
-    """Count a push that has ended."""
+def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None, *, repeat: bool) -> None:
+    """Count a push that has ended. One that fails is no failure of `push_weights` where it was a keeper's `repeat`."""
     metrics.pushes.labels(session.model, str(session.state)).inc()
-    if session.error is not None:
+    if session.error is not None and not repeat:
         metrics.push_failures.labels(session.model, session.error.kind).inc()
     if outcome is None:
         return

@@ -73,6 +73,8 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         shm_free=shm_free,
         leaks=server.executor.wire.leaks,
         last_ago=time.monotonic() - trainers.last_at if trainers.last_at is not None else None,
+        refused=trainers.refused,
+        refused_ago=time.monotonic() - trainers.refused_at if trainers.refused is not None else None,
         follows=_followed(server.follower.context),
     )
 

@@ -234,10 +234,17 @@ def test_outcomes_of_engines_that_are_gone_are_shown_no_more(node):
         (family,) = [f for f in node.metrics.registry.collect() if f.name == "weightsync_engine_outcomes"]
         return sorted(s.labels["engine"] for s in family.samples if s.name.endswith("_total"))
 
-    measure_push(node.metrics, ended(), outcome_of("e0", "e2", "removed"))
+    measure_push(node.metrics, ended(), outcome_of("e0", "e2", "removed"), repeat=False)
     assert outcomes() == ["e0", "e2"]
     node.peers = {}
     assert outcomes() == ["e0"]
+
+
+def test_a_keepers_push_that_fails_is_no_failure_of_push_weights(node):
+    labels = {"model": "policy", "kind": "PushAborted"}
+    for repeat, count in ((True, None), (False, 1), (True, 1)):
+        measure_push(node.metrics, ended(ErrorRecord(kind="PushAborted", message="no")), None, repeat=repeat)
+        assert node.metrics.registry.get_sample_value("weightsync_push_failures_total", labels) == count
 
 
 def ended(error: ErrorRecord | None = None) -> Any:

@@ -344,6 +344,8 @@ class Status(Message, frozen=True, tag="status"):
     shm_free: Natural | None = None  # bytes, in node.shm_dir
     leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
     last_ago: float | None = None  # seconds since the last push ended
+    refused: ErrorRecord | None = None  # of the last call, by a rank 0, that came to nothing before it was a push
+    refused_ago: float | None = None  # seconds
     follows: FollowedPush | None = None  # what holds this node for another one
 
 
