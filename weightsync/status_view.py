@@ -71,8 +71,10 @@ def _wrong(status: dict[str, Any]) -> Any:
             yield Text(f"engine {engine['name']}: {engine['error']}", style="red")
     for bridge in status["bridges"]:
         name = f"bridge {bridge['node']}/{bridge['index']}"
-        if bridge["error"]:
+        if bridge["error"] and bridge["pid"] is None:
             yield Text(f"{name}: {bridge['error']}", style="red")
+        elif bridge["error"]:  # it is ready again
+            yield Text(f"{name}: last restart: {bridge['error']}", style="yellow")
         if bridge["holding"] and status["push"] is None and status["follows"] is None:
             readers = ", ".join(f"{reader} {count}" for reader, count in bridge["holding"].items())
             yield Text(f"{name}: exports that were not closed, with no push under way: {readers}", style="red")

@@ -101,7 +101,7 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
         slots=config.arena.slots,
         slot_bytes=config.arena.slot_bytes,
         outstanding=sum(account.outstanding for account in accounts),
-        error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
+        error=how.last_error.message if how.last_error is not None else None,
         taken=slots_taken(server, bridge.config.index),
         exports=sum(account.exports for account in accounts),
         revoked=sum(account.revoked for account in accounts),

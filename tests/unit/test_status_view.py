@@ -93,6 +93,16 @@ def test_a_push_of_another_node():
     assert "no push is under way" not in text
 
 
+def test_why_a_bridge_was_restarted():
+    (bridge,) = STATUS.bridges
+    back = msgspec.structs.replace(bridge, error="it was killed by signal 9")
+    gone = msgspec.structs.replace(back, pid=None)
+    text = shown(msgspec.structs.replace(STATUS, bridges=(back,)))
+    assert "bridge n0/0: last restart: it was killed by signal 9" in text
+    text = shown(msgspec.structs.replace(STATUS, bridges=(gone,)))
+    assert "bridge n0/0: it was killed by signal 9" in text
+
+
 def test_the_last_push_by_phase():
     lines = shown(STATUS).splitlines()
     assert "last push, 65 s ago: version 41 of policy: 61.00 GB in 120 buckets, 1.250 s, 48.80 GB/s" in lines

@@ -263,7 +263,7 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: Natural
     slot_bytes: Natural
     outstanding: Natural  # exports that no reader has closed yet
-    error: str | None = None
+    error: str | None = None  # why it is not there (`pid` is None), or why it was restarted last
     gpu: str = ""  # UUID of the one that its slots lie on
     taken: Natural = 0  # slots that hold a bucket of the push under way
     exports: Natural = 0  # to readers, since it was started
