@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -201,6 +202,24 @@ def test_an_address_that_is_another_machine_s(root, unused_port, tmp_path):
     text = f'[cluster]\nlisten = "tcp://192.0.2.1:{unused_port}"\nkey_file = "{tmp_path / "key"}"'
     bad = about(look(root, text), "cluster.listen")
     assert (bad.level, bad.fix) == ("fail", "an address of this machine: ip address")
+
+
+def test_every_address_of_this_machine_is_one_of_its_own(root, unused_port, tmp_path):
+    make_key_file(tmp_path / "key")
+    text = f'[cluster]\nlisten = "tcp://*:{unused_port}"\nkey_file = "{tmp_path / "key"}"'
+    assert not any("cluster.listen" in f.what for f in look(root, text))
+    with socket.create_server(("127.0.0.1", unused_port)):
+        assert about(look(root, text), "cluster.listen").fix == "another port"
+
+
+def test_a_port_that_is_root_s(root, monkeypatch):
+    def refused(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refused)
+    bad = about(look(root, f'{ON_CPU}[http]\nlisten = "127.0.0.1:80"'), "http.listen")
+    assert (bad.level, bad.what) == ("fail", "http.listen = tcp://127.0.0.1:80: permission denied")
+    assert bad.fix.startswith("a port from 1024 on")
 
 
 def test_a_weightsyncd_that_runs_has_its_ports(root, unused_port):

@@ -30,6 +30,11 @@ _PROCESSES = 256  # threads of weightsyncd, its bridges and keepers: about 20 ea
 _FIRST = {"ipc": 0xEFFFFFFF, "pid": 0xEFFFFFFC}  # the kernel's numbers of the namespaces that it starts with
 _ADAPTERS = Path("/sys/class/infiniband")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_ADDRESS = "an address of this machine: ip address"
+_FIXES = {  # of what is wrong with a port
+    errno.EADDRINUSE: "another port",
+    errno.EACCES: "a port from 1024 on, or sysctl net.ipv4.ip_unprivileged_port_start",
+}
 _LIMITS = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")  # cgroups 2, and 1
 
 
@@ -154,6 +159,7 @@ def _port(key: str, endpoint: str, daemon: int | None) -> Finding | None:
     """Why weightsyncd could not listen there."""
     parts = urlsplit(endpoint)
     host, port = parts.hostname or "", parts.port or 0
+    host = "" if host == "*" else host  # zmq's word for every address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -164,6 +170,5 @@ def _port(key: str, endpoint: str, daemon: int | None) -> Finding | None:
             if pid is not None and pid == daemon:
                 return None
             who = f"taken by {command(pid)}, pid {pid}" if pid is not None else (error.strerror or str(error)).lower()
-            fix = "another port" if error.errno == errno.EADDRINUSE else "an address of this machine: ip address"
-            return Finding(level="fail", what=f"{key} = {endpoint}: {who}", fix=fix)
+            return Finding(level="fail", what=f"{key} = {endpoint}: {who}", fix=_FIXES.get(error.errno or 0, _ADDRESS))
     return None
