@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -9,7 +10,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["Metrics"]
+    from weightsync.ipc.ledger import Account
+
+__all__ = ["UNKNOWN", "Metrics"]
+
+UNKNOWN = "unknown"  # the label of models that no engine serves: callers may name any
 
 _OUTCOMES = ("committed", "aborted", "torn")
 _FAILURES = ("PushRefused", "PushAborted", "PushTimeout")
@@ -22,19 +27,20 @@ class Metrics:
 
     def __init__(self, models: Iterable[str] = ()) -> None:
         """Pushes of `models` are counted from 0 on, so that the first that fails is a rise."""
+        models = list(models)
         self.registry = CollectorRegistry()
         self.pushes = Counter(
             "weightsync_pushes", "Pushes by how they ended", ["model", "outcome"], registry=self.registry
         )
         self.push_failures = Counter(
             "weightsync_push_failures",
-            "Calls of push_weights that came to nothing, by the error that was raised",
+            "Calls of push_weights that came to nothing, by the error that was raised, whether there was a push or not",
             ["model", "kind"],
             registry=self.registry,
         )
         self.push_under_way = Gauge(
             "weightsync_push_under_way_seconds",
-            "How long the push under way has lasted; 0 where there is none",
+            "How long the push under way has lasted, coordinated here or elsewhere; 0 where this node is in none",
             registry=self.registry,
         )
         self.newest_version = Gauge(
@@ -62,6 +68,7 @@ class Metrics:
         self.push_bytes = Counter(
             "weightsync_push_bytes", "Bytes of committed pushes", ["model"], registry=self.registry
         )
+        self.outcomes: set[tuple[str, str]] = set()  # engines and outcomes that the next one shows
         self.engine_outcomes = Counter(
             "weightsync_engine_outcomes",
             "What pushes came to, by engine",
@@ -84,6 +91,8 @@ class Metrics:
         self.bridge_restarts = Gauge(
             "weightsync_bridge_restarts", "Times a bridge was restarted", ["bridge"], registry=self.registry
         )
+        self.books: dict[str, tuple[Account, ...]] = {}  # by bridge, as they were last shown
+        self.readers: set[str] = set()  # that the next four show
         self.exports = Gauge("weightsync_exports", "Exports so far, by reader", ["reader"], registry=self.registry)
         self.exports_outstanding = Gauge(
             "weightsync_exports_outstanding",
@@ -115,5 +124,5 @@ class Metrics:
         for model in models:
             for outcome in _OUTCOMES:
                 self.pushes.labels(model, outcome)
-            for kind in _FAILURES:
-                self.push_failures.labels(model, kind)
+        for model, kind in itertools.product({*models, UNKNOWN}, _FAILURES):
+            self.push_failures.labels(model, kind)

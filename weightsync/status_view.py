@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from weightsync.views import coloured, empty_table, or_dash
+from weightsync.views import coloured, decimal_size, empty_table, or_dash
 
 __all__ = ["status_view"]
 
@@ -28,7 +28,7 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     wrong = list(_wrong(status))
     if wrong:
         parts += [Text(), *wrong]
-    return Group(*parts, Text(), *_under_way(status["push"]), *_last_push(status))
+    return Group(*parts, Text(), *_under_way(status), *_last_push(status), *_refused(status))
 
 
 def _engines(status: dict[str, Any]) -> Any:
@@ -61,7 +61,9 @@ def _nodes(nodes: list[dict[str, Any]]) -> Any:
 
 def _keeper(keeper: dict[str, Any]) -> Text:
     process = f"pid {keeper['pid']}" if keeper["pid"] is not None else "not running"
-    kept = f"version {keeper['version']}, {_size(keeper['nbytes'])}" if keeper["version"] is not None else "nothing"
+    kept = (
+        f"version {keeper['version']}, {decimal_size(keeper['nbytes'])}" if keeper["version"] is not None else "nothing"
+    )
     return Text(f"keeper of {keeper['model']} ({process}) keeps {kept}, for engines that come late")
 
 
@@ -71,24 +73,30 @@ def _wrong(status: dict[str, Any]) -> Any:
             yield Text(f"engine {engine['name']}: {engine['error']}", style="red")
     for bridge in status["bridges"]:
         name = f"bridge {bridge['node']}/{bridge['index']}"
-        if bridge["error"]:
+        if bridge["error"] and bridge["pid"] is None:
             yield Text(f"{name}: {bridge['error']}", style="red")
-        if bridge["holding"] and status["push"] is None:
+        elif bridge["error"]:  # it is ready again
+            yield Text(f"{name}: last restart: {bridge['error']}", style="yellow")
+        if bridge["holding"] and status["push"] is None and status["follows"] is None:
             readers = ", ".join(f"{reader} {count}" for reader, count in bridge["holding"].items())
             yield Text(f"{name}: exports that were not closed, with no push under way: {readers}", style="red")
     if status["leaks"]:
         yield Text(f"{status['leaks']} exports were never given back since the start, and were revoked", style="red")
     needs = sum(b["slots"] * b["slot_bytes"] for b in status["bridges"])
     if status["device"] == "cpu" and status["shm_free"] is not None and status["shm_free"] < needs // 20:
-        yield Text(f"shared memory is nearly full: {_size(status['shm_free'])} free", style="yellow")
+        yield Text(f"shared memory is nearly full: {decimal_size(status['shm_free'])} free", style="yellow")
 
 
-def _under_way(push: dict[str, Any] | None) -> list[Text]:
+def _under_way(status: dict[str, Any]) -> list[Text]:
+    push, follows = status["push"], status["follows"]
+    if push is None and follows is not None:
+        what = f"version {follows['version']} of {follows['model']}" if follows["model"] else f"push {follows['push']}"
+        return [Text(f"takes part in {what}, which another node pushes, for {follows['seconds']:.1f} s")]
     if push is None:
         return [Text("no push is under way")]
     share = 100 * push["filled_bytes"] / push["nbytes"] if push["nbytes"] else 0
     what = f"pushing version {push['version']} of {push['model']}: {push['state']} for {push['seconds']:.1f} s"
-    lines = [f"{what}, {_size(push['filled_bytes'])} of {_size(push['nbytes'])} filled ({share:.0f} %)"]
+    lines = [f"{what}, {decimal_size(push['filled_bytes'])} of {decimal_size(push['nbytes'])} filled ({share:.0f} %)"]
     if push["waiting_for"]:
         lines.append(f"  waiting for {push['waiting_for']}")
     lines += [f"  {e['engine']}: {e['stage']}, {e['loaded']} of {push['buckets']} buckets" for e in push["engines"]]
@@ -101,7 +109,7 @@ def _last_push(status: dict[str, Any]) -> list[Any]:
         return []
     ago = f", {_lasting(status['last_ago'])} ago" if status["last_ago"] is not None else ""
     what = f"last push{ago}: version {last['version']} of {last['model']}"
-    size = f"{_size(last['nbytes'])} in {last['buckets']} buckets, {last['seconds']:.3f} s"
+    size = f"{decimal_size(last['nbytes'])} in {last['buckets']} buckets, {last['seconds']:.3f} s"
     outcomes = Text("  " + ", ".join(f"{e['engine']} {e['outcome']}" for e in last["engines"]))
     if error is not None:
         hint = [Text(f"  hint: {error['hint']}")] if error.get("hint") else []
@@ -114,8 +122,13 @@ def _last_push(status: dict[str, Any]) -> list[Any]:
     return [Text(f"{what}: {size}{speed}"), phases, outcomes]
 
 
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+def _refused(status: dict[str, Any]) -> list[Text]:
+    error = status["refused"]
+    if error is None:
+        return []
+    ago, what = _lasting(status["refused_ago"]), f"version {error['version']} of {error['model']}"
+    hint = [Text(f"  hint: {error['hint']}")] if error.get("hint") else []
+    return [Text(f"last call that came to no push, {ago} ago: {what}: {error['message']}", style="yellow"), *hint]
 
 
 def _lasting(seconds: float) -> str:

@@ -14,7 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from weightsync.errors import ConfigError
-from weightsync.views import empty_table
+from weightsync.views import decimal_size, empty_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -107,7 +107,7 @@ def summary_view(summary: dict[str, Any]) -> Group:
     steps = empty_table("step", "from", "seconds", "pieces", "bytes", "GB/s", "slowest piece", right=(1, 2, 3, 4, 5))
     for step in summary["steps"]:
         slowest = step["slowest"]
-        nbytes, speed = (_size(step["bytes"]), f"{step['GB/s']:.2f}") if step["bytes"] else ("", "")
+        nbytes, speed = (decimal_size(step["bytes"]), f"{step['GB/s']:.2f}") if step["bytes"] else ("", "")
         name = slowest["name"] if slowest["name"] != step["step"] else ""
         worst = f"{slowest['seconds']:.4f} s  {slowest['of']} {name}".rstrip()
         steps.add_row(
@@ -128,7 +128,7 @@ def _head(push: dict[str, Any]) -> list[Text]:
     seconds, nbytes = push["seconds"], push["bytes"]
     speed = f", {nbytes / seconds / 1e9:.2f} GB/s" if seconds and nbytes else ""
     what = f"version {push['version']} of {push['model']}, {push['state']}"
-    how = f"{_size(nbytes)} in {push['buckets']} buckets, {seconds:.3f} s{speed}"
+    how = f"{decimal_size(nbytes)} in {push['buckets']} buckets, {seconds:.3f} s{speed}"
     lines = [Text(f"{what}: {how}"), Text(f"began {push['began']} on node {push['node']}")]
     if push.get("waiting_for"):
         lines.append(Text(f"under way, waiting for {push['waiting_for']}", style="yellow"))
@@ -144,7 +144,3 @@ def _wrong(summary: dict[str, Any]) -> list[Text]:
     lines += [Text(f"not ended: {p['of']} {p['name']}, {p['seconds']:.3f} s so far") for p in summary["unfinished"]]
     more = [Text(f"… and {len(lines) - _SHOWN} more")] if len(lines) > _SHOWN else []
     return [Text(), *lines[:_SHOWN], *more] if lines else []
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"

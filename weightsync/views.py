@@ -11,7 +11,7 @@ from rich.text import Text
 if TYPE_CHECKING:
     from collections.abc import Container
 
-__all__ = ["coloured", "empty_table", "engine_details", "findings_view", "or_dash", "replay_details"]
+__all__ = ["coloured", "decimal_size", "empty_table", "engine_details", "findings_view", "or_dash", "replay_details"]
 
 _COLOURS = {"serving": "green", "committed": "green", "connected": "green", "torn": "red", "lost": "red"}
 
@@ -32,6 +32,11 @@ def coloured(word: str) -> Text:
 def or_dash(value: Any) -> str:
     """What there is, or a sign that there is nothing."""
     return "–" if value is None else str(value)
+
+
+def decimal_size(nbytes: int) -> str:
+    """In the units of GB/s, so that it divides by seconds; memory in GiB is `weightsync.doctor.sizes`."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def findings_view(findings: list[dict[str, Any]]) -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,7 @@ class PushContext:
     push: str
     model: str
     version: int
+    since: float = field(default_factory=time.monotonic)
     manifest: Manifest | None = None
     expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
     places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence

@@ -205,6 +205,7 @@ class Follower:
             await self._wind_up(instruction.deadline)
         held = await self._hold(identity, message.push, message.model, message.version)
         context = held.context
+        context.model, context.version = message.model, message.version  # a bridge may have been asked before
         if message.manifest is not None:
             manifest = Manifest.unpack(message.manifest)
             self._manifests[manifest.digest] = manifest

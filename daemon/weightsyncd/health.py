@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
 import sys
@@ -32,15 +33,16 @@ logger = logging.getLogger(__name__)
 _STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
 
 
-def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None) -> None:
-    """Count a push that has ended."""
+def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None, *, repeat: bool) -> None:
+    """Count a push that has ended. One that fails is no failure of `push_weights` where it was a keeper's `repeat`."""
     metrics.pushes.labels(session.model, str(session.state)).inc()
-    if session.error is not None:
+    if session.error is not None and not repeat:
         metrics.push_failures.labels(session.model, session.error.kind).inc()
     if outcome is None:
         return
     for engine in outcome.engines:
         metrics.engine_outcomes.labels(engine.engine, engine.outcome).inc()
+        metrics.outcomes.add((engine.engine, engine.outcome))
     for phase, seconds in outcome.phases.items():
         metrics.phase_seconds.labels(session.model, phase).inc(seconds)
     if session.committed:
@@ -58,6 +60,10 @@ async def measure_node(server: Server) -> None:
         for state in _STATES:
             metrics.engine_state.remove(gone, state)
     metrics.engines = names
+    known = names.union(*({engine.name for engine in peer.engines} for peer in server.peers.values()))
+    for name, outcome in [pair for pair in metrics.outcomes if pair[0] not in known and pair[0] not in server.engines]:
+        metrics.engine_outcomes.remove(name, outcome)
+        metrics.outcomes.discard((name, outcome))
     for engine in server.engines:
         version = engine.info.version if engine.info is not None else None
         metrics.engine_version.labels(engine.name).set(-1 if version is None else version)
@@ -75,24 +81,36 @@ async def measure_node(server: Server) -> None:
         metrics.peer_connected.labels(name).set(peer.info is not None)
     with contextlib.suppress(OSError):
         metrics.shm_free.set(shutil.disk_usage(server.config.node.shm_dir).free)
-    books: dict[str, list[int]] = {}  # a reader has an account at every bridge
     for bridge in server.bridges:
         metrics.bridge_restarts.labels(bridge.name).set(bridge.restarts)
         metrics.slots.labels(bridge.name).set(server.config.arena.slots)
         metrics.slots_taken.labels(bridge.name).set(slots_taken(server, bridge.config.index))
-        for account in await accounts_of(bridge, server.config.timeouts.operation):
-            counts = books.setdefault(account.reader, [0, 0, 0, 0])
-            each = (account.exports, account.opens, account.closes, account.outstanding)
-            counts[:] = [total + count for total, count in zip(counts, each, strict=True)]
+        accounts = await accounts_of(bridge, server.config.timeouts.operation)
+        if accounts is not None:  # else what it showed last is as near as can be
+            metrics.books[bridge.name] = accounts
+    _measure_readers(metrics)
+
+
+def _measure_readers(metrics: Metrics) -> None:
+    """A reader has an account at every bridge; one that no bridge knows has gone, or its bridge was replaced."""
+    books: dict[str, list[int]] = {}
+    for account in itertools.chain(*metrics.books.values()):
+        counts = books.setdefault(account.reader, [0, 0, 0, 0])
+        each = (account.exports, account.opens, account.closes, account.outstanding)
+        counts[:] = [total + count for total, count in zip(counts, each, strict=True)]
     shown = (metrics.exports, metrics.exports_opened, metrics.exports_closed, metrics.exports_outstanding)
+    for gauge, gone in itertools.product(shown, metrics.readers - books.keys()):
+        gauge.remove(gone)
+    metrics.readers = set(books)
     for reader, counts in books.items():
         for gauge, count in zip(shown, counts, strict=True):
             gauge.labels(reader).set(count)
 
 
 def _measure_pushes(server: Server) -> None:
-    metrics, push = server.metrics, server.trainers.push
-    metrics.push_under_way.set(time.monotonic() - push.session.started if push is not None else 0)
+    metrics, push, followed = server.metrics, server.trainers.push, server.follower.context
+    since = [push.session.started] if push is not None else [followed.since] if followed is not None else []
+    metrics.push_under_way.set(time.monotonic() - since[0] if since else 0)
     engines = [e.status(server.config.node.name) for e in server.engines]
     engines += [e for peer in server.peers.values() for e in peer.engines]
     for model, newest in server.trainers.newest.items():

@@ -18,6 +18,7 @@ from weightsync.wire import messages as msg
 if TYPE_CHECKING:
     from weightsync.ipc.ledger import Account
     from weightsyncd.bridges import Bridge
+    from weightsyncd.context import PushContext
     from weightsyncd.server import Server
 
 __all__ = ["accounts_of", "slots_taken", "status_of"]
@@ -27,13 +28,15 @@ logger = logging.getLogger(__name__)
 _GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
 
 
-async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...]:
-    """The bridge's books. One that does not show them within `patience` seconds is taken for wedged, and replaced."""
+async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...] | None:
+    """The bridge's books; None where it shows none, which says nothing of what is in them. One that does not show them
+    within `patience` seconds is taken for wedged, and replaced.
+    """
     try:
         books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + patience)
     except TransportError as error:
         logger.debug("[bridge=%s] shows no ledger: %s", bridge.name, error.message)
-        return ()
+        return None
     return books.accounts
 
 
@@ -70,7 +73,17 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         shm_free=shm_free,
         leaks=server.executor.wire.leaks,
         last_ago=time.monotonic() - trainers.last_at if trainers.last_at is not None else None,
+        refused=trainers.refused,
+        refused_ago=time.monotonic() - trainers.refused_at if trainers.refused is not None else None,
+        follows=_followed(server.follower.context),
     )
+
+
+def _followed(context: PushContext | None) -> msg.FollowedPush | None:
+    if context is None:
+        return None
+    seconds = time.monotonic() - context.since
+    return msg.FollowedPush(push=context.push, model=context.model, version=context.version, seconds=seconds)
 
 
 async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
@@ -78,7 +91,7 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
     accounts: tuple[Account, ...] = ()
     with contextlib.suppress(TimeoutError):  # a question that somebody gave up on condemns nobody
         async with asyncio.timeout(_GLANCE):
-            accounts = await accounts_of(bridge, config.timeouts.operation)
+            accounts = await accounts_of(bridge, config.timeouts.operation) or ()
     return msg.BridgeStatus(
         node=config.node.name,
         index=bridge.config.index,
@@ -88,7 +101,7 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
         slots=config.arena.slots,
         slot_bytes=config.arena.slot_bytes,
         outstanding=sum(account.outstanding for account in accounts),
-        error=how.last_error.message if how.last_error is not None and how.state != "ready" else None,
+        error=how.last_error.message if how.last_error is not None else None,
         taken=slots_taken(server, bridge.config.index),
         exports=sum(account.exports for account in accounts),
         revoked=sum(account.revoked for account in accounts),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weightsync.errors import PushRefused
 from weightsyncd.repeats import engines_everywhere, late_engines
 
 if TYPE_CHECKING:
     from weightsync.wire import messages as msg
     from weightsyncd.push import Services
 
-__all__ = ["engines_of", "models_of", "still_late"]
+__all__ = ["engines_of", "models_of", "targets"]
 
 
 def engines_of(services: Services, model: str) -> dict[str, str]:
@@ -28,7 +29,22 @@ def models_of(services: Services) -> list[str]:
     return sorted(taken | {f"{model} (frozen)" for model, _ in found if model not in taken})
 
 
-def still_late(services: Services, message: msg.Open, engines: dict[str, str], newest: int | None) -> dict[str, str]:
+def targets(services: Services, message: msg.Open, newest: int | None) -> dict[str, str]:
+    """Name → node of those that this call is for. Raises `PushRefused` where there are none."""
+    engines = engines_of(services, message.model)
+    if message.engines:
+        if gone := sorted(set(message.engines) - engines.keys()):
+            raise PushRefused(f"model {message.model!r} has no engine called {', '.join(gone)}")
+        engines = _still_late(services, message, engines, newest)
+        if not engines:
+            raise PushRefused(f"no engine is behind version {message.version} any more")
+    if not engines:
+        models = ", ".join(models_of(services)) or "none; add [[engines]] to the node config"
+        raise PushRefused(f"no engine serves model {message.model!r}", hint=f"models known here: {models}")
+    return engines
+
+
+def _still_late(services: Services, message: msg.Open, engines: dict[str, str], newest: int | None) -> dict[str, str]:
     """Of the engines that are to get what was pushed before, those that still lack it: this may have waited. None of
     them do where something newer has been committed, as `newest` says.
     """

@@ -21,13 +21,14 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightsync.errors import CodecError, ErrorRecord, PushRefused, PushTimeout, RemoteProtocolError, WeightSyncError
+from weightsync.metrics import UNKNOWN
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
-from weightsyncd.targets import engines_of, models_of, still_late
+from weightsyncd.targets import engines_of, targets
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -60,6 +61,8 @@ class Trainers:
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
         self.last_at: float | None = None
+        self.refused: ErrorRecord | None = None  # of the last call that came to nothing before it was a push
+        self.refused_at = 0.0
         self.stopping = False
         self._services = services
         self._metrics = metrics
@@ -167,8 +170,10 @@ class Trainers:
         """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
         message = call.message
         self._services.send(call.identity, msg.Ended(id=message.id, error=error))
-        if message.rank == 0:
-            self._metrics.push_failures.labels(message.model, error.kind).inc()
+        if message.rank == 0 and not message.engines:  # a keeper tries again
+            self.refused, self.refused_at = error, time.monotonic()
+            model = message.model if engines_of(self._services, message.model) else UNKNOWN
+            self._metrics.push_failures.labels(model, error.kind).inc()
         if message.rank != 0 or message.world == 1:
             return
         self._failures.note(message, {0}, error, until=self._later())
@@ -186,21 +191,12 @@ class Trainers:
         if left <= 0:
             self._time_is_up(call)
             return
-        engines, keeper = engines_of(self._services, message.model), None
-        if message.engines:
-            if gone := sorted(set(message.engines) - engines.keys()):
-                self._refuse(call, f"model {message.model!r} has no engine called {', '.join(gone)}", None)
-                return
-            engines = still_late(self._services, message, engines, self.newest.get(message.model))
-            if not engines:
-                self._refuse(call, f"no engine is behind version {message.version} any more", None)
-                return
-        if not engines:
-            models = ", ".join(models_of(self._services)) or "none; add [[engines]] to the node config"
-            self._refuse(call, f"no engine serves model {message.model!r}", f"models known here: {models}")
+        try:
+            engines = targets(self._services, message, self.newest.get(message.model))
+        except PushRefused as error:
+            self._refuse(call, error.message, error.hint)
             return
-        if not message.engines:
-            keeper = self._services.executor.engines.keeper_of(message.model)
+        keeper = self._services.executor.engines.keeper_of(message.model) if not message.engines else None
         self._failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
@@ -239,7 +235,7 @@ class Trainers:
             await keeper.settle(whole=session.version if whole else None, deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
-        measure_push(self._metrics, session, push.outcome)
+        measure_push(self._metrics, session, push.outcome, repeat=push.repeat)
 
     async def _look(self, name: str) -> None:
         """Note what an engine serves now, for status and metrics."""

@@ -173,7 +173,7 @@ def test_metrics_and_health(node, unused_port):
         with pytest.raises(PushRefused, match="no engine serves model 'lost'"):
             push_weights({"w": torch.zeros(1)}, version=3, model="lost", daemon=daemon.endpoint)
         metrics = httpx.get(f"{url}/metrics", trust_env=False).text
-        assert 'weightsync_push_failures_total{kind="PushRefused",model="lost"} 1.0' in metrics
+        assert 'weightsync_push_failures_total{kind="PushRefused",model="unknown"} 1.0' in metrics
         assert "weightsync_push_under_way_seconds 0.0" in metrics
     finally:
         daemon.kill(signal.SIGTERM)

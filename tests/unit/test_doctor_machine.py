@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import resource
@@ -10,6 +11,7 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING
 
+import msgspec
 import pytest
 
 from weightsync.config import parse_node_config
@@ -46,7 +48,9 @@ def write(path: Path, text: object) -> None:
 
 
 def look(root: Path, text: str = ON_CPU):
-    return examine_machine(parse_node_config(text), root / "proc", root / "cg")
+    config = parse_node_config(text)
+    config = msgspec.structs.replace(config, node=msgspec.structs.replace(config.node, shm_dir=str(root / "shm")))
+    return examine_machine(config, root / "proc", root / "cg")
 
 
 def about(found, words: str):
@@ -73,6 +77,34 @@ def test_the_limit_of_a_container(root):
     assert about(look(root), "memory").level == "ok"
 
 
+def test_what_the_kernel_keeps_of_files_is_not_in_the_way(root):
+    """It gives that back to whoever needs the memory."""
+    write(root / "cg" / "memory.max", 64 * 2**30)
+    write(root / "cg" / "memory.current", 63 * 2**30)
+    write(root / "cg" / "memory.stat", f"anon {2**30}\nfile {62 * 2**30}\ninactive_file {60 * 2**30}")
+    well = about(look(root), "memory")
+    assert well.level == "ok"
+    assert well.what.startswith("61 GiB of memory are left of the limit of 64 GiB")
+
+
+def test_slots_that_are_there_already_are_not_needed_twice(root):
+    """Those of the weightsyncd that runs, which its successor replaces."""
+    write(root / "cg" / "memory.max", 4 * 2**30)
+    write(root / "cg" / "memory.current", 2 * 2**30)
+    assert about(look(root), "memory").level == "fail"
+    (root / "shm").mkdir()
+    arena = root / "shm" / f"weightsync-{os.geteuid()}-node0-0-ab"
+    with arena.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 2**21)
+    write(root / "cg" / "memory.current", 2**30 + 2**20)
+    text = about(look(root), "memory")
+    assert (text.level, text.what.partition(" of memory")[0]) == ("ok", "3 GiB")
+    write(root / "cg" / "memory.current", 0)
+    assert about(look(root), "memory").what.startswith("4 GiB")  # more than its limit it cannot have
+    on_gpus = about(look(root, '[arena]\ndevice = "cuda"'), "memory").what
+    assert on_gpus.startswith("4 GiB of memory are left")
+
+
 def test_slots_on_gpus_take_no_host_memory_but_a_kept_copy_is_told_of(root):
     found = look(root, '[arena]\ndevice = "cuda"')
     assert about(found, "memory").what == "100 GiB of memory are available"
@@ -95,8 +127,9 @@ def test_version_1_of_cgroups(root):
     write(root / "cg" / "memory" / "memory.limit_in_bytes", 9223372036854771712)  # none
     write(root / "cg" / "memory" / "memory.usage_in_bytes", 5)
     assert tightest(root / "proc", root / "cg", *MEMORY) is None
+    write(root / "cg" / "memory" / "memory.stat", "cache 4\ninactive_file 1\ntotal_cache 4\ntotal_inactive_file 3")
     write(root / "cg" / "memory" / "memory.limit_in_bytes", 50)  # the path of its group is the host's, and not here
-    assert tightest(root / "proc", root / "cg", *MEMORY) == Limit(50, 5, f"{root}/cg/memory/memory.limit_in_bytes")
+    assert tightest(root / "proc", root / "cg", *MEMORY) == Limit(50, 2, f"{root}/cg/memory/memory.limit_in_bytes")
 
 
 def test_a_machine_that_tells_nothing(root):
@@ -108,6 +141,7 @@ def test_a_machine_that_tells_nothing(root):
 def test_few_processes_are_left(root):
     write(root / "cg" / "pids.max", 1000)
     write(root / "cg" / "pids.current", 990)
+    write(root / "cg" / "memory.stat", "inactive_file 4096")  # of another controller, in the same directory
     few = about(look(root), "processes and threads")
     assert (few.level, few.what.split()[0]) == ("warn", "10")
     assert "--pids-limit" in few.fix
@@ -168,6 +202,24 @@ def test_an_address_that_is_another_machine_s(root, unused_port, tmp_path):
     text = f'[cluster]\nlisten = "tcp://192.0.2.1:{unused_port}"\nkey_file = "{tmp_path / "key"}"'
     bad = about(look(root, text), "cluster.listen")
     assert (bad.level, bad.fix) == ("fail", "an address of this machine: ip address")
+
+
+def test_every_address_of_this_machine_is_one_of_its_own(root, unused_port, tmp_path):
+    make_key_file(tmp_path / "key")
+    text = f'[cluster]\nlisten = "tcp://*:{unused_port}"\nkey_file = "{tmp_path / "key"}"'
+    assert not any("cluster.listen" in f.what for f in look(root, text))
+    with socket.create_server(("127.0.0.1", unused_port)):
+        assert about(look(root, text), "cluster.listen").fix == "another port"
+
+
+def test_a_port_that_is_root_s(root, monkeypatch):
+    def refused(self: socket.socket, address: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(socket.socket, "bind", refused)
+    bad = about(look(root, f'{ON_CPU}[http]\nlisten = "127.0.0.1:80"'), "http.listen")
+    assert (bad.level, bad.what) == ("fail", "http.listen = tcp://127.0.0.1:80: permission denied")
+    assert bad.fix.startswith("a port from 1024 on")
 
 
 def test_a_weightsyncd_that_runs_has_its_ports(root, unused_port):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,10 +15,13 @@ import yaml
 from prometheus_client.metrics import MetricWrapperBase
 
 from weightsync.config import parse_node_config
+from weightsync.errors import ErrorRecord, TransportBroken
 from weightsync.ipc.ledger import Account
 from weightsync.metrics import Metrics
 from weightsync.nccl_bridge.commands import LedgerBooks
-from weightsyncd.health import measure_node
+from weightsync.wire import messages as msg
+from weightsyncd.context import PushContext
+from weightsyncd.health import measure_node, measure_push
 
 DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy"
 LEFT_OUT: dict[str, str] = {}  # metrics that the dashboard does not show → why not
@@ -138,31 +142,34 @@ def test_the_first_failure_of_a_model_is_a_rise():
     assert metrics.registry.get_sample_value("weightsync_pushes_total", labels) == 0.0
 
 
-def test_a_node_is_measured(tmp_path):
-    """Books of several bridges add up; engines everywhere are compared with what was pushed from here."""
+class FakeBridge:
+    def __init__(self, index: int, *accounts: Account) -> None:
+        self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
+        self.accounts: tuple[Account, ...] | None = accounts  # None: it does not answer
 
-    class FakeBridge:
-        def __init__(self, index: int, *accounts: Account) -> None:
-            self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
-            self._books = LedgerBooks(accounts=accounts)
+    async def call(self, command: object, deadline: float) -> LedgerBooks:
+        if self.accounts is None:
+            raise TransportBroken(f"bridge {self.name} is not ready")
+        return LedgerBooks(accounts=self.accounts)
 
-        async def call(self, command: object, deadline: float) -> LedgerBooks:
-            return self._books
 
-    class FakeEngine:
-        def __init__(self, name: str, version: int | None, model: str = "policy", frozen: bool = False) -> None:
-            self.name, self.version, self.model, self.frozen = name, version, model, frozen
-            self.state, self.info = "serving", SimpleNamespace(version=version, replay=None)
+class FakeEngine:
+    def __init__(self, name: str, version: int | None, model: str = "policy", frozen: bool = False) -> None:
+        self.name, self.version, self.model, self.frozen = name, version, model, frozen
+        self.state, self.info = "serving", SimpleNamespace(version=version, replay=None)
 
-        def status(self, node: str) -> FakeEngine:
-            return self
+    def status(self, node: str) -> FakeEngine:
+        return self
 
-    metrics = Metrics()
+
+@pytest.fixture
+def node(tmp_path) -> Any:
+    """Two bridges, three engines, and another node with two."""
     books = Account(reader="e0/0", exports=5, opens=5, closes=4), Account(reader="e0/0", exports=3, closes=3)
     away = SimpleNamespace(info=None, engines=(FakeEngine("e2", None), FakeEngine("old", 1, "other")))
-    server: Any = SimpleNamespace(
+    return SimpleNamespace(
         config=parse_node_config(f'[node]\nshm_dir = "{tmp_path}"'),
-        metrics=metrics,
+        metrics=Metrics(),
         engines=[FakeEngine("e0", 7), FakeEngine("e1", 6), FakeEngine("ref", 1, frozen=True)],
         peers={"n1": away},
         trainers=SimpleNamespace(push=None, newest={"policy": 7}),
@@ -170,8 +177,12 @@ def test_a_node_is_measured(tmp_path):
         executor=SimpleNamespace(wire=SimpleNamespace(leaks=2)),
         bridges=[FakeBridge(0, books[0]), FakeBridge(1, books[1])],
     )
-    asyncio.run(measure_node(server))
-    value = metrics.registry.get_sample_value
+
+
+def test_a_node_is_measured(node):
+    """Books of several bridges add up; engines everywhere are compared with what was pushed from here."""
+    asyncio.run(measure_node(node))
+    value = node.metrics.registry.get_sample_value
     assert value("weightsync_exports", {"reader": "e0/0"}) == 8
     assert value("weightsync_exports_outstanding", {"reader": "e0/0"}) == 1
     assert value("weightsync_engines_behind", {"model": "policy"}) == 2
@@ -180,6 +191,71 @@ def test_a_node_is_measured(tmp_path):
     assert value("weightsync_exports_leaked") == 2
     assert value("weightsync_slots", {"bridge": "n0/1"}) == 3
     assert value("weightsync_shm_free_bytes")
-    server.peers = {}
-    asyncio.run(measure_node(server))
+    node.peers = {}
+    asyncio.run(measure_node(node))
     assert value("weightsync_peer_connected", {"peer": "n1"}) is None
+
+
+def test_a_push_that_another_node_coordinates_is_under_way_here(node):
+    value = node.metrics.registry.get_sample_value
+    asyncio.run(measure_node(node))
+    assert value("weightsync_push_under_way_seconds") == 0
+    node.follower.context = PushContext("n1-ab", "policy", 3, since=time.monotonic() - 7)
+    asyncio.run(measure_node(node))
+    assert 7 <= value("weightsync_push_under_way_seconds") < 60
+
+
+def test_readers_that_are_gone_are_shown_no_more(node):
+    """A gauge that stays at what a bridge's last books said would be exports that nobody holds."""
+
+    def outstanding() -> Any:
+        asyncio.run(measure_node(node))
+        return node.metrics.registry.get_sample_value("weightsync_exports_outstanding", {"reader": "e0/0"})
+
+    first, second = node.bridges
+    assert outstanding() == 1
+    kept, first.accounts = first.accounts, None
+    assert outstanding() == 1  # that it does not answer does not say that its books are empty
+    first.accounts = kept
+    assert outstanding() == 1
+    first.accounts = ()  # a new bridge, of a new ledger
+    assert outstanding() == 0
+    second.accounts = ()
+    assert outstanding() is None
+    names = ("weightsync_exports", "weightsync_exports_opened", "weightsync_exports_closed")
+    assert {node.metrics.registry.get_sample_value(name, {"reader": "e0/0"}) for name in names} == {None}
+
+
+def test_outcomes_of_engines_that_are_gone_are_shown_no_more(node):
+    """Engines of other nodes are pushed to from here, too."""
+
+    def outcomes() -> list[str]:
+        asyncio.run(measure_node(node))
+        (family,) = [f for f in node.metrics.registry.collect() if f.name == "weightsync_engine_outcomes"]
+        return sorted(s.labels["engine"] for s in family.samples if s.name.endswith("_total"))
+
+    measure_push(node.metrics, ended(), outcome_of("e0", "e2", "removed"), repeat=False)
+    assert outcomes() == ["e0", "e2"]
+    node.peers = {}
+    assert outcomes() == ["e0"]
+
+
+def test_a_keepers_push_that_fails_is_no_failure_of_push_weights(node):
+    labels = {"model": "policy", "kind": "PushAborted"}
+    for repeat, count in ((True, None), (False, 1), (True, 1)):
+        measure_push(node.metrics, ended(ErrorRecord(kind="PushAborted", message="no")), None, repeat=repeat)
+        assert node.metrics.registry.get_sample_value("weightsync_push_failures_total", labels) == count
+
+
+def ended(error: ErrorRecord | None = None) -> Any:
+    """The session of a push that has."""
+    return SimpleNamespace(model="policy", state="aborted", error=error, committed=False)
+
+
+def outcome_of(*engines: str) -> msg.PushOutcome:
+    each = tuple(
+        msg.EngineOutcome(engine=name, node="n0", outcome="skipped", version=None, seconds=0.0) for name in engines
+    )
+    return msg.PushOutcome(
+        model="policy", version=3, nbytes=0, tensors=0, buckets=0, seconds=0.0, phases={}, engines=each
+    )

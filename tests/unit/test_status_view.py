@@ -84,6 +84,25 @@ def test_what_is_wrong_is_in_whole_sentences():
     assert "with no push under way" not in under_way  # they are what a push is made of
 
 
+def test_a_push_of_another_node():
+    """Its exports are open here while it is under way, and nothing is wrong with that."""
+    follows = msg.FollowedPush(push="n1-ab", model="policy", version=42, seconds=3.21)
+    text = " ".join(shown(msgspec.structs.replace(STATUS, follows=follows)).split())
+    assert "with no push under way" not in text
+    assert "takes part in version 42 of policy, which another node pushes, for 3.2 s" in text
+    assert "no push is under way" not in text
+
+
+def test_why_a_bridge_was_restarted():
+    (bridge,) = STATUS.bridges
+    back = msgspec.structs.replace(bridge, error="it was killed by signal 9")
+    gone = msgspec.structs.replace(back, pid=None)
+    text = shown(msgspec.structs.replace(STATUS, bridges=(back,)))
+    assert "bridge n0/0: last restart: it was killed by signal 9" in text
+    text = shown(msgspec.structs.replace(STATUS, bridges=(gone,)))
+    assert "bridge n0/0: it was killed by signal 9" in text
+
+
 def test_the_last_push_by_phase():
     lines = shown(STATUS).splitlines()
     assert "last push, 65 s ago: version 41 of policy: 61.00 GB in 120 buckets, 1.250 s, 48.80 GB/s" in lines
@@ -97,6 +116,15 @@ def test_a_push_that_failed_says_what_to_do():
     text = shown(msgspec.structs.replace(STATUS, last_error=ERROR))
     assert "version 41 of policy failed after 1.250 s: no" in text
     assert "hint: yes" in text
+
+
+def test_a_call_that_came_to_no_push_is_told_of_beside_the_last_push():
+    """What an alert on failed calls is about may be no push at all."""
+    refused = msgspec.structs.replace(ERROR, message="no engine serves model 'typo'", model="typo", version=7)
+    text = " ".join(shown(msgspec.structs.replace(STATUS, refused=refused, refused_ago=200.0)).split())
+    assert "last call that came to no push, 3 min ago: version 7 of typo: no engine serves model 'typo'" in text
+    assert "hint: yes" in text
+    assert "last push, 65 s ago: version 41 of policy: 61.00 GB" in text
 
 
 def test_the_push_under_way():

@@ -14,7 +14,7 @@ _NONE = 2**60  # version 1 has a number near 2**63 where there is no limit
 
 
 class Limit(NamedTuple):
-    """One limit, and what is used of it."""
+    """One limit, and what is used of it; of memory, without what can be taken back at once."""
 
     limit: int
     used: int
@@ -62,5 +62,14 @@ def _read(folder: Path, files: tuple[str, str]) -> Limit | None:
     with suppress(OSError, ValueError):  # "max" is no number, and no limit
         limit, used = (int((folder / name).read_text()) for name in files)
         if limit < _NONE:
+            if files[1].startswith("memory."):
+                used = max(0, used - _reclaimable(folder))
             return Limit(limit, used, str(folder / files[0]))
     return None
+
+
+def _reclaimable(folder: Path) -> int:
+    """Bytes of files that the kernel keeps and gives back before anybody is refused memory."""
+    stat = dict(line.split() for line in _lines(folder / "memory.stat") if line.count(" ") == 1)
+    found = stat.get("total_inactive_file", stat.get("inactive_file", "0"))  # version 1 has it of the group alone, too
+    return int(found) if found.isdecimal() else 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
+from weightsync.doctor.arenas import held
 from weightsync.doctor.cgroups import tightest
 from weightsync.doctor.sizes import size
 from weightsync.endpoints import private_directory, runtime_dir
@@ -29,6 +30,11 @@ _PROCESSES = 256  # threads of weightsyncd, its bridges and keepers: about 20 ea
 _FIRST = {"ipc": 0xEFFFFFFF, "pid": 0xEFFFFFFC}  # the kernel's numbers of the namespaces that it starts with
 _ADAPTERS = Path("/sys/class/infiniband")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
+_ADDRESS = "an address of this machine: ip address"
+_FIXES = {  # of what is wrong with a port
+    errno.EADDRINUSE: "another port",
+    errno.EACCES: "a port from 1024 on, or sysctl net.ipv4.ip_unprivileged_port_start",
+}
 _LIMITS = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")  # cgroups 2, and 1
 
 
@@ -55,10 +61,11 @@ def _memory(config: NodeConfig, proc: Path, cgroups: Path) -> Finding:
     """Arenas in host memory are counted to the container that writes them."""
     arena = config.arena
     need = max(config.node.bridges, 1) * arena.slots * stride(arena.slot_bytes) if arena.device == "cpu" else 0
-    free, where = _available(proc), "of memory are available"
+    there = held(config) if need else 0  # a new weightsyncd has that for its own
+    free, where = _available(proc) + there, "of memory are available"
     limit = tightest(proc, cgroups, *_LIMITS)
-    if limit is not None and limit.left < free:
-        free, where = limit.left, f"of memory are left of the limit of {size(limit.limit)} in {limit.where}"
+    if limit is not None and (left := min(limit.left + there, limit.limit)) < free:
+        free, where = left, f"of memory are left of the limit of {size(limit.limit)} in {limit.where}"
     what = f"{size(free)} {where}"
     if need:
         what += f"; slots in host memory take up to {size(need)} of that"
@@ -152,6 +159,7 @@ def _port(key: str, endpoint: str, daemon: int | None) -> Finding | None:
     """Why weightsyncd could not listen there."""
     parts = urlsplit(endpoint)
     host, port = parts.hostname or "", parts.port or 0
+    host = "" if host == "*" else host  # zmq's word for every address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,6 +170,5 @@ def _port(key: str, endpoint: str, daemon: int | None) -> Finding | None:
             if pid is not None and pid == daemon:
                 return None
             who = f"taken by {command(pid)}, pid {pid}" if pid is not None else (error.strerror or str(error)).lower()
-            fix = "another port" if error.errno == errno.EADDRINUSE else "an address of this machine: ip address"
-            return Finding(level="fail", what=f"{key} = {endpoint}: {who}", fix=fix)
+            return Finding(level="fail", what=f"{key} = {endpoint}: {who}", fix=_FIXES.get(error.errno or 0, _ADDRESS))
     return None

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import Finding
+from weightsync.doctor.arenas import held
 from weightsync.doctor.joined import examine_joined
 from weightsync.doctor.packages import examine_packages
 from weightsync.doctor.sizes import size
@@ -85,7 +84,7 @@ def room(config: NodeConfig) -> Finding:
         need = bridges * (control + stride(_COUNTERS))
         what = f"fences and reference counters need {size(need)}"
     try:
-        free = shutil.disk_usage(directory).free + _held(config)
+        free = shutil.disk_usage(directory).free + held(config)
     except OSError as error:
         return Finding(level="fail", what=f"node.shm_dir = {directory}: {error.strerror}", fix=f"use {DIRECTORY}")
     what = f"{what} of {directory}, which has {size(free)} free"
@@ -104,20 +103,11 @@ def worst_first(found: Iterable[Finding]) -> list[Finding]:
     return sorted(found, key=lambda finding: order[finding.level])
 
 
-def _held(config: NodeConfig) -> int:
-    """Bytes of this node's arenas that exist now: those of a running weightsyncd, which a new one would replace."""
-    held = 0
-    for file in Path(config.node.shm_dir).glob(f"weightsync-{os.geteuid()}-{config.node.name}-*"):
-        with suppress(FileNotFoundError):  # removed meanwhile
-            held += file.stat().st_blocks * 512
-    return held
-
-
 def _arenas(config: NodeConfig, gpus: Sequence[Gpu]) -> list[Finding]:
     """What each arena takes of its GPU; judged only while this node has none there, which would count as taken."""
     slots, slot_bytes = config.arena.slots, config.arena.slot_bytes
     need, found = slots * stride(slot_bytes), []
-    runs = _held(config) > 0
+    runs = held(config) > 0
     for gpu in gpus:
         what = f"slots lie on GPU {gpu.uuid}: {slots} × {size(slot_bytes)} take {size(need)}"
         if runs:

@@ -263,7 +263,7 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: Natural
     slot_bytes: Natural
     outstanding: Natural  # exports that no reader has closed yet
-    error: str | None = None
+    error: str | None = None  # why it is not there (`pid` is None), or why it was restarted last
     gpu: str = ""  # UUID of the one that its slots lie on
     taken: Natural = 0  # slots that hold a bucket of the push under way
     exports: Natural = 0  # to readers, since it was started
@@ -292,6 +292,15 @@ class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     buckets: Natural = 0
     engines: tuple[EngineProgress, ...] = ()
     phases: dict[str, float] = {}  # seconds so far of those that are over or have paused
+
+
+class FollowedPush(msgspec.Struct, frozen=True, kw_only=True):
+    """A push that another node coordinates and this one takes part in."""
+
+    push: Name
+    model: Text  # "" until it has asked for something of an engine
+    version: Natural
+    seconds: float
 
 
 class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,6 +344,9 @@ class Status(Message, frozen=True, tag="status"):
     shm_free: Natural | None = None  # bytes, in node.shm_dir
     leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
     last_ago: float | None = None  # seconds since the last push ended
+    refused: ErrorRecord | None = None  # of the last call, by a rank 0, that came to nothing before it was a push
+    refused_ago: float | None = None  # seconds
+    follows: FollowedPush | None = None  # what holds this node for another one
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
