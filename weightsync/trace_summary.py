@@ -6,10 +6,11 @@ in `log.trace_dir`; `summary_view` shows it.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+from msgspec import Meta
 from rich.console import Group
 from rich.text import Text
 
@@ -25,17 +26,69 @@ _AT_ENGINES = ("pause", "begin", "load", "release", "finish", "verify", "resume"
 _SHOWN = 8  # failures and unfinished pieces
 
 
+Natural = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0.0)]
+
+
+class _Push(msgspec.Struct):
+    """What is shown of `otherData`: other programs' traces have none of it."""
+
+    model: str
+    version: int
+    state: str
+    seconds: Seconds
+    bytes: Natural
+    buckets: Natural
+    began: str
+    node: str
+    waiting_for: str = ""
+    error: str = ""
+    dropped: Natural = 0
+
+
+class _Details(msgspec.Struct):
+    engine: str | None = None
+    bucket: int | None = None
+    bytes: Natural = 0
+    failed: str = ""
+
+
+class _Work(msgspec.Struct, tag_field="ph", tag="X"):
+    name: str
+    cat: str
+    pid: int
+    tid: int
+    ts: float
+    dur: Seconds
+    args: _Details
+
+
+class _Label(msgspec.Struct):
+    name: str = ""
+
+
+class _Name(msgspec.Struct, tag_field="ph", tag="M"):
+    name: str
+    pid: int
+    tid: int
+    args: _Label
+
+
+class _Document(msgspec.Struct):
+    otherData: _Push  # noqa: N815 - as the format spells it
+    traceEvents: list[_Work | _Name]  # noqa: N815
+
+
 def read_trace(text: bytes, name: str) -> dict[str, Any]:
-    """The document in a file. Raises `ConfigError` for what is no trace of ours."""
+    """The document in a file. Raises `ConfigError` for what is no trace of ours: other programs write the format, too."""
     try:
-        found = json.loads(text)
-        if all(isinstance(row["cat"], str) and row["dur"] >= 0 for row in _rows(found)):
-            return dict(found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found: dict[str, Any] = msgspec.json.decode(text)
+        msgspec.convert(found, _Document)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{name} is no trace of a push: {error!r}", hint="weightsync trace -o FILE writes one"
+            f"{name} is no trace of a push: {error}", hint="weightsync trace -o FILE writes one"
         ) from error
-    raise ConfigError(f"{name} is no trace of a push", hint="weightsync trace -o FILE writes one")
+    return found
 
 
 def summarise(document: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +96,9 @@ def summarise(document: dict[str, Any]) -> dict[str, Any]:
     piece of it was under way: steps overlap.
     """
     rows = _rows(document)
-    lanes = {(r["pid"], r["tid"]): r["args"]["name"] for r in document["traceEvents"] if r["name"] == "thread_name"}
+    lanes = {
+        (r["pid"], r["tid"]): r["args"].get("name", "?") for r in document["traceEvents"] if r["name"] == "thread_name"
+    }
     by_step: dict[str, list[dict[str, Any]]] = defaultdict(list)
     by_engine: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
