@@ -80,7 +80,7 @@ class _Document(msgspec.Struct):
 
 
 def read_trace(text: bytes, name: str) -> dict[str, Any]:
-    """The document in a file. Raises `ConfigError` for what is no trace of ours: other programs write the format, too."""
+    """The document in a file. Raises `ConfigError` for what is no trace of ours, such as other programs' traces."""
     try:
         found: dict[str, Any] = msgspec.json.decode(text)
         msgspec.convert(found, _Document)
@@ -123,23 +123,28 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 def _step(pieces: Sequence[dict[str, Any]], lanes: dict[tuple[int, int], str]) -> dict[str, Any]:
     seconds = _under_way(pieces)
     nbytes = sum(row["args"].get("bytes", 0) for row in pieces)
-    slowest = max(pieces, key=lambda row: float(row["dur"]))
+    slowest = _slowest(pieces)
     return {
         "from": min(row["ts"] for row in pieces) / 1e6,
         "seconds": seconds,
         "pieces": len(pieces),
         "bytes": nbytes,
         "GB/s": nbytes / seconds / 1e9 if seconds else 0.0,
-        "slowest": _piece(slowest, lanes),
+        "slowest": _piece(slowest, lanes) if slowest is not None else None,
     }
 
 
 def _engine(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     steps = {step: _under_way([row for row in pieces if row["cat"] == step]) for step in _AT_ENGINES}
     loads = [row for row in pieces if row["cat"] == "load"]
-    slowest = max(loads, key=lambda row: float(row["dur"]), default=None)
+    slowest = _slowest(loads)
     worst = {"bucket": slowest["args"].get("bucket"), "seconds": slowest["dur"] / 1e6} if slowest is not None else None
     return {"seconds": steps, "bytes": sum(row["args"].get("bytes", 0) for row in loads), "slowest": worst}
+
+
+def _slowest(pieces: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of those whose end is known: how long the ones took that were under way when the trace was full is not."""
+    return max((row for row in pieces if "cut" not in row["args"]), key=lambda row: float(row["dur"]), default=None)
 
 
 def _piece(row: dict[str, Any], lanes: dict[tuple[int, int], str]) -> dict[str, Any]:
@@ -163,8 +168,10 @@ def summary_view(summary: dict[str, Any]) -> Group:
     for step in summary["steps"]:
         slowest = step["slowest"]
         nbytes, speed = (_size(step["bytes"]), f"{step['GB/s']:.2f}") if step["bytes"] else ("", "")
-        name = slowest["name"] if slowest["name"] != step["step"] else ""
-        worst = f"{slowest['seconds']:.4f} s  {slowest['of']} {name}".rstrip()
+        worst = ""
+        if slowest is not None:
+            name = slowest["name"] if slowest["name"] != step["step"] else ""
+            worst = f"{slowest['seconds']:.4f} s  {slowest['of']} {name}".rstrip()
         steps.add_row(
             step["step"], f"{step['from']:.4f}", f"{step['seconds']:.4f}", str(step["pieces"]), nbytes, speed, worst
         )
@@ -190,7 +197,8 @@ def _head(push: dict[str, Any]) -> list[Text]:
     if push.get("error"):
         lines.append(Text(push["error"], style="red"))
     if push.get("dropped"):
-        lines.append(Text(f"the trace is not whole: {push['dropped']} notes came after it was full", style="yellow"))
+        what = f"{push['dropped']} notes of single buckets came after it was full"
+        lines.append(Text(f"the trace is not whole: {what}; what went wrong is in it", style="yellow"))
     return lines
 
 

@@ -15,6 +15,7 @@ from weightsync.errors import ConfigError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.trace import Trace
+from weightsync.trace_summary import summarise
 from weightsync.wire import messages as msg
 from weightsyncd.traces import PushTrace, Traces, write_trace
 
@@ -184,6 +185,66 @@ def test_notes_are_bounded_and_what_is_left_out_is_said(monkeypatch):
     trace.heard(ev.BucketLoaded(engine="a", bucket=0), 9.0)
     assert [span.bucket for span in trace.spans()] == [0, 1, 2]
     assert document(trace, 10.0, {"push": "p"})["otherData"] == {"push": "p", "dropped": 2}
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A trace that two loads have filled: the first has ended, the second is under way."""
+    monkeypatch.setattr("weightsync.session.trace.NOTES", 3)
+    trace = Trace("home", REMOTE, 0.0)
+    trace.told([do.LoadBucket(engine="a", bucket=0)], 0.0)
+    trace.heard(ev.BucketLoaded(engine="a", bucket=0), 1.0)
+    trace.told([do.LoadBucket(engine="a", bucket=1)], 1.0)
+    return trace
+
+
+def test_the_end_of_a_push_is_in_a_full_trace(full):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    full.told([do.LoadBucket(engine="a", bucket=2), do.VerifyEngine(engine="a")], 5.0)
+    full.heard(ev.EngineVerified(engine="a"), 6.0)
+    assert [(span.name, span.begin, span.end, span.cut) for span in full.spans()] == [
+        ("load 0", 0.0, 1.0, False),
+        ("load 1", 1.0, 5.0, True),
+        ("verify", 5.0, 6.0, False),
+    ]
+    assert full.dropped == 2
+
+
+def test_a_piece_that_was_cut_is_neither_the_slowest_nor_unfinished(full):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    found = summarise(document(full, 9.0, {}))
+    (load,) = found["steps"]
+    assert load["slowest"]["name"] == "load 0"
+    assert found["engines"][0]["slowest"]["bucket"] == 0
+    assert found["unfinished"] == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ev.EngineFailed(engine="a", phase="load", error=ERROR),
+        ev.RankFailed(rank=3, error=ERROR),
+        ev.RankLost(rank=3, reason=ERROR.message),
+        ev.NodeLost(node="away", error=ERROR),
+        ev.BridgeLost(node="home", bridge=0, error=ERROR),
+        ev.BucketRelayed(bucket=4, nodes=("away",), failed=(("away", ERROR),)),
+        ev.BucketReleased(engine="a", bucket=4, leaked=True),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_what_goes_wrong_is_told_in_a_full_trace(full, event):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    full.heard(event, 7.0)
+    (failed,) = summarise(document(full, 9.0, {}))["failed"]
+    assert (failed["seconds"], bool(failed["why"])) == (0.0, True)
+
+
+def test_a_full_trace_has_its_bound(full, monkeypatch):
+    monkeypatch.setattr("weightsync.session.trace.LAST", 2)
+    for _ in range(5):
+        full.heard(ev.EngineFailed(engine="a", phase="load", error=ERROR), 5.0)
+    assert full.dropped == 3
+    assert [span.failed for span in full.spans()] == ["", ERROR.message]
 
 
 def push_trace(model: str, version: int, until: float) -> PushTrace:
