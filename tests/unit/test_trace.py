@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -101,6 +103,52 @@ def test_a_directory_that_is_none_is_a_warning(tmp_path, caplog):
     (tmp_path / "file").write_text("")
     write_trace(str(tmp_path / "file"), "push-1", {})
     assert "log.trace_dir" in caplog.text
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """Writes no trace before `set`; the names of those written."""
+    goes_on, written = threading.Event(), []
+
+    def write(directory: str, name: str, document: dict) -> None:
+        assert goes_on.wait(30)
+        written.append(name)
+
+    monkeypatch.setattr("weightsyncd.traces.write_trace", write)
+    yield goes_on, written
+    goes_on.set()
+
+
+def test_nobody_waits_for_a_disk_that_hangs(disk, caplog):
+    goes_on, written = disk
+    traces = Traces("n0", "/traces")
+    traces.write(push_trace("a", 1, 1.0), "n0-1")
+    assert not asyncio.run(traces.settle(time.monotonic()))
+    assert "log.trace_dir: /traces is slow; 1 traces are left out" in caplog.text
+    for version in range(2, 12):  # one is with the thread, four may wait
+        traces.write(push_trace("a", version, 1.0), f"n0-{version}")
+    assert "the trace of push n0-11 is left out" in caplog.text
+    goes_on.set()
+    assert asyncio.run(traces.settle(time.monotonic() + 30))
+    assert written[0] == "push-n0-1-v1"
+    assert len(written) in (4, 5)
+
+
+def test_a_trace_that_cannot_be_written_keeps_no_other_from_it(tmp_path, caplog):
+    traces = Traces("n0", str(tmp_path))
+    broken = push_trace("a", 1, 1.0)
+    broken.about["no JSON"] = object()
+    traces.write(broken, "n0-1")
+    traces.write(push_trace("a", 2, 1.0), "n0-2")
+    assert asyncio.run(traces.settle(time.monotonic() + 30))
+    assert "push-n0-1-v1 cannot be written" in caplog.text
+    assert [path.name for path in tmp_path.glob("push-*")] == ["push-n0-2-v2.json"]
+
+
+def test_where_there_is_no_directory_nothing_is_written(disk):
+    traces = Traces("n0", "")
+    traces.write(push_trace("a", 1, 1.0), "n0-1")
+    assert asyncio.run(traces.settle(time.monotonic()))
 
 
 @pytest.mark.parametrize("engine", ["a", "b"])
