@@ -110,7 +110,7 @@ def disk(monkeypatch):
     """Writes no trace before `set`; the names of those written."""
     goes_on, written = threading.Event(), []
 
-    def write(directory: str, name: str, document: dict) -> None:
+    def write(directory: str, name: str, document: dict[str, object]) -> None:
         assert goes_on.wait(30)
         written.append(name)
 
