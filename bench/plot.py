@@ -30,7 +30,8 @@ def draw(document: Document, out: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    title, figures = document.get("title", "this"), document.get("figures")
+    title: str = document.get("title", "this")
+    figures: Any = document.get("figures")
     kind = next((name for name in ("ways", "transports") if isinstance(figures, dict) and name in figures), None)
     if kind is None:
         raise ConfigError(f"{title!r} has no picture", hint="`push`, `sglang` and `transports` have")
