@@ -6,8 +6,9 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# One torch build for all of us. On a machine with NVIDIA GPUs this is the CUDA build; to get the smaller CPU build on
-# a laptop, pass PyTorch's CPU index: make setup PIP_ARGS="--index-url …"
+# One torch version for all of us. On Linux the wheel of PyPI is the CUDA build, on machines without a GPU, too; PyTorch's
+# own index has the smaller CPU build: make setup PIP_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+# PIP_ARGS are for torch alone: that index has nothing else of ours.
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
@@ -65,7 +66,7 @@ bench-pure: setup
 	$(if $(BASELINE),,$(BIN)/python -m bench compare bench/results/pure.json)
 
 $(BIN)/.docs-set-up: $(BIN)/.set-up
-	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -e ".[docs]"
+	$(BIN)/python -m pip install --quiet -e ".[docs]"
 	@touch $@
 
 # the diagram of docs/session.md from the code, and the site into site/

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from bench.harness import suite
+from bench.ways import extent
 from weightsync.errors import ConfigError
 
 __all__ = ["draw"]
@@ -29,27 +30,33 @@ def draw(document: Document, out: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    figures = document["figures"]
+    title: str = document.get("title", "this")
+    figures: Any = document.get("figures")
     kind = next((name for name in ("ways", "transports") if isinstance(figures, dict) and name in figures), None)
     if kind is None:
-        raise ConfigError(f"{document['title']!r} has no picture", hint="`push`, `sglang` and `transports` have")
+        raise ConfigError(f"{title!r} has no picture", hint="`push`, `sglang` and `transports` have")
     picture, axes = pyplot.subplots(figsize=(8, 4), layout="constrained")
-    {"ways": _ways, "transports": _transports}[kind](axes, figures)
-    axes.set_title(document["title"], fontsize="medium")
-    picture.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
-    pyplot.close(picture)
+    try:
+        {"ways": _ways, "transports": _transports}[kind](axes, figures)
+        axes.set_title(title, fontsize="medium")
+        picture.savefig(out, metadata={"Date": None} if out.suffix == ".svg" else None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{title!r} lacks figures for a picture: {error!r}") from error
+    finally:
+        pyplot.close(picture)
 
 
 def _ways(axes: Any, figures: Document) -> None:
     names = [way["name"] for way in figures["ways"]]
     middle = [way["seconds"]["p50"] for way in figures["ways"]]
-    longest = [way["seconds"]["max"] - way["seconds"]["p50"] for way in figures["ways"]]
-    axes.barh(names, middle, xerr=[[0.0] * len(names), longest], capsize=4)
+    ends = zip(middle, (extent(way["seconds"]) for way in figures["ways"]), strict=True)
+    spread = [(p50 - least, most - p50) for p50, (least, most) in ends]
+    axes.barh(names, middle, xerr=list(zip(*spread, strict=True)), capsize=4)
     for name, key in (("trainer blocked", "blocked"), ("engine paused", "paused")):
         seconds = [way[key]["p50"] if way[key] else None for way in figures["ways"]]
         axes.plot(seconds, names, marker="|" if key == "blocked" else "x", linestyle="", color="black", label=name)
     axes.invert_yaxis()
-    axes.set_xlabel(f"seconds for {figures['bytes'] / 1e9:.2f} GB: median, to the longest")
+    axes.set_xlabel(f"seconds for {figures['bytes'] / 1e9:.2f} GB: median, from the shortest to the longest")
     axes.legend()
 
 
@@ -69,15 +76,30 @@ def main(
     out: Annotated[Path, typer.Option(help="x.png or x.svg; for several files, a folder for SVGs.")] = Path(),
 ) -> None:
     """Draw."""
-    for path in files:
-        try:
-            document = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
-        target = out if out.suffix in (".png", ".svg") else out / f"{path.stem}.svg"
+    targets = [out if out.suffix in (".png", ".svg") else out / f"{path.stem}.svg" for path in files]
+    if twice := sorted({str(target) for target in targets if targets.count(target) > 1}):
+        raise ConfigError(f"several files would be drawn as {', '.join(twice)}", hint="give each an --out of its own")
+    documents = [_read(path) for path in files]
+    for path, document, target in zip(files, documents, targets, strict=True):
         target.parent.mkdir(parents=True, exist_ok=True)
-        draw(document, target)
-        typer.echo(target)
+        try:
+            draw(document, target)
+        except ConfigError as error:
+            if len(files) == 1:
+                raise
+            typer.echo(f"{path} left out: {error}", err=True)
+        else:
+            typer.echo(target)
+
+
+def _read(path: Path) -> Document:
+    try:
+        document = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise ConfigError(f"{path} is not what a suite has written")
+    return document
 
 
 app = suite(main)

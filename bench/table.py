@@ -15,7 +15,7 @@ import typer
 
 from bench.compare import machine
 from bench.harness import suite
-from bench.ways import fastest
+from bench.ways import extent, fastest, ratio
 from weightsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -58,14 +58,15 @@ def ways(document: Document) -> list[str]:
     rows = []
     for way in found:
         seconds = way["seconds"]
-        spread = " / ".join(f"{seconds[key]:.2f}" for key in ("p50", "p99", "max")) + " s"
+        least, most = extent(seconds)
+        spread = f"{seconds['p50']:.2f} ({least:.2f}–{most:.2f}) s"
         rows.append(
             [
                 way["name"],
                 f"**{spread}**" if seconds["p50"] == best else spread,
-                f"{seconds['p50'] / found[0]['seconds']['p50']:.2f}",
+                ratio(seconds["p50"] / found[0]["seconds"]["p50"]),
                 f"{nbytes / seconds['p50'] / 1e9:.2f} GB/s",
-                f"{way['copied'] / seconds['p50'] / ceiling:.2f}" if way["copied"] else "–",
+                ratio(way["copied"] / seconds["p50"] / ceiling) if way["copied"] else "–",
                 *(f"{way[key]['p50']:.2f} s" if way[key] else "–" for key in ("blocked", "paused")),
                 ", ".join(f"{name} {held / 1e6:,.0f}" for name, held in way["peak"].items()),
                 way["checked"],
@@ -73,7 +74,7 @@ def ways(document: Document) -> list[str]:
         )
     runs = found[0]["seconds"]["runs"]
     columns = (
-        "way", f"p50 / p99 / max of {runs}", "time, of the first", "bytes a second", "copies, of memcpy",
+        "way", f"p50 (min–max) of {runs}", "time, of the first", "bytes a second", "copies, of memcpy",
         "trainer blocked", "engine paused", "most memory of a process, MB", "bytes checked",
     )  # fmt: skip
     load = "; ".join(", ".join(f"{value:.1f}" for value in way["load"]) for way in found)
@@ -110,7 +111,7 @@ def first_push(document: Document) -> list[str]:
             f"**{empty['p50'] * 1e3:.1f} / {empty['p99'] * 1e3:.1f} ms**",
         ],
         [
-            "resident memory of the daemon / of a bridge without its arena",
+            "memory of the daemon / of a bridge, without what is shared (arena, libraries)",
             f"{model['rss']['daemon'] / 1e6:.0f} / {model['rss']['bridge'] / 1e6:.0f} MB",
         ],
     ]

@@ -12,13 +12,12 @@ from bench.harness import Spread
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-__all__ = ["COLUMNS", "Way", "fastest", "in_turn", "load", "rows"]
+__all__ = ["COLUMNS", "Way", "extent", "fastest", "in_turn", "load", "ratio", "rows"]
 
 COLUMNS = (
-    "way", "p50", "p99", "max", "GB/s", "of memcpy", "time / first", "trainer blocked", "engine paused", "peak memory",
+    "way", "p50", "min", "max", "GB/s", "of memcpy", "time / first", "trainer blocked", "engine paused", "peak memory",
     "bytes checked",
 )  # fmt: skip
-_LEVEL = 0.03  # medians that differ by less are equal
 
 
 @dataclass(frozen=True)
@@ -43,9 +42,15 @@ def load() -> float:
 
 
 def in_turn(ways: Sequence[Callable[[int], Way]], rounds: int) -> list[Way]:
-    """Run all ways so often, in turn, so that what else the machine does meets them alike; each gets its round."""
-    found = [[way(turn) for way in ways] for turn in range(rounds)]
-    return [_together(one) for one in zip(*found, strict=True)]
+    """Run all ways so often, in turn, so that what else the machine does meets them alike. Each is told its round, and
+    each round begins with another way.
+    """
+    found: list[list[Way]] = [[] for _ in ways]
+    for turn in range(rounds):
+        for i in range(len(ways)):
+            at = (turn + i) % len(ways)
+            found[at].append(ways[at](turn))
+    return [_together(runs) for runs in found]
 
 
 def _together(runs: Sequence[Way]) -> Way:
@@ -73,14 +78,14 @@ def rows(ways: Sequence[Mapping[str, Any]], nbytes: int, ceiling: float) -> list
     for way in ways:
         seconds = way["seconds"]
         peak = ", ".join(f"{name} {held / 1e6:,.0f}" for name, held in way["peak"].items())
-        of_copy = f"{way['copied'] / seconds['p50'] / ceiling:.2f}" if way["copied"] else "–"
+        of_copy = ratio(way["copied"] / seconds["p50"] / ceiling) if way["copied"] else "–"
         found.append(
             [
                 way["name"],
-                *(f"{seconds[key]:.3f} s" for key in ("p50", "p99", "max")),
+                *(f"{value:.3f} s" for value in (seconds["p50"], *extent(seconds))),
                 f"{nbytes / seconds['p50'] / 1e9:.2f}",
                 of_copy,
-                f"{seconds['p50'] / first:.2f}",
+                ratio(seconds["p50"] / first),
                 *(f"{way[key]['p50']:.3f} s" if way[key] else "–" for key in ("blocked", "paused")),
                 f"{peak} MB",
                 way["checked"],
@@ -90,8 +95,18 @@ def rows(ways: Sequence[Mapping[str, Any]], nbytes: int, ceiling: float) -> list
 
 
 def fastest(ways: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence that says which way took the least time, ours or not."""
-    ordered = sorted(ways, key=lambda way: way["seconds"]["p50"])
-    best, level = ordered[0], ordered[0]["seconds"]["p50"] * (1 + _LEVEL)
-    others = [way["name"] for way in ordered[1:] if way["seconds"]["p50"] <= level]
-    return f"Fastest: {best['name']}{', level with ' + ', '.join(others) if others else ''}."
+    """One sentence that says which way has the least median, ours or not, and whose range overlaps with its own."""
+    best, *others = sorted(ways, key=lambda way: way["seconds"]["p50"])
+    longest = extent(best["seconds"])[1]
+    level = [way["name"] for way in others if extent(way["seconds"])[0] <= longest]
+    return f"Fastest: {best['name']}{', level (ranges overlap) with ' + '; '.join(level) if level else ''}."
+
+
+def extent(seconds: Mapping[str, Any]) -> tuple[float, float]:
+    """The shortest and the longest of a `Spread` as its JSON has it."""
+    return min(seconds["all"]), seconds["max"]
+
+
+def ratio(value: float) -> str:
+    """With two digits: a few runs on a machine that others use tell no more."""
+    return f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"

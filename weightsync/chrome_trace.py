@@ -68,12 +68,14 @@ def _details(span: Span, seconds: float) -> dict[str, Any]:
         details["rank"] = span.rank
     if span.nbytes:
         details["bytes"] = span.nbytes
-        if span.end is not None and seconds > 0:
+        if span.end is not None and not span.cut and seconds > 0:
             details["GB/s"] = round(span.nbytes / seconds / 1e9, 3)
     if span.failed:
         details["failed"] = span.failed
     elif span.end is None:
         details["unfinished"] = True
+    elif span.cut:
+        details["cut"] = True
     return details
 
 

@@ -6,10 +6,11 @@ in `log.trace_dir`; `summary_view` shows it.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
+from msgspec import Meta
 from rich.console import Group
 from rich.text import Text
 
@@ -25,17 +26,69 @@ _AT_ENGINES = ("pause", "begin", "load", "release", "finish", "verify", "resume"
 _SHOWN = 8  # failures and unfinished pieces
 
 
+Natural = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0.0)]
+
+
+class _Push(msgspec.Struct):
+    """What is shown of `otherData`: other programs' traces have none of it."""
+
+    model: str
+    version: int
+    state: str
+    seconds: Seconds
+    bytes: Natural
+    buckets: Natural
+    began: str
+    node: str
+    waiting_for: str = ""
+    error: str = ""
+    dropped: Natural = 0
+
+
+class _Details(msgspec.Struct):
+    engine: str | None = None
+    bucket: int | None = None
+    bytes: Natural = 0
+    failed: str = ""
+
+
+class _Work(msgspec.Struct, tag_field="ph", tag="X"):
+    name: str
+    cat: str
+    pid: int
+    tid: int
+    ts: float
+    dur: Seconds
+    args: _Details
+
+
+class _Label(msgspec.Struct):
+    name: str = ""
+
+
+class _Name(msgspec.Struct, tag_field="ph", tag="M"):
+    name: str
+    pid: int
+    tid: int
+    args: _Label
+
+
+class _Document(msgspec.Struct):
+    otherData: _Push  # noqa: N815 - as the format spells it
+    traceEvents: list[_Work | _Name]  # noqa: N815
+
+
 def read_trace(text: bytes, name: str) -> dict[str, Any]:
-    """The document in a file. Raises `ConfigError` for what is no trace of ours."""
+    """The document in a file. Raises `ConfigError` for what is no trace of ours, such as other programs' traces."""
     try:
-        found = json.loads(text)
-        if all(isinstance(row["cat"], str) and row["dur"] >= 0 for row in _rows(found)):
-            return dict(found)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        found: dict[str, Any] = msgspec.json.decode(text)
+        msgspec.convert(found, _Document)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{name} is no trace of a push: {error!r}", hint="weightsync trace -o FILE writes one"
+            f"{name} is no trace of a push: {error}", hint="weightsync trace -o FILE writes one"
         ) from error
-    raise ConfigError(f"{name} is no trace of a push", hint="weightsync trace -o FILE writes one")
+    return found
 
 
 def summarise(document: dict[str, Any]) -> dict[str, Any]:
@@ -43,7 +96,9 @@ def summarise(document: dict[str, Any]) -> dict[str, Any]:
     piece of it was under way: steps overlap.
     """
     rows = _rows(document)
-    lanes = {(r["pid"], r["tid"]): r["args"]["name"] for r in document["traceEvents"] if r["name"] == "thread_name"}
+    lanes = {
+        (r["pid"], r["tid"]): r["args"].get("name", "?") for r in document["traceEvents"] if r["name"] == "thread_name"
+    }
     by_step: dict[str, list[dict[str, Any]]] = defaultdict(list)
     by_engine: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
@@ -68,23 +123,28 @@ def _rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 def _step(pieces: Sequence[dict[str, Any]], lanes: dict[tuple[int, int], str]) -> dict[str, Any]:
     seconds = _under_way(pieces)
     nbytes = sum(row["args"].get("bytes", 0) for row in pieces)
-    slowest = max(pieces, key=lambda row: float(row["dur"]))
+    slowest = _slowest(pieces)
     return {
         "from": min(row["ts"] for row in pieces) / 1e6,
         "seconds": seconds,
         "pieces": len(pieces),
         "bytes": nbytes,
         "GB/s": nbytes / seconds / 1e9 if seconds else 0.0,
-        "slowest": _piece(slowest, lanes),
+        "slowest": _piece(slowest, lanes) if slowest is not None else None,
     }
 
 
 def _engine(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
     steps = {step: _under_way([row for row in pieces if row["cat"] == step]) for step in _AT_ENGINES}
     loads = [row for row in pieces if row["cat"] == "load"]
-    slowest = max(loads, key=lambda row: float(row["dur"]), default=None)
+    slowest = _slowest(loads)
     worst = {"bucket": slowest["args"].get("bucket"), "seconds": slowest["dur"] / 1e6} if slowest is not None else None
     return {"seconds": steps, "bytes": sum(row["args"].get("bytes", 0) for row in loads), "slowest": worst}
+
+
+def _slowest(pieces: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """Of those whose end is known: how long the ones took that were under way when the trace was full is not."""
+    return max((row for row in pieces if "cut" not in row["args"]), key=lambda row: float(row["dur"]), default=None)
 
 
 def _piece(row: dict[str, Any], lanes: dict[tuple[int, int], str]) -> dict[str, Any]:
@@ -108,8 +168,10 @@ def summary_view(summary: dict[str, Any]) -> Group:
     for step in summary["steps"]:
         slowest = step["slowest"]
         nbytes, speed = (decimal_size(step["bytes"]), f"{step['GB/s']:.2f}") if step["bytes"] else ("", "")
-        name = slowest["name"] if slowest["name"] != step["step"] else ""
-        worst = f"{slowest['seconds']:.4f} s  {slowest['of']} {name}".rstrip()
+        worst = ""
+        if slowest is not None:
+            name = slowest["name"] if slowest["name"] != step["step"] else ""
+            worst = f"{slowest['seconds']:.4f} s  {slowest['of']} {name}".rstrip()
         steps.add_row(
             step["step"], f"{step['from']:.4f}", f"{step['seconds']:.4f}", str(step["pieces"]), nbytes, speed, worst
         )
@@ -135,7 +197,8 @@ def _head(push: dict[str, Any]) -> list[Text]:
     if push.get("error"):
         lines.append(Text(push["error"], style="red"))
     if push.get("dropped"):
-        lines.append(Text(f"the trace is not whole: {push['dropped']} notes came after it was full", style="yellow"))
+        what = f"{push['dropped']} notes of single buckets came after it was full"
+        lines.append(Text(f"the trace is not whole: {what}; what went wrong is in it", style="yellow"))
     return lines
 
 

@@ -395,4 +395,4 @@ class Push:
         trace = self.trace()
         if not self.repeat:
             self._services.traces.keep(trace, failed=self.session.error is not None)
-        await self._services.traces.write(trace, self.context.push)
+        self._services.traces.write(trace, self.context.push)

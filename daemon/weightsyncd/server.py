@@ -260,6 +260,7 @@ class Server:
         # together: what waits for a bridge that does not answer goes on when that is killed
         await asyncio.gather(self.trainers.close(until), *(bridge.stop(deadline=end) for bridge in self.bridges))
         await self.executor.settle(until)
+        await self.traces.settle(min(until, time.monotonic() + self.config.timeouts.grace))
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

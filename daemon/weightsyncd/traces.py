@@ -7,6 +7,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import queue
+import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +26,7 @@ __all__ = ["PushTrace", "Traces", "write_trace"]
 logger = logging.getLogger(__name__)
 
 _KEPT = 20  # files
+_WAITING = 4  # traces that wait for a disk that is slow; each may take 15 MB
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,8 @@ class Traces:
         self._last: dict[str, PushTrace] = {}  # by model
         self._failed: dict[str, PushTrace] = {}
         self._newest = ""  # model of the push that ended last
+        self._unwritten: queue.Queue[tuple[str, PushTrace]] = queue.Queue(_WAITING)
+        self._writer: threading.Thread | None = None
 
     def keep(self, trace: PushTrace, *, failed: bool) -> None:
         """A push has ended."""
@@ -58,11 +64,35 @@ class Traces:
         if failed:
             self._failed[trace.model] = trace
 
-    async def write(self, trace: PushTrace, push: str) -> None:
-        """Write the file, where there is a directory for it."""
-        if self._directory:
-            name = f"push-{push}-v{trace.version}"
-            await asyncio.to_thread(lambda: write_trace(self._directory, name, trace.document()))
+    def write(self, trace: PushTrace, push: str) -> None:
+        """Have the file written, where there is a directory, by a thread that no push waits for: a disk may hang."""
+        if not self._directory:
+            return
+        if self._writer is None:  # a daemon thread: the process ends without it
+            self._writer = threading.Thread(target=self._write_all, name="traces", daemon=True)
+            self._writer.start()
+        try:
+            self._unwritten.put_nowait((f"push-{push}-v{trace.version}", trace))
+        except queue.Full:
+            logger.warning("log.trace_dir: %s is slow; the trace of push %s is left out", self._directory, push)
+
+    async def settle(self, until: float) -> bool:
+        """Wait for the files, but no longer than `until`; whether they are written."""
+        while self._unwritten.unfinished_tasks and time.monotonic() < until:  # noqa: ASYNC110 - the thread knows no loop
+            await asyncio.sleep(0.01)
+        if left := self._unwritten.unfinished_tasks:
+            logger.warning("log.trace_dir: %s is slow; %d traces are left out", self._directory, left)
+        return not left
+
+    def _write_all(self) -> None:
+        while True:
+            name, trace = self._unwritten.get()
+            try:
+                write_trace(self._directory, name, trace.document())
+            except Exception:
+                logger.exception("log.trace_dir: the trace %s cannot be written", name)
+            finally:
+                self._unwritten.task_done()
 
     async def answer(self, question: msg.TraceRequest, current: PushTrace | None) -> msg.Traced:
         """The trace that is asked for; `current` is that of the push under way. Raises `ConfigError` for none."""

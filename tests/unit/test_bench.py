@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
 from bench.harness import Spread, size
-from bench.ways import COLUMNS, Way, fastest, in_turn, rows
+from bench.ways import COLUMNS, Way, fastest, in_turn, ratio, rows
 from weightsync.cli import app as command_line
 from weightsync.cli import measuring
 from weightsync.errors import ConfigError
@@ -42,7 +42,7 @@ TINY = {
 
 
 def way(name, p50, **more):
-    spread = {"p50": p50, "p99": 2 * p50, "max": 3 * p50, "runs": 3, "all": [p50]}
+    spread = {"p50": p50, "p99": 1.1 * p50, "max": 1.1 * p50, "runs": 3, "all": [1.1 * p50, p50, 0.9 * p50]}
     plain = {
         "software": "s",
         "blocked": spread,
@@ -82,9 +82,15 @@ def test_ways_stand_beside_the_first_and_the_fastest_is_named_whoever_it_is():
     assert len(first) == len(COLUMNS)
     assert dict(zip(COLUMNS, first, strict=True))["of memcpy"] == "0.50"
     assert dict(zip(COLUMNS, second, strict=True))["time / first"] == "0.50"
+    assert [dict(zip(COLUMNS, second, strict=True))[key] for key in ("p50", "min", "max")] == [
+        "0.500 s",
+        "0.450 s",
+        "0.550 s",
+    ]
     assert dict(zip(COLUMNS, second, strict=True))["GB/s"] == "4.00"
     assert fastest([ours, peer]) == "Fastest: peer."
-    assert fastest([ours, way("peer", 1.01)]) == "Fastest: weightsync, level with peer."
+    assert fastest([ours, way("peer", 1.2)]) == "Fastest: weightsync, level (ranges overlap) with peer."
+    assert fastest([ours, way("peer", 1.3)]) == "Fastest: weightsync."
 
 
 def test_ways_take_turns_and_are_put_together():
@@ -97,7 +103,7 @@ def test_ways_take_turns_and_are_put_together():
         return Way(name, "s", spread, None, spread, "none", peak, phases={"fill": turn}, load=(turn,))
 
     first, second = in_turn([partial(run, "a"), partial(run, "b")], 3)
-    assert order == [("a", 0), ("b", 0), ("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    assert order == [("a", 0), ("b", 0), ("b", 1), ("a", 1), ("a", 2), ("b", 2)]
     assert (first.name, second.name) == ("a", "b")
     assert first.seconds == second.paused == Spread.of([1.0, 2.0, 3.0])
     assert (first.blocked, first.peak, first.phases, first.load) == (None, {"rank": 10}, {"fill": 1}, (0, 1, 2))
@@ -201,7 +207,7 @@ def test_a_changed_figure_changes_the_page(tmp_path):
     document = {"figures": {"engines": 2, "bytes": 64, "seconds": way("", 0.004)["seconds"]}, "load": {"before": [1.0]}}
     (tmp_path / "small.json").write_text(json.dumps(document))
     page = table.render("text\n<!-- bench: small small.json -->\nold\n<!-- end -->\nmore\n", tmp_path)
-    assert "4.0 / 8.0 / 12.0 ms" in page
+    assert "4.0 / 4.4 / 4.4 ms" in page
     assert "old" not in page
     assert page.startswith("text\n")
     assert page.endswith("<!-- end -->\nmore\n")
@@ -219,6 +225,40 @@ def test_pictures(tmp_path, name):
     assert document["title"].split()[0] in (tmp_path / "x.svg").read_text()
     with pytest.raises(ConfigError, match="no picture"):
         plot.draw({"title": "t", "figures": []}, tmp_path / "y.svg")
+    with pytest.raises(ConfigError, match="no picture"):
+        plot.draw({"benchmarks": []}, tmp_path / "y.svg")
+    with pytest.raises(ConfigError, match="lacks figures"):
+        plot.draw({"title": "t", "figures": {"ways": [{"name": "n"}]}}, tmp_path / "y.svg")
+
+
+def test_what_has_no_picture_is_left_out_and_the_others_are_drawn(tmp_path, capsys):
+    cpu = ROOT / "docs/benchmarks/cpu"
+    plot.main([cpu / "pure.json", cpu / "sglang.json"], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sglang.svg"]
+    assert "pure.json left out: " in capsys.readouterr().err
+
+
+def test_pictures_do_not_overwrite_each_other(tmp_path):
+    cpu = ROOT / "docs/benchmarks/cpu"
+    with pytest.raises(ConfigError, match="several files would be drawn as"):
+        plot.main([cpu / "push-ways.json", cpu / "sglang.json"], tmp_path / "x.svg")
+    with pytest.raises(ConfigError, match="several files would be drawn as"):
+        plot.main([cpu / "sglang.json", tmp_path / "sglang.json"], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["[]", "{", ""])
+def test_what_no_suite_has_written_is_refused(text, tmp_path):
+    (file := tmp_path / "x.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"x\.json"):
+        plot.main([file], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(1.0, "1.0"), (0.404, "0.40"), (9.67, "9.7"), (9.96, "10"), (147.0, "147"), (0.0521, "0.052")]
+)
+def test_ratios_have_two_digits(value, shown):
+    assert ratio(value) == shown
 
 
 def test_help_names_every_suite():

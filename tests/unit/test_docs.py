@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from weightsync.config import parse_node_config
+from weightsync.wire.messages import MESSAGES
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -30,3 +31,11 @@ def test_files_named_in_the_docs_exist():
     for page in (ROOT / "docs").rglob("*.md"):
         for name in re.findall(r"`((?:weightsync|daemon|tests|bench)/[\w./]+\.py)`", page.read_text()):
             assert (ROOT / name).exists(), f"{page.name} names {name}"
+
+
+def test_the_wire_page_names_every_message_and_none_that_is_not_there():
+    page = (ROOT / "docs" / "internals" / "wire.md").read_text()
+    _, table = page.split("\n| from → to | messages |\n|---|---|\n")
+    rows = table.split("\n\n")[0].splitlines()
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert named == {str(message.__struct_config__.tag) for message in MESSAGES}

@@ -91,6 +91,8 @@ def run(server: Worker) -> None:
         try:
             await half(hand)
             await hand.finish(2, deadline=soon())
+            assert server.weights == ">2"
+            await hand.resume(deadline=soon())
         finally:
             await hand.close()
 

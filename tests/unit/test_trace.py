@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
+import time
 from collections import Counter
 
 import pytest
@@ -15,6 +17,7 @@ from weightsync.errors import ConfigError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.trace import Trace
+from weightsync.trace_summary import summarise
 from weightsync.wire import messages as msg
 from weightsyncd.traces import PushTrace, Traces, write_trace
 
@@ -102,6 +105,52 @@ def test_a_directory_that_is_none_is_a_warning(tmp_path, caplog):
     assert "log.trace_dir" in caplog.text
 
 
+@pytest.fixture
+def disk(monkeypatch):
+    """Writes no trace before `set`; the names of those written."""
+    goes_on, written = threading.Event(), []
+
+    def write(directory: str, name: str, document: dict[str, object]) -> None:
+        assert goes_on.wait(30)
+        written.append(name)
+
+    monkeypatch.setattr("weightsyncd.traces.write_trace", write)
+    yield goes_on, written
+    goes_on.set()
+
+
+def test_nobody_waits_for_a_disk_that_hangs(disk, caplog):
+    goes_on, written = disk
+    traces = Traces("n0", "/traces")
+    traces.write(push_trace("a", 1, 1.0), "n0-1")
+    assert not asyncio.run(traces.settle(time.monotonic()))
+    assert "log.trace_dir: /traces is slow; 1 traces are left out" in caplog.text
+    for version in range(2, 12):  # one is with the thread, four may wait
+        traces.write(push_trace("a", version, 1.0), f"n0-{version}")
+    assert "the trace of push n0-11 is left out" in caplog.text
+    goes_on.set()
+    assert asyncio.run(traces.settle(time.monotonic() + 30))
+    assert written[0] == "push-n0-1-v1"
+    assert len(written) in (4, 5)
+
+
+def test_a_trace_that_cannot_be_written_keeps_no_other_from_it(tmp_path, caplog):
+    traces = Traces("n0", str(tmp_path))
+    broken = push_trace("a", 1, 1.0)
+    broken.about["no JSON"] = object()
+    traces.write(broken, "n0-1")
+    traces.write(push_trace("a", 2, 1.0), "n0-2")
+    assert asyncio.run(traces.settle(time.monotonic() + 30))
+    assert "push-n0-1-v1 cannot be written" in caplog.text
+    assert [path.name for path in tmp_path.glob("push-*")] == ["push-n0-2-v2.json"]
+
+
+def test_where_there_is_no_directory_nothing_is_written(disk):
+    traces = Traces("n0", "")
+    traces.write(push_trace("a", 1, 1.0), "n0-1")
+    assert asyncio.run(traces.settle(time.monotonic()))
+
+
 @pytest.mark.parametrize("engine", ["a", "b"])
 def test_spans_of_another_engine_go_on_when_one_fails(engine):
     trace = Trace("home", REMOTE, 0.0)
@@ -184,6 +233,66 @@ def test_notes_are_bounded_and_what_is_left_out_is_said(monkeypatch):
     trace.heard(ev.BucketLoaded(engine="a", bucket=0), 9.0)
     assert [span.bucket for span in trace.spans()] == [0, 1, 2]
     assert document(trace, 10.0, {"push": "p"})["otherData"] == {"push": "p", "dropped": 2}
+
+
+@pytest.fixture
+def full(monkeypatch):
+    """A trace that two loads have filled: the first has ended, the second is under way."""
+    monkeypatch.setattr("weightsync.session.trace.NOTES", 3)
+    trace = Trace("home", REMOTE, 0.0)
+    trace.told([do.LoadBucket(engine="a", bucket=0)], 0.0)
+    trace.heard(ev.BucketLoaded(engine="a", bucket=0), 1.0)
+    trace.told([do.LoadBucket(engine="a", bucket=1)], 1.0)
+    return trace
+
+
+def test_the_end_of_a_push_is_in_a_full_trace(full):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    full.told([do.LoadBucket(engine="a", bucket=2), do.VerifyEngine(engine="a")], 5.0)
+    full.heard(ev.EngineVerified(engine="a"), 6.0)
+    assert [(span.name, span.begin, span.end, span.cut) for span in full.spans()] == [
+        ("load 0", 0.0, 1.0, False),
+        ("load 1", 1.0, 5.0, True),
+        ("verify", 5.0, 6.0, False),
+    ]
+    assert full.dropped == 2
+
+
+def test_a_piece_that_was_cut_is_neither_the_slowest_nor_unfinished(full):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    found = summarise(document(full, 9.0, {}))
+    (load,) = found["steps"]
+    assert load["slowest"]["name"] == "load 0"
+    assert found["engines"][0]["slowest"]["bucket"] == 0
+    assert found["unfinished"] == []
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        ev.EngineFailed(engine="a", phase="load", error=ERROR),
+        ev.RankFailed(rank=3, error=ERROR),
+        ev.RankLost(rank=3, reason=ERROR.message),
+        ev.NodeLost(node="away", error=ERROR),
+        ev.BridgeLost(node="home", bridge=0, error=ERROR),
+        ev.BucketRelayed(bucket=4, nodes=("away",), failed=(("away", ERROR),)),
+        ev.BucketReleased(engine="a", bucket=4, leaked=True),
+    ],
+    ids=lambda event: type(event).__name__,
+)
+def test_what_goes_wrong_is_told_in_a_full_trace(full, event):
+    full.heard(ev.BucketLoaded(engine="a", bucket=1), 5.0)
+    full.heard(event, 7.0)
+    (failed,) = summarise(document(full, 9.0, {}))["failed"]
+    assert (failed["seconds"], bool(failed["why"])) == (0.0, True)
+
+
+def test_a_full_trace_has_its_bound(full, monkeypatch):
+    monkeypatch.setattr("weightsync.session.trace.LAST", 2)
+    for _ in range(5):
+        full.heard(ev.EngineFailed(engine="a", phase="load", error=ERROR), 5.0)
+    assert full.dropped == 3
+    assert [span.failed for span in full.spans()] == ["", ERROR.message]
 
 
 def push_trace(model: str, version: int, until: float) -> PushTrace:

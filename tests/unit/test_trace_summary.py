@@ -92,7 +92,28 @@ def test_a_file_is_read_without_a_daemon(made, tmp_path):
     assert copy.read_bytes() == file.read_bytes()
 
 
-@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b'{"traceEvents": [{"ph": "X"}]}', b'{"traceEvents": 3}', b"\xff"])
-def test_other_files_are_refused_in_words(text):
+ROW = {"ph": "X", "cat": "load", "name": "x", "pid": 1, "tid": 1, "ts": 0, "dur": 1, "args": {}}
+FOREIGN = [
+    {},
+    {"traceEvents": []},
+    {"traceEvents": 3},
+    {"traceEvents": [ROW]},
+    {"traceEvents": [ROW], "otherData": {"a": 1}},
+    {"traceEvents": [ROW], "otherData": []},
+    {"traceEvents": [{"ph": "M", "pid": 1}], "otherData": ABOUT},
+    {"traceEvents": [{**ROW, "dur": -1}], "otherData": ABOUT},
+    {"traceEvents": [{**ROW, "args": {"bytes": "many"}}], "otherData": ABOUT},
+    *({"traceEvents": [{k: v for k, v in ROW.items() if k != gone}], "otherData": ABOUT} for gone in ROW),
+]
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b'{"a": "\xff"}', b"[" * 9999, *map(json.dumps, FOREIGN)])
+def test_other_files_are_refused_in_words(text, tmp_path):
+    (file := tmp_path / "push.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(ConfigError, match=r"push\.json is no trace of a push"):
-        read_trace(text, "push.json")
+        read_trace(file.read_bytes(), "push.json")
+
+
+def test_a_trace_in_which_nothing_has_begun_is_one():
+    empty = document(Trace("n0", {}, 0.0), 1.0, ABOUT)
+    assert summarise(read_trace(json.dumps(empty).encode(), "push.json"))["steps"] == []

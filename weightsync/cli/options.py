@@ -26,4 +26,4 @@ DaemonOption = Annotated[
     ),
 ]
 CaFileOption = Annotated[str | None, typer.Option(help="Certificates (PEM) for an https URL.", show_default=False)]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NOTES", "TRAINER", "Span", "Trace"]
 
-NOTES = 100_000  # of one push: about 15 MB; what comes after them is not in its trace
+NOTES = 100_000  # of one push; after them those of single buckets are left out
+LAST = 10_000  # notes more that there may be, of what is few: failures, each engine's steps, the end
 
 _STEPS: dict[type[do.Instruction], str] = {
     do.ProbeEngine: "probe",
@@ -39,6 +40,10 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
 }
+# of single buckets, and well: as many as there are buckets, for each rank or engine
+_MANY = (ev.RankFilled, ev.BucketExported, ev.BucketRelayed, ev.BucketLoaded, ev.BucketReleased)
+_MANY_TOLD = (do.GrantLease, do.ExportBucket, do.RelayBucket, do.ExchangeBucket, do.LoadBucket, do.AwaitRelease)
+_OF_BUCKETS = ("fill", "export", "wire", "load", "release")
 TRAINER = "trainer"
 _Key = tuple[object, ...]
 
@@ -58,6 +63,7 @@ class Span:
     nbytes: int = 0
     engine: str = ""
     rank: int | None = None
+    cut: bool = False  # it was under way when the trace was full: `end` is when that was
 
 
 class Trace:
@@ -67,10 +73,11 @@ class Trace:
         """`engines` says on which node each is."""
         self.home = home
         self.start = start
-        self.dropped = 0  # notes beyond `NOTES`
+        self.dropped = 0  # notes that were left out
         self._engines = engines
         self._times = array("d")
         self._notes: list[ev.Event | list[do.Instruction]] = []  # what was heard, and what was answered
+        self._cut: tuple[int, float] | None = None  # before which note the first was left out, and when
 
     def told(self, instructions: list[do.Instruction], now: float) -> None:
         """What the session has answered. The list is kept: it must not be changed any more."""
@@ -79,25 +86,47 @@ class Trace:
 
     def heard(self, event: ev.Event, now: float) -> None:
         """What the session was given."""
-        self._note(event, now)
+        if not isinstance(event, ev.Tick):
+            self._note(event, now)
 
     def _note(self, note: ev.Event | list[do.Instruction], now: float) -> None:
         if len(self._notes) >= NOTES:
-            self.dropped += 1
-            return
+            few = _few(note) if len(self._notes) < NOTES + LAST else None
+            if few is not note:
+                self.dropped += 1
+                self._cut = self._cut or (len(self._notes), now)
+            if few is None:
+                return
+            note = few
         self._times.append(now)
         self._notes.append(note)
 
     def spans(self) -> list[Span]:
         """All that is known by now, in the order of their beginnings as they were told."""
         reading = _Reading(self.home, self._engines)
-        for now, note in zip(self._times, tuple(self._notes), strict=False):  # a push under way adds to them meanwhile
+        notes, (cut, full) = tuple(self._notes), self._cut or (-1, 0.0)  # a push under way adds to them meanwhile
+        for i, (now, note) in enumerate(zip(self._times, notes, strict=False)):
+            if i == cut:
+                reading.cut(full)
             if isinstance(note, list):
                 for instruction in note:
                     reading.begin(instruction, now)
             else:
                 reading.hear(note, now)
+        if cut == len(notes):
+            reading.cut(full)
         return reading.spans
+
+
+def _few(note: ev.Event | list[do.Instruction]) -> ev.Event | list[do.Instruction] | None:
+    """What of it is noted even when a trace is full: itself, a part or nothing."""
+    if isinstance(note, list):
+        few = [instruction for instruction in note if not isinstance(instruction, _MANY_TOLD)]
+        return note if len(few) == len(note) else few or None
+    went_wrong = (isinstance(note, ev.BucketReleased) and (note.leaked or note.damaged)) or (
+        isinstance(note, ev.BucketRelayed) and note.failed
+    )
+    return note if went_wrong or not isinstance(note, _MANY) else None
 
 
 class _Reading:
@@ -109,6 +138,14 @@ class _Reading:
         self._first: float | None = None  # when the first rank called
         self._open: dict[_Key, Span] = {}
         self._sizes: tuple[int, ...] = ()  # of the buckets
+        self._full = False
+
+    def cut(self, now: float) -> None:
+        """From here on nothing is told of single buckets but what went wrong: nobody knows when those under way end."""
+        self._full = True
+        for key in [key for key, span in self._open.items() if span.step in _OF_BUCKETS]:
+            span = self._open.pop(key)
+            span.end, span.cut = now, True
 
     def begin(self, instruction: do.Instruction, now: float) -> None:
         for key, span in self._begun(instruction, now):
@@ -126,12 +163,15 @@ class _Reading:
             case ev.BucketExported():
                 self._end(("export", event.node, event.bucket), now)
             case ev.BucketRelayed():
-                self._end(("wire", event.bucket), now, "; ".join(f"{n}: {e.message}" for n, e in event.failed))
+                wrong = "; ".join(f"{n}: {e.message}" for n, e in event.failed)
+                if not self._end(("wire", event.bucket), now, wrong):
+                    self._beyond(Span(self._home, "wire", "wire", f"wire {event.bucket}", now), wrong)
             case ev.BucketLoaded():
                 self._end(("load", event.engine, event.bucket), now)
             case ev.BucketReleased():
                 wrong = "never given back" if event.leaked else "other bytes were read" if event.damaged else ""
-                self._end(("release", event.engine, event.bucket), now, wrong)
+                if not self._end(("release", event.engine, event.bucket), now, wrong):
+                    self._beyond(self._of(event.engine, "release", now, event.bucket), wrong)
             case ev.RankOpened():
                 self._opened(event, now)
             case ev.PlanMade():
@@ -144,17 +184,21 @@ class _Reading:
             case ev.GroupFormed():
                 self._end(("group", event.number), now, "; ".join(f"{n}: {e.message}" for n, e in event.failed))
             case ev.EngineFailed():
-                self._fail(lambda span: span.engine == event.engine, now, event.error.message)
-            case ev.RankFailed():
-                self._fail(lambda span: span.rank == event.rank, now, event.error.message)
-            case ev.RankLost():
-                self._fail(lambda span: span.rank == event.rank, now, event.reason)
+                why = event.error.message
+                if not self._fail(lambda span: span.engine == event.engine, now, why):
+                    self._beyond(self._of(event.engine, event.phase, now), why)
+            case ev.RankFailed() | ev.RankLost():
+                why = event.reason if isinstance(event, ev.RankLost) else event.error.message
+                if not self._fail(lambda span: span.rank == event.rank, now, why):
+                    self._beyond(Span(TRAINER, f"rank {event.rank}", "fill", "fill", now, rank=event.rank), why)
             case ev.NodeLost():
-                self._fail(lambda span: span.process == event.node, now, event.error.message)
+                if not self._fail(lambda span: span.process == event.node, now, event.error.message):
+                    self._beyond(Span(event.node, "node", "lost", "lost", now), event.error.message)
             case ev.BridgeLost():
                 lane = f"bridge {event.bridge}:"
                 gone = event.error.message
-                self._fail(lambda span: span.process == event.node and span.lane.startswith(lane), now, gone)
+                if not self._fail(lambda span: span.process == event.node and span.lane.startswith(lane), now, gone):
+                    self._beyond(Span(event.node, lane.rstrip(":"), "lost", "lost", now), gone)
             case _ if type(event) in _ENDS:
                 self._end((_ENDS[type(event)], getattr(event, "engine", "")), now)
 
@@ -202,11 +246,20 @@ class _Reading:
         lane, name = (engine, step) if bucket is None else (f"{engine}: {step}", f"{step} {bucket}")
         return Span(self._engines[engine], lane, step, name, now, bucket=bucket, engine=engine)
 
-    def _end(self, key: _Key, now: float, failed: str = "") -> None:
+    def _end(self, key: _Key, now: float, failed: str = "") -> bool:
         span = self._open.pop(key, None)
         if span is not None:
             span.end, span.failed = now, failed
+        return span is not None
 
-    def _fail(self, of: Callable[[Span], bool], now: float, why: str) -> None:
-        for key in [key for key, span in self._open.items() if of(span)]:
+    def _fail(self, of: Callable[[Span], bool], now: float, why: str) -> bool:
+        keys = [key for key, span in self._open.items() if of(span)]
+        for key in keys:
             self._end(key, now, why)
+        return bool(keys)
+
+    def _beyond(self, span: Span, wrong: str) -> None:
+        """What went wrong when the trace was full, with a piece whose beginning is not in it: a span without length."""
+        if self._full and wrong:
+            span.end, span.failed = span.begin, wrong
+            self.spans.append(span)
