@@ -157,7 +157,7 @@ class NodeExecutor:
                 return ev.EngineVerified(engine=name, checked=checked or 0)
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)
-                if name in context.begun and engine.info is not None:  # it said so in `finish`, and was found right
+                if name in context.begun and engine.info is not None:  # it was found right, and has said so
                     info = msgspec.structs.replace(engine.info, version=context.version, torn=False, paused=False)
                     engine.learned(info)
                 engine.begun = engine.paused_by_us = False

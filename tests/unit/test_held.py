@@ -117,9 +117,11 @@ def test_a_byte_that_is_wrong_is_found_in_any_worker(engine):
     weight.data[5, 2] += 1
     with pytest.raises(EngineError, match=r"^'k' in the engine differs from what the trainer sent"):
         engine.verify()
+    assert engine.check.doubtful
     weight.data[5, 2] -= 1
     engine.push(4)
     assert engine.verify() == 3
+    assert not engine.check.doubtful
     engine.models[0].get_parameter("norm.weight").data[0] = 7
     with pytest.raises(EngineError, match="tp ranks 0 and 1 hold different bytes of 'norm'"):
         engine.verify()

@@ -395,6 +395,15 @@ def test_layouts_that_take_turns_are_replayed():
     assert replay.facts().phase == "record", "it was pushed longest ago"
 
 
+def test_what_is_forgotten_is_learnt_anew():
+    model: Any = Model(LAYER, load_layer)
+    replay = pushed(model, layer)
+    replay.forget()
+    for phase in ("record", "prove", "replay"):
+        model.push(replay, layer(1))
+        assert replay.facts().phase == phase
+
+
 # --- when all begins anew -------------------------------------------------------------------------------------------
 
 

@@ -134,9 +134,9 @@ def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(schedule
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
 
-def test_an_older_plugin_is_not_told_to_pull() -> None:
+def test_an_older_plugin_is_told_nothing_that_it_does_not_know() -> None:
     order = orders.Begin(manifest=b"", target="all", offers=(), seconds=1.0)
-    assert b"pull" not in msgspec.msgpack.encode(order)
+    assert not any(word in msgspec.msgpack.encode(order) for word in (b"pull", b"anew"))
 
 
 def test_what_ranks_answer_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _HINT = (
     "weights that the trainer changed while they were read, a slot that was damaged under way, or something else that "
-    "writes into the engine's weights; the next push is read and checked bucket by bucket"
+    "writes into the engine's weights; the next push goes through its loader, and is checked bucket by bucket"
 )
 LAYOUTS = 4  # that are remembered, as many as a worker remembers
 __all__ = ["HeldCheck", "HeldSums", "packed_boxes", "sums_of"]
@@ -62,6 +62,7 @@ class HeldCheck:
     def __init__(self, engine: str) -> None:
         self._engine = engine
         self._verifiers: dict[tuple[bytes, ...], Verifier] = {}  # of the latest layouts, by what tells them apart
+        self.doubtful = False  # the last comparison failed: what the workers have learnt may be why
         self._whole: set[bytes] = set()  # digests of manifests all of whose tensors were equal when last compared
 
     def covers(self, manifest: Manifest) -> bool:
@@ -82,6 +83,7 @@ class HeldCheck:
         in the order of ranks. Raises `EngineError` naming the first tensor that differs.
         """
         self._whole.discard(manifest.digest)
+        self.doubtful = False
         told = await sums()
         pulled = any(one.pulled for one in told)
         if not told or not all(one.boxes for one in told):
@@ -113,6 +115,7 @@ class HeldCheck:
         try:
             compared = verifier.compare([one.sums for one in told], expected)
         except EngineError as error:
+            self.doubtful = True
             raise EngineError(error.message, engine=self._engine, phase="verify", hint=error.hint or _HINT) from error
         if compared == len(manifest.tensors):
             self._whole.add(manifest.digest)

@@ -160,6 +160,11 @@ class ModelReplay:
         self._seconds["replay"] += perf_counter() - begun
         self._pulled += 1
 
+    def forget(self) -> None:
+        """Learn anew. Not during a push."""
+        self._layouts.clear()
+        self._known = None
+
     def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
         """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
         begun = perf_counter()

@@ -163,8 +163,9 @@ class SGLangAdapter(EngineAdapter):
         self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        if isinstance(known.path, PluginPath) and self._compares and self._held.covers(manifest):
-            await known.path.begin(manifest, offers, deadline=deadline, pull=True)
+        if isinstance(known.path, PluginPath) and self._compares:
+            pull, anew = self._held.covers(manifest), self._held.doubtful
+            await known.path.begin(manifest, offers, deadline=deadline, pull=pull, anew=anew)
         else:
             await known.path.begin(manifest, offers, deadline=deadline)
 

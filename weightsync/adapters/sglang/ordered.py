@@ -58,9 +58,15 @@ class PluginPath(LoadPath):
         return accepted.untouched
 
     async def begin(
-        self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float, pull: bool = False
+        self,
+        manifest: Manifest,
+        offers: Sequence[Sequence[bytes]],
+        *,
+        deadline: float,
+        pull: bool = False,
+        anew: bool = False,
     ) -> None:
-        """See the base class. `pull`: what is loaded will be compared, so that buckets need not be."""
+        """See the base class; `pull` and `anew` as in `orders.Begin`."""
         await self._session.open(deadline=deadline)
         order = orders.Begin(
             manifest=manifest.pack(),
@@ -68,6 +74,7 @@ class PluginPath(LoadPath):
             offers=tuple(tuple(rank) for rank in offers),
             seconds=_seconds(deadline),
             pull=pull,
+            anew=anew,
         )
         await self._in_session(order, deadline, "begin")
 

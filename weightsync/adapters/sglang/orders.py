@@ -56,7 +56,8 @@ class Accept(Order, frozen=True, tag="accept"):
 
 class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
-    loaded will be compared, so that buckets need not be; only told to a plugin that compares.
+    loaded will be compared, so that buckets need not be. `anew`: what was learnt of the loader led to something wrong.
+    Both are only told to a plugin that compares.
     """
 
     manifest: bytes
@@ -64,6 +65,7 @@ class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     offers: tuple[tuple[bytes, ...], ...]
     seconds: Seconds
     pull: bool = False
+    anew: bool = False
 
 
 class Load(Order, frozen=True, tag="load"):

@@ -108,6 +108,8 @@ class _Worker:
             replay = self._replays.setdefault(model, ModelReplay())
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
+            if order.anew:
+                replay.forget()
             replay.begin(self._slots.manifest, ModelState.seen(model))
         # what is compared afterwards is the first model alone
         self._models, self._pull = models, order.pull and self._slots.lends and len(models) == 1

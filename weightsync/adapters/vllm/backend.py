@@ -45,6 +45,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     bucket: int = 0
     tickets: list[str] = field(default_factory=list)
     pull: bool = False
+    anew: bool = False
     seconds: float = 0.0
 
 
@@ -81,6 +82,8 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                     self.weightsync.open(self.model)
                 offers = [b64decode(offer) for offer in info.offers[index]]
                 self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds, pull=info.pull)
+                if info.anew:
+                    self.weightsync.forget(self.model)
                 if load_weights is None:
                     self.weightsync.ready(self.model)
             case "load":

@@ -138,7 +138,8 @@ class VLLMAdapter(EngineAdapter):
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
-        path.pull = path.replay is not None and path.replay.compares and self._held.covers(manifest)
+        compares = path.replay is not None and path.replay.compares
+        path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
         await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:

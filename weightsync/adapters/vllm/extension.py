@@ -35,6 +35,7 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     bucket: int = 0
     tickets: list[str] = []
     pull: bool = False  # what is loaded will be compared, so that buckets need not be
+    anew: bool = False  # what was learnt of the loader led to something wrong
     seconds: float = 0.0
     draft: bool = False
 
@@ -71,6 +72,8 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
         case "begin":
             offers = [b64decode(offer) for offer in asked.offers[index]]
             state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds, pull=asked.pull)
+            if asked.anew:
+                state.forget(model)
             state.open(model, model_config)
             state.ready(model)
         case "load":
@@ -81,7 +84,11 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
                 worker.model_runner.reset_lora_state()
         case "sums":
             held = state.held_sums(model, b64decode(asked.manifest))
-            return {"boxes": b64encode(held.boxes).decode(), "sums": b64encode(held.sums).decode()}
+            return {
+                "boxes": b64encode(held.boxes).decode(),
+                "sums": b64encode(held.sums).decode(),
+                "pulled": held.pulled,
+            }
         case "boxes":
             return {"boxes": b64encode(state.held_boxes(model, b64decode(asked.manifest))).decode()}
         case "serve":

@@ -91,7 +91,10 @@ class ExtensionPath(EnginePath):
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
         """What every worker holds of the push that has ended."""
         answers = await self._asked_of(manifest, "sums", deadline)
-        return [HeldSums(_bytes(one, "boxes", self), _bytes(one, "sums", self)) for one in answers]
+        return [
+            HeldSums(_bytes(one, "boxes", self), _bytes(one, "sums", self), int(one.get("pulled", 0)))
+            for one in answers
+        ]
 
     async def boxes(self, manifest: Manifest, *, deadline: float) -> list[bytes]:
         """Of which boxes `sums` speaks, as packed `ResidentBoxes`."""
@@ -110,7 +113,8 @@ class ExtensionPath(EnginePath):
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
-            **({"pull": True} if self.pull else {}),  # an older plugin does not know the word
+            **({"pull": True} if self.pull else {}),  # an older plugin does not know these words
+            **({"anew": True} if self.anew else {}),
         }
 
     def _load(self, bucket: int, tickets: Sequence[bytes], deadline: float) -> dict[str, Any]:

@@ -129,6 +129,11 @@ class WeightReload:
         found = self._replays.get(model)
         return msgspec.to_builtins(found.facts()) if found is not None else None
 
+    def forget(self, model: torch.nn.Module) -> None:
+        """Learn anew how the model is loaded."""
+        if (found := self._replays.get(model)) is not None:
+            found.forget()
+
     def held_sums(self, model: torch.nn.Module, digest: bytes) -> HeldSums:
         """What lies in the model of the push that has ended, whose manifest has this digest."""
         return sums_of(self._replays.get(model), digest, ModelState.of(model))
