@@ -36,7 +36,7 @@ def bridges_of(daemon):
 def gone(daemon, bridges, within):
     """It ends by itself with status 0 within so many seconds, and nothing of it is left."""
     assert daemon.wait(within) == 0, daemon.tail()
-    assert not segments(daemon.name)
+    until(lambda: not segments(daemon.name), "a bridge that was just starting hears of it, and removes its arena")
     assert not socket_of(daemon).exists()
     assert not any(b.is_running() for b in bridges), "a bridge outlives its daemon"
     words = daemon.log.read_text()
