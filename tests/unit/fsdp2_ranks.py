@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -156,6 +157,8 @@ def main() -> None:
             TensorSource({"u": uneven})
     dist.barrier()
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads end some processes that end in order
 
 
 if __name__ == "__main__":
