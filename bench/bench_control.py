@@ -20,7 +20,7 @@ import torch
 import typer
 
 from bench.bench_small import SMALL
-from bench.harness import JsonOption, report, suite
+from bench.harness import JsonOption, SlotOption, report, suite
 from weightsync import push_weights
 from weightsync.adapters.reference.config import write_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
@@ -47,7 +47,7 @@ def processor_seconds(pid: int) -> float:
 def main(
     pushes: Annotated[int, typer.Option(min=1, help="Measured pushes, after 2 that warm up.")] = 40,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel size of the engine.")] = 1,
-    slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "64KiB",
+    slot: SlotOption = "64KiB",
     to: JsonOption = None,
 ) -> None:
     """Measure, print, write."""

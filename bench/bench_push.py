@@ -31,7 +31,20 @@ import torch
 import typer
 
 from bench import shapes
-from bench.harness import JsonOption, Spread, copy_ceiling, peak_bytes, report, size, suite
+from bench.harness import (
+    JsonOption,
+    LayersOption,
+    PushesOption,
+    RoundsOption,
+    SlotOption,
+    SlotsOption,
+    Spread,
+    copy_ceiling,
+    peak_bytes,
+    report,
+    size,
+    suite,
+)
 from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from weightsync.adapters.reference.config import ModelConfig, read_config
 from weightsync.adapters.reference.sharding import check_tp
@@ -83,17 +96,17 @@ class Case:
 
 def main(
     shape: Annotated[str, typer.Option(help="A name of `models`, or the path of such a file.")] = "qwen3-0.6b",
-    layers: Annotated[int | None, typer.Option(help="Of its layers, so many.", show_default="all")] = None,
+    layers: LayersOption = None,
     nbytes: Annotated[
         str | None, typer.Option("--bytes", help="Or as many as come to this: 500MB.", show_default=False)
     ] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Trainer ranks: FSDP2 shards if several.")] = 1,
     engines: Annotated[int, typer.Option(min=1, help="Reference engines.")] = 1,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of each engine.")] = 1,
-    pushes: Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")] = 7,
-    rounds: Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")] = 1,
-    slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "64MiB",
-    slots: Annotated[int, typer.Option(min=1, help="arena.slots")] = 3,
+    pushes: PushesOption = 7,
+    rounds: RoundsOption = 1,
+    slot: SlotOption = "64MiB",
+    slots: SlotsOption = 3,
     way: Annotated[list[Name] | None, typer.Option(help="Several times; see above.", show_default="push")] = None,
     to: JsonOption = None,
 ) -> None:

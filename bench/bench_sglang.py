@@ -30,7 +30,19 @@ import typer
 
 from bench import shapes
 from bench.bench_push import WARM, torchrun
-from bench.harness import JsonOption, Spread, copy_ceiling, peak_bytes, report, suite
+from bench.harness import (
+    JsonOption,
+    LayersOption,
+    PushesOption,
+    RoundsOption,
+    SlotOption,
+    SlotsOption,
+    Spread,
+    copy_ceiling,
+    peak_bytes,
+    report,
+    suite,
+)
 from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from tests.engines.kit import ENGINES, RealEngine, free_port, installed
 from weightsync.config import EngineConfig
@@ -57,12 +69,12 @@ class Name(StrEnum):
 
 def main(
     shape: Annotated[str, typer.Option(help="A name of `models` that SGLang serves on a CPU.")] = "qwen3-0.6b",
-    layers: Annotated[int | None, typer.Option(help="Of its layers, so many.", show_default="all")] = None,
+    layers: LayersOption = None,
     tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks of the server; as many trainer ranks.")] = 1,
-    pushes: Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")] = 7,
-    rounds: Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")] = 1,
-    slot: Annotated[str, typer.Option(help="arena.slot_bytes")] = "512MiB",
-    slots: Annotated[int, typer.Option(min=1, help="arena.slots")] = 2,
+    pushes: PushesOption = 7,
+    rounds: RoundsOption = 1,
+    slot: SlotOption = "512MiB",
+    slots: SlotsOption = 2,
     way: Annotated[list[Name] | None, typer.Option(help="Several times.", show_default="all three")] = None,
     to: JsonOption = None,
 ) -> None:

@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "JsonOption",
+    "LayersOption",
+    "PushesOption",
+    "RoundsOption",
+    "SlotOption",
+    "SlotsOption",
     "Spread",
     "Timing",
     "circumstances",
@@ -40,6 +45,11 @@ __all__ = [
     "timed",
 ]
 
+LayersOption = Annotated[int | None, typer.Option(help="Of its layers, so many.", show_default="all")]
+PushesOption = Annotated[int, typer.Option(min=1, help="Measured pushes of each way, after 2 that warm up.")]
+RoundsOption = Annotated[int, typer.Option(min=1, help="Start each way so often, in turn, for so many pushes.")]
+SlotOption = Annotated[str, typer.Option(help="arena.slot_bytes")]
+SlotsOption = Annotated[int, typer.Option(min=1, help="arena.slots")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", show_default=False)]
 _PACKAGES = ("weightsync", "torch", "numpy", "msgspec", "msgpack", "pyzmq")
 _LOAD = os.getloadavg()  # when this process began: what else the machine was doing

@@ -54,7 +54,9 @@ class Engine:
 
     def verify(self, boxes=packed_boxes, slot_bytes=1 << 20):
         manifest, _ = read_buckets(self.weights, slot_bytes)
-        workers = [(r, manifest.digest, ModelState.of(m)) for r, m in zip(self.replays, self.models, strict=True)]
+        workers = [
+            (r, manifest.digest, ModelState.tensors_of(m)) for r, m in zip(self.replays, self.models, strict=True)
+        ]
         expected = [
             fingerprint(
                 self.weights[name].numpy().reshape(-1).view(np.uint8),
@@ -66,14 +68,15 @@ class Engine:
             for name, shape in zip(manifest.tensors.names, manifest.tensors.shapes, strict=True)
         ]
 
-        async def sums():
-            return [sums_of(*worker) for worker in workers]
+        class Asked:
+            async def sums(_, manifest, *, deadline):
+                return [sums_of(*worker) for worker in workers]
 
-        async def ask():
-            self.asked += 1
-            return [boxes(*worker) for worker in workers]
+            async def boxes(_, manifest, *, deadline):
+                self.asked += 1
+                return [boxes(*worker) for worker in workers]
 
-        return asyncio.run(self.check.verify(manifest, np.array(expected, np.uint64), sums=sums, boxes=ask))
+        return asyncio.run(self.check.verify(Asked(), manifest, np.array(expected, np.uint64), deadline=0.0))
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ Which boxes these are is asked once for a plan, of which a worker tells a digest
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
 from msgspec import Meta
@@ -17,7 +17,7 @@ from weightsync.plan.packing import digest_of
 from weightsync.plan.residents import ResidentBoxes
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Sequence
+    from collections.abc import Sequence
 
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
@@ -29,7 +29,7 @@ _HINT = (
     "writes into the engine's weights; the next push goes through its loader, and is checked bucket by bucket"
 )
 LAYOUTS = 4  # that are remembered, as many as a worker remembers
-__all__ = ["HeldCheck", "HeldSums", "packed_boxes", "sums_of"]
+__all__ = ["HeldCheck", "HeldSums", "Workers", "packed_boxes", "sums_of"]
 
 
 class HeldSums(msgspec.Struct, frozen=True):
@@ -56,6 +56,16 @@ def packed_boxes(replay: ModelReplay | None, digest: bytes, model: ModelState) -
     return held.packed if held is not None else b""
 
 
+class Workers(Protocol):
+    """A way into an engine that has our plugin."""
+
+    async def sums(self, manifest: Manifest, *, deadline: float) -> Sequence[HeldSums]:
+        """What every worker holds of the push that has ended, in the order of ranks."""
+
+    async def boxes(self, manifest: Manifest, *, deadline: float) -> Sequence[bytes]:
+        """Of which boxes `sums` speaks, as packed `ResidentBoxes`."""
+
+
 class HeldCheck:
     """Of one engine, in the daemon."""
 
@@ -71,20 +81,13 @@ class HeldCheck:
         """
         return manifest.digest in self._whole
 
-    async def verify(
-        self,
-        manifest: Manifest,
-        expected: Words,
-        *,
-        sums: Callable[[], Awaitable[Sequence[HeldSums]]],
-        boxes: Callable[[], Awaitable[Sequence[bytes]]],
-    ) -> int | None:
-        """How many tensors were compared, all equal; None where the workers cannot tell. `sums` and `boxes` ask them,
-        in the order of ranks. Raises `EngineError` naming the first tensor that differs.
+    async def verify(self, workers: Workers, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
+        """How many tensors were compared, all equal; None where the workers cannot tell. Raises `EngineError` naming
+        the first tensor that differs.
         """
         self._whole.discard(manifest.digest)
         self.doubtful = False
-        told = await sums()
+        told = await workers.sums(manifest, deadline=deadline)
         pulled = any(one.pulled for one in told)
         if not told or not all(one.boxes for one in told):
             if pulled:
@@ -93,7 +96,7 @@ class HeldCheck:
         key = (manifest.digest, *(one.boxes for one in told))
         verifier = self._verifiers.pop(key, None)
         if verifier is None:
-            packed = await boxes()
+            packed = await workers.boxes(manifest, deadline=deadline)
             if [digest_of(one) for one in packed] != [one.boxes for one in told]:
                 raise EngineError(
                     "its workers say what they hold, and then something else", engine=self._engine, phase="verify"

@@ -41,11 +41,13 @@ class ModelState:
     @classmethod
     def of(cls, model: torch.nn.Module) -> ModelState:
         """As it is now."""
+        return cls(cls.tensors_of(model).tensors, {path: _things(layer) for path, layer in model.named_modules()})
+
+    @classmethod
+    def tensors_of(cls, model: torch.nn.Module) -> ModelState:
+        """Its tensors alone, without what `replaced` needs: a tenth of the time."""
         named = (*model.named_parameters(), *model.named_buffers())
-        return cls(
-            {name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"},
-            {path: _things(layer) for path, layer in model.named_modules()},
-        )
+        return cls({name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"}, {})
 
     @classmethod
     def seen(cls, model: torch.nn.Module) -> ModelState | None:

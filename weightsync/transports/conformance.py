@@ -10,13 +10,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from weightsync.errors import (
-    CodecError,
-    LocalProtocolError,
-    TransportBroken,
-    TransportClosed,
-    TransportTimeout,
-)
+from weightsync.errors import CodecError, LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.transports.conformance_kit import (
     PROMPT,
     SHORT,

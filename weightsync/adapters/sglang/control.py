@@ -183,12 +183,7 @@ class SGLangAdapter(EngineAdapter):
         path = known.path
         if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
             return None
-        return await self._held.verify(
-            manifest,
-            expected,
-            sums=lambda: path.sums(manifest, deadline=deadline),
-            boxes=lambda: path.boxes(manifest, deadline=deadline),
-        )
+        return await self._held.verify(path, manifest, expected, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""

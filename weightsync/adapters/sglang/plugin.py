@@ -78,10 +78,12 @@ class _Worker:
                 return self._finish()
             case orders.Sums():
                 model = _models(manager, order.target)[0]
-                return msgspec.msgpack.encode(sums_of(self._replays.get(model), order.manifest, ModelState.of(model)))
+                return msgspec.msgpack.encode(
+                    sums_of(self._replays.get(model), order.manifest, ModelState.tensors_of(model))
+                )
             case orders.Boxes():
                 model = _models(manager, order.target)[0]
-                return packed_boxes(self._replays.get(model), order.manifest, ModelState.of(model))
+                return packed_boxes(self._replays.get(model), order.manifest, ModelState.tensors_of(model))
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
         manifest = Manifest.unpack(order.manifest)

@@ -157,12 +157,7 @@ class VLLMAdapter(EngineAdapter):
         compares = path.pull or (path.replay is not None and path.replay.compares)
         if not isinstance(path, ExtensionPath) or not compares:
             return None
-        return await self._held.verify(
-            manifest,
-            expected,
-            sums=lambda: path.sums(manifest, deadline=deadline),
-            boxes=lambda: path.boxes(manifest, deadline=deadline),
-        )
+        return await self._held.verify(path, manifest, expected, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One

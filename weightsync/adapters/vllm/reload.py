@@ -136,11 +136,11 @@ class WeightReload:
 
     def held_sums(self, model: torch.nn.Module, digest: bytes) -> HeldSums:
         """What lies in the model of the push that has ended, whose manifest has this digest."""
-        return sums_of(self._replays.get(model), digest, ModelState.of(model))
+        return sums_of(self._replays.get(model), digest, ModelState.tensors_of(model))
 
     def held_boxes(self, model: torch.nn.Module, digest: bytes) -> bytes:
         """Of which boxes `held_sums` speaks."""
-        return packed_boxes(self._replays.get(model), digest, ModelState.of(model))
+        return packed_boxes(self._replays.get(model), digest, ModelState.tensors_of(model))
 
     def load(
         self,
