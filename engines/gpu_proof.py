@@ -73,7 +73,15 @@ class Outcome:
 
 
 class Server:
-    def __init__(self, case: Case, checkpoint: Path, port: int, gpus: str, options: argparse.Namespace) -> None:
+    def __init__(
+        self,
+        case: Case,
+        checkpoint: Path,
+        port: int,
+        gpus: str,
+        options: argparse.Namespace,
+        flags: tuple[str, ...] = (),
+    ) -> None:
         self.case, self.port, self.url = case, port, f"http://127.0.0.1:{port}"
         self.log = options.logs / f"{case.name}-{checkpoint.name}.log"
         env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
@@ -84,7 +92,7 @@ class Server:
             env.pop("PYTHONPATH", None)
         with self.log.open("wb") as out:
             self.process = subprocess.Popen(
-                self._command(checkpoint, options),
+                [*self._command(checkpoint, options), *flags],
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 env=env,

@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 __all__ = ["Model", "read_buckets", "same"]
 
 
-def read_buckets(weights: Mapping[str, torch.Tensor], slot_bytes: int) -> tuple[Manifest, Iterator[ReadBucket]]:
-    """What a `SlotReader` reads; no reference to a bucket is left once the next is asked for."""
+def read_buckets(
+    weights: Mapping[str, torch.Tensor], slot_bytes: int, device: torch.device | str = "cpu"
+) -> tuple[Manifest, Iterator[ReadBucket]]:
+    """What a `SlotReader` on `device` reads; no reference to a bucket is left once the next is asked for."""
     tensors = as_bytes(weights.items())
     manifest = manifest_of(tensors, slot_bytes=slot_bytes)
 
@@ -44,7 +46,8 @@ def read_buckets(weights: Mapping[str, torch.Tensor], slot_bytes: int) -> tuple[
                 if come[tensor] == int(sizes[tensor]):
                     cut[tensor] = parts.pop(tensor)
                 del part
-            yield ReadBucket(manifest, bucket, data, cut)
+            cut = {tensor: whole.to(device) for tensor, whole in cut.items()}
+            yield ReadBucket(manifest, bucket, data.to(device), cut)
             del data, cut
 
     return manifest, buckets()
@@ -76,7 +79,7 @@ class Model(torch.nn.Module):
     ) -> None:
         """One push through `replay`."""
         self.heard = []
-        manifest, buckets = read_buckets(weights, slot_bytes)
+        manifest, buckets = read_buckets(weights, slot_bytes, next(self.parameters()).device)
         replay.begin(manifest, ModelState.of(self))
         for bucket in buckets:
             if pull and replay.takes(bucket.index):

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 
 from tests import box_emulation
 from tests.replay_kit import Model, read_buckets, same
-from weightsync.device.launch import COPY
 from weightsync.fingerprint import fingerprint
 from weightsync.replay.kernel import KernelMoves
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import apply, raw_bytes, strided_view
 from weightsync.replay.state import ModelReplay
 from weightsync.replay.strided import Box, compose, merge_dims
+from weightsync.replay.sums import HostSums, KernelSums
 
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -170,7 +170,9 @@ def test_what_lies_in_parameters_is_told_as_boxes_of_what_was_pushed(found, slot
     assert (held is not None) == (replay.facts().phase == "replay")
     if held is None:
         return
-    for one, told in zip(held.held, np.frombuffer(held.fingerprints(state.tensors), "<u8").tolist(), strict=True):
+    for one, told in zip(
+        held.held, np.frombuffer(HostSums(held).fingerprints(state.tensors), "<u8").tolist(), strict=True
+    ):
         tensor = sent[manifest.tensors.names[one.tensor]]
         box = tensor[tuple(slice(o, o + s) for o, s in zip(one.offset, one.shape, strict=True))]
         where = {"global_shape": tuple(tensor.shape), "offset": one.offset, "shape": one.shape}
@@ -227,9 +229,11 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
         def table(self, items):
             return items
 
-        def launch(self, table, mode, *, stream, bases=None, slot=0):
-            assert mode == COPY
-            box_emulation.run(kernel, table, bases.tolist(), 1, mode, slot)
+        def launch(self, table, mode, *, stream, bases=None, slot=0, totals=None, share=1):
+            count = 1 if totals is None else len(totals)
+            sums = box_emulation.run(kernel, table, bases.tolist(), count, mode, slot)
+            if totals is not None:
+                totals += torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
 
     table, parameters, load = found
     model, replay = Model(parameters, load), ModelReplay({})
@@ -250,3 +254,6 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
         mover.apply("bucket", moves, bucket.data, order)
         assert all(same(order[i], wanted[i]) for i in order)
     assert manifest.buckets == 1
+    residents = known.held(manifest)
+    sums = KernelSums(Emulated(), torch.device("cpu"), residents).fingerprints(targets)
+    assert sums == HostSums(residents).fingerprints(targets)

@@ -68,12 +68,13 @@ def test_a_bucket_is_taken_out_of_its_slot(world, slots, slot_bytes):
     slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
     found: dict[str, torch.Tensor] = {}
 
-    def take(bucket):
+    def take(bucket, share):
+        assert share == 1
         assert here.sender.pending(0), "it is held meanwhile"
         found.update((name, tensor.clone()) for name, tensor in bucket.tensors())
 
-    assert slots.lends
     for bucket in range(here.manifest.buckets):
+        assert slots.lends(bucket)
         slots.pull(bucket, here.ticket(bucket), take, deadline=_soon())
         assert here.sender.pending(0) == ()
         here.arena.slot(0)[:] = bytes(slot_bytes)
@@ -85,7 +86,7 @@ def test_a_bucket_that_cannot_be_taken_is_given_back(world, slots):
     here = world(100_000)
     slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
 
-    def fails(bucket):
+    def fails(bucket, share):
         raise ZeroDivisionError(bucket.index)
 
     with pytest.raises(ZeroDivisionError):

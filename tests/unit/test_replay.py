@@ -6,7 +6,6 @@ import json
 import re
 from dataclasses import replace
 from io import StringIO
-from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -485,18 +484,6 @@ def test_a_parameter_that_is_padding_alone_stays_with_the_loader():
     model: Any = Model({"embed.weight": torch.ones(4, 4)}, load)
     replay = pushed(model, lambda seed: weights(seed, embed=(4, 4)))
     assert (replay.facts().phase, model.heard) == ("loader", ["embed"])
-
-
-@pytest.mark.parametrize(("environment", "phase"), [({}, "off"), ({SWITCH: "1"}, "record")])
-def test_weights_elsewhere_than_in_host_memory_replay_if_asked_for(environment, phase):
-    model: Any = Model({"w": torch.zeros(4)}, load_layer)
-    state = ModelState.of(model)
-    replay = ModelReplay(environment)
-    manifest, _ = read_buckets(weights(0, w=(4,)), 1 << 20)
-    elsewhere = SimpleNamespace(tensors={"w": SimpleNamespace(device=torch.device("cuda"), numel=lambda: 0)})
-    elsewhere.places = state.places
-    replay.begin(manifest, elsewhere)  # type: ignore[arg-type]
-    assert replay.facts().phase == phase
 
 
 def test_switched_off():

@@ -44,10 +44,10 @@ def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> Hel
     """In a worker: what `model` holds of the push that has ended, of the manifest with this digest."""
     if replay is None:
         return HeldSums()
-    held = replay.residents(digest, model)
-    if held is None:
+    held, sums = replay.residents(digest, model), replay.fingerprints(digest, model)
+    if held is None or sums is None:
         return HeldSums(pulled=replay.pulled)
-    return HeldSums(boxes=digest_of(held.packed), sums=held.fingerprints(model.tensors), pulled=replay.pulled)
+    return HeldSums(boxes=digest_of(held.packed), sums=sums, pulled=replay.pulled)
 
 
 def packed_boxes(replay: ModelReplay | None, digest: bytes, model: ModelState) -> bytes:

@@ -9,7 +9,8 @@
 Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there, and its slot
 released before any of it is loaded: engines may keep what they are given for as long as they like, and the next bucket
 is on its way while they load. Where no loader takes part, and what lies in the model is compared afterwards, `pull` has
-only what is needed copied, straight out of the slot.
+only what is needed copied, straight out of the slot. On GPUs it returns when that is queued; buckets of different
+owners are read on streams of their own, so that a worker draws from every GPU at once.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from weightsync.device.buckets import CheckedBuckets
-from weightsync.device.launch import BoxKernel
+from weightsync.device.reading import GpuBuckets
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
 from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import checksum
@@ -38,30 +38,6 @@ if TYPE_CHECKING:
 __all__ = ["SlotReader"]
 
 
-class _GpuBuckets:
-    """Buckets of one manifest out of slots on GPUs."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._kernel = BoxKernel(device)
-        self._device = device
-        self._buckets: CheckedBuckets | None = None
-        self._manifest: Manifest | None = None
-
-    def expect(self, manifest: Manifest) -> None:
-        """What comes next is of this manifest."""
-        if manifest is not self._manifest:
-            self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
-
-    def copy(self, bucket: int, lease: Lease) -> torch.Tensor:
-        """A bucket, uint8 [nbytes], copied and checked; the slot may change when this returns."""
-        assert self._buckets is not None, "`expect` comes first"
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream(self._device)
-            mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self._device)
-            lease.confirm(self._buckets.copy(bucket, lease.address, mine, stream))
-        return mine
-
-
 class _Update:
     """An update under way."""
 
@@ -71,6 +47,7 @@ class _Update:
         self.missing: dict[int, int] = {}  # tensor cut over several buckets → bytes that have not come yet
         self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
         self.cut_pieces: dict[int, list[int]] = {}  # bucket → its pieces that are not a whole tensor
+        self.pulls_until = 0.0  # the latest deadline of what is queued
         whole = manifest.tensors.sizes[manifest.piece_tensor]
         for piece in np.flatnonzero(manifest.piece_nbytes != whole).tolist():
             self.cut_pieces.setdefault(int(manifest.piece_bucket[piece]), []).append(piece)
@@ -82,7 +59,7 @@ class SlotReader:
     def __init__(self, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self._receiver: BucketReceiver = ShmReceiver()
-        self._gpu: _GpuBuckets | None = None  # where slots lie on GPUs too
+        self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
         self._manifests: dict[bytes, Manifest] = {}  # by their bytes: the latest only
         self._update: _Update | None = None
 
@@ -107,7 +84,7 @@ class SlotReader:
         if offers and (ArenaOffer.unpack(offers[0]).memory is None) != (self._gpu is None):
             self._switch()
         if self._gpu is not None:
-            self._gpu.expect(known)
+            self._gpu.expect(known, deadline=deadline)
         for offer in offers:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(known)
@@ -121,28 +98,47 @@ class SlotReader:
         update = self._expecting(bucket)
         return self._as_read(update, bucket, self._copy(bucket, ticket, self._nbytes(bucket), deadline))
 
-    @property
-    def lends(self) -> bool:
-        """Whether `pull` works: slots and weights are in host memory."""
-        return self.device.type == "cpu" and self._gpu is None
+    def lends(self, bucket: int) -> bool:
+        """Whether `pull` works: slots and weights are both in host memory, or both on GPUs, and there it has no part of
+        a tensor that is cut over several buckets.
+        """
+        if self._gpu is None:
+            return self.device.type == "cpu"
+        return bucket not in self._open().cut_pieces
 
-    def pull(self, bucket: int, ticket: bytes, take: Callable[[ReadBucket], None], *, deadline: float) -> None:
-        """Have `take` copy what it needs out of the bucket where it lies; its slot is released when that returns.
+    def pull(self, bucket: int, ticket: bytes, take: Callable[[ReadBucket, int], None], *, deadline: float) -> None:
+        """Have `take` copy what it needs out of the bucket where it lies; its slot is released when that returns, or,
+        on a GPU, when the current stream is past what it has queued. It is also told for how many streams that is done
+        side by side.
 
         Nothing is checked but the lease, and `take` may keep none of it. Raises as `read`, and what `take` raises.
         """
         update = self._expecting(bucket)
+        if self._gpu is not None:
+            update.pulls_until = deadline
+            lease = self._receiver.receive(ticket, deadline=deadline, verify=False)
+
+            def take_checked(data: torch.Tensor, share: int) -> None:
+                self._check_size(lease, self._nbytes(bucket))
+                take(self._as_read(update, bucket, data), share)
+
+            self._gpu.lend(bucket, lease, take_checked)
+            return
         with self._receiver.receive(ticket, deadline=deadline, verify=False) as lease:
             self._check_size(lease, self._nbytes(bucket))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*not writable.*")  # torch knows no read-only tensors
                 data = torch.frombuffer(lease.view, dtype=torch.uint8)
-            take(self._as_read(update, bucket, data))
+            take(self._as_read(update, bucket, data), 1)
             del data
 
     def finish(self) -> None:
-        """End the update. Raises `LocalProtocolError` naming the first tensor that did not come whole."""
+        """End the update, once all that `pull` has queued is done. Raises `LocalProtocolError` naming the first tensor
+        that did not come whole.
+        """
         update, self._update = self._open(), None
+        if self._gpu is not None:
+            self._gpu.settle(deadline=update.pulls_until)
         if not update.read.all():
             piece = int(np.argmin(update.read))
             name = update.manifest.tensors.names[int(update.manifest.piece_tensor[piece])]
@@ -205,7 +201,7 @@ class SlotReader:
                 hint='arena.device = "cpu" in the node config serves engines on a CPU',
             )
         device = torch.cuda.current_device() if self.device.index is None else self.device.index
-        self._gpu, self._receiver = _GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
+        self._gpu, self._receiver = GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
         before.close()
 
     def _copy(self, bucket: int, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:

@@ -9,16 +9,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+import torch.utils.dlpack
 
 from weightsync.device.launch import COPY, SUM, BoxKernel, Table
 from weightsync.device.table import SLOT, Place, box_items, joined
 from weightsync.fingerprint import bucket_sum
+from weightsync.ipc.cuda import cupy
 from weightsync.plan.boxes import packed_strides
 
 if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["CheckedBuckets", "FlatCopy", "copied"]
+__all__ = ["CheckedBuckets", "FlatCopy", "copied", "flat_sum", "lent_tensor"]
+
+
+def flat_sum(address: int, nbytes: int, device: torch.device) -> int:
+    """The fingerprint of `nbytes` of GPU memory as one tensor of bytes; launches a kernel and waits for it."""
+    kernel = BoxKernel(device)
+    items = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), None, tensor_shape=(nbytes,), offset=(0,))
+    totals = torch.zeros(1, dtype=torch.int64, device=device)
+    stream = torch.cuda.current_stream(device)
+    kernel.launch(kernel.table(items), SUM, stream=stream, slot=address, totals=totals)
+    return int(totals.cpu().numpy().view(np.uint64)[0])
+
+
+def lent_tensor(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
+    """Memory that is mapped for `device`, whichever GPU it lies on, as uint8 [nbytes]; valid as long as it is mapped.
+
+    By DLPack, which says on which device to use it: torch would ask the driver, and be told of the owner's.
+    """
+    c = cupy()
+    memory = c.cuda.UnownedMemory(address, nbytes, None, device.index)
+    array = c.ndarray((nbytes,), dtype=np.uint8, memptr=c.cuda.MemoryPointer(memory, 0))
+    with c.cuda.Device(device.index):
+        tensor: torch.Tensor = torch.utils.dlpack.from_dlpack(array)
+    return tensor
 
 
 class FlatCopy:

@@ -27,16 +27,30 @@ class Mover(Protocol):
     """Of one plan."""
 
     def apply(
-        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+        self,
+        key: Hashable,
+        moves: Sequence[Move],
+        data: torch.Tensor,
+        targets: Mapping[int, torch.Tensor],
+        *,
+        share: int = 1,
     ) -> None:
-        """Carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`."""
+        """Carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`. So many are to run side by
+        side, each on a stream of its own, as `share` says.
+        """
 
 
 class HostMoves:
     """Moves in host memory, or wherever torch reaches."""
 
     def apply(
-        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+        self,
+        key: Hashable,
+        moves: Sequence[Move],
+        data: torch.Tensor,
+        targets: Mapping[int, torch.Tensor],
+        *,
+        share: int = 1,
     ) -> None:
         """See `Mover`."""
         apply(moves, data, targets)
@@ -48,7 +62,17 @@ class Launcher(Protocol):
     def table(self, items: Items) -> Any:
         """The items where the kernel reads them."""
 
-    def launch(self, table: Any, mode: int, *, stream: Any, bases: torch.Tensor | None = None, slot: int = 0) -> None:
+    def launch(
+        self,
+        table: Any,
+        mode: int,
+        *,
+        stream: Any,
+        bases: torch.Tensor | None = None,
+        slot: int = 0,
+        totals: torch.Tensor | None = None,
+        share: int = 1,
+    ) -> None:
         """Work on the whole table; returns at once."""
 
 
@@ -58,9 +82,16 @@ class KernelMoves:
     def __init__(self, kernel: Launcher, device: torch.device) -> None:
         self._kernel, self._device = kernel, device
         self._tables: dict[Hashable, tuple[Any, tuple[Move, ...]]] = {}  # and the moves that are left for torch
+        self._bases: dict[tuple[int, ...], torch.Tensor] = {}  # the latest: to put it there waits for the GPU
 
     def apply(
-        self, key: Hashable, moves: Sequence[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]
+        self,
+        key: Hashable,
+        moves: Sequence[Move],
+        data: torch.Tensor,
+        targets: Mapping[int, torch.Tensor],
+        *,
+        share: int = 1,
     ) -> None:
         """See `Mover`."""
         found = self._tables.get(key)
@@ -70,10 +101,13 @@ class KernelMoves:
             table = self._kernel.table(joined([some for _, some in items if some is not None]))
             found = self._tables[key] = table, tuple(move for move, some in items if some is None)
         table, left = found
-        addresses = [targets[i].data_ptr() if i in targets else 0 for i in range(max(targets, default=-1) + 1)]
-        bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
+        addresses = tuple(targets[i].data_ptr() if i in targets else 0 for i in range(max(targets, default=-1) + 1))
+        bases = self._bases.get(addresses)
+        if bases is None:
+            bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
+            self._bases = {addresses: bases}
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        self._kernel.launch(table, COPY, stream=stream, bases=bases, slot=data.data_ptr())
+        self._kernel.launch(table, COPY, stream=stream, bases=bases, slot=data.data_ptr(), share=share)
         apply(left, data, targets)
 
 

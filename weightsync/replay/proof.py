@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from weightsync.ipc.descriptors import checksum
 from weightsync.replay.moves import raw_bytes, strided_view
+from weightsync.replay.sums import tensor_checksum
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -41,7 +41,7 @@ class Proof:
         self._scratch: dict[int, torch.Tensor] = {}
         self._differ: dict[int, torch.Tensor] = {}
         self._equal: dict[int, int] = {}  # target → checksum of what it was equal with
-        self._before = {name: _checksum(targets[name]) for name in plan.untouched}
+        self._before = {name: tensor_checksum(targets[name]) for name in plan.untouched}
 
     def bucket(self, bucket: int, data: torch.Tensor, whole: Callable[[int], torch.Tensor]) -> None:
         """The loader has loaded this bucket, whose bytes `data` are; `whole` gives a tensor that it completed."""
@@ -58,7 +58,7 @@ class Proof:
             self._mover.apply((bucket, tensor), moves, source, self._scratch)
         self._differ |= {target: self._scratch.pop(target) for target in done}
         for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
-            self._equal[target] = _checksum(self._differ.pop(target))
+            self._equal[target] = tensor_checksum(self._differ.pop(target))
 
     def finish(self) -> dict[str, str]:
         """The targets that the plan got wrong, and how. Empty: it is proved."""
@@ -69,10 +69,10 @@ class Proof:
                 wrong[self._moves.targets[target]] = f"its replay differs from what the loader made, first in byte {at}"
         for target, equal in self._equal.items():
             name = self._moves.targets[target]
-            if _checksum(self._targets[name]) != equal:
+            if tensor_checksum(self._targets[name]) != equal:
                 wrong[name] = "it is changed after its tensors were loaded"
         for name, before in self._before.items():
-            if _checksum(self._targets[name]) != before:
+            if tensor_checksum(self._targets[name]) != before:
                 why = f"the loader changes {name}, and was not seen to: it may do more that was not"
                 wrong |= dict.fromkeys(self._plan.targets, why)
         self._scratch.clear()
@@ -96,7 +96,3 @@ class Proof:
         if torch.equal(one, other):
             return None
         return int(torch.nonzero(one != other)[0])
-
-
-def _checksum(tensor: torch.Tensor) -> int:
-    return checksum(raw_bytes(tensor).cpu().numpy().data)

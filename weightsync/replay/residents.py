@@ -9,20 +9,12 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
-from weightsync.fingerprint import fingerprint
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.residents import ResidentBoxes
-from weightsync.replay.moves import raw_bytes, strided_view
 from weightsync.replay.plan import NOT_SEEN
 from weightsync.replay.strided import Box
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    import torch
-
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.plan import LoadPlan
 
@@ -35,6 +27,7 @@ class Resident(NamedTuple):
     tensor: int
     offset: tuple[int, ...]  # in the tensor, in elements
     shape: tuple[int, ...]
+    itemsize: int
     target: str
     box: Box  # from where the target begins, with the tensor's dimensions
 
@@ -44,8 +37,9 @@ class Residents:
 
     def __init__(self, plan: LoadPlan, manifest: Manifest) -> None:
         """What is converted on its way, or is no box of its tensor (every other row, say), is left out."""
-        self._tensors = manifest.tensors
-        index, shapes = manifest.tensors.index, manifest.tensors.shapes
+        self._width = manifest.tensors.width
+        self.shapes = manifest.tensors.shapes  # of all tensors of the manifest
+        index, shapes = manifest.tensors.index, self.shapes
         found, unseen = [], {name for name, why in plan.loader_sources.items() if why != NOT_SEEN}
         for copy in plan.copies:
             tensor = index[copy.source]
@@ -54,30 +48,16 @@ class Residents:
                 unseen.add(copy.source)
             else:
                 offset, box = placed
-                found.append(Resident(tensor, offset, box.sizes, copy.target, box))
+                found.append(Resident(tensor, offset, box.sizes, copy.dtype.itemsize, copy.target, box))
         self.held = tuple(found)
         self.complete = len(found) == len(plan.copies)
         self.unseen = tuple(sorted(index[name] for name in unseen))  # tensors of which it has more than it can tell
 
     @cached_property
     def packed(self) -> bytes:
-        """The boxes in the order of `fingerprints`, as packed `ResidentBoxes`."""
+        """The boxes in the order of their fingerprints (`sums.py`), as packed `ResidentBoxes`."""
         boxes = [(one.tensor, one.offset, one.shape) for one in self.held]
-        return ResidentBoxes.of(boxes, self._tensors.width, unseen=self.unseen).pack()
-
-    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
-        """Little-endian uint64 for each, of what lies in `targets`, in host memory, now."""
-        sums = np.empty(len(self.held), dtype="<u8")
-        for at, one in enumerate(self.held):
-            itemsize, view = targets[one.target].element_size(), strided_view(targets[one.target], one.box)
-            sums[at] = fingerprint(
-                raw_bytes(view).numpy(),
-                itemsize=itemsize,
-                global_shape=self._tensors.shapes[one.tensor],
-                offset=one.offset,
-                shape=one.shape,
-            )
-        return sums.tobytes()
+        return ResidentBoxes.of(boxes, self._width, unseen=self.unseen).pack()
 
 
 def resident_box(shape: tuple[int, ...], itemsize: int, source: Box, target: Box) -> tuple[tuple[int, ...], Box] | None:

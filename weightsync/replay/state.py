@@ -25,6 +25,7 @@ from weightsync.replay.moves import lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
 from weightsync.replay.residents import Residents
+from weightsync.replay.sums import sums_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,13 +36,14 @@ if TYPE_CHECKING:
     from weightsync.replay.model import ModelState, Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
+    from weightsync.replay.sums import Sums
 
 __all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
 
 logger = logging.getLogger(__name__)
 
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
-SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader, 1 is for GPUs too
+SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 LAYOUTS = 4  # that are remembered, the latest ones pushed
 _NAMES_TOLD = 4  # of parameters with the same reason
@@ -57,7 +59,8 @@ class _Known:
     mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
-    residents: Residents | None = None  # worked out when first asked for
+    residents: Residents | None = None  # these two are worked out when first asked for
+    sums: Sums | None = None
 
     def held(self, manifest: Manifest) -> Residents:
         """What parameters have of the tensors of this manifest, which it is of."""
@@ -72,7 +75,6 @@ class ModelReplay:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         switch = environment.get(SWITCH, "").strip()
         self._off = switch not in ("", "1")
-        self._asked = switch == "1"
         self._layouts: dict[bytes, _Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
         self._known: _Known | None = None  # of them, that of the last push
         self._phase: Phase = "off"
@@ -112,8 +114,6 @@ class ModelReplay:
             self._device = next(iter(elsewhere), torch.device("cpu"))
             if len(elsewhere) > 1:
                 self.turn_off(f"its weights are on {len(elsewhere)} devices")
-        if model is not None and not self._asked and self._device.type != "cpu":
-            self.turn_off(f"it was not run on GPUs yet: {SWITCH}=1 in the engine's environment has it tried and proved")
         if not self._off and model is not None:
             self._learn(lambda: self._choose(manifest, model))
         self._seconds[self._phase], self._pulled = 0.0, 0
@@ -151,12 +151,14 @@ class ModelReplay:
             return False
         return not known.moves.buckets[bucket].left and known.held(manifest).complete
 
-    def pull(self, bucket: ReadBucket) -> None:
-        """As `load`, for a bucket that is to be left alone when this returns."""
+    def pull(self, bucket: ReadBucket, share: int = 1) -> None:
+        """As `load`, for a bucket whose bytes are to be left alone when this returns, or, on a GPU, when the current
+        stream is past what it has queued; `share` as for a `Mover`.
+        """
         if not self.takes(bucket.index):
             raise LocalProtocolError("a loader has to see this bucket, and would keep it", bucket=bucket.index)
         begun = perf_counter()
-        self._replay(bucket)
+        self._replay(bucket, share)
         self._seconds["replay"] += perf_counter() - begun
         self._pulled += 1
 
@@ -229,7 +231,7 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
-        compares = self._device.type == "cpu" and not self._off
+        compares = not self._off
         if known is None:
             return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
         plan = known.plan
@@ -257,7 +259,16 @@ class ModelReplay:
         known, manifest = self._known, self._manifest
         if known is None or manifest is None or not known.proved or manifest.digest != digest:
             return None
-        return None if self._device.type != "cpu" or _why_anew(known, model.places) else known.held(manifest)
+        return None if _why_anew(known, model.places) else known.held(manifest)
+
+    def fingerprints(self, digest: bytes, model: ModelState) -> bytes | None:
+        """Of these residents, as they lie in `model` now; None as above."""
+        residents = self.residents(digest, model)
+        if residents is None or self._known is None:
+            return None
+        if self._known.sums is None:
+            self._known.sums = sums_for(residents, self._device)
+        return self._known.sums.fingerprints(model.tensors)
 
     def _tell(self) -> None:
         facts = self.facts()
@@ -272,7 +283,7 @@ class ModelReplay:
             "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
         )
 
-    def _replay(self, bucket: ReadBucket) -> list[Named]:
+    def _replay(self, bucket: ReadBucket, share: int = 1) -> list[Named]:
         """Carry out what the plan knows of a bucket; what is left for the loader."""
         assert self._known is not None, "`begin` comes first"
         if not self._filled:
@@ -283,7 +294,7 @@ class ModelReplay:
         here = self._known.moves.buckets[bucket.index]
         try:
             mover = self._known.mover
-            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order)
+            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order, share=share)
             for tensor, moves in here.cut:
                 mover.apply((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), self._order)
         except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way

@@ -11,8 +11,6 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.ipc.gone import Lookout
@@ -33,19 +31,11 @@ CAPABILITIES = Capabilities(device="cuda", scope="node", collective=False)
 
 
 def _flat_sum(address: int, nbytes: int, device: int) -> int:
-    """The fingerprint of `nbytes` of GPU memory as one tensor of bytes; launches a kernel and waits for it."""
     import torch
 
-    from weightsync.device.launch import SUM, BoxKernel
-    from weightsync.device.table import SLOT, Place, box_items
+    from weightsync.device.buckets import flat_sum
 
-    where = torch.device("cuda", device)
-    kernel = BoxKernel(where)
-    items = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), None, tensor_shape=(nbytes,), offset=(0,))
-    totals = torch.zeros(1, dtype=torch.int64, device=where)
-    stream = torch.cuda.current_stream(where)
-    kernel.launch(kernel.table(items), SUM, stream=stream, slot=address, totals=totals)
-    return int(totals.cpu().numpy().view(np.uint64)[0])
+    return flat_sum(address, nbytes, torch.device("cuda", device))
 
 
 class DeviceChecksums(Checksums):

@@ -38,7 +38,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightsync.replay.bucket import Named, ReadBucket
+    from weightsync.replay.bucket import Named
 
 __all__ = ["register"]
 
@@ -114,7 +114,7 @@ class _Worker:
                 replay.forget()
             replay.begin(self._slots.manifest, ModelState.seen(model))
         # what is compared afterwards is the first model alone
-        self._models, self._pull = models, order.pull and self._slots.lends and len(models) == 1
+        self._models, self._pull = models, order.pull and len(models) == 1
         return "begun"
 
     def _load(self, order: orders.Load, rank: int) -> str:
@@ -122,13 +122,8 @@ class _Worker:
             raise LocalProtocolError("no update is open", hint="begin first")
         ticket, deadline = order.tickets[rank], monotonic() + order.seconds
         replays = [self._replays[model] for model in self._models]
-        if self._pull and all(replay.takes(order.bucket) for replay in replays):
-
-            def take(bucket: ReadBucket) -> None:
-                for replay in replays:
-                    replay.pull(bucket)
-
-            self._slots.pull(order.bucket, ticket, take, deadline=deadline)
+        if self._pull and self._slots.lends(order.bucket) and replays[0].takes(order.bucket):
+            self._slots.pull(order.bucket, ticket, replays[0].pull, deadline=deadline)
             return "loaded"
         bucket = self._slots.read(order.bucket, ticket, deadline=deadline)
         for model, requantiser, replay in zip(self._models, self._requantisers, replays, strict=True):

@@ -99,7 +99,7 @@ class WeightReload:
         """
         self._replay = None
         self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
-        self._pull = pull and self._slots.lends
+        self._pull = pull
         aliases: dict[str, tuple[str, ...]] = {}
         for other, name in self._slots.manifest.tensors.aliases:
             aliases[name] = (*aliases.get(name, ()), other)
@@ -152,7 +152,7 @@ class WeightReload:
     ) -> None:
         """Read one bucket and hand its tensors to the model. Raises `EngineError` naming what the model ignored."""
         deadline = monotonic() + seconds
-        if self._pull and self._replay is not None and self._replay.takes(bucket):
+        if self._pull and self._replay is not None and self._slots.lends(bucket) and self._replay.takes(bucket):
             self._slots.pull(bucket, ticket, self._replay.pull, deadline=deadline)
             return
         read = self._slots.read(bucket, ticket, deadline=deadline)

@@ -1,0 +1,146 @@
+"""gpu_speed.py: pushes of a big model's shapes into real SGLang and vLLM servers on this machine's GPUs.
+
+    python -m engines.gpu_speed --model DIR --plugins DIR --vllm vllm --sglang "python -m sglang.launch_server" --tp 2
+
+DIR holds a config.json, and tokenizer files where a server wants them. Weights are dummies, and random ones are pushed,
+in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's `ipc`) and
+through our plugin: the first is recorded, the second proves what was recorded, the third is replayed and compared, and
+from then on weights are pulled straight out of the slots. What engines hold is compared with what was sent in every
+push that says how many tensors were checked. Prints a table; ceilings of the same run come last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.gpu_ceilings import measure
+from engines.gpu_proof import Case, Server
+from weightsync.config import EngineConfig
+from weightsync.fleet import Fleet
+from weightsync.operator import change_engines, fetch_status
+
+_TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
+_WARM = {"plugin": 4, "extension": 4}  # pushes before those that count; of other ways one
+
+
+def main() -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", type=Path, required=True, help="folder with config.json")
+    p.add_argument("--plugins", type=Path, required=True, help="folder that makes weightsync's plugins known")
+    p.add_argument("--vllm", default="")
+    p.add_argument("--sglang", default="")
+    p.add_argument("--tp", type=int, default=2)
+    p.add_argument("--pushes", type=int, default=8, help="into each server through the plugin")
+    p.add_argument("--stock", type=int, default=3, help="into each server its stock way")
+    p.add_argument("--slots", type=int, default=3)
+    p.add_argument("--slot", default="1GiB")
+    p.add_argument("--memory", type=float, default=0.7, help="of a GPU, for SGLang; vLLM takes what it needs")
+    p.add_argument("--logs", type=Path, default=Path("/tmp/gpu-speed"))
+    p.add_argument("--traces", type=Path, default=None, help="keep traces of the pushes there")
+    p.add_argument("--no-ceilings", action="store_true")
+    p.add_argument("--json", type=Path, default=None)
+    options = p.parse_args()
+    options.logs.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Any] = {"command": sys.argv, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
+    found["ways"] = [way for one in servers(options) for way in one]
+    if not options.no_ceilings:
+        found["ceilings"] = measure()
+    for way in found["ways"]:
+        print(json.dumps({key: value for key, value in way.items() if key != "pushes"}))
+    print(json.dumps(found.get("ceilings", {})))
+    if options.json is not None:
+        options.json.write_text(json.dumps(found, indent=1))
+    return 0 if all(way["good"] for way in found["ways"]) else 1
+
+
+def servers(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
+    """Start what there is, side by side, and push into one after the other."""
+    gpus = ",".join(map(str, range(options.tp)))
+    dummy = ("--load-format", "dummy")
+    stock = json.dumps({"backend": "ipc"})
+    kinds = [
+        ("sglang", options.sglang, Case("sglang", "plugin", tp=options.tp), dummy, ("tensor", "plugin")),
+        (
+            "vllm",
+            options.vllm,
+            Case("vllm", "extension", tp=options.tp),
+            (*dummy, "--weight-transfer-config", stock, "--kv-cache-memory-bytes", str(2 << 30)),
+            ("ipc", "extension"),
+        ),
+    ]
+    with ExitStack() as stack:
+        started = []
+        for number, (kind, command, case, flags, ways) in enumerate(kinds):
+            if command:
+                server = Server(case, options.model, 36000 + 100 * number, gpus, options, flags)
+                stack.callback(server.stop)
+                started.append((kind, server, ways))
+        if problems := [problem for _, server, _ in started if (problem := server.wait())]:
+            raise SystemExit("\n".join(problems))
+        print("servers are ready", flush=True)
+        first, found = 1, []
+        for kind, server, ways in started:
+            found.append([])
+            for way in ways:
+                pushes = options.pushes if way in _WARM else options.stock
+                found[-1].append(push(kind, server, way, first, pushes, options))
+                first += pushes
+        return found
+
+
+def push(kind: str, server: Server, way: str, first: int, pushes: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Pushes one way, from a daemon and trainer ranks of their own."""
+    with Fleet() as fleet:
+        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=way)
+        sections: Any = {
+            "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
+            "timeouts": {"operation": 240.0, "probe": 30.0},
+            "log": {"trace_dir": str(options.traces or "")},
+        }
+        daemon = fleet.start_daemon("speed", **sections)
+        change_engines(daemon.endpoint, add=[engine])
+        arguments = ["--model", str(options.model), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
+        arguments += ["--pushes", str(pushes), "--first", str(first)]
+        trainer = fleet.torchrun("trainer", _TRAINER, torch.cuda.device_count(), arguments)
+        status = trainer.wait(400)
+        print(f"{kind} {way}\n{trainer.tail(40)}", flush=True)
+        if status:
+            return {
+                "engine": kind,
+                "way": way,
+                "good": False,
+                "log": [trainer.tail(60), daemon.tail(60), server.tail()],
+            }
+        ranks = [json.loads((fleet.root / f"rank{r}.json").read_text()) for r in range(torch.cuda.device_count())]
+        about = fetch_status(daemon.endpoint).engines[0]
+    rows = ranks[0]["pushes"]
+    counted = rows[_WARM.get(way, 1) :] or rows[-1:]
+    phases = {name: statistics.median(row["phases"][name] for row in counted) for name in counted[0]["phases"]}
+    return {
+        "engine": about.software,
+        "way": way,
+        "tp": options.tp,
+        "bytes": rows[-1]["bytes"],
+        "tensors": rows[-1]["tensors"],
+        "buckets": rows[-1]["buckets"],
+        "seconds": statistics.median(row["wall_seconds"] for row in counted),
+        "seconds_each": [round(row["wall_seconds"], 4) for row in rows],
+        "until_filled": statistics.median(row["until_filled_seconds"] for row in counted),
+        "phases": {name: round(seconds, 4) for name, seconds in phases.items()},
+        "checked": [row["engines"][0]["checked"] for row in rows],
+        "replay": repr(about.replay),
+        "good": all(row["complete"] for row in rows),
+        "pushes": rows,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

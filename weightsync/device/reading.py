@@ -1,0 +1,69 @@
+"""Buckets of one manifest out of slots on GPUs, for a worker that reads them on its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from weightsync.device.buckets import CheckedBuckets, lent_tensor
+from weightsync.device.launch import BoxKernel
+from weightsync.device.leases import LeaseKeeper
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.plan.manifest import Manifest
+    from weightsync.transports.base import Lease
+
+__all__ = ["GpuBuckets"]
+
+
+class GpuBuckets:
+    """One worker's way to them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._kernel = BoxKernel(device)
+        self._device = device
+        self._buckets: CheckedBuckets | None = None
+        self._manifest: Manifest | None = None
+        self._leases = LeaseKeeper(device)
+        self._streams: list[torch.cuda.Stream] = []  # one for each owner of buckets
+
+    def expect(self, manifest: Manifest, *, deadline: float) -> None:
+        """What comes next is of this manifest. Waits for what the last push left to be read."""
+        self.settle(deadline=deadline)
+        if manifest is not self._manifest:
+            self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
+            owners = 1 + int(manifest.bucket_owner.max(initial=0))
+            self._streams += [torch.cuda.Stream(self._device) for _ in range(owners - len(self._streams))]
+
+    def settle(self, *, deadline: float) -> None:
+        """Return when the GPU is past all that `lend` had queued. Raises as `LeaseKeeper.settle`."""
+        self._leases.settle(deadline=deadline)
+
+    def lend(self, bucket: int, lease: Lease, take: Callable[[torch.Tensor, int], None]) -> None:
+        """Have `take` queue what reads the bucket, on a stream of its owner's; the lease ends when the GPU is past it.
+
+        `take` is given uint8 [nbytes], and how many such streams there are.
+        """
+        assert self._manifest is not None, "`expect` comes first"
+        stream = self._streams[int(self._manifest.bucket_owner[bucket])]
+        with torch.cuda.device(self._device):
+            stream.wait_stream(torch.cuda.current_stream(self._device))
+            with torch.cuda.stream(stream):
+                try:
+                    take(lent_tensor(lease.address, lease.nbytes, self._device), len(self._streams))
+                finally:
+                    event = torch.cuda.Event()
+                    event.record(stream)
+                    self._leases.keep(lease, event)
+
+    def copy(self, bucket: int, lease: Lease) -> torch.Tensor:
+        """A bucket, uint8 [nbytes], copied and checked; the slot may change when this returns."""
+        assert self._buckets is not None, "`expect` comes first"
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream(self._device)
+            mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self._device)
+            lease.confirm(self._buckets.copy(bucket, lease.address, mine, stream))
+        return mine

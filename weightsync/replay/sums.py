@@ -1,0 +1,97 @@
+"""Fingerprints of what lies in a worker's weights: by numpy in host memory, on a GPU by one launch over a table."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+
+from weightsync.device.buckets import flat_sum
+from weightsync.device.launch import SUM, BoxKernel
+from weightsync.device.table import Place, box_items, joined
+from weightsync.fingerprint import fingerprint
+from weightsync.ipc.descriptors import checksum
+from weightsync.replay.moves import raw_bytes, strided_view
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from weightsync.replay.kernel import Launcher
+    from weightsync.replay.residents import Residents
+
+__all__ = ["HostSums", "KernelSums", "Sums", "sums_for", "tensor_checksum"]
+
+
+class Sums(Protocol):
+    """Of the residents of one plan and one manifest."""
+
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """Little-endian uint64 for each resident, of what lies in `targets` now."""
+
+
+class HostSums:
+    """Of weights in host memory."""
+
+    def __init__(self, residents: Residents) -> None:
+        self._residents = residents
+
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """See `Sums`."""
+        residents = self._residents
+        sums = np.empty(len(residents.held), dtype="<u8")
+        for at, one in enumerate(residents.held):
+            target = targets[one.target]
+            sums[at] = fingerprint(
+                raw_bytes(strided_view(target, one.box)).numpy(),
+                itemsize=target.element_size(),
+                global_shape=residents.shapes[one.tensor],
+                offset=one.offset,
+                shape=one.shape,
+            )
+        return sums.tobytes()
+
+
+class KernelSums:
+    """Of weights on the GPU `device`, all of them."""
+
+    def __init__(self, kernel: Launcher, device: torch.device, residents: Residents) -> None:
+        self._kernel, self._device = kernel, device
+        self._names = list(dict.fromkeys(one.target for one in residents.held))
+        self._count = len(residents.held)
+        bases = {name: at for at, name in enumerate(self._names)}
+        items = [
+            box_items(
+                one.shape or (1,),
+                one.itemsize,
+                Place(bases[one.target], one.box.offset, one.box.strides or (0,)),
+                None,
+                tensor_shape=residents.shapes[one.tensor] or (1,),
+                offset=one.offset or (0,),
+                total=at,
+            )
+            for at, one in enumerate(residents.held)
+        ]
+        self._table: Any = kernel.table(joined(items))
+
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """See `Sums`."""
+        addresses = [targets[name].data_ptr() for name in self._names]
+        bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
+        totals = torch.zeros(max(1, self._count), dtype=torch.int64, device=self._device)
+        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+        self._kernel.launch(self._table, SUM, stream=stream, bases=bases, totals=totals)
+        return totals.cpu().numpy()[: self._count].astype("<i8").tobytes()
+
+
+def sums_for(residents: Residents, device: torch.device) -> Sums:
+    """For weights on `device`."""
+    return KernelSums(BoxKernel(device), device, residents) if device.type == "cuda" else HostSums(residents)
+
+
+def tensor_checksum(tensor: torch.Tensor) -> int:
+    """Of the elements of a tensor where it lies; to be compared with others that this process makes of it."""
+    data = raw_bytes(tensor)
+    if data.device.type == "cuda":
+        return flat_sum(data.data_ptr(), data.numel(), data.device)
+    return checksum(data.numpy().data)
