@@ -80,7 +80,7 @@ class Model(torch.nn.Module):
         """One push through `replay`."""
         self.heard = []
         manifest, buckets = read_buckets(weights, slot_bytes, next(self.parameters()).device)
-        replay.begin(manifest, ModelState.of(self))
+        replay.begin(manifest, self)
         for bucket in buckets:
             if pull and replay.takes(bucket.index):
                 replay.pull(bucket)

@@ -164,9 +164,10 @@ class World:
                     whole = model.finished and sorted(model.loaded) == list(range(len(self.plan)))
                     assert whole or not model.begun, f"{instruction.engine} is resumed with a mixture"
                     self.pending.append(instruction)
-                case do.LoadBucket():
+                case do.LoadBucket(bucket=first, count=count):
                     node = self.engines[instruction.engine]
-                    self.reading[instruction.engine, instruction.bucket] = self.exported[node, instruction.bucket]
+                    for bucket in range(first, first + count):
+                        self.reading[instruction.engine, bucket] = self.exported[node, bucket]
                     self.pending.append(instruction)
                 case _:
                     self.pending.append(instruction)
@@ -212,9 +213,9 @@ class World:
                 return ev.BucketRelayed(bucket=bucket, nodes=tuple(slot.node for slot in slots))
             case do.RelayBucket(bucket=bucket, targets=targets):
                 return ev.BucketRelayed(bucket=bucket, nodes=tuple(t.node for t in targets))
-            case do.LoadBucket(engine=name, bucket=bucket):
-                self.models[name].loaded.append(bucket)
-                return ev.BucketLoaded(engine=name, bucket=bucket)
+            case do.LoadBucket(engine=name, bucket=first, count=count):
+                self.models[name].loaded += range(first, first + count)
+                return ev.BucketLoaded(engine=name, bucket=first, count=count)
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)

@@ -17,6 +17,7 @@ import msgspec
 from weightsync.errors import EngineError, EngineLost, LocalProtocolError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
+from weightsync.session.state import buckets
 from weightsyncd.wire import NodeWire
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ __all__ = ["NodeExecutor", "phase_of"]
 
 logger = logging.getLogger(__name__)
 
+_JUST_NOW = 0.3  # seconds since an engine said who it is: asking again costs a real one up to 20 ms
 _LATE_PAUSE = 60.0  # seconds after which a pause that was given up comes no more
 
 
@@ -114,6 +116,7 @@ class NodeExecutor:
             case do.ProbeEngine():
                 info = await engine.probe(deadline)
                 context.incarnations[name] = info.incarnation
+                context.heard[name] = time.monotonic()
                 return ev.EngineProbed(
                     engine=name, tp_size=info.tp_size, version=info.version, paused=info.paused, torn=info.torn
                 )
@@ -141,12 +144,13 @@ class NodeExecutor:
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 await hand.begin(context.version, manifest, offers, deadline=deadline)
                 return ev.EngineBegun(engine=name)
-            case do.LoadBucket():
-                tickets = context.tickets.pop((name, instruction.bucket), None)
-                if tickets is None:
-                    raise LocalProtocolError(f"bucket {instruction.bucket} was not exported for engine {name}")
-                await self._load(context, engine, instruction.bucket, tickets, deadline)
-                return ev.BucketLoaded(engine=name, bucket=instruction.bucket)
+            case do.LoadBucket(bucket=first, count=count):
+                tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
+                exported = [ticket for ticket in tickets if ticket is not None]
+                if len(exported) < count or not exported:
+                    raise LocalProtocolError(f"{buckets(first, count)} was not exported for engine {name}")
+                await self._load(context, engine, first, exported, deadline)
+                return ev.BucketLoaded(engine=name, bucket=first, count=count)
             case do.FinishEngine():
                 await hand.finish(context.version, deadline=deadline)
                 return ev.EngineFinished(engine=name)
@@ -167,27 +171,29 @@ class NodeExecutor:
         raise LocalProtocolError(f"{type(instruction).__name__} is not for an engine")
 
     async def _load(
-        self, context: PushContext, engine: Engine, bucket: int, tickets: Sequence[bytes], deadline: float
+        self, context: PushContext, engine: Engine, first: int, tickets: Sequence[Sequence[bytes]], deadline: float
     ) -> None:
-        loading = engine.adapter.load(bucket, tickets, deadline=deadline)
         if engine.info is None or engine.info.transport != "group":
-            await loading
+            await engine.adapter.load_several(first, tickets, deadline=deadline)
             return
-        both = [
-            asyncio.ensure_future(loading),
-            asyncio.ensure_future(self.wire.send_to_group(context, engine, bucket, tickets, deadline)),
-        ]
-        try:
-            await asyncio.gather(*both)
-        finally:  # without the one, the other waits for nothing
-            for work in both:
-                work.cancel()
+        for bucket, of_bucket in enumerate(tickets, first):
+            both = [
+                asyncio.ensure_future(engine.adapter.load(bucket, of_bucket, deadline=deadline)),
+                asyncio.ensure_future(self.wire.send_to_group(context, engine, bucket, of_bucket, deadline)),
+            ]
+            try:
+                await asyncio.gather(*both)
+            finally:  # without the one, the other waits for nothing
+                for work in both:
+                    work.cancel()
 
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
         """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
         that somebody resumed must not serve while it loads.
         """
+        if time.monotonic() - context.heard.get(engine.name, 0.0) < _JUST_NOW:
+            return  # nothing that takes longer than this to load a model has been restarted
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):
             raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")

@@ -47,7 +47,7 @@ def world(tmp_path):
 @pytest.mark.parametrize("slot_bytes", [100_000, 1500, 400])
 def test_every_tensor_comes_whole_once_and_stays_when_the_slot_goes_on(world, slots, slot_bytes):
     here = world(slot_bytes)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
     assert set(slots.manifest.tensors.names) == set(TENSORS)
     found: list[tuple[str, torch.Tensor]] = []
     for bucket in range(here.manifest.buckets):
@@ -65,7 +65,7 @@ def test_every_tensor_comes_whole_once_and_stays_when_the_slot_goes_on(world, sl
 @pytest.mark.parametrize("slot_bytes", [100_000, 400])
 def test_a_bucket_is_taken_out_of_its_slot(world, slots, slot_bytes):
     here = world(slot_bytes)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
     found: dict[str, torch.Tensor] = {}
 
     def take(bucket, share):
@@ -84,7 +84,7 @@ def test_a_bucket_is_taken_out_of_its_slot(world, slots, slot_bytes):
 
 def test_a_bucket_that_cannot_be_taken_is_given_back(world, slots):
     here = world(100_000)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
 
     def fails(bucket, share):
         raise ZeroDivisionError(bucket.index)
@@ -99,7 +99,7 @@ def test_a_bucket_that_cannot_be_taken_is_given_back(world, slots):
 
 def test_what_did_not_come_is_named(world, slots):
     here = world(1500)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
     slots.read(0, here.ticket(0), deadline=_soon())
     with pytest.raises(LocalProtocolError, match="did not come whole"):
         slots.finish()
@@ -109,7 +109,7 @@ def test_what_did_not_come_is_named(world, slots):
 
 def test_a_bucket_is_read_once(world, slots):
     here = world(1500)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
     slots.read(0, here.ticket(0), deadline=_soon())
     with pytest.raises(LocalProtocolError, match="read before"):
         slots.read(0, here.ticket(0), deadline=_soon())
@@ -119,7 +119,7 @@ def test_a_bucket_is_read_once(world, slots):
 
 def test_bytes_that_changed_under_way_are_found_and_told(world, slots):
     here = world(100_000)
-    slots.begin(here.manifest.pack(), [here.offer], deadline=_soon())
+    slots.begin(here.manifest, [here.offer], deadline=_soon())
     ticket = here.ticket(0)
     np.frombuffer(here.arena.slot(0), dtype=np.uint8)[3] ^= 1
     with pytest.raises(TransportBroken, match="differs from what was exported"):
@@ -131,8 +131,6 @@ def test_bytes_that_changed_under_way_are_found_and_told(world, slots):
 def test_foreign_bytes_begin_nothing(world, slots):
     here = world(100_000)
     with pytest.raises(CodecError):
-        slots.begin(b"\x80\x04N.", [here.offer], deadline=_soon())
-    with pytest.raises(CodecError):
-        slots.begin(here.manifest.pack(), [b"nonsense"], deadline=_soon())
+        slots.begin(here.manifest, [b"nonsense"], deadline=_soon())
     with pytest.raises(LocalProtocolError, match="begin first"):
         slots.read(0, b"", deadline=_soon())

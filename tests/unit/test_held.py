@@ -173,7 +173,7 @@ def test_a_tensor_that_one_workers_loader_keeps_is_compared_in_none():
     assert engine.verify(slot_bytes=512) == 1, "the norm; the other is not looked at in the second worker"
     manifest, _ = read_buckets(engine.weights, 512)
     assert not engine.check.covers(manifest)
-    engine.replays[1].begin(manifest, ModelState.of(engine.models[1]))
+    engine.replays[1].begin(manifest, engine.models[1])
     names = [manifest.tensors.names[int(manifest.piece_tensor[p])] for p in range(manifest.pieces)]
     takes = [engine.replays[1].takes(bucket) for bucket in range(manifest.buckets)]
     assert takes == [names[manifest.bucket_pieces(b).start] != "big" for b in range(manifest.buckets)]

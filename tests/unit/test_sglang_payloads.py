@@ -117,7 +117,7 @@ def test_every_global_is_one_that_sglang_lets_through(ticket: bytes) -> None:
     [
         orders.Accept(manifest=b"m" * 300, target="all"),
         orders.Begin(manifest=b"m", target="draft", offers=((b"a", b"b"), ()), seconds=3.5),
-        orders.Load(bucket=2, tickets=(b"t", b"u"), seconds=0.5),
+        orders.Load(bucket=2, tickets=((b"t", b"u"), (b"v", b"w")), seconds=0.5),
         orders.Finish(),
     ],
 )

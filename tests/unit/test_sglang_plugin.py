@@ -87,8 +87,9 @@ def begin(hand: HandPush, target: str = "all", pull: bool = False) -> orders.Beg
     return orders.Begin(manifest=manifest, target=target, offers=offers, seconds=10.0, pull=pull)
 
 
-def load(hand: HandPush, bucket: int) -> orders.Load:
-    tickets = hand.tickets(hand.manifest(TENSORS), bucket, TENSORS, "e", 1)
+def load(hand: HandPush, bucket: int, count: int = 1) -> orders.Load:
+    manifest = hand.manifest(TENSORS)
+    tickets = [tuple(hand.tickets(manifest, b, TENSORS, "e", 1)) for b in range(bucket, bucket + count)]
     return orders.Load(bucket=bucket, tickets=tuple(tickets), seconds=10.0)
 
 
@@ -223,7 +224,7 @@ def test_what_server_info_tells() -> None:
         ),
     )
     assert result.internal_state["weightsync"] == {
-        "protocol": 1,
+        "protocol": 2,
         "paused": True,
         "asleep": ["kv_cache", "weights"],
         "requantises": False,

@@ -109,7 +109,7 @@ def push(worker, tensors, version=3, aliases=()):
         worker.ask("begin", version=version, manifest=text(manifest.pack()), offers=offers, seconds=30)
         for bucket in range(manifest.buckets):
             tickets = [text(ticket) for ticket in hand.tickets(manifest, bucket, tensors, "e", 1)]
-            worker.ask("load", bucket=bucket, tickets=tickets, seconds=30)
+            worker.ask("load", bucket=bucket, tickets=[tickets], seconds=30)
         worker.ask("finish")
         return worker.ask("serve", version=version)
 

@@ -92,6 +92,13 @@ class EngineAdapter(ABC):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         """Load one bucket; `tickets[tp_rank]` is that rank's own export of the slot, to be opened once."""
 
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """Load the buckets from `first` on, of which `tickets` has those of each. For engines that are told of one at a
+        time this is `load` again and again.
+        """
+        for bucket, of_bucket in enumerate(tickets, first):
+            await self.load(bucket, of_bucket, deadline=deadline)
+
     @abstractmethod
     async def finish(self, version: int, *, deadline: float) -> None:
         """Everything is loaded: post-process, flush caches, take the version number."""

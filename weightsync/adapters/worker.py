@@ -25,7 +25,6 @@ from weightsync.device.reading import GpuBuckets
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
 from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import checksum
-from weightsync.plan.manifest import Manifest
 from weightsync.replay.bucket import ReadBucket
 from weightsync.transports.cuda_ipc import CudaIpcReceiver
 from weightsync.transports.shm import ShmReceiver
@@ -33,6 +32,7 @@ from weightsync.transports.shm import ShmReceiver
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightsync.plan.manifest import Manifest
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
@@ -60,7 +60,6 @@ class SlotReader:
         self.device = torch.device(device)
         self._receiver: BucketReceiver = ShmReceiver()
         self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
-        self._manifests: dict[bytes, Manifest] = {}  # by their bytes: the latest only
         self._update: _Update | None = None
 
     @property
@@ -68,26 +67,22 @@ class SlotReader:
         """Of the update that is open. Raises `LocalProtocolError` if none is."""
         return self._open().manifest
 
-    def begin(self, manifest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
+    def begin(self, manifest: Manifest, offers: Sequence[bytes], *, deadline: float) -> None:
         """Open an update, dropping one that is open, and attach to the arenas on offer.
 
         Raises `CodecError` or `TransportBroken`, with nothing begun.
         """
         self._update = None
-        known = self._manifests.get(manifest)
-        if known is None:
-            known = Manifest.unpack(manifest)
-            self._manifests = {manifest: known}
-        for dtype in sorted(set(known.tensors.dtypes)):
+        for dtype in sorted(set(manifest.tensors.dtypes)):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
         if offers and (ArenaOffer.unpack(offers[0]).memory is None) != (self._gpu is None):
             self._switch()
         if self._gpu is not None:
-            self._gpu.expect(known, deadline=deadline)
+            self._gpu.expect(manifest, deadline=deadline)
         for offer in offers:
             self._receiver.accept(offer, deadline=deadline)
-        self._update = _Update(known)
+        self._update = _Update(manifest)
 
     def read(self, bucket: int, ticket: bytes, *, deadline: float) -> ReadBucket:
         """One bucket, on this reader's device, with the tensors that are whole once it is read.

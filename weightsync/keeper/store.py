@@ -11,6 +11,7 @@ import torch
 
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.plan.manifest import Manifest
 from weightsync.sources.parts import Part, PartSource
 
 if TYPE_CHECKING:
@@ -59,8 +60,9 @@ class Store:
     ) -> None:
         """Open an update. Raises as `SlotReader.begin`, and `EngineError` where there is no room for it."""
         self._coming, self._finished, self._after = None, False, after
-        self._reader.begin(manifest, offers, deadline=deadline)
-        coming, free = self._reader.manifest, available()
+        coming = Manifest.unpack(manifest)
+        self._reader.begin(coming, offers, deadline=deadline)
+        free = available()
         if coming.nbytes > free:
             raise EngineError(
                 f"{coming.nbytes / 1e9:.1f} GB do not fit into host memory, of which {free / 1e9:.1f} GB are free",

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
 
     from weightsync.plan.boxes import Ints
 
-__all__ = ["FORMAT", "Packed", "column", "digest_of", "frozen", "pack", "unpack"]
+__all__ = ["DIGEST_BYTES", "FORMAT", "Packed", "column", "digest_of", "frozen", "pack", "unpack"]
 
+DIGEST_BYTES = 16
 FORMAT = 1  # of everything packed here; rises when the meaning of a column changes
 
 _Array = TypeVar("_Array", bound="npt.NDArray[np.generic]")
@@ -55,7 +56,7 @@ def column(data: bytes, dtype: str, name: str) -> Ints:
 
 def digest_of(packed: bytes) -> bytes:
     """16 bytes that stand for `packed`."""
-    return blake2b(packed, digest_size=16).digest()
+    return blake2b(packed, digest_size=DIGEST_BYTES).digest()
 
 
 def frozen(array: _Array) -> _Array:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,8 +9,6 @@ from typing import Any, NamedTuple
 import torch
 
 __all__ = ["ModelState", "Place"]
-
-logger = logging.getLogger(__name__)
 
 _PLAIN = (bool, bytes, complex, float, int, str, torch.dtype, torch.device)
 _TORCHS = ("_parameters", "_buffers", "_modules")
@@ -48,15 +45,6 @@ class ModelState:
         """Its tensors alone, without what `replaced` needs: a tenth of the time."""
         named = (*model.named_parameters(), *model.named_buffers())
         return cls({name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"}, {})
-
-    @classmethod
-    def seen(cls, model: torch.nn.Module) -> ModelState | None:
-        """As `of`; None for a model that cannot be looked at so, and the log says why."""
-        try:
-            return cls.of(model)
-        except Exception:
-            logger.exception("weightsync: nothing of %s is replayed", type(model).__name__)
-            return None
 
     @property
     def places(self) -> dict[str, Place]:

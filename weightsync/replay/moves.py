@@ -59,6 +59,11 @@ class Moves:
     buckets: tuple[BucketMoves, ...]
 
     @property
+    def whole(self) -> bool:
+        """Whether no bucket has anything for a loader."""
+        return not any(bucket.left for bucket in self.buckets)
+
+    @property
     def count(self) -> int:
         """How many moves there are, neighbours joined."""
         return sum(len(b.moves) + sum(len(moves) for _, moves in b.cut) for b in self.buckets)

@@ -21,6 +21,7 @@ import torch
 from weightsync.errors import LocalProtocolError
 from weightsync.replay.facts import ReplayFacts
 from weightsync.replay.kernel import mover_for
+from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
     from weightsync.replay.kernel import Mover
-    from weightsync.replay.model import ModelState, Place
+    from weightsync.replay.model import Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
     from weightsync.replay.sums import Sums
@@ -101,40 +102,44 @@ class ModelReplay:
         """How many buckets of the push were pulled."""
         return self._pulled
 
-    def begin(self, manifest: Manifest, model: ModelState | None) -> None:
-        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it; None: it could
-        not be looked at, and its loader loads it.
-        """
+    @property
+    def whole(self) -> bool:
+        """Whether this push needs no loader at all."""
+        return self._phase == "replay" and self._known is not None and self._known.moves.whole
+
+    def begin(self, manifest: Manifest, model: torch.nn.Module) -> None:
+        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
         self._recorder = self._proof = self._before = None
         self._phase, self._manifest = "off", manifest
-        if model is None:
-            self.turn_off("the model could not be looked at")
-        else:
-            elsewhere = {t.device for t in model.tensors.values() if t.device.type not in ("cpu", "meta")}
-            self._device = next(iter(elsewhere), torch.device("cpu"))
-            if len(elsewhere) > 1:
-                self.turn_off(f"its weights are on {len(elsewhere)} devices")
-        if not self._off and model is not None:
+        if not self._off:
             self._learn(lambda: self._choose(manifest, model))
         self._seconds[self._phase], self._pulled = 0.0, 0
 
-    def _choose(self, manifest: Manifest, model: ModelState) -> None:
-        known, targets = self._layouts.pop(manifest.digest, None), model.tensors
-        if known is not None and (anew := _why_anew(known, model.places)):
+    def _choose(self, manifest: Manifest, model: torch.nn.Module) -> None:
+        now = ModelState.tensors_of(model)
+        targets = now.tensors
+        elsewhere = {t.device for t in targets.values() if t.device.type not in ("cpu", "meta")}
+        self._device = next(iter(elsewhere), torch.device("cpu"))
+        if len(elsewhere) > 1:
+            self.turn_off(f"its weights are on {len(elsewhere)} devices")
+            return
+        known = self._layouts.pop(manifest.digest, None)
+        if known is not None and (anew := _why_anew(known, now.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
         if known is not None:
             self._layouts[manifest.digest] = known
         self._known, self._filled = known, False
         if known is None:
-            self._recorder, self._before = Recorder(targets), model
+            self._recorder, self._before = Recorder(targets), ModelState.of(model)
             self._phase = "record"
         elif not known.plan.targets:
             self._phase = "loader"
         else:
             self._order = {i: targets[name] for i, name in enumerate(known.moves.targets)}
             if not known.proved:
-                self._proof, self._before = Proof(known.plan, known.moves, targets, known.mover), model
+                self._proof = Proof(known.plan, known.moves, targets, known.mover)
+                self._before = ModelState.of(model)
             self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:

@@ -164,10 +164,13 @@ class EngineBegun(Event, frozen=True):
 
 
 class BucketLoaded(Event, frozen=True):
-    """The engine answered that it loaded the bucket. It may still be reading the slot."""
+    """The engine answered that it loaded the bucket, and those after it, `count` in all. It may still be reading their
+    slots.
+    """
 
     engine: str
     bucket: int
+    count: int = 1  # as it was asked for
 
 
 class BucketReleased(Event, frozen=True):

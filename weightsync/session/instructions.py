@@ -6,11 +6,15 @@ was given. An instruction past its deadline ends in the event that says so (`Eng
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from weightsync.errors import ErrorRecord
 
+MOST_LOADED = 64  # buckets in one call
 __all__ = [
+    "MOST_LOADED",
     "AcceptEngine",
     "AnnouncePlan",
     "AskLayout",
@@ -120,10 +124,13 @@ class BeginEngine(Instruction, frozen=True):
 
 
 class LoadBucket(Instruction, frozen=True):
-    """Hand each tensor-parallel rank of the engine its ticket for the bucket."""
+    """Hand each tensor-parallel rank of the engine its tickets for the bucket, and for those after it, `count` in all.
+    Ends in one `BucketLoaded` of the same.
+    """
 
     engine: str
     bucket: int
+    count: Annotated[int, msgspec.Meta(ge=1, le=MOST_LOADED)] = 1
 
 
 class AwaitRelease(Instruction, frozen=True):

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping
 
 
-__all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "listed"]
+__all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "buckets", "listed"]
 
 
 class State(StrEnum):
@@ -151,9 +151,8 @@ class SessionState:
             return words, {"rank": ranks[0], "bucket": bucket, "phase": "fill"}
         busy = [e for e in self.engines.values() if e.asked]
         if busy:
-            words = ", ".join(
-                f"{e.name} ({e.asked}{f', bucket {e.next_bucket}' if e.asked == 'load' else ''})" for e in busy
-            )
+            what = {e.name: f", {buckets(e.next_bucket, e.loading)}" if e.asked == "load" else "" for e in busy}
+            words = ", ".join(f"{e.name} ({e.asked}{what[e.name]})" for e in busy)
             first = busy[0]
             fields: dict[str, int | str] = {"engine": first.name, "phase": first.asked or ""}
             if first.asked == "load":
@@ -251,6 +250,11 @@ def about(error: ErrorRecord, **changes: object) -> ErrorRecord:
     """The same error with who and where filled in; `message` and `kind` replace, the rest only fills gaps."""
     fill = {k: v for k, v in changes.items() if k in ("message", "kind") or getattr(error, k) is None}
     return msgspec.structs.replace(error, **fill)
+
+
+def buckets(first: int, count: int) -> str:
+    """Some buckets, one after the other, in words."""
+    return f"bucket {first}" if count == 1 else f"buckets {first} to {first + count - 1}"
 
 
 def listed(numbers: list[int]) -> str:

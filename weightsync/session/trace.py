@@ -60,6 +60,7 @@ class Span:
     end: float | None = None
     failed: str = ""
     bucket: int | None = None
+    count: int = 1  # of buckets, this and those after it
     nbytes: int = 0
     engine: str = ""
     rank: int | None = None
@@ -150,7 +151,7 @@ class _Reading:
     def begin(self, instruction: do.Instruction, now: float) -> None:
         for key, span in self._begun(instruction, now):
             if span.bucket is not None and span.step != "fill" and span.bucket < len(self._sizes):
-                span.nbytes = self._sizes[span.bucket]
+                span.nbytes = sum(self._sizes[span.bucket : span.bucket + span.count])
             self._open[key] = span
             self.spans.append(span)
 
@@ -231,7 +232,7 @@ class _Reading:
                 span.bucket = bucket
                 yield ("wire", bucket), span
             case do.LoadBucket(engine=engine, bucket=bucket):
-                yield ("load", engine, bucket), self._of(engine, "load", now, bucket)
+                yield ("load", engine, bucket), self._of(engine, "load", now, bucket, instruction.count)
             case do.AwaitRelease(engine=engine, bucket=bucket):
                 yield ("release", engine, bucket), self._of(engine, "release", now, bucket)
             case do.MakePlan():
@@ -242,9 +243,11 @@ class _Reading:
                 engine, step = getattr(instruction, "engine", ""), _STEPS[type(instruction)]
                 yield (step, engine), self._of(engine, step, now)
 
-    def _of(self, engine: str, step: str, now: float, bucket: int | None = None) -> Span:
+    def _of(self, engine: str, step: str, now: float, bucket: int | None = None, count: int = 1) -> Span:
         lane, name = (engine, step) if bucket is None else (f"{engine}: {step}", f"{step} {bucket}")
-        return Span(self._engines[engine], lane, step, name, now, bucket=bucket, engine=engine)
+        if bucket is not None and count > 1:
+            name += f"-{bucket + count - 1}"
+        return Span(self._engines[engine], lane, step, name, now, bucket=bucket, count=count, engine=engine)
 
     def _end(self, key: _Key, now: float, failed: str = "") -> bool:
         span = self._open.pop(key, None)

@@ -61,6 +61,7 @@ class EngineTrack:
     at_rest: bool = False  # ended, and paused or resumed as that end demands
     version: int | None = None  # served before this push
     next_bucket: int = 0  # buckets are loaded in order; this one is under way or next
+    loading: int = 0  # how many it was asked to load in the call that is under way, or was last
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
     untouched: int = 0  # tensors it holds that this push leaves as they are

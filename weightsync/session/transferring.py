@@ -89,7 +89,7 @@ class Transferring(Committing):
 
     def _on_bucket_loaded(self, event: ev.BucketLoaded, now: float, out: list[Instruction]) -> None:
         known = self.engines.get(event.engine)
-        if known is None or known.next_bucket != event.bucket:
+        if known is None or (known.next_bucket, known.loading) != (event.bucket, event.count):
             return
         engine = self._answered(event.engine, "load", now, out)
         if engine is None:
@@ -98,9 +98,10 @@ class Transferring(Committing):
         if self.ended:
             self._evict_late(engine, now, out)
             return
-        engine.next_bucket += 1
-        engine.loaded += 1
-        out.append(do.AwaitRelease(engine=engine.name, bucket=event.bucket, deadline=self._until(now)))
+        for bucket in range(event.bucket, event.bucket + event.count):
+            engine.next_bucket += 1
+            engine.loaded += 1
+            out.append(do.AwaitRelease(engine=engine.name, bucket=bucket, deadline=self._until(now)))
         self._go_on(now, out)
 
     # --- going on ---------------------------------------------------------------------------------------------------
@@ -218,16 +219,29 @@ class Transferring(Committing):
         out.append(do.ExchangeBucket(bucket=index, slots=slots, deadline=self._until(now)))
 
     def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        """Begin the engine at its first bucket, then load bucket after bucket."""
+        """Begin the engine at its first bucket, then load what has been exported, several buckets in one call: it costs
+        a real engine as much as a small bucket. Half of the slots at most, so that the other half is filled meanwhile.
+        """
         if engine.asked is not None:
             return
-        copy = self._copy(engine.next_bucket, engine.node)
-        there = copy is not None and copy.exported
+        there = self._exported(engine, most=min(max(1, self._slots_of(engine.node) // 2), do.MOST_LOADED))
         if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
             engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
             self._begun_at.setdefault(engine.name, now)
             out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
         elif engine.stage is EngineStage.LOADING and there:
-            engine.asked = "load"
+            engine.asked, engine.loading = "load", there
             self.phases.start("load", now)
-            out.append(do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, deadline=self._until(now)))
+            until = min(self.push_deadline, now + there * self.operation_timeout)
+            out.append(do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=until))
+
+    def _exported(self, engine: EngineTrack, most: int) -> int:
+        """How many of the buckets that come next for this engine, up to `most`, lie ready for it."""
+        for count in range(most):
+            copy = self._copy(engine.next_bucket + count, engine.node)
+            if copy is None or not copy.exported:
+                return count
+        return most
+
+    def _slots_of(self, node: str) -> int:
+        return sum(count for (where, _), count in self._capacity.items() if where == node)

@@ -172,6 +172,9 @@ class SGLangAdapter(EngineAdapter):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
 
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        await (await self._met(deadline)).path.load_several(first, tickets, deadline=deadline)
+
     async def finish(self, version: int, *, deadline: float) -> None:
         await (await self._met(deadline)).path.finish(deadline=deadline)
         await self._flush(deadline)

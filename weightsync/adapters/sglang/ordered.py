@@ -13,6 +13,7 @@ import msgspec
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.manifests import ToldManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
@@ -39,9 +40,12 @@ class PluginPath(LoadPath):
         self._server = server
         self._session = Session(server, profile, target)
         self._target = SELECTORS[target]
+        self._told = ToldManifests()
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        answer = await self._order(orders.Accept(manifest=manifest.pack(), target=self._target), deadline, "accept")
+        self._told.forget()  # so that it is told whole
+        order = orders.Accept(manifest=self._told.tell(manifest), target=self._target)
+        answer = await self._order(order, deadline, "accept")
         try:
             accepted = msgspec.json.decode(answer, type=orders.Accepted)
         except msgspec.DecodeError as error:
@@ -69,17 +73,22 @@ class PluginPath(LoadPath):
         """See the base class; `pull` and `anew` as in `orders.Begin`."""
         await self._session.open(deadline=deadline)
         order = orders.Begin(
-            manifest=manifest.pack(),
+            manifest=self._told.tell(manifest),
             target=self._target,
             offers=tuple(tuple(rank) for rank in offers),
             seconds=_seconds(deadline),
             pull=pull,
             anew=anew,
         )
-        await self._in_session(order, deadline, "begin")
+        with self._told.unless_it_fails():
+            await self._in_session(order, deadline, "begin")
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        order = orders.Load(bucket=bucket, tickets=tuple(tickets), seconds=_seconds(deadline))
+        await self.load_several(bucket, [tickets], deadline=deadline)
+
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """See the base class; in one call."""
+        order = orders.Load(bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline))
         await self._in_session(order, deadline, "load")
 
     async def finish(self, *, deadline: float) -> None:

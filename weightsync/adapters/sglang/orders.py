@@ -36,7 +36,7 @@ __all__ = [
     "unpack_answers",
 ]
 
-PROTOCOL = 1
+PROTOCOL = 2
 PREFIX = f"weightsync{PROTOCOL}:"
 
 Target = Annotated[str, Meta(pattern="^(all|target|draft)$")]
@@ -50,7 +50,7 @@ class Order(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
 class Accept(Order, frozen=True, tag="accept"):
     """Would the model take these tensors? Answered by `Accepted`, as JSON."""
 
-    manifest: bytes
+    manifest: bytes  # packed
     target: Target
 
 
@@ -60,7 +60,7 @@ class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     Both are only told to a plugin that compares.
     """
 
-    manifest: bytes
+    manifest: bytes  # packed, or the digest of one that the plugin has seen (`adapters/manifests.py`)
     target: Target
     offers: tuple[tuple[bytes, ...], ...]
     seconds: Seconds
@@ -69,10 +69,12 @@ class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
 
 
 class Load(Order, frozen=True, tag="load"):
-    """Load one bucket. `tickets[tp_rank]` is that rank's own."""
+    """Load the buckets from `bucket` on, for each of which `tickets` has an entry; `[tp_rank]` of that is that rank's
+    own ticket.
+    """
 
     bucket: int
-    tickets: tuple[bytes, ...]
+    tickets: tuple[tuple[bytes, ...], ...]
     seconds: Seconds
 
 

@@ -47,6 +47,11 @@ class LoadPath(ABC):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         """Load one bucket. After a failure nothing is left open that would hinder the next `begin`."""
 
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """The buckets from `first` on."""
+        for bucket, of_bucket in enumerate(tickets, first):
+            await self.load(bucket, of_bucket, deadline=deadline)
+
     @abstractmethod
     async def finish(self, *, deadline: float) -> None:
         """Everything is loaded. Caches are flushed elsewhere."""

@@ -26,12 +26,12 @@ import torch
 import torch.distributed
 
 from weightsync.adapters.held import packed_boxes, sums_of
+from weightsync.adapters.manifests import SeenManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
-from weightsync.plan.manifest import Manifest
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
@@ -57,6 +57,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._slots: SlotReader | None = None
+        self._manifests = SeenManifests()
         self._models: list[Any] = []
         self._pull = False
         self._requantisers: list[Requantiser] = []
@@ -86,7 +87,7 @@ class _Worker:
                 return packed_boxes(self._replays.get(model), order.manifest, ModelState.tensors_of(model))
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
-        manifest = Manifest.unpack(order.manifest)
+        manifest = self._manifests.of(order.manifest)
         unknown: set[str] = set(manifest.tensors.names)
         untouched: list[str] = []
         for model in models:
@@ -104,15 +105,16 @@ class _Worker:
         for earlier in self._requantisers:
             earlier.abandon()
         self._requantisers = []
-        self._slots.begin(order.manifest, order.offers[rank], deadline=monotonic() + order.seconds)
-        self._requantisers = [Requantiser(model, self._slots.manifest.tensors.names) for model in models]
+        manifest = self._manifests.of(order.manifest)
+        self._slots.begin(manifest, order.offers[rank], deadline=monotonic() + order.seconds)
+        self._requantisers = [Requantiser(model, manifest.tensors.names) for model in models]
         for model in models:
             replay = self._replays.setdefault(model, ModelReplay())
             if experts_move:
                 replay.turn_off(EXPERTS_MOVE)
             if order.anew:
                 replay.forget()
-            replay.begin(self._slots.manifest, ModelState.seen(model))
+            replay.begin(manifest, model)
         # what is compared afterwards is the first model alone
         self._models, self._pull = models, order.pull and len(models) == 1
         return "begun"
@@ -120,12 +122,17 @@ class _Worker:
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
-        ticket, deadline = order.tickets[rank], monotonic() + order.seconds
+        deadline = monotonic() + order.seconds
+        for bucket, tickets in enumerate(order.tickets, order.bucket):
+            self._load_bucket(self._slots, bucket, tickets[rank], deadline)
+        return "loaded"
+
+    def _load_bucket(self, slots: SlotReader, number: int, ticket: bytes, deadline: float) -> None:
         replays = [self._replays[model] for model in self._models]
-        if self._pull and self._slots.lends(order.bucket) and replays[0].takes(order.bucket):
-            self._slots.pull(order.bucket, ticket, replays[0].pull, deadline=deadline)
-            return "loaded"
-        bucket = self._slots.read(order.bucket, ticket, deadline=deadline)
+        if self._pull and slots.lends(number) and replays[0].takes(number):
+            slots.pull(number, ticket, replays[0].pull, deadline=deadline)
+            return
+        bucket = slots.read(number, ticket, deadline=deadline)
         for model, requantiser, replay in zip(self._models, self._requantisers, replays, strict=True):
 
             def load(tensors: list[Named], model: Any = model, requantiser: Requantiser = requantiser) -> None:
@@ -133,7 +140,6 @@ class _Worker:
                     model.load_weights(list(tensors))
 
             replay.load(bucket, load)
-        return "loaded"
 
     def _finish(self) -> str:
         if self._slots is None or not self._models:

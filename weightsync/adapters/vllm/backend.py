@@ -40,10 +40,10 @@ class UpdateInfo(WeightTransferUpdateInfo):
 
     do: str
     version: int = 0
-    manifest: str = ""  # base64, as all bytes are here
+    manifest: str = ""  # base64, as all bytes are here; or the digest of one that was seen
     offers: list[list[str]] = field(default_factory=list)
     bucket: int = 0
-    tickets: list[str] = field(default_factory=list)
+    tickets: list[list[str]] = field(default_factory=list)  # for each of the buckets from `bucket` on
     pull: bool = False
     anew: bool = False
     seconds: float = 0.0
@@ -84,11 +84,10 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds, pull=info.pull)
                 if info.anew:
                     self.weightsync.forget(self.model)
-                if load_weights is None:
-                    self.weightsync.ready(self.model)
+                self.weightsync.ready(self.model, replays=load_weights is None)
             case "load":
-                ticket = b64decode(info.tickets[index])
-                self.weightsync.load(self.model, info.bucket, ticket, info.seconds, load_weights)
+                tickets = [b64decode(of_bucket[index]) for of_bucket in info.tickets]
+                self.weightsync.load(self.model, info.bucket, tickets, info.seconds, load_weights)
             case "check-whole":
                 self.weightsync.check_whole()
             case "abandon":

@@ -145,6 +145,9 @@ class VLLMAdapter(EngineAdapter):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
 
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        await self._probed()[0].load_several(first, tickets, deadline=deadline)
+
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
         await path.finish(version, deadline=deadline)

@@ -30,10 +30,10 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
 
     do: str
     version: int = 0
-    manifest: str = ""  # base64, as all bytes are here; its digest for sums and boxes
+    manifest: str = ""  # base64, as all bytes are here; its digest for sums and boxes, and where it was seen before
     offers: list[list[str]] = []
     bucket: int = 0
-    tickets: list[str] = []
+    tickets: list[list[str]] = []  # for each of the buckets from `bucket` on
     pull: bool = False  # what is loaded will be compared, so that buckets need not be
     anew: bool = False  # what was learnt of the loader led to something wrong
     seconds: float = 0.0
@@ -77,7 +77,8 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             state.open(model, model_config)
             state.ready(model)
         case "load":
-            state.load(model, asked.bucket, b64decode(asked.tickets[index]), asked.seconds)
+            tickets = [b64decode(of_bucket[index]) for of_bucket in asked.tickets]
+            state.load(model, asked.bucket, tickets, asked.seconds)
         case "finish":
             state.close(model, model_config)
             if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):

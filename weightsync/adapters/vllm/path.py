@@ -66,6 +66,11 @@ class EnginePath(ABC):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         """Load one bucket."""
 
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """The buckets from `first` on."""
+        for bucket, of_bucket in enumerate(tickets, first):
+            await self.load(bucket, of_bucket, deadline=deadline)
+
     @abstractmethod
     async def finish(self, version: int, *, deadline: float) -> None:
         """Close the update; what the server says of its version comes afterwards."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.manifests import ToldManifests
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
@@ -15,6 +16,7 @@ from weightsync.errors import EngineError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["ExtensionPath", "PluginPath"]
@@ -38,6 +40,10 @@ class ExtensionPath(EnginePath):
     name = "extension"
     keeps_version = True
 
+    def __init__(self, server: Server, *, draft: bool) -> None:
+        super().__init__(server, draft=draft)
+        self._told = ToldManifests()
+
     async def incarnation(self, *, deadline: float) -> str:
         return (await self.server.hello(deadline=deadline))[0].incarnation
 
@@ -50,7 +56,8 @@ class ExtensionPath(EnginePath):
 
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The workers compare every name with the model they hold."""
-        asked = {"manifest": _text(manifest.pack()), "draft": self.draft}
+        self._told.forget()  # so that it is told whole
+        asked = {"manifest": _text(self._told.tell(manifest)), "draft": self.draft}
         untouched: dict[str, None] = {}
         for fit in await self.server.workers("check", deadline=deadline, **asked):
             if fit["unknowns"]:
@@ -73,10 +80,15 @@ class ExtensionPath(EnginePath):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
     ) -> None:
-        await self.server.workers("begin", deadline=deadline, **self._begin(version, manifest, offers, deadline))
+        with self._told.unless_it_fails():
+            await self.server.workers("begin", deadline=deadline, **self._begin(version, manifest, offers, deadline))
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        await self.server.workers("load", deadline=deadline, **self._load(bucket, tickets, deadline))
+        await self.load_several(bucket, [tickets], deadline=deadline)
+
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """See the base class; in one call."""
+        await self.server.workers("load", deadline=deadline, **self._load(first, tickets, deadline))
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft)
@@ -109,7 +121,7 @@ class ExtensionPath(EnginePath):
     ) -> dict[str, Any]:
         return {
             "version": version,
-            "manifest": _text(manifest.pack()),
+            "manifest": _text(self._told.tell(manifest)),
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
@@ -117,10 +129,10 @@ class ExtensionPath(EnginePath):
             **({"anew": True} if self.anew else {}),
         }
 
-    def _load(self, bucket: int, tickets: Sequence[bytes], deadline: float) -> dict[str, Any]:
+    def _load(self, first: int, tickets: Sequence[Sequence[bytes]], deadline: float) -> dict[str, Any]:
         return {
-            "bucket": bucket,
-            "tickets": [_text(ticket) for ticket in tickets],
+            "bucket": first,
+            "tickets": [[_text(ticket) for ticket in of_bucket] for of_bucket in tickets],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
         }
@@ -142,10 +154,11 @@ class PluginPath(ExtensionPath):
             await self.attempt("/update_weights", {"update_info": {"do": "abandon"}}, deadline=deadline)
             await self.attempt("/finish_weight_update", None, deadline=deadline)  # 0.22 does not close a failed one
             await self.start(deadline=deadline)
-        await self._update({"do": "begin", **self._begin(version, manifest, offers, deadline)}, deadline=deadline)
+        with self._told.unless_it_fails():
+            await self._update({"do": "begin", **self._begin(version, manifest, offers, deadline)}, deadline=deadline)
 
-    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        await self._update({"do": "load", **self._load(bucket, tickets, deadline)}, deadline=deadline)
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        await self._update({"do": "load", **self._load(first, tickets, deadline)}, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         if not self.server.profile.engine_reloads:

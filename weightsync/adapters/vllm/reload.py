@@ -18,12 +18,12 @@ import msgspec
 import torch
 
 from weightsync.adapters.held import packed_boxes, sums_of
+from weightsync.adapters.manifests import SeenManifests
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
-from weightsync.plan.manifest import Manifest
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
@@ -57,18 +57,18 @@ class WeightReload:
         self.config = vllm_config  # may come later
         self._device = device
         self._slots = SlotReader(device)
+        self._manifests = SeenManifests()
         self._held: int | None = None  # the version that was served last
         self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
         self._replay: ModelReplay | None = None  # of the update that is open
         self._pull = False
-        self._before: ModelState | None = None  # of the model that is reloaded, as its kernels see it
         if device.type == "cpu":
             cpu_repairs.mend()
 
     def fit(self, model: torch.nn.Module, manifest: bytes) -> Fit:
         """How the tensors of a manifest fit the model; loads nothing."""
-        table = Manifest.unpack(manifest).tensors
+        table = self._manifests.of(manifest).tensors
         names = self._names(model)
         further = [other for other, _ in table.aliases if names.parameter_of(other)]
         fit = names.fit([*table.names, *further], whole=self.config.parallel_config.pipeline_parallel_size == 1)
@@ -81,15 +81,11 @@ class WeightReload:
         return fit
 
     def open(self, model: torch.nn.Module, model_config: Any = None) -> None:
-        """Make the model ready to be reloaded, whatever an earlier update left."""
-        reload = import_module(_RELOAD)
+        """Make the model as it was before an update that was begun and did not end. `ready` follows `begin`."""
         if self.config is None:
             raise LocalProtocolError("this worker was not asked for its hello", hint="weightsyncd asks for it first")
-        model_config = model_config or self.config.model_config
         with self._as_vllm():
-            self._put_back(model, model_config)
-            self._before = ModelState.seen(model)
-            reload.initialize_layerwise_reload(model)
+            self._put_back(model, model_config or self.config.model_config)
 
     def begin(
         self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float, *, pull: bool = False
@@ -98,7 +94,7 @@ class WeightReload:
         be.
         """
         self._replay = None
-        self._slots.begin(manifest, offers, deadline=monotonic() + seconds)
+        self._slots.begin(self._manifests.of(manifest), offers, deadline=monotonic() + seconds)
         self._pull = pull
         aliases: dict[str, tuple[str, ...]] = {}
         for other, name in self._slots.manifest.tensors.aliases:
@@ -106,23 +102,32 @@ class WeightReload:
         self._aliases = aliases
         self.weight_version = updating(self._held, version)
 
-    def ready(self, model: torch.nn.Module) -> None:
-        """The update is open and begun: what may be replayed is, from here on."""
+    def ready(self, model: torch.nn.Module, *, replays: bool = True) -> None:
+        """The update is open and begun: have the model's layers take what is loaded. What may be replayed is from here
+        on, if `close` is to end it (`replays`), and where that is everything vLLM's reload has no part in it.
+        """
         layerwise = import_module(f"{_RELOAD}.layerwise")
-        before, self._before = self._before, None
-        if not hasattr(layerwise, "_place_kernel_tensors"):
+        if not replays or not hasattr(layerwise, "_place_kernel_tensors"):
+            self._initialize(model)
             return
         replay = self._replays.setdefault(model, ModelReplay())
         if getattr(self.config.parallel_config, "enable_eplb", False):
             replay.turn_off(EXPERTS_MOVE)
-        replay.begin(self._slots.manifest, before)
+        replay.begin(self._slots.manifest, model)
+        self._replay = replay
+        if replay.whole:
+            return
+        self._initialize(model)
         layers = {name.rpartition(".")[0] for name in replay.replayed}
         for name, layer in model.named_modules():
             info = layerwise.get_layerwise_info(layer)
             if name in layers and info.can_load():  # as vLLM itself does in the end with layers that got nothing
                 layerwise._place_kernel_tensors(layer, info)
                 info.reset()
-        self._replay = replay
+
+    def _initialize(self, model: torch.nn.Module) -> None:
+        with self._as_vllm():
+            import_module(_RELOAD).initialize_layerwise_reload(model)
 
     def replay_facts(self, model: torch.nn.Module) -> Any:
         """What is known of the model's replay, as plain data; None before its first push."""
@@ -145,20 +150,28 @@ class WeightReload:
     def load(
         self,
         model: torch.nn.Module,
-        bucket: int,
-        ticket: bytes,
+        first: int,
+        tickets: Sequence[bytes],
         seconds: float,
         load_weights: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Read one bucket and hand its tensors to the model. Raises `EngineError` naming what the model ignored."""
+        """Read the buckets from `first` on and hand their tensors to the model. Raises `EngineError` naming what the
+        model ignored.
+        """
         deadline = monotonic() + seconds
+        for bucket, ticket in enumerate(tickets, first):
+            self._load_bucket(model, bucket, ticket, deadline, load_weights or model.load_weights)  # type: ignore[arg-type]
+
+    def _load_bucket(
+        self, model: torch.nn.Module, bucket: int, ticket: bytes, deadline: float, load_weights: Callable[[Any], Any]
+    ) -> None:
         if self._pull and self._replay is not None and self._slots.lends(bucket) and self._replay.takes(bucket):
             self._slots.pull(bucket, ticket, self._replay.pull, deadline=deadline)
             return
         read = self._slots.read(bucket, ticket, deadline=deadline)
 
         def load(tensors: list[Named]) -> None:
-            self._load(model, bucket, tensors, load_weights or model.load_weights)  # type: ignore[arg-type]
+            self._load(model, bucket, tensors, load_weights)
 
         if self._replay is not None:
             self._replay.load(read, load)
@@ -198,10 +211,11 @@ class WeightReload:
         self._slots.finish()
         finalize = import_module(_RELOAD).finalize_layerwise_reload
         replay, self._replay = self._replay, None
-        self._before = None
         with self._as_vllm():
             if replay is None:
                 finalize(model, model_config)
+            elif replay.whole:
+                replay.finish(lambda: ModelState.of(model))
             else:
                 replay.watched(lambda: finalize(model, model_config))
                 replay.finish(lambda: ModelState.of(model))
@@ -210,7 +224,6 @@ class WeightReload:
 
     def check_whole(self) -> None:
         """Check that everything came, where vLLM's worker itself completes the reload."""
-        self._before = None
         self._slots.finish()
 
     def finish(self, version: int) -> None:
