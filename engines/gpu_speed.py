@@ -134,7 +134,7 @@ def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: 
     arguments += ["--first", str(first)]
     python, ranks = getattr(options, f"{peer.kind}_python"), torch.cuda.device_count()
     with Fleet() as fleet:
-        return peers.run(fleet, peer, python, arguments, engine=engine, ranks=ranks, tp=options.tp)
+        return peers.run(fleet, peer, python, arguments, logs=options.logs, engine=engine, ranks=ranks, tp=options.tp)
 
 
 def push(kind: str, server: Server, way: str, first: int, pushes: int, options: argparse.Namespace) -> dict[str, Any]:

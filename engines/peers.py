@@ -48,13 +48,13 @@ PEERS = {
 
 
 def run(
-    fleet: Fleet, peer: Peer, python: str, arguments: Sequence[str], *, engine: str, ranks: int, tp: int
+    fleet: Fleet, peer: Peer, python: str, arguments: Sequence[str], *, logs: Path, engine: str, ranks: int, tp: int
 ) -> dict[str, Any]:
     """All pushes of one peer, as a row beside those of `gpu_speed.push`; a row that is not good says why."""
     out = fleet.root / peer.name
     out.mkdir()
     command = [*shlex.split(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    log = out / "log"
+    log = logs / f"{peer.name}.log"
     with log.open("wb") as to:
         process = subprocess.Popen(
             [*command, str(_HERE / peer.script), *arguments, "--out", str(out)],
@@ -71,10 +71,10 @@ def run(
     except FleetError:
         status = -1
         fleet.end(child)
-    print(f"{peer.kind} {peer.name}\n{child.tail(40)}", flush=True)
+    print(f"{peer.kind} {peer.name}\n{child.tail(100 if status else 40)}", flush=True)
     files = [out / f"rank{rank}.json" for rank in range(ranks)]
     if status or not all(file.exists() for file in files):
-        return {"engine": engine, "way": peer.name, "peer": True, "good": False, "log": [child.tail(60)]}
+        return {"engine": engine, "way": peer.name, "peer": True, "good": False, "log": [child.tail(100)]}
     return row(peer, [json.loads(file.read_text()) for file in files], engine=engine, tp=tp)
 
 
