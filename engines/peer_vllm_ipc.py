@@ -4,9 +4,9 @@ Runs in vLLM's environment, started with torchrun, one process on each GPU of th
 examples for FSDP and for HTTP (rlhf_ipc_fsdp_ep.py, rlhf_http_ipc.py): pause, start_weight_update; then
 `IPCWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffer of 1 GiB, to which every rank
 brings whole tensors, gathered one after the other with `full_tensor()`; then finish_weight_update, resume. All of it is
-vLLM's code but the loop over tensors; it is the API of 0.26, and later versions have another. vLLM compares nothing with
-what was sent. The server needs the weight transfer backend "ipc" and VLLM_SERVER_DEV_MODE=1, and both it and the trainer
-VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+vLLM's code but the loop over tensors; it is the API of 0.26, and later versions have another. Nothing is compared with
+what was sent. The server needs the weight transfer backend "ipc" and VLLM_SERVER_DEV_MODE=1; the trainer needs, as does
+the server, VLLM_ALLOW_INSECURE_SERIALIZATION=1.
 """
 
 from __future__ import annotations

@@ -231,8 +231,8 @@ def test_pushes_into_engines_are_measured_by_our_plugin_in_the_same_engine():
         "ways": [
             loading("a", "tensor", [7.0, 4.0, 5.0], phases={"load": 4.4, "plan": 0.001}),
             ours,
-            loading("a", "slime", [9.0, 2.0], **peer),
             loading("b", "ipc", [3.0]),
+            loading("a", "slime", [9.0, 2.0], **peer),
             {"engine": "b", "way": "vllm-ipc", "peer": True, "good": False, "log": ["it fell"]},
         ],
     }
