@@ -61,6 +61,8 @@ def main() -> int:
     for name in options.peers:
         if not getattr(options, f"{peers.PEERS[name].kind}_python"):
             p.error(f"--peers {name} needs --{peers.PEERS[name].kind}-python")
+    if options.peers and options.tp != torch.cuda.device_count():
+        p.error("peers have a rank on each GPU, and each an engine's rank beside it: --tp has to be the number of GPUs")
     options.logs.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = {
         "command": f"python -m engines.gpu_speed {shlex.join(sys.argv[1:])}",
