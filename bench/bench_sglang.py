@@ -53,7 +53,6 @@ from weightsync.testing import eventually
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FLAGS = ("--load-format", "dummy", "--context-length", "512", "--max-total-tokens", "1024", "--skip-tokenizer-init")
-_SESSIONS = (0, 5, 21)  # the first SGLang with /begin_weight_update
 _COPIES = {"plugin": 2, "tensor": 3, "slime": 3}  # of each byte: slot, engine; and one for a file that torch opens
 _SKIP = 60  # ports: tests of this machine that start engines take the first free ones
 _WAIT = 600.0  # seconds for all pushes of one way
@@ -192,8 +191,6 @@ class Bench:
             str(self._next()),
         ]
         options += ["--pushes", str(self._pushes + WARM)]
-        if tuple(int(part) for part in self._sglang.split(".")[:3]) >= _SESSIONS:
-            options.append("--session")
         self._forget_peaks()
         python = str(ENGINES / "sglang" / "bin/python")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self._tp)]

@@ -69,7 +69,7 @@ def shards(model: str, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
         for name, shape in checkpoint_tensors(config).items():
             chunk = -(-shape[0] // world)
             rows = max(0, min(shape[0], (rank + 1) * chunk) - rank * chunk)
-            local = torch.empty((rows, *shape[1:]), dtype=dtype, device="cuda")
+            local = torch.empty((rows, *shape[1:]), dtype=dtype, device=mesh.device_type)
             if local.numel():
                 local.view(torch.int16).random_(-(2**15), 2**15)
             stride = [1] * len(shape)

@@ -15,6 +15,7 @@ import typer
 
 from bench.compare import machine
 from bench.harness import suite
+from bench.loaders import loaders
 from bench.ways import extent, fastest, ratio
 from weightsync.errors import ConfigError
 
@@ -199,6 +200,7 @@ KINDS: dict[str, Callable[[Document], list[str]]] = {
     "control": control,
     "plan": plan,
     "pure": pure,
+    "loaders": lambda document: loaders(document, table),
 }
 
 

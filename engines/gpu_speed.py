@@ -6,26 +6,33 @@ DIR holds a config.json, and tokenizer files where a server wants them. Weights 
 in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's `ipc`) and
 through our plugin: the first is recorded, the second proves what was recorded, the third is replayed and compared, and
 from then on weights are pulled straight out of the slots. What engines hold is compared with what was sent in every
-push that says how many tensors were checked. Prints a table; ceilings of the same run come last.
+push that says how many tensors were checked. Then come the ways of `--peers`, what people use instead, each into the
+server of its kind and in its environment: `--sglang-python` and `--vllm-python` are the commands that run Python there.
+Prints a table, and writes what is known after each way; ceilings of the same run come last.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from bench.gpu_ceilings import measure
+from engines import peers
 from engines.gpu_proof import Case, Server
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
 from weightsync.operator import change_engines, fetch_status
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
 _WARM = {"plugin": 4, "extension": 4}  # pushes before those that count; of other ways one
@@ -37,9 +44,12 @@ def main() -> int:
     p.add_argument("--plugins", type=Path, required=True, help="folder that makes weightsync's plugins known")
     p.add_argument("--vllm", default="")
     p.add_argument("--sglang", default="")
+    p.add_argument("--peers", nargs="*", default=[], choices=list(peers.PEERS), help="what others use, too")
+    p.add_argument("--sglang-python", default="", help="runs Python where SGLang can be imported")
+    p.add_argument("--vllm-python", default="", help="the same for vLLM")
     p.add_argument("--tp", type=int, default=2)
     p.add_argument("--pushes", type=int, default=8, help="into each server through the plugin")
-    p.add_argument("--stock", type=int, default=3, help="into each server its stock way")
+    p.add_argument("--stock", type=int, default=3, help="into each server its stock way, and any peer's")
     p.add_argument("--slots", type=int, default=3)
     p.add_argument("--slot", default="1GiB")
     p.add_argument("--memory", type=float, default=0.7, help="of a GPU, for SGLang; vLLM takes what it needs")
@@ -48,21 +58,40 @@ def main() -> int:
     p.add_argument("--no-ceilings", action="store_true")
     p.add_argument("--json", type=Path, default=None)
     options = p.parse_args()
+    for name in options.peers:
+        if not getattr(options, f"{peers.PEERS[name].kind}_python"):
+            p.error(f"--peers {name} needs --{peers.PEERS[name].kind}-python")
+    if options.peers and options.tp != torch.cuda.device_count():
+        p.error("peers have a rank on each GPU, and each an engine's rank beside it: --tp has to be the number of GPUs")
     options.logs.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Any] = {"command": sys.argv, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__}
-    found["ways"] = [way for one in servers(options) for way in one]
+    found: dict[str, Any] = {
+        "command": f"python -m engines.gpu_speed {shlex.join(sys.argv[1:])}",
+        "gpu": torch.cuda.get_device_name(0),
+        "gpus": torch.cuda.device_count(),
+        "torch": torch.__version__,
+        "slots": f"{options.slots} × {options.slot}",
+        "ways": [],
+    }
+
+    def keep(way: dict[str, Any] | None = None) -> None:
+        found["ways"] += [way] if way else []
+        if options.json is not None:
+            options.json.write_text(json.dumps(found, indent=1))
+
+    servers(options, keep)
     if not options.no_ceilings:
         found["ceilings"] = measure()
+        keep()
     for way in found["ways"]:
         print(json.dumps({key: value for key, value in way.items() if key != "pushes"}))
     print(json.dumps(found.get("ceilings", {})))
-    if options.json is not None:
-        options.json.write_text(json.dumps(found, indent=1))
     return 0 if all(way["good"] for way in found["ways"]) else 1
 
 
-def servers(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
-    """Start what there is, side by side, and push into one after the other."""
+def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Start what there is, side by side, and push into one after the other. Peers come last: what one that fails leaves
+    of a server is then nobody else's trouble.
+    """
     gpus = ",".join(map(str, range(options.tp)))
     dummy = ("--load-format", "dummy")
     stock = json.dumps({"backend": "ipc"})
@@ -86,14 +115,28 @@ def servers(options: argparse.Namespace) -> list[list[dict[str, Any]]]:
         if problems := [problem for _, server, _ in started if (problem := server.wait())]:
             raise SystemExit("\n".join(problems))
         print("servers are ready", flush=True)
-        first, found = 1, []
+        first, software = 1, {}
         for kind, server, ways in started:
-            found.append([])
             for way in ways:
                 pushes = options.pushes if way in _WARM else options.stock
-                found[-1].append(push(kind, server, way, first, pushes, options))
+                done = push(kind, server, way, first, pushes, options)
+                software[kind] = done["engine"]
+                keep(done)
                 first += pushes
-        return found
+        for kind, server, _ in started:
+            for peer in peers.PEERS.values():
+                if peer.kind == kind and peer.name in options.peers:
+                    keep(instead(peer, server, software[kind], first, options))
+                    first += options.stock
+
+
+def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Pushes of a peer."""
+    arguments = ["--model", str(options.model), "--url", server.url, "--pushes", str(options.stock)]
+    arguments += ["--first", str(first)]
+    python, ranks = getattr(options, f"{peer.kind}_python"), torch.cuda.device_count()
+    with Fleet() as fleet:
+        return peers.run(fleet, peer, python, arguments, logs=options.logs, engine=engine, ranks=ranks, tp=options.tp)
 
 
 def push(kind: str, server: Server, way: str, first: int, pushes: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -130,6 +173,7 @@ def push(kind: str, server: Server, way: str, first: int, pushes: int, options: 
         "tp": options.tp,
         "bytes": rows[-1]["bytes"],
         "tensors": rows[-1]["tensors"],
+        "warm": _WARM.get(way, 1),
         "buckets": rows[-1]["buckets"],
         "seconds": statistics.median(row["wall_seconds"] for row in counted),
         "seconds_each": [round(row["wall_seconds"], 4) for row in rows],

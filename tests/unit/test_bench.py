@@ -17,7 +17,9 @@ from typer.testing import CliRunner
 
 from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
 from bench.harness import Spread, size
+from bench.loaders import loaders
 from bench.ways import COLUMNS, Way, fastest, in_turn, ratio, rows
+from engines import peers
 from weightsync.cli import app as command_line
 from weightsync.cli import measuring
 from weightsync.errors import ConfigError
@@ -211,6 +213,67 @@ def test_a_changed_figure_changes_the_page(tmp_path):
     assert "old" not in page
     assert page.startswith("text\n")
     assert page.endswith("<!-- end -->\nmore\n")
+
+
+def loading(engine, way, each, **more):
+    """A row of `engines.gpu_speed`."""
+    facts = {"tp": 2, "bytes": 2**31, "tensors": 9, "checked": [0] * len(each), "until_filled": 0.5, "phases": {}}
+    return {"engine": engine, "way": way, "seconds_each": each, "good": True} | facts | more
+
+
+def test_pushes_into_engines_are_measured_by_our_plugin_in_the_same_engine():
+    ours = loading("a", "plugin", [9, 8, 7, 6, 0.5, 0.4, 0.6], checked=[0, 9, 9, 9, 9, 9, 9], phases={"fill": 0.2})
+    peer = {"peer": True, "software": "S 1", "settings": "as told", "before": {"register": 3.0}, "warm": 1}
+    document = {
+        "gpu": "G",
+        "torch": "2",
+        "command": ["x.py", "--tp", "2"],
+        "ways": [
+            loading("a", "tensor", [7.0, 4.0, 5.0], phases={"load": 4.4, "plan": 0.001}),
+            ours,
+            loading("b", "ipc", [3.0]),
+            loading("a", "slime", [9.0, 2.0], **peer),
+            {"engine": "b", "way": "vllm-ipc", "peer": True, "good": False, "log": ["it fell"]},
+        ],
+    }
+    lines = loaders(document, table.table)
+    assert (
+        "| a | weightsync, stock server (`tensor`) | 4.50 (4.00–5.00) s | 2 | 9.0 | 0.50 s | none | load 4,400 ms |"
+        in (lines[4])
+    )
+    assert (
+        "| **0.50 (0.40–0.60) s** | 3 | 1.0 | 0.50 s | 9 of 9 tensors | fill 200 ms | 9.0 / 8.0 / 7.0 / 6.0 s |"
+        in (lines[5])
+    )
+    assert "| a | slime | 2.00 (2.00–2.00) s | 1 | 4.0 |" in lines[6]
+    assert "| b | weightsync, stock server (`ipc`) | **3.00 (3.00–3.00) s** | 1 | – |" in lines[7]
+    assert "- slime: S 1, as told; before the pushes: register 3.0 s" in lines
+    assert "- vllm-ipc into b: failed in this run" in lines
+    assert lines[-1] == "`x.py --tp 2`"
+
+
+def test_a_peer_is_one_row_of_all_its_ranks():
+    def rank(register):
+        pushes = [
+            {"bytes": 8, "tensors": 2, "phases": {"load": took}, "complete": True, "wall_seconds": took}
+            | {"until_filled_seconds": register}
+            for took in (9.0, 2.0, 4.0)
+        ]
+        return {"pushes": pushes, "before": {"register": register}, "software": "S 1", "settings": "as told"}
+
+    row = peers.row(peers.PEERS["checkpoint-engine"], [rank(3.0), rank(5.0)], engine="a 1", tp=2)
+    assert (row["seconds"], row["phases"], row["warm"]) == (3.0, {"load": 3.0}, 1)
+    assert row["before"] == {"register": 5.0}
+    assert row["checked"] == [0, 0, 0]
+    document = {"gpu": "G", "torch": "2", "command": "x", "ways": [row]}
+    line = "| a 1 | checkpoint-engine | **3.00 (2.00–4.00) s** | 2 | – | 3.00 s | none | load 3,000 ms | 9.0 s |"
+    assert line in loaders(document, table.table)
+
+
+def test_a_peer_finds_the_checkout_in_either_kind_of_environment():
+    found = peers.environment({"PYTHONPATH": "/p"})
+    assert found == {"EXTRA_PYTHONPATH": str(ROOT), "PYTHONPATH": f"{ROOT}:/p"}
+    assert peers.environment({})["PYTHONPATH"] == str(ROOT)
 
 
 def test_a_part_that_nobody_writes_is_refused(tmp_path):

@@ -1,0 +1,88 @@
+"""The table of `engines.gpu_speed`: pushes into real engines on GPUs, ours and what people use instead, in one run."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from bench.ways import ratio
+
+__all__ = ["loaders"]
+
+_OURS = ("plugin", "extension")  # ways through our plugin, by which the others of their engine are measured
+_LEAST = 0.0095  # seconds of a phase that is worth its place
+
+
+def loaders(document: dict[str, Any], table: Any) -> list[str]:
+    """Lines of Markdown. `table` makes some of columns and rows."""
+    engines = list(dict.fromkeys(way["engine"] for way in document["ways"]))
+    found = [way for way in document["ways"] if "seconds_each" in way]
+    found.sort(key=lambda way: engines.index(way["engine"]))
+    medians = [statistics.median(counted(way)[0]) for way in found]
+    rows = []
+    for way, median in zip(found, medians, strict=True):
+        each, warm = counted(way)
+        beside = [(w, m) for w, m in zip(found, medians, strict=True) if w["engine"] == way["engine"]]
+        ours = next((m for w, m in beside if w["way"] in _OURS), None)
+        spread = f"{median:.2f} ({min(each):.2f}–{max(each):.2f}) s"
+        rows.append(
+            [
+                way["engine"],
+                name(way),
+                f"**{spread}**" if median == min(m for _, m in beside) else spread,
+                str(len(each)),
+                ratio(median / ours) if ours else "–",
+                f"{way['until_filled']:.2f} s",
+                f"{way['checked'][-1]:,} of {way['tensors']:,} tensors" if way["checked"][-1] else "none",
+                phases(way["phases"]),
+                " / ".join(f"{seconds:.1f}" for seconds in warm) + " s",
+            ]
+        )
+    columns = (
+        "engine", "way", "median (least–most)", "pushes", "time, of our plugin's", "trainer held up", "bytes checked",
+        "phases", "pushes before these",
+    )  # fmt: skip
+    some = found[0]
+    lines = [
+        f"{some['bytes'] / 1e9:.1f} GB, {some['tensors']:,} tensors, into engines of TP {some['tp']}; "
+        f"{document['gpu']}, torch {document['torch']}.",
+        "",
+        *table(columns, rows),
+        "",
+    ]
+    notes = [note(way) for way in document["ways"]]
+    lines += [*filter(None, notes), ""] if any(notes) else []
+    if ceilings := document.get("ceilings"):
+        kept = {key: f"{value:.0f} GB/s" for key, value in ceilings.items() if "a launch each" not in key}
+        lines += [f"Plain copies in the same run: {', '.join(f'{key} {value}' for key, value in kept.items())}.", ""]
+    command = document["command"]
+    return [*lines, f"`{command if isinstance(command, str) else ' '.join(command)}`"]
+
+
+def counted(way: dict[str, Any]) -> tuple[list[float], list[float]]:
+    """Seconds of the pushes that count, and of those before them."""
+    each = way["seconds_each"]
+    warm = way.get("warm", 4 if way["way"] in _OURS else 1)  # files that do not say it are of runs that did so
+    return (each[warm:], each[:warm]) if each[warm:] else (each[-1:], each[:-1])
+
+
+def name(way: dict[str, Any]) -> str:
+    """Of a way, as readers know it."""
+    if way.get("peer"):
+        return str(way["way"])
+    return "weightsync, our plugin" if way["way"] in _OURS else f"weightsync, stock server (`{way['way']}`)"
+
+
+def phases(found: dict[str, float]) -> str:
+    """Those that take time, in milliseconds."""
+    return ", ".join(f"{phase} {seconds * 1e3:,.0f}" for phase, seconds in found.items() if seconds >= _LEAST) + " ms"
+
+
+def note(way: dict[str, Any]) -> str:
+    """What a peer was, or why it is missing; "" for our own ways that went well."""
+    if "seconds_each" not in way:
+        return f"- {way['way']} into {way['engine']}: failed in this run"
+    if not way.get("peer"):
+        return ""
+    before = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in way.get("before", {}).items())
+    return f"- {way['way']}: {way['software']}, {way['settings']}{f'; before the pushes: {before}' if before else ''}"

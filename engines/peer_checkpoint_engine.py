@@ -1,0 +1,100 @@
+"""checkpoint-engine's way into SGLang, as SGLang's own example goes it (sglang.srt.checkpoint_engine.update).
+
+Runs in an environment with checkpoint-engine 0.1.2, started with torchrun, one process on each GPU of the engine. Its
+ParameterServer holds a checkpoint in pinned memory of the host, whole tensors, each with one rank. `update` brings them
+to GPUs in buckets (of up to 8 GiB, its default, less where less memory is free), broadcasts each over NCCL, and the
+engine reads it there through CUDA IPC, told what it holds over ZeroMQ, within one /update_weights_from_ipc.
+
+Shards are gathered, and the first half of all tensors is registered with the first rank, the second with the second, as
+in that example. This happens once and is told apart: only `gather_metas` and `update` are timed, although a trainer has
+to gather and register again whenever weights have changed (0.1.2 takes new pinned memory each time). Generation is not
+paused, as the example does not; its last request flushes the cache. Nothing is compared with what was sent.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+
+import checkpoint_engine
+import httpx
+import torch
+import torch.distributed as dist
+from checkpoint_engine import ps as parameter_server
+from peer_ranks import options, run, start, synchronize
+
+NAME = "weights"
+ANSWER = 200.0  # seconds for the one request that an update is
+
+
+def main() -> None:
+    arguments = options(__doc__)
+    weights = start(arguments.model)
+    sys.modules["mooncake"] = None  # its way between machines would look for RDMA devices, and there may be none
+    parameter_server._get_ip = lambda: "127.0.0.1"  # asks a network that may be missing, for use between machines
+    server = parameter_server.ParameterServer()
+    before = register(server, weights)
+
+    def push(version: int) -> dict[str, float]:
+        times = [time.perf_counter()]
+        server.gather_metas(NAME)
+        times.append(time.perf_counter())
+        server.update(NAME, lambda paths: request(arguments.url, dict(paths), version))
+        times.append(time.perf_counter())
+        return {"metas": times[1] - times[0], "update": times[2] - times[1]}
+
+    limit = os.environ.get("PS_MAX_BUCKET_SIZE_GB", "8")
+    run(
+        arguments,
+        weights,
+        push,
+        software=f"checkpoint-engine {checkpoint_engine.__version__}",
+        settings=f"ParameterServer.update, broadcasts of up to {limit} GiB, registered once, before all pushes",
+        before=before,
+        after=lambda version: check(arguments.url, version),
+    )
+
+
+@torch.no_grad()
+def register(server, weights) -> dict[str, float]:
+    """This rank's share of all tensors, to pinned memory; the seconds that it took."""
+    each = -(-len(weights) // dist.get_world_size())
+    mine = set(list(weights)[dist.get_rank() * each :][:each])
+    began = time.perf_counter()
+    share = {}
+    for name, tensor in weights.items():
+        whole = tensor.full_tensor()
+        if name in mine:
+            share[name] = whole.cpu()
+    synchronize()
+    gathered = time.perf_counter()
+    server.register_checkpoint(NAME, named_tensors=share)
+    return {"gather": gathered - began, "register": time.perf_counter() - gathered}
+
+
+def request(url: str, paths: dict[str, str], version: int) -> None:
+    """Have the engine come to the ranks' sockets; returns when it has all."""
+    if dist.get_rank():
+        return
+    body = {"zmq_handles": paths, "flush_cache": True, "weight_version": str(version)}
+    try:
+        answer = httpx.post(f"{url}/update_weights_from_ipc", json=body, timeout=ANSWER)
+        answer.raise_for_status()
+        failed = "" if answer.json()["success"] else answer.text
+    except httpx.HTTPError as error:
+        failed = f"{type(error).__name__}: {error}"
+    if failed:
+        print(f"/update_weights_from_ipc: {failed}", flush=True)
+        os._exit(1)  # nobody else would tell the ranks, which wait for an engine that is not coming
+
+
+def check(url: str, version: int) -> None:
+    """The server says that it holds this version."""
+    if dist.get_rank() == 0:
+        held = httpx.get(f"{url}/model_info", timeout=ANSWER).json()["weight_version"]
+        assert held == str(version), f"the server holds {held}, not {version}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""What trainer ranks of every peer do alike: a rank on each GPU, and FSDP2 shards as bench/gpu_trainer.py makes them.
+
+Weights change before each push. Its time begins when all ranks have come so far, and ends when the last rank's push has
+returned, as rank 0 sees it. Every rank writes rankN.json, with rows of the form that gpu_trainer's have. Nothing is
+compared with what was sent. Without a GPU ranks meet over gloo, with which all that needs none can be tried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+
+from bench.gpu_trainer import change, shards
+
+
+def options(about: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder with config.json")
+    parser.add_argument("--url", required=True, help="of the server")
+    parser.add_argument("--pushes", type=int, required=True)
+    parser.add_argument("--first", type=int, default=1, help="version")
+    parser.add_argument("--out", type=Path, required=True)
+    return parser.parse_args()
+
+
+def start(model: str) -> dict[str, torch.Tensor]:
+    """Join the other ranks; this one's shards."""
+    if torch.cuda.is_available():
+        gpu = int(os.environ["LOCAL_RANK"])
+        torch.cuda.set_device(gpu)
+        dist.init_process_group("cpu:gloo,cuda:nccl", device_id=torch.device("cuda", gpu))
+    else:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+    return shards(model, init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)))
+
+
+def run(arguments, weights, push, *, software: str, settings: str, before=None, after=None) -> None:
+    """Push so often, and end this process.
+
+    `push(version)` returns the seconds of its phases. `before` are those of what was done once for all pushes and is
+    not in their time: when it is done a trainer may go on, so that is how long it is held up. `after(version)` looks at
+    what a push has done.
+    """
+    rows = []
+    for version in range(arguments.first, arguments.first + arguments.pushes):
+        change(weights)
+        synchronize()
+        dist.barrier()
+        began = time.perf_counter()
+        phases = push(version)
+        dist.barrier()
+        seconds = time.perf_counter() - began
+        if after:
+            after(version)
+        rows.append(
+            {
+                "version": version,
+                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in weights.values()),
+                "tensors": len(weights),
+                "phases": phases,
+                "complete": True,
+                "wall_seconds": seconds,
+                "until_filled_seconds": sum(before.values()) if before else seconds,
+            }
+        )
+        if dist.get_rank() == 0:
+            each = {name: round(took * 1e3, 1) for name, took in phases.items()}
+            print(f"push {version}: {seconds:.4f} s, {each}", flush=True)
+    found = {"pushes": rows, "before": before or {}, "software": software, "settings": settings}
+    if torch.cuda.is_available():
+        found["peak"] = torch.cuda.max_memory_allocated()
+    (arguments.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # what a library's threads still do may end a rank that has done its work
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
