@@ -36,7 +36,6 @@ class PushContext:
     arenas: dict[int, str | None] = field(default_factory=dict)  # bucket from elsewhere → incarnation of its bridge
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
     incarnations: dict[str, str] = field(default_factory=dict)  # engine → what it was when it was probed
-    heard: dict[str, float] = field(default_factory=dict)  # engine → when that was
     modes: dict[str, str] = field(default_factory=dict)  # engine that was paused here and not resumed → how
     begun: set[str] = field(default_factory=set)  # engines touched here and not resumed
     sums: dict[int, int] = field(default_factory=dict)  # bucket → its checksum, from what its ranks wrote

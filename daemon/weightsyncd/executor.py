@@ -31,7 +31,6 @@ __all__ = ["NodeExecutor", "phase_of"]
 
 logger = logging.getLogger(__name__)
 
-_JUST_NOW = 0.3  # seconds since an engine said who it is: asking again costs a real one up to 20 ms
 _LATE_PAUSE = 60.0  # seconds after which a pause that was given up comes no more
 
 
@@ -116,7 +115,6 @@ class NodeExecutor:
             case do.ProbeEngine():
                 info = await engine.probe(deadline)
                 context.incarnations[name] = info.incarnation
-                context.heard[name] = time.monotonic()
                 return ev.EngineProbed(
                     engine=name, tp_size=info.tp_size, version=info.version, paused=info.paused, torn=info.torn
                 )
@@ -192,8 +190,6 @@ class NodeExecutor:
         """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
         that somebody resumed must not serve while it loads.
         """
-        if time.monotonic() - context.heard.get(engine.name, 0.0) < _JUST_NOW:
-            return  # nothing that takes longer than this to load a model has been restarted
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):
             raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")
