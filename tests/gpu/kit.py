@@ -88,7 +88,8 @@ def serving(
         engines = [fleet.start_engine(f"e{tp}", served, tp=tp, device=device, wait=False) for tp in tps]
         for engine in engines:
             fleet.wait_engine(engine)
-        daemon = fleet.start_daemon("node0", engines, arena={"slot_bytes": "256KiB", "slots": 2})
+        name = fleet.root.name  # unlike any other's: a daemon clears up after its namesake
+        daemon = fleet.start_daemon(name, engines, arena={"slot_bytes": "256KiB", "slots": 2})
         yield Node(fleet, daemon, engines, held, device, itertools.count(1))
 
 

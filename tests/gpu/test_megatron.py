@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
@@ -46,6 +45,7 @@ DENSE_CASES: list[tuple[dict[str, Any], int]] = [
     ({"tp": 2}, 2),
     ({"tp": 2, "masters": True}, 2),
     ({"pp": 2}, 2),
+    ({"pp": 2, "vp": 2}, 2),
     ({"tp": 2, "pp": 2}, 4),
 ]
 MOE_CASES: list[tuple[dict[str, Any], int]] = [
@@ -54,6 +54,13 @@ MOE_CASES: list[tuple[dict[str, Any], int]] = [
     ({"tp": 2, "pp": 2, "ep": 2}, 4),
     ({"tp": 2, "ep": 2, "etp": 2, "like_te": True}, 4),
 ]
+
+
+def label(value: Any) -> str:
+    """A case's name, and behind it the number of ranks: `tp2-pp2-on4`."""
+    if isinstance(value, int):
+        return f"on{value}"
+    return "-".join(f"{key}{size if size is not True else ''}" for key, size in value.items()) or "whole"
 
 
 @pytest.fixture(scope="module")
@@ -92,13 +99,13 @@ def push_steps(node: Node, ranks: int, out: Path) -> None:
     assert [report["complete"] for report in told] == [True, True]
 
 
-@pytest.mark.parametrize(("case", "ranks"), DENSE_CASES, ids=json.dumps)
+@pytest.mark.parametrize(("case", "ranks"), DENSE_CASES, ids=label)
 def test_ranks_push_their_parts(dense, case, ranks, gpus, tmp_path):
     needs(ranks, gpus)
     push(dense, case, ranks, tmp_path)
 
 
-@pytest.mark.parametrize(("case", "ranks"), MOE_CASES, ids=json.dumps)
+@pytest.mark.parametrize(("case", "ranks"), MOE_CASES, ids=label)
 def test_ranks_push_their_experts(experts, case, ranks, gpus, tmp_path):
     needs(ranks, gpus)
     push(experts, case, ranks, tmp_path)
