@@ -153,7 +153,8 @@ class Decoder(nn.Module):
 
     def forward(self, input_ids: Tensor) -> Tensor:
         x = self.embed_tokens(input_ids)
-        tables = ops.rotary_tables(0, input_ids.shape[-1], self.config.head_dim, self.config.rope_theta)
+        length, config = input_ids.shape[-1], self.config
+        tables = ops.rotary_tables(0, length, config.head_dim, config.rope_theta, x.device)
         for layer in self.layers:
             x = layer(x, tables)
         return cast("Tensor", self.norm(x))

@@ -30,10 +30,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight.float()
 
 
-def rotary_tables(start: int, count: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+def rotary_tables(
+    start: int, count: int, head_dim: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each [count, head_dim / 2], of positions `start` to `start + count - 1`."""
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
-    angle = torch.arange(start, start + count, dtype=torch.float32)[:, None] * frequency
+    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim)
+    angle = torch.arange(start, start + count, dtype=torch.float32, device=device)[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -55,7 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     new, total = q.shape[-2], k.shape[-2]
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if new > 1:
-        hidden = torch.ones(new, total, dtype=torch.bool).triu(total - new + 1)
+        hidden = torch.ones(new, total, dtype=torch.bool, device=q.device).triu(total - new + 1)
         scores = scores.masked_fill(hidden, float("-inf"))
     out: Tensor = scores.softmax(-1) @ v
     return out.transpose(-2, -3).flatten(-2)
