@@ -49,6 +49,30 @@ def test_layouts_are_asked_for_once_and_only_where_missing():
     assert world.session.state is State.COMMITTED
 
 
+def test_an_engine_that_is_behind_loads_several_buckets_in_one_call_but_not_out_of_all_slots():
+    world = World(buckets=9, slots=3, owners=2, engines={"a": "home"})
+    world.open_all()
+    first = world.run_until(do.LoadBucket, engine="a")
+    assert isinstance(first, do.LoadBucket)
+    assert (first.bucket, first.count) == (0, 1)
+    while world.leases or len(world.pending) > 1:
+        while world.leases:
+            world.fill(*world.leases[0])
+        for other in [i for i in world.pending if i is not first]:
+            world.succeed(other)
+    began = world.now
+    world.succeed(first)
+    then = next(i for i in world.pending if isinstance(i, do.LoadBucket))
+    assert (then.bucket, then.count) == (1, 3), "of six slots"
+    assert then.deadline == began + 3 * 10.0, "each has the time of an operation"
+    assert "buckets 1 to 3" in world.session.waiting_for()
+    loaded = ev.BucketLoaded(engine="a", bucket=1, count=2)
+    world.hear(loaded)
+    assert world.session.engines["a"].loaded == 1, "that is not what it was asked"
+    world.run()
+    assert world.models["a"].loaded == list(range(9))
+
+
 def test_engines_resume_only_when_all_are_verified():
     world = World()
     world.open_all()

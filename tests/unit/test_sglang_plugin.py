@@ -105,6 +105,31 @@ def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
         assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
 
+def test_several_buckets_of_one_order_are_loaded_one_after_the_other(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        manifest = hand.manifest(TENSORS)
+        assert manifest.buckets > 2
+        for told in (manifest.pack(), manifest.digest):  # it is remembered
+            with torch.no_grad():
+                for parameter in scheduler.model.parameters():
+                    parameter.zero_()
+            order = msgspec.structs.replace(begin(hand), manifest=told)
+            assert scheduler.ask(order) == Reply(True, "begun")
+            for bucket in range(0, manifest.buckets, 2):
+                several = load(hand, bucket, min(2, manifest.buckets - bucket))
+                assert scheduler.ask(several) == Reply(True, "loaded")
+            assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+            for name, parameter in scheduler.model.named_parameters():
+                assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_a_manifest_that_was_never_told_begins_nothing(scheduler: Scheduler) -> None:
+    with HandPush(slot_bytes=1024) as hand:
+        order = msgspec.structs.replace(begin(hand), manifest=bytes(16))
+        assert "does not remember that manifest" in scheduler.ask(order).message
+        assert "begin first" in scheduler.ask(load(hand, 0)).message
+
+
 def test_what_lies_in_the_model_is_told_once_it_is_proved(scheduler: Scheduler) -> None:
     with HandPush(slot_bytes=1024) as hand:
         manifest = hand.manifest(TENSORS)

@@ -102,14 +102,16 @@ def weights(*names):
     return as_bytes((name, torch.rand(shapes[name])) for name in names)
 
 
-def push(worker, tensors, version=3, aliases=()):
+def push(worker, tensors, version=3, aliases=(), *, at_once=1, seen=False):
     with HandPush(slot_bytes=256) as hand:
         manifest = hand.manifest(tensors, aliases)
         offers = [[text(offer) for offer in rank] for rank in hand.offers("e", 1)]
-        worker.ask("begin", version=version, manifest=text(manifest.pack()), offers=offers, seconds=30)
-        for bucket in range(manifest.buckets):
-            tickets = [text(ticket) for ticket in hand.tickets(manifest, bucket, tensors, "e", 1)]
-            worker.ask("load", bucket=bucket, tickets=[tickets], seconds=30)
+        told = text(manifest.digest if seen else manifest.pack())
+        worker.ask("begin", version=version, manifest=told, offers=offers, seconds=30)
+        for first in range(0, manifest.buckets, at_once):
+            several = range(first, min(first + at_once, manifest.buckets))
+            tickets = [[text(t) for t in hand.tickets(manifest, bucket, tensors, "e", 1)] for bucket in several]
+            worker.ask("load", bucket=first, tickets=tickets, seconds=30)
         worker.ask("finish")
         return worker.ask("serve", version=version)
 
@@ -128,6 +130,17 @@ def test_further_names_of_a_tensor_are_loaded_too(vllm):
     model = Model()
     push(Worker(model), weights("embed.weight"), aliases=[("head.weight", "embed.weight"), ("gone", "embed.weight")])
     assert model.asked == ["embed.weight", "head.weight"]
+
+
+def test_several_buckets_in_one_call_of_a_manifest_that_was_seen(vllm):
+    model = Model()
+    worker, names = Worker(model), ("embed.weight", "norm.weight")
+    push(worker, weights(*names))
+    tensors = weights(*names)
+    assert push(worker, tensors, 4, at_once=2, seen=True)["weight_version"] == "4"
+    assert as_bytes(model.named_parameters()) == tensors
+    with pytest.raises(LocalProtocolError, match="does not remember that manifest"):
+        push(worker, weights("norm.weight"), 5, seen=True)
 
 
 def test_what_the_model_ignores_is_named_and_the_worker_stays_torn(vllm):
