@@ -1,0 +1,154 @@
+"""Between two daemons; see `messages`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from msgspec import Meta
+
+from weightsync.errors import ErrorRecord
+from weightsync.plan.shares import MemberPart
+from weightsync.wire.fields import Blob, Column, Digest, Message, Name, Natural, Rank, Seconds, Text
+from weightsync.wire.operator_messages import EngineStatus
+
+__all__ = [
+    "Attach",
+    "Attached",
+    "Exchange",
+    "Execute",
+    "Executed",
+    "Gather",
+    "JoinRail",
+    "RankSays",
+    "Receive",
+    "Register",
+    "Registered",
+    "Release",
+    "TellRank",
+]
+
+
+class Attach(Message, frozen=True, tag="attach"):
+    """The sender wants to coordinate pushes that reach this node's engines."""
+
+    node: Name
+
+
+class Attached(Message, frozen=True, tag="attached"):
+    """What this node has to offer."""
+
+    node: Name
+    incarnation: Name
+    engines: tuple[EngineStatus, ...]
+    slots: tuple[Natural, ...]  # by bridge
+    slot_bytes: Natural
+    address: Name  # for communicators
+    peers: tuple[Name, ...] = ()  # other nodes that it coordinates pushes for itself
+    device: Literal["cpu", "cuda"] = "cpu"  # where its slots lie
+
+
+class Execute(Message, frozen=True, tag="execute"):
+    """Carry out one instruction of a session on this node."""
+
+    push: Name
+    model: Name
+    version: Natural
+    instruction: dict[str, Any]  # a `weightsync.session.instructions.Instruction`, checked when it is decoded
+    timeout: Seconds
+    plan: Digest | None = None  # digest of the manifest the instruction is about
+    manifest: Column | None = None  # the manifest itself, once for each follower
+    fingerprints: Column | None = None  # for VerifyEngine: little-endian u64 for each tensor of the manifest
+
+
+class Executed(Message, frozen=True, tag="executed"):
+    """The outcome: a `weightsync.session.events.Event`."""
+
+    event: dict[str, Any]
+
+
+class JoinRail(Message, frozen=True, tag="join_rail"):
+    """Bridge `rail` joins the communicator of the generation."""
+
+    rail: Natural
+    generation: Natural
+    rank: Rank
+    world: Natural
+    host: Name
+    port: Natural
+    key: Name
+    timeout: Seconds
+
+
+class Receive(Message, frozen=True, tag="receive"):
+    """Take part in the broadcast of one bucket, into the slot. Answered by `Executed` once the bucket is verified."""
+
+    push: Name
+    bucket: Natural
+    rail: Natural
+    slot: Natural
+    ticket: Blob
+    timeout: Seconds
+
+
+class Exchange(Message, frozen=True, tag="exchange"):
+    """Take part in the exchange of one bucket, of which a part may lie in the slot. Answered by `Executed` once all of
+    it is there, verified.
+    """
+
+    push: Name
+    bucket: Natural
+    rail: Natural
+    slot: Natural
+    generation: Natural  # of the communicator that the parts' roots are ranks of
+    token: Natural  # that no other exchange has
+    parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
+    timeout: Seconds
+    checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, as the trainer's ranks made it
+
+
+class Gather(Message, frozen=True, tag="gather"):
+    """Ranks of this trainer that call on your node take part in the push: `RankSays` is expected of each."""
+
+    push: Name
+    group: Name
+    model: Name
+    version: Natural
+
+
+class RankSays(Message, frozen=True, tag="rank_says"):
+    """What a rank there said; or that it is lost, and why."""
+
+    push: Name
+    rank: Rank
+    body: Column = b""  # the frame of an Open, Describe, Filled, Failed or Stopped
+    lost: Text = ""
+
+
+class TellRank(Message, frozen=True, tag="tell_rank"):
+    """Something for a rank there."""
+
+    push: Name
+    rank: Rank
+    body: Column  # the frame of an AskDescription, Planned, Lease or Ended
+
+
+class Release(Message, frozen=True, tag="release"):
+    """The push has ended: the node is free for others, and engines that were only paused are let go."""
+
+    push: Name
+    error: ErrorRecord | None = None  # for ranks that call only now
+
+
+class Register(Message, frozen=True, tag="register"):
+    """To the seed: this node is there, and others reach it at the endpoint. Answered by `Registered`."""
+
+    node: Name
+    endpoint: Name
+    leaving: bool = False
+
+
+class Registered(Message, frozen=True, tag="registered"):
+    """All nodes that have registered, by name."""
+
+    nodes: Annotated[dict[Name, Name], Meta(max_length=8192)]
+    complete: bool  # the seed has listened for long enough to know of every node that lives
