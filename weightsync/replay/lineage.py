@@ -7,12 +7,13 @@ Nothing is kept alive: memory is known by a weak reference.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from weightsync.replay.plan import Copy, Fill, LoadPlan, Target, draw_up
 from weightsync.replay.strided import Box, compose, split_strides
+from weightsync.replay.written import WrittenBox, WrittenBoxes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,22 +26,12 @@ _NO_BOX = "a copy that cannot be followed"
 _FILL = "a fill over it"
 
 
-class _Written(NamedTuple):
-    """Bytes of a tensor on offer, as they lie in some memory."""
-
-    name: str
-    source: Box  # in the tensor
-    own: Box  # in the memory
-    source_dtype: torch.dtype
-    dtype: torch.dtype  # that they have here
-
-
 @dataclass
 class _Memory:
     """What is known of one storage."""
 
     alive: StorageWeakRef
-    written: list[_Written] = field(default_factory=list)
+    written: WrittenBoxes = field(default_factory=WrittenBoxes)
     fills: list[tuple[Box, torch.dtype, float]] = field(default_factory=list)
     targets: list[tuple[int, int, str]] = field(default_factory=list)  # first byte, end, parameter
     offered: bool = False
@@ -84,7 +75,7 @@ class Lineage:
         memory = self._memory_of(tensor)
         memory.offered = True
         own = box_of(tensor)
-        memory.written.append(_Written(name, own.shifted(-own.offset), own, tensor.dtype, tensor.dtype))
+        memory.written.add([WrittenBox(name, own.shifted(-own.offset), own, tensor.dtype, tensor.dtype)])
 
     def plan(self, altered: Mapping[str, str]) -> LoadPlan:
         """What was seen, as far as it can be done again by copying. `altered`: targets that cannot, and why."""
@@ -143,7 +134,7 @@ class Lineage:
             self.spoilt(dst, "it is filled together with others", by=_FILL)
         else:
             memory = self._memory_of(dst)
-            if any(w.own.touches(box, w.dtype.itemsize, dst.element_size()) for w in memory.written):
+            if memory.written.touching(box, dst.element_size()):
                 self.spoilt(dst, "", by=_FILL)
             memory.fills.append((box, dst.dtype, value))
 
@@ -151,14 +142,11 @@ class Lineage:
         """Note what this copy does, out of memory that is known; False where that cannot be told."""
         view, onto = box_of(src), box_of(dst)
         itemsize = src.element_size()
-        for written in reversed(known.written):
-            if not written.own.touches(view, written.dtype.itemsize, itemsize):
-                continue
-            if written.dtype != src.dtype:
-                return False
-            found = compose(view, written.own, written.source)
-            if found is None:
-                break
+        touching = known.written.touching(view, itemsize)
+        latest = touching[-1] if touching else None
+        if latest is not None and latest.dtype != src.dtype:
+            return False
+        if latest is not None and (found := compose(view, latest.own, latest.source)) is not None:
             offset, dims = found
             flat = [part for parts in dims for part in parts]
             sizes = tuple(part.size for part in flat)
@@ -166,7 +154,7 @@ class Lineage:
                 s for stride, parts in zip(onto.strides, dims, strict=True) for s in split_strides(stride, parts)
             ]
             source = Box(offset, sizes, tuple(part.source for part in flat))
-            return self._note(dst, [written._replace(source=source, own=Box(onto.offset, sizes, tuple(strides)))], [])
+            return self._note(dst, [latest._replace(source=source, own=Box(onto.offset, sizes, tuple(strides)))], [])
         return self._follow_whole(known, src, dst)
 
     def _follow_whole(self, known: _Memory, src: torch.Tensor, dst: torch.Tensor) -> bool:
@@ -176,7 +164,7 @@ class Lineage:
         if not dense or src.dtype != dst.dtype or view.strides != onto.strides:
             return False
         first, end, by = view.offset, view.end(itemsize), onto.offset - view.offset
-        written = [w for w in known.written if w.own.touches(view, w.dtype.itemsize, itemsize)]
+        written = known.written.touching(view, itemsize)
         fills = [
             (box, dtype, value) for box, dtype, value in known.fills if box.touches(view, dtype.itemsize, itemsize)
         ]
@@ -194,7 +182,7 @@ class Lineage:
             [(box.shifted(by), dtype, value) for box, dtype, value in fills],
         )
 
-    def _note(self, dst: torch.Tensor, written: list[_Written], fills: list[tuple[Box, torch.dtype, float]]) -> bool:
+    def _note(self, dst: torch.Tensor, written: list[WrittenBox], fills: list[tuple[Box, torch.dtype, float]]) -> bool:
         """This now lies in `dst`. False where it was converted more than once on its way."""
         if any(w.dtype not in (w.source_dtype, dst.dtype) for w in written):
             return False
@@ -202,7 +190,7 @@ class Lineage:
         if memory.offered:
             return False
         if not memory.targets:
-            memory.written += [w._replace(dtype=dst.dtype) for w in written]
+            memory.written.add(w._replace(dtype=dst.dtype) for w in written)
             memory.fills += fills
             return True
         target = self._target_of(memory, box_of(dst), dst)
@@ -228,9 +216,8 @@ class Lineage:
         if memory is None or not tensor.numel():
             return
         box, size = box_of(tensor), tensor.element_size()
-        for written in memory.written:
-            if written.own.touches(box, written.dtype.itemsize, size):
-                self._computed.setdefault(written.name, what)
+        for written in memory.written.touching(box, size):
+            self._computed.setdefault(written.name, what)
         for first, end, name in memory.targets:
             if box.offset < end and first < box.end(size):
                 self._altered.setdefault(name, f"the loader computes with it ({what})")
@@ -245,7 +232,7 @@ class Lineage:
         for first, end, name in memory.targets:
             if box.offset < end and first < box.end(size):
                 self._altered[name] = why
-        memory.written = [w for w in memory.written if not w.own.touches(box, w.dtype.itemsize, size)]
+        memory.written.forget(box, size)
         memory.fills = [f for f in memory.fills if not f[0].touches(box, f[1].itemsize, size)]
 
     # --- memory -----------------------------------------------------------------------------------------------------
