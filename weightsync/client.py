@@ -200,8 +200,9 @@ def _rank_push(
     endpoint = daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
     if "://" not in endpoint:
         raise ConfigError(f"daemon = {endpoint!r} is no endpoint", hint="ipc:///path/to.sock or tcp://127.0.0.1:PORT")
-    from weightsync.rank import RankPush, trainer_place
+    from weightsync.rank import RankPush
     from weightsync.sources import source_of
+    from weightsync.trainer_place import trainer_place
 
     started = time.monotonic()
     source = source_of(weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers)

@@ -79,8 +79,8 @@ def push_lora(
     has loaded it, `PushTimeout` when what is under way on the node does not end in time, and `DaemonLost`.
     """
     from weightsync.operator import ask
-    from weightsync.rank import trainer_place
     from weightsync.sources.lora_files import adapter_files
+    from weightsync.trainer_place import trainer_place
 
     if isinstance(version, bool) or not isinstance(version, int) or version < 0:
         raise SourceError(f"version = {version!r} is not a whole number from 0 up")

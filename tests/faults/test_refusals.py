@@ -10,8 +10,9 @@ import pytest
 from tests.faults.kit import AT_ONCE
 from weightsync.errors import PushRefused, WeightSyncError
 from weightsync.plan.layout import Layout, Shard
-from weightsync.rank import RankPush, TrainerPlace
+from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
+from weightsync.trainer_place import TrainerPlace
 
 pytestmark = pytest.mark.faults
 

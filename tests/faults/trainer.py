@@ -27,8 +27,9 @@ from safetensors.torch import load_file
 
 from weightsync.errors import WeightSyncError
 from weightsync.plan.layout import Layout
-from weightsync.rank import RankPush, TrainerPlace
+from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
+from weightsync.trainer_place import TrainerPlace
 
 
 class Line:

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from weightsync.errors import PushAborted, SourceError, WeightSyncError
-from weightsync.rank import RankPush, TrainerPlace
+from weightsync.rank import RankPush
 from weightsync.rank_memory import RankMemory
 from weightsync.sources.tensors import TensorSource
+from weightsync.trainer_place import TrainerPlace
 from weightsync.wire import messages as msg
 
 

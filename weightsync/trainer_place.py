@@ -1,0 +1,70 @@
+"""Which rank of which trainer a process is, known without asking anybody."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import socket
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from weightsync.errors import LocalProtocolError
+
+__all__ = ["TrainerPlace", "trainer_place"]
+
+
+@dataclass(frozen=True)
+class TrainerPlace:
+    """Which rank of which trainer this process is."""
+
+    group: str  # the same on all ranks of one trainer, another on every other
+    rank: int
+    world: int
+
+
+def trainer_place(process_group: Any = None) -> TrainerPlace:
+    """This process's place, from `torch.distributed` where that is in use; talks to nobody.
+
+    Ranks recognise each other by the ranks of the group and by `$WEIGHTSYNC_TRAINER`; where that is not set, by what
+    their launcher gave all of them: torchelastic's run id and how often it has started them again, the master's address
+    and port; where there was none, as in Ray actors, by the store at which `torch.distributed` met.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        if process_group is not None:
+            raise LocalProtocolError("process_group was given, but torch.distributed is not initialised")
+        return TrainerPlace(f"{socket.gethostname()}-{os.getpid()}-{_PROCESS}", 0, 1)
+    rank = dist.get_rank(process_group)
+    if rank < 0:
+        raise LocalProtocolError("this process is not in the process_group it pushes with")
+    ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
+    shared = [_PROCESS] if len(ranks) == 1 else _shared(dist)
+    whole = hashlib.blake2b("|".join([*shared, *map(str, ranks)]).encode(), digest_size=8).hexdigest()
+    return TrainerPlace(f"trainer-{whole}", rank, len(ranks))
+
+
+def _shared(dist: Any) -> list[str]:
+    """What all ranks of this trainer have, and no other trainer."""
+    named = os.environ.get("WEIGHTSYNC_TRAINER")
+    if named:
+        return [named]
+    if any(os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
+        return [os.environ.get(name, "") for name in _LAUNCH]
+    store: Any = dist.distributed_c10d._get_default_store()  # torch has no public way to it
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    if isinstance(store, dist.TCPStore):
+        return [store.host, str(store.port)]
+    if isinstance(store, dist.FileStore):
+        return [store.path]
+    raise LocalProtocolError(
+        "ranks cannot recognise each other: their launcher gave them neither a run id nor a master's port, and "
+        f"torch.distributed met at a {type(store).__name__}, which has no address",
+        hint="set the same WEIGHTSYNC_TRAINER, unlike any other trainer's, on all ranks",
+    )
+
+
+_PROCESS = secrets.token_hex(4)
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
