@@ -77,9 +77,10 @@ class NodeExecutor:
     async def _at_engine(self, context: PushContext, instruction: do.Instruction) -> ev.Event:
         name: str = getattr(instruction, "engine", "")
         phase = phase_of(instruction)
-        bucket: int | None = getattr(instruction, "bucket", None)
+        first, count = getattr(instruction, "bucket", None), getattr(instruction, "count", 1)
+        which = "-" if first is None else buckets(first, count)
         words, extra = (name, context.version, phase), {"phase": phase}
-        logger.debug("[engine=%s v=%d] %s.started bucket=%s", *words, bucket, extra=extra)
+        logger.debug("[engine=%s v=%d] %s.started %s", *words, which, extra=extra)
         try:
             engine = self.engines[name]
             async with asyncio.timeout_at(instruction.deadline), engine.lock:
@@ -92,15 +93,22 @@ class NodeExecutor:
             logger.exception("[engine=%s v=%d] %s failed in an unexpected way", *words, extra=extra)
             error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
         else:
-            logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, bucket, extra=extra)
+            logger.debug("[engine=%s v=%d] %s.complete %s", *words, which, extra=extra)
             return event
         lost = isinstance(error, EngineLost)
         if lost and name in self.engines:
             self.engines[name].lost(error)
         extra |= {"error": type(error).__name__}
-        logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", *words, bucket, error.message, extra=extra)
+        record = error.record()
+        bucket = first
+        if first is not None and count > 1:  # which of them, if that is known
+            bucket = record.bucket if record.bucket in range(first, first + count) else None
+            which = which if bucket is None else buckets(bucket, 1)
+        message = f"{record.message} ({which})" if count > 1 and bucket is None else record.message
+        logger.warning("[engine=%s v=%d] %s.failed %s: %s", *words, which, error.message, extra=extra)
         record = msgspec.structs.replace(
-            error.record(),
+            record,
+            message=message,
             engine=name,
             phase=phase,  # whatever the engine itself calls it
             bucket=bucket,
@@ -146,7 +154,7 @@ class NodeExecutor:
                 tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
                 exported = [ticket for ticket in tickets if ticket is not None]
                 if len(exported) < count or not exported:
-                    raise LocalProtocolError(f"{buckets(first, count)} was not exported for engine {name}")
+                    raise LocalProtocolError(f"not all of {buckets(first, count)} was exported for engine {name}")
                 await self._load(context, engine, first, exported, deadline)
                 return ev.BucketLoaded(engine=name, bucket=first, count=count)
             case do.FinishEngine():

@@ -487,6 +487,24 @@ def test_a_parameter_that_is_padding_alone_stays_with_the_loader():
     assert (replay.facts().phase, model.heard) == ("loader", ["embed"])
 
 
+def test_what_is_filled_is_filled_before_anything_is_copied():
+    """Copies may be made on several streams of a GPU, and go over it."""
+
+    def load(targets, tensors):
+        for _, tensor in tensors:
+            targets["embed.weight"][:4].copy_(tensor)
+            targets["embed.weight"][4:].fill_(0)
+
+    model: Any = Model({"embed.weight": torch.ones(6, 4)}, load)
+    replay = pushed(model, lambda seed: weights(seed, embed=(4, 4)))
+    with torch.no_grad():
+        model.embed.weight[4:] = 7
+    manifest, _ = read_buckets(weights(9, embed=(4, 4)), 1 << 20)
+    replay.begin(manifest, model)
+    assert replay.facts().phase == "replay"
+    assert not model.embed.weight[4:].any()
+
+
 def test_switched_off():
     model: Any = Model(LAYER, load_layer)
     replay = ModelReplay({SWITCH: "0"})

@@ -60,17 +60,43 @@ def test_an_engine_that_is_behind_loads_several_buckets_in_one_call_but_not_out_
             world.fill(*world.leases[0])
         for other in [i for i in world.pending if i is not first]:
             world.succeed(other)
-    began = world.now
     world.succeed(first)
     then = next(i for i in world.pending if isinstance(i, do.LoadBucket))
     assert (then.bucket, then.count) == (1, 3), "of six slots"
-    assert then.deadline == began + 3 * 10.0, "each has the time of an operation"
     assert "buckets 1 to 3" in world.session.waiting_for()
-    loaded = ev.BucketLoaded(engine="a", bucket=1, count=2)
-    world.hear(loaded)
-    assert world.session.engines["a"].loaded == 1, "that is not what it was asked"
     world.run()
     assert world.models["a"].loaded == list(range(9))
+
+
+def test_an_engine_that_hangs_over_several_buckets_is_given_up_in_time_for_the_others_to_commit():
+    world = World(buckets=60, slots=3, owners=8)
+    world.open_all()
+    while not any(isinstance(i, do.LoadBucket) and i.engine == "a" and i.count > 1 for i in world.pending):
+        world.run_some(lambda i: True)
+    hung = next(i for i in world.pending if isinstance(i, do.LoadBucket) and i.engine == "a")
+    assert hung.count <= do.MOST_LOADED
+    assert hung.deadline <= world.now + 10.0, "the time of one operation"
+    while world.run_some(lambda i: i is not hung):
+        pass
+    world.now = hung.deadline
+    world.fail(hung, lost=True)
+    world.run()
+    assert outcomes(world) == {"a": "lost", "b": "committed"}
+
+
+def test_a_node_that_loads_fewer_buckets_than_it_was_asked_to_is_found_out():
+    world = World(buckets=9, slots=6, engines=REMOTE)
+    world.open_all()
+    while not any(isinstance(i, do.LoadBucket) and i.engine == "b" and i.count > 1 for i in world.pending):
+        world.run_some(lambda i: not (isinstance(i, do.LoadBucket) and i.engine == "b") or len(world.pending) == 1)
+    asked = next(i for i in world.pending if isinstance(i, do.LoadBucket) and i.engine == "b")
+    world.pending.remove(asked)
+    world.hear(ev.BucketLoaded(engine="b", bucket=asked.bucket))
+    error = world.session.engines["b"].error
+    assert error is not None
+    assert f"loaded 1 of buckets {asked.bucket} to" in error.message
+    world.run()
+    assert outcomes(world)["a"] == "committed"
 
 
 def test_engines_resume_only_when_all_are_verified():

@@ -44,7 +44,8 @@ def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> Hel
     """In a worker: what `model` holds of the push that has ended, of the manifest with this digest."""
     if replay is None:
         return HeldSums()
-    held, sums = replay.residents(digest, model), replay.fingerprints(digest, model)
+    held = replay.residents(digest, model)
+    sums = replay.fingerprints(held, model) if held is not None else None
     if held is None or sums is None:
         return HeldSums(pulled=replay.pulled)
     return HeldSums(boxes=digest_of(held.packed), sums=sums, pulled=replay.pulled)

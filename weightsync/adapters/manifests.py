@@ -1,8 +1,8 @@
 """Manifests that an engine's workers have seen: a whole one is told once, and its digest from then on.
 
-That of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. Both sides remember
-the same latest ones, since they hear of them in the same order; where they differ after all, a push fails and the next
-tells the whole.
+That of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. A worker remembers
+more than a daemon believes it does, since several may speak to it; where it does not know a digest after all, a push
+fails and the next tells the whole.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["KEPT", "SeenManifests", "ToldManifests"]
 
 KEPT = 4  # the latest that were pushed
+_SEVERAL = 4  # daemons, or entries of an engine in one, that may speak to the same workers
 
 
 class SeenManifests:
@@ -41,7 +42,7 @@ class SeenManifests:
         else:
             found = Manifest.unpack(told)
             found = self._kept.get(found.digest, found)
-        _note(self._kept, found)
+        _note(self._kept, found, KEPT * _SEVERAL)
         return found
 
 
@@ -54,7 +55,7 @@ class ToldManifests:
     def tell(self, manifest: Manifest) -> bytes:
         """What to tell the workers so that they know it."""
         told = manifest.digest in self._told
-        _note(self._told, manifest)
+        _note(self._told, manifest, KEPT)
         return manifest.digest if told else manifest.pack()
 
     def forget(self) -> None:
@@ -71,8 +72,8 @@ class ToldManifests:
             raise
 
 
-def _note(kept: dict[bytes, Manifest], manifest: Manifest) -> None:
+def _note(kept: dict[bytes, Manifest], manifest: Manifest, most: int) -> None:
     kept.pop(manifest.digest, None)
     kept[manifest.digest] = manifest
-    for digest in list(kept)[:-KEPT]:
+    for digest in list(kept)[:-most]:
         del kept[digest]

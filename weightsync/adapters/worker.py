@@ -15,6 +15,7 @@ owners are read on streams of their own, so that a worker draws from every GPU a
 
 from __future__ import annotations
 
+import time
 import warnings
 from typing import TYPE_CHECKING
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
+
+_SETTLES = 10.0  # seconds for a GPU to end what was queued
 
 
 class _Update:
@@ -70,14 +73,15 @@ class SlotReader:
     def begin(self, manifest: Manifest, offers: Sequence[bytes], *, deadline: float) -> None:
         """Open an update, dropping one that is open, and attach to the arenas on offer.
 
-        Raises `CodecError` or `TransportBroken`, with nothing begun.
+        Raises `CodecError`, `TransportBroken`, or `TransportTimeout` while a GPU still reads what the last one queued,
+        with nothing begun.
         """
         self._update = None
         for dtype in sorted(set(manifest.tensors.dtypes)):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
         if offers and (ArenaOffer.unpack(offers[0]).memory is None) != (self._gpu is None):
-            self._switch()
+            self._switch(deadline)
         if self._gpu is not None:
             self._gpu.expect(manifest, deadline=deadline)
         for offer in offers:
@@ -132,8 +136,7 @@ class SlotReader:
         that did not come whole.
         """
         update, self._update = self._open(), None
-        if self._gpu is not None:
-            self._gpu.settle(deadline=update.pulls_until)
+        self.settle(deadline=update.pulls_until)
         if not update.read.all():
             piece = int(np.argmin(update.read))
             name = update.manifest.tensors.names[int(update.manifest.piece_tensor[piece])]
@@ -143,10 +146,18 @@ class SlotReader:
                 bucket=int(update.manifest.piece_bucket[piece]),
             )
 
+    def settle(self, *, deadline: float) -> None:
+        """Return when nothing that `pull` has queued is under way any more. Raises as `LeaseKeeper.settle`."""
+        if self._gpu is not None:
+            self._gpu.settle(deadline=deadline)
+
     def close(self) -> None:
         """Drop an update that is open and detach from every arena."""
         self._update = None
-        self._receiver.close()
+        try:
+            self.settle(deadline=time.monotonic() + _SETTLES)
+        finally:
+            self._receiver.close()
 
     def _expecting(self, bucket: int) -> _Update:
         update = self._open()
@@ -183,8 +194,9 @@ class SlotReader:
             raise LocalProtocolError("no update is open", hint="begin first")
         return self._update
 
-    def _switch(self) -> None:
+    def _switch(self, deadline: float) -> None:
         """The node's slots have moved between host memory and GPUs."""
+        self.settle(deadline=deadline)
         before = self._receiver
         if self._gpu is not None:
             self._gpu, self._receiver = None, ShmReceiver()

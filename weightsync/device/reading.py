@@ -29,14 +29,15 @@ class GpuBuckets:
         self._manifest: Manifest | None = None
         self._leases = LeaseKeeper(device)
         self._streams: list[torch.cuda.Stream] = []  # one for each owner of buckets
+        self._owners = 0  # of this manifest
 
     def expect(self, manifest: Manifest, *, deadline: float) -> None:
         """What comes next is of this manifest. Waits for what the last push left to be read."""
         self.settle(deadline=deadline)
         if manifest is not self._manifest:
             self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
-            owners = 1 + int(manifest.bucket_owner.max(initial=0))
-            self._streams += [torch.cuda.Stream(self._device) for _ in range(owners - len(self._streams))]
+            self._owners = 1 + int(manifest.bucket_owner.max(initial=0))
+            self._streams += [torch.cuda.Stream(self._device) for _ in range(self._owners - len(self._streams))]
 
     def settle(self, *, deadline: float) -> None:
         """Return when the GPU is past all that `lend` had queued. Raises as `LeaseKeeper.settle`."""
@@ -45,7 +46,7 @@ class GpuBuckets:
     def lend(self, bucket: int, lease: Lease, take: Callable[[torch.Tensor, int], None]) -> None:
         """Have `take` queue what reads the bucket, on a stream of its owner's; the lease ends when the GPU is past it.
 
-        `take` is given uint8 [nbytes], and how many such streams there are.
+        `take` is given uint8 [nbytes], and how many owners there are.
         """
         assert self._manifest is not None, "`expect` comes first"
         stream = self._streams[int(self._manifest.bucket_owner[bucket])]
@@ -53,7 +54,7 @@ class GpuBuckets:
             stream.wait_stream(torch.cuda.current_stream(self._device))
             with torch.cuda.stream(stream):
                 try:
-                    take(lent_tensor(lease.address, lease.nbytes, self._device), len(self._streams))
+                    take(lent_tensor(lease.address, lease.nbytes, self._device), self._owners)
                 finally:
                     event = torch.cuda.Event()
                     event.record(stream)

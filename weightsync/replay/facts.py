@@ -20,7 +20,7 @@ class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True):
     why: dict[str, list[str]] = {}  # why tensors stay with the loader → the first of them, and "… and n more"
     note: str = ""  # why all began anew, or is off
     compares: bool = False  # whether it can say what lies in the engine's memory, where that is proved
-    seconds: dict[str, float] = {}  # phase → seconds that loading took in the last push of that phase
+    seconds: dict[str, float] = {}  # phase → seconds of loading in its last push; on a GPU, of queueing that
 
 
 def least(workers: list[ReplayFacts]) -> ReplayFacts | None:

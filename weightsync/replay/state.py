@@ -85,7 +85,6 @@ class ModelReplay:
         self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
-        self._filled = False
         self._pulled = 0
         self._device = torch.device("cpu")
         self._seconds: dict[str, float] = {}  # of the last push in each phase
@@ -129,7 +128,7 @@ class ModelReplay:
             self._note, known = anew, None
         if known is not None:
             self._layouts[manifest.digest] = known
-        self._known, self._filled = known, False
+        self._known = known
         if known is None:
             self._recorder, self._before = Recorder(targets), ModelState.of(model)
             self._phase = "record"
@@ -140,6 +139,8 @@ class ModelReplay:
             if not known.proved:
                 self._proof = Proof(known.plan, known.moves, targets, known.mover)
                 self._before = ModelState.of(model)
+            else:
+                self._fill(known)  # before copies, which may be made on other streams and go over them
             self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:
@@ -266,14 +267,18 @@ class ModelReplay:
             return None
         return None if _why_anew(known, model.places) else known.held(manifest)
 
-    def fingerprints(self, digest: bytes, model: ModelState) -> bytes | None:
-        """Of these residents, as they lie in `model` now; None as above."""
-        residents = self.residents(digest, model)
-        if residents is None or self._known is None:
+    def fingerprints(self, residents: Residents, model: ModelState) -> bytes | None:
+        """Of these residents, as they lie in `model` now; None where that fails, and then nothing is replayed again."""
+        known = self._known
+        assert known is not None, "there are residents of it"
+        try:
+            if known.sums is None:
+                known.sums = sums_for(residents, self._device)
+            return known.sums.fingerprints(model.tensors)
+        except Exception as error:
+            self.turn_off(f"fingerprints failed: {type(error).__name__} {error}")
+            logger.exception("weightsync: replay is off from here on")
             return None
-        if self._known.sums is None:
-            self._known.sums = sums_for(residents, self._device)
-        return self._known.sums.fingerprints(model.tensors)
 
     def _tell(self) -> None:
         facts = self.facts()
@@ -288,14 +293,14 @@ class ModelReplay:
             "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
         )
 
+    def _fill(self, known: _Known) -> None:
+        index = {name: i for i, name in enumerate(known.moves.targets)}
+        for fill in known.plan.fills:
+            strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
+
     def _replay(self, bucket: ReadBucket, share: int = 1) -> list[Named]:
         """Carry out what the plan knows of a bucket; what is left for the loader."""
         assert self._known is not None, "`begin` comes first"
-        if not self._filled:
-            index = {name: i for i, name in enumerate(self._known.moves.targets)}
-            for fill in self._known.plan.fills:
-                strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
-            self._filled = True
         here = self._known.moves.buckets[bucket.index]
         try:
             mover = self._known.mover

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from weightsync.session import events as ev
 from weightsync.session.opening import Opening
-from weightsync.session.state import PUSH_ERRORS, State, about
+from weightsync.session.state import PUSH_ERRORS, State, about, buckets
 
 if TYPE_CHECKING:
-    from weightsync.session import events as ev
     from weightsync.session.instructions import Instruction
 
 __all__ = ["Failing"]
@@ -41,6 +41,23 @@ class Failing(Opening):
             self._fail(about(event.error, kind="PushRefused", message=message, engine=engine.name), now, out)
             return
         self._go_on_without(now, out)
+
+    def _on_bucket_loaded(self, event: ev.BucketLoaded, now: float, out: list[Instruction]) -> None:
+        """A follower that says nothing of more than one bucket is of another version, and has loaded one."""
+        engine = self.engines.get(event.engine)
+        as_asked = engine is None or (engine.next_bucket, engine.loading) == (event.bucket, event.count)
+        if engine is None or as_asked or engine.asked != "load" or engine.next_bucket != event.bucket:
+            super()._on_bucket_loaded(event, now, out)
+            return
+        what = f"{event.count} of {buckets(event.bucket, engine.loading)}"
+        error = self._record(
+            "RemoteProtocolError",
+            f"node {engine.node} says that it loaded {what} into {engine.name}",
+            hint="install the same weightsync on all nodes",
+            engine=engine.name,
+            phase="load",
+        )
+        self._on_engine_failed(ev.EngineFailed(engine=engine.name, phase="load", error=error), now, out)
 
     def _go_on_without(self, now: float, out: list[Instruction]) -> None:
         """One engine or more has left: whatever waited for it goes on."""

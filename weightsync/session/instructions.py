@@ -12,7 +12,7 @@ import msgspec
 
 from weightsync.errors import ErrorRecord
 
-MOST_LOADED = 64  # buckets in one call
+MOST_LOADED = 8  # buckets in one call, which has the time of one operation
 __all__ = [
     "MOST_LOADED",
     "AcceptEngine",

@@ -89,7 +89,7 @@ class Transferring(Committing):
 
     def _on_bucket_loaded(self, event: ev.BucketLoaded, now: float, out: list[Instruction]) -> None:
         known = self.engines.get(event.engine)
-        if known is None or (known.next_bucket, known.loading) != (event.bucket, event.count):
+        if known is None or known.next_bucket != event.bucket:
             return
         engine = self._answered(event.engine, "load", now, out)
         if engine is None:
@@ -232,8 +232,9 @@ class Transferring(Committing):
         elif engine.stage is EngineStage.LOADING and there:
             engine.asked, engine.loading = "load", there
             self.phases.start("load", now)
-            until = min(self.push_deadline, now + there * self.operation_timeout)
-            out.append(do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=until))
+            out.append(
+                do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=self._until(now))
+            )
 
     def _exported(self, engine: EngineTrack, most: int) -> int:
         """How many of the buckets that come next for this engine, up to `most`, lie ready for it."""

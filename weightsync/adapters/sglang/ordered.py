@@ -45,7 +45,8 @@ class PluginPath(LoadPath):
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         self._told.forget()  # so that it is told whole
         order = orders.Accept(manifest=self._told.tell(manifest), target=self._target)
-        answer = await self._order(order, deadline, "accept")
+        with self._told.unless_it_fails():
+            answer = await self._order(order, deadline, "accept")
         try:
             accepted = msgspec.json.decode(answer, type=orders.Accepted)
         except msgspec.DecodeError as error:

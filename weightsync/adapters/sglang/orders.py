@@ -57,7 +57,6 @@ class Accept(Order, frozen=True, tag="accept"):
 class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
     loaded will be compared, so that buckets need not be. `anew`: what was learnt of the loader led to something wrong.
-    Both are only told to a plugin that compares.
     """
 
     manifest: bytes  # packed, or the digest of one that the plugin has seen (`adapters/manifests.py`)

@@ -59,7 +59,9 @@ class ExtensionPath(EnginePath):
         self._told.forget()  # so that it is told whole
         asked = {"manifest": _text(self._told.tell(manifest)), "draft": self.draft}
         untouched: dict[str, None] = {}
-        for fit in await self.server.workers("check", deadline=deadline, **asked):
+        with self._told.unless_it_fails():
+            fits = await self.server.workers("check", deadline=deadline, **asked)
+        for fit in fits:
             if fit["unknowns"]:
                 names = first_names([repr(name) for name in fit["unknown"]], fit["unknowns"])
                 raise self.refused(f"the model has no parameter for {names}")
@@ -125,7 +127,7 @@ class ExtensionPath(EnginePath):
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
             **({"draft": True} if self.draft else {}),
-            **({"pull": True} if self.pull else {}),  # an older plugin does not know these words
+            **({"pull": True} if self.pull else {}),
             **({"anew": True} if self.anew else {}),
         }
 
