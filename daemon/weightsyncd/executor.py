@@ -78,9 +78,10 @@ class NodeExecutor:
         name: str = getattr(instruction, "engine", "")
         phase = phase_of(instruction)
         first, count = getattr(instruction, "bucket", None), getattr(instruction, "count", 1)
-        which = "-" if first is None else buckets(first, count)
         words, extra = (name, context.version, phase), {"phase": phase}
-        logger.debug("[engine=%s v=%d] %s.started %s", *words, which, extra=extra)
+        if first is not None and count > 1:
+            extra["buckets"] = f"{first}-{first + count - 1}"
+        logger.debug("[engine=%s v=%d] %s.started bucket=%s", *words, first, extra=extra)
         try:
             engine = self.engines[name]
             async with asyncio.timeout_at(instruction.deadline), engine.lock:
@@ -93,19 +94,18 @@ class NodeExecutor:
             logger.exception("[engine=%s v=%d] %s failed in an unexpected way", *words, extra=extra)
             error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
         else:
-            logger.debug("[engine=%s v=%d] %s.complete %s", *words, which, extra=extra)
+            logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, first, extra=extra)
             return event
         lost = isinstance(error, EngineLost)
         if lost and name in self.engines:
             self.engines[name].lost(error)
         extra |= {"error": type(error).__name__}
         record = error.record()
-        bucket = first
+        bucket, message = first, record.message
         if first is not None and count > 1:  # which of them, if that is known
             bucket = record.bucket if record.bucket in range(first, first + count) else None
-            which = which if bucket is None else buckets(bucket, 1)
-        message = f"{record.message} ({which})" if count > 1 and bucket is None else record.message
-        logger.warning("[engine=%s v=%d] %s.failed %s: %s", *words, which, error.message, extra=extra)
+            message = message if bucket is not None else f"{message} ({buckets(first, count)})"
+        logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", *words, bucket, message, extra=extra)
         record = msgspec.structs.replace(
             record,
             message=message,
