@@ -1,10 +1,11 @@
 """Pushes between GPUs of one host: FSDP2 shards into reference engines on the same GPUs, beside what the wires can do.
 
-    python -m bench.bench_gpu --model 30b-a3b --engines tp --json out.json
-    python -m bench.bench_gpu --model 30b-a3b --engines away      # half of the GPUs to the other half, as two nodes
+    python -m bench.bench_gpu --shape qwen3-30b-a3b --engines tp --json out.json
+    python -m bench.bench_gpu --shape qwen3-30b-a3b --engines away   # half of the GPUs to the other half, as two nodes
 
-Weights are random, shapes and names a real model's. Every push is verified: each engine's tensors are fingerprinted
-where they lie and compared with the trainer's. Seconds are medians over the pushes after two that warm up.
+Weights are random, shapes and names a real model's (`python -m bench models`; the reference engine serves Qwen3's).
+Every push is verified: each engine's tensors are fingerprinted where they lie and compared with the trainer's. Seconds
+are medians over the pushes after two that warm up.
 """
 
 from __future__ import annotations
@@ -19,50 +20,19 @@ from typing import Any
 
 import torch
 
+from bench import shapes
 from bench.gpu_ceilings import measure
 from bench.harness import report
-from weightsync.adapters.reference.config import ModelConfig, write_config
+from weightsync.adapters.reference.config import read_config
 from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
-
-_QWEN3: Any = {"head_dim": 128, "dtype": "bfloat16", "vocab_size": 151936}
-MODELS = {
-    "0.6b": ModelConfig(
-        **_QWEN3,
-        hidden_size=1024,
-        intermediate_size=3072,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        tie_word_embeddings=True,
-    ),
-    "8b": ModelConfig(
-        **_QWEN3,
-        hidden_size=4096,
-        intermediate_size=12288,
-        num_hidden_layers=36,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-    ),
-    "30b-a3b": ModelConfig(
-        **_QWEN3,
-        architecture="Qwen3MoeForCausalLM",
-        hidden_size=2048,
-        intermediate_size=6144,
-        num_hidden_layers=48,
-        num_attention_heads=32,
-        num_key_value_heads=4,
-        num_experts=128,
-        num_experts_per_tok=8,
-        moe_intermediate_size=768,
-    ),
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--model", choices=MODELS, default="30b-a3b")
+    parser.add_argument("--shape", choices=shapes.names(), default="qwen3-30b-a3b")
+    parser.add_argument("--layers", type=int, default=None, help="of the model's, so many; all by default")
     parser.add_argument("--ranks", type=int, default=0, help="trainer ranks, one a GPU; all of the trainer's node")
     parser.add_argument(
         "--engines",
@@ -86,7 +56,7 @@ def main() -> None:
     into_each = figures["bytes"] / (1 if arguments.engines == "replicas" else gpus)
     rate = into_each / figures["seconds"] / 1e9
     rows = [
-        ["model", f"{arguments.model}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
+        ["model", f"{arguments.shape}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
         ["GPUs, trainer ranks, engines", f"{gpus}, {arguments.ranks}, {arguments.engines}"],
         ["arenas", f"{arguments.slots} slots of {arguments.slot} on each GPU"],
         ["push, median", f"{figures['seconds']:.4f} s"],
@@ -109,7 +79,8 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
     away = arguments.engines == "away"
     with Fleet() as fleet:
         (fleet.root / "model").mkdir()
-        write_config(MODELS[arguments.model], fleet.root / "model")
+        shapes.load(arguments.shape).with_layers(arguments.layers).write(fleet.root / "model")
+        read_config(fleet.root / "model")  # or say what the reference engine does not serve
         flags = ["--load-format", "dummy"]
         if away:
             there = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus // 2, gpus)))}

@@ -135,7 +135,10 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
 
 
 def named(pid: int) -> str:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return f"{pid} (has ended)"
     return f"{pid} {words.strip()[-60:]}"
 
 
