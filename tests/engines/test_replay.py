@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from tests.engines.yard import Need
-from weightsync.replay.state import LAYOUTS
+from weightsync.replay.facts import LAYOUTS
 from weightsync.testing import eventually
 from weightsync.views import replay_details
 

@@ -8,12 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hand_push import as_bytes, manifest_of
-from weightsync.adapters.manifests import KEPT, SeenManifests, ToldManifests
+from weightsync.adapters.manifests import SeenManifests, ToldManifests
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import DIGEST_BYTES
+from weightsync.replay.facts import LAYOUTS
 
 MANIFESTS = [
-    manifest_of(as_bytes([("w", torch.zeros(4)), ("v", torch.zeros(n + 1))]), slot_bytes=1024) for n in range(KEPT + 3)
+    manifest_of(as_bytes([("w", torch.zeros(4)), ("v", torch.zeros(n + 1))]), slot_bytes=1024)
+    for n in range(LAYOUTS + 3)
 ]
 
 

@@ -15,6 +15,7 @@ from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, EngineError
 from weightsync.plan.packing import digest_of
 from weightsync.plan.residents import ResidentBoxes
+from weightsync.replay.facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +29,6 @@ _HINT = (
     "weights that the trainer changed while they were read, a slot that was damaged under way, or something else that "
     "writes into the engine's weights; the next push goes through its loader, and is checked bucket by bucket"
 )
-LAYOUTS = 4  # that are remembered, as many as a worker remembers
 __all__ = ["HeldCheck", "HeldSums", "Workers", "packed_boxes", "sums_of"]
 
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING
 from weightsync.errors import LocalProtocolError
 from weightsync.plan.manifest import Manifest
 from weightsync.plan.packing import DIGEST_BYTES
+from weightsync.replay.facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-__all__ = ["KEPT", "SeenManifests", "ToldManifests"]
+__all__ = ["SeenManifests", "ToldManifests"]
 
-KEPT = 4  # the latest that were pushed
 _SEVERAL = 4  # daemons, or entries of an engine in one, that may speak to the same workers
 
 
@@ -42,7 +42,7 @@ class SeenManifests:
         else:
             found = Manifest.unpack(told)
             found = self._kept.get(found.digest, found)
-        _note(self._kept, found, KEPT * _SEVERAL)
+        _note(self._kept, found, LAYOUTS * _SEVERAL)
         return found
 
 
@@ -55,7 +55,7 @@ class ToldManifests:
     def tell(self, manifest: Manifest) -> bytes:
         """What to tell the workers so that they know it."""
         told = manifest.digest in self._told
-        _note(self._told, manifest, KEPT)
+        _note(self._told, manifest, LAYOUTS)
         return manifest.digest if told else manifest.pack()
 
     def forget(self) -> None:

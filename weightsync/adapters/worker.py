@@ -146,16 +146,18 @@ class SlotReader:
                 bucket=int(update.manifest.piece_bucket[piece]),
             )
 
-    def settle(self, *, deadline: float) -> None:
-        """Return when nothing that `pull` has queued is under way any more. Raises as `LeaseKeeper.settle`."""
+    def settle(self, *, deadline: float | None = None) -> None:
+        """Return when nothing that `pull` has queued is under way any more; without a deadline, within ten seconds.
+        Raises as `LeaseKeeper.settle`.
+        """
         if self._gpu is not None:
-            self._gpu.settle(deadline=deadline)
+            self._gpu.settle(deadline=deadline if deadline is not None else time.monotonic() + _SETTLES)
 
     def close(self) -> None:
         """Drop an update that is open and detach from every arena."""
         self._update = None
         try:
-            self.settle(deadline=time.monotonic() + _SETTLES)
+            self.settle()
         finally:
             self._receiver.close()
 

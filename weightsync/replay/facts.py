@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["ReplayFacts", "least"]
+__all__ = ["LAYOUTS", "ReplayFacts", "least"]
+
+LAYOUTS = 4  # that are remembered, the latest ones pushed
 
 
 class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True):

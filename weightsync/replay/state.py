@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightsync.errors import LocalProtocolError
-from weightsync.replay.facts import ReplayFacts
+from weightsync.replay.facts import LAYOUTS, ReplayFacts
 from weightsync.replay.kernel import mover_for
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out, raw_bytes, strided_view
@@ -46,7 +46,6 @@ logger = logging.getLogger(__name__)
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
 Phase = Literal["off", "record", "prove", "replay", "loader"]
-LAYOUTS = 4  # that are remembered, the latest ones pushed
 _NAMES_TOLD = 4  # of parameters with the same reason
 
 

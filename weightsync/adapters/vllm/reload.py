@@ -37,7 +37,6 @@ __all__ = ["WeightReload", "worker_index"]
 
 _RELOAD = "vllm.model_executor.model_loader.reload"
 _LOADERS_RAISE = (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-_SETTLES = 10.0  # seconds for a GPU to end what was queued
 _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts")
 
 
@@ -85,7 +84,7 @@ class WeightReload:
         """Make the model as it was before an update that was begun and did not end. `ready` follows `begin`."""
         if self.config is None:
             raise LocalProtocolError("this worker was not asked for its hello", hint="weightsyncd asks for it first")
-        self._slots.settle(deadline=monotonic() + _SETTLES)  # a push that failed may have left something under way
+        self._slots.settle()  # a push that failed may have left something under way
         with self._as_vllm():
             self._put_back(model, model_config or self.config.model_config)
 
