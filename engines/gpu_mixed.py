@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from engines.gpu_proof import Case, Server, compare, gpu_memory
+from engines.gpu_servers import Case, Server, compare, gpu_memory
 from weightsync.adapters.reference.config import read_config
 from weightsync.adapters.reference.oracle import expected_checksums
 from weightsync.client import push_source

@@ -1,6 +1,6 @@
 """gpu_proof.py: push into real vLLM and SGLang servers on this machine's GPUs, and compare what they then generate.
 
-    python engines/gpu_proof.py --models DIR --vllm vllm --sglang "python -m sglang.launch_server" --json proof.json
+    python -m engines.gpu_proof --models DIR --vllm vllm --sglang "python -m sglang.launch_server" --json proof.json
 
 DIR holds pairs of checkpoints NAME-base and NAME-new of one shape. For every case (engine, quantisation,
 tensor-parallel size) a server is started on NEW and asked for greedy tokens and logprobs; then others are started on
@@ -13,45 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shlex
-import signal
 import statistics
 import subprocess
 import sys
 import time
-import urllib.request
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from engines.gpu_servers import Case, Server, compare, gpu_memory
 from weightsync.client import push_source
 from weightsync.errors import PushRefused, WeightSyncError
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
-
-PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
-TOKENS = 8
-START = 240.0
-EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
-
-
-@dataclass(frozen=True)
-class Case:
-    kind: str
-    path: str
-    model: str = "dense"
-    tp: int = 1
-    quantization: str = ""
-
-    @property
-    def oracle(self) -> tuple[Any, ...]:
-        return (self.kind, self.model, self.tp, self.quantization)
-
-    @property
-    def name(self) -> str:
-        return "-".join(filter(None, [self.kind, self.path, self.model, f"tp{self.tp}", self.quantization]))
 
 
 @dataclass
@@ -70,120 +45,6 @@ class Outcome:
     @property
     def good(self) -> bool:
         return (self.tokens_equal or bool(self.refused)) and self.back_equal and self.moved and not self.problem
-
-
-class Server:
-    def __init__(
-        self,
-        case: Case,
-        checkpoint: Path,
-        port: int,
-        gpus: str,
-        options: argparse.Namespace,
-        flags: tuple[str, ...] = (),
-    ) -> None:
-        self.case, self.port, self.url = case, port, f"http://127.0.0.1:{port}"
-        self.log = options.logs / f"{case.name}-{checkpoint.name}.log"
-        env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
-        if case.path in ("plugin", "extension"):
-            env["EXTRA_PYTHONPATH"] = str(options.plugins)
-            env["PYTHONPATH"] = f"{options.plugins}:{env.get('PYTHONPATH', '')}"
-        else:
-            env.pop("PYTHONPATH", None)
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                [*self._command(checkpoint, options), *flags],
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                env=env,
-                start_new_session=True,
-            )
-
-    def _command(self, checkpoint: Path, options: argparse.Namespace) -> list[str]:
-        case = self.case
-        common = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
-        if case.quantization:
-            common += ["--quantization", case.quantization]
-        if case.kind == "vllm":
-            command = [
-                *shlex.split(options.vllm),
-                "serve",
-                str(checkpoint),
-                "--enforce-eager",
-                "--max-model-len",
-                "1024",
-            ]
-            command += ["--max-num-seqs", "8", "--gpu-memory-utilization", str(options.memory)]
-            command += ["--attention-backend", "TRITON_ATTN", "--disable-custom-all-reduce"]
-            command += ["--tensor-parallel-size", str(case.tp), *common]
-            if case.path in ("ipc", "plugin"):
-                backend = "ipc" if case.path == "ipc" else "weightsync"
-                command += ["--weight-transfer-config", json.dumps({"backend": backend})]
-            if case.path == "extension":
-                command += ["--worker-extension-cls", EXTENSION]
-            return command
-        command = [*shlex.split(options.sglang), "--model-path", str(checkpoint), "--tp", str(case.tp)]
-        command += ["--attention-backend", "triton", "--sampling-backend", "pytorch", "--disable-cuda-graph"]
-        command += ["--context-length", "1024", "--max-running-requests", "8", "--max-total-tokens", "16384"]
-        command += ["--mem-fraction-static", str(options.memory), "--disable-custom-all-reduce", "--skip-server-warmup"]
-        return [*command, *common]
-
-    def wait(self) -> str:
-        """ "" when it answers; else why not."""
-        deadline = time.monotonic() + START
-        while time.monotonic() < deadline:
-            if self.process.poll() is not None:
-                return f"ended: {self.tail()}"
-            try:
-                urllib.request.urlopen(f"{self.url}/health", timeout=5).read()
-            except OSError:
-                time.sleep(0.5)
-            else:
-                return ""
-        return f"was not ready in {START:g} s: {self.tail()}"
-
-    def tail(self) -> str:
-        lines = self.log.read_text(errors="replace").splitlines()
-        telling = [line for line in lines if "Error" in line or "error:" in line] or lines
-        return " | ".join(line.strip()[-200:] for line in telling[-3:])
-
-    def generate(self) -> list[tuple[list[int], list[float]]]:
-        """With nothing cached: a prefix computed before gives other roundings."""
-        self._post("/reset_prefix_cache" if self.case.kind == "vllm" else "/flush_cache", {})
-        return [self._generate(prompt) for prompt in PROMPTS]
-
-    def _generate(self, prompt: str) -> tuple[list[int], list[float]]:
-        if self.case.kind == "vllm":
-            body = {"model": "m", "prompt": prompt, "max_tokens": TOKENS, "temperature": 0, "logprobs": 1}
-            body |= {"ignore_eos": True, "return_token_ids": True}
-            choice = self._post("/v1/completions", body)["choices"][0]
-            return choice["token_ids"], choice["logprobs"]["token_logprobs"]
-        sampling = {"max_new_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
-        answer = self._post("/generate", {"text": prompt, "sampling_params": sampling, "return_logprob": True})
-        return answer["output_ids"], [p[0] for p in answer["meta_info"]["output_token_logprobs"]]
-
-    def _post(self, path: str, body: dict[str, Any]) -> Any:
-        request = urllib.request.Request(
-            self.url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=120) as answer:
-            content = answer.read()
-        return json.loads(content) if content.startswith((b"{", b"[")) else None
-
-    def stop(self) -> None:
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                self.process.wait(8)
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(10)
-
-
-def compare(found: list[Any], wanted: list[Any]) -> tuple[bool, float]:
-    tokens = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
-    worst = max(abs(a - b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f[1], w[1], strict=True))
-    return tokens, worst
 
 
 class Daemon:
@@ -295,16 +156,6 @@ def soak(servers: list[Server], options: argparse.Namespace) -> dict[str, Any]:
     }
     print(f"soak {found}", flush=True)
     return found
-
-
-def gpu_memory() -> dict[int, int]:
-    """MiB on all GPUs, by process."""
-    command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
-    used: dict[int, int] = {}
-    for line in subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines():
-        pid, _, mib = line.partition(",")
-        used[int(pid)] = used.get(int(pid), 0) + int(mib)
-    return used
 
 
 def rounds(cases: list[Case], most: int) -> list[list[Case]]:

@@ -26,7 +26,7 @@ import torch
 
 from bench.gpu_ceilings import measure
 from engines import peers
-from engines.gpu_proof import Case, Server
+from engines.gpu_servers import Case, Server
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
 from weightsync.operator import change_engines, fetch_status
