@@ -8,7 +8,7 @@ through our plugin: the first is recorded, the second proves what was recorded, 
 from then on weights are pulled straight out of the slots. What engines hold is compared with what was sent in every
 push that says how many tensors were checked. Then come the ways of `--peers`, what people use instead, each into the
 server of its kind and in its environment: `--sglang-python` and `--vllm-python` are the commands that run Python there.
-Prints a table, and writes what is known after each way; ceilings of the same run come last.
+Prints a line of JSON for each way, and writes what is known after each; ceilings of the same run come last.
 """
 
 from __future__ import annotations

@@ -154,7 +154,8 @@ class NodeExecutor:
                 tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
                 exported = [ticket for ticket in tickets if ticket is not None]
                 if len(exported) < count or not exported:
-                    raise LocalProtocolError(f"not all of {buckets(first, count)} was exported for engine {name}")
+                    what = f"{buckets(first, count)} {'was' if count == 1 else 'were'} not exported"
+                    raise LocalProtocolError(f"{what} for engine {name}, or not all of it")
                 await self._load(context, engine, first, exported, deadline)
                 return ev.BucketLoaded(engine=name, bucket=first, count=count)
             case do.FinishEngine():

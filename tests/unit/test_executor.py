@@ -64,7 +64,7 @@ def test_nothing_is_loaded_if_one_of_them_was_not_exported():
     hand = Hand()
     failed = carried_out(hand, load(4, 3), range(2, 6))
     assert isinstance(failed, ev.EngineFailed)
-    assert failed.error.message.startswith("not all of buckets 4 to 6 was exported")
+    assert failed.error.message.startswith("buckets 4 to 6 were not exported")
     assert hand.loaded == []
 
 

@@ -45,8 +45,8 @@ class Failing(Opening):
     def _on_bucket_loaded(self, event: ev.BucketLoaded, now: float, out: list[Instruction]) -> None:
         """A follower that says nothing of more than one bucket is of another version, and has loaded one."""
         engine = self.engines.get(event.engine)
-        as_asked = engine is None or (engine.next_bucket, engine.loading) == (event.bucket, event.count)
-        if engine is None or as_asked or engine.asked != "load" or engine.next_bucket != event.bucket:
+        under_way = engine is not None and engine.asked == "load" and engine.next_bucket == event.bucket
+        if engine is None or not under_way or engine.loading == event.count:
             super()._on_bucket_loaded(event, now, out)
             return
         what = f"{event.count} of {buckets(event.bucket, engine.loading)}"
