@@ -41,6 +41,7 @@ def main() -> None:
         help="one of tp N, N of tp 1, or one of tp N/2 on a node of its own, joined by NCCL",
     )
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
+    parser.add_argument("--in-place", action="store_true", help="engines read the trainer's memory, and no slots")
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
     parser.add_argument("--trace-dir", type=Path, help="keep traces of the pushes there, for ui.perfetto.dev")
@@ -59,6 +60,7 @@ def main() -> None:
         ["model", f"{arguments.shape}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
         ["GPUs, trainer ranks, engines", f"{gpus}, {arguments.ranks}, {arguments.engines}"],
         ["arenas", f"{arguments.slots} slots of {arguments.slot} on each GPU"],
+        ["read where the trainer has it", "yes" if figures["drawn"] else "no"],
         ["push, median", f"{figures['seconds']:.4f} s"],
         ["  weights read until (trainer free)", f"{figures['until_filled']:.4f} s"],
         *([f"  {name}", f"{seconds * 1e3:.1f} ms"] for name, seconds in figures["phases"].items()),
@@ -116,7 +118,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
             daemon = fleet.start_daemon("bench", engines, **sections)
         script = Path(__file__).with_name("gpu_trainer.py")
         options = ["--model", str(fleet.root / "model"), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
-        options += ["--pushes", str(arguments.pushes + 2)]
+        options += ["--pushes", str(arguments.pushes + 2), *(["--in-place"] if arguments.in_place else [])]
         trainer = fleet.torchrun("trainer", script, arguments.ranks, options)
         status = trainer.wait(500)
         print(trainer.tail(60), file=sys.stderr)
@@ -137,6 +139,8 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
             broadcasts = json.loads(out.read_text())
         used = [users.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
     first = ranks[0]["pushes"][2:]
+    if arguments.in_place and not all(engine["drawn"] for row in first for engine in row["engines"]):
+        raise SystemExit("an engine read slots after all")
     if not all(row["complete"] for row in first):
         raise SystemExit(f"a push was not complete: {first[-1]['engines']}")
 
@@ -147,6 +151,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         "bytes": first[0]["bytes"],
         "tensors": first[0]["tensors"],
         "buckets": first[0]["buckets"],
+        "drawn": all(engine["drawn"] for row in first for engine in row["engines"]),
         "seconds": median([row["wall_seconds"] for row in first]),
         "seconds_all": [row["wall_seconds"] for row in first],
         "until_filled": median(

@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--pushes", type=int, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--in-place", action="store_true")
     arguments = parser.parse_args()
     gpu = int(os.environ["LOCAL_RANK"])
     torch.cuda.set_device(gpu)
@@ -39,7 +40,8 @@ def main() -> None:
         torch.cuda.synchronize()
         dist.barrier()
         start = time.perf_counter()
-        push = push_weights_async(weights, version=version, daemon=arguments.daemon, timeout=300)
+        options = {"daemon": arguments.daemon, "in_place": arguments.in_place, "timeout": 300}
+        push = push_weights_async(weights, version=version, **options)
         push.wait_filled()
         filled = time.perf_counter() - start
         report = push.result()

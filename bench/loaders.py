@@ -9,7 +9,12 @@ from bench.ways import ratio
 
 __all__ = ["loaders"]
 
-_OURS = ("plugin", "extension")  # ways through our plugin, by which the others of their engine are measured
+_OURS = (
+    "plugin",
+    "extension",
+    "plugin in place",
+    "extension in place",
+)  # ways through our plugin, by which the others of their engine are measured
 _LEAST = 0.0095  # seconds of a phase that is worth its place
 
 
@@ -70,6 +75,8 @@ def name(way: dict[str, Any]) -> str:
     """Of a way, as readers know it."""
     if way.get("peer"):
         return str(way["way"])
+    if way["way"].endswith("in place"):
+        return "weightsync, our plugin, in place"
     return "weightsync, our plugin" if way["way"] in _OURS else f"weightsync, stock server (`{way['way']}`)"
 
 

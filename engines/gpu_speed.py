@@ -6,7 +6,8 @@ DIR holds a config.json, and tokenizer files where a server wants them. Weights 
 in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's `ipc`) and
 through our plugin: the first is recorded, the second proves what was recorded, the third is replayed and compared, and
 from then on weights are pulled straight out of the slots. What engines hold is compared with what was sent in every
-push that says how many tensors were checked. Then come the ways of `--peers`, what people use instead, each into the
+push that says how many tensors were checked. Then the same in place: engines read the trainer's memory, without slots,
+from the second push of that daemon on. Then come the ways of `--peers`, what people use instead, each into the
 server of its kind and in its environment: `--sglang-python` and `--vllm-python` are the commands that run Python there.
 Prints a line of JSON for each way, and writes what is known after each; ceilings of the same run come last.
 """
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
-_WARM = {"plugin": 4, "extension": 4}  # pushes before those that count; of other ways one
+IN_PLACE = " in place"  # of a way: engines read the trainer's memory
+_WARM = {way + place: 4 for way in ("plugin", "extension") for place in ("", IN_PLACE)}  # pushes that do not count
 
 
 def main() -> int:
@@ -96,13 +98,19 @@ def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
     dummy = ("--load-format", "dummy")
     stock = json.dumps({"backend": "ipc"})
     kinds = [
-        ("sglang", options.sglang, Case("sglang", "plugin", tp=options.tp), dummy, ("tensor", "plugin")),
+        (
+            "sglang",
+            options.sglang,
+            Case("sglang", "plugin", tp=options.tp),
+            dummy,
+            ("tensor", "plugin", f"plugin{IN_PLACE}"),
+        ),
         (
             "vllm",
             options.vllm,
             Case("vllm", "extension", tp=options.tp),
             (*dummy, "--weight-transfer-config", stock, "--kv-cache-memory-bytes", str(2 << 30)),
-            ("ipc", "extension"),
+            ("ipc", "extension", f"extension{IN_PLACE}"),
         ),
     ]
     with ExitStack() as stack:
@@ -142,7 +150,7 @@ def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: 
 def push(kind: str, server: Server, way: str, first: int, pushes: int, options: argparse.Namespace) -> dict[str, Any]:
     """Pushes one way, from a daemon and trainer ranks of their own."""
     with Fleet() as fleet:
-        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=way)
+        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=way.removesuffix(IN_PLACE))
         sections: Any = {
             "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
             "timeouts": {"operation": 240.0, "probe": 30.0},
@@ -152,6 +160,7 @@ def push(kind: str, server: Server, way: str, first: int, pushes: int, options: 
         change_engines(daemon.endpoint, add=[engine])
         arguments = ["--model", str(options.model), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
         arguments += ["--pushes", str(pushes), "--first", str(first)]
+        arguments += ["--in-place"] if way.endswith(IN_PLACE) else []
         trainer = fleet.torchrun("trainer", _TRAINER, torch.cuda.device_count(), arguments)
         status = trainer.wait(400)
         print(f"{kind} {way}\n{trainer.tail(40)}", flush=True)
@@ -179,6 +188,7 @@ def push(kind: str, server: Server, way: str, first: int, pushes: int, options: 
         "seconds_each": [round(row["wall_seconds"], 4) for row in rows],
         "until_filled": statistics.median(row["until_filled_seconds"] for row in counted),
         "phases": {name: round(seconds, 4) for name, seconds in phases.items()},
+        "drawn": [row["engines"][0]["drawn"] for row in rows],
         "checked": [row["engines"][0]["checked"] for row in rows],
         "replay": repr(about.replay),
         "good": all(row["complete"] for row in rows),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import weightsync.device
 
@@ -48,3 +49,29 @@ def run(library: ctypes.CDLL, items: Any, bases: list[int], totals: int, mode: i
         ctypes.c_uint32(mode),
     )
     return [int(value) for value in sums]
+
+
+class EmulatedKernel:
+    """As `weightsync.device.launch.BoxKernel`, on memory of this process."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def table(self, items: Any) -> Any:
+        return items
+
+    def launch(
+        self,
+        table: Any,
+        mode: int,
+        *,
+        stream: Any,
+        bases: torch.Tensor | None = None,
+        slot: int = 0,
+        totals: torch.Tensor | None = None,
+        share: int = 1,
+    ) -> None:
+        count = 1 if totals is None else len(totals)
+        sums = run(self._library, table, bases.tolist() if bases is not None else [], count, mode, slot)
+        if totals is not None:
+            totals += torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))

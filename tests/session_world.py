@@ -56,10 +56,20 @@ class World:
         torn: str = "",
         places: tuple[str, ...] = (),
         keepers: tuple[str, ...] = (),
+        draws: tuple[str, ...] = (),
+        unable: tuple[str, ...] = (),
     ) -> None:
         """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
-        for those that are left out.
+        for those that are left out. `draws` are engines that would read weights in place, which ranks then offer;
+        those of them that are `unable` find that out when they are asked to.
         """
+        self.draws, self.unable = draws, unable
+        self.to_say: list[tuple[int, type[ev.Event]]] = []  # what ranks have to say of their weights in place
+        self.shown: set[int] = set()  # ranks that have exposed their weights
+        self.measured: set[int] = set()
+        self.drawing: set[str] = set()  # engines that may be reading there
+        self.drawn: set[str] = set()
+        self.released = False  # ranks may change their weights
         self.engines = engines if engines is not None else {"a": "home", "b": "home"}
         self.places = (*places, *["home"] * (world - len(places)))[:world]
         nodes = {"home", *self.engines.values(), *self.places}
@@ -134,7 +144,8 @@ class World:
 
     def _take(self, instructions: list[do.Instruction]) -> None:
         for instruction in instructions:
-            if not isinstance(instruction, do.AskLayout | do.AnnouncePlan | do.GrantLease | do.EndPush):
+            at_once = do.AskLayout | do.AnnouncePlan | do.GrantLease | do.ReleaseWeights | do.EndPush
+            if not isinstance(instruction, at_once):
                 assert instruction.deadline > self.now, f"{instruction} has no time"
             match instruction:
                 case do.GrantLease():
@@ -157,8 +168,20 @@ class World:
                     self.evicted.add(instruction.engine)
                 case do.RetireBridge():
                     self._forget_arena(instruction.node, instruction.bridge)
-                case do.AnnouncePlan():
-                    pass
+                case do.AnnouncePlan(expose=expose):
+                    if expose:
+                        assert set(self.places) == {"home"}, "a rank of another node is asked for its weights"
+                        ranks = range(self.session.world)
+                        self.to_say = [(r, kind) for r in ranks for kind in (ev.RankExposed, ev.RankMeasured)]
+                case do.ReleaseWeights():
+                    assert self.drawing <= self.evicted, f"weights may change while {self.drawing} read them"
+                    self.released = True
+                case do.DrawWeights(engine=name):
+                    assert self.shown == set(range(self.session.world)), "weights are drawn that nobody has shown"
+                    assert name in self.draws, f"{name} is to draw, and has not said that it can"
+                    assert not self.released
+                    self.drawing.add(name)
+                    self.pending.append(instruction)
                 case do.ExportBucket(slot=slot):
                     held = [key for key, place in self.holds.items() if place == slot]
                     assert not held, f"{slot} is exported while {held} hold it: the bridge refuses"
@@ -167,6 +190,9 @@ class World:
                     model = self.models[instruction.engine]
                     whole = model.finished and sorted(model.loaded) == list(range(len(self.plan)))
                     assert whole or not model.begun, f"{instruction.engine} is resumed with a mixture"
+                    self.pending.append(instruction)
+                case do.VerifyEngine(engine=name) if name in self.drawn:
+                    assert self.measured == set(range(self.session.world)), "there is nothing to compare with"
                     self.pending.append(instruction)
                 case do.LoadBucket(bucket=first, count=count):
                     node = self.engines[instruction.engine]
@@ -195,7 +221,7 @@ class World:
             case do.FormGroup(nodes=nodes, number=number):
                 return ev.GroupFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
-                return ev.EngineAccepted(engine=name)
+                return ev.EngineAccepted(engine=name, draws=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
                 self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)
@@ -220,6 +246,14 @@ class World:
             case do.LoadBucket(engine=name, bucket=first, count=count):
                 self.models[name].loaded += range(first, first + count)
                 return ev.BucketLoaded(engine=name, bucket=first, count=count)
+            case do.DrawWeights(engine=name):
+                assert not self.models[name].serving or self.session.pause == "none", f"{name} serves while it draws"
+                self.drawing.discard(name)
+                if name in self.unable:
+                    return ev.WeightsDrawn(engine=name, drawn=False)
+                self.models[name].loaded = list(range(len(self.plan)))
+                self.drawn.add(name)
+                return ev.WeightsDrawn(engine=name, drawn=True)
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)
@@ -239,7 +273,8 @@ class World:
         self.pending.remove(instruction)
         names = {
             do.ProbeEngine: "probe", do.AcceptEngine: "accept", do.PauseEngine: "pause", do.BeginEngine: "begin",
-            do.LoadBucket: "load", do.FinishEngine: "finish", do.VerifyEngine: "verify", do.ResumeEngine: "resume",
+            do.LoadBucket: "load", do.DrawWeights: "draw", do.FinishEngine: "finish", do.VerifyEngine: "verify",
+            do.ResumeEngine: "resume",
         }  # fmt: skip
         match instruction:
             case do.MakePlan():
@@ -293,7 +328,21 @@ class World:
             self.open(rank)
 
     def open(self, rank: int) -> None:
-        self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=self.places[rank]))
+        in_place = bool(self.draws)
+        self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=self.places[rank], in_place=in_place))
+
+    def say(self, at: int = 0, problem: str = "") -> None:
+        """A rank says where its weights lie, or their fingerprints."""
+        rank, kind = self.to_say.pop(at)
+        if kind is ev.RankMeasured:
+            self.measured.add(rank)
+            self.hear(ev.RankMeasured(rank=rank, nbytes=100))
+            return
+        if problem:
+            self.to_say = [one for one in self.to_say if one[0] != rank]
+        else:
+            self.shown.add(rank)
+        self.hear(ev.RankExposed(rank=rank, problem=problem))
 
     def fill(self, rank: int, bucket: int) -> None:
         self.leases.remove((rank, bucket))
@@ -303,6 +352,8 @@ class World:
     def run_some(self, which: Callable[[do.Instruction], bool]) -> bool:
         """Fill what is leased, and have those of the instructions end well; False where there was nothing to do."""
         before = len(self.history)
+        while self.to_say:
+            self.say()
         while self.leases:
             self.fill(*self.leases[0])
         for instruction in [i for i in self.pending if which(i)]:
@@ -315,6 +366,8 @@ class World:
         for _ in range(steps):
             if self.pending:
                 self.succeed(self.pending[0])
+            elif self.to_say:
+                self.say()
             elif self.leases:
                 self.fill(*self.leases[0])
             else:
@@ -328,6 +381,8 @@ class World:
                     return instruction
             if self.pending:
                 self.succeed(self.pending[0])
+            elif self.to_say:
+                self.say()
             elif self.leases:
                 self.fill(*self.leases[0])
             else:

@@ -38,6 +38,7 @@ def push_weights(
     rename: Rename = None,
     buffers: bool = False,
     quantise: Fp8 | str | os.PathLike[str] | None = None,
+    in_place: bool = False,
 ) -> PushReport:
     """Hand `weights` to every engine of `model`, and return when they serve them.
 
@@ -64,6 +65,9 @@ def push_weights(
     buffers: also send a module's persistent buffers, those in its `state_dict`; of ranks that all have them, one sends.
     quantise: for engines that serve an fp8 checkpoint: its directory, or a `weightsync.sources.Fp8` that says which
         matrices become float8 with scales beside them (docs/trainers-quantise.md). After `only`, `rename` and `dtype`.
+    in_place: engines of this node may read the weights where they lie, without slots, once they have learnt how
+        (docs/tuning.md). They keep that memory mapped until the next push of other memory or without `in_place`, or
+        until this process ends: weights that are freed or offloaded in between stay on their GPU until then.
 
     `only`, `rename` and `quantise` must say the same on every rank. One engine that fails is evicted and the others go
     on: look at `report.complete` and `report.engines`.
@@ -73,7 +77,7 @@ def push_weights(
     `DaemonLost`.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
-    return _rank_push(what, version, model, daemon, process_group, pause, timeout).run()
+    return _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place).run()
 
 
 def push_weights_async(
@@ -90,13 +94,14 @@ def push_weights_async(
     rename: Rename = None,
     buffers: bool = False,
     quantise: Fp8 | str | os.PathLike[str] | None = None,
+    in_place: bool = False,
 ) -> PushHandle:
     """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
 
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
-    return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout))
+    return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place))
 
 
 def push_source(
@@ -110,12 +115,14 @@ def push_source(
     timeout: float = 600.0,
     dtype: Any = None,
     quantise: Fp8 | str | os.PathLike[str] | None = None,
+    in_place: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> PushReport:
     """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
     thread.
     """
-    push = _rank_push(_Weights(source, dtype, quantise=quantise), version, model, daemon, process_group, pause, timeout)
+    what = _Weights(source, dtype, quantise=quantise)
+    push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
     push.on_progress = on_progress
     return push.run()
 
@@ -187,6 +194,8 @@ def _rank_push(
     process_group: Any,
     pause: str,
     timeout: float,
+    *,
+    in_place: bool,
 ) -> RankPush:
     """Check the arguments and describe the weights."""
     if isinstance(version, bool) or not isinstance(version, int) or version < 0:
@@ -219,4 +228,5 @@ def _rank_push(
         pause=pause,
         started=started,
         deadline=started + timeout,
+        in_place=in_place,
     )

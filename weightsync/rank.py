@@ -27,6 +27,7 @@ from weightsync.errors import (
 from weightsync.filling.host import HostFill
 from weightsync.filling.program import compile_program
 from weightsync.plan.manifest import Manifest
+from weightsync.rank_exposing import RankExposing
 from weightsync.rank_memory import memory
 from weightsync.report import PushReport
 from weightsync.wire import messages as msg
@@ -72,22 +73,26 @@ class RankPush:
         pause: str,
         started: float,
         deadline: float,
+        in_place: bool = False,
         engines: tuple[str, ...] = (),
     ) -> None:
-        """Describe the source. `engines`: push again, to those alone. Raises `SourceError`."""
+        """Describe the source. `in_place`: engines may read it where it lies. `engines`: push again, to those alone.
+        Raises `SourceError`.
+        """
         self.on_progress: Callable[[int], None] | None = None  # called with bytes written so far, after each bucket
         self.version = version
         self.deadline = deadline
         self.filled = threading.Event()  # this rank's weights have been read
         self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
         self._pause = pause
-        self._engines = engines
+        self._in_place, self._engines = in_place, engines
         self._layout = source.layout()
         self._flaw = _measured(source)  # told to all ranks by the daemon, before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._program: Program | None = None
         self._filling: HostFill | DeviceFill | None = None
+        self._exposing: RankExposing | None = None
         self._give_back: Callable[[], None] | None = None
         self._local = _on_gpus(source) if self._flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
@@ -158,6 +163,7 @@ class RankPush:
                 layout=digest,
                 plan=plan,
                 describe_seconds=self._describe_seconds,
+                in_place=self._in_place,
                 engines=self._engines,
             )
         )
@@ -166,9 +172,12 @@ class RankPush:
         # the daemon keeps the deadline and names what was missing; this side waits a little longer for its word
         until = self.deadline + link.patience
         while True:
-            filling = self._filling
+            filling, exposing = self._filling, self._exposing
+            if exposing is not None and exposing.busy:
+                exposing.advance()
             if filling is not None and filling.busy:
                 self._tell_filled(link, filling)
+            if (filling is not None and filling.busy) or (exposing is not None and exposing.busy):
                 message = link.receive(min(until, time.monotonic() + _GLANCE))
                 if message is None and time.monotonic() < until:
                     continue
@@ -186,9 +195,14 @@ class RankPush:
                         raise self._flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
-                    self._prepare(message)
+                    self._prepare(message, link)
                 case msg.Lease():
                     self._fill(message)
+                case msg.AskExposure() if exposing is not None:
+                    exposing.tell_all()
+                case msg.Drawn():
+                    self._busy_seconds += time.monotonic() - self._busy_since
+                    self.filled.set()
                 case msg.Ended():
                     self._stop_filling()
                     link.send(msg.Stopped(id=self._number))
@@ -229,7 +243,7 @@ class RankPush:
 
     # --- filling ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self, message: msg.Planned) -> None:
+    def _prepare(self, message: msg.Planned, link: TrainerLink) -> None:
         digest = self._layout.digest
         key = message.plan + digest
         program = memory().programs.get(key)
@@ -245,6 +259,19 @@ class RankPush:
         self._filling = self._filling_of(program, key, message.offers)
         if not self._buckets_left:
             self.filled.set()
+        if not message.expose:
+            memory().forget_exposed(key)
+            return
+        self._busy_since = time.monotonic()
+        self._exposing = RankExposing(
+            self._source,
+            program,
+            key,
+            local=self._local,
+            ready=self._ready,
+            endpoint=self._endpoint,
+            tell=lambda words: link.send(msgspec.structs.replace(words, id=self._number)),
+        )
 
     def _filling_of(self, program: Program, key: bytes, offers: tuple[bytes, ...]) -> HostFill | DeviceFill:
         arenas = memory().map_arenas(offers)
@@ -253,7 +280,7 @@ class RankPush:
             raise RemoteProtocolError(f"a plan with buckets of {program.longest} bytes, and slots of {room}")
         if arenas[0].memory is None:
             if self._ready:
-                from weightsync.filling.local import await_events
+                from weightsync.device.waiting import await_events
 
                 await_events(self._ready, "what computes the weights", deadline=self.deadline)
             return HostFill(self._source, program, arenas)
@@ -271,7 +298,10 @@ class RankPush:
         return on_device.DeviceFill(self._source, known, slots, self._ready)
 
     def _stop_filling(self) -> None:
-        """Nothing of this push writes into a slot after this."""
+        """Nothing of this push writes into a slot after this, or reads weights."""
+        exposing, self._exposing = self._exposing, None
+        if exposing is not None:
+            exposing.close(deadline=self.deadline + _PATIENCE)
         filling, self._filling = self._filling, None
         if filling is not None:
             filling.close(deadline=self.deadline + _PATIENCE)

@@ -17,6 +17,8 @@ from weightsync.wire.trainer_link import TrainerLink
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from weightsync.exposing.device import DeviceExposed
+    from weightsync.exposing.host import HostExposed
     from weightsync.filling.device import DeviceProgram
     from weightsync.filling.program import Program
 
@@ -36,6 +38,8 @@ class RankMemory:
         self._arenas: dict[bytes, Arena] = {}  # by offer
         self._slots: dict[tuple[str, int], DeviceSlots] = {}  # (arena, GPU here) → its slots, if they lie on a GPU
         self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, as `programs`
+        self.exposed: dict[bytes, HostExposed | DeviceExposed] = {}  # as `programs`: what engines may have mapped
+        self.exposed_to: dict[str, bytes] = {}  # endpoint → digest of what its daemon was told last
         self._pushes = 0  # under way: nothing is unmapped meanwhile
         self._unused: list[Arena | DeviceSlots] = []
         self._lookout: Lookout | None = None
@@ -101,7 +105,9 @@ class RankMemory:
         with self._lock:
             self.programs[key] = program
             while len(self.programs) > _PROGRAMS:
-                self._device_programs.pop(self.programs.popitem(last=False)[0], None)
+                forgotten = self.programs.popitem(last=False)[0]
+                self._device_programs.pop(forgotten, None)
+                self.forget_exposed(forgotten)
 
     def take_device_program(self, key: bytes) -> DeviceProgram | None:
         """The program as tables on a GPU, for this push alone: its sums are written there."""
@@ -113,6 +119,18 @@ class RankMemory:
         with self._lock:
             if key in self.programs:
                 self._device_programs[key] = program
+
+    def keep_exposed(self, key: bytes, exposed: HostExposed | DeviceExposed) -> None:
+        """What the program of that key exposes, for the next push."""
+        with self._lock:
+            self.exposed[key] = exposed
+
+    def forget_exposed(self, key: bytes) -> None:
+        """Give back the memory in which it was exposed, if that was a copy."""
+        with self._lock:
+            exposed = self.exposed.pop(key, None)
+        if exposed is not None:
+            exposed.close()
 
     def _look(self) -> bool:
         with self._lock:

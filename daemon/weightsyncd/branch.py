@@ -86,7 +86,7 @@ class Branch:
                 return number
         return None
 
-    def route(self, identity: bytes, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> bool:
+    def route(self, identity: bytes, message: msg.RankWords) -> bool:
         """Pass on what a rank says of this push. False where it is of another."""
         number = self.heard(identity)
         if number is None or self.ranks[number].number != message.id:

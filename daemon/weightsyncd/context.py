@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
     from weightsync.session import events as ev
     from weightsync.session import instructions as do
@@ -31,7 +32,10 @@ class PushContext:
     version: int
     since: float = field(default_factory=time.monotonic)
     manifest: Manifest | None = None
-    expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest
+    expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest, of what fills slots
+    measured: npt.NDArray[np.uint64] | None = None  # the same, of what ranks expose
+    exposures: Exposures | None = None  # where that lies, once all ranks have said
+    drawn: set[str] = field(default_factory=set)  # engines that have read it there
     places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
     arenas: dict[int, str | None] = field(default_factory=dict)  # bucket from elsewhere → incarnation of its bridge
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank

@@ -41,6 +41,7 @@ def phase_of(instruction: do.Instruction) -> str:
         do.AcceptEngine: "accept",
         do.PauseEngine: "pause",
         do.BeginEngine: "begin",
+        do.DrawWeights: "draw",
         do.LoadBucket: "load",
         do.FinishEngine: "finish",
         do.VerifyEngine: "verify",
@@ -135,7 +136,7 @@ class NodeExecutor:
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
                     untouched = await hand.accept(manifest, deadline=deadline)
                     engine.accepted[manifest.digest] = untouched
-                return ev.EngineAccepted(engine=name, untouched=len(untouched))
+                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=hand.draws(manifest))
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True
@@ -150,6 +151,13 @@ class NodeExecutor:
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 await hand.begin(context.version, manifest, offers, deadline=deadline)
                 return ev.EngineBegun(engine=name)
+            case do.DrawWeights():
+                if context.exposures is None:
+                    raise LocalProtocolError("no trainer exposes its weights on this node")
+                drawn = await hand.draw(context.exposures, deadline=deadline)
+                if drawn:
+                    context.drawn.add(name)
+                return ev.WeightsDrawn(engine=name, drawn=drawn)
             case do.LoadBucket(bucket=first, count=count):
                 tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
                 exported = [ticket for ticket in tickets if ticket is not None]
@@ -162,9 +170,10 @@ class NodeExecutor:
                 await hand.finish(context.version, deadline=deadline)
                 return ev.EngineFinished(engine=name)
             case do.VerifyEngine():
-                if context.expected is None:
+                expected = context.measured if name in context.drawn else context.expected
+                if expected is None:
                     return ev.EngineVerified(engine=name)
-                checked = await hand.verify(context.known_manifest(), context.expected, deadline=deadline)
+                checked = await hand.verify(context.known_manifest(), expected, deadline=deadline)
                 return ev.EngineVerified(engine=name, checked=checked or 0)
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)

@@ -34,6 +34,7 @@ def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutco
                 seconds=e.seconds,
                 checked=e.checked,
                 untouched=e.untouched,
+                drawn=e.draws and e.stage.value == "committed",
                 error=e.error,
             )
             for e in session.fleet

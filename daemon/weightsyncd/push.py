@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import ErrorRecord, PushRefused, RemoteProtocolError, TransportError, WeightSyncError
-from weightsync.fingerprint import bucket_sum, combine
+from weightsync.errors import ErrorRecord, PushRefused, TransportError, WeightSyncError
 from weightsync.logs import of_error
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -28,6 +27,7 @@ from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.outcomes import account_of, outcome_of, status_of_push
 from weightsyncd.ranks import Rank, Ranks
+from weightsyncd.said import KnownExposures, Said
 from weightsyncd.traces import PushTrace, Traces
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Services:
     peers: dict[str, Peer]
     rails: Rails
     plans: Plans
+    exposures: KnownExposures
     send: Callable[[bytes, msg.Message], bool]
     traces: Traces
 
@@ -104,6 +105,7 @@ class Push:
             last_version=last_version,
             keepers=() if keeper is None else (keeper,),
         )
+        self.said = Said(self.context, self.session, ranks, services.exposures, self.hear)
         self._trace = Trace(self._home, engines, now)
         self._began = time.time()
         self._lines = self.context.lines()
@@ -186,29 +188,9 @@ class Push:
                 node=rank.node,
                 slots=self.ranks.slots_there(rank.node),
                 describe_seconds=message.describe_seconds,
+                in_place=message.in_place,
             )
         )
-
-    def filled(self, rank: int, message: msg.Filled) -> None:
-        """A rank has written its parts of a bucket."""
-        expected = self.context.expected
-        tensors = np.frombuffer(message.tensors, dtype="<u4") if len(message.tensors) % 4 == 0 else None
-        sums = np.frombuffer(message.fingerprints, dtype="<u8") if len(message.fingerprints) % 8 == 0 else None
-        if expected is None or tensors is None or sums is None or len(tensors) != len(sums):
-            return self._rank_is_confused(rank, "its fingerprints are malformed")
-        if len(tensors) and int(tensors.max()) >= len(expected):
-            return self._rank_is_confused(rank, "it names a tensor that is not in the manifest")
-        if not 0 <= message.bucket < len(self.session.buckets):
-            return self._rank_is_confused(rank, f"there is no bucket {message.bucket}")
-        if rank in self.session.buckets[message.bucket].unfilled:  # a duplicate must not count twice
-            np.add.at(expected, tensors, sums)
-            known = self.context.sums.get(message.bucket, 0)
-            self.context.sums[message.bucket] = combine((known, bucket_sum(tensors, sums)))
-        return self.hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
-
-    def _rank_is_confused(self, rank: int, why: str) -> None:
-        error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
-        self.hear(ev.RankFailed(rank=rank, error=error.record()))
 
     def check_alive(self, liveness: float) -> None:
         """Tell the session of ranks that have fallen silent. To be called now and then."""
@@ -226,13 +208,16 @@ class Push:
             case do.AskLayout():
                 self.ranks.tell(instruction.rank, msg.AskDescription())
             case do.AnnouncePlan():
-                self._announce()
+                self._announce(expose=instruction.expose)
             case do.GrantLease() if self._announced:
                 lease = msg.Lease(
                     bucket=instruction.bucket, bridge=instruction.slot.bridge, slot=instruction.slot.index
                 )
                 for rank in instruction.ranks:
                     self.ranks.tell(rank, lease)
+            case do.ReleaseWeights():
+                for rank in self.ranks:
+                    self.ranks.tell(rank, msg.Drawn())
             case do.EndPush():
                 self._end(instruction.error)
             case do.GrantLease():
@@ -324,9 +309,10 @@ class Push:
             return ev.PlanFailed(error=nothing.record())
         self.context.manifest = manifest
         self.context.expected = np.zeros(len(manifest.tensors), dtype=np.uint64)
+        self.context.measured = np.zeros(len(manifest.tensors), dtype=np.uint64)
         return ev.PlanMade(buckets=self._plan.buckets)
 
-    def _announce(self) -> None:
+    def _announce(self, *, expose: bool) -> None:
         plan = self._plan
         assert plan is not None, "AnnouncePlan comes after PlanMade"
         offers = tuple(bridge.offer for bridge in self._services.executor.wire.bridges)
@@ -344,6 +330,7 @@ class Push:
                     offers=tuple(offer for offer in offers if offer is not None and here),
                     manifest=None if has_it else plan.manifest.pack(),
                     fills=None if has_it else plan.fills[rank],
+                    expose=expose,
                 ),
             )
 

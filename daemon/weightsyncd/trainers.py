@@ -332,7 +332,7 @@ class Trainers:
         """A push from here holds this node."""
         return self.push is not None
 
-    def route(self, identity: bytes, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> None:
+    def route(self, identity: bytes, message: msg.RankWords) -> None:
         """Give a rank's message to the push it is for. Raises `CodecError` for a layout that is none."""
         push, branch = self.push, self._follower.branch
         if branch is not None and branch.route(identity, message):
@@ -368,7 +368,7 @@ class Trainers:
             words = decode_untrusted(message.body)
             if isinstance(words, msg.Open) and words.rank == message.rank:
                 push.open(b"", words, node)
-            elif isinstance(words, msg.Describe | msg.Filled | msg.Failed | msg.Stopped):
+            elif isinstance(words, msg.RankWords):
                 if push.ranks.is_on(message.rank, node) and push.ranks[message.rank].number == words.id:
                     self._rank_said(push, message.rank, words)
             else:
@@ -379,7 +379,7 @@ class Trainers:
             )
             push.hear(ev.RankFailed(rank=message.rank, error=wrong.record()))
 
-    def _rank_said(self, push: Push, rank: int, message: msg.Describe | msg.Filled | msg.Failed | msg.Stopped) -> None:
+    def _rank_said(self, push: Push, rank: int, message: msg.RankWords) -> None:
         match message:
             case msg.Describe():
                 digest = self._services.plans.learn(message.layout)
@@ -389,7 +389,11 @@ class Trainers:
                 else:
                     push.hear(ev.LayoutReceived(rank=rank))
             case msg.Filled():
-                push.filled(rank, message)
+                push.said.filled(rank, message)
+            case msg.Exposed():
+                push.said.exposed(rank, message)
+            case msg.Measured():
+                push.said.measured(rank, message)
             case msg.Failed():
                 push.hear(ev.RankFailed(rank=rank, error=message.error))
             case msg.Stopped():

@@ -66,7 +66,7 @@ def main() -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    options: dict[str, Any] = {"dtype": torch.bfloat16} if how == "float32" else {}
+    options: dict[str, Any] = {"dtype": torch.bfloat16} if how == "float32" else {"in_place": how == "in-place"}
     endpoints = daemons.split(",")
     daemon = endpoints[dist.get_rank() * len(endpoints) // dist.get_world_size()]
     told = []

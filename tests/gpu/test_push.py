@@ -77,11 +77,12 @@ class Node:
             info = httpx.get(f"{engine.url}/info", trust_env=False, timeout=30).raise_for_status().json()
             assert (info["weight_version"], info["paused"], info["torn"]) == (version, False, False)
 
-    def push(self, model: str, weights: Any, **options: Any) -> int:
+    def push(self, model: str, weights: Any, *, drawn: bool = False, **options: Any) -> int:
         version = next(self.versions)
         report = push_weights(weights, version=version, model=model, daemon=self.daemon.endpoint, timeout=60, **options)
         assert report.complete, str(report)
         assert {e.checked for e in report.engines} == {len(self.weights(model, "A"))}
+        assert {e.drawn for e in report.engines} == {drawn}
         return version
 
 
@@ -105,16 +106,20 @@ def node() -> Iterator[Node]:
         yield Node(fleet, daemon, engines, itertools.count(1))
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("model", MODELS)
-def test_weights_on_a_gpu_reach_every_rank_of_every_engine(node, model):
+def test_weights_on_a_gpu_reach_every_rank_of_every_engine(node, model, in_place):
     weights = {name: tensor.cuda() for name, tensor in node.weights(model, "B").items()}
-    version = node.push(model, weights)
+    version = node.push(model, weights, in_place=in_place, drawn=in_place)
     node.assert_holds(model, node.weights(model, "B"), version)
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("kind", ["host", "checkpoint", "strided", "masters", "half", "last-gpu"])
-def test_weights_that_lie_otherwise(node, kind, gpus):
-    """In host memory, on disk, transposed, of another type, on another GPU: what the kernel cannot take."""
+def test_weights_that_lie_otherwise(node, kind, in_place, gpus):
+    """In host memory, on disk, transposed, of another type, on another GPU: what the kernel cannot take. An engine on a
+    GPU does not read host memory in place.
+    """
     sent = node.weights("dense", "A")
     wanted = sent
     options: dict[str, Any] = {}
@@ -130,12 +135,22 @@ def test_weights_that_lie_otherwise(node, kind, gpus):
         options = {"dtype": "bfloat16"}
     elif kind == "last-gpu":
         weights = {n: w.to(f"cuda:{i % gpus}") for i, (n, w) in enumerate(sent.items())}
-    version = node.push("dense", weights, **options)
+    on_gpus = kind not in ("host", "checkpoint")
+    version = node.push("dense", weights, in_place=in_place, drawn=in_place and on_gpus, **options)
     node.assert_holds("dense", wanted, version)
 
 
 @pytest.mark.parametrize(
-    ("model", "master", "share"), [("dense", "", 1), ("moe", "", 1), ("tied", "float32", 1), ("dense", "", 2)]
+    ("model", "master", "share"),
+    [
+        ("dense", "", 1),
+        ("moe", "", 1),
+        ("tied", "float32", 1),
+        ("dense", "", 2),
+        ("dense", "in-place", 1),
+        ("moe", "in-place", 1),
+        ("tied", "in-place", 2),
+    ],
 )
 def test_fsdp2_ranks_push_their_shards(node, model, master, share, gpus, tmp_path):
     ranks = max(1, gpus // share)
@@ -148,6 +163,29 @@ def test_fsdp2_ranks_push_their_shards(node, model, master, share, gpus, tmp_pat
     told = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(ranks)]
     assert all(t == told[0] for t in told), "every rank gets the same report"
     assert [r["complete"] for r in told[0]] == [True, True]
+    assert {e["drawn"] for r in told[0] for e in r["engines"]} == {master == "in-place"}
+
+
+def test_memory_in_place_that_is_replaced_is_let_go(node):
+    """Of engines that have it mapped, and of the GPU: a trainer that makes its weights anew does not run out of it."""
+    free = []
+    for round_ in range(4):
+        sent = node.weights("dense", "AB"[round_ % 2])
+        ballast = torch.zeros(256 << 20, dtype=torch.uint8, device="cuda")  # of an allocation of its own …
+        weights, at = {}, 0
+        for name, tensor in sent.items():  # … in which the weights lie
+            place = ballast[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            weights[name] = place.copy_(tensor)
+            at += -(-tensor.nbytes // 256) * 256
+        version = node.push("dense", weights, in_place=True, drawn=True)
+        node.assert_holds("dense", sent, version)
+        del ballast, weights, place
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    node.push("dense", {name: tensor.cuda() for name, tensor in node.weights("dense", "A").items()})
+    torch.cuda.empty_cache()
+    assert free[1] - free[-1] < 64 << 20, "one is kept, not one of each push"
+    assert torch.cuda.mem_get_info()[0] - free[-1] > 192 << 20, "and none after a push through slots"
 
 
 def test_engines_on_gpus_generate_what_engines_on_a_cpu_do(node):

@@ -225,16 +225,6 @@ def kernel(tmp_path_factory):
 def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
     """What takes the place of the loop on GPUs, run by this machine's processor."""
 
-    class Emulated:
-        def table(self, items):
-            return items
-
-        def launch(self, table, mode, *, stream, bases=None, slot=0, totals=None, share=1):
-            count = 1 if totals is None else len(totals)
-            sums = box_emulation.run(kernel, table, bases.tolist(), count, mode, slot)
-            if totals is not None:
-                totals += torch.from_numpy(np.array(sums, dtype=np.uint64).view(np.int64))
-
     table, parameters, load = found
     model, replay = Model(parameters, load), ModelReplay({})
     model.push(replay, _weights(table, 0))
@@ -247,7 +237,7 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
     moves = known.moves.buckets[0].moves
     apply(moves, bucket.data, order)
     wanted = {i: target.clone() for i, target in order.items()}
-    mover = KernelMoves(Emulated(), torch.device("cpu"))
+    mover = KernelMoves(box_emulation.EmulatedKernel(kernel), torch.device("cpu"))
     for _ in range(2):  # the second time from the table that is there
         for move in moves:
             strided_view(order[move.target], move.target_box).zero_()
@@ -255,5 +245,5 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
         assert all(same(order[i], wanted[i]) for i in order)
     assert manifest.buckets == 1
     residents = known.held(manifest)
-    sums = KernelSums(Emulated(), torch.device("cpu"), residents).fingerprints(targets)
+    sums = KernelSums(box_emulation.EmulatedKernel(kernel), torch.device("cpu"), residents).fingerprints(targets)
     assert sums == HostSums(residents).fingerprints(targets)

@@ -29,6 +29,8 @@ class AnyOrder(RuleBasedStateMachine):
         owners=st.integers(1, 2),
         torn=st.sampled_from(["", "", "a", "b"]),
         keepers=KEEPERS,
+        draws=st.sampled_from([(), (), ("a",), ("a", "b"), ("a", "b", "c")]),
+        unable=st.sampled_from([(), (), ("a",), ("b",)]),
         places=st.sampled_from([(), (), ("home", "away"), ("home", "away", "away2"), ("home", "home", "away")]),
     )
     def begin(self, **terms):
@@ -55,6 +57,11 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(data=st.data())
     def a_rank_fills(self, data):
         self.world.fill(*data.draw(st.sampled_from(self.world.leases)))
+
+    @precondition(lambda self: self.world.to_say)
+    @rule(data=st.data(), problem=st.sampled_from(["", "", "", "no room"]))
+    def a_rank_says_where_its_weights_are(self, data, problem):
+        self.world.say(data.draw(st.integers(0, len(self.world.to_say) - 1)), problem)
 
     @precondition(lambda self: self.world.leases)
     @rule()

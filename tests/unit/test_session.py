@@ -577,3 +577,82 @@ def test_slots_that_hold_a_bucket_are_counted():
     world.run()
     assert world.session.taken("home", 0) == 0
     assert world.session.taken("elsewhere", 0) == 0
+
+
+HOME = {"a": "home", "b": "home"}
+
+
+@pytest.mark.parametrize("buckets", [1, 5])
+def test_engines_that_draw_are_given_no_bucket_and_ranks_no_lease(buckets):
+    world = World(buckets=buckets, engines=HOME, draws=("a", "b"))
+    world.open_all()
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert world.drawn == {"a", "b"}
+    assert world.released
+    assert world.session.filled_bytes == 200, "what ranks expose counts as read"
+    assert not any(isinstance(e, ev.RankFilled | ev.BucketLoaded) for e in world.history)
+
+
+def test_an_engine_elsewhere_reads_buckets_once_those_beside_the_trainer_have_drawn():
+    world = World(engines=REMOTE, draws=("a", "b"))
+    world.open_all()
+    draw = world.run_until(do.DrawWeights)
+    assert not world.leases, "were it not able to, it would need every bucket"
+    world.succeed(draw)
+    assert world.leases
+    world.run()
+    assert outcomes(world) == dict.fromkeys(REMOTE, "committed")
+    assert world.drawn == {"a"}
+
+
+def test_an_engine_that_cannot_draw_after_all_is_given_buckets():
+    world = World(engines=HOME, draws=("a", "b"), unable=("b",))
+    world.open_all()
+    world.run()
+    assert outcomes(world) == dict.fromkeys(HOME, "committed")
+    assert world.drawn == {"a"}
+    assert [e.draws for e in world.session.fleet] == [True, False]
+
+
+def test_a_rank_that_cannot_expose_its_weights_has_all_go_through_slots():
+    world = World(engines=HOME, draws=("a", "b"))
+    world.open_all()
+    while not world.to_say:
+        world.succeed(world.pending[0])
+    assert "expose" in world.session.waiting_for()
+    world.say()
+    world.say(1, problem="no room")
+    world.run()
+    assert outcomes(world) == dict.fromkeys(HOME, "committed")
+    assert world.drawn == set()
+
+
+def test_ranks_of_other_nodes_expose_nothing():
+    world = World(engines=HOME, draws=("a", "b"), places=("home", "away"))
+    world.open_all()
+    world.run()
+    assert outcomes(world) == dict.fromkeys(HOME, "committed")
+    assert world.drawn == set()
+
+
+def test_an_engine_that_fails_as_it_draws_is_torn_and_the_others_go_on():
+    world = World(engines=HOME, draws=("a", "b"))
+    world.open_all()
+    world.fail(world.run_until(do.DrawWeights, engine="a"))
+    world.run()
+    assert outcomes(world) == {"a": "torn", "b": "committed"}
+
+
+def test_nothing_is_committed_before_there_is_something_to_compare_it_with():
+    world = World(world=1, engines={"a": "home"}, draws=("a",))
+    world.open_all()
+    while not world.to_say:
+        world.succeed(world.pending[0])
+    world.say()
+    while world.pending:
+        world.succeed(world.pending[0])
+    assert "fingerprints of rank 0" in world.session.waiting_for()
+    world.say()
+    world.run()
+    assert world.session.state is State.COMMITTED

@@ -2,7 +2,7 @@
 
 One push calls, in this order and each with an absolute `deadline` (seconds of `time.monotonic()`):
 
-    probe → accept → pause → begin → load × buckets → finish → verify → resume
+    probe → accept → pause → begin → load × buckets, or draw → finish → verify → resume
 
 Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin`
 on, until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.lora import LoraRoutes
     from weightsync.plan.boxes import Words
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["EngineAdapter", "EngineInfo", "Finding", "PauseMode"]
@@ -98,6 +99,16 @@ class EngineAdapter(ABC):
         """
         for bucket, of_bucket in enumerate(tickets, first):
             await self.load(bucket, of_bucket, deadline=deadline)
+
+    def draws(self, manifest: Manifest) -> bool:
+        """Whether it can read this manifest's tensors, which it has accepted, where ranks of its node expose them."""
+        return False
+
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        """After `begin`, instead of buckets: read all that is needed out of the trainer's memory. When this returns,
+        nobody reads there any more. False if it cannot after all, and has to be given buckets.
+        """
+        return False
 
     @abstractmethod
     async def finish(self, version: int, *, deadline: float) -> None:

@@ -1,62 +1,93 @@
-"""Manifests that an engine's workers have seen: a whole one is told once, and its digest from then on.
+"""What an engine's workers have seen: manifests, and what trainers expose. Each is told whole once, and by its digest
+from then on.
 
-That of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. A worker remembers
-more than a daemon believes it does, since several may speak to it; where it does not know a digest after all, a push
-fails and the next tells the whole.
+The manifest of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. A worker
+remembers more than a daemon believes it does, since several may speak to it; where it does not know a digest after all,
+a push fails and the next tells the whole.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from weightsync.errors import LocalProtocolError
+from weightsync.plan.exposure import Exposures
 from weightsync.plan.manifest import Manifest
 from weightsync.plan.packing import DIGEST_BYTES
 from weightsync.replay.facts import LAYOUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-__all__ = ["SeenManifests", "ToldManifests"]
+__all__ = ["SeenExposures", "SeenManifests", "ToldExposures", "ToldManifests"]
 
 _SEVERAL = 4  # daemons, or entries of an engine in one, that may speak to the same workers
 
 
-class SeenManifests:
+class _Packs(Protocol):
+    """What is told."""
+
+    @property
+    def digest(self) -> bytes:
+        """16 bytes."""
+
+    def pack(self) -> bytes:
+        """The whole."""
+
+
+T = TypeVar("T", bound=_Packs)
+
+
+class _Seen(Generic[T]):
     """In a worker."""
 
-    def __init__(self) -> None:
-        self._kept: dict[bytes, Manifest] = {}  # by digest, the latest last
+    def __init__(self, what: str, unpack: Callable[[bytes], T], most: int) -> None:
+        self._what, self._unpack, self._most = what, unpack, most
+        self._kept: dict[bytes, T] = {}  # by digest, the latest last
 
-    def of(self, told: bytes) -> Manifest:
-        """The manifest that was told, whole or by its digest. Raises `CodecError`, or `LocalProtocolError` for a digest
-        that says nothing here.
+    def of(self, told: bytes) -> T:
+        """What was told, whole or by its digest. Raises `CodecError`, or `LocalProtocolError` for a digest that says
+        nothing here.
         """
         if len(told) == DIGEST_BYTES:
             found = self._kept.get(told)
             if found is None:
                 raise LocalProtocolError(
-                    "this worker does not remember that manifest", hint="the next push tells it all"
+                    f"this worker does not remember that {self._what}", hint="the next push tells it all"
                 )
         else:
-            found = Manifest.unpack(told)
+            found = self._unpack(told)
             found = self._kept.get(found.digest, found)
-        _note(self._kept, found, LAYOUTS * _SEVERAL)
+        _note(self._kept, found, self._most)
         return found
 
 
-class ToldManifests:
+class SeenManifests(_Seen[Manifest]):
+    """In a worker."""
+
+    def __init__(self) -> None:
+        super().__init__("manifest", Manifest.unpack, LAYOUTS * _SEVERAL)
+
+
+class SeenExposures(_Seen[Exposures]):
+    """In a worker."""
+
+    def __init__(self) -> None:
+        super().__init__("exposure", Exposures.unpack, LAYOUTS * _SEVERAL)
+
+
+class _Told(Generic[T]):
     """In the daemon, of the workers of one engine."""
 
     def __init__(self) -> None:
-        self._told: dict[bytes, Manifest] = {}
+        self._told: dict[bytes, T] = {}
 
-    def tell(self, manifest: Manifest) -> bytes:
+    def tell(self, one: T) -> bytes:
         """What to tell the workers so that they know it."""
-        told = manifest.digest in self._told
-        _note(self._told, manifest, LAYOUTS)
-        return manifest.digest if told else manifest.pack()
+        told = one.digest in self._told
+        _note(self._told, one, LAYOUTS)
+        return one.digest if told else one.pack()
 
     def forget(self) -> None:
         """Nobody knows what the workers remember."""
@@ -72,8 +103,16 @@ class ToldManifests:
             raise
 
 
-def _note(kept: dict[bytes, Manifest], manifest: Manifest, most: int) -> None:
-    kept.pop(manifest.digest, None)
-    kept[manifest.digest] = manifest
+class ToldManifests(_Told[Manifest]):
+    """In the daemon, of the workers of one engine."""
+
+
+class ToldExposures(_Told[Exposures]):
+    """In the daemon, of the workers of one engine."""
+
+
+def _note(kept: dict[bytes, T], one: T, most: int) -> None:
+    kept.pop(one.digest, None)
+    kept[one.digest] = one
     for digest in list(kept)[:-most]:
         del kept[digest]

@@ -15,6 +15,7 @@ owners are read on streams of their own, so that a worker draws from every GPU a
 
 from __future__ import annotations
 
+import logging
 import time
 import warnings
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ import numpy as np
 import torch
 
 from weightsync.device.reading import GpuBuckets
+from weightsync.drawing.drawer import Drawer
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
 from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import checksum
@@ -33,10 +35,14 @@ from weightsync.transports.shm import ShmReceiver
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from weightsync.plan.draws import Wants
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
+
+logger = logging.getLogger(__name__)
 
 _SETTLES = 10.0  # seconds for a GPU to end what was queued
 
@@ -51,6 +57,7 @@ class _Update:
         self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
         self.cut_pieces: dict[int, list[int]] = {}  # bucket → its pieces that are not a whole tensor
         self.pulls_until = 0.0  # the latest deadline of what is queued
+        self.drawn = False  # all of it came out of the trainer's memory
         whole = manifest.tensors.sizes[manifest.piece_tensor]
         for piece in np.flatnonzero(manifest.piece_nbytes != whole).tolist():
             self.cut_pieces.setdefault(int(manifest.piece_bucket[piece]), []).append(piece)
@@ -63,6 +70,7 @@ class SlotReader:
         self.device = torch.device(device)
         self._receiver: BucketReceiver = ShmReceiver()
         self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
+        self._drawer: Drawer | None = None  # where the trainer's memory was read
         self._update: _Update | None = None
 
     @property
@@ -131,12 +139,29 @@ class SlotReader:
             take(self._as_read(update, bucket, data), 1)
             del data
 
+    def draw(self, exposures: Exposures, wants: Wants, *, deadline: float) -> bool:
+        """Read all that is wanted of the update out of the trainer's memory, instead of any bucket. False, with nothing
+        read, where that memory cannot be mapped. Raises as `Drawer.draw`.
+        """
+        update = self._open()
+        if self._drawer is None:
+            self._drawer = Drawer(self._gpu_index() if self.device.type == "cuda" else None)
+        try:
+            self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
+        except TransportBroken as error:
+            logger.warning("weightsync: slots are used, because the trainer's memory cannot be mapped: %s", error)
+            return False
+        update.drawn = True
+        return True
+
     def finish(self) -> None:
         """End the update, once all that `pull` has queued is done. Raises `LocalProtocolError` naming the first tensor
         that did not come whole.
         """
         update, self._update = self._open(), None
         self.settle(deadline=update.pulls_until)
+        if update.drawn:
+            return
         if not update.read.all():
             piece = int(np.argmin(update.read))
             name = update.manifest.tensors.names[int(update.manifest.piece_tensor[piece])]
@@ -156,10 +181,17 @@ class SlotReader:
     def close(self) -> None:
         """Drop an update that is open and detach from every arena."""
         self._update = None
+        self._let_go()
         try:
             self.settle()
         finally:
             self._receiver.close()
+
+    def _let_go(self) -> None:
+        """Buckets come: the trainer's memory is its own again."""
+        drawer, self._drawer = self._drawer, None
+        if drawer is not None:
+            drawer.release()
 
     def _expecting(self, bucket: int) -> _Update:
         update = self._open()
@@ -168,6 +200,8 @@ class SlotReader:
             raise LocalProtocolError(f"the update has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
         if update.read[manifest.bucket_pieces(bucket).start]:
             raise LocalProtocolError("the bucket was read before", bucket=bucket)
+        update.drawn = False
+        self._let_go()
         return update
 
     def _nbytes(self, bucket: int) -> int:
@@ -196,6 +230,9 @@ class SlotReader:
             raise LocalProtocolError("no update is open", hint="begin first")
         return self._update
 
+    def _gpu_index(self) -> int:
+        return torch.cuda.current_device() if self.device.index is None else self.device.index
+
     def _switch(self, deadline: float) -> None:
         """The node's slots have moved between host memory and GPUs."""
         self.settle(deadline=deadline)
@@ -209,7 +246,7 @@ class SlotReader:
                 f"the node's slots lie on GPUs, and this worker's weights on {self.device}",
                 hint='arena.device = "cpu" in the node config serves engines on a CPU',
             )
-        device = torch.cuda.current_device() if self.device.index is None else self.device.index
+        device = self._gpu_index()
         self._gpu, self._receiver = GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
         before.close()
 

@@ -15,8 +15,8 @@ import torch
 
 from weightsync.device.launch import COPY, SUM, BoxKernel, Table
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.device.waiting import await_events
 from weightsync.errors import ConfigError, TransportBroken
-from weightsync.filling.local import await_events
 from weightsync.filling.program import Filled
 from weightsync.plan.boxes import packed_strides
 

@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-import time
 from functools import cached_property
 from operator import attrgetter
 from typing import TYPE_CHECKING
 
 import torch
 
-from weightsync.errors import TransportTimeout
-
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from weightsync.sources.base import Source
 
-__all__ = ["LocalWeights", "await_events"]
+__all__ = ["LocalWeights"]
 
 _DTYPE = attrgetter("dtype")
 _NOWHERE = torch.empty(0, dtype=torch.uint8, device="cpu")
-_GLANCE = 50e-6  # seconds between two looks at a GPU
 
 
 class LocalWeights:
@@ -56,13 +49,3 @@ class LocalWeights:
             event.record(torch.cuda.current_stream(gpu))
             events.append(event)
         return events
-
-
-def await_events(events: Iterable[torch.cuda.Event | torch.cuda.Stream], what: str, *, deadline: float) -> None:
-    """Return when all of them have come. Raises `TransportTimeout` naming `what`."""
-    pause = threading.Event()
-    for event in events:
-        while not event.query():
-            if time.monotonic() >= deadline:
-                raise TransportTimeout(f"{what} is still under way on this rank's GPU")
-            pause.wait(_GLANCE)

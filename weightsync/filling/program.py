@@ -55,6 +55,7 @@ class Program:
 
     plan: bytes
     writes: tuple[tuple[Write, ...], ...]
+    width: int  # dimensions of the tensor that has most
 
     @cached_property
     def longest(self) -> int:
@@ -108,4 +109,4 @@ def compile_program(plan: bytes, manifest: Manifest, layout: Layout, fills: np.n
                 )
             )
         writes.append(tuple(bucket))
-    return Program(plan, tuple(writes))
+    return Program(plan, tuple(writes), table.width)

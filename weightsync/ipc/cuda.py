@@ -20,12 +20,11 @@ from weightsync.ipc.arena import DeviceMemory, stride
 if TYPE_CHECKING:
     from weightsync.ipc.arena import ArenaOffer
 
-__all__ = ["DeviceSlots", "cupy", "free_bytes"]
+__all__ = ["SHARING", "DeviceSlots", "cupy", "free_bytes"]
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
-_SHARING = (
-    "its bridge has just ended; or else GPU memory is shared between processes of one PID and one IPC namespace, on "
-    "GPUs that reach each other: start "
+SHARING = (
+    "GPU memory is shared between processes of one PID and one IPC namespace, on GPUs that reach each other: start "
     "containers with --pid=host --ipc=host, and look at nvidia-smi topo -p2p r; weightsync doctor tells which it is"
 )
 
@@ -78,7 +77,7 @@ class DeviceSlots:
                 runtime.deviceSynchronize()
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
-                raise ConfigError(f"GPU {gpu} gives no memory that can be shared: {error}", hint=_SHARING) from error
+                raise ConfigError(f"GPU {gpu} gives no memory that can be shared: {error}", hint=SHARING) from error
             free, total = free_bytes(device)
             raise ConfigError(
                 f"an arena of {slots} slots of {slot_bytes} bytes needs {nbytes} bytes of GPU {gpu}, which has "
@@ -102,7 +101,7 @@ class DeviceSlots:
             raise TransportBroken(
                 f"process {os.getpid()} cannot map arena {offer.name} of GPU {memory.gpu} on its own GPU {device}: "
                 f"{error}",
-                hint=_SHARING,
+                hint=f"its bridge has just ended; or else {SHARING}",
             ) from error
         return cls(address, memory, offer.slots, stride(offer.slot_bytes), device, owner=False)
 

@@ -1,4 +1,4 @@
-"""Noticing that a bridge is gone, by its arena's file: who maps the memory of a dead bridge keeps it from everybody."""
+"""Noticing that whoever owned some memory is gone: a process that still maps it keeps it from everybody."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ _EVERY = 1.0  # seconds
 
 
 class Lookout:
-    """Calls `look` every second from a thread of its own, on `device` of this process, until it returns False."""
+    """Calls `look` every second from a thread of its own, on `device` of this process, until it returns False; without
+    a device for what has nothing to do with GPUs.
+    """
 
-    def __init__(self, look: Callable[[], bool], device: int) -> None:
+    def __init__(self, look: Callable[[], bool], device: int | None) -> None:
         self._look = look
         self._device = device
         self._running = False
@@ -35,7 +37,8 @@ class Lookout:
         threading.Thread(target=self._run, name="weightsync-lookout", daemon=True).start()
 
     def _run(self) -> None:
-        cupy().cuda.runtime.setDevice(self._device)  # else what this thread does would make a CUDA context on GPU 0
+        if self._device is not None:
+            cupy().cuda.runtime.setDevice(self._device)  # else what this thread does would make a CUDA context on GPU 0
         pause = threading.Event()
         while True:
             pause.wait(_EVERY)

@@ -10,11 +10,14 @@ from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.plan.boxes import packed_strides
+from weightsync.plan.draws import Wanted
 from weightsync.plan.residents import ResidentBoxes
 from weightsync.replay.plan import NOT_SEEN
 from weightsync.replay.strided import Box
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.plan import LoadPlan
 
@@ -52,6 +55,14 @@ class Residents:
         self.held = tuple(found)
         self.complete = len(found) == len(plan.copies)
         self.unseen = tuple(sorted(index[name] for name in unseen))  # tensors of which it has more than it can tell
+
+    def wanted(self, targets: Sequence[str]) -> tuple[Wanted, ...]:
+        """The same as what is to be drawn out of a trainer's memory, into targets counted in this order."""
+        at = {name: index for index, name in enumerate(targets)}
+        return tuple(
+            Wanted(one.tensor, one.offset, one.shape, one.itemsize, at[one.target], one.box.offset, one.box.strides)
+            for one in self.held
+        )
 
     @cached_property
     def packed(self) -> bytes:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from weightsync.errors import LocalProtocolError
+from weightsync.plan.draws import Wants
 from weightsync.replay.facts import LAYOUTS, ReplayFacts
 from weightsync.replay.kernel import mover_for
 from weightsync.replay.model import ModelState
@@ -31,6 +32,7 @@ from weightsync.replay.sums import sums_for
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from weightsync.plan.draws import Wanted
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
     from weightsync.replay.kernel import Mover
@@ -59,8 +61,9 @@ class _Known:
     mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
-    residents: Residents | None = None  # these two are worked out when first asked for
+    residents: Residents | None = None  # these three are worked out when first asked for
     sums: Sums | None = None
+    wanted: tuple[Wanted, ...] | None = None
 
     def held(self, manifest: Manifest) -> Residents:
         """What parameters have of the tensors of this manifest, which it is of."""
@@ -166,6 +169,22 @@ class ModelReplay:
         self._replay(bucket, share)
         self._seconds["replay"] += perf_counter() - begun
         self._pulled += 1
+
+    def wants(self) -> Wants | None:
+        """What is to be drawn out of the trainer's memory instead of all buckets of this push; None where a loader has
+        to see some of it.
+        """
+        known, manifest = self._known, self._manifest
+        if not self.whole or known is None or manifest is None or not known.held(manifest).complete:
+            return None
+        if known.wanted is None:
+            known.wanted = known.held(manifest).wanted(known.moves.targets)
+        return Wants(known.wanted, [self._order[i].data_ptr() for i in range(len(self._order))])
+
+    def drawn(self) -> None:
+        """All that `wants` told of has been drawn."""
+        assert self._manifest is not None, "`begin` comes first"
+        self._pulled = self._manifest.buckets
 
     def forget(self) -> None:
         """Learn anew. Not during a push."""

@@ -21,6 +21,8 @@ class Committing(Ending):
 
     def _begin_commit(self, now: float, out: list[Instruction]) -> None:
         self.state = State.COMMITTING
+        if any(engine.draws for engine in self._live()):
+            out.append(do.ReleaseWeights())
         for engine in self._live():
             engine.stage, engine.asked = EngineStage.FINISHING, "finish"
             self.phases.start("finalise", now)

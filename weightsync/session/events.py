@@ -33,13 +33,16 @@ __all__ = [
     "NodeLost",
     "PlanFailed",
     "PlanMade",
+    "RankExposed",
     "RankFailed",
     "RankFilled",
     "RankLost",
+    "RankMeasured",
     "RankOpened",
     "RankStopped",
     "StopRequested",
     "Tick",
+    "WeightsDrawn",
 ]
 
 
@@ -58,6 +61,7 @@ class RankOpened(Event, frozen=True):
     node: str = ""  # that it runs on; "" for the trainer's node that coordinates, home
     slots: tuple[int, ...] = ()  # of that node's bridges, if it is another
     describe_seconds: float = 0.0
+    in_place: bool = False  # engines may read its weights where they lie
 
 
 class LayoutReceived(Event, frozen=True):
@@ -72,6 +76,20 @@ class RankFilled(Event, frozen=True):
     rank: int
     bucket: int
     nbytes: int  # bytes it wrote
+
+
+class RankExposed(Event, frozen=True):
+    """The rank's weights lie where it has said, and may be read there."""
+
+    rank: int
+    problem: str = ""  # why they cannot
+
+
+class RankMeasured(Event, frozen=True):
+    """The rank has told the fingerprints of all that it exposes."""
+
+    rank: int
+    nbytes: int  # that it exposes
 
 
 class RankFailed(Event, frozen=True):
@@ -149,6 +167,7 @@ class EngineAccepted(Event, frozen=True):
 
     engine: str
     untouched: int = 0
+    draws: bool = False  # it can read these weights where ranks of its node expose them
 
 
 class EnginePaused(Event, frozen=True):
@@ -161,6 +180,15 @@ class EngineBegun(Event, frozen=True):
     """An update is open on the engine: its weights are in our hands."""
 
     engine: str
+
+
+class WeightsDrawn(Event, frozen=True):
+    """The engine has read what it needs out of the trainer's memory, and reads no more; or found that it cannot, and
+    has to load buckets.
+    """
+
+    engine: str
+    drawn: bool
 
 
 class BucketLoaded(Event, frozen=True):

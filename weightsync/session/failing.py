@@ -15,6 +15,7 @@ __all__ = ["Failing"]
 
 _PHASES = {
     "load": "load",
+    "draw": "load",
     "finish": "finalise",
     "resume": "finalise",
     "verify": "verify",
@@ -155,7 +156,8 @@ class Failing(Opening):
     def _at_work(self, rank: int) -> tuple[int | None, str]:
         """The bucket that the rank was filling, if it was, and the phase it was in."""
         bucket = next((i for i, b in enumerate(self.buckets) if rank in b.unfilled), None)
-        return bucket, "fill" if bucket is not None else self._phase()
+        filling = bucket is not None or rank in self._unexposed or rank in self._unmeasured
+        return bucket, "fill" if filling else self._phase()
 
     def _rank_stopped(self, rank: int) -> None:
         for bucket in self.buckets:

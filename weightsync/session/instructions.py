@@ -20,6 +20,7 @@ __all__ = [
     "AskLayout",
     "AwaitRelease",
     "BeginEngine",
+    "DrawWeights",
     "EndPush",
     "ExchangeBucket",
     "ExportBucket",
@@ -32,6 +33,7 @@ __all__ = [
     "PauseEngine",
     "ProbeEngine",
     "RelayBucket",
+    "ReleaseWeights",
     "ResumeEngine",
     "RetireBridge",
     "RevokeBucket",
@@ -64,7 +66,11 @@ class AskLayout(Instruction, frozen=True):
 
 
 class AnnouncePlan(Instruction, frozen=True):
-    """Send every rank the manifest (where it has it not), what it fills, and the offers of the arenas."""
+    """Send every rank the manifest (where it has it not), what it fills, and the offers of the arenas. `expose`: each
+    is also to say where its weights lie; ends in one `RankExposed` and, where that went well, one `RankMeasured` each.
+    """
+
+    expose: bool = False
 
 
 class GrantLease(Instruction, frozen=True):
@@ -73,6 +79,10 @@ class GrantLease(Instruction, frozen=True):
     bucket: int
     slot: Slot
     ranks: tuple[int, ...]
+
+
+class ReleaseWeights(Instruction, frozen=True):
+    """Tell every rank that nobody reads what it exposes any more."""
 
 
 class EndPush(Instruction, frozen=True):
@@ -119,6 +129,12 @@ class PauseEngine(Instruction, frozen=True):
 
 class BeginEngine(Instruction, frozen=True):
     """Open the update. From here on a failure leaves the engine torn."""
+
+    engine: str
+
+
+class DrawWeights(Instruction, frozen=True):
+    """Have the engine read what it needs out of the memory that the trainer's ranks expose. Ends in `WeightsDrawn`."""
 
     engine: str
 

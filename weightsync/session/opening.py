@@ -46,6 +46,8 @@ class Opening(Transferring):
         if event.rank in self._layouts:
             return
         self._layouts[event.rank] = event.layout
+        if event.in_place:
+            self._in_place.add(event.rank)
         self._rank_nodes[event.rank] = event.node or self.home
         self._nodes.add(event.node or self.home)
         for bridge, count in enumerate(event.slots):
@@ -114,6 +116,7 @@ class Opening(Transferring):
         if engine is None:
             return
         engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
+        engine.draws = event.draws and engine.node == self.home and not engine.keeper
         self._open_on(now, out)
 
     def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:

@@ -84,6 +84,9 @@ class SessionState:
         self._groups = 0  # number of the one that is waited for
         self._nodes: set[str] = {home, *engines.values()}  # and those of the ranks; without what has left
         self._rank_nodes: dict[int, str] = {}
+        self._in_place: set[int] = set()  # ranks whose weights may be read where they lie
+        self._unexposed: set[int] = set()  # ranks that were asked where that is, and have not said
+        self._unmeasured: set[int] = set()  # ranks of which the fingerprints of that have not come
         self._spread = False  # ranks of several nodes write: every node gets every bucket by an exchange
         self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
         self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
@@ -144,6 +147,9 @@ class SessionState:
                 return f"the layout of rank {listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
             if self._planned and not self._group_ready:
                 return f"the communicator to {', '.join(self._remote_nodes())}", {"phase": "open"}
+        if self._unexposed:
+            ranks = sorted(self._unexposed)
+            return f"rank {listed(ranks)} to expose its weights", {"rank": ranks[0], "phase": "fill"}
         writing = [(i, sorted(b.unfilled)) for i, b in enumerate(self.buckets) if b.unfilled]
         if writing:
             bucket, ranks = writing[0]
@@ -160,6 +166,9 @@ class SessionState:
             return f"engine {words}", fields
         if self.state is State.OPENING:
             return "the plan", {"phase": "plan"}
+        if self._unmeasured:
+            ranks = sorted(self._unmeasured)
+            return f"the fingerprints of rank {listed(ranks)}", {"rank": ranks[0], "phase": "fill"}
         return "the wire", {"phase": "wire"}
 
     def validate(self) -> None:
@@ -182,6 +191,9 @@ class SessionState:
                 assert not engine.touched, f"{engine.name} was touched and counts as untouched"
             if engine.touched and engine.stage is EngineStage.RESUMING:
                 assert engine.loaded == len(self.buckets), f"{engine.name} is resumed with a mixture"
+            if engine.asked == "draw":
+                assert engine.touched, f"{engine.name} draws and was not begun"
+                assert engine.node == self.home, f"{engine.name} draws from another node"
             if engine.asked == "resume" and engine.touched:
                 assert engine.stage is EngineStage.RESUMING, f"{engine.name} is torn and is being resumed"
         if self.state is State.ABORTED:

@@ -27,6 +27,7 @@ _STEPS: dict[type[do.Instruction], str] = {
     do.AcceptEngine: "accept",
     do.PauseEngine: "pause",
     do.BeginEngine: "begin",
+    do.DrawWeights: "draw",
     do.FinishEngine: "finish",
     do.VerifyEngine: "verify",
     do.ResumeEngine: "resume",
@@ -36,6 +37,7 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EngineAccepted: "accept",
     ev.EnginePaused: "pause",
     ev.EngineBegun: "begin",
+    ev.WeightsDrawn: "draw",
     ev.EngineFinished: "finish",
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
@@ -137,6 +139,7 @@ class _Reading:
         self.spans: list[Span] = []
         self._home, self._engines = home, engines
         self._first: float | None = None  # when the first rank called
+        self._announced = 0.0  # when ranks were told of the plan
         self._open: dict[_Key, Span] = {}
         self._sizes: tuple[int, ...] = ()  # of the buckets
         self._full = False
@@ -175,6 +178,12 @@ class _Reading:
                     self._beyond(self._of(event.engine, "release", now, event.bucket), wrong)
             case ev.RankOpened():
                 self._opened(event, now)
+            case ev.RankExposed() | ev.RankMeasured():
+                step = "expose" if isinstance(event, ev.RankExposed) else "measure"
+                span = Span(TRAINER, f"rank {event.rank}: {step}", step, step, self._announced, now, rank=event.rank)
+                span.nbytes = getattr(event, "nbytes", 0)
+                span.failed = getattr(event, "problem", "")
+                self.spans.append(span)
             case ev.PlanMade():
                 self._sizes = tuple(bucket.nbytes for bucket in event.buckets)
                 self._end(("plan",), now)
@@ -235,6 +244,8 @@ class _Reading:
                 yield ("load", engine, bucket), self._of(engine, "load", now, bucket, instruction.count)
             case do.AwaitRelease(engine=engine, bucket=bucket):
                 yield ("release", engine, bucket), self._of(engine, "release", now, bucket)
+            case do.AnnouncePlan():
+                self._announced = now
             case do.MakePlan():
                 yield ("plan",), Span(self._home, "plan", "plan", "plan", now)
             case do.FormGroup():

@@ -65,6 +65,7 @@ class EngineTrack:
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
     untouched: int = 0  # tensors it holds that this push leaves as they are
+    draws: bool = False  # it reads the trainer's memory, and no buckets
     error: ErrorRecord | None = None
     seconds: float = 0.0  # from pause to resume
 

@@ -1,4 +1,9 @@
-"""Buckets on their way: slots are leased and filled, exported, relayed to other nodes, loaded, and free again."""
+"""Weights on their way.
+
+By buckets: slots are leased and filled, exported, relayed to other nodes, loaded, and free again. Or an engine draws
+them: it reads the memory that ranks of its node expose. Engines of both kinds may be in one push; where all draw, no
+slot is leased.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +28,8 @@ class Transferring(Committing):
 
     def _begin_transfer(self, now: float, out: list[Instruction]) -> None:
         self.state = State.TRANSFERRING
-        out.append(do.AnnouncePlan())
+        self._choose_who_draws(now)
+        out.append(do.AnnouncePlan(expose=bool(self._unexposed)))
         for engine in self._live():  # with "none" too: what comes nearest to it is the engine's own affair
             engine.stage, engine.asked, engine.paused_by_us = EngineStage.PAUSING, "pause", True
             self._begun_at[engine.name] = now
@@ -41,6 +47,51 @@ class Transferring(Committing):
         if engine is not None:
             engine.stage = EngineStage.LOADING
             self._go_on(now, out)
+
+    def _choose_who_draws(self, now: float) -> None:
+        """Engines beside which all of the trainer's ranks are, if these offer their weights in place."""
+        offered = len(self._in_place) == self.world and set(self._rank_nodes.values()) == {self.home}
+        for engine in self._live():
+            engine.draws = engine.draws and offered
+        if any(engine.draws for engine in self._live()):
+            self._unexposed, self._unmeasured = set(range(self.world)), set(range(self.world))
+            self.phases.start("fill", now)
+
+    def _on_rank_exposed(self, event: ev.RankExposed, now: float, out: list[Instruction]) -> None:
+        if event.rank not in self._unexposed:
+            return
+        self._unexposed.discard(event.rank)
+        if event.problem:  # then all of it goes through slots
+            self._unexposed.clear()
+            self._unmeasured.clear()
+            self.phases.stop("fill", now)
+            for engine in self.engines.values():
+                engine.draws = False
+        self._go_on(now, out)
+
+    def _on_rank_measured(self, event: ev.RankMeasured, now: float, out: list[Instruction]) -> None:
+        if event.rank not in self._unmeasured:
+            return
+        self._unmeasured.discard(event.rank)
+        if not any(bucket.fillers and (bucket.filled or bucket.copies) for bucket in self.buckets):
+            self.filled_bytes += event.nbytes
+        if not self._unmeasured:
+            self.phases.stop("fill", now)
+        self._go_on(now, out)
+
+    def _on_weights_drawn(self, event: ev.WeightsDrawn, now: float, out: list[Instruction]) -> None:
+        engine = self._answered(event.engine, "draw", now, out)
+        if engine is None:
+            return
+        self.phases.stop("load", now)
+        if self.ended:
+            self._evict_late(engine, now, out)
+            return
+        if event.drawn:
+            engine.next_bucket = engine.loaded = len(self.buckets)
+        else:
+            engine.draws = False
+        self._go_on(now, out)
 
     def _on_rank_filled(self, event: ev.RankFilled, now: float, out: list[Instruction]) -> None:
         if not 0 <= event.bucket < len(self.buckets):
@@ -117,11 +168,14 @@ class Transferring(Committing):
         if not self._worth_it():
             self._end_when_all_ended(now, out)
             return
-        self._grant(now, out)
+        drawing = any(engine.draws and not self._all_loaded(engine) for engine in live)
+        if not drawing and not all(engine.draws for engine in live):
+            self._grant(now, out)  # not before: an engine that finds that it cannot draw needs every bucket
         self._relay(now, out)
         for engine in live:
             self._advance(engine, now, out)
-        if all(e.stage is EngineStage.LOADING and self._all_loaded(e) for e in live):
+        loaded = all(e.stage is EngineStage.LOADING and self._all_loaded(e) for e in live)
+        if loaded and not (self._unmeasured and any(engine.draws for engine in live)):
             self._begin_commit(now, out)
 
     def _all_loaded(self, engine: EngineTrack) -> bool:
@@ -152,7 +206,7 @@ class Transferring(Committing):
     def _export(self, index: int, node: str, now: float, out: list[Instruction]) -> None:
         bucket = self.buckets[index]
         copy = bucket.copies[node]
-        copy.readers = {e.name for e in self._live() if e.node == node}
+        copy.readers = {e.name for e in self._live() if e.node == node and not e.draws}
         copy.named = frozenset(copy.readers)
         if bucket.relayed and not copy.readers:
             copy.exported = True  # to nobody: it was only on its way
@@ -224,17 +278,34 @@ class Transferring(Committing):
         """
         if engine.asked is not None:
             return
+        if engine.draws:
+            self._draw(engine, now, out)
+            return
         there = self._exported(engine, most=min(max(1, self._slots_of(engine.node) // 2), do.MOST_LOADED))
         if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
-            engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
-            self._begun_at.setdefault(engine.name, now)
-            out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
+            self._begin_engine(engine, now, out)
         elif engine.stage is EngineStage.LOADING and there:
             engine.asked, engine.loading = "load", there
             self.phases.start("load", now)
             out.append(
                 do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=self._until(now))
             )
+
+    def _draw(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        """The same for one that draws: once every rank has said where its weights lie."""
+        if self._unexposed:
+            return
+        if engine.stage is EngineStage.PAUSED:
+            self._begin_engine(engine, now, out)
+        elif engine.stage is EngineStage.LOADING and not self._all_loaded(engine):
+            engine.asked = "draw"
+            self.phases.start("load", now)
+            out.append(do.DrawWeights(engine=engine.name, deadline=self._until(now)))
+
+    def _begin_engine(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
+        self._begun_at.setdefault(engine.name, now)
+        out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
 
     def _exported(self, engine: EngineTrack, most: int) -> int:
         """How many of the buckets that come next for this engine, up to `most`, lie ready for it."""

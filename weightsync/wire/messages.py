@@ -3,8 +3,8 @@
 Each is a frozen struct; on the wire it is one MessagePack map `{v, type, id, …}`. `id` pairs an answer with its
 question and is 0 where there is none. Fields are only ever added, with a default; a changed meaning takes a new type.
 
-    rank → daemon      Open, Describe, Filled, Failed, Stopped, Heartbeat, PushLora
-    daemon → rank      Welcome, AskDescription, Planned, Lease, Ended, Heartbeat, LoraPushed
+    rank → daemon      Open, Describe, Filled, Exposed, Measured, Failed, Stopped, Heartbeat, PushLora
+    daemon → rank      Welcome, AskDescription, Planned, Lease, AskExposure, Drawn, Ended, Heartbeat, LoraPushed
     operator → daemon  StatusRequest, TraceRequest, ChangeEngines
     daemon → operator  Status, Traced, Changed
     daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat,
@@ -51,19 +51,24 @@ from weightsync.wire.operator_messages import (
 )
 from weightsync.wire.trainer_messages import (
     AskDescription,
+    AskExposure,
     Describe,
+    Drawn,
     Ended,
     EngineOutcome,
+    Exposed,
     Failed,
     Filled,
     Heartbeat,
     Lease,
     LoraOutcome,
     LoraPushed,
+    Measured,
     Open,
     Planned,
     PushLora,
     PushOutcome,
+    RankWords,
     Stopped,
     Welcome,
 )
@@ -72,12 +77,14 @@ __all__ = [
     "LARGE",
     "MESSAGES",
     "AskDescription",
+    "AskExposure",
     "Attach",
     "Attached",
     "BridgeStatus",
     "ChangeEngines",
     "Changed",
     "Describe",
+    "Drawn",
     "Ended",
     "EngineOutcome",
     "EngineProgress",
@@ -86,6 +93,7 @@ __all__ = [
     "Exchange",
     "Execute",
     "Executed",
+    "Exposed",
     "Failed",
     "Filled",
     "FollowedPush",
@@ -96,6 +104,7 @@ __all__ = [
     "Lease",
     "LoraOutcome",
     "LoraPushed",
+    "Measured",
     "Message",
     "Open",
     "PeerStatus",
@@ -104,6 +113,7 @@ __all__ = [
     "PushOutcome",
     "PushStatus",
     "RankSays",
+    "RankWords",
     "Receive",
     "Register",
     "Registered",
@@ -132,6 +142,10 @@ MESSAGES: tuple[type[Message], ...] = (
     Planned,
     Lease,
     Filled,
+    Exposed,
+    AskExposure,
+    Measured,
+    Drawn,
     Failed,
     Stopped,
     Heartbeat,
@@ -163,6 +177,8 @@ LARGE: frozenset[type[Message]] = frozenset(
     {
         Describe,
         Planned,
+        Exposed,
+        Measured,
         Execute,
         Filled,
         Status,

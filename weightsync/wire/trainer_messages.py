@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import msgspec
 from msgspec import Meta
 
 from weightsync.errors import ErrorRecord
-from weightsync.wire.fields import Blob, Column, Digest, LoraName, Message, Name, Natural, Rank, Seconds
+from weightsync.wire.fields import Blob, Column, Digest, LoraName, Message, Name, Natural, Rank, Seconds, Text
 
 __all__ = [
     "AskDescription",
+    "AskExposure",
     "Describe",
+    "Drawn",
     "Ended",
     "EngineOutcome",
+    "Exposed",
     "Failed",
     "Filled",
     "Heartbeat",
     "Lease",
     "LoraOutcome",
     "LoraPushed",
+    "Measured",
     "Open",
     "Planned",
     "PushLora",
     "PushOutcome",
+    "RankWords",
     "Stopped",
     "Welcome",
 ]
@@ -43,6 +48,7 @@ class Open(Message, frozen=True, tag="open"):
     layout: Digest
     plan: Digest | None = None  # of the plan this rank has cached for the layout
     describe_seconds: Seconds = 0.0
+    in_place: bool = False  # engines may read the weights where they lie
     engines: tuple[Name, ...] = ()  # those alone, which the version is new to: what was pushed before is pushed again
 
 
@@ -70,6 +76,7 @@ class Planned(Message, frozen=True, tag="planned"):
     offers: Annotated[tuple[Blob, ...], Meta(max_length=64)]  # by bridge: the arenas to write into
     manifest: Column | None = None  # a packed `Manifest`
     fills: Column | None = None  # little-endian i32: the shards this rank writes
+    expose: bool = False  # also say where they lie: `Exposed`, and then `Measured`
 
 
 class Lease(Message, frozen=True, tag="lease"):
@@ -89,6 +96,30 @@ class Filled(Message, frozen=True, tag="filled"):
     fingerprints: Column  # little-endian u64, as many
 
 
+class Exposed(Message, frozen=True, tag="exposed"):
+    """The rank's weights may be read where the exposure with this digest says; or why they cannot be."""
+
+    digest: Digest | None = None
+    exposure: Column | None = None  # a packed `Exposure`, left out when the daemon was told before
+    problem: Text = ""
+
+
+class AskExposure(Message, frozen=True, tag="ask_exposure"):
+    """The daemon does not know the exposure behind the digest: the whole `Exposed`, please."""
+
+
+class Measured(Message, frozen=True, tag="measured"):
+    """The fingerprint of each part that the rank exposes, summed by tensor."""
+
+    nbytes: Natural
+    tensors: Column  # little-endian u32: index in the manifest
+    fingerprints: Column  # little-endian u64, as many
+
+
+class Drawn(Message, frozen=True, tag="drawn"):
+    """Nobody reads what the rank exposes any more: it may change."""
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """The rank cannot go on and will write nothing more."""
 
@@ -97,6 +128,10 @@ class Failed(Message, frozen=True, tag="failed"):
 
 class Stopped(Message, frozen=True, tag="stopped"):
     """The rank has heard `Ended` and will write nothing more."""
+
+
+RankWords: TypeAlias = Describe | Filled | Exposed | Measured | Failed | Stopped
+"""What a rank says during a push."""
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
@@ -113,6 +148,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float  # from pause to resume
     checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
     untouched: Natural = 0  # tensors of the engine that the push did not hold
+    drawn: bool = False  # it read the trainer's memory where the weights lay, and no slots
     error: ErrorRecord | None = None
 
 

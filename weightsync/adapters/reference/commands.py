@@ -16,6 +16,7 @@ __all__ = [
     "Begin",
     "Checksums",
     "Command",
+    "Draw",
     "Fingerprints",
     "Finish",
     "Load",
@@ -38,6 +39,13 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
     digest: bytes
     offers: tuple[bytes, ...]  # this rank's
+    deadline: float
+
+
+class Draw(msgspec.Struct, frozen=True, tag=True):
+    """Take this rank's slices out of the memory that a trainer's ranks expose. Answers nothing where it cannot."""
+
+    exposures: bytes  # packed, or the digest of some that were told before
     deadline: float
 
 
@@ -81,7 +89,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     draw: float | None = None  # of [0, 1): take the token there in the distribution; none: the likeliest
 
 
-Command: TypeAlias = Accept | Begin | Load | Finish | Residents | Fingerprints | Checksums | Step
+Command: TypeAlias = Accept | Begin | Draw | Load | Finish | Residents | Fingerprints | Checksums | Step
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

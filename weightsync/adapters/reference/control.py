@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.manifests import ToldExposures
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.connection import HttpClient
 from weightsync.adapters.verify import Verifier
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import PauseMode
     from weightsync.plan.boxes import Words
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["ReferenceAdapter"]
@@ -43,6 +45,10 @@ class _Info(msgspec.Struct, frozen=True):
 
 class _Accepted(msgspec.Struct, frozen=True):
     untouched: tuple[str, ...]
+
+
+class _Drawn(msgspec.Struct, frozen=True):
+    drawn: bool
 
 
 class _Problem(msgspec.Struct, frozen=True):
@@ -71,6 +77,7 @@ class ReferenceAdapter(EngineAdapter):
         self.name = spec.name
         self.url = spec.url
         self._info: EngineInfo | None = None  # as last probed
+        self._shown = ToldExposures()
         self._verifiers: dict[tuple[str, bytes], Verifier] = {}  # by incarnation and manifest's digest
         try:
             self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
@@ -113,6 +120,7 @@ class ReferenceAdapter(EngineAdapter):
                 engine=self.name,
                 phase="accept",
             ) from refusal
+        self._shown.forget()  # so that workers of another incarnation are told whole
         untouched = self._parse(body, _Accepted, "accept").untouched
         await self._verifier(manifest, deadline)  # now, while it serves, rather than at the end of its pause
         return untouched
@@ -135,6 +143,15 @@ class ReferenceAdapter(EngineAdapter):
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._post("/load", {"bucket": bucket, "tickets": tickets}, deadline)
+
+    def draws(self, manifest: Manifest) -> bool:
+        """See the base class."""
+        return True
+
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        with self._shown.unless_it_fails():
+            body = await self._call("POST", "/draw", deadline, self._shown.tell(exposures))
+            return self._parse(body, _Drawn, "draw").drawn
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self._post("/finish", {"version": version}, deadline)

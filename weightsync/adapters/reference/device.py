@@ -13,16 +13,19 @@ import msgspec
 import numpy as np
 import torch
 
+from weightsync.adapters.reference.loading import wanted
 from weightsync.device.buckets import CheckedBuckets, FlatCopy
 from weightsync.device.launch import COPY, SUM, BoxKernel, Table
 from weightsync.device.leases import LeaseKeeper
 from weightsync.device.table import SLOT, Place, box_items, joined
+from weightsync.plan.draws import Wants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from weightsync.adapters.reference.loading import Held, LoadingPlan
     from weightsync.plan.boxes import Words
+    from weightsync.plan.draws import Wanted
     from weightsync.transports.base import Lease
 
 __all__ = ["DeviceParameters", "Trial"]
@@ -42,6 +45,7 @@ class _Prepared(NamedTuple):
     copies: tuple[Table, ...]  # per bucket
     residents: Table
     buckets: CheckedBuckets
+    wanted: tuple[Wanted, ...]
 
 
 class DeviceParameters:
@@ -51,7 +55,8 @@ class DeviceParameters:
         self._bases = {name: at for at, name in enumerate(tensors)}
         self._device = next(iter(tensors.values())).device
         self._kernel = BoxKernel(self._device)
-        pointers = np.array([tensor.data_ptr() for tensor in tensors.values()], dtype=np.uint64)
+        self._addresses = [tensor.data_ptr() for tensor in tensors.values()]
+        pointers = np.array(self._addresses, dtype=np.uint64)
         self._pointers = torch.from_numpy(pointers.view(np.int64)).to(self._device)
         self._streams: list[torch.cuda.Stream] = []
         self._leases = LeaseKeeper(self._device)
@@ -88,7 +93,8 @@ class DeviceParameters:
             for at, held in enumerate(plan.residents)
         ]
         buckets = CheckedBuckets(self._kernel, plan.manifest)
-        return _Prepared(plan, tuple(copies), self._kernel.table(joined(residents)), buckets)
+        table = self._kernel.table(joined(residents))
+        return _Prepared(plan, tuple(copies), table, buckets, wanted(plan, list(self._bases)))
 
     def load(self, prepared: _Prepared, bucket: int, lease: Lease) -> None:
         """Queue the copies; the lease is released when the GPU is past them."""
@@ -106,6 +112,10 @@ class DeviceParameters:
         except BaseException:
             lease.release()
             raise
+
+    def wants(self, prepared: _Prepared) -> Wants:
+        """What is drawn out of a trainer's memory."""
+        return Wants(prepared.wanted, self._addresses)
 
     def settle(self, *, deadline: float) -> None:
         """Wait for the loads that are queued."""

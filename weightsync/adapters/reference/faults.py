@@ -4,8 +4,8 @@
     POST /faults {"delay": {"endpoint": "/finish", "seconds": 1.5, "times": 1, "after": 0}}
     POST /faults {"clear": true}
 
-The first lets two loads pass and answers 500 to the third, which touches no worker; a failed /begin, /load or /finish
-leaves the engine as a worker's error would: torn. The second holds a request back before anything is done. `times` and
+The first lets two loads pass and answers 500 to the third, which touches no worker; a failed /begin, /load, /draw or
+/finish leaves the engine as an error of a worker would: torn. The second holds a request back first. `times` and
 `after` are 1 and 0 unless given; orders are kept in the order they came, and each counts the requests to its endpoint.
 """
 

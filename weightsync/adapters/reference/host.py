@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from weightsync.adapters.reference.loading import wanted
 from weightsync.fingerprint import fingerprint
+from weightsync.plan.draws import Wants
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from weightsync.adapters.reference.loading import Held, LoadingPlan
     from weightsync.plan.boxes import Words
+    from weightsync.plan.draws import Wanted
     from weightsync.transports.base import Lease
 
     Array = np.ndarray[Any, Any]
@@ -33,6 +36,7 @@ class _Prepared(NamedTuple):
     plan: LoadingPlan
     copies: tuple[tuple[_Copy, ...], ...]
     residents: tuple[Array, ...]
+    wanted: tuple[Wanted, ...]
 
 
 class HostParameters:
@@ -40,16 +44,22 @@ class HostParameters:
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = {name: array.reshape(-1).view(np.uint8) for name, array in arrays.items()}
+        self._addresses = [array.ctypes.data for array in self._arrays.values()]
 
     def prepare(self, plan: LoadingPlan) -> _Prepared:
         """A plan with the views it needs."""
         copies = tuple(tuple(_Copy(self._view(b.held), b.at, b.strides) for b in bucket) for bucket in plan.copies)
-        return _Prepared(plan, copies, tuple(self._view(held).view(np.uint8) for held in plan.residents))
+        residents = tuple(self._view(held).view(np.uint8) for held in plan.residents)
+        return _Prepared(plan, copies, residents, wanted(plan, list(self._arrays)))
 
     def load(self, prepared: _Prepared, bucket: int, lease: Lease) -> None:
         """Copy this rank's boxes out of a bucket and release it."""
         with lease:
             _copy(prepared.copies[bucket], lease.view)
+
+    def wants(self, prepared: _Prepared) -> Wants:
+        """What is drawn out of a trainer's memory."""
+        return Wants(prepared.wanted, self._addresses)
 
     def settle(self, *, deadline: float) -> None:
         """Nothing is under way between calls."""

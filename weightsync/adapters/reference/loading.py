@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.reference.admission import held_names
 from weightsync.plan.boxes import packed_strides
+from weightsync.plan.draws import Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.reference.sharding import RankLayout, Slice
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["Held", "LoadingPlan", "SlotBox", "plan_loading"]
+__all__ = ["Held", "LoadingPlan", "SlotBox", "plan_loading", "wanted"]
 
 
 class Held(NamedTuple):
@@ -70,6 +71,15 @@ def plan_loading(config: ModelConfig, layout: RankLayout, manifest: Manifest) ->
         for one in several
     ]
     return LoadingPlan(manifest, tuple(map(tuple, copies)), tuple(held for held in residents if held is not None))
+
+
+def wanted(plan: LoadingPlan, targets: Sequence[str]) -> tuple[Wanted, ...]:
+    """What this rank draws out of a trainer's memory, into parameters counted in this order."""
+    index = {name: at for at, name in enumerate(targets)}
+    return tuple(
+        Wanted(held.tensor, held.offset, held.shape, held.itemsize, index[held.param], held.at, held.strides)
+        for held in plan.residents
+    )
 
 
 def _part(

@@ -7,12 +7,14 @@ needs of it, and their places in slot and parameters. Loading a bucket is then l
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.loading import plan_loading
+from weightsync.drawing.drawer import Drawer
 from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.plan.residents import ResidentBoxes
 
@@ -23,10 +25,14 @@ if TYPE_CHECKING:
     from weightsync.adapters.reference.loading import LoadingPlan
     from weightsync.adapters.reference.sharding import RankLayout
     from weightsync.plan.boxes import Words
+    from weightsync.plan.draws import Wants
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["BucketLoader", "Parameters"]
+
+logger = logging.getLogger(__name__)
 
 
 class Parameters(Protocol):
@@ -37,6 +43,9 @@ class Parameters(Protocol):
 
     def load(self, prepared: Any, bucket: int, lease: Lease) -> None:
         """Have this rank's boxes copied out of a bucket, which is released when they are: maybe after the return."""
+
+    def wants(self, prepared: Any) -> Wants:
+        """What this rank draws out of a trainer's memory, and where to."""
 
     def settle(self, *, deadline: float) -> None:
         """Return when everything is loaded; raises what went wrong."""
@@ -55,6 +64,7 @@ class _Update:
         self.manifest = manifest
         self.prepared = prepared
         self.loaded = np.zeros(manifest.pieces, dtype=np.bool_)
+        self.drawn = False
 
 
 class BucketLoader:
@@ -64,12 +74,20 @@ class BucketLoader:
     """
 
     def __init__(
-        self, config: ModelConfig, layout: RankLayout, parameters: Parameters, receiver: BucketReceiver
+        self,
+        config: ModelConfig,
+        layout: RankLayout,
+        parameters: Parameters,
+        receiver: BucketReceiver,
+        *,
+        gpu: int | None = None,
     ) -> None:
+        """`gpu` is the device of this process that parameters lie on; None: host memory."""
         self._config = config
         self._layout = layout
         self._parameters = parameters
         self._receiver = receiver
+        self._drawer = Drawer(gpu)
         self._plans: dict[bytes, tuple[LoadingPlan, Any]] = {}
         self._update: _Update | None = None
 
@@ -90,11 +108,30 @@ class BucketLoader:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(plan.manifest, prepared)
 
+    def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        """Read the open update's tensors where a trainer's ranks expose them. False, with nothing read, where that
+        memory cannot be mapped.
+        """
+        update = self._update
+        if update is None:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        try:
+            wants = self._parameters.wants(update.prepared)
+            self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
+        except TransportBroken as error:
+            logger.warning("slots are used, because the trainer's memory cannot be mapped: %s", error)
+            return False
+        update.loaded[:] = update.drawn = True
+        return True
+
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
         """Have this rank's boxes copied out of one bucket. Each bucket of an update is loaded once."""
         update = self._update
         if update is None:
             raise LocalProtocolError("no update is open", hint="begin first")
+        if update.drawn:  # another rank could not
+            update.loaded[:] = update.drawn = False
+        self._drawer.release()
         manifest = update.manifest
         if not 0 <= bucket < manifest.buckets:
             raise LocalProtocolError(f"the manifest has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
@@ -141,6 +178,7 @@ class BucketLoader:
         """Detach from every arena."""
         self._update = None
         self._parameters.close()
+        self._drawer.release()
         self._receiver.close()
 
     def _accepted(self, digest: bytes) -> tuple[LoadingPlan, Any]:

@@ -6,6 +6,7 @@
     POST /pause                   {"mode": "keep" | "wait" | "abort" | "none"}
     POST /begin                   {"version", "manifest": digest hex, "offers": [[base64, …] per rank]}
     POST /load                    {"bucket", "tickets": [base64 per rank]}
+    POST /draw                    body: exposures, packed or by digest, instead of buckets → {"drawn": whether it could}
     POST /finish                  {"version"}
     GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
     GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
@@ -156,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         deadline = self._deadline()
         faults = self.server.faults
         if faults is not None and endpoint != "/faults" and (status := faults.meet(endpoint)) is not None:
-            if endpoint in ("/begin", "/load", "/finish") and status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            if endpoint in ("/begin", "/load", "/draw", "/finish") and status >= HTTPStatus.INTERNAL_SERVER_ERROR:
                 self.server.engine.break_update("an injected fault", deadline=deadline)
             raise RequestError(HTTPStatus(status), "an injected fault")
         return route(self, rest, deadline)
@@ -223,6 +224,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.engine.load(body.bucket, body.tickets, deadline=deadline)
         return b"{}"
 
+    def _draw(self, _rest: str, deadline: float) -> bytes:
+        drawn = self.server.engine.draw(self._body(_MAX_MANIFEST), deadline=deadline)
+        return msgspec.json.encode({"drawn": drawn})
+
     def _finish(self, _rest: str, deadline: float) -> bytes:
         self.server.engine.finish(self._json(_Finish).version, deadline=deadline)
         return b"{}"
@@ -267,6 +272,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", "/pause"): _pause,
         ("POST", "/begin"): _begin,
         ("POST", "/load"): _load,
+        ("POST", "/draw"): _draw,
         ("POST", "/finish"): _finish,
         ("GET", "/residents"): _residents,
         ("GET", "/fingerprints"): _fingerprints,

@@ -21,12 +21,14 @@ import numpy as np
 import torch
 import xxhash
 
+from weightsync.adapters.manifests import SeenExposures
 from weightsync.adapters.reference.checkpoint import open_checkpoint
 from weightsync.adapters.reference.commands import (
     Accept,
     Begin,
     Checksums,
     Command,
+    Draw,
     Fingerprints,
     Finish,
     Load,
@@ -64,6 +66,7 @@ class Worker:
         tests."""
         self.decoder = ParallelDecoder(config, ranks)
         params = self.decoder.params
+        self.exposures = SeenExposures()
         if gpu is None:
             arrays = {name: _integers(tensor) for name, tensor in params.items()}
             self.loader = BucketLoader(config, self.decoder.layout, HostParameters(arrays), receiver("shm"))
@@ -72,7 +75,7 @@ class Worker:
 
         order = msgspec.json.decode(trial, type=Trial) if trial else None
         memory = DeviceParameters(params, order)
-        self.loader = BucketLoader(config, self.decoder.layout, memory, receiver("cuda-ipc", device=gpu))
+        self.loader = BucketLoader(config, self.decoder.layout, memory, receiver("cuda-ipc", device=gpu), gpu=gpu)
 
     def load_checkpoint(self, directory: str) -> None:
         """Fill the parameters from disk, reading this rank's boxes only; values are converted where dtypes differ."""
@@ -110,6 +113,9 @@ class Worker:
                 self.loader.accept(Manifest.unpack(manifest))
             case Begin(digest, offers, deadline):
                 self.loader.begin(digest, offers, deadline=deadline)
+            case Draw(exposures, deadline):
+                drawn = self.loader.draw(self.exposures.of(exposures), deadline=deadline)
+                return Reply(data=b"drawn" if drawn else b"")
             case Load(bucket, ticket, deadline):
                 self.loader.load(bucket, ticket, deadline=deadline)
             case Finish(deadline):

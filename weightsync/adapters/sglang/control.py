@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import ServerFacts
     from weightsync.plan.boxes import Words
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["SGLangAdapter"]
@@ -174,6 +175,15 @@ class SGLangAdapter(EngineAdapter):
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load_several(first, tickets, deadline=deadline)
+
+    def draws(self, manifest: Manifest) -> bool:
+        """See the base class: what is drawn is not checked, so it has to be compared afterwards."""
+        path = self._known.path if self._known is not None else None
+        return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
+
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        path = (await self._met(deadline)).path
+        return isinstance(path, PluginPath) and await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await (await self._met(deadline)).path.finish(deadline=deadline)

@@ -13,7 +13,7 @@ import msgspec
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.manifests import ToldManifests
+from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["PluginPath"]
@@ -40,10 +41,11 @@ class PluginPath(LoadPath):
         self._server = server
         self._session = Session(server, profile, target)
         self._target = SELECTORS[target]
-        self._told = ToldManifests()
+        self._told, self._shown = ToldManifests(), ToldExposures()
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         self._told.forget()  # so that it is told whole
+        self._shown.forget()
         order = orders.Accept(manifest=self._told.tell(manifest), target=self._target)
         with self._told.unless_it_fails():
             answer = await self._order(order, deadline, "accept")
@@ -92,6 +94,16 @@ class PluginPath(LoadPath):
         order = orders.Load(bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline))
         await self._in_session(order, deadline, "load")
 
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        """Whether all ranks have read what they need out of the trainer's memory."""
+        order = orders.Draw(exposures=self._shown.tell(exposures), seconds=_seconds(deadline))
+        with self._shown.unless_it_fails():
+            answer = await self._in_session(order, deadline, "draw")
+            try:
+                return all(orders.unpack_answers(answer))
+            except CodecError as error:
+                raise self._none_of_ours(error) from error
+
     async def finish(self, *, deadline: float) -> None:
         await self._in_session(orders.Finish(), deadline, "finish")
         await self._session.end(deadline=deadline)
@@ -118,9 +130,9 @@ class PluginPath(LoadPath):
     def _none_of_ours(self, error: Exception) -> EngineError:
         return EngineError(f"an answer that is none of our plugin's: {error}", engine=self._server.engine)
 
-    async def _in_session(self, order: orders.Order, deadline: float, phase: str) -> None:
+    async def _in_session(self, order: orders.Order, deadline: float, phase: str) -> str:
         try:
-            await self._order(order, deadline, phase)
+            return await self._order(order, deadline, phase)
         except EngineLost:
             raise
         except EngineError:

@@ -26,6 +26,7 @@ __all__ = [
     "AnyOrder",
     "Begin",
     "Boxes",
+    "Draw",
     "Finish",
     "Load",
     "Order",
@@ -77,6 +78,15 @@ class Load(Order, frozen=True, tag="load"):
     seconds: Seconds
 
 
+class Draw(Order, frozen=True, tag="draw"):
+    """Instead of all buckets: read what is needed out of the trainer's memory. Answered by every rank, see
+    `pack_answers`: something, or nothing where it cannot.
+    """
+
+    exposures: bytes  # packed, or the digest of some that the plugin has seen
+    seconds: Seconds
+
+
 class Finish(Order, frozen=True, tag="finish"):
     """The last bucket was loaded: end the update."""
 
@@ -102,7 +112,7 @@ class Accepted(msgspec.Struct, frozen=True):
     untouched: tuple[str, ...] = ()
 
 
-AnyOrder: TypeAlias = Accept | Begin | Load | Finish | Sums | Boxes
+AnyOrder: TypeAlias = Accept | Begin | Draw | Load | Finish | Sums | Boxes
 
 
 def encode(order: Order) -> str:

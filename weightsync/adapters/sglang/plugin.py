@@ -26,7 +26,7 @@ import torch
 import torch.distributed
 
 from weightsync.adapters.held import packed_boxes, sums_of
-from weightsync.adapters.manifests import SeenManifests
+from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
@@ -57,7 +57,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._slots: SlotReader | None = None
-        self._manifests = SeenManifests()
+        self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._models: list[Any] = []
         self._pull = False
         self._requantisers: list[Requantiser] = []
@@ -73,6 +73,8 @@ class _Worker:
                 return self._accept(_models(manager, order.target), order)
             case orders.Begin():
                 return self._begin(_models(manager, order.target), order, rank, experts_move=_experts_move(manager))
+            case orders.Draw():
+                return self._draw(order)
             case orders.Load():
                 return self._load(order, rank)
             case orders.Finish():
@@ -118,6 +120,17 @@ class _Worker:
         # what is compared afterwards is the first model alone
         self._models, self._pull = models, order.pull and len(models) == 1
         return "begun"
+
+    def _draw(self, order: orders.Draw) -> bytes:
+        if self._slots is None or not self._models:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        exposures = self._exposures.of(order.exposures)
+        replay = self._replays[self._models[0]]
+        wants = replay.wants() if self._pull else None
+        if wants is None or not self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds):
+            return b""
+        replay.drawn()
+        return b"drawn"
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.vllm.path import EnginePath
     from weightsync.adapters.vllm.server import Hello
     from weightsync.plan.boxes import Words
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["VLLMAdapter"]
@@ -138,7 +139,7 @@ class VLLMAdapter(EngineAdapter):
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
-        compares = path.replay is not None and path.replay.compares
+        compares = self._compares
         path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
         await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
 
@@ -147,6 +148,14 @@ class VLLMAdapter(EngineAdapter):
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         await self._probed()[0].load_several(first, tickets, deadline=deadline)
+
+    def draws(self, manifest: Manifest) -> bool:
+        """See the base class: what is drawn is not checked, so it has to be compared afterwards."""
+        return isinstance(self._path, ExtensionPath) and self._compares and self._held.covers(manifest)
+
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        path, _ = self._probed()
+        return isinstance(path, ExtensionPath) and await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
@@ -157,8 +166,7 @@ class VLLMAdapter(EngineAdapter):
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None where our plugin cannot tell: what vLLM holds is fused, sharded and packed for its kernels."""
         path, _ = self._probed()
-        compares = path.pull or (path.replay is not None and path.replay.compares)
-        if not isinstance(path, ExtensionPath) or not compares:
+        if not isinstance(path, ExtensionPath) or not (path.pull or self._compares):
             return None
         return await self._held.verify(path, manifest, expected, deadline=deadline)
 
@@ -180,6 +188,11 @@ class VLLMAdapter(EngineAdapter):
 
     async def close(self) -> None:
         await self._http.close()
+
+    @property
+    def _compares(self) -> bool:
+        """Whether its workers said, of the last push, that they can be asked what they hold."""
+        return self._path is not None and self._path.replay is not None and self._path.replay.compares
 
     def _probed(self) -> tuple[EnginePath, EngineInfo]:
         if self._path is None or self._info is None:

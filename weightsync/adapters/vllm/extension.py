@@ -34,6 +34,7 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     offers: list[list[str]] = []
     bucket: int = 0
     tickets: list[list[str]] = []  # for each of the buckets from `bucket` on
+    exposures: str = ""  # as the manifest
     pull: bool = False  # what is loaded will be compared, so that buckets need not be
     anew: bool = False  # what was learnt of the loader led to something wrong
     seconds: float = 0.0
@@ -79,6 +80,8 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
         case "load":
             tickets = [b64decode(of_bucket[index]) for of_bucket in asked.tickets]
             state.load(model, asked.bucket, tickets, asked.seconds)
+        case "draw":
+            return {"drawn": state.draw(b64decode(asked.exposures), asked.seconds)}
         case "finish":
             state.close(model, model_config)
             if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.manifests import ToldManifests
+from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.vllm.server import Server
+    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["ExtensionPath", "PluginPath"]
@@ -42,7 +43,7 @@ class ExtensionPath(EnginePath):
 
     def __init__(self, server: Server, *, draft: bool) -> None:
         super().__init__(server, draft=draft)
-        self._told = ToldManifests()
+        self._told, self._shown = ToldManifests(), ToldExposures()
 
     async def incarnation(self, *, deadline: float) -> str:
         return (await self.server.hello(deadline=deadline))[0].incarnation
@@ -57,6 +58,7 @@ class ExtensionPath(EnginePath):
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The workers compare every name with the model they hold."""
         self._told.forget()  # so that it is told whole
+        self._shown.forget()
         asked = {"manifest": _text(self._told.tell(manifest)), "draft": self.draft}
         untouched: dict[str, None] = {}
         with self._told.unless_it_fails():
@@ -91,6 +93,14 @@ class ExtensionPath(EnginePath):
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class; in one call."""
         await self.server.workers("load", deadline=deadline, **self._load(first, tickets, deadline))
+
+    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+        """Whether all workers have read what they need out of the trainer's memory."""
+        draft = {"draft": True} if self.draft else {}
+        shown, seconds = _text(self._shown.tell(exposures)), ticket_seconds(deadline, monotonic())
+        with self._shown.unless_it_fails():
+            answers = await self.server.workers("draw", deadline=deadline, exposures=shown, seconds=seconds, **draft)
+        return all(answer.get("drawn") is True for answer in answers)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft)

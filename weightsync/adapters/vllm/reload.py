@@ -18,7 +18,7 @@ import msgspec
 import torch
 
 from weightsync.adapters.held import packed_boxes, sums_of
-from weightsync.adapters.manifests import SeenManifests
+from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
@@ -57,7 +57,7 @@ class WeightReload:
         self.config = vllm_config  # may come later
         self._device = device
         self._slots = SlotReader(device)
-        self._manifests = SeenManifests()
+        self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._held: int | None = None  # the version that was served last
         self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
@@ -147,6 +147,17 @@ class WeightReload:
     def held_boxes(self, model: torch.nn.Module, digest: bytes) -> bytes:
         """Of which boxes `held_sums` speaks."""
         return packed_boxes(self._replays.get(model), digest, ModelState.tensors_of(model))
+
+    def draw(self, exposures: bytes, seconds: float) -> bool:
+        """Read what the open update needs out of the trainer's memory, instead of all buckets. False if that cannot be
+        done, with nothing read.
+        """
+        seen = self._exposures.of(exposures)
+        wants = self._replay.wants() if self._replay is not None and self._pull else None
+        if self._replay is None or wants is None or not self._slots.draw(seen, wants, deadline=monotonic() + seconds):
+            return False
+        self._replay.drawn()
+        return True
 
     def load(
         self,

@@ -1,0 +1,133 @@
+"""What trainer ranks say of their bytes in a push: fingerprints of what they wrote, and where their weights lie."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from weightsync.errors import RemoteProtocolError
+from weightsync.fingerprint import bucket_sum, combine
+from weightsync.plan.exposure import Exposures
+from weightsync.plan.packing import digest_of
+from weightsync.session import events as ev
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from weightsync.session.machine import PushSession
+    from weightsyncd.context import PushContext
+    from weightsyncd.ranks import Ranks
+
+__all__ = ["KnownExposures", "Said"]
+
+logger = logging.getLogger(__name__)
+
+_KEPT = 4096  # ranks of a trainer × models and layouts that alternate on one node
+
+
+class KnownExposures:
+    """The daemon's memory of what ranks have exposed, by digest: a second push of a layout tells the digest alone."""
+
+    def __init__(self) -> None:
+        self._packed: OrderedDict[bytes, bytes] = OrderedDict()
+
+    def learn(self, packed: bytes) -> bytes:
+        """Note one, and return its digest."""
+        digest = digest_of(packed)
+        self._packed[digest] = packed
+        self._packed.move_to_end(digest)
+        while len(self._packed) > _KEPT:
+            self._packed.popitem(last=False)
+        return digest
+
+    def get(self, digest: bytes | None) -> bytes | None:
+        """The exposure, if it is known."""
+        return self._packed.get(digest) if digest is not None else None
+
+
+class Said:
+    """In one push."""
+
+    def __init__(
+        self,
+        context: PushContext,
+        session: PushSession,
+        ranks: Ranks,
+        known: KnownExposures,
+        hear: Callable[[ev.Event], None],
+    ) -> None:
+        self._context, self._session, self._ranks, self._known, self._hear = context, session, ranks, known, hear
+        self._exposed: dict[int, bytes] = {}  # by rank, packed
+        self._measured: set[int] = set()
+
+    def filled(self, rank: int, message: msg.Filled) -> None:
+        """A rank has written its parts of a bucket."""
+        context, buckets = self._context, self._session.buckets
+        sums = self._sums(rank, message)
+        if sums is None:
+            return
+        if not 0 <= message.bucket < len(buckets):
+            self._confused(rank, f"there is no bucket {message.bucket}")
+            return
+        if rank in buckets[message.bucket].unfilled:  # a duplicate must not count twice
+            assert context.expected is not None, "there are buckets"
+            np.add.at(context.expected, *sums)
+            context.sums[message.bucket] = combine((context.sums.get(message.bucket, 0), bucket_sum(*sums)))
+        self._hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
+
+    def exposed(self, rank: int, message: msg.Exposed) -> None:
+        """A rank has said where its weights lie, or why nobody else can read them there."""
+        model, version = self._context.model, self._context.version
+        if message.problem:
+            words = (model, version, rank, message.problem)
+            logger.warning(
+                "[push=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
+            )
+        else:
+            packed = message.exposure or self._known.get(message.digest)
+            if packed is None:
+                self._ranks.tell(rank, msg.AskExposure())
+                return
+            if self._known.learn(packed) != message.digest:
+                self._confused(rank, "its exposure has another digest than it says")
+                return
+            self._exposed[rank] = packed
+            if len(self._exposed) == self._ranks.world:
+                self._context.exposures = Exposures(tuple(self._exposed[r] for r in range(self._ranks.world)))
+        self._hear(ev.RankExposed(rank=rank, problem=message.problem))
+
+    def measured(self, rank: int, message: msg.Measured) -> None:
+        """A rank has told the fingerprints of what it exposes."""
+        sums = self._sums(rank, message)
+        if sums is None:
+            return
+        if rank not in self._measured:
+            self._measured.add(rank)
+            assert self._context.measured is not None, "there are tensors"
+            np.add.at(self._context.measured, *sums)
+        self._hear(ev.RankMeasured(rank=rank, nbytes=message.nbytes))
+
+    def _sums(
+        self, rank: int, message: msg.Filled | msg.Measured
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]] | None:
+        """Tensors and their fingerprints; None, and the rank has failed, where they make no sense."""
+        expected = self._context.expected
+        tensors = np.frombuffer(message.tensors, dtype="<u4") if len(message.tensors) % 4 == 0 else None
+        sums = np.frombuffer(message.fingerprints, dtype="<u8") if len(message.fingerprints) % 8 == 0 else None
+        if expected is None or tensors is None or sums is None or len(tensors) != len(sums):
+            self._confused(rank, "its fingerprints are malformed")
+            return None
+        if len(tensors) and int(tensors.max()) >= len(expected):
+            self._confused(rank, "it names a tensor that is not in the manifest")
+            return None
+        return tensors, sums
+
+    def _confused(self, rank: int, why: str) -> None:
+        error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
+        self._hear(ev.RankFailed(rank=rank, error=error.record()))

@@ -1,0 +1,76 @@
+"""Draws what a worker's load plan wants out of what a trainer's ranks expose.
+
+    drawer = Drawer(gpu)
+    drawer.draw(exposures, wants, manifest, deadline=...)
+
+When that returns everything has been read. What is copied where is worked out once for a layout and kept, as is the
+mapping of the trainer's memory: a second push of a layout is one launch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+from weightsync.drawing.host import HostCopies
+from weightsync.ipc.regions import RegionMap
+from weightsync.plan.draws import draws, interleaved
+from weightsync.plan.exposure import Exposure
+from weightsync.replay.facts import LAYOUTS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.drawing.device import DeviceCopies
+    from weightsync.plan.draws import Draw, Wanted, Wants
+    from weightsync.plan.exposure import Exposures
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["Drawer"]
+
+
+class _Known(NamedTuple):
+    boxes: Sequence[Wanted]
+    key: tuple[bytes, bytes]  # digests of exposures and manifest
+    exposures: tuple[Exposure, ...]  # by rank
+    copies: HostCopies | DeviceCopies
+
+
+class Drawer:
+    """Of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
+
+    def __init__(self, gpu: int | None) -> None:
+        self._gpu = gpu
+        self._regions = RegionMap(gpu)
+        self._known: list[_Known] = []  # the latest last
+
+    def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> None:
+        """Copy all that is wanted of the manifest's tensors. On a GPU the current stream's work is waited for, too.
+
+        Raises `CodecError` for exposures that are none of this manifest, `LocalProtocolError` where something is wanted
+        that is not exposed, `TransportBroken` for memory that cannot be mapped, and `TransportTimeout`.
+        """
+        known = self._worked_out(exposures, wants.boxes, manifest)
+        with self._regions.mapped(known.exposures) as addresses:
+            known.copies.run(wants.targets, addresses, deadline=deadline)
+
+    def release(self) -> None:
+        """Let go of the trainer's memory."""
+        self._regions.release()
+
+    def _worked_out(self, exposures: Exposures, boxes: Sequence[Wanted], manifest: Manifest) -> _Known:
+        key = exposures.digest, manifest.digest
+        for at, known in enumerate(self._known):
+            if known.boxes is boxes and known.key == key:
+                self._known.append(self._known.pop(at))
+                return known
+        ranks = tuple(Exposure.unpack(rank, manifest.tensors) for rank in exposures.ranks)
+        copies = self._made(interleaved(draws(boxes, ranks, manifest.tensors)))
+        self._known = [*self._known[1 - LAYOUTS :], _Known(boxes, key, ranks, copies)]
+        return self._known[-1]
+
+    def _made(self, several: list[Draw]) -> HostCopies | DeviceCopies:
+        if self._gpu is None:
+            return HostCopies(several)
+        from weightsync.drawing.device import DeviceCopies
+
+        return DeviceCopies.on(self._gpu, several)

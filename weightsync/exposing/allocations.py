@@ -1,0 +1,72 @@
+"""Which allocation of a GPU an address belongs to. A handle stands for all of an allocation, as the driver knows it.
+
+The driver's own functions (cuMemGetAddressRange, cuPointerGetAttribute with CU_POINTER_ATTRIBUTE_BUFFER_ID), through
+ctypes: neither torch nor cupy has them. A context of the GPU must be current.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any, NamedTuple
+
+from weightsync.errors import TransportBroken
+from weightsync.ipc.cuda import cupy
+from weightsync.plan.exposure import Region
+
+__all__ = ["Allocation", "allocations", "serial_of", "shown"]
+
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: unique in the process, not used again
+_HINT = (
+    "memory of torch's expandable segments or of a pool cannot be shared so: train without "
+    "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or push with in_place=False"
+)
+
+
+class Allocation(NamedTuple):
+    """What one `cudaMalloc` gave."""
+
+    address: int
+    nbytes: int
+    serial: int
+
+
+@cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise TransportBroken(f"the CUDA driver's library cannot be loaded: {error}") from error
+
+
+def allocations(pointers: list[int]) -> list[Allocation]:
+    """Those that hold these addresses, by address; each once. Raises `TransportBroken`."""
+    found: list[Allocation] = []
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    for pointer in sorted(pointers):
+        if found and pointer < found[-1].address + found[-1].nbytes:
+            continue
+        status = _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
+        if status:
+            raise TransportBroken(f"the CUDA driver knows no allocation at {pointer:#x} (error {status})", hint=_HINT)
+        found.append(Allocation(base.value, size.value, serial_of(base.value)))
+    return found
+
+
+def serial_of(address: int) -> int:
+    """The number of the allocation there now; 0 if there is none."""
+    serial = ctypes.c_uint64()
+    status = _driver().cuPointerGetAttribute(ctypes.byref(serial), _BUFFER_ID, ctypes.c_uint64(address))
+    return int(serial.value) if not status else 0
+
+
+def shown(allocation: Allocation, gpu: str) -> Region:
+    """An allocation of the GPU with this UUID, as others may map it. Raises `TransportBroken`."""
+    runtime = cupy().cuda.runtime
+    try:
+        handle = bytes(runtime.ipcGetMemHandle(allocation.address))
+    except runtime.CUDARuntimeError as error:
+        raise TransportBroken(
+            f"an allocation of {allocation.nbytes} bytes on GPU {gpu} cannot be shared: {error}", hint=_HINT
+        ) from error
+    return Region(nbytes=allocation.nbytes, gpu=gpu, handle=handle, serial=allocation.serial)

@@ -1,0 +1,211 @@
+"""Weights on this rank's GPU are exposed where they lie; what is held in another type, or elsewhere, in a copy.
+
+The copy is kept between pushes and made anew in each. Fingerprints are those of what lies there, by one launch.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from weightsync.device.buckets import lent_tensor
+from weightsync.device.launch import COPY, SUM, BoxKernel
+from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
+from weightsync.device.waiting import await_events
+from weightsync.errors import TransportBroken
+from weightsync.exposing.allocations import allocations, serial_of, shown
+from weightsync.ipc.cuda import DeviceSlots
+from weightsync.plan.boxes import packed_strides
+from weightsync.plan.exposure import Exposure, Part, Region
+from weightsync.processes import started
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.device.table import Items
+    from weightsync.filling.local import LocalWeights
+    from weightsync.filling.program import Program, Write
+    from weightsync.sources.base import Source
+
+__all__ = ["DeviceExposed", "DeviceExposing"]
+
+_ALIGN = 256  # bytes
+
+
+class DeviceExposed:
+    """What one rank gives in pushes of one plan, for weights at given addresses of one GPU."""
+
+    def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
+        """Raises `TransportBroken` for memory that cannot be shared, `ConfigError` where a copy finds no room."""
+        self.kernel = BoxKernel(device)
+        self._layout, self._dtypes = local.layout, local.dtypes
+        self._strides, self._gpus, self._pointers = local.strides, local.gpus, local.pointers
+        here, cast, read = _sorted(program, local, device)
+        with torch.cuda.device(device):
+            self._allocations = allocations([local.pointers[write.shard] for write in here])
+        self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
+        self._copy: DeviceSlots | None = None
+        self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
+        self._tabulate(here, cast, read, local, program.width)
+        self.bases = torch.from_numpy(np.array(local.pointers or [0], dtype=np.uint64).view(np.int64)).to(device)
+        self.totals = torch.zeros(max(1, len(self._totals)), dtype=torch.int64, device=device)
+        # the totals on the host; by name, since a trainer may have made GPUs torch's default
+        self._told = torch.empty(max(1, len(self._totals)), dtype=torch.int64, device="cpu", pin_memory=True)
+        self.stream = torch.cuda.Stream(device)
+
+    def _tabulate(
+        self, here: list[Write], cast: list[Write], read: list[Write], local: LocalWeights, width: int
+    ) -> None:
+        device = self.kernel.device
+        gpu = str(torch.cuda.get_device_properties(device).uuid)
+        with torch.cuda.device(device):
+            regions = [shown(one, gpu) for one in self._allocations]
+        firsts = [one.address for one in self._allocations]
+        parts, summed, copied, end = [], [], [], 0
+        for write in here:
+            own = _place(write, local)
+            address = local.pointers[write.shard] + own.offset
+            region = bisect_right(firsts, address) - 1
+            parts.append(_part(write, region, address - firsts[region], own.strides))
+            summed.append(self._items(write, own, None))
+        for write in (*cast, *read):
+            copy = Place(SLOT, end, packed_strides(write.shape, write.itemsize))
+            parts.append(_part(write, len(regions), end, copy.strides))
+            if len(parts) <= len(here) + len(cast):
+                copied.append(self._items(write, _place(write, local), copy, op=F32_TO_BF16))
+            else:
+                self.read.append((write, end))
+                summed.append(self._items(write, copy, None))
+            end += -(-write.nbytes // _ALIGN) * _ALIGN
+        if end:
+            self._copy = DeviceSlots.allocate(1, end, gpu=gpu, device=device.index)
+            serial = serial_of(self.copy_address)
+            regions.append(Region(nbytes=end, gpu=gpu, handle=self._copy.memory.handle, serial=serial))
+        pid = os.getpid()
+        self.exposure = Exposure.of(pid, started(pid), regions, parts, width)
+        self.copied, self.summed = self.kernel.table(joined(copied)), self.kernel.table(joined(summed))
+
+    def _items(self, write: Write, source: Place, onto: Place | None, op: int = BYTES) -> Items:
+        return box_items(
+            write.shape,
+            write.itemsize,
+            source,
+            onto,
+            tensor_shape=write.global_shape,
+            offset=write.global_offset,
+            total=self._totals.setdefault(write.tensor, len(self._totals)),
+            op=op,
+        )
+
+    def tell(self) -> None:
+        """Queue the fingerprints' way to the host."""
+        self._told.copy_(self.totals, non_blocking=True)
+
+    @property
+    def sums(self) -> dict[int, int]:
+        """Tensor → fingerprint, once the GPU is past `tell`."""
+        told = self._told.numpy().view(np.uint64).tolist()
+        return {tensor: told[at] for tensor, at in self._totals.items()}
+
+    @property
+    def copy_address(self) -> int:
+        """Where the copy begins; 0 without one."""
+        return self._copy.slot(0) if self._copy is not None else 0
+
+    def fits(self, local: LocalWeights, device: torch.device) -> bool:
+        """Whether it is good for these weights too: they lie where they lay, in allocations that are still the same."""
+        if self.kernel.device != device or (local.gpus, local.strides) != (self._gpus, self._strides):
+            return False
+        if local.pointers != self._pointers or not (local.layout is self._layout or local.dtypes == self._dtypes):
+            return False
+        with torch.cuda.device(device):
+            return all(serial_of(one.address) == one.serial for one in self._allocations)
+
+    def close(self) -> None:
+        """Give the copy back; who has it mapped keeps it until it is told of another."""
+        if self._copy is not None:
+            self._copy.close()
+
+
+class DeviceExposing:
+    """One push: what is queued on the GPU, and how far that is."""
+
+    def __init__(self, source: Source, exposed: DeviceExposed, ready: Sequence[torch.cuda.Event]) -> None:
+        """`ready` are past what computes the weights. Waits for the GPU only where the source has to make a copy.
+        Raises `SourceError`.
+        """
+        self.exposure = exposed.exposure
+        self._exposed = exposed
+        self._readable, self._summed = torch.cuda.Event(), torch.cuda.Event()
+        self.ready = False
+        self.measured: dict[int, int] | None = None
+        kernel, stream = exposed.kernel, exposed.stream
+        with torch.cuda.device(kernel.device), torch.cuda.stream(stream):
+            for event in ready:
+                stream.wait_event(event)
+            exposed.totals.zero_()
+            for write, at in exposed.read:
+                out = lent_tensor(exposed.copy_address + at, write.nbytes, kernel.device)
+                source.read_into(write.shard, write.src_offset, write.shape, out.view(write.dtype).view(write.shape))
+            for table, mode in ((exposed.copied, COPY | SUM), (exposed.summed, SUM)):
+                kernel.launch(
+                    table,
+                    mode,
+                    stream=stream,
+                    bases=exposed.bases,
+                    slot=exposed.copy_address,
+                    totals=exposed.totals,
+                )
+                if mode & COPY:
+                    self._readable.record(stream)
+            exposed.tell()
+            self._summed.record(stream)
+
+    def advance(self) -> None:
+        """See `Exposing`."""
+        try:
+            self.ready = self.ready or self._readable.query()
+            if self.measured is None and self._summed.query():
+                self.measured = self._exposed.sums
+        except RuntimeError as error:
+            raise TransportBroken(f"this rank's GPU failed while it exposed its weights: {error}") from error
+
+    def close(self, *, deadline: float) -> None:
+        """See `Exposing`."""
+        try:
+            await_events([self._summed], "exposing", deadline=deadline)
+        except RuntimeError as error:
+            raise TransportBroken(f"this rank's GPU failed while it exposed its weights: {error}") from error
+
+
+def _sorted(
+    program: Program, local: LocalWeights, device: torch.device
+) -> tuple[list[Write], list[Write], list[Write]]:
+    """Parts that are exposed where they lie, those that the kernel has to convert, and those that the source copies."""
+    here, cast, read = [], [], []
+    for write in (write for bucket in program.writes for write in bucket):
+        tensor = local.tensors[write.shard]
+        if tensor is None or tensor.device != device:
+            read.append(write)
+        elif tensor.dtype == write.dtype:
+            here.append(write)
+        elif (tensor.dtype, write.dtype) == (torch.float32, torch.bfloat16):
+            cast.append(write)
+        else:
+            read.append(write)
+    return here, cast, read
+
+
+def _place(write: Write, local: LocalWeights) -> Place:
+    tensor = local.tensors[write.shard]
+    assert tensor is not None, "it lies on this GPU"
+    strides = tuple(step * tensor.element_size() for step in tensor.stride())
+    return Place(write.shard, sum(at * step for at, step in zip(write.src_offset, strides, strict=True)), strides)
+
+
+def _part(write: Write, region: int, at: int, strides: tuple[int, ...]) -> Part:
+    return Part(write.tensor, write.global_offset, write.shape, region, at, strides)

@@ -1,0 +1,114 @@
+"""Weights in host memory are copied into a file without a name that other processes open through this one.
+
+A tensor's own memory belongs to its process alone. The file is gone with the process, whatever becomes of that.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+from typing import TYPE_CHECKING
+
+import torch
+
+from weightsync.errors import ConfigError
+from weightsync.fingerprint import fingerprint
+from weightsync.plan.boxes import packed_strides
+from weightsync.plan.exposure import Exposure, Part, Region
+from weightsync.processes import started
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+
+    from weightsync.filling.program import Program, Write
+    from weightsync.sources.base import Source
+
+__all__ = ["HostExposed", "HostExposing"]
+
+_ALIGN = 64  # bytes
+_MASK = 2**64 - 1
+
+
+class HostExposed:
+    """The memory for what one rank gives in pushes of one plan."""
+
+    def __init__(self, program: Program) -> None:
+        """Raises `ConfigError` where there is no room."""
+        self.program = program
+        self.starts: list[list[int]] = []
+        parts, end = [], 0
+        for writes in program.writes:
+            self.starts.append([])
+            for write in writes:
+                self.starts[-1].append(end)
+                strides = packed_strides(write.shape, write.itemsize)
+                parts.append(Part(write.tensor, write.global_offset, write.shape, 0, end, strides))
+                end += -(-write.nbytes // _ALIGN) * _ALIGN
+        name = f"weightsync-{secrets.token_hex(8)}"
+        self._fd = os.memfd_create(name)
+        nbytes = max(end, _ALIGN)
+        try:
+            os.posix_fallocate(self._fd, 0, nbytes)
+            memory = mmap.mmap(self._fd, nbytes)
+        except OSError as error:
+            os.close(self._fd)
+            raise ConfigError(
+                f"the copy of its weights that engines read needs {nbytes} bytes of host memory: {error.strerror}",
+                hint="push with in_place=False",
+            ) from error
+        self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+        pid = os.getpid()
+        self.exposure = Exposure.of(
+            pid, started(pid), [Region(nbytes=nbytes, fd=self._fd, name=name)] if parts else [], parts, program.width
+        )
+
+    def close(self) -> None:
+        """Let go of the memory; who has it mapped keeps it until it is told of another."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class HostExposing:
+    """The copying of one push, a bucket's parts at a time."""
+
+    def __init__(self, source: Source, exposed: HostExposed) -> None:
+        self.exposure = exposed.exposure
+        self._source, self._exposed = source, exposed
+        self._sums: dict[int, int] = {}
+        self._next = 0
+
+    @property
+    def ready(self) -> bool:
+        """See `Exposing`."""
+        return self._next == len(self._exposed.program.writes)
+
+    @property
+    def measured(self) -> dict[int, int] | None:
+        """See `Exposing`."""
+        return self._sums if self.ready else None
+
+    def advance(self) -> None:
+        """See `Exposing`."""
+        if self.ready:
+            return
+        writes: Sequence[Write] = self._exposed.program.writes[self._next]
+        for write, start in zip(writes, self._exposed.starts[self._next], strict=True):
+            out = self._exposed.memory[start : start + write.nbytes]
+            self._source.read_into(write.shard, write.src_offset, write.shape, out.view(write.dtype).view(write.shape))
+            data: np.ndarray[tuple[int], np.dtype[np.uint8]] = out.numpy()
+            part = fingerprint(
+                data,
+                itemsize=write.itemsize,
+                global_shape=write.global_shape,
+                offset=write.global_offset,
+                shape=write.shape,
+            )
+            self._sums[write.tensor] = (self._sums.get(write.tensor, 0) + part) & _MASK
+        self._next += 1
+
+    def close(self, *, deadline: float) -> None:
+        """Nothing is under way between calls."""

@@ -1,0 +1,128 @@
+"""Memory that a trainer rank exposes, as an engine's worker maps it: allocations of GPUs, or files without a name.
+
+What was mapped stays so until other regions are asked for, or until the process that exposed it has ended: whoever maps
+memory of a process that is gone, or that has freed it, keeps it from everybody else.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from weightsync.errors import TransportBroken
+from weightsync.ipc.cuda import SHARING, cupy
+from weightsync.ipc.gone import Lookout
+from weightsync.processes import started
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from weightsync.plan.exposure import Exposure, Region
+
+__all__ = ["RegionMap"]
+
+
+class _Mapped(NamedTuple):
+    address: int
+    memory: Any  # what holds it: an array over a file; None on a GPU
+
+
+_Key = tuple[int, str, "Region"]
+
+
+class RegionMap:
+    """Of one worker, whose weights lie on its GPU `device`, or in host memory if that is None."""
+
+    def __init__(self, device: int | None) -> None:
+        self._device = device
+        self._open: dict[_Key, _Mapped] = {}
+        self._lock = threading.RLock()
+        self._lookout = Lookout(self._look, device)
+
+    @contextmanager
+    def mapped(self, exposures: Sequence[Exposure]) -> Iterator[list[list[int]]]:
+        """Where the regions of each of these ranks begin in this process. Inside, nothing is unmapped; what is read
+        must have been read at its end. Raises `TransportBroken`.
+        """
+        with self._lock:
+            wanted = {(one.pid, one.started, region): one for one in exposures for region in one.regions}
+            for key in [key for key in self._open if key not in wanted]:
+                self._close(key)
+            for one in exposures:
+                if started(one.pid) != one.started:
+                    raise TransportBroken(
+                        f"the trainer rank that exposed its weights (process {one.pid}) is not there",
+                        hint="engine and trainer have to see one another's processes (containers: --pid=host); "
+                        "else push with in_place=False",
+                    )
+            for key in wanted:
+                if key not in self._open:
+                    pid, _, region = key
+                    self._open[key] = self._open_gpu(region) if region.gpu else self._open_file(pid, region)
+            self._lookout.start()
+            yield [[self._open[one.pid, one.started, region].address for region in one.regions] for one in exposures]
+
+    def release(self) -> None:
+        """Unmap everything; it is mapped again when it is asked for."""
+        with self._lock:
+            for key in list(self._open):
+                self._close(key)
+
+    def _look(self) -> bool:
+        """Let go of what processes that have ended had exposed; whether there is more to look after."""
+        if not self._lock.acquire(blocking=False):
+            return True  # it is being read
+        try:
+            gone = {(pid, since) for pid, since, _ in self._open if started(pid) != since}
+            for key in [key for key in self._open if key[:2] in gone]:
+                self._close(key)
+            return bool(self._open)
+        finally:
+            self._lock.release()
+
+    def _open_gpu(self, region: Region) -> _Mapped:
+        if self._device is None:
+            raise TransportBroken(f"the trainer exposed weights on GPU {region.gpu} to a worker without a GPU")
+        runtime = cupy().cuda.runtime
+        try:
+            with cupy().cuda.Device(self._device):
+                return _Mapped(int(runtime.ipcOpenMemHandle(region.handle)), None)
+        except runtime.CUDARuntimeError as error:
+            raise TransportBroken(
+                f"process {os.getpid()} cannot map a trainer's memory of GPU {region.gpu} on its own GPU "
+                f"{self._device}: {error}",
+                hint=SHARING,
+            ) from error
+
+    def _open_file(self, pid: int, region: Region) -> _Mapped:
+        if self._device is not None:
+            raise TransportBroken(f"the trainer exposed weights in host memory to a worker on GPU {self._device}")
+        path = f"/proc/{pid}/fd/{region.fd}"
+        try:
+            if os.readlink(path) != f"/memfd:{region.name} (deleted)":
+                raise TransportBroken(f"{path} is not the memory that process {pid} exposed")
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                status = os.fstat(fd)
+                if status.st_uid != os.geteuid() or status.st_size < region.nbytes:
+                    raise TransportBroken(f"what process {pid} exposed has another size, or belongs to another user")
+                memory = np.frombuffer(mmap.mmap(fd, region.nbytes, prot=mmap.PROT_READ), dtype=np.uint8)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise TransportBroken(
+                f"what process {pid} exposed cannot be mapped: {error.strerror}",
+                hint="engine and trainer have to see one another's processes; else push with in_place=False",
+            ) from error
+        return _Mapped(int(memory.ctypes.data), memory)
+
+    def _close(self, key: _Key) -> None:
+        address, memory = self._open.pop(key)
+        if memory is None:
+            with cupy().cuda.Device(self._device):
+                cupy().cuda.runtime.ipcCloseMemHandle(address)

@@ -1,0 +1,104 @@
+"""What one rank exposes in one push, and when it tells the daemon of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from weightsync.errors import WeightSyncError
+from weightsync.rank_memory import memory
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from weightsync.exposing.base import Exposing
+    from weightsync.filling.local import LocalWeights
+    from weightsync.filling.program import Program
+    from weightsync.sources.base import Source
+
+__all__ = ["RankExposing"]
+
+
+class RankExposing:
+    """Begun when the plan is known; `advance` tells what has become known since."""
+
+    def __init__(
+        self,
+        source: Source,
+        program: Program,
+        key: bytes,
+        *,
+        local: LocalWeights | None,
+        ready: Sequence[Any],
+        endpoint: str,
+        tell: Callable[[msg.Message], None],
+    ) -> None:
+        """`key` is that of the program; `local` is where the weights are if this process uses GPUs, and `ready` are
+        past what computes them.
+        """
+        self._program, self._endpoint, self._tell = program, endpoint, tell
+        self._told = False  # where the weights lie
+        self.busy = True  # there is something to be told of
+        self._exposing: Exposing | None = None
+        try:
+            self._exposing = _begun(source, program, key, local, ready)
+        except WeightSyncError as error:  # then everything goes through slots
+            tell(msg.Exposed(problem=str(error)))
+            self.busy = False
+
+    def advance(self) -> None:
+        """Go on, and tell the daemon what there is to be told. Raises as `Exposing.advance`."""
+        exposing = self._exposing
+        if exposing is None or not self.busy:
+            return
+        exposing.advance()
+        if exposing.ready and not self._told:
+            self._told = True
+            digest = exposing.exposure.digest
+            known = memory().exposed_to.get(self._endpoint) == digest
+            memory().exposed_to[self._endpoint] = digest
+            self._tell(msg.Exposed(digest=digest, exposure=None if known else exposing.exposure.packed))
+        sums = exposing.measured
+        if self._told and sums is not None:
+            self.busy = False
+            self._tell(
+                msg.Measured(
+                    nbytes=sum(write.nbytes for writes in self._program.writes for write in writes),
+                    tensors=np.fromiter(sums.keys(), dtype="<u4", count=len(sums)).tobytes(),
+                    fingerprints=np.fromiter(sums.values(), dtype="<u8", count=len(sums)).tobytes(),
+                )
+            )
+
+    def tell_all(self) -> None:
+        """The daemon does not know what was told by its digest."""
+        if self._exposing is not None:
+            exposure = self._exposing.exposure
+            self._tell(msg.Exposed(digest=exposure.digest, exposure=exposure.packed))
+
+    def close(self, *, deadline: float) -> None:
+        """Wait for what is under way. Raises as `Exposing.close`."""
+        self.busy = False
+        if self._exposing is not None:
+            self._exposing.close(deadline=deadline)
+
+
+def _begun(source: Source, program: Program, key: bytes, local: LocalWeights | None, ready: Sequence[Any]) -> Exposing:
+    known = memory().exposed.get(key)
+    if local is None or all(gpu < 0 for gpu in local.gpus):
+        from weightsync.exposing.host import HostExposed, HostExposing
+
+        if not isinstance(known, HostExposed):
+            known = HostExposed(program)
+            memory().keep_exposed(key, known)
+        return HostExposing(source, known)
+    from weightsync.exposing.device import DeviceExposed, DeviceExposing
+    from weightsync.filling.device import rank_device
+
+    gpu = rank_device(local)
+    if not isinstance(known, DeviceExposed) or not known.fits(local, gpu):
+        memory().forget_exposed(key)  # its copy, for which there may be no room twice
+        known = DeviceExposed(program, local, gpu)
+        memory().keep_exposed(key, known)
+    return DeviceExposing(source, known, ready)
