@@ -67,6 +67,15 @@ def up_to_replay(node: Any, *tags: str) -> Any:
     return found
 
 
+def in_place(node: Any, *tags: str) -> None:
+    """What replays as a whole can be read where the trainer has it."""
+    for tag in tags:
+        report = node.push(tag, in_place=True)
+        assert [engine.drawn for engine in report.engines] == [True]
+        assert report.engines[0].checked == facts(node, "replay").replayed
+        node.check(tag)
+
+
 def shown(node: Any) -> str:
     console = Console(width=160, file=io.StringIO())
     console.print(replay_details(msgspec.to_builtins([node.engine_status()])))
@@ -81,6 +90,9 @@ def test_sglang_replays_all(node):
     weights = node.weights("base")
     assert (found.replayed, found.by_loader, found.why) == (len(weights), 0, {})
     assert found.replayed_bytes == sum(w.nbytes for w in weights.values())
+    in_place(node, "pert", "base", "pert")
+    node.push("base")
+    node.check("base")
 
 
 @ways(VLLM)
@@ -93,7 +105,8 @@ def test_vllm_replays_what_it_does_not_pack(node):
     assert node.engine.child is not None
     log = node.engine.child.log
     before = log.stat().st_size
-    node.push("pert")
+    report = node.push("pert", in_place=True)
+    assert [engine.drawn for engine in report.engines] == [False], "its loader has to see what it packs"
     assert b"RMSNorm: Failed to load weights" not in log.read_bytes()[before:], "layers that replay are not waited for"
 
 
@@ -101,6 +114,7 @@ def test_vllm_replays_what_it_does_not_pack(node):
 def test_stacked_experts(node):
     found = up_to_replay(node, "pert", "base", "pert", "base")
     assert (found.by_loader, found.why) == (0, {})
+    in_place(node, "pert", "base")
 
 
 @ways(Need("vllm", "plugin", "moe"), slow=True)
@@ -124,3 +138,4 @@ def test_tied_embeddings_and_a_conversion(node):
 def test_two_ranks(node):
     found = up_to_replay(node, "pert", "base", "pert", "base")
     assert (found.by_loader, found.why) == (0, {})
+    in_place(node, "pert", "base")
