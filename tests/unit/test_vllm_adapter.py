@@ -440,6 +440,26 @@ async def test_a_restart_is_another_incarnation():
 
 
 @on_loop
+async def test_a_restart_as_one_that_lacks_what_it_is_asked_for():
+    server = Server()
+    hand, before = await way(server)
+    server.started, server.version = 2.5, "0.24.0"
+    server.routes -= {"/weight_info", "/update_weight_version"}
+    after = await hand.probe(deadline=soon())
+    assert before.incarnation != after.incarnation
+    assert after.version == 5
+
+
+@on_loop
+async def test_what_a_known_server_fails_to_answer_is_told():
+    server = Server()
+    hand, _ = await way(server)
+    server.answers["/is_paused"] = (500, {"error": "out of order"})
+    with pytest.raises(EngineError, match="out of order"):
+        await hand.probe(deadline=soon())
+
+
+@on_loop
 async def test_without_metrics_the_workers_tell_incarnations():
     server = Server()
     server.metrics_off = True

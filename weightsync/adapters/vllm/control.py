@@ -7,6 +7,7 @@ weight version by which a torn server is known.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from weightsync.adapters import versions
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.held import HeldCheck
-from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.vllm import doctor
@@ -74,20 +75,29 @@ class VLLMAdapter(EngineAdapter):
         return f"VLLMAdapter({self.name!r}, {self._spec.url!r})"
 
     async def probe(self, *, deadline: float) -> EngineInfo:
-        incarnation, asleep = await self._metrics(deadline=deadline)
-        if self._path is None or (incarnation and incarnation != self._started):
-            self._path, self._why = await self._find_path(deadline=deadline)
-            self._started = incarnation
+        path = self._path
+        if path is None:
+            started, asleep = await self._metrics(deadline=deadline)
+        else:
+            told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
+                self._metrics(deadline=deadline), self._state(path, deadline), return_exceptions=True
+            )
+            if isinstance(told, BaseException):
+                raise told
+            started, asleep = told
+        if path is None or (started and started != self._started):
+            path, self._why = await self._find_path(deadline=deadline)
+            self._path, self._started = path, started
             self._checkpoint = None
-        path, server = self._path, self._path.server
-        incarnation = incarnation or self._started or await path.incarnation(deadline=deadline)
-        paused = field(
-            await self._http.get("/is_paused", deadline=deadline), "is_paused", bool, "/is_paused", self.name
-        )
+            state = await self._state(path, deadline)
+        if isinstance(state, BaseException):
+            raise state
+        paused, version = state
         self._sleeps = asleep is True
         if asleep is None:
             asleep = await self._asleep(deadline=deadline)
-        said = versions.read(await path.weight_version(deadline=deadline))
+        incarnation = started or self._started or await path.incarnation(deadline=deadline)
+        server, said = path.server, versions.read(version)
         self._info = EngineInfo(
             software=f"vllm {server.version}",
             profile=self._why,
@@ -185,6 +195,14 @@ class VLLMAdapter(EngineAdapter):
         if self._path is None or self._info is None:
             raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
         return self._path, self._info
+
+    async def _state(self, path: EnginePath, deadline: float) -> tuple[bool, str]:
+        """Whether it is paused, and its weight version."""
+        return await at_once(self._paused(deadline), path.weight_version(deadline=deadline))
+
+    async def _paused(self, deadline: float) -> bool:
+        answer = await self._http.get("/is_paused", deadline=deadline)
+        return bool(field(answer, "is_paused", bool, "/is_paused", self.name))
 
     async def _metrics(self, *, deadline: float) -> tuple[str, bool | None]:
         """When the server's process began, and whether it sleeps, of which its metrics tell; "" and None if not."""
