@@ -67,6 +67,7 @@ class VLLMAdapter(EngineAdapter):
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
         self._held = HeldCheck(spec.name)
+        self._version = "default"  # what it says, or was told to say since
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._sleeps = False  # when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
@@ -92,12 +93,12 @@ class VLLMAdapter(EngineAdapter):
             state = await self._state(path, deadline)
         if isinstance(state, BaseException):
             raise state
-        paused, version = state
+        paused, self._version = state
         self._sleeps = asleep is True
         if asleep is None:
             asleep = await self._asleep(deadline=deadline)
         incarnation = started or self._started or await path.incarnation(deadline=deadline)
-        server, said = path.server, versions.read(version)
+        server, said = path.server, versions.read(self._version)
         self._info = EngineInfo(
             software=f"vllm {server.version}",
             profile=self._why,
@@ -142,15 +143,15 @@ class VLLMAdapter(EngineAdapter):
     ) -> None:
         path, info = self._probed()
         self._loaded = None
-        current = await path.weight_version(deadline=deadline)
-        await path.set_weight_version(torn_text(current, version), deadline=deadline)
+        before, self._version = self._version, torn_text(self._version, version)
+        await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
         compares = path.replay is not None and path.replay.compares
         path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
-        await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
+        await path.begin(version, manifest, offers, torn=versions.read(before).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
@@ -279,7 +280,7 @@ class VLLMAdapter(EngineAdapter):
             raise EngineError(
                 f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="resume"
             )
-        self._loaded = None
+        self._version, self._loaded = text, None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
         """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
