@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 
 from tests.replay_kit import Model, read_buckets, same
+from weightsync.replay import state
 from weightsync.replay.facts import LAYOUTS, ReplayFacts, least
+from weightsync.replay.kernel import HostMoves
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out
 from weightsync.replay.state import SWITCH, ModelReplay
@@ -503,6 +505,25 @@ def test_what_is_filled_is_filled_before_anything_is_copied():
     replay.begin(manifest, model)
     assert replay.facts().phase == "replay"
     assert not model.embed.weight[4:].any()
+
+
+def test_where_parameters_lie_is_looked_up_once_in_a_push(monkeypatch):
+    looked = []
+
+    class Movers(HostMoves):
+        def onto(self, targets):
+            looked.append(len(targets))
+            return super().onto(targets)
+
+    monkeypatch.setattr(state, "mover_for", lambda _: Movers())
+    model, replay = Model(LAYER, load_layer), ModelReplay({})
+    for seed in range(2):
+        model.push(replay, layer(seed), 64)
+    for seed in range(2):
+        looked.clear()
+        model.push(replay, layer(seed), 64)
+        assert looked == [len(LAYER)]
+    assert replay.whole
 
 
 def test_switched_off():

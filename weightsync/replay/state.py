@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
-    from weightsync.replay.kernel import Mover
+    from weightsync.replay.kernel import Carry, Mover
     from weightsync.replay.model import Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
@@ -82,6 +82,7 @@ class ModelReplay:
         self._manifest: Manifest | None = None
         self._before: ModelState | None = None
         self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
+        self._carry: Carry | None = None  # moves onto them
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._pulled = 0
@@ -107,7 +108,7 @@ class ModelReplay:
 
     def begin(self, manifest: Manifest, model: torch.nn.Module) -> None:
         """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
-        self._recorder = self._proof = self._before = None
+        self._recorder = self._proof = self._before = self._carry = None
         self._phase, self._manifest = "off", manifest
         if not self._off:
             self._learn(lambda: self._choose(manifest, model))
@@ -139,6 +140,7 @@ class ModelReplay:
                 self._proof = Proof(known.plan, known.moves, targets, known.mover)
                 self._before = ModelState.of(model)
             else:
+                self._carry = known.mover.onto(self._order)
                 self._fill(known)  # before copies, which may be made on other streams and go over them
             self._phase = "replay" if known.proved else "prove"
 
@@ -195,7 +197,7 @@ class ModelReplay:
         """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
         if self._recorder is not None or self._proof is not None:
             self._learn(lambda: self._conclude(look()))
-        self._recorder = self._proof = self._before = None
+        self._recorder = self._proof = self._before = self._carry = None
         self._order = {}
 
     def _conclude(self, model: ModelState) -> None:
@@ -299,13 +301,14 @@ class ModelReplay:
 
     def _replay(self, bucket: ReadBucket, share: int = 1) -> list[Named]:
         """Carry out what the plan knows of a bucket; what is left for the loader."""
+        carry = self._carry
         assert self._known is not None, "`begin` comes first"
+        assert carry is not None
         here = self._known.moves.buckets[bucket.index]
         try:
-            mover = self._known.mover
-            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order, share=share)
+            carry((bucket.index, -1), here.moves, bucket.data, share)
             for tensor, moves in here.cut:
-                mover.apply((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), self._order)
+                carry((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), 1)
         except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             raise
