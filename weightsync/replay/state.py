@@ -59,6 +59,7 @@ class _Known:
     mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
+    thrift: int = 0  # of the last push that needed no loader: 1 if its buckets were copied first, 2 if not
     residents: Residents | None = None  # these two are worked out when first asked for
     sums: Sums | None = None
 
@@ -197,8 +198,20 @@ class ModelReplay:
         """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
         if self._recorder is not None or self._proof is not None:
             self._learn(lambda: self._conclude(look()))
+        if self.whole:
+            self._give_back()
         self._recorder = self._proof = self._before = self._carry = None
         self._order = {}
+
+    def _give_back(self) -> None:
+        """Memory that earlier pushes of this layout took, for copies of buckets, a loader or a proof, and that this one
+        did without: torch would keep it from the engine for good. Once, for it takes time.
+        """
+        assert self._known is not None, "it is replayed"
+        thrift, before = 2 if self._pulled else 1, self._known.thrift
+        self._known.thrift = thrift
+        if thrift > before:
+            torch.cuda.empty_cache()
 
     def _conclude(self, model: ModelState) -> None:
         recorder, proof, known, before = self._recorder, self._proof, self._known, self._before
