@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import torch
 
 from weightsync.errors import LocalProtocolError
@@ -60,8 +61,26 @@ class _Known:
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
     thrift: int = 0  # of the last push that needed no loader: 1 if its buckets were copied first, 2 if not
-    residents: Residents | None = None  # these two are worked out when first asked for
+    residents: Residents | None = None  # these three are worked out when first asked for
     sums: Sums | None = None
+    counted: ReplayFacts | None = None
+
+    def count(self) -> ReplayFacts:
+        """What the plan comes to: asked for with every look at the engine, and of tens of thousands of tensors."""
+        if self.counted is None:
+            plan, why = self.plan, dict[str, list[str]]()
+            for name, reason in plan.loader_sources.items():
+                why.setdefault(reason, []).append(name)
+            self.counted = ReplayFacts(
+                phase="",
+                replayed=len(plan.sources),
+                replayed_bytes=sum(self.sizes[name] for name in plan.sources),
+                by_loader=len(plan.loader_sources),
+                by_loader_bytes=sum(self.sizes[name] for name in plan.loader_sources),
+                moves=self.moves.count,
+                why={reason: _first(names) for reason, names in why.items()},
+            )
+        return self.counted
 
     def held(self, manifest: Manifest) -> Residents:
         """What parameters have of the tensors of this manifest, which it is of."""
@@ -232,7 +251,7 @@ class ModelReplay:
                 logger.warning("weightsync: %s stays with the loader: %s", name, why)
             known.plan = known.plan.without(wrong)
             known.moves, known.mover = lay_out(known.plan, self._manifest), mover_for(self._device)
-            known.proved = True
+            known.proved, known.counted = True, None
         self._tell()
 
     def _learn(self, work: Callable[[], None]) -> None:
@@ -251,25 +270,10 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
-        compares = not self._off
-        if known is None:
-            return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
-        plan = known.plan
-        why: dict[str, list[str]] = {}
-        for name, reason in plan.loader_sources.items():
-            why.setdefault(reason, []).append(name)
-        return ReplayFacts(
-            phase=self._phase,
-            replayed=len(plan.sources),
-            replayed_bytes=sum(known.sizes[name] for name in plan.sources),
-            by_loader=len(plan.loader_sources),
-            by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
-            pulled=self._pulled,
-            moves=known.moves.count,
-            why={reason: _first(names) for reason, names in why.items()},
-            note=self._note,
-            compares=compares,
-            seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
+        told = known.count() if known is not None else ReplayFacts(phase="")
+        seconds = {phase: round(seconds, 6) for phase, seconds in self._seconds.items()} if known is not None else {}
+        return msgspec.structs.replace(
+            told, phase=self._phase, pulled=self._pulled, note=self._note, compares=not self._off, seconds=seconds
         )
 
     def residents(self, digest: bytes, model: ModelState) -> Residents | None:
