@@ -238,11 +238,12 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
     apply(moves, bucket.data, order)
     wanted = {i: target.clone() for i, target in order.items()}
     mover = KernelMoves(box_emulation.EmulatedKernel(kernel), torch.device("cpu"))
-    for _ in range(2):  # the second time from the table that is there
+    elsewhere = {i: target.clone() for i, target in order.items()}
+    for onto in (order, order, elsewhere):  # all but the first time from the table that is there
         for move in moves:
-            strided_view(order[move.target], move.target_box).zero_()
-        mover.apply("bucket", moves, bucket.data, order)
-        assert all(same(order[i], wanted[i]) for i in order)
+            strided_view(onto[move.target], move.target_box).zero_()
+        mover.onto(onto)("bucket", moves, bucket.data, 1)
+        assert all(same(onto[i], wanted[i]) for i in onto)
     assert manifest.buckets == 1
     residents = known.held(manifest)
     sums = KernelSums(box_emulation.EmulatedKernel(kernel), torch.device("cpu"), residents).fingerprints(targets)

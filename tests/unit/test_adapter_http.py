@@ -15,7 +15,7 @@ from functools import wraps
 
 import pytest
 
-from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError, EngineLost
 
@@ -142,6 +142,38 @@ async def test_no_answer_in_time_is_a_lost_engine(port):
     with pytest.raises(EngineLost, match=r"in 0\.0 s"):
         await http.get("/echo", deadline=time.monotonic() - 1)
     await http.close()
+
+
+@on_loop
+async def test_questions_asked_at_once_are_answered_in_their_order():
+    later = asyncio.get_running_loop().create_future()
+
+    async def first():
+        return await later
+
+    async def second():
+        later.set_result(1)
+        return 2
+
+    assert await at_once(first(), second()) == (1, 2)
+
+
+@on_loop
+async def test_nobody_waits_for_the_others_when_one_question_fails():
+    given_up = asyncio.Event()
+
+    async def never():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            given_up.set()
+
+    async def fails():
+        raise EngineLost("gone")
+
+    with pytest.raises(EngineLost):
+        await at_once(never(), fails(), never())
+    await asyncio.wait_for(given_up.wait(), 5)
 
 
 @on_loop

@@ -14,7 +14,9 @@ import torch
 from rich.console import Console
 
 from tests.replay_kit import Model, read_buckets, same
+from weightsync.replay import state
 from weightsync.replay.facts import LAYOUTS, ReplayFacts, least
+from weightsync.replay.kernel import HostMoves
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out
 from weightsync.replay.state import SWITCH, ModelReplay
@@ -503,6 +505,80 @@ def test_what_is_filled_is_filled_before_anything_is_copied():
     replay.begin(manifest, model)
     assert replay.facts().phase == "replay"
     assert not model.embed.weight[4:].any()
+
+
+def test_where_parameters_lie_is_looked_up_once_in_a_push(monkeypatch):
+    looked = []
+
+    class Movers(HostMoves):
+        def onto(self, targets):
+            looked.append(len(targets))
+            return super().onto(targets)
+
+    monkeypatch.setattr(state, "mover_for", lambda _: Movers())
+    model, replay = Model(LAYER, load_layer), ModelReplay({})
+    for seed in range(2):
+        model.push(replay, layer(seed), 64)
+    for seed in range(2):
+        looked.clear()
+        model.push(replay, layer(seed), 64)
+        assert looked == [len(LAYER)]
+    assert replay.whole
+
+
+def given_back(monkeypatch, model, make, *pushes):
+    """For each push, which is pulled or not, whether memory was given back at its end."""
+    times = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: times.append(1))
+    replay, found = ModelReplay({}), []
+    for seed, pull in enumerate(pushes):
+        times.clear()
+        model.push(replay, make(seed), pull=pull)
+        assert bool(replay.pulled) == pull
+        found.append(len(times))
+    return found
+
+
+UNCONVERTED = {**LAYER, "norm.weight": torch.zeros(16)}  # so that it can be pulled
+
+
+@pytest.mark.parametrize(
+    ("pushes", "wanted"),
+    [
+        ("record prove pulled pulled pulled", [0, 0, 1, 0, 0]),
+        ("record prove copied copied", [0, 0, 1, 0]),
+        ("record prove copied pulled pulled", [0, 0, 1, 1, 0]),
+        ("record prove pulled copied copied pulled pulled", [0, 0, 1, 0, 0, 1, 0]),  # by a daemon that was restarted
+    ],
+)
+def test_memory_that_is_needed_no_more_is_given_back_once(monkeypatch, pushes, wanted):
+    pulled = [word == "pulled" for word in pushes.split()]
+    assert given_back(monkeypatch, Model(UNCONVERTED, load_layer), layer, *pulled) == wanted
+
+
+def test_memory_that_a_loader_goes_on_to_need_is_kept(monkeypatch):
+    def load(targets, tensors):
+        for name, tensor in tensors:
+            targets[name].copy_(tensor * 2 if name == "b.w" else tensor)
+
+    model = Model({"a.w": torch.zeros(4, 4), "b.w": torch.zeros(4, 4)}, load)
+
+    def make(seed):
+        return weights(seed, a__w=(4, 4), b__w=(4, 4))
+
+    assert given_back(monkeypatch, model, make, *[False] * 4) == [0] * 4
+    assert model.heard == ["b.w"]
+
+
+def test_layouts_that_take_turns_give_back_once_each(monkeypatch):
+    model = Model(UNCONVERTED, load_layer)
+    layouts = [layer, lambda seed: {name: w for name, w in layer(seed).items() if name != "norm"}]
+
+    def make(seed):
+        return layouts[seed % 2](seed)
+
+    pulled = [seed > 3 for seed in range(8)]
+    assert given_back(monkeypatch, model, make, *pulled) == [0, 0, 0, 0, 1, 1, 0, 0]
 
 
 def test_switched_off():

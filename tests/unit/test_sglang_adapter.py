@@ -14,6 +14,7 @@ import pytest
 
 from tests.hand_push import Tensors, manifest_of, soon
 from tests.recorded import FIXTURES, Replay
+from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.control import SGLangAdapter
 from weightsync.errors import EngineError, EngineLost, EngineRefused
 from weightsync.ipc.descriptors import seal
@@ -461,6 +462,92 @@ def test_a_restart_is_another_incarnation() -> None:
         await hand.close()
 
     asyncio.run(run())
+
+
+class PluginServer(Server):
+    """… with our plugin, which answers by itself."""
+
+    def __init__(self, **state: Any) -> None:
+        super().__init__()
+        self.state: dict[str, Any] = {"protocol": 2, "incarnation": "first", **state}
+        self.looked = 0  # how often /server_info was asked for
+        self.silent = False  # it knows no order that asks for its state
+        self.paused = False
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/server_info":
+            self.looked += 1
+            self.facts["internal_states"] = [{"weightsync": self.state}]
+        if request.url.path == "/weights_checker":
+            assert json.loads(await request.aread())["action"] == orders.encode(orders.State())
+            if self.silent:
+                return httpx.Response(400, json={"success": False, "message": "an order that cannot be read"})
+            return httpx.Response(200, json={"success": True, "message": json.dumps(self.state)})
+        if request.url.path == "/ready" and "/ready" not in self.replaced:
+            return httpx.Response(503 if self.paused else 200)
+        return await super().handle_async_request(request)
+
+    def _paths(self) -> list[str]:
+        return [*super()._paths(), "/ready"]
+
+
+def probes(server: Server, *changes: Callable[[], None]) -> list[EngineInfo]:
+    """What one adapter finds, first, and after each of the changes."""
+
+    async def run() -> list[EngineInfo]:
+        hand = served(server)
+        found = [await hand.probe(deadline=soon())]
+        for change in changes:
+            change()
+            found.append(await hand.probe(deadline=soon()))
+        await hand.close()
+        return found
+
+    return asyncio.run(run())
+
+
+def test_a_known_plugin_is_asked_for_what_changes_and_no_more() -> None:
+    server = PluginServer()
+
+    def go_on() -> None:
+        server.weights, server.paused = "16>17", True
+        server.state |= {"asleep": ["weights"], "replay": {"phase": "replay", "compares": True}}
+
+    first, second = probes(server, go_on)
+    assert server.looked == 1
+    assert (first.version, first.torn, first.paused, first.asleep, first.replay) == (None, False, False, False, None)
+    assert (second.version, second.torn, second.paused, second.asleep) == (16, True, True, True)
+    assert second.replay is not None
+    assert second.replay.compares
+    assert second.incarnation == first.incarnation == "first"
+    assert (second.software, second.profile, second.tp_size) == (first.software, first.profile, first.tp_size)
+
+
+@pytest.mark.parametrize("kind", ["the same", "an older plugin", "stock", "older than /ready"])
+def test_a_restart_is_found_where_the_plugin_is_asked(kind: str) -> None:
+    server = PluginServer(paused=True)
+
+    def restart() -> None:
+        server.state = {"protocol": 2, "incarnation": "second"}
+        if kind == "an older plugin":
+            del server.state["incarnation"]
+        if kind == "stock":
+            server.replaced["/server_info"] = (200, {**server.facts, "internal_states": [{}]})
+        if kind == "older than /ready":
+            server.replaced["/openapi.json"] = (200, Server()._openapi())
+            server.replaced["/ready"] = (404, {"detail": "Not Found"})
+        server.silent = kind in ("an older plugin", "stock")
+
+    first, second = probes(server, restart)
+    assert second.incarnation not in ("", first.incarnation)
+    assert server.looked == 2
+
+
+def test_a_plugin_that_cannot_be_asked_is_met_anew_each_time() -> None:
+    server = PluginServer(incarnation="")
+    first, second = probes(server, lambda: None)
+    assert server.looked == 2
+    assert second.incarnation == first.incarnation != ""
 
 
 def test_endpoints_are_asked_for_where_openapi_is_off() -> None:

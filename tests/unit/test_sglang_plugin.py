@@ -15,6 +15,7 @@ import torch
 from tests.hand_push import HandPush, Tensors
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
+from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of
 
@@ -155,7 +156,7 @@ def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(schedule
             for bucket in range(buckets):
                 assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
             scheduler.ask(orders.Finish())
-            assert plugin._worker.replay(scheduler.model)["pulled"] == pulled
+            assert plugin._worker._replays[scheduler.model].pulled == pulled
             for name, parameter in scheduler.model.named_parameters():
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
@@ -238,23 +239,35 @@ def test_a_failure_of_another_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     assert plugin._agree("é" * 2000, None).startswith("tp rank 0: éé")
 
 
-def test_what_server_info_tells() -> None:
+def test_what_server_info_tells_and_an_order_asks_for(scheduler: Scheduler) -> None:
     result = SimpleNamespace(internal_state={})
-    plugin._get_internal_state(
-        result,
-        SimpleNamespace(
-            _engine_paused=True,
-            weight_updater=SimpleNamespace(offload_tags={"weights", "kv_cache"}),
-            tp_worker=SimpleNamespace(model_runner=SimpleNamespace(model=Model())),
-        ),
+    assert scheduler.ask(orders.State()).success is False, "nobody knows it yet"
+    model_runner = SimpleNamespace(model=scheduler.model)
+    running = SimpleNamespace(
+        _engine_paused=True,
+        weight_updater=SimpleNamespace(offload_tags={"weights", "kv_cache"}),
+        tp_worker=SimpleNamespace(model_runner=model_runner),
     )
-    assert result.internal_state["weightsync"] == {
+    plugin._get_internal_state(result, running)
+    told = result.internal_state["weightsync"]
+    assert told == {
         "protocol": 2,
+        "incarnation": plugin._worker.incarnation,
         "paused": True,
         "asleep": ["kv_cache", "weights"],
         "requantises": False,
         "replay": None,
     }
+    answer = scheduler.ask(orders.State())
+    assert answer.success
+    assert msgspec.json.decode(answer.message) == told
+    running._engine_paused, running.weight_updater.offload_tags = False, set()
+    now = msgspec.json.decode(scheduler.ask(orders.State()).message, type=PluginState)
+    assert (now.paused, now.asleep, now.incarnation) == (False, (), told["incarnation"])
+
+
+def test_another_process_is_another_incarnation() -> None:
+    assert plugin._Worker().incarnation != plugin._Worker().incarnation
 
 
 def test_processes_without_a_scheduler_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

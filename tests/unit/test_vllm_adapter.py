@@ -339,6 +339,33 @@ async def test_the_version_is_torn_before_anything_and_served_after_everything()
     assert server.paths()[-1] == "/resume"
 
 
+@on_loop
+async def test_the_mark_of_an_update_says_what_was_there_before():
+    server = Server()
+    server.weight_version = "16"
+    hand, _ = await way(server)
+    await hand.begin(17, manifest(), OFFER, deadline=soon())
+    assert server.weight_version == "16>17"
+    await hand.begin(18, manifest(), OFFER, deadline=soon())
+    assert server.weight_version == "16>18"
+    await hand.finish(18, deadline=soon())
+    await hand.resume(deadline=soon())
+    await hand.begin(19, manifest(), OFFER, deadline=soon())
+    assert server.weight_version == "18>19"
+
+
+@on_loop
+async def test_an_engine_whose_workers_were_not_told_is_not_resumed():
+    server = Server()
+    hand, _ = await way(server)
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.finish(5, deadline=soon())
+    server.answers["/collective_rpc"] = (500, {"error": "a worker has died"})
+    with pytest.raises(EngineError, match="a worker has died"):
+        await hand.resume(deadline=soon())
+    assert "/resume" not in server.paths()
+
+
 @pytest.mark.parametrize(
     ("mode", "paused_as", "running"),
     [("keep", "keep", "true"), ("wait", "wait", "true"), ("abort", "abort", "true"), ("none", "keep", "false")],
@@ -437,6 +464,26 @@ async def test_a_restart_is_another_incarnation():
     after = await hand.probe(deadline=soon())
     assert before.incarnation != after.incarnation
     assert after.software == "vllm 0.29.0"
+
+
+@on_loop
+async def test_a_restart_as_one_that_lacks_what_it_is_asked_for():
+    server = Server()
+    hand, before = await way(server)
+    server.started, server.version = 2.5, "0.24.0"
+    server.routes -= {"/weight_info", "/update_weight_version"}
+    after = await hand.probe(deadline=soon())
+    assert before.incarnation != after.incarnation
+    assert after.version == 5
+
+
+@on_loop
+async def test_what_a_known_server_fails_to_answer_is_told():
+    server = Server()
+    hand, _ = await way(server)
+    server.answers["/is_paused"] = (500, {"error": "out of order"})
+    with pytest.raises(EngineError, match="out of order"):
+        await hand.probe(deadline=soon())
 
 
 @on_loop

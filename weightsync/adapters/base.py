@@ -69,7 +69,9 @@ class EngineAdapter(ABC):
 
     @abstractmethod
     async def probe(self, *, deadline: float) -> EngineInfo:
-        """Ask who it is and what it serves; changes nothing."""
+        """Ask who it is and what it serves; changes nothing. Each push does so twice, and the second time the engine is
+        paused: one that is known should be asked for what can have changed, its incarnation above all, and no more.
+        """
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,9 +23,15 @@ import msgspec
 from weightsync.errors import ConfigError, EngineError, EngineLost
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
+
     from weightsync.adapters import EngineSpec
 
-__all__ = ["EngineAnswer", "EngineHttp"]
+__all__ = ["EngineAnswer", "EngineHttp", "at_once"]
+
+_A = TypeVar("_A")
+_B = TypeVar("_B")
+_C = TypeVar("_C")
 
 _REASON = 600  # characters of an engine's reason that are worth repeating
 _LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
@@ -132,6 +138,20 @@ class EngineHttp:
             why = str(error) or type(error).__name__
             raise EngineLost(f"{what} at {self.url}: {why}", engine=self.engine, hint=_hint(why)) from error
         return response.status_code, response.content
+
+
+@overload
+async def at_once(one: Awaitable[_A], other: Awaitable[_B], /) -> tuple[_A, _B]: ...
+@overload
+async def at_once(one: Awaitable[_A], other: Awaitable[_B], third: Awaitable[_C], /) -> tuple[_A, _B, _C]: ...
+async def at_once(*questions: Awaitable[Any]) -> tuple[Any, ...]:
+    """The answers to questions that do not depend on one another. When one fails, the others are given up."""
+    asked = [asyncio.ensure_future(question) for question in questions]
+    try:
+        return tuple(await asyncio.gather(*asked))
+    finally:
+        for question in asked:
+            question.cancel()
 
 
 def _tls(spec: EngineSpec) -> ssl.SSLContext:

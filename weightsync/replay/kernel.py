@@ -6,54 +6,43 @@ as on a CPU.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 
 from weightsync.device.launch import COPY, BoxKernel
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
-from weightsync.replay.moves import apply
+from weightsync.replay.moves import Move, apply
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Mapping, Sequence
+    from collections.abc import Mapping
 
     from weightsync.device.table import Items
-    from weightsync.replay.moves import Move
 
-__all__ = ["HostMoves", "KernelMoves", "Launcher", "Mover", "move_items", "mover_for"]
+__all__ = ["Carry", "HostMoves", "KernelMoves", "Launcher", "Mover", "move_items", "mover_for"]
+
+Carry: TypeAlias = Callable[[Hashable, Sequence[Move], torch.Tensor, int], None]
+"""`carry(key, moves, data, share)`: carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`.
+As many as `share` says are to run side by side, each on a stream of its own.
+"""
 
 
 class Mover(Protocol):
     """Of one plan."""
 
-    def apply(
-        self,
-        key: Hashable,
-        moves: Sequence[Move],
-        data: torch.Tensor,
-        targets: Mapping[int, torch.Tensor],
-        *,
-        share: int = 1,
-    ) -> None:
-        """Carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`. So many are to run side by
-        side, each on a stream of its own, as `share` says.
+    def onto(self, targets: Mapping[int, torch.Tensor]) -> Carry:
+        """What carries out moves onto these tensors, by the numbers that moves have for them: those of a push, which
+        stay where they are while it is used.
         """
 
 
 class HostMoves:
     """Moves in host memory, or wherever torch reaches."""
 
-    def apply(
-        self,
-        key: Hashable,
-        moves: Sequence[Move],
-        data: torch.Tensor,
-        targets: Mapping[int, torch.Tensor],
-        *,
-        share: int = 1,
-    ) -> None:
+    def onto(self, targets: Mapping[int, torch.Tensor]) -> Carry:
         """See `Mover`."""
-        apply(moves, data, targets)
+        return lambda _key, moves, data, _share: apply(moves, data, targets)
 
 
 class Launcher(Protocol):
@@ -84,31 +73,32 @@ class KernelMoves:
         self._tables: dict[Hashable, tuple[Any, tuple[Move, ...]]] = {}  # and the moves that are left for torch
         self._bases: dict[tuple[int, ...], torch.Tensor] = {}  # the latest: to put it there waits for the GPU
 
-    def apply(
-        self,
-        key: Hashable,
-        moves: Sequence[Move],
-        data: torch.Tensor,
-        targets: Mapping[int, torch.Tensor],
-        *,
-        share: int = 1,
-    ) -> None:
+    def onto(self, targets: Mapping[int, torch.Tensor]) -> Carry:
         """See `Mover`."""
+        addresses = tuple(targets[i].data_ptr() if i in targets else 0 for i in range(max(targets, default=-1) + 1))
+        bases = self._bases.get(addresses)
+        if bases is None:
+            bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
+            self._bases = {addresses: bases}
+
+        def carry(key: Hashable, moves: Sequence[Move], data: torch.Tensor, share: int) -> None:
+            table, left = self._table(key, moves, targets)
+            stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
+            self._kernel.launch(table, COPY, stream=stream, bases=bases, slot=data.data_ptr(), share=share)
+            apply(left, data, targets)
+
+        return carry
+
+    def _table(
+        self, key: Hashable, moves: Sequence[Move], targets: Mapping[int, torch.Tensor]
+    ) -> tuple[Any, tuple[Move, ...]]:
         found = self._tables.get(key)
         if found is None:
             here = {i for i, target in targets.items() if target.device == self._device}
             items = [(move, move_items(move) if move.target in here else None) for move in moves]
             table = self._kernel.table(joined([some for _, some in items if some is not None]))
             found = self._tables[key] = table, tuple(move for move, some in items if some is None)
-        table, left = found
-        addresses = tuple(targets[i].data_ptr() if i in targets else 0 for i in range(max(targets, default=-1) + 1))
-        bases = self._bases.get(addresses)
-        if bases is None:
-            bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
-            self._bases = {addresses: bases}
-        stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
-        self._kernel.launch(table, COPY, stream=stream, bases=bases, slot=data.data_ptr(), share=share)
-        apply(left, data, targets)
+        return found
 
 
 def mover_for(device: torch.device) -> Mover:

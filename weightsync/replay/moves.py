@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.plan import Copy, LoadPlan
 
-__all__ = ["BucketMoves", "Moves", "apply", "lay_out", "raw_bytes", "strided_view"]
+__all__ = ["BucketMoves", "Move", "Moves", "apply", "lay_out", "raw_bytes", "strided_view"]
 
 
 @dataclass(frozen=True, slots=True)

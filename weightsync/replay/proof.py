@@ -48,14 +48,15 @@ class Proof:
         here = self._moves.buckets[bucket]
         parts = [(-1, data, here.moves), *((tensor, raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
         done = []
+        for move in (move for _, _, moves in parts for move in moves):
+            if move.target not in self._scratch:
+                self._scratch[move.target] = self._empty(move.target)
+            self._missing[move.target] -= 1
+            if not self._missing[move.target]:
+                done.append(move.target)
+        carry = self._mover.onto(self._scratch)
         for tensor, source, moves in parts:
-            for move in moves:
-                if move.target not in self._scratch:
-                    self._scratch[move.target] = self._empty(move.target)
-                self._missing[move.target] -= 1
-                if not self._missing[move.target]:
-                    done.append(move.target)
-            self._mover.apply((bucket, tensor), moves, source, self._scratch)
+            carry((bucket, tensor), moves, source, 1)
         self._differ |= {target: self._scratch.pop(target) for target in done}
         for target in [t for t, made in self._differ.items() if self._first_difference(t, made) is None]:
             self._equal[target] = tensor_checksum(self._differ.pop(target))

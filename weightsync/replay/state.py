@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal
 
+import msgspec
 import torch
 
 from weightsync.errors import LocalProtocolError
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from weightsync.plan.draws import Wanted
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
-    from weightsync.replay.kernel import Mover
+    from weightsync.replay.kernel import Carry, Mover
     from weightsync.replay.model import Place
     from weightsync.replay.moves import Moves
     from weightsync.replay.plan import LoadPlan
@@ -61,9 +62,28 @@ class _Known:
     mover: Mover  # for these moves
     sizes: dict[str, int]  # of the tensors of the push, in bytes
     proved: bool = False
-    residents: Residents | None = None  # these three are worked out when first asked for
+    thrift: int = 0  # of the last push that needed no loader: 1 if its buckets were copied first, 2 if not
+    residents: Residents | None = None  # these four are worked out when first asked for
     sums: Sums | None = None
     wanted: tuple[Wanted, ...] | None = None
+    counted: ReplayFacts | None = None
+
+    def count(self) -> ReplayFacts:
+        """What the plan comes to: asked for with every look at the engine, and of tens of thousands of tensors."""
+        if self.counted is None:
+            plan, why = self.plan, dict[str, list[str]]()
+            for name, reason in plan.loader_sources.items():
+                why.setdefault(reason, []).append(name)
+            self.counted = ReplayFacts(
+                phase="",
+                replayed=len(plan.sources),
+                replayed_bytes=sum(self.sizes[name] for name in plan.sources),
+                by_loader=len(plan.loader_sources),
+                by_loader_bytes=sum(self.sizes[name] for name in plan.loader_sources),
+                moves=self.moves.count,
+                why={reason: _first(names) for reason, names in why.items()},
+            )
+        return self.counted
 
     def held(self, manifest: Manifest) -> Residents:
         """What parameters have of the tensors of this manifest, which it is of."""
@@ -85,6 +105,7 @@ class ModelReplay:
         self._manifest: Manifest | None = None
         self._before: ModelState | None = None
         self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
+        self._carry: Carry | None = None  # moves onto them
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._pulled = 0
@@ -110,7 +131,7 @@ class ModelReplay:
 
     def begin(self, manifest: Manifest, model: torch.nn.Module) -> None:
         """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
-        self._recorder = self._proof = self._before = None
+        self._recorder = self._proof = self._before = self._carry = None
         self._phase, self._manifest = "off", manifest
         if not self._off:
             self._learn(lambda: self._choose(manifest, model))
@@ -142,6 +163,7 @@ class ModelReplay:
                 self._proof = Proof(known.plan, known.moves, targets, known.mover)
                 self._before = ModelState.of(model)
             else:
+                self._carry = known.mover.onto(self._order)
                 self._fill(known)  # before copies, which may be made on other streams and go over them
             self._phase = "replay" if known.proved else "prove"
 
@@ -214,8 +236,20 @@ class ModelReplay:
         """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
         if self._recorder is not None or self._proof is not None:
             self._learn(lambda: self._conclude(look()))
-        self._recorder = self._proof = self._before = None
+        if self.whole:
+            self._give_back()
+        self._recorder = self._proof = self._before = self._carry = None
         self._order = {}
+
+    def _give_back(self) -> None:
+        """Memory that earlier pushes of this layout took, for copies of buckets, a loader or a proof, and that this one
+        did without: torch would keep it from the engine for good. Once, for it takes time.
+        """
+        assert self._known is not None, "it is replayed"
+        thrift, before = 2 if self._pulled else 1, self._known.thrift
+        self._known.thrift = thrift
+        if thrift > before:
+            torch.cuda.empty_cache()
 
     def _conclude(self, model: ModelState) -> None:
         recorder, proof, known, before = self._recorder, self._proof, self._known, self._before
@@ -236,7 +270,7 @@ class ModelReplay:
                 logger.warning("weightsync: %s stays with the loader: %s", name, why)
             known.plan = known.plan.without(wrong)
             known.moves, known.mover = lay_out(known.plan, self._manifest), mover_for(self._device)
-            known.proved = True
+            known.proved, known.counted = True, None
         self._tell()
 
     def _learn(self, work: Callable[[], None]) -> None:
@@ -255,25 +289,10 @@ class ModelReplay:
     def facts(self) -> ReplayFacts:
         """For whoever asks."""
         known = self._known
-        compares = not self._off
-        if known is None:
-            return ReplayFacts(phase=self._phase, note=self._note, compares=compares)
-        plan = known.plan
-        why: dict[str, list[str]] = {}
-        for name, reason in plan.loader_sources.items():
-            why.setdefault(reason, []).append(name)
-        return ReplayFacts(
-            phase=self._phase,
-            replayed=len(plan.sources),
-            replayed_bytes=sum(known.sizes[name] for name in plan.sources),
-            by_loader=len(plan.loader_sources),
-            by_loader_bytes=sum(known.sizes[name] for name in plan.loader_sources),
-            pulled=self._pulled,
-            moves=known.moves.count,
-            why={reason: _first(names) for reason, names in why.items()},
-            note=self._note,
-            compares=compares,
-            seconds={phase: round(seconds, 6) for phase, seconds in self._seconds.items()},
+        told = known.count() if known is not None else ReplayFacts(phase="")
+        seconds = {phase: round(seconds, 6) for phase, seconds in self._seconds.items()} if known is not None else {}
+        return msgspec.structs.replace(
+            told, phase=self._phase, pulled=self._pulled, note=self._note, compares=not self._off, seconds=seconds
         )
 
     def residents(self, digest: bytes, model: ModelState) -> Residents | None:
@@ -318,13 +337,14 @@ class ModelReplay:
 
     def _replay(self, bucket: ReadBucket, share: int = 1) -> list[Named]:
         """Carry out what the plan knows of a bucket; what is left for the loader."""
+        carry = self._carry
         assert self._known is not None, "`begin` comes first"
+        assert carry is not None
         here = self._known.moves.buckets[bucket.index]
         try:
-            mover = self._known.mover
-            mover.apply((bucket.index, -1), here.moves, bucket.data, self._order, share=share)
+            carry((bucket.index, -1), here.moves, bucket.data, share)
             for tensor, moves in here.cut:
-                mover.apply((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), self._order)
+                carry((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), 1)
         except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             raise

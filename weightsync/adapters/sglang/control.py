@@ -2,7 +2,8 @@
 
 The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
 loaded, the cache is flushed, and what can be compared was found right. Its dialect and the way in are chosen when it is
-first probed, and again when it has restarted. What a server does not say (whether it is paused, before 0.5.20 and
+first probed, and again when it has restarted. One that has our plugin is asked from then on only for what changes while
+it runs, in short answers: each push probes twice. What a server does not say (whether it is paused, before 0.5.20 and
 without our plugin) is remembered here.
 """
 
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.held import HeldCheck
-from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.pickling import dumps
 from weightsync.adapters.readers import reader_gpus
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.base import Finding, PauseMode
     from weightsync.adapters.sglang.paths import LoadPath
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import ServerFacts
+    from weightsync.adapters.sglang.server import PluginState, ServerFacts
     from weightsync.plan.boxes import Words
     from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
@@ -57,6 +58,14 @@ class _Server(NamedTuple):
     says_ready: bool
     path: LoadPath
     checkpoint: CheckpointCheck
+
+
+class _State(NamedTuple):
+    """What changes while it runs."""
+
+    plugin: PluginState | None
+    weight_version: object
+    paused: bool | None  # None: it does not say
 
 
 class SGLangAdapter(EngineAdapter):
@@ -93,31 +102,25 @@ class SGLangAdapter(EngineAdapter):
             from weightsync.adapters.sglang.checkpoint_engine import end_abandoned
 
             await end_abandoned(self._http.url, deadline=deadline)
-        facts = await self._server.facts(deadline=deadline)
-        incarnation = self._server.incarnation(facts)
-        known = self._known
-        if known is None or known.incarnation != incarnation:
-            known = await self._meet(facts, incarnation, deadline)
-        weights = read(await self._server.weight_version(deadline=deadline))
+        known, state = await self._again(deadline) or await self._anew(deadline)
+        plugin, weights = state.plugin, read(state.weight_version)
         self._version = weights.version
-        plugin = facts.plugin
         self._asleep = plugin.asleep if plugin else ()
         self._compares = plugin is not None and plugin.replay is not None and plugin.replay.compares
         released = "its weights are released" if "weights" in self._asleep else ""
         self._incomplete = "it is torn" if weights.torn else released
-        if known.says_ready:
-            paused = await self._server.paused(deadline=deadline)
-        else:
+        paused = state.paused
+        if paused is None:
             paused = self._mode is not None or (plugin is not None and plugin.paused)
         return EngineInfo(
-            software=f"sglang {facts.version}",
+            software=f"sglang {known.facts.version}",
             profile=known.why,
-            tp_size=facts.tp_size,
+            tp_size=known.facts.tp_size,
             version=weights.version,
             paused=paused,
             torn=weights.torn,
             transport=known.path.transport,
-            incarnation=incarnation,
+            incarnation=known.incarnation,
             asleep="weights" in self._asleep,
             replay=plugin.replay if plugin else None,
         )
@@ -231,6 +234,39 @@ class SGLangAdapter(EngineAdapter):
             await self.probe(deadline=deadline)
         assert self._known is not None
         return self._known
+
+    async def _again(self, deadline: float) -> tuple[_Server, _State] | None:
+        """The state of the server that is known, in short answers. None where only `_anew` will do: it may be
+        another by now, or has no plugin that would tell.
+        """
+        known = self._known
+        if known is None or known.facts.plugin is None or not known.facts.plugin.incarnation:
+            return None
+        try:
+            plugin, version, paused = await at_once(
+                self._server.plugin(deadline=deadline),
+                self._server.weight_version(deadline=deadline),
+                self._says_paused(known, deadline),
+            )
+        except EngineAnswer:
+            return None
+        if plugin is None or plugin.incarnation != known.incarnation:
+            return None
+        return known, _State(plugin, version, paused)
+
+    async def _anew(self, deadline: float) -> tuple[_Server, _State]:
+        """Who it is, and its state."""
+        facts = await self._server.facts(deadline=deadline)
+        incarnation, known = self._server.incarnation(facts), self._known
+        if known is None or known.incarnation != incarnation:
+            known = await self._meet(facts, incarnation, deadline)
+        version, paused = await at_once(
+            self._server.weight_version(deadline=deadline), self._says_paused(known, deadline)
+        )
+        return known, _State(facts.plugin, version, paused)
+
+    async def _says_paused(self, known: _Server, deadline: float) -> bool | None:
+        return await self._server.paused(deadline=deadline) if known.says_ready else None
 
     async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Server:
         """Choose dialect and path for a server that was not known, or has restarted."""

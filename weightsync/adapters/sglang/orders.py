@@ -30,6 +30,7 @@ __all__ = [
     "Finish",
     "Load",
     "Order",
+    "State",
     "Sums",
     "decode",
     "encode",
@@ -105,6 +106,10 @@ class Boxes(Order, frozen=True, tag="boxes"):
     target: Target
 
 
+class State(Order, frozen=True, tag="state"):
+    """Who is it, and what does the server itself not say? Answered by the `PluginState` of rank 0, as JSON."""
+
+
 class Accepted(msgspec.Struct, frozen=True):
     """What a model says of the names of a manifest."""
 
@@ -112,7 +117,7 @@ class Accepted(msgspec.Struct, frozen=True):
     untouched: tuple[str, ...] = ()
 
 
-AnyOrder: TypeAlias = Accept | Begin | Draw | Load | Finish | Sums | Boxes
+AnyOrder: TypeAlias = Accept | Begin | Draw | Load | Finish | Sums | Boxes | State
 
 
 def encode(order: Order) -> str:

@@ -5,14 +5,15 @@
 
 Two methods are hooked (SGLang 0.5.12 and later have hooks). `check_weights` takes an order from the `action` of
 `/weights_checker`, see `orders.py`; any other action is SGLang's own. `get_internal_state` tells, in `/server_info`,
-that the plugin is there and what the server itself does not say. A hook never raises: that would end the scheduler.
-Ranks agree on every answer, for only rank 0's is sent.
+that the plugin is there and what the server itself does not say; from then on an order asks for just that. A hook never
+raises: that would end the scheduler. Ranks agree on every answer, for only rank 0's is sent.
 """
 
 from __future__ import annotations
 
 import logging
 import multiprocessing
+import secrets
 import sys
 from functools import partial
 from importlib import import_module
@@ -56,6 +57,8 @@ class _Worker:
     """One rank's side: what it reads with, and the models of the update that is open."""
 
     def __init__(self) -> None:
+        self.incarnation = secrets.token_hex(8)
+        self.scheduler: Any = None  # once it was asked for its state
         self._slots: SlotReader | None = None
         self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._models: list[Any] = []
@@ -87,6 +90,13 @@ class _Worker:
             case orders.Boxes():
                 model = _models(manager, order.target)[0]
                 return packed_boxes(self._replays.get(model), order.manifest, ModelState.tensors_of(model))
+            case orders.State():
+                return msgspec.json.encode(self._state()).decode()
+
+    def state_of(self, scheduler: Any) -> dict[str, Any]:
+        """What `/server_info` is told, as plain data."""
+        self.scheduler = scheduler
+        return self._state()
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
         manifest = self._manifests.of(order.manifest)
@@ -165,10 +175,20 @@ class _Worker:
             self._replays[model].finish(partial(ModelState.of, model))
         return "finished"
 
-    def replay(self, model: Any) -> Any:
-        """What is known of the model's replay, as plain data; None before its first push."""
-        found = self._replays.get(model)
-        return msgspec.to_builtins(found.facts()) if found is not None else None
+    def _state(self) -> dict[str, Any]:
+        scheduler = self.scheduler
+        if scheduler is None:
+            raise LocalProtocolError("its state was never asked for", hint="/server_info first")
+        model = scheduler.tp_worker.model_runner.model
+        replay = self._replays.get(model)
+        return {
+            "protocol": orders.PROTOCOL,
+            "incarnation": self.incarnation,
+            "paused": bool(getattr(scheduler, "_engine_paused", False)),
+            "asleep": sorted(getattr(getattr(scheduler, "weight_updater", scheduler), "offload_tags", ())),
+            "requantises": remembered(model),
+            "replay": msgspec.to_builtins(replay.facts()) if replay is not None else None,
+        }
 
 
 _worker = _Worker()
@@ -269,12 +289,4 @@ def _experts_move(manager: Any) -> bool:
 
 
 def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
-    updater = getattr(scheduler, "weight_updater", scheduler)
-    model = scheduler.tp_worker.model_runner.model
-    result.internal_state["weightsync"] = {
-        "protocol": orders.PROTOCOL,
-        "paused": bool(getattr(scheduler, "_engine_paused", False)),
-        "asleep": sorted(getattr(updater, "offload_tags", ())),
-        "requantises": remembered(model),
-        "replay": _worker.replay(model),
-    }
+    result.internal_state["weightsync"] = _worker.state_of(scheduler)

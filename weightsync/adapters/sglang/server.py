@@ -2,7 +2,7 @@
 
 Every reply has `success` and `message`; a `success` of false is a failure whatever its status. The server remembers our
 version as its weight version. It does not say whether it is paused before 0.5.20, nor whether its memory was released
-at all: our plugin adds that to `/server_info`, which is also how it is found.
+at all: our plugin adds that to `/server_info`, which is also how it is found, and says it alone when asked by an order.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.profiles import Surface, surface_of
 from weightsync.errors import EngineError
 from weightsync.replay.facts import ReplayFacts
@@ -41,9 +42,10 @@ _PROBED = (
 
 
 class PluginState(msgspec.Struct, frozen=True):
-    """What our plugin adds to `/server_info`."""
+    """What our plugin adds to `/server_info`, and answers to `orders.State`."""
 
     protocol: int
+    incarnation: str = ""  # drawn when the scheduler's process began; "" from a plugin that cannot be asked for this
     paused: bool = False
     asleep: tuple[str, ...] = ()  # tags of the memory that was released
     requantises: bool = False  # its layers quantised themselves, and the plugin can have them do so again
@@ -107,6 +109,16 @@ class SGLangServer:
                 hint="the engine's own URL, not that of a router",
             ) from error
 
+    async def plugin(self, *, deadline: float) -> PluginState | None:
+        """What our plugin says; None where there is none that answers this. `/server_info` puts together a few hundred
+        settings, twice, and takes several times as long.
+        """
+        try:
+            answer = await self.call("/weights_checker", {"action": orders.encode(orders.State())}, deadline=deadline)
+            return msgspec.json.decode(answer, type=PluginState)
+        except (EngineAnswer, msgspec.DecodeError):
+            return None
+
     async def surface(self, *, deadline: float) -> Surface:
         """Which endpoints it has."""
         try:
@@ -154,9 +166,12 @@ class SGLangServer:
     def incarnation(self, facts: ServerFacts) -> str:
         """Something that changes when the server restarts.
 
-        Newer servers tell how long each step of their start took; all draw a random seed unless they are given one; and
-        on this machine the socket that it listens on has a number which is never that of an earlier one.
+        Our plugin draws it. Of the others newer ones tell how long each step of their start took; all draw a random
+        seed unless they are given one; and on this machine the socket that it listens on has a number which is never
+        that of an earlier one.
         """
+        if facts.plugin is not None and facts.plugin.incarnation:
+            return facts.plugin.incarnation
         seen = msgspec.json.encode([facts.version, facts.random_seed, facts.startup_time, _listening(self.http.url)])
         return hashlib.blake2b(seen, digest_size=8).hexdigest()
 

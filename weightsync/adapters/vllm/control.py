@@ -7,6 +7,7 @@ weight version by which a torn server is known.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from weightsync.adapters import versions
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.held import HeldCheck
-from weightsync.adapters.http import EngineAnswer, EngineHttp
+from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.vllm import doctor
@@ -67,6 +68,7 @@ class VLLMAdapter(EngineAdapter):
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
         self._held = HeldCheck(spec.name)
+        self._version = "default"  # what it says, or was told to say since
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._sleeps = False  # when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
@@ -75,20 +77,29 @@ class VLLMAdapter(EngineAdapter):
         return f"VLLMAdapter({self.name!r}, {self._spec.url!r})"
 
     async def probe(self, *, deadline: float) -> EngineInfo:
-        incarnation, asleep = await self._metrics(deadline=deadline)
-        if self._path is None or (incarnation and incarnation != self._started):
-            self._path, self._why = await self._find_path(deadline=deadline)
-            self._started = incarnation
+        path = self._path
+        if path is None:
+            started, asleep = await self._metrics(deadline=deadline)
+        else:
+            told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
+                self._metrics(deadline=deadline), self._state(path, deadline), return_exceptions=True
+            )
+            if isinstance(told, BaseException):
+                raise told
+            started, asleep = told
+        if path is None or (started and started != self._started):
+            path, self._why = await self._find_path(deadline=deadline)
+            self._path, self._started = path, started
             self._checkpoint = None
-        path, server = self._path, self._path.server
-        incarnation = incarnation or self._started or await path.incarnation(deadline=deadline)
-        paused = field(
-            await self._http.get("/is_paused", deadline=deadline), "is_paused", bool, "/is_paused", self.name
-        )
+            state = await self._state(path, deadline)
+        if isinstance(state, BaseException):
+            raise state
+        paused, self._version = state
         self._sleeps = asleep is True
         if asleep is None:
             asleep = await self._asleep(deadline=deadline)
-        said = versions.read(await path.weight_version(deadline=deadline))
+        incarnation = started or self._started or await path.incarnation(deadline=deadline)
+        server, said = path.server, versions.read(self._version)
         self._info = EngineInfo(
             software=f"vllm {server.version}",
             profile=self._why,
@@ -133,15 +144,15 @@ class VLLMAdapter(EngineAdapter):
     ) -> None:
         path, info = self._probed()
         self._loaded = None
-        current = await path.weight_version(deadline=deadline)
-        await path.set_weight_version(torn_text(current, version), deadline=deadline)
+        before, self._version = self._version, torn_text(self._version, version)
+        await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
         compares = self._compares
         path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
-        await path.begin(version, manifest, offers, torn=versions.read(current).torn, deadline=deadline)
+        await path.begin(version, manifest, offers, torn=versions.read(before).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
@@ -198,6 +209,14 @@ class VLLMAdapter(EngineAdapter):
         if self._path is None or self._info is None:
             raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
         return self._path, self._info
+
+    async def _state(self, path: EnginePath, deadline: float) -> tuple[bool, str]:
+        """Whether it is paused, and its weight version."""
+        return await at_once(self._paused(deadline), path.weight_version(deadline=deadline))
+
+    async def _paused(self, deadline: float) -> bool:
+        answer = await self._http.get("/is_paused", deadline=deadline)
+        return bool(field(answer, "is_paused", bool, "/is_paused", self.name))
 
     async def _metrics(self, *, deadline: float) -> tuple[str, bool | None]:
         """When the server's process began, and whether it sleeps, of which its metrics tell; "" and None if not."""
@@ -274,7 +293,7 @@ class VLLMAdapter(EngineAdapter):
             raise EngineError(
                 f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="resume"
             )
-        self._loaded = None
+        self._version, self._loaded = text, None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
         """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
