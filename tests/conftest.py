@@ -30,12 +30,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes that share the tests (make test), one gets a file whole, and all of tests/faults: nodes there
-    have the same names, and a daemon clears up after its namesake.
-    """
+    """Of the processes that share the tests (make test), one gets a file whole, and files of one group one by one."""
     for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "faults" else str(item.path)))
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 def _open_fds() -> dict[str, str]:

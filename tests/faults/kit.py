@@ -20,10 +20,10 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 import torch  # noqa: TC002 - dataclass methods
 from safetensors.torch import load_file
 
-from tests.foreign import foreign_segments
 from weightsync import push_weights
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.model import greedy, load_checkpoint
@@ -33,7 +33,7 @@ from weightsync.fleet import Child, Daemon, Engine, Fleet  # noqa: TC001 - datac
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
-__all__ = ["AT_ONCE", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "segments", "until"]
+__all__ = ["AT_ONCE", "BUSY", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "segments", "until"]
 
 TINY = ModelConfig(
     vocab_size=256,
@@ -46,6 +46,7 @@ TINY = ModelConfig(
 )
 TIMEOUTS = {"liveness": 3, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
 AT_ONCE = 2.5  # seconds, on a machine that does much else: less than any of what is not waited for
+BUSY = pytest.mark.xdist_group("busy")  # computes all the time: two at once would take each other's time for an answer
 ARENA = {"slot_bytes": "64KiB", "slots": 2}  # eight buckets in two slots
 PROMPT = [5, 17, 211, 3, 42]
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -57,9 +58,8 @@ def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> No
 
 
 def segments(node: str) -> set[str]:
-    """Arenas of a node in /dev/shm; not those of a node of that name that another run of these tests has here."""
-    found = {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
-    return found - foreign_segments(found)
+    """Arenas of a node in /dev/shm."""
+    return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
 
 
 class Rank:
