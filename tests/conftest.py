@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.foreign import foreign_segments
+from tests.own import guarded
 from weightsync.testing import eventually
 
 settings.register_profile(
@@ -29,11 +30,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of the processes that share the tests (make test), one gets a file whole, and files of one group one by one."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
+@pytest.fixture(scope="session", autouse=True)
+def _guard():
+    """Nothing that a test starts outlives the process that runs it."""
+    with guarded():
+        yield
 
 
 def _open_fds() -> dict[str, str]:

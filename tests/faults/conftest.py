@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.kit import ARENA, TIMEOUTS, TINY, TRAINER, Node, segments, until
-from tests.faults.own import free_port, guarded, named
+from tests.own import free_port, named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.fleet import Fleet
 
@@ -49,13 +49,6 @@ def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
         fleet.wait_engine(engine)
     until((fleet.root / "trainer.sock").exists, "the trainer listens", 30)
     return engines, trainer
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _guard() -> Iterator[None]:
-    """Nothing that a test starts outlives this process."""
-    with guarded():
-        yield
 
 
 @pytest.fixture(scope="session")

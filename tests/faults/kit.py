@@ -20,7 +20,6 @@ from typing import Any
 
 import httpx
 import psutil
-import pytest
 import torch  # noqa: TC002 - dataclass methods
 from safetensors.torch import load_file
 
@@ -33,7 +32,7 @@ from weightsync.fleet import Child, Daemon, Engine, Fleet  # noqa: TC001 - datac
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
-__all__ = ["AT_ONCE", "BUSY", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "segments", "until"]
+__all__ = ["AT_ONCE", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "segments", "until"]
 
 TINY = ModelConfig(
     vocab_size=256,
@@ -46,7 +45,6 @@ TINY = ModelConfig(
 )
 TIMEOUTS = {"liveness": 3, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
 AT_ONCE = 2.5  # seconds, on a machine that does much else: less than any of what is not waited for
-BUSY = pytest.mark.xdist_group("busy")  # computes all the time: two at once would take each other's time for an answer
 ARENA = {"slot_bytes": "64KiB", "slots": 2}  # eight buckets in two slots
 PROMPT = [5, 17, 211, 3, 42]
 TRAINER = Path(__file__).with_name("trainer.py")

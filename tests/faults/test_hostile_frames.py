@@ -15,8 +15,8 @@ import pytest
 import zmq
 
 import weightsync.rank_memory
-from tests.faults.kit import BUSY, until
-from tests.faults.own import named
+from tests.faults.kit import until
+from tests.own import named
 from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
 from weightsync.nccl_bridge.rendezvous import Rendezvous
@@ -24,7 +24,7 @@ from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.trainer_link import TrainerLink
 
-pytestmark = [pytest.mark.faults, BUSY]
+pytestmark = pytest.mark.faults
 
 DIGEST = bytes(range(16))
 MARK = 2**40  # ids of the questions that end a flood; no hostile frame has one so high

@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.conftest import populated
 from tests.faults.kit import ARENA, TIMEOUTS, Node, engine_processes, until
-from tests.faults.own import named
+from tests.own import named
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
 from weightsync.operator import change_engines

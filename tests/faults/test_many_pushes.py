@@ -12,13 +12,13 @@ import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.faults.kit import ARENA, BUSY, TIMEOUTS, engine_processes, segments, until
-from tests.faults.own import free_port, named
+from tests.faults.kit import ARENA, TIMEOUTS, engine_processes, segments, until
+from tests.own import free_port, named
 from weightsync import push_weights
 from weightsync.errors import PushAborted, PushRefused
 from weightsync.operator import fetch_status
 
-pytestmark = [pytest.mark.faults, BUSY]
+pytestmark = pytest.mark.faults
 
 PUSHES, WARM = 150, 30
 RSS = 4 << 20  # bytes a process may gain in the other 120 pushes: 35 KB for each would be a leak to find

@@ -14,7 +14,7 @@ import pytest
 
 from tests.faults.conftest import prepared
 from tests.faults.kit import ARENA, TIMEOUTS, TRAINER, Node, until
-from tests.faults.own import named
+from tests.own import named
 from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.wire.keys import make_key_file

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.faults.kit import BUSY, PROMPT, until
+from tests.faults.kit import PROMPT, until
 from weightsync.adapters.reference.model import load_checkpoint
 
-pytestmark = [pytest.mark.faults, BUSY]
+pytestmark = pytest.mark.faults
 
 LONG = {1: 3000, 2: 500}  # by tensor-parallel size; tokens: two seconds or more of decoding, on an idle machine
 ENDING = {1: 1000, 2: 160}  # tokens whose end a push can wait for within its time for an operation

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import ARENA, TIMEOUTS, segments, until
-from tests.faults.own import named
+from tests.own import named
 from weightsync import push_weights
 from weightsync.errors import PushError, PushRefused
 from weightsync.operator import fetch_status

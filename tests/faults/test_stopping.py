@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import ARENA, AT_ONCE, TIMEOUTS, segments, until
-from tests.faults.own import free_port, named
+from tests.own import free_port, named
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
