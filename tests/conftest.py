@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.foreign import foreign_segments
-from tests.own import guarded
+from tests.own import free_port, guarded
 from weightsync.testing import eventually
 
 settings.register_profile(
@@ -80,8 +80,4 @@ def no_leaks():
 @pytest.fixture
 def unused_port() -> int:
     """A TCP port on loopback that nobody listens on right now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()

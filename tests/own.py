@@ -1,7 +1,7 @@
 """What is a test process's own on a machine that several share: names of nodes, ports, and processes that end with it.
 
-Nodes of one name clear up after each other, in /dev/shm and among processes; so no two test processes that live at one
-time, of one run or of several, may use the same.
+Nodes of one name clear up after each other, in /dev/shm and among processes: tests that kill them, or count what they
+leave, need names that no other test process has which lives at that time, of the same run or of another.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def _ports() -> Iterator[int]:
 
 
 def free_port() -> int:
-    """A port that nobody gets by chance while who listens there restarts."""
+    """A port of this process's own range: nobody else gets it by chance while who listens there restarts."""
     for port in itertools.islice(_ports(), PORTS.step):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
