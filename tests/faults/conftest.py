@@ -65,7 +65,8 @@ def _one_node() -> Iterator[Node]:
 def _two_nodes() -> Iterator[Node]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, home=1, away1=1, away2=2)
-        timeouts, log = {**TIMEOUTS, "operation": 8}, {"level": "debug"}
+        # half of an operation is what a push gives a bridge to load torch: two seconds or more beside another test
+        timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
         away = fleet.start_daemon(named("fault2"), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
         home = fleet.start_daemon(named("fault1"), engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
         node = Node(fleet, home, engines, trainer, [away])
