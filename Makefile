@@ -29,10 +29,11 @@ setup: $(BIN)/.set-up
 demo: setup
 	$(BIN)/weightsync demo
 
-# fault tests alone: what they break is told by silences, and beside others that compute they meet too many
+# a file whole to one process: its engines are started once. Fault tests by themselves: what they break is told by silences,
+# and beside others that compute they meet too many; two of them, which wait most of their time, do not disturb each other
 test: setup
-	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadgroup --ignore tests/faults
-	$(BIN)/python -m pytest tests/faults
+	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadfile --ignore tests/faults
+	$(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
 
 style: setup
 	$(BIN)/ruff check .

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 
 from tests.foreign import foreign_segments
+from tests.own import free_port, guarded
 from weightsync.testing import eventually
 
 settings.register_profile(
@@ -29,13 +30,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of two processes that share the tests (make test), one gets a file whole, and all of tests/faults: nodes there
-    have the same names, and a daemon clears up after its namesake.
-    """
-    for item in items:
-        folder = item.path.parent.name
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "faults" else str(item.path)))
+@pytest.fixture(scope="session", autouse=True)
+def _guard():
+    """Nothing that a test starts outlives the process that runs it."""
+    with guarded():
+        yield
 
 
 def _open_fds() -> dict[str, str]:
@@ -81,8 +80,4 @@ def no_leaks():
 @pytest.fixture
 def unused_port() -> int:
     """A TCP port on loopback that nobody listens on right now."""
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return free_port()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from tests.e2e.conftest import TINY
 from tests.faults.kit import until
+from tests.own import free_port
 from tests.wire_examples import EXAMPLES
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
@@ -25,13 +25,6 @@ from weightsync.wire.trainer_link import TrainerLink
 
 COMMAND = Path(sys.executable).with_name("weightsync")
 ARENA = {"slots": 3, "slot_bytes": "64KiB"}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import signal
 import pytest
 
 from tests.e2e.conftest import TINY
-from tests.e2e.test_cluster import free_port
 from tests.faults.kit import until
+from tests.own import free_port
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.fleet import Fleet

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.kit import ARENA, TIMEOUTS, TINY, TRAINER, Node, segments, until
+from tests.own import free_port, named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.fleet import Fleet
 
@@ -40,7 +41,7 @@ def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
     """Make the checkpoints that are pushed; start engines, by name and size, and a trainer that listens."""
     prepared(fleet)
     engines = [
-        fleet.start_engine(name, fleet.root / "A", tp=tp, flags=["--enable-faults"], wait=False)
+        fleet.start_engine(name, fleet.root / "A", tp=tp, port=free_port(), flags=["--enable-faults"], wait=False)
         for name, tp in sizes.items()
     ]
     trainer = fleet.spawn("trainer", [str(TRAINER), str(fleet.root / "trainer.sock")])
@@ -54,24 +55,25 @@ def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
 def _one_node() -> Iterator[Node]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, e1=1, e2=2)
-        daemon = fleet.start_daemon("fault0", engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
+        daemon = fleet.start_daemon(named("fault0"), engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
         yield Node(fleet, daemon, engines, trainer)
         _no_surprises(daemon)
-    assert not segments("fault0")
+    assert not segments(daemon.name)
 
 
 @pytest.fixture(scope="session")
 def _two_nodes() -> Iterator[Node]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, home=1, away1=1, away2=2)
-        timeouts, log = {**TIMEOUTS, "operation": 8}, {"level": "debug"}
-        away = fleet.start_daemon("fault2", engines[1:], arena=ARENA, timeouts=timeouts, log=log)
-        home = fleet.start_daemon("fault1", engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
+        # half of an operation is what a push gives a bridge to load torch: two seconds or more beside another test
+        timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
+        away = fleet.start_daemon(named("fault2"), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
+        home = fleet.start_daemon(named("fault1"), engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
         node = Node(fleet, home, engines, trainer, [away])
         node.wait_attached()
         yield node
         _no_surprises(home, away)
-    assert not segments("fault1") | segments("fault2")
+    assert not segments(home.name) | segments(away.name)
 
 
 def _no_surprises(*daemons: Daemon) -> None:

@@ -144,7 +144,7 @@ def test_a_daemon_stops_in_time_though_an_engine_does_not_answer(node):
 def test_a_second_daemon_of_the_same_node_does_not_start(node):
     twin = node.fleet.spawn("twin", ["-m", "weightsyncd", "--node-config", str(node.daemon.config)])
     assert twin.wait(20) == 2
-    assert "another weightsyncd serves node 'fault0'" in twin.tail()
+    assert f"another weightsyncd serves node '{node.daemon.name}'" in twin.tail()
 
 
 def test_without_a_daemon_a_push_fails_at_once(tmp_path):

@@ -16,6 +16,7 @@ import zmq
 
 import weightsync.rank_memory
 from tests.faults.kit import until
+from tests.own import named
 from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
 from weightsync.nccl_bridge.rendezvous import Rendezvous
@@ -116,7 +117,7 @@ def strangers(node):
 def instructions(rng):
     """What coordinators have done at a follower, aimed at what is there and at what is not."""
     engine, bucket, slot = rng.choice(["e1", "e2", "e9"]), rng.choice([0, 1, 2**40]), rng.choice([0, 1, 9])
-    place = {"node": rng.choice(["fault0", "elsewhere"]), "bridge": rng.choice([0, 7]), "index": slot}
+    place = {"node": rng.choice([named("fault0"), "elsewhere"]), "bridge": rng.choice([0, 7]), "index": slot}
     export = {"bucket": bucket, "slot": place, "nbytes": rng.choice([0, 100, 2**50]), "engines": [engine]}
     return rng.choice(
         [
@@ -130,7 +131,7 @@ def instructions(rng):
             {"type": "ResumeEngine", "engine": "e9"},
             {"type": "AwaitRelease", "engine": engine, "bucket": bucket},
             {"type": "RevokeBucket", "engine": engine, "bucket": bucket},
-            {"type": "RetireBridge", "node": "fault0", "bridge": 7, "reason": "because"},
+            {"type": "RetireBridge", "node": named("fault0"), "bridge": 7, "reason": "because"},
             {"type": "ExportBucket", **export},
             {"type": "MakePlan"},
             {"type": "Nothing"},
@@ -329,7 +330,7 @@ def test_hostile_frames_do_not_harm_a_push_under_way(node, strangers):
     for engine in node.engines:
         node.serves(engine, "C")
     refused = {error.message for one in crowd for error in one.errors if error.kind == "PushRefused"}
-    assert "node fault0 is busy with a push of its own" in refused
+    assert f"node {node.daemon.name} is busy with a push of its own" in refused
     assert any("by another trainer is under way" in message for message in refused)
     crowd[0].wait_free()
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.faults.conftest import populated
 from tests.faults.kit import ARENA, TIMEOUTS, Node, engine_processes, until
+from tests.own import named
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
 from weightsync.operator import change_engines
@@ -73,9 +74,9 @@ def _fleet() -> Iterator[Late]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, home=1, away=2)
         log = {"level": "debug"}
-        away = fleet.start_daemon("late2", engines[1:], arena=ARENA, timeouts=TIMEOUTS, log=log)
+        away = fleet.start_daemon(named("late2"), engines[1:], arena=ARENA, timeouts=TIMEOUTS, log=log)
         home = fleet.start_daemon(
-            "late1", engines[:1], peers=[away], arena=ARENA, timeouts=TIMEOUTS, log=log, node={"retain": "host"}
+            named("late1"), engines[:1], peers=[away], arena=ARENA, timeouts=TIMEOUTS, log=log, node={"retain": "host"}
         )
         made = Late(fleet, home, engines, trainer, [away])
         made.wait_attached()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.faults.kit import ARENA, TIMEOUTS, engine_processes, segments, until
+from tests.own import free_port, named
 from weightsync import push_weights
 from weightsync.errors import PushAborted, PushRefused
 from weightsync.operator import fetch_status
@@ -74,15 +74,13 @@ def gauges(port):
 @pytest.fixture
 def busy(node):
     """A daemon of its own on the node's engines, with a page of metrics; its port."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
+    port = free_port()
     http = {"listen": f"127.0.0.1:{port}"}
-    daemon = node.fleet.start_daemon("fault6", node.engines, arena=ARENA, timeouts=TIMEOUTS, http=http)
+    daemon = node.fleet.start_daemon(named("fault6"), node.engines, arena=ARENA, timeouts=TIMEOUTS, http=http)
     yield daemon, port
     node.fleet.end(daemon)
     node.fleet.children.remove(daemon)
-    assert not segments("fault6")
+    assert not segments(daemon.name)
 
 
 def spoil(node, daemon, weights, number):

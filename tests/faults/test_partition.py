@@ -14,6 +14,7 @@ import pytest
 
 from tests.faults.conftest import prepared
 from tests.faults.kit import ARENA, TIMEOUTS, TRAINER, Node, until
+from tests.own import named
 from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.wire.keys import make_key_file
@@ -32,27 +33,27 @@ def ip(*words: str) -> subprocess.CompletedProcess[bytes]:
 
 
 class Machines:
-    """Two namespaces and the link between them."""
+    """Two namespaces and the link between them, whose ends are called like the namespaces they are in."""
 
     def __init__(self) -> None:
-        self.names = tuple(f"ws{os.getpid()}-{i}" for i in range(2))
-        self._links = tuple(f"ws{os.getpid() % 100000}{i}" for i in range(2))
+        self.names = tuple(named(f"ws{i}") for i in range(2))
+        self.remove()  # what an interrupted run has left
         done = [ip("netns", "add", name) for name in self.names]
-        done.append(ip("link", "add", self._links[0], "type", "veth", "peer", "name", self._links[1]))
-        for name, link, address in zip(self.names, self._links, ADDRESSES, strict=True):
-            done.append(ip("link", "set", link, "netns", name))
-            done.append(ip("-n", name, "addr", "add", f"{address}/24", "dev", link))
-            done += [ip("-n", name, "link", "set", each, "up") for each in (link, "lo")]
+        done.append(ip("link", "add", self.names[0], "type", "veth", "peer", "name", self.names[1]))
+        for name, address in zip(self.names, ADDRESSES, strict=True):
+            done.append(ip("link", "set", name, "netns", name))
+            done.append(ip("-n", name, "addr", "add", f"{address}/24", "dev", name))
+            done += [ip("-n", name, "link", "set", link, "up") for link in (name, "lo")]
         self.problem = next((one.stderr.decode() for one in done if one.returncode), "")
 
     def within(self, i: int) -> tuple[str, ...]:
         return ("ip", "netns", "exec", self.names[i])
 
     def cut(self) -> None:
-        assert not ip("-n", self.names[1], "link", "set", self._links[1], "down").returncode
+        assert not ip("-n", self.names[1], "link", "set", self.names[1], "down").returncode
 
     def mend(self) -> None:
-        assert not ip("-n", self.names[1], "link", "set", self._links[1], "up").returncode
+        assert not ip("-n", self.names[1], "link", "set", self.names[1], "up").returncode
 
     def remove(self) -> None:
         for name in self.names:
@@ -95,9 +96,9 @@ def _apart(machines) -> Iterator[Node]:
             fleet.wait_engine(engine)
         daemons = [
             fleet.start_daemon(
-                f"apart{i}",
+                named(f"apart{i}"),
                 [engines[i]],
-                peers={f"apart{1 - i}": f"tcp://{ADDRESSES[1 - i]}:{PORT}"},
+                peers={named(f"apart{1 - i}"): f"tcp://{ADDRESSES[1 - i]}:{PORT}"},
                 arena=ARENA,
                 timeouts={**TIMEOUTS, "operation": 8},
                 log={"level": "debug"},
@@ -208,8 +209,8 @@ def test_a_link_between_ranks_that_is_cut(apart, machines, read):
     finally:
         machines.mend()
     assert {error["kind"] for error in errors} == {"PushAborted"}
-    assert "trainer rank 1 of node apart1 cannot go on" in errors[0]["message"]
-    assert "node apart1 let go of the push" in errors[1]["message"]
+    assert f"trainer rank 1 of node {apart.others[0].name} cannot go on" in errors[0]["message"]
+    assert f"node {apart.others[0].name} let go of the push" in errors[1]["message"]
     assert all(error["seconds"] < 20 for error in errors)
     whole(apart)
     reports = [rank.report() for rank in spread(apart)]

@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import ARENA, TIMEOUTS, segments, until
+from tests.own import named
 from weightsync import push_weights
 from weightsync.errors import PushError, PushRefused
 from weightsync.operator import fetch_status
@@ -46,8 +47,9 @@ def start(node):
     """Starts daemons beside that of the node, with its engines, and ends them."""
     started = []
 
-    def start(name, **sections):
-        started.append(node.fleet.start_daemon(name, node.engines, **{"timeouts": SHORT, "arena": ARENA, **sections}))
+    def start(stem, **sections):
+        sections = {"timeouts": SHORT, "arena": ARENA, **sections}
+        started.append(node.fleet.start_daemon(named(stem), node.engines, **sections))
         return started[-1]
 
     yield start
@@ -59,8 +61,9 @@ def start(node):
         assert not segments(daemon.name)
 
 
-def attempt(fleet, name, **sections):
+def attempt(fleet, stem, **sections):
     """Start a daemon that cannot start; returns the lines that it says."""
+    name = named(stem)
     config = fleet.root / f"{name}.toml"
     tables = {"node": {}, **sections}
     tables["node"] = {"name": name, "listen": f"ipc://{fleet.root / name}.sock", **tables["node"]}
@@ -105,7 +108,7 @@ def test_an_arena_larger_than_any_memory_is_the_same_error(node):
     assert found is not None
     assert int(found[1]) > 512 * 2**36 > int(found[2]) > 0
     assert "arena.slots or arena.slot_bytes" in said[-1]
-    assert not segments("vast")
+    assert not segments(named("vast"))
 
 
 def stopped(pid):

@@ -118,7 +118,7 @@ def test_a_rank_that_calls_on_two_nodes_is_refused_on_the_second(pair):
     other.push(**pair.terms(1, WORLD, version=9999))  # rank 1 takes part away
     error = other.error()
     assert error["kind"] == "PushRefused"
-    assert "rank 1 of this trainer takes part in the push already, from node fault2" in error["message"]
+    assert f"rank 1 of this trainer takes part in the push already, from node {away(pair).name}" in error["message"]
     ranks[0].go()
     assert all(rank.report()["complete"] for rank in ranks)
 
@@ -268,7 +268,7 @@ def test_the_daemon_away_that_is_lost(pair, read, number):
     away(pair).kill(number)
     error = ranks[0].error()
     assert error["kind"] == "PushAborted"
-    assert "trainer ranks 1, 2 of node fault2 cannot go on" in error["message"] or number == TERM, error
+    assert f"trainer ranks 1, 2 of node {away(pair).name} cannot go on" in error["message"] or number == TERM, error
     assert error["seconds"] < 15
     ranks[2].go()
     for rank in ranks[1:]:

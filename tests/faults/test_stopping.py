@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import ARENA, AT_ONCE, TIMEOUTS, segments, until
+from tests.own import free_port, named
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
@@ -65,7 +66,7 @@ def alone(node):
 
     def start(**sections):
         wait = sections.pop("wait", True)
-        daemon = node.fleet.start_daemon("fault7", [], wait=wait, arena=ARENA, timeouts=TIMEOUTS, **sections)
+        daemon = node.fleet.start_daemon(named("fault7"), [], wait=wait, arena=ARENA, timeouts=TIMEOUTS, **sections)
         started.append(daemon)
         return daemon
 
@@ -81,7 +82,7 @@ def test_an_idle_daemon_ends_and_another_starts_at_once(node, alone, number):
     daemon = alone()
     for _ in range(2):
         bridges = bridges_of(daemon)
-        assert len(segments("fault7")) == 1
+        assert len(segments(daemon.name)) == 1
         daemon.kill(number)
         gone(daemon, bridges, STOP)
         node.fleet.restart_daemon(daemon)  # the lock, the socket and the arena's name are free
@@ -111,9 +112,7 @@ def test_signals_that_do_not_cease_do_no_harm(alone):
 
 
 def test_somebody_who_holds_its_page_open_does_not_hold_it_up(alone):
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
+    port = free_port()
     daemon = alone(http={"listen": f"127.0.0.1:{port}"})
     bridges = bridges_of(daemon)
     with socket.create_connection(("127.0.0.1", port)), socket.create_connection(("127.0.0.1", port)) as slow:
@@ -223,24 +222,23 @@ def test_ctrl_c_on_a_terminal_and_logs_of_json(node):
     the Ctrl-C too leave their end to the daemon.
     """
     fleet = node.fleet
-    first = fleet.start_daemon(
-        "fault8", node.engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug", "format": "json"}
-    )
+    log = {"level": "debug", "format": "json"}
+    first = fleet.start_daemon(named("fault8"), node.engines, arena=ARENA, timeouts=TIMEOUTS, log=log)
     fleet.end(first)  # it has written the config, and its lines of JSON
     fleet.children.remove(first)
-    ended = fleet.root / "fault8.status"
+    ended = fleet.root / f"{first.name}.status"
     script = f"trap : INT; '{sys.executable}' -m weightsyncd --node-config '{first.config}' & wait $!; wait $!; echo $?"
-    with first.log.open("ab") as log, ended.open("wb") as status:
+    with first.log.open("ab") as said, ended.open("wb") as status:
         shell = subprocess.Popen(
             ["sh", "-c", script],
             stdin=subprocess.DEVNULL,
             stdout=status,
-            stderr=log,
+            stderr=said,
             env=fleet.env,
             start_new_session=True,
         )
     try:
-        fleet.wait_daemon(first.__class__("fault8", shell, first.log, endpoint=first.endpoint), engines=2)
+        fleet.wait_daemon(first.__class__(first.name, shell, first.log, endpoint=first.endpoint), engines=2)
         bridges = bridges_of(first)
         (rank,) = node.start_ranks(1)
         rank.push(**{**node.terms(0, 1, version=node.next_version(), gate=["read", 5]), "endpoint": first.endpoint})
@@ -257,14 +255,14 @@ def test_ctrl_c_on_a_terminal_and_logs_of_json(node):
                 child.kill()
         shell.wait(10)
     assert ended.read_text() == "0\n"
-    assert not segments("fault8")
+    assert not segments(first.name)
     assert not socket_of(first).exists()
     assert not any(b.is_running() for b in bridges)
     lines = [json.loads(line) for line in first.log.read_text().splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
     assert not any("exception" in line for line in lines)
     assert sum("committed on 2 of 2 engines" in line["message"] for line in lines) == 1
-    assert sum("node fault8 has stopped" in line["message"] for line in lines) == 2
+    assert sum(f"node {first.name} has stopped" in line["message"] for line in lines) == 2
 
 
 def test_nothing_is_held_against_the_next_push(node):

@@ -149,7 +149,7 @@ def test_the_bridge_at_home_that_is_killed(pair, stage):
     rank = reach(pair, stage)
     (victim,) = pair.bridge_pids()
     os.kill(victim, signal.SIGKILL)
-    pair.wait_log("lost: bridge fault1/0")
+    pair.wait_log(f"lost: bridge {pair.daemon.name}/0")
     go_on(pair, rank, stage)
     if stage in ("opening", "committing"):
         report = rank.report()
@@ -180,7 +180,7 @@ def test_the_followers_daemon(pair, stage, how):
     away.kill(number)
     if how == "told to stop":
         away.wait(TIMEOUTS["stop"] + 5)
-    pair.wait_log("[node=fault2] lost")
+    pair.wait_log(f"[node={away.name}] lost")
     go_on(pair, rank, stage)
     report = rank.report()
     assert outcomes(report)["home"] == "committed"
@@ -258,7 +258,7 @@ def test_a_node_that_has_a_push_of_its_own_is_left_out(pair):
     other.push(**pair.terms(0, 1, version=pair.next_version(), group="another"))
     report = other.report()
     assert outcomes(report) == {"home": "committed", "away1": "skipped", "away2": "skipped"}
-    assert "fault2 is busy with a push of its own" in errors(report)["away1"]
+    assert f"{away.name} is busy with a push of its own" in errors(report)["away1"]
     own.go()
     assert own.report()["complete"]
 
@@ -284,7 +284,7 @@ def test_a_trainer_that_has_waited_for_as_long_as_it_would_is_told_so(pair):
     second.push(**terms | {"endpoint": away.endpoint})
     error = second.error()
     assert (error["kind"], error["phase"]) == ("PushTimeout", "open")
-    assert "it was waiting for push fault1-" in error["message"]
+    assert f"it was waiting for push {pair.daemon.name}-" in error["message"]
     assert error["seconds"] < 1.0 + 2
     first.go()
     assert first.report()["complete"]
