@@ -6,6 +6,7 @@ DIR holds the checkpoints dense-base and dense-new. The nodes are two daemons wi
 base; other servers, on new, say what is to be generated. After a push of new all say the same, and after one of base
 what they said before. Then both are pushed in turn, as often as --soak says: is anything left on a GPU, by an engine
 or a bridge? (The trainer, this process, may take a block of 2 MiB more when two of its copies overlap; it is told.)
+--in-place: weights lie on the first GPU, and the engine there reads them in place, other memory in every push.
 Prints a table, exits 1 unless all agree.
 """
 
@@ -46,6 +47,7 @@ def main() -> int:
     p.add_argument("--logs", type=Path, default=Path("/tmp/gpu-mixed"))
     p.add_argument("--memory", type=float, default=0.15)
     p.add_argument("--soak", type=int, default=200)
+    p.add_argument("--in-place", action="store_true")
     p.add_argument("--json", type=Path, default=None)
     options = p.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -79,12 +81,20 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
     home = daemons(fleet, stack, options, servers, reference.url)
 
     versions = iter(range(1, 10**6))
-    sources = {tag: stack.enter_context(CheckpointSource(options.models / f"dense-{tag}")) for tag in ("base", "new")}
+    sources: dict[str, Any] = {
+        tag: stack.enter_context(CheckpointSource(options.models / f"dense-{tag}")) for tag in ("base", "new")
+    }
+    if options.in_place:
+        sources = {tag: {n: w.cuda() for n, w in weights(options, tag).items()} for tag in sources}
+    drawn: list[list[str]] = []  # by each push, of its engines
 
     def push(tag: str) -> Any:
-        report = push_source(sources[tag], version=next(versions), daemon=home, timeout=120.0)
+        report = push_source(
+            sources[tag], version=next(versions), daemon=home, timeout=120.0, in_place=options.in_place
+        )
         if not report.complete:
             raise SystemExit(f"a push was not complete: {report}")
+        drawn.append([engine.engine for engine in report.engines if engine.drawn])
         return report
 
     def holds(tag: str) -> bool:
@@ -113,6 +123,7 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
     now = gpu_memory()
     found |= {
         "pushes": len(seconds) + 2,
+        "read_in_place": {name: sum(name in names for names in drawn) for name in ("vllm", "sglang", "reference")},
         "seconds_median": sorted(seconds)[len(seconds) // 2] if seconds else None,
         "processes_on_gpus": {named(pid): mib for pid, mib in now.items()},
         "mib_grown": {
@@ -128,6 +139,7 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
         all(all(one) for one in equal)
         and found["reference_equal"]
         and found["reference_equal_at_last"]
+        and (not options.in_place or found["read_in_place"]["vllm"] > options.soak - 4)
         and not {name for name in found["mib_grown"][f"since push {_WARM}"] if not name.startswith(f"{os.getpid()} ")}
         and len(found["versions"]) == 1
     )

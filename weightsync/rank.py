@@ -101,7 +101,7 @@ class RankPush:
         self._buckets_left = 0
         self._written = 0
         self._busy_seconds = self._describe_seconds
-        self._busy_since = 0.0
+        self._busy_since = self._exposed_since = 0.0
 
     def run(self) -> PushReport:
         """Take part in the push to its end."""
@@ -201,7 +201,8 @@ class RankPush:
                 case msg.AskExposure() if exposing is not None:
                     exposing.tell_all()
                 case msg.Drawn():
-                    self._busy_seconds += time.monotonic() - self._busy_since
+                    # what it filled meanwhile is in it
+                    self._busy_seconds = self._describe_seconds + time.monotonic() - self._exposed_since
                     self.filled.set()
                 case msg.Ended():
                     self._stop_filling()
@@ -262,7 +263,7 @@ class RankPush:
         if not message.expose:
             memory().forget_exposed(key)
             return
-        self._busy_since = time.monotonic()
+        self._exposed_since = time.monotonic()
         self._exposing = RankExposing(
             self._source,
             program,

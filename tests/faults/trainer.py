@@ -138,6 +138,7 @@ def _push(line: Line, terms: dict[str, Any]) -> dict[str, Any]:
             model=terms.get("model", "default"),
             endpoint=terms["endpoint"],
             pause=terms.get("pause", "keep"),
+            in_place=terms.get("in_place", False),
             started=started,
             deadline=started + terms.get("timeout", 30.0),
         ).run()

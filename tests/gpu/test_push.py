@@ -166,6 +166,20 @@ def test_fsdp2_ranks_push_their_shards(node, model, master, share, gpus, tmp_pat
     assert {e["drawn"] for r in told[0] for e in r["engines"]} == {master == "in-place"}
 
 
+def test_memory_of_expandable_segments_goes_through_slots(node, tmp_path):
+    """No other process can map it."""
+    first, second = next(node.versions), next(node.versions)
+    checkpoint = f"{node.fleet.root}/dense-B"
+    arguments = [checkpoint, node.daemon.endpoint, str(first), str(tmp_path), "2", "in-place", "dense"]
+    env = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    trainer = node.fleet.torchrun("expandable", Path(__file__).with_name("fsdp2_push.py"), 1, arguments, env=env)
+    assert trainer.wait(120) == 0, trainer.tail(60)
+    node.assert_holds("dense", node.weights("dense", "B"), second)
+    told = json.loads((tmp_path / "rank0.json").read_text())
+    assert {e["drawn"] for r in told for e in r["engines"]} == {False}
+    assert "expandable_segments" in node.daemon.tail(200)
+
+
 def test_memory_in_place_that_is_replaced_is_let_go(node):
     """Of engines that have it mapped, and of the GPU: a trainer that makes its weights anew does not run out of it."""
     free = []

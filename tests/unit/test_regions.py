@@ -1,0 +1,140 @@
+"""Memory of another process, mapped for as long as that is there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from weightsync.drawing.drawer import Drawer
+from weightsync.errors import TransportBroken
+from weightsync.ipc import gone
+from weightsync.ipc.regions import RegionMap
+from weightsync.plan.draws import Wanted, Wants
+from weightsync.plan.exposure import Exposure, Exposures, Part, Region
+from weightsync.plan.manifest import Manifest
+from weightsync.plan.table import TensorTable
+from weightsync.processes import started
+from weightsync.testing import eventually
+
+NAME = "weightsync-0123456789abcdef"
+_HOLDER = """
+import mmap, os, sys
+fd = os.memfd_create(sys.argv[1])
+os.write(fd, bytes(range(64)))
+print(fd, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def holder():
+    """A process that holds 64 bytes: itself, and the descriptor."""
+    command = [sys.executable, "-c", _HOLDER, NAME]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        yield process, int(process.stdout.readline())
+        process.kill()
+
+
+def exposure(pid: int, fd: int, *, name: str = NAME, nbytes: int = 64, since: str | None = None) -> Exposure:
+    part = Part(0, (0,), (16,), 0, 0, (4,))
+    return Exposure.of(
+        pid, started(pid) if since is None else since, [Region(nbytes=nbytes, fd=fd, name=name)], [part], 1
+    )
+
+
+def mapped() -> int:
+    with open("/proc/self/maps") as maps:
+        return sum(NAME in line for line in maps)
+
+
+def test_what_is_mapped_stays_so_until_other_memory_is_asked_for(holder):
+    process, fd = holder
+    one = exposure(process.pid, fd)
+    regions_ = RegionMap(None)
+    with regions_.mapped([one]) as ((address,),):
+        pass
+    assert mapped() == 1
+    with regions_.mapped([one]) as ((again,),):
+        assert again == address
+    with regions_.mapped([]) as none:
+        assert none == []
+    assert mapped() == 0
+    with regions_.mapped([one]):
+        pass
+    regions_.release()
+    assert mapped() == 0
+
+
+def test_memory_of_a_process_that_has_ended_is_let_go(holder, monkeypatch):
+    monkeypatch.setattr(gone, "_EVERY", 0.01)
+    process, fd = holder
+    regions_ = RegionMap(None)
+    with regions_.mapped([exposure(process.pid, fd)]):
+        process.kill()
+        process.wait(10)
+        assert not regions_._look() or mapped() == 1, "not while it is read"
+    assert eventually(lambda: mapped() == 0)
+
+
+@pytest.mark.parametrize("what", ["fd", "name", "size", "since", "pid"])
+def test_what_is_not_what_was_exposed_is_not_mapped(holder, what):
+    process, fd = holder
+    terms = {"pid": process.pid, "fd": fd}
+    wrong: dict[str, dict[str, Any]] = {
+        "fd": {"fd": 0},
+        "name": {"name": "weightsync-else"},
+        "size": {"nbytes": 65},
+        "since": {"since": "1"},
+        "pid": {"pid": 2**22 - 1, "since": "7"},
+    }
+    with pytest.raises(TransportBroken), RegionMap(None).mapped([exposure(**(terms | wrong[what]))]):
+        pass
+    assert mapped() == 0
+
+
+def test_a_file_of_the_disk_is_not_mapped(tmp_path):
+    """However it calls itself: only memory that nobody else can open by a name."""
+    path = tmp_path / f"memfd:{NAME} (deleted)"
+    path.write_bytes(bytes(64))
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        with pytest.raises(TransportBroken), RegionMap(None).mapped([exposure(os.getpid(), fd)]):
+            pass
+    finally:
+        os.close(fd)
+
+
+def test_a_drawer_works_a_layout_out_once(holder, monkeypatch):
+    process, fd = holder
+    table = TensorTable(names=("w",), dtypes=("float32",), shapes=((16,),), aliases=())
+    one = np.zeros(0, dtype=np.int64)
+    manifest = Manifest(
+        table, one.astype(np.int32), one, one, one, np.zeros(1, dtype=np.int64), one, one.astype(np.int32), 1
+    )
+    exposures = Exposures((exposure(process.pid, fd).packed,))
+    target = np.zeros(12, dtype="<f4")
+    boxes = (Wanted(0, (4,), (12,), 4, 0, 0, (4,)),)
+    drawer = Drawer(None)
+    drawer.draw(exposures, Wants(boxes, [target.ctypes.data]), manifest, deadline=0)
+    assert target.tobytes() == bytes(range(16, 64))
+    monkeypatch.delattr("weightsync.drawing.drawer.draws")
+    moved = np.zeros(12, dtype="<f4")
+    drawer.draw(Exposures(exposures.ranks), Wants(boxes, [moved.ctypes.data]), manifest, deadline=0)
+    assert moved.tobytes() == bytes(range(16, 64))
+    with pytest.raises(NameError):
+        drawer.draw(exposures, Wants(list(boxes), [0]), manifest, deadline=0)
+    drawer.release()
+    assert mapped() == 0
+
+
+def test_gpu_memory_and_host_memory_are_not_taken_for_one_another():
+    gpu = Region(nbytes=64, gpu="GPU", handle=bytes(64), serial=1)
+    here = Exposure.of(os.getpid(), started(os.getpid()), [gpu], [], 1)
+    with pytest.raises(TransportBroken, match="without a GPU"), RegionMap(None).mapped([here]):
+        pass
