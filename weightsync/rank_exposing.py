@@ -45,6 +45,7 @@ class RankExposing:
         try:
             self._exposing = _begun(source, program, key, local, ready)
         except WeightSyncError as error:  # then everything goes through slots
+            memory().forget_exposed(key)
             tell(msg.Exposed(problem=str(error)))
             self.busy = False
 
@@ -101,4 +102,5 @@ def _begun(source: Source, program: Program, key: bytes, local: LocalWeights | N
         memory().forget_exposed(key)  # its copy, for which there may be no room twice
         known = DeviceExposed(program, local, gpu)
         memory().keep_exposed(key, known)
+    known.update(local)
     return DeviceExposing(source, known, ready)

@@ -90,7 +90,8 @@ class _Case:
 
     @property
     def places(self):
-        return [self.targets.ctypes.data], [[memory.ctypes.data] for memory in self.memory]
+        parts = [one.addresses([memory.ctypes.data]) for one, memory in zip(self.exposures, self.memory, strict=True)]
+        return [self.targets.ctypes.data], parts
 
     def check(self):
         for want in self.wanted:

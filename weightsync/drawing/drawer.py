@@ -3,8 +3,9 @@
     drawer = Drawer(gpu)
     drawer.draw(exposures, wants, manifest, deadline=...)
 
-When that returns everything has been read. What is copied where is worked out once for a layout and kept, as is the
-mapping of the trainer's memory: a second push of a layout is one launch.
+When that returns everything has been read. What is copied is worked out once for a layout and kept, as is the mapping
+of the trainer's memory: a second push of a layout is one launch. Weights that lie elsewhere by then are mapped anew,
+and nothing is worked out for that.
 """
 
 from __future__ import annotations
@@ -30,9 +31,15 @@ __all__ = ["Drawer"]
 
 class _Known(NamedTuple):
     boxes: Sequence[Wanted]
-    key: tuple[bytes, bytes]  # digests of exposures and manifest
-    exposures: tuple[Exposure, ...]  # by rank
+    key: tuple[bytes, ...]  # digests of the manifest, and of the shapes of what ranks expose
     copies: HostCopies | DeviceCopies
+
+
+class _Read(NamedTuple):
+    """Exposures as told last."""
+
+    key: tuple[bytes, bytes]  # digests of them and of the manifest
+    ranks: tuple[Exposure, ...]
 
 
 class Drawer:
@@ -42,6 +49,7 @@ class Drawer:
         self._gpu = gpu
         self._regions = RegionMap(gpu)
         self._known: list[_Known] = []  # the latest last
+        self._read: _Read | None = None
 
     def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> None:
         """Copy all that is wanted of the manifest's tensors. On a GPU the current stream's work is waited for, too.
@@ -49,24 +57,33 @@ class Drawer:
         Raises `CodecError` for exposures that are none of this manifest, `LocalProtocolError` where something is wanted
         that is not exposed, `TransportBroken` for memory that cannot be mapped, and `TransportTimeout`.
         """
-        known = self._worked_out(exposures, wants.boxes, manifest)
-        with self._regions.mapped(known.exposures) as addresses:
-            known.copies.run(wants.targets, addresses, deadline=deadline)
+        ranks = self._ranks(exposures, manifest)
+        copies = self._copies(ranks, wants.boxes, manifest)
+        with self._regions.mapped(ranks) as regions:
+            parts = [one.addresses(begin) for one, begin in zip(ranks, regions, strict=True)]
+            copies.run(wants.targets, parts, deadline=deadline)
 
     def release(self) -> None:
         """Let go of the trainer's memory."""
         self._regions.release()
 
-    def _worked_out(self, exposures: Exposures, boxes: Sequence[Wanted], manifest: Manifest) -> _Known:
+    def _ranks(self, exposures: Exposures, manifest: Manifest) -> tuple[Exposure, ...]:
         key = exposures.digest, manifest.digest
+        if self._read is None or self._read.key != key:
+            self._read = _Read(key, tuple(Exposure.unpack(rank, manifest.tensors) for rank in exposures.ranks))
+        return self._read.ranks
+
+    def _copies(
+        self, ranks: Sequence[Exposure], boxes: Sequence[Wanted], manifest: Manifest
+    ) -> HostCopies | DeviceCopies:
+        key = manifest.digest, *(one.shapes_digest for one in ranks)
         for at, known in enumerate(self._known):
             if known.boxes is boxes and known.key == key:
                 self._known.append(self._known.pop(at))
-                return known
-        ranks = tuple(Exposure.unpack(rank, manifest.tensors) for rank in exposures.ranks)
+                return known.copies
         copies = self._made(interleaved(draws(boxes, ranks, manifest.tensors)))
-        self._known = [*self._known[1 - LAYOUTS :], _Known(boxes, key, ranks, copies)]
-        return self._known[-1]
+        self._known = [*self._known[1 - LAYOUTS :], _Known(boxes, key, copies)]
+        return copies
 
     def _made(self, several: list[Draw]) -> HostCopies | DeviceCopies:
         if self._gpu is None:

@@ -10,6 +10,7 @@ import numpy as np
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.plan.boxes import Ints
     from weightsync.plan.draws import Draw
 
 __all__ = ["HostCopies"]
@@ -23,12 +24,11 @@ class HostCopies:
     def __init__(self, several: Sequence[Draw]) -> None:
         self._draws = several
 
-    def run(self, targets: Sequence[int], regions: Sequence[Sequence[int]], *, deadline: float) -> None:
-        """Copy, from and to the memory at these addresses; `regions` by rank. What it takes cannot be cut short."""
+    def run(self, targets: Sequence[int], parts: Sequence[Ints], *, deadline: float) -> None:
+        """Copy, from and to the memory at these addresses; `parts` by rank. What it takes cannot be cut short."""
         for draw in self._draws:
-            source = _view(
-                regions[draw.rank][draw.region] + draw.source, draw.shape, draw.source_strides, draw.itemsize
-            )
+            begin = int(parts[draw.rank][draw.part]) + draw.source
+            source = _view(begin, draw.shape, draw.source_strides, draw.itemsize)
             target = _view(targets[draw.target] + draw.at, draw.shape, draw.strides, draw.itemsize)
             np.copyto(target, source)
 

@@ -6,7 +6,7 @@ The copy is kept between pushes and made anew in each. Fingerprints are those of
 from __future__ import annotations
 
 import os
-from bisect import bisect_right
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +17,7 @@ from weightsync.device.launch import COPY, SUM, BoxKernel
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
 from weightsync.device.waiting import await_events
 from weightsync.errors import TransportBroken
-from weightsync.exposing.allocations import allocations, serial_of, shown
+from weightsync.exposing.allocations import Allocation, allocations, serial_of, shown
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.exposure import Exposure, Part, Region
@@ -37,44 +37,38 @@ _ALIGN = 256  # bytes
 
 
 class DeviceExposed:
-    """What one rank gives in pushes of one plan, for weights at given addresses of one GPU."""
+    """What one rank gives in pushes of one plan, for one GPU and weights of given strides and types."""
 
     def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
-        """Raises `TransportBroken` for memory that cannot be shared, `ConfigError` where a copy finds no room."""
+        """`update` follows. Raises `ConfigError` where a copy finds no room."""
         self.kernel = BoxKernel(device)
         self._layout, self._dtypes = local.layout, local.dtypes
-        self._strides, self._gpus, self._pointers = local.strides, local.gpus, local.pointers
-        here, cast, read = _sorted(program, local, device)
-        with torch.cuda.device(device):
-            self._allocations = allocations([local.pointers[write.shard] for write in here])
+        self._strides, self._gpus = local.strides, local.gpus
+        self._gpu = str(torch.cuda.get_device_properties(device).uuid)
         self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
         self._copy: DeviceSlots | None = None
         self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
-        self._tabulate(here, cast, read, local, program.width)
-        self.bases = torch.from_numpy(np.array(local.pointers or [0], dtype=np.uint64).view(np.int64)).to(device)
+        self._tabulate(program, local)
+        self._pointers: list[int] | None = None
+        self._allocations: list[Allocation] = []
+        self.bases: torch.Tensor  # of the shards
         self.totals = torch.zeros(max(1, len(self._totals)), dtype=torch.int64, device=device)
         # the totals on the host; by name, since a trainer may have made GPUs torch's default
         self._told = torch.empty(max(1, len(self._totals)), dtype=torch.int64, device="cpu", pin_memory=True)
         self.stream = torch.cuda.Stream(device)
 
-    def _tabulate(
-        self, here: list[Write], cast: list[Write], read: list[Write], local: LocalWeights, width: int
-    ) -> None:
+    def _tabulate(self, program: Program, local: LocalWeights) -> None:
+        """What is launched in each push, and what is exposed; where that lies comes with `update`."""
         device = self.kernel.device
-        gpu = str(torch.cuda.get_device_properties(device).uuid)
-        with torch.cuda.device(device):
-            regions = [shown(one, gpu) for one in self._allocations]
-        firsts = [one.address for one in self._allocations]
+        here, cast, read = _sorted(program, local, device)
         parts, summed, copied, end = [], [], [], 0
-        for write in here:
-            own = _place(write, local)
-            address = local.pointers[write.shard] + own.offset
-            region = bisect_right(firsts, address) - 1
-            parts.append(_part(write, region, address - firsts[region], own.strides))
+        sources = [_place(write, local) for write in here]
+        for write, own in zip(here, sources, strict=True):
+            parts.append(_part(write, 0, own.strides))
             summed.append(self._items(write, own, None))
         for write in (*cast, *read):
             copy = Place(SLOT, end, packed_strides(write.shape, write.itemsize))
-            parts.append(_part(write, len(regions), end, copy.strides))
+            parts.append(_part(write, end, copy.strides))
             if len(parts) <= len(here) + len(cast):
                 copied.append(self._items(write, _place(write, local), copy, op=F32_TO_BF16))
             else:
@@ -82,12 +76,38 @@ class DeviceExposed:
                 summed.append(self._items(write, copy, None))
             end += -(-write.nbytes // _ALIGN) * _ALIGN
         if end:
-            self._copy = DeviceSlots.allocate(1, end, gpu=gpu, device=device.index)
-            serial = serial_of(self.copy_address)
-            regions.append(Region(nbytes=end, gpu=gpu, handle=self._copy.memory.handle, serial=serial))
+            self._copy = DeviceSlots.allocate(1, end, gpu=self._gpu, device=device.index)
+        self._copy_bytes = end
         pid = os.getpid()
-        self.exposure = Exposure.of(pid, started(pid), regions, parts, width)
+        self.exposure = Exposure.of(pid, started(pid), [], parts, program.width)
+        self._shards = np.array([own.base for own in sources], dtype=np.int64)  # of the parts that are given in place …
+        self._inner = np.array([own.offset for own in sources], dtype=np.int64)  # … and where in the shard each begins
         self.copied, self.summed = self.kernel.table(joined(copied)), self.kernel.table(joined(summed))
+
+    def update(self, local: LocalWeights) -> None:
+        """Take note of where the weights are now. Raises `TransportBroken` for memory that cannot be shared."""
+        device = self.kernel.device
+        with torch.cuda.device(device):
+            same = all(serial_of(one.address) == one.serial for one in self._allocations)
+            if same and local.pointers == self._pointers:
+                return
+            pointers = np.array([*local.pointers, 0], dtype=np.uint64).view(np.int64)
+            addresses = pointers[self._shards] + self._inner
+            self._allocations = allocations(addresses.tolist())
+            regions = [shown(one, self._gpu) for one in self._allocations]
+            firsts = np.array([one.address for one in self._allocations], dtype=np.int64)
+            if self._copy is not None:
+                serial = serial_of(self.copy_address)
+                handle = self._copy.memory.handle
+                regions.append(Region(nbytes=self._copy_bytes, gpu=self._gpu, handle=handle, serial=serial))
+        region, at = self.exposure.region.copy(), self.exposure.at.copy()
+        count = len(addresses)
+        region[:count] = np.searchsorted(firsts, addresses, side="right") - 1
+        region[count:] = len(firsts)
+        at[:count] = addresses - firsts[region[:count]]
+        self.exposure = replace(self.exposure, regions=tuple(regions), region=region, at=at)
+        self.bases = torch.from_numpy(pointers).to(device)
+        self._pointers = local.pointers
 
     def _items(self, write: Write, source: Place, onto: Place | None, op: int = BYTES) -> Items:
         return box_items(
@@ -117,13 +137,10 @@ class DeviceExposed:
         return self._copy.slot(0) if self._copy is not None else 0
 
     def fits(self, local: LocalWeights, device: torch.device) -> bool:
-        """Whether it is good for these weights too: they lie where they lay, in allocations that are still the same."""
+        """Whether it is good for these weights too; `update` then."""
         if self.kernel.device != device or (local.gpus, local.strides) != (self._gpus, self._strides):
             return False
-        if local.pointers != self._pointers or not (local.layout is self._layout or local.dtypes == self._dtypes):
-            return False
-        with torch.cuda.device(device):
-            return all(serial_of(one.address) == one.serial for one in self._allocations)
+        return local.layout is self._layout or local.dtypes == self._dtypes
 
     def close(self) -> None:
         """Give the copy back; who has it mapped keeps it until it is told of another."""
@@ -207,5 +224,5 @@ def _place(write: Write, local: LocalWeights) -> Place:
     return Place(write.shard, sum(at * step for at, step in zip(write.src_offset, strides, strict=True)), strides)
 
 
-def _part(write: Write, region: int, at: int, strides: tuple[int, ...]) -> Part:
-    return Part(write.tensor, write.global_offset, write.shape, region, at, strides)
+def _part(write: Write, at: int, strides: tuple[int, ...]) -> Part:
+    return Part(write.tensor, write.global_offset, write.shape, 0, at, strides)

@@ -10,7 +10,7 @@ from weightsync.errors import LocalProtocolError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from weightsync.plan.exposure import Exposure
+    from weightsync.plan.exposure import Exposure, Part
     from weightsync.plan.table import TensorTable
 
 __all__ = ["Draw", "Wanted", "Wants", "draws", "interleaved"]
@@ -39,8 +39,8 @@ class Draw(NamedTuple):
     """A box that is copied as it is."""
 
     rank: int  # of the trainer
-    region: int  # of that rank
-    source: int  # byte of the region
+    part: int  # of what that exposes
+    source: int  # byte, from where the part begins
     source_strides: tuple[int, ...]
     target: int
     at: int
@@ -57,23 +57,23 @@ def draws(wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: Tens
     """What has to be copied for all that is wanted, out of what the ranks of a trainer expose, of which no byte is
     exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes.
     """
-    shown: dict[int, list[tuple[int, int, int, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]] = {}
+    shown: dict[int, list[tuple[int, int, Part]]] = {}
     for rank, exposure in enumerate(exposures):
-        for part in exposure.parts(tensors):
-            one = (rank, part.region, part.at, part.offset, part.shape, part.strides)
-            shown.setdefault(part.tensor, []).append(one)
+        for at, part in enumerate(exposure.parts(tensors)):
+            shown.setdefault(part.tensor, []).append((rank, at, part))
     found: list[Draw] = []
     for want in wanted:
         missing = math.prod(want.shape)
-        for rank, region, at, offset, shape, strides in shown.get(want.tensor, ()):
-            low = tuple(map(max, want.offset, offset))
-            high = [min(a + n, b + m) for a, n, b, m in zip(want.offset, want.shape, offset, shape, strict=True)]
+        for rank, at, part in shown.get(want.tensor, ()):
+            low = tuple(map(max, want.offset, part.offset))
+            ends = zip(want.offset, want.shape, part.offset, part.shape, strict=True)
+            high = [min(a + n, b + m) for a, n, b, m in ends]
             size = tuple(end - first for first, end in zip(low, high, strict=True))
             if any(n <= 0 for n in size):
                 continue
-            source = at + _inner(low, offset, strides)
+            source = _inner(low, part.offset, part.strides)
             onto = want.at + _inner(low, want.offset, want.strides)
-            found.append(Draw(rank, region, source, strides, want.target, onto, want.strides, size, want.itemsize))
+            found.append(Draw(rank, at, source, part.strides, want.target, onto, want.strides, size, want.itemsize))
             missing -= math.prod(size)
         if missing:
             raise LocalProtocolError(f"{missing} elements of {tensors.names[want.tensor]!r} are exposed by no rank")

@@ -119,6 +119,16 @@ class Exposure:
         """16 bytes that tell it from any other."""
         return digest_of(self.packed)
 
+    @cached_property
+    def shapes_digest(self) -> bytes:
+        """16 bytes that say which parts there are, and how their elements lie; not where."""
+        return digest_of(b"".join(one.tobytes() for one in (self.tensor, self.offset, self.shape, self.strides)))
+
+    def addresses(self, regions: Sequence[int]) -> Ints:
+        """Where each part begins, [n], if regions begin at these addresses."""
+        found: Ints = np.array([*regions, 0], dtype=np.uint64).view(np.int64)[self.region] + self.at
+        return found
+
     @classmethod
     def unpack(cls, data: bytes, tensors: TensorTable) -> Exposure:
         """What `packed` was, of a manifest of these tensors. Raises `CodecError` also where a part would not lie in its
