@@ -270,6 +270,7 @@ class RankPush:
             key,
             local=self._local,
             ready=self._ready,
+            on_gpus=not isinstance(self._filling, HostFill),
             endpoint=self._endpoint,
             tell=lambda words: link.send(msgspec.structs.replace(words, id=self._number)),
         )

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from weightsync.errors import WeightSyncError
+from weightsync.errors import ConfigError, WeightSyncError
+from weightsync.plan.packing import DIGEST_BYTES
 from weightsync.rank_memory import memory
 from weightsync.wire import messages as msg
 
@@ -32,18 +33,20 @@ class RankExposing:
         *,
         local: LocalWeights | None,
         ready: Sequence[Any],
+        on_gpus: bool,
         endpoint: str,
         tell: Callable[[msg.Message], None],
     ) -> None:
         """`key` is that of the program; `local` is where the weights are if this process uses GPUs, and `ready` are
-        past what computes them.
+        past what computes them. `on_gpus`: the node's slots are, and so are its engines.
         """
-        self._program, self._endpoint, self._tell = program, endpoint, tell
+        self._program, self._tell = program, tell
+        self._told_as = endpoint, key[-DIGEST_BYTES:]
         self._told = False  # where the weights lie
         self.busy = True  # there is something to be told of
         self._exposing: Exposing | None = None
         try:
-            self._exposing = _begun(source, program, key, local, ready)
+            self._exposing = _begun(source, program, key, local, ready, on_gpus=on_gpus)
         except WeightSyncError as error:  # then everything goes through slots
             memory().forget_exposed(key)
             tell(msg.Exposed(problem=str(error)))
@@ -58,8 +61,8 @@ class RankExposing:
         if exposing.ready and not self._told:
             self._told = True
             digest = exposing.exposure.digest
-            known = memory().exposed_to.get(self._endpoint) == digest
-            memory().exposed_to[self._endpoint] = digest
+            known = memory().exposed_to.get(self._told_as) == digest
+            memory().exposed_to[self._told_as] = digest
             self._tell(msg.Exposed(digest=digest, exposure=None if known else exposing.exposure.packed))
         sums = exposing.measured
         if self._told and sums is not None:
@@ -85,9 +88,21 @@ class RankExposing:
             self._exposing.close(deadline=deadline)
 
 
-def _begun(source: Source, program: Program, key: bytes, local: LocalWeights | None, ready: Sequence[Any]) -> Exposing:
+def _begun(
+    source: Source,
+    program: Program,
+    key: bytes,
+    local: LocalWeights | None,
+    ready: Sequence[Any],
+    *,
+    on_gpus: bool,
+) -> Exposing:
     known = memory().exposed.get(key)
-    if local is None or all(gpu < 0 for gpu in local.gpus):
+    in_host = local is None or all(gpu < 0 for gpu in local.gpus)
+    if in_host == on_gpus and program.buckets:
+        here, there = ("host memory", "GPUs") if in_host else ("a GPU", "host memory")
+        raise ConfigError(f"weights in {here} are not read in place by engines whose weights are in {there}")
+    if local is None or in_host:
         from weightsync.exposing.host import HostExposed, HostExposing
 
         if not isinstance(known, HostExposed):

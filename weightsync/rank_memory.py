@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from weightsync.ipc.arena import Arena, ArenaOffer
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.ipc.gone import Lookout
+from weightsync.plan.packing import DIGEST_BYTES
 from weightsync.wire.trainer_link import TrainerLink
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class RankMemory:
         self._arenas: dict[bytes, Arena] = {}  # by offer
         self._slots: dict[tuple[str, int], DeviceSlots] = {}  # (arena, GPU here) → its slots, if they lie on a GPU
         self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, as `programs`
-        self.exposed: dict[bytes, HostExposed | DeviceExposed] = {}  # as `programs`: what engines may have mapped
-        self.exposed_to: dict[str, bytes] = {}  # endpoint → digest of what its daemon was told last
+        self.exposed: dict[bytes, HostExposed | DeviceExposed] = {}  # by plan and layout: what engines may have mapped
+        self.exposed_to: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout) → digest its daemon was told last
         self._pushes = 0  # under way: nothing is unmapped meanwhile
         self._unused: list[Arena | DeviceSlots] = []
         self._lookout: Lookout | None = None
@@ -121,8 +122,10 @@ class RankMemory:
                 self._device_programs[key] = program
 
     def keep_exposed(self, key: bytes, exposed: HostExposed | DeviceExposed) -> None:
-        """What the program of that key exposes, for the next push."""
+        """What the program of that key exposes, for the next push; nothing else is kept of the same layout."""
         with self._lock:
+            for other in [other for other in self.exposed if other[-DIGEST_BYTES:] == key[-DIGEST_BYTES:]]:
+                self.forget_exposed(other)
             self.exposed[key] = exposed
 
     def forget_exposed(self, key: bytes) -> None:

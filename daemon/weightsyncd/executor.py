@@ -154,10 +154,12 @@ class NodeExecutor:
             case do.DrawWeights():
                 if context.exposures is None:
                     raise LocalProtocolError("no trainer exposes its weights on this node")
-                drawn = await hand.draw(context.exposures, deadline=deadline)
-                if drawn:
+                why_not = await hand.draw(context.exposures, deadline=deadline)
+                if why_not:
+                    logger.warning("[engine=%s v=%d] reads slots, not in place: %s", name, context.version, why_not)
+                else:
                     context.drawn.add(name)
-                return ev.WeightsDrawn(engine=name, drawn=drawn)
+                return ev.WeightsDrawn(engine=name, drawn=not why_not)
             case do.LoadBucket(bucket=first, count=count):
                 tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
                 exported = [ticket for ticket in tickets if ticket is not None]

@@ -28,27 +28,33 @@ __all__ = ["KnownExposures", "Said"]
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 4096  # ranks of a trainer × models and layouts that alternate on one node
+_KEPT = 1 << 30  # bytes: of hundreds of ranks, and of the models and layouts that alternate on one node
 
 
 class KnownExposures:
     """The daemon's memory of what ranks have exposed, by digest: a second push of a layout tells the digest alone."""
 
     def __init__(self) -> None:
-        self._packed: OrderedDict[bytes, bytes] = OrderedDict()
+        self._packed: OrderedDict[bytes | None, bytes] = OrderedDict()
+        self._nbytes = 0
 
     def learn(self, packed: bytes) -> bytes:
         """Note one, and return its digest."""
         digest = digest_of(packed)
-        self._packed[digest] = packed
+        if digest not in self._packed:
+            self._packed[digest] = packed
+            self._nbytes += len(packed)
         self._packed.move_to_end(digest)
-        while len(self._packed) > _KEPT:
-            self._packed.popitem(last=False)
+        while self._nbytes > _KEPT and len(self._packed) > 1:
+            self._nbytes -= len(self._packed.popitem(last=False)[1])
         return digest
 
     def get(self, digest: bytes | None) -> bytes | None:
         """The exposure, if it is known."""
-        return self._packed.get(digest) if digest is not None else None
+        if digest not in self._packed:
+            return None
+        self._packed.move_to_end(digest)
+        return self._packed[digest]
 
 
 class Said:
@@ -63,7 +69,7 @@ class Said:
         hear: Callable[[ev.Event], None],
     ) -> None:
         self._context, self._session, self._ranks, self._known, self._hear = context, session, ranks, known, hear
-        self._exposed: dict[int, bytes] = {}  # by rank, packed
+        self._exposed: dict[int, tuple[bytes, bytes]] = {}  # by rank: packed, and its digest
         self._measured: set[int] = set()
 
     def filled(self, rank: int, message: msg.Filled) -> None:
@@ -90,16 +96,17 @@ class Said:
                 "[push=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
             )
         else:
-            packed = message.exposure or self._known.get(message.digest)
-            if packed is None:
-                self._ranks.tell(rank, msg.AskExposure())
-                return
-            if self._known.learn(packed) != message.digest:
+            if message.exposure is not None and self._known.learn(message.exposure) != message.digest:
                 self._confused(rank, "its exposure has another digest than it says")
                 return
-            self._exposed[rank] = packed
+            packed = message.exposure or self._known.get(message.digest)
+            if packed is None or message.digest is None:
+                self._ranks.tell(rank, msg.AskExposure())
+                return
+            self._exposed[rank] = packed, message.digest
             if len(self._exposed) == self._ranks.world:
-                self._context.exposures = Exposures(tuple(self._exposed[r] for r in range(self._ranks.world)))
+                both = [self._exposed[r] for r in range(self._ranks.world)]
+                self._context.exposures = Exposures(*(tuple(column) for column in zip(*both, strict=True)))
         self._hear(ev.RankExposed(rank=rank, problem=message.problem))
 
     def measured(self, rank: int, message: msg.Measured) -> None:

@@ -77,7 +77,7 @@ class _Case:
                 ends[rank] = at + nbytes
         region = Region(nbytes=1 << 16, name="x", fd=3)
         made = [Exposure.of(7, "1", [region] if some else [], some, self.table.width) for some in parts]
-        told = Exposures.unpack(Exposures(tuple(one.packed for one in made)).pack())
+        told = Exposures.unpack(Exposures.of([one.packed for one in made]).pack())
         self.exposures = [Exposure.unpack(packed, self.table) for packed in told.ranks]
         assert [one.digest for one in self.exposures] == [one.digest for one in made]
         self.wanted, self.targets, end = [], np.zeros(1 << 16, dtype=np.uint8), 0

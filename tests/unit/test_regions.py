@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -21,11 +23,15 @@ from weightsync.plan.table import TensorTable
 from weightsync.processes import started
 from weightsync.testing import eventually
 
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
 NAME = "weightsync-0123456789abcdef"
 _HOLDER = """
-import mmap, os, sys
-fd = os.memfd_create(sys.argv[1])
+import fcntl, os, sys
+fd = os.memfd_create(sys.argv[1], os.MFD_ALLOW_SEALING)
 os.write(fd, bytes(range(64)))
+fcntl.fcntl(fd, fcntl.F_ADD_SEALS, int(sys.argv[2]))
 print(fd, flush=True)
 sys.stdin.read()
 """
@@ -34,7 +40,13 @@ sys.stdin.read()
 @pytest.fixture
 def holder():
     """A process that holds 64 bytes: itself, and the descriptor."""
-    command = [sys.executable, "-c", _HOLDER, NAME]
+    with _holder(fcntl.F_SEAL_SHRINK) as held:
+        yield held
+
+
+@contextlib.contextmanager
+def _holder(seals: int) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    command = [sys.executable, "-c", _HOLDER, NAME, str(seals)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         yield process, int(process.stdout.readline())
@@ -46,6 +58,13 @@ def exposure(pid: int, fd: int, *, name: str = NAME, nbytes: int = 64, since: st
     return Exposure.of(
         pid, started(pid) if since is None else since, [Region(nbytes=nbytes, fd=fd, name=name)], [part], 1
     )
+
+
+def one_tensor() -> Manifest:
+    table = TensorTable(names=("w",), dtypes=("float32",), shapes=((16,),), aliases=())
+    none = np.zeros(0, dtype=np.int64)
+    owners = none.astype(np.int32)
+    return Manifest(table, owners, none, none, none, np.zeros(1, dtype=np.int64), none, owners, 1)
 
 
 def mapped() -> int:
@@ -98,6 +117,33 @@ def test_what_is_not_what_was_exposed_is_not_mapped(holder, what):
     assert mapped() == 0
 
 
+def test_memory_that_may_shrink_under_a_reader_is_not_mapped():
+    with _holder(0) as (process, fd), pytest.raises(TransportBroken, match="may change it"):
+        RegionMap(None).mapped([exposure(process.pid, fd)]).__enter__()
+
+
+def test_what_was_refused_once_is_not_tried_again(holder, monkeypatch):
+    process, fd = holder
+    manifest = one_tensor()
+    exposures = Exposures.of([exposure(process.pid, fd, name="weightsync-else").packed])
+    drawer = Drawer(None)
+    wants = Wants([Wanted(0, (0,), (16,), 4, 0, 0, (4,))], [0])
+    why = drawer.draw(exposures, wants, manifest, deadline=0)
+    assert "is not the memory that process" in why
+    monkeypatch.delattr("weightsync.drawing.drawer.Exposure")
+    assert drawer.draw(exposures, wants, manifest, deadline=0) == why
+
+
+def test_what_is_not_exposed_is_named(holder):
+    process, _fd = holder
+    drawer = Drawer(None)
+    wants = Wants([Wanted(0, (0,), (16,), 4, 0, 0, (4,))], [0])
+    nothing = Exposure.of(process.pid, started(process.pid), [], [], 1)
+    why = drawer.draw(Exposures.of([nothing.packed]), wants, one_tensor(), deadline=0)
+    assert "16 elements of 'w' are exposed by no rank" in why
+    assert "packed exposure" in drawer.draw(Exposures.of([b"junk"]), wants, one_tensor(), deadline=0)
+
+
 def test_a_file_of_the_disk_is_not_mapped(tmp_path):
     """However it calls itself: only memory that nobody else can open by a name."""
     path = tmp_path / f"memfd:{NAME} (deleted)"
@@ -112,12 +158,8 @@ def test_a_file_of_the_disk_is_not_mapped(tmp_path):
 
 def test_a_drawer_works_a_layout_out_once(holder, monkeypatch):
     process, fd = holder
-    table = TensorTable(names=("w",), dtypes=("float32",), shapes=((16,),), aliases=())
-    one = np.zeros(0, dtype=np.int64)
-    manifest = Manifest(
-        table, one.astype(np.int32), one, one, one, np.zeros(1, dtype=np.int64), one, one.astype(np.int32), 1
-    )
-    exposures = Exposures((exposure(process.pid, fd).packed,))
+    manifest = one_tensor()
+    exposures = Exposures.of([exposure(process.pid, fd).packed])
     target = np.zeros(12, dtype="<f4")
     boxes = (Wanted(0, (4,), (12,), 4, 0, 0, (4,)),)
     drawer = Drawer(None)
@@ -125,7 +167,7 @@ def test_a_drawer_works_a_layout_out_once(holder, monkeypatch):
     assert target.tobytes() == bytes(range(16, 64))
     monkeypatch.delattr("weightsync.drawing.drawer.draws")
     moved = np.zeros(12, dtype="<f4")
-    drawer.draw(Exposures(exposures.ranks), Wants(boxes, [moved.ctypes.data]), manifest, deadline=0)
+    drawer.draw(Exposures.of(exposures.ranks), Wants(boxes, [moved.ctypes.data]), manifest, deadline=0)
     assert moved.tobytes() == bytes(range(16, 64))
     with pytest.raises(NameError):
         drawer.draw(exposures, Wants(list(boxes), [0]), manifest, deadline=0)

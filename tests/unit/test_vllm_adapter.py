@@ -150,7 +150,7 @@ class Server:
         self.weight_version = "default"
         self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
         self.started = 1.5
-        self.protocol = 2
+        self.protocol = 3
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.answers: dict[str, tuple[int, object]] = {}
         self.open = False
@@ -290,8 +290,8 @@ async def test_no_way_in_is_told_with_the_flag(backend, path):
 @on_loop
 async def test_a_plugin_of_another_weightsync():
     server = Server()
-    server.protocol = 3
-    with pytest.raises(EngineError, match="speaks protocol 3, this daemon 2"):
+    server.protocol = 4
+    with pytest.raises(EngineError, match="speaks protocol 4, this daemon 3"):
         await way(server)
 
 

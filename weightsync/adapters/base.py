@@ -106,11 +106,11 @@ class EngineAdapter(ABC):
         """Whether it can read this manifest's tensors, which it has accepted, where ranks of its node expose them."""
         return False
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """After `begin`, instead of buckets: read all that is needed out of the trainer's memory. When this returns,
-        nobody reads there any more. False if it cannot after all, and has to be given buckets.
+        nobody reads there any more. Returns "", or why it cannot after all, and has to be given buckets.
         """
-        return False
+        return "this engine has no way to it"
 
     @abstractmethod
     async def finish(self, version: int, *, deadline: float) -> None:

@@ -6,6 +6,7 @@ Which boxes these are is asked once for a plan, of which a worker tells a digest
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Protocol
 
 import msgspec
@@ -18,7 +19,7 @@ from weightsync.plan.residents import ResidentBoxes
 from weightsync.replay.facts import LAYOUTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from weightsync.plan.boxes import Words
     from weightsync.plan.manifest import Manifest
@@ -81,6 +82,15 @@ class HeldCheck:
         only what it needs: what it has read wrong is found when they are compared again.
         """
         return manifest.digest in self._whole
+
+    @contextmanager
+    def unless_it_fails(self) -> Iterator[None]:
+        """For reading unchecked: after one that fails the next push of any layout is checked bucket by bucket."""
+        try:
+            yield
+        except BaseException:
+            self._whole.clear()
+            raise
 
     async def verify(self, workers: Workers, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """How many tensors were compared, all equal; None where the workers cannot tell. Raises `EngineError` naming

@@ -15,7 +15,6 @@ owners are read on streams of their own, so that a worker draws from every GPU a
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from typing import TYPE_CHECKING
@@ -41,8 +40,6 @@ if TYPE_CHECKING:
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["SlotReader"]
-
-logger = logging.getLogger(__name__)
 
 _SETTLES = 10.0  # seconds for a GPU to end what was queued
 
@@ -85,6 +82,8 @@ class SlotReader:
         with nothing begun.
         """
         self._update = None
+        if self._drawer is not None:
+            self._drawer.settle(deadline=deadline)
         for dtype in sorted(set(manifest.tensors.dtypes)):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
@@ -139,20 +138,14 @@ class SlotReader:
             take(self._as_read(update, bucket, data), 1)
             del data
 
-    def draw(self, exposures: Exposures, wants: Wants, *, deadline: float) -> bool:
-        """Read all that is wanted of the update out of the trainer's memory, instead of any bucket. False, with nothing
-        read, where that memory cannot be mapped. Raises as `Drawer.draw`.
-        """
+    def draw(self, exposures: Exposures, wants: Wants, *, deadline: float) -> str:
+        """Read all that is wanted of the update out of the trainer's memory, and no bucket. As `Drawer.draw`."""
         update = self._open()
         if self._drawer is None:
             self._drawer = Drawer(self._gpu_index() if self.device.type == "cuda" else None)
-        try:
-            self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
-        except TransportBroken as error:
-            logger.warning("weightsync: slots are used, because the trainer's memory cannot be mapped: %s", error)
-            return False
-        update.drawn = True
-        return True
+        why_not = self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
+        update.drawn = not why_not
+        return why_not
 
     def finish(self) -> None:
         """End the update, once all that `pull` has queued is done. Raises `LocalProtocolError` naming the first tensor
@@ -172,26 +165,28 @@ class SlotReader:
             )
 
     def settle(self, *, deadline: float | None = None) -> None:
-        """Return when nothing that `pull` has queued is under way any more; without a deadline, within ten seconds.
-        Raises as `LeaseKeeper.settle`.
+        """Return when nothing that `pull` or `draw` has queued is under way any more; without a deadline, within ten
+        seconds. Raises as `LeaseKeeper.settle`.
         """
+        until = deadline if deadline is not None else time.monotonic() + _SETTLES
         if self._gpu is not None:
-            self._gpu.settle(deadline=deadline if deadline is not None else time.monotonic() + _SETTLES)
+            self._gpu.settle(deadline=until)
+        if self._drawer is not None:
+            self._drawer.settle(deadline=until)
 
     def close(self) -> None:
         """Drop an update that is open and detach from every arena."""
         self._update = None
-        self._let_go()
         try:
             self.settle()
         finally:
+            self._let_go()
             self._receiver.close()
 
     def _let_go(self) -> None:
         """Buckets come: the trainer's memory is its own again."""
-        drawer, self._drawer = self._drawer, None
-        if drawer is not None:
-            drawer.release()
+        if self._drawer is not None:
+            self._drawer.release()
 
     def _expecting(self, bucket: int) -> _Update:
         update = self._open()

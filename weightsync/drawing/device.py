@@ -11,6 +11,7 @@ import torch
 from weightsync.device.launch import COPY, BoxKernel
 from weightsync.device.table import Place, box_items, joined
 from weightsync.device.waiting import await_events
+from weightsync.errors import TransportBroken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,9 +44,13 @@ class DeviceCopies:
             )
             for draw in several
         ]
-        self._table = kernel.table(joined(items))
+        try:
+            self._table = kernel.table(joined(items))
+        except torch.OutOfMemoryError as error:
+            raise TransportBroken(f"this GPU has no room for a table of {len(items)} copies: {error}") from error
         self._addresses: Ints = np.empty(0, dtype=np.int64)
         self._bases: torch.Tensor | None = None  # the same on the GPU
+        self._done: torch.cuda.Event | None = None  # past what was launched last
 
     @classmethod
     def on(cls, gpu: int, several: Sequence[Draw]) -> DeviceCopies:
@@ -65,4 +70,11 @@ class DeviceCopies:
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self._kernel.launch(self._table, COPY, stream=stream, bases=self._bases)
         if stream is not None:
-            await_events([stream], "drawing weights", deadline=deadline)
+            self._done = torch.cuda.Event()
+            self._done.record(stream)
+            self.settle(deadline=deadline)
+
+    def settle(self, *, deadline: float) -> None:
+        """Return when what was copied last is. Raises `TransportTimeout`."""
+        if self._done is not None:
+            await_events([self._done], "drawing weights", deadline=deadline)

@@ -1,18 +1,20 @@
 """Draws what a worker's load plan wants out of what a trainer's ranks expose.
 
     drawer = Drawer(gpu)
-    drawer.draw(exposures, wants, manifest, deadline=...)
+    why_not = drawer.draw(exposures, wants, manifest, deadline=...)
 
-When that returns everything has been read. What is copied is worked out once for a layout and kept, as is the mapping
-of the trainer's memory: a second push of a layout is one launch. Weights that lie elsewhere by then are mapped anew,
-and nothing is worked out for that.
+When that returns "" everything has been read. What is copied is worked out once for a layout and kept, as is the
+mapping of the trainer's memory: a second push of a layout is one launch. Weights that lie elsewhere by then are mapped
+anew, and nothing is worked out for that.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.drawing.host import HostCopies
+from weightsync.errors import TransportTimeout, WeightSyncError
 from weightsync.ipc.regions import RegionMap
 from weightsync.plan.draws import draws, interleaved
 from weightsync.plan.exposure import Exposure
@@ -22,11 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.drawing.device import DeviceCopies
+    from weightsync.plan.boxes import Ints
     from weightsync.plan.draws import Draw, Wanted, Wants
     from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["Drawer"]
+
+logger = logging.getLogger(__name__)
 
 
 class _Known(NamedTuple):
@@ -50,22 +55,48 @@ class Drawer:
         self._regions = RegionMap(gpu)
         self._known: list[_Known] = []  # the latest last
         self._read: _Read | None = None
+        self._refused: tuple[bytes, str] | None = None  # digest of exposures that cannot be read here, and why
+        self._running: HostCopies | DeviceCopies | None = None  # a copy that has not ended
 
-    def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> None:
+    def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> str:
         """Copy all that is wanted of the manifest's tensors. On a GPU the current stream's work is waited for, too.
 
-        Raises `CodecError` for exposures that are none of this manifest, `LocalProtocolError` where something is wanted
-        that is not exposed, `TransportBroken` for memory that cannot be mapped, and `TransportTimeout`.
+        Returns "", or, with nothing read, why it cannot be: the memory cannot be mapped, something is wanted that is
+        not exposed, there is no room for tables. Raises `TransportTimeout` for a copy that does not end in time.
         """
-        ranks = self._ranks(exposures, manifest)
-        copies = self._copies(ranks, wants.boxes, manifest)
-        with self._regions.mapped(ranks) as regions:
-            parts = [one.addresses(begin) for one, begin in zip(ranks, regions, strict=True)]
-            copies.run(wants.targets, parts, deadline=deadline)
+        if self._refused is not None and self._refused[0] == exposures.digest:
+            return self._refused[1]
+        try:
+            ranks = self._ranks(exposures, manifest)
+            with self._regions.mapped(ranks) as regions:
+                copies = self._copies(ranks, wants.boxes, manifest)
+                parts = [one.addresses(begin) for one, begin in zip(ranks, regions, strict=True)]
+                self._run(copies, wants.targets, parts, deadline)
+        except TransportTimeout:
+            raise
+        except WeightSyncError as error:
+            logger.warning("weightsync: the trainer's memory is not read in place: %s", error)
+            self._refused = exposures.digest, str(error)
+            return str(error)
+        return ""
+
+    def _run(
+        self, copies: HostCopies | DeviceCopies, targets: Sequence[int], parts: Sequence[Ints], deadline: float
+    ) -> None:
+        self._regions.held, self._running = True, copies
+        copies.run(targets, parts, deadline=deadline)
+        self._regions.held, self._running = False, None
+
+    def settle(self, *, deadline: float) -> None:
+        """Return when a copy that did not end in time has ended. Raises `TransportTimeout`."""
+        if self._running is not None:
+            self._running.settle(deadline=deadline)
+            self._regions.held, self._running = False, None
 
     def release(self) -> None:
-        """Let go of the trainer's memory."""
-        self._regions.release()
+        """Let go of the trainer's memory, unless a copy that did not end in time may still read it."""
+        if self._running is None:
+            self._regions.release()
 
     def _ranks(self, exposures: Exposures, manifest: Manifest) -> tuple[Exposure, ...]:
         key = exposures.digest, manifest.digest

@@ -16,8 +16,8 @@ from weightsync.device.buckets import lent_tensor
 from weightsync.device.launch import COPY, SUM, BoxKernel
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
 from weightsync.device.waiting import await_events
-from weightsync.errors import TransportBroken
-from weightsync.exposing.allocations import Allocation, allocations, serial_of, shown
+from weightsync.errors import ConfigError, TransportBroken
+from weightsync.ipc.allocations import Allocation, allocations, serial_of, shown
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.exposure import Exposure, Part, Region
@@ -40,13 +40,25 @@ class DeviceExposed:
     """What one rank gives in pushes of one plan, for one GPU and weights of given strides and types."""
 
     def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
-        """`update` follows. Raises `ConfigError` where a copy finds no room."""
+        """`update` follows. Raises `ConfigError` where there is no room for a copy, or for tables."""
+        self._copy: DeviceSlots | None = None
+        try:
+            self._prepare(program, local, device)
+        except BaseException as error:
+            self.close()
+            if isinstance(error, torch.OutOfMemoryError):
+                raise ConfigError(
+                    f"GPU {device.index} has no room for what exposing weights takes: {error}",
+                    hint="push with in_place=False",
+                ) from error
+            raise
+
+    def _prepare(self, program: Program, local: LocalWeights, device: torch.device) -> None:
         self.kernel = BoxKernel(device)
         self._layout, self._dtypes = local.layout, local.dtypes
         self._strides, self._gpus = local.strides, local.gpus
         self._gpu = str(torch.cuda.get_device_properties(device).uuid)
         self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
-        self._copy: DeviceSlots | None = None
         self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
         self._tabulate(program, local)
         self._pointers: list[int] | None = None

@@ -5,6 +5,7 @@ A tensor's own memory belongs to its process alone. The file is gone with the pr
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import secrets
@@ -48,13 +49,15 @@ class HostExposed:
                 parts.append(Part(write.tensor, write.global_offset, write.shape, 0, end, strides))
                 end += -(-write.nbytes // _ALIGN) * _ALIGN
         name = f"weightsync-{secrets.token_hex(8)}"
-        self._fd = os.memfd_create(name)
         nbytes = max(end, _ALIGN)
+        self._fd = -1
         try:
+            self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             os.posix_fallocate(self._fd, 0, nbytes)
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # nobody who has it mapped meets its end
             memory = mmap.mmap(self._fd, nbytes)
         except OSError as error:
-            os.close(self._fd)
+            self.close()
             raise ConfigError(
                 f"the copy of its weights that engines read needs {nbytes} bytes of host memory: {error.strerror}",
                 hint="push with in_place=False",

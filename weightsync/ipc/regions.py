@@ -6,6 +6,7 @@ memory of a process that is gone, or that has freed it, keeps it from everybody 
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import threading
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from weightsync.errors import TransportBroken
+from weightsync.ipc.allocations import range_of
 from weightsync.ipc.cuda import SHARING, cupy
 from weightsync.ipc.gone import Lookout
 from weightsync.processes import started
@@ -42,6 +44,7 @@ class RegionMap:
         self._device = device
         self._open: dict[_Key, _Mapped] = {}
         self._lock = threading.RLock()
+        self.held = False  # nothing is unmapped: what was to be read by now may still be
         self._lookout = Lookout(self._look, device)
 
     @contextmanager
@@ -79,7 +82,7 @@ class RegionMap:
             return True  # it is being read
         try:
             gone = {(pid, since) for pid, since, _ in self._open if started(pid) != since}
-            for key in [key for key in self._open if key[:2] in gone]:
+            for key in [key for key in self._open if key[:2] in gone and not self.held]:
                 self._close(key)
             return bool(self._open)
         finally:
@@ -91,7 +94,12 @@ class RegionMap:
         runtime = cupy().cuda.runtime
         try:
             with cupy().cuda.Device(self._device):
-                return _Mapped(int(runtime.ipcOpenMemHandle(region.handle)), None)
+                address = int(runtime.ipcOpenMemHandle(region.handle))
+                _, nbytes = range_of(address)
+                if nbytes < region.nbytes:
+                    runtime.ipcCloseMemHandle(address)
+                    raise TransportBroken(f"an allocation of GPU {region.gpu} is smaller than it was exposed as")
+                return _Mapped(address, None)
         except runtime.CUDARuntimeError as error:
             raise TransportBroken(
                 f"process {os.getpid()} cannot map a trainer's memory of GPU {region.gpu} on its own GPU "
@@ -109,8 +117,11 @@ class RegionMap:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
-                if status.st_uid != os.geteuid() or status.st_size < region.nbytes:
-                    raise TransportBroken(f"what process {pid} exposed has another size, or belongs to another user")
+                sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK  # else a read may end in a SIGBUS
+                if status.st_uid != os.geteuid() or status.st_size < region.nbytes or not sealed:
+                    raise TransportBroken(
+                        f"what process {pid} exposed has another size, may change it, or belongs to another user"
+                    )
                 memory = np.frombuffer(mmap.mmap(fd, region.nbytes, prot=mmap.PROT_READ), dtype=np.uint8)
             finally:
                 os.close(fd)

@@ -178,11 +178,17 @@ class Exposures:
     """Those of all ranks of a trainer, packed, as a daemon passes them on."""
 
     ranks: tuple[bytes, ...]
+    digests: tuple[bytes, ...]
 
-    @cached_property
+    @classmethod
+    def of(cls, ranks: Sequence[bytes]) -> Exposures:
+        """These, by rank."""
+        return cls(tuple(ranks), tuple(map(digest_of, ranks)))
+
+    @property
     def digest(self) -> bytes:
         """16 bytes that tell them from any others."""
-        return digest_of(b"".join(map(digest_of, self.ranks)))
+        return digest_of(b"".join(self.digests))
 
     def pack(self) -> bytes:
         """As bytes, for `unpack`."""
@@ -191,4 +197,4 @@ class Exposures:
     @classmethod
     def unpack(cls, data: bytes) -> Exposures:
         """What `pack` turned into `data`, each rank's not looked at. Raises `CodecError`."""
-        return cls(unpack(data, PackedExposures).ranks)
+        return cls.of(unpack(data, PackedExposures).ranks)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["LAYOUTS", "ReplayFacts", "least"]
+__all__ = ["LAYOUTS", "NOT_WHOLE", "ReplayFacts", "least"]
 
 LAYOUTS = 4  # that are remembered, the latest ones pushed
+NOT_WHOLE = "its loader has to see some of this push"
 
 
 class ReplayFacts(msgspec.Struct, frozen=True, kw_only=True):

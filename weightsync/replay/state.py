@@ -199,6 +199,8 @@ class ModelReplay:
         known, manifest = self._known, self._manifest
         if not self.whole or known is None or manifest is None or not known.held(manifest).complete:
             return None
+        if any(target.device != self._device for target in self._order.values()):
+            return None
         if known.wanted is None:
             known.wanted = known.held(manifest).wanted(known.moves.targets)
         return Wants(known.wanted, [self._order[i].data_ptr() for i in range(len(self._order))])

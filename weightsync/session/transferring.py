@@ -73,7 +73,7 @@ class Transferring(Committing):
         if event.rank not in self._unmeasured:
             return
         self._unmeasured.discard(event.rank)
-        if not any(bucket.fillers and (bucket.filled or bucket.copies) for bucket in self.buckets):
+        if all(engine.draws for engine in self._live()):  # else what is filled is counted
             self.filled_bytes += event.nbytes
         if not self._unmeasured:
             self.phases.stop("fill", now)

@@ -43,7 +43,7 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 
 
 class Draw(msgspec.Struct, frozen=True, tag=True):
-    """Take this rank's slices out of the memory that a trainer's ranks expose. Answers nothing where it cannot."""
+    """Take this rank's slices out of the memory that a trainer's ranks expose. Answers why it cannot, or nothing."""
 
     exposures: bytes  # packed, or the digest of some that were told before
     deadline: float

@@ -48,7 +48,7 @@ class _Accepted(msgspec.Struct, frozen=True):
 
 
 class _Drawn(msgspec.Struct, frozen=True):
-    drawn: bool
+    why_not: str
 
 
 class _Problem(msgspec.Struct, frozen=True):
@@ -78,6 +78,7 @@ class ReferenceAdapter(EngineAdapter):
         self.url = spec.url
         self._info: EngineInfo | None = None  # as last probed
         self._shown = ToldExposures()
+        self._drew_well = True
         self._verifiers: dict[tuple[str, bytes], Verifier] = {}  # by incarnation and manifest's digest
         try:
             self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
@@ -145,13 +146,14 @@ class ReferenceAdapter(EngineAdapter):
         await self._post("/load", {"bucket": bucket, "tickets": tickets}, deadline)
 
     def draws(self, manifest: Manifest) -> bool:
-        """See the base class."""
-        return True
+        """See the base class: after one that went wrong the next push is by slots."""
+        return self._drew_well
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
+        self._drew_well = False  # until it is verified
         with self._shown.unless_it_fails():
             body = await self._call("POST", "/draw", deadline, self._shown.tell(exposures))
-            return self._parse(body, _Drawn, "draw").drawn
+            return self._parse(body, _Drawn, "draw").why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self._post("/finish", {"version": version}, deadline)
@@ -159,7 +161,9 @@ class ReferenceAdapter(EngineAdapter):
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int:
         verifier = await self._verifier(manifest, deadline)
         ranks = await self._bins(f"/fingerprints/{manifest.digest.hex()}", deadline)
-        return verifier.compare(ranks, expected)
+        compared = verifier.compare(ranks, expected)
+        self._drew_well = True
+        return compared
 
     async def resume(self, *, deadline: float) -> None:
         await self._call("POST", "/resume", deadline)

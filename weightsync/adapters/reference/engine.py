@@ -185,13 +185,14 @@ class Engine:
             with self._part_of_update():
                 self._expect(self._call_each(lambda rank: Load(bucket, tickets[rank], deadline), deadline))
 
-    def draw(self, exposures: bytes, *, deadline: float) -> bool:
-        """Read the open update's tensors out of a trainer's memory; whether every rank could."""
+    def draw(self, exposures: bytes, *, deadline: float) -> str:
+        """Read the open update's tensors out of a trainer's memory; why a rank cannot, or ""."""
         with self._turn(deadline):
             if self._updating is None:
                 raise RequestError(HTTPStatus.CONFLICT, "no update is open: begin first")
             with self._part_of_update():
-                return all(reply.data for reply in self._expect(self._call(Draw(exposures, deadline), deadline)))
+                replies = self._expect(self._call(Draw(exposures, deadline), deadline))
+            return next((reply.data.decode() for reply in replies if reply.data), "")
 
     def finish(self, version: int, *, deadline: float) -> None:
         """End the open update: every piece was loaded once. Drops all caches.

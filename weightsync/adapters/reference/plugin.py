@@ -7,7 +7,6 @@ needs of it, and their places in slot and parameters. Loading a bucket is then l
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
     from weightsync.transports.base import BucketReceiver, Lease
 
 __all__ = ["BucketLoader", "Parameters"]
-
-logger = logging.getLogger(__name__)
 
 
 class Parameters(Protocol):
@@ -104,25 +101,20 @@ class BucketLoader:
         plan, prepared = self._accepted(digest)
         self._update = None
         self._parameters.settle(deadline=deadline)
+        self._drawer.settle(deadline=deadline)
         for offer in offers:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(plan.manifest, prepared)
 
-    def draw(self, exposures: Exposures, *, deadline: float) -> bool:
-        """Read the open update's tensors where a trainer's ranks expose them. False, with nothing read, where that
-        memory cannot be mapped.
-        """
+    def draw(self, exposures: Exposures, *, deadline: float) -> str:
+        """Read the open update's tensors where a trainer's ranks expose them. As `Drawer.draw`."""
         update = self._update
         if update is None:
             raise LocalProtocolError("no update is open", hint="begin first")
-        try:
-            wants = self._parameters.wants(update.prepared)
-            self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
-        except TransportBroken as error:
-            logger.warning("slots are used, because the trainer's memory cannot be mapped: %s", error)
-            return False
-        update.loaded[:] = update.drawn = True
-        return True
+        wants = self._parameters.wants(update.prepared)
+        why_not = self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
+        update.loaded[:] = update.drawn = not why_not
+        return why_not
 
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
         """Have this rank's boxes copied out of one bucket. Each bucket of an update is loaded once."""

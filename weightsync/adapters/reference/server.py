@@ -6,7 +6,7 @@
     POST /pause                   {"mode": "keep" | "wait" | "abort" | "none"}
     POST /begin                   {"version", "manifest": digest hex, "offers": [[base64, …] per rank]}
     POST /load                    {"bucket", "tickets": [base64 per rank]}
-    POST /draw                    body: exposures, packed or by digest, instead of buckets → {"drawn": whether it could}
+    POST /draw                    body: exposures, packed or by digest, instead of buckets → {"why_not": "" if it could}
     POST /finish                  {"version"}
     GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
     GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
@@ -225,8 +225,8 @@ class _Handler(BaseHTTPRequestHandler):
         return b"{}"
 
     def _draw(self, _rest: str, deadline: float) -> bytes:
-        drawn = self.server.engine.draw(self._body(_MAX_MANIFEST), deadline=deadline)
-        return msgspec.json.encode({"drawn": drawn})
+        why_not = self.server.engine.draw(self._body(_MAX_MANIFEST), deadline=deadline)
+        return msgspec.json.encode({"why_not": why_not})
 
     def _finish(self, _rest: str, deadline: float) -> bytes:
         self.server.engine.finish(self._json(_Finish).version, deadline=deadline)

@@ -114,8 +114,7 @@ class Worker:
             case Begin(digest, offers, deadline):
                 self.loader.begin(digest, offers, deadline=deadline)
             case Draw(exposures, deadline):
-                drawn = self.loader.draw(self.exposures.of(exposures), deadline=deadline)
-                return Reply(data=b"drawn" if drawn else b"")
+                return Reply(data=self.loader.draw(self.exposures.of(exposures), deadline=deadline).encode())
             case Load(bucket, ticket, deadline):
                 self.loader.load(bucket, ticket, deadline=deadline)
             case Finish(deadline):

@@ -184,9 +184,12 @@ class SGLangAdapter(EngineAdapter):
         path = self._known.path if self._known is not None else None
         return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         path = (await self._met(deadline)).path
-        return isinstance(path, PluginPath) and await path.draw(exposures, deadline=deadline)
+        if not isinstance(path, PluginPath):
+            return await super().draw(exposures, deadline=deadline)
+        with self._held.unless_it_fails():
+            return await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await (await self._met(deadline)).path.finish(deadline=deadline)

@@ -94,13 +94,13 @@ class PluginPath(LoadPath):
         order = orders.Load(bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline))
         await self._in_session(order, deadline, "load")
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
-        """Whether all ranks have read what they need out of the trainer's memory."""
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
+        """Have all ranks read what they need out of the trainer's memory; why one cannot, or ""."""
         order = orders.Draw(exposures=self._shown.tell(exposures), seconds=_seconds(deadline))
         with self._shown.unless_it_fails():
             answer = await self._in_session(order, deadline, "draw")
             try:
-                return all(orders.unpack_answers(answer))
+                return next((why.decode(errors="replace") for why in orders.unpack_answers(answer) if why), "")
             except CodecError as error:
                 raise self._none_of_ours(error) from error
 

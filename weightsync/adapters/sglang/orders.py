@@ -38,7 +38,7 @@ __all__ = [
     "unpack_answers",
 ]
 
-PROTOCOL = 2
+PROTOCOL = 3
 PREFIX = f"weightsync{PROTOCOL}:"
 
 Target = Annotated[str, Meta(pattern="^(all|target|draft)$")]
@@ -81,7 +81,7 @@ class Load(Order, frozen=True, tag="load"):
 
 class Draw(Order, frozen=True, tag="draw"):
     """Instead of all buckets: read what is needed out of the trainer's memory. Answered by every rank, see
-    `pack_answers`: something, or nothing where it cannot.
+    `pack_answers`: by nothing, or by why it cannot.
     """
 
     exposures: bytes  # packed, or the digest of some that the plugin has seen

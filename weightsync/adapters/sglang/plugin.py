@@ -33,6 +33,7 @@ from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
+from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
@@ -137,10 +138,12 @@ class _Worker:
         exposures = self._exposures.of(order.exposures)
         replay = self._replays[self._models[0]]
         wants = replay.wants() if self._pull else None
-        if wants is None or not self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds):
-            return b""
-        replay.drawn()
-        return b"drawn"
+        if wants is None:
+            return NOT_WHOLE.encode()
+        why_not = self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds)
+        if not why_not:
+            replay.drawn()
+        return why_not.encode()
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:

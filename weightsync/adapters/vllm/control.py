@@ -164,9 +164,12 @@ class VLLMAdapter(EngineAdapter):
         """See the base class: what is drawn is not checked, so it has to be compared afterwards."""
         return isinstance(self._path, ExtensionPath) and self._compares and self._held.covers(manifest)
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         path, _ = self._probed()
-        return isinstance(path, ExtensionPath) and await path.draw(exposures, deadline=deadline)
+        if not isinstance(path, ExtensionPath):
+            return await super().draw(exposures, deadline=deadline)
+        with self._held.unless_it_fails():
+            return await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()

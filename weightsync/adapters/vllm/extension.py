@@ -81,7 +81,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             tickets = [b64decode(of_bucket[index]) for of_bucket in asked.tickets]
             state.load(model, asked.bucket, tickets, asked.seconds)
         case "draw":
-            return {"drawn": state.draw(b64decode(asked.exposures), asked.seconds)}
+            return {"why_not": state.draw(b64decode(asked.exposures), asked.seconds)}
         case "finish":
             state.close(model, model_config)
             if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):

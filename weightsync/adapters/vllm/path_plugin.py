@@ -12,6 +12,7 @@ from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
+from weightsync.replay.facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -94,13 +95,13 @@ class ExtensionPath(EnginePath):
         """See the base class; in one call."""
         await self.server.workers("load", deadline=deadline, **self._load(first, tickets, deadline))
 
-    async def draw(self, exposures: Exposures, *, deadline: float) -> bool:
-        """Whether all workers have read what they need out of the trainer's memory."""
+    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
+        """Have all workers read what they need out of the trainer's memory; why one cannot, or ""."""
         draft = {"draft": True} if self.draft else {}
         shown, seconds = _text(self._shown.tell(exposures)), ticket_seconds(deadline, monotonic())
         with self._shown.unless_it_fails():
             answers = await self.server.workers("draw", deadline=deadline, exposures=shown, seconds=seconds, **draft)
-        return all(answer.get("drawn") is True for answer in answers)
+        return next((str(why) for answer in answers if (why := answer.get("why_not", NOT_WHOLE))), "")
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft)

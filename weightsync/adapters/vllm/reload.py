@@ -24,6 +24,7 @@ from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
@@ -148,16 +149,18 @@ class WeightReload:
         """Of which boxes `held_sums` speaks."""
         return packed_boxes(self._replays.get(model), digest, ModelState.tensors_of(model))
 
-    def draw(self, exposures: bytes, seconds: float) -> bool:
-        """Read what the open update needs out of the trainer's memory, instead of all buckets. False if that cannot be
-        done, with nothing read.
+    def draw(self, exposures: bytes, seconds: float) -> str:
+        """Read what the open update needs out of the trainer's memory, instead of all buckets. Returns "", or, with
+        nothing read, why it cannot.
         """
         seen = self._exposures.of(exposures)
         wants = self._replay.wants() if self._replay is not None and self._pull else None
-        if self._replay is None or wants is None or not self._slots.draw(seen, wants, deadline=monotonic() + seconds):
-            return False
-        self._replay.drawn()
-        return True
+        if self._replay is None or wants is None:
+            return NOT_WHOLE
+        why_not = self._slots.draw(seen, wants, deadline=monotonic() + seconds)
+        if not why_not:
+            self._replay.drawn()
+        return why_not
 
     def load(
         self,

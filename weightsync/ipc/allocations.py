@@ -14,7 +14,7 @@ from weightsync.errors import TransportBroken
 from weightsync.ipc.cuda import cupy
 from weightsync.plan.exposure import Region
 
-__all__ = ["Allocation", "allocations", "serial_of", "shown"]
+__all__ = ["Allocation", "allocations", "range_of", "serial_of", "shown"]
 
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: unique in the process, not used again
 _HINT = (
@@ -42,15 +42,21 @@ def _driver() -> Any:
 def allocations(pointers: list[int]) -> list[Allocation]:
     """Those that hold these addresses, by address; each once. Raises `TransportBroken`."""
     found: list[Allocation] = []
-    base, size = ctypes.c_uint64(), ctypes.c_size_t()
     for pointer in sorted(pointers):
         if found and pointer < found[-1].address + found[-1].nbytes:
             continue
-        status = _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(pointer))
-        if status:
-            raise TransportBroken(f"the CUDA driver knows no allocation at {pointer:#x} (error {status})", hint=_HINT)
-        found.append(Allocation(base.value, size.value, serial_of(base.value)))
+        base, nbytes = range_of(pointer)
+        found.append(Allocation(base, nbytes, serial_of(base)))
     return found
+
+
+def range_of(address: int) -> tuple[int, int]:
+    """Where what holds this address begins, allocated here or mapped, and its bytes. Raises `TransportBroken`."""
+    base, size = ctypes.c_uint64(), ctypes.c_size_t()
+    status = _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
+    if status:
+        raise TransportBroken(f"the CUDA driver knows no allocation at {address:#x} (error {status})", hint=_HINT)
+    return base.value, size.value
 
 
 def serial_of(address: int) -> int:
