@@ -120,7 +120,10 @@ def box_items(
 
 def joined(parts: Sequence[Items]) -> Items:
     """Items of several boxes as one table; empty where there are none."""
-    return np.concatenate(parts) if parts else np.empty(0, dtype=ITEM)
+    if not parts:
+        return np.empty(0, dtype=ITEM)
+    # as bytes: numpy would work out a common type for the fields of each two, 35 µs a part
+    return np.concatenate([part.view(np.uint8) for part in parts]).view(ITEM)
 
 
 def _dims(

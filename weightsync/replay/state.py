@@ -312,7 +312,7 @@ class ModelReplay:
         assert known is not None, "there are residents of it"
         try:
             if known.sums is None:
-                known.sums = sums_for(residents, self._device)
+                known.sums = sums_for(residents, self._device, model.tensors)
             return known.sums.fingerprints(model.tensors)
         except Exception as error:
             self.turn_off(f"fingerprints failed: {type(error).__name__} {error}")

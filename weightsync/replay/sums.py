@@ -31,7 +31,7 @@ class Sums(Protocol):
 
 
 class HostSums:
-    """Of weights in host memory."""
+    """Of weights in host memory, or of some that are not: what lies on a GPU is fetched."""
 
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
@@ -43,7 +43,7 @@ class HostSums:
         for at, one in enumerate(residents.held):
             target = targets[one.target]
             sums[at] = fingerprint(
-                raw_bytes(strided_view(target, one.box)).numpy(),
+                raw_bytes(strided_view(target, one.box)).cpu().numpy(),
                 itemsize=target.element_size(),
                 global_shape=residents.shapes[one.tensor],
                 offset=one.offset,
@@ -84,9 +84,10 @@ class KernelSums:
         return totals.cpu().numpy()[: self._count].astype("<i8").tobytes()
 
 
-def sums_for(residents: Residents, device: torch.device) -> Sums:
-    """For weights on `device`."""
-    return KernelSums(BoxKernel(device), device, residents) if device.type == "cuda" else HostSums(residents)
+def sums_for(residents: Residents, device: torch.device, targets: Mapping[str, torch.Tensor]) -> Sums:
+    """For weights on `device`, if all of the targets that there are residents in lie there."""
+    there = all(targets[one.target].device == device for one in residents.held)
+    return KernelSums(BoxKernel(device), device, residents) if there and device.type == "cuda" else HostSums(residents)
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
