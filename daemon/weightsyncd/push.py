@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,9 +53,9 @@ class Services:
     peers: dict[str, Peer]
     rails: Rails
     plans: Plans
-    exposures: KnownExposures
     send: Callable[[bytes, msg.Message], bool]
     traces: Traces
+    exposures: KnownExposures = field(default_factory=KnownExposures)
 
 
 class Push:

@@ -47,7 +47,6 @@ from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.rails import Rails
 from weightsyncd.repeats import Repeats, engines_everywhere
-from weightsyncd.said import KnownExposures
 from weightsyncd.seed import Registry, Seeker
 from weightsyncd.status import status_of
 from weightsyncd.traces import Traces
@@ -138,16 +137,7 @@ class Server:
         )
         self.rails = Rails(config, self.bridges, self.peers)
         self.traces = Traces(config.node.name, config.log.trace_dir)
-        services = Services(
-            config,
-            self.executor,
-            self.peers,
-            self.rails,
-            Plans(config.arena),
-            KnownExposures(),
-            self._send,
-            self.traces,
-        )
+        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send, self.traces)
         self.follower = Follower(
             config,
             secrets.token_hex(8),
