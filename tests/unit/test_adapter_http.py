@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import wraps
 
 import pytest
@@ -59,8 +59,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if status == 307:
             self.send_header("Location", "http://127.0.0.1:1/")
         self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text.encode())
+        with suppress(BrokenPipeError):  # who asked has given up
+            self.end_headers()
+            self.wfile.write(text.encode())
 
     def log_message(self, *args):
         pass
