@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from weightsync.exposing.base import Exposing
+    from weightsync.exposing.device import DeviceExposed
+    from weightsync.exposing.host import HostExposed
     from weightsync.filling.local import LocalWeights
     from weightsync.filling.program import Program
     from weightsync.sources.base import Source
@@ -40,15 +42,19 @@ class RankExposing:
         """`key` is that of the program; `local` is where the weights are if this process uses GPUs, and `ready` are
         past what computes them. `on_gpus`: the node's slots are, and so are its engines.
         """
-        self._program, self._tell = program, tell
+        self._program, self._key, self._tell = program, key, tell
         self._told_as = endpoint, key[-DIGEST_BYTES:]
         self._told = False  # where the weights lie
         self.busy = True  # there is something to be told of
+        self._exposed: HostExposed | DeviceExposed | None = None
         self._exposing: Exposing | None = None
         try:
-            self._exposing = _begun(source, program, key, local, ready, on_gpus=on_gpus)
+            if local is None or all(gpu < 0 for gpu in local.gpus):
+                self._exposing = self._in_host_memory(source, on_gpus=on_gpus)
+            else:
+                self._exposing = self._on_a_gpu(source, local, ready, on_gpus=on_gpus)
         except WeightSyncError as error:  # then everything goes through slots
-            memory().forget_exposed(key)
+            self._give_up()
             tell(msg.Exposed(problem=str(error)))
             self.busy = False
 
@@ -86,36 +92,40 @@ class RankExposing:
         self.busy = False
         if self._exposing is not None:
             self._exposing.close(deadline=deadline)
+        if self._exposed is not None:
+            memory().give_exposed(self._key, self._exposed)
+            self._exposed = None
 
-
-def _begun(
-    source: Source,
-    program: Program,
-    key: bytes,
-    local: LocalWeights | None,
-    ready: Sequence[Any],
-    *,
-    on_gpus: bool,
-) -> Exposing:
-    known = memory().exposed.get(key)
-    in_host = local is None or all(gpu < 0 for gpu in local.gpus)
-    if in_host == on_gpus and program.buckets:
-        here, there = ("host memory", "GPUs") if in_host else ("a GPU", "host memory")
-        raise ConfigError(f"weights in {here} are not read in place by engines whose weights are in {there}")
-    if local is None or in_host:
+    def _in_host_memory(self, source: Source, *, on_gpus: bool) -> Exposing:
         from weightsync.exposing.host import HostExposed, HostExposing
 
+        self._check(on_gpus, "host memory", "GPUs")
+        known = self._exposed = memory().take_exposed(self._key)
         if not isinstance(known, HostExposed):
-            known = HostExposed(program)
-            memory().keep_exposed(key, known)
+            self._give_up()
+            known = self._exposed = HostExposed(self._program)
         return HostExposing(source, known)
-    from weightsync.exposing.device import DeviceExposed, DeviceExposing
-    from weightsync.filling.device import rank_device
 
-    gpu = rank_device(local)
-    if not isinstance(known, DeviceExposed) or not known.fits(local, gpu):
-        memory().forget_exposed(key)  # its copy, for which there may be no room twice
-        known = DeviceExposed(program, local, gpu)
-        memory().keep_exposed(key, known)
-    known.update(local)
-    return DeviceExposing(source, known, ready)
+    def _on_a_gpu(self, source: Source, local: LocalWeights, ready: Sequence[Any], *, on_gpus: bool) -> Exposing:
+        from weightsync.exposing.device import DeviceExposed, DeviceExposing
+        from weightsync.filling.device import rank_device
+
+        self._check(not on_gpus, "a GPU", "host memory")
+        gpu = rank_device(local)
+        known = self._exposed = memory().take_exposed(self._key)
+        if not isinstance(known, DeviceExposed) or not known.fits(local, gpu):
+            self._give_up()  # for its copy, and another, there may be no room at a time
+            known = self._exposed = DeviceExposed(self._program, local, gpu)
+        known.update(local)
+        return DeviceExposing(source, known, ready)
+
+    def _check(self, elsewhere: bool, here: str, there: str) -> None:
+        if elsewhere and self._program.buckets:
+            raise ConfigError(f"weights in {here} are not read in place by engines whose weights are in {there}")
+
+    def _give_up(self) -> None:
+        """Give back what this and earlier pushes have made a copy in."""
+        memory().forget_exposed(self._key)
+        if self._exposed is not None:
+            self._exposed.close()
+            self._exposed = None

@@ -39,7 +39,9 @@ class RankMemory:
         self._arenas: dict[bytes, Arena] = {}  # by offer
         self._slots: dict[tuple[str, int], DeviceSlots] = {}  # (arena, GPU here) → its slots, if they lie on a GPU
         self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, as `programs`
-        self.exposed: dict[bytes, HostExposed | DeviceExposed] = {}  # by plan and layout: what engines may have mapped
+        self._exposed: dict[
+            bytes, HostExposed | DeviceExposed
+        ] = {}  # idle, as `programs`: what engines may have mapped
         self.exposed_to: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout) → digest its daemon was told last
         self._pushes = 0  # under way: nothing is unmapped meanwhile
         self._unused: list[Arena | DeviceSlots] = []
@@ -121,18 +123,26 @@ class RankMemory:
             if key in self.programs:
                 self._device_programs[key] = program
 
-    def keep_exposed(self, key: bytes, exposed: HostExposed | DeviceExposed) -> None:
-        """What the program of that key exposes, for the next push; nothing else is kept of the same layout."""
+    def take_exposed(self, key: bytes) -> HostExposed | DeviceExposed | None:
+        """What the program of that key exposed last, for this push alone: it is made anew there."""
         with self._lock:
-            for other in [other for other in self.exposed if other[-DIGEST_BYTES:] == key[-DIGEST_BYTES:]]:
-                self.forget_exposed(other)
-            self.exposed[key] = exposed
+            return self._exposed.pop(key, None)
+
+    def give_exposed(self, key: bytes, exposed: HostExposed | DeviceExposed) -> None:
+        """Keep it for the next push, and nothing else of the same layout: engines may have it mapped."""
+        self.forget_exposed(key)
+        with self._lock:
+            if key in self.programs:
+                self._exposed[key] = exposed
+                return
+        exposed.close()
 
     def forget_exposed(self, key: bytes) -> None:
-        """Give back the memory in which it was exposed, if that was a copy."""
+        """Give back the memory in which the layout of that key was exposed, where that was a copy."""
         with self._lock:
-            exposed = self.exposed.pop(key, None)
-        if exposed is not None:
+            same = [other for other in self._exposed if other[-DIGEST_BYTES:] == key[-DIGEST_BYTES:]]
+            gone = [self._exposed.pop(other) for other in same]
+        for exposed in gone:
             exposed.close()
 
     def _look(self) -> bool:

@@ -116,7 +116,7 @@ def test_a_rank_that_cannot_expose_uses_slots(node, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("weightsync.exposing.host.os.posix_fallocate", no_room)
-    memory().exposed.clear()
+    memory()._exposed.clear()
     weights = node.weights("B")
     version, report = push(node, weights, in_place=True)
     assert drawn(report) == [False, False]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import threading
+from typing import Any
 
 import pytest
 
@@ -106,3 +107,44 @@ def test_a_forked_child_begins_with_none():
     assert ours.recv()
     process.join(10)
     assert process.exitcode == 0
+
+
+class Copied:
+    """What exposes weights in a copy, as far as the memory knows it."""
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def exposing_memory(*keys: bytes) -> Any:
+    memory: Any = RankMemory()
+    memory.programs.update(dict.fromkeys(keys))
+    return memory
+
+
+def test_what_was_exposed_is_for_one_push_at_a_time():
+    memory, first = exposing_memory(b"plan" + bytes(16)), Copied()
+    memory.give_exposed(b"plan" + bytes(16), first)
+    assert memory.take_exposed(b"plan" + bytes(16)) is first
+    assert memory.take_exposed(b"plan" + bytes(16)) is None, "two pushes would measure in the same memory"
+    assert not first.closed
+
+
+def test_of_one_layout_one_copy_is_kept():
+    """Another plan of it (slots of another size, say) has another copy: there may be no room for both."""
+    old, new, other = b"old " + bytes(16), b"new " + bytes(16), b"old " + bytes(15) + b"\1"
+    memory, copies = exposing_memory(old, new, other), [Copied() for _ in range(3)]
+    for key, copy in zip((old, other, new), copies, strict=True):
+        memory.give_exposed(key, copy)
+    assert [copy.closed for copy in copies] == [True, False, False]
+    memory.forget_exposed(old)
+    assert [copy.closed for copy in copies] == [True, False, True]
+
+
+def test_nothing_is_kept_for_a_program_that_is_forgotten():
+    memory, copy = exposing_memory(), Copied()
+    memory.give_exposed(b"plan" + bytes(16), copy)
+    assert copy.closed
