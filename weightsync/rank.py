@@ -175,6 +175,7 @@ class RankPush:
             filling, exposing = self._filling, self._exposing
             if exposing is not None and exposing.busy:
                 exposing.advance()
+                self._note_filled()
             if filling is not None and filling.busy:
                 self._tell_filled(link, filling)
             if (filling is not None and filling.busy) or (exposing is not None and exposing.busy):
@@ -302,13 +303,20 @@ class RankPush:
     def _stop_filling(self) -> None:
         """Nothing of this push writes into a slot after this, or reads weights."""
         exposing, self._exposing = self._exposing, None
-        if exposing is not None:
-            exposing.close(deadline=self.deadline + _PATIENCE)
         filling, self._filling = self._filling, None
-        if filling is not None:
-            filling.close(deadline=self.deadline + _PATIENCE)
-            if self._give_back is not None:
-                self._give_back()
+        try:
+            if filling is not None:
+                filling.close(deadline=self.deadline + _PATIENCE)
+                if self._give_back is not None:
+                    self._give_back()
+        finally:
+            if exposing is not None:
+                exposing.close(deadline=self.deadline + _PATIENCE)
+
+    def _note_filled(self) -> None:
+        """All buckets are written, and what was exposed is measured: then nothing here reads weights any more."""
+        if not self._buckets_left and (self._exposing is None or not self._exposing.busy):
+            self.filled.set()
 
     def _fill(self, lease: msg.Lease) -> None:
         program, filling = self._program, self._filling
@@ -331,8 +339,7 @@ class RankPush:
             )
             self._written += full.nbytes
             self._buckets_left -= 1
-            if not self._buckets_left:
-                self.filled.set()
+            self._note_filled()
             if self.on_progress is not None:
                 self.on_progress(self._written)
         if not filling.busy:

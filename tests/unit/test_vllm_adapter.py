@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from functools import wraps
@@ -152,6 +153,7 @@ class Server:
         self.started = 1.5
         self.protocol = 3
         self.posted: list[tuple[str, dict[str, str]]] = []
+        self.asked: list[str] = []  # of its workers
         self.answers: dict[str, tuple[int, object]] = {}
         self.open = False
 
@@ -217,6 +219,7 @@ class Server:
         return httpx.Response(200, json={"status": "done"})
 
     def worker(self, body):
+        self.asked.append(body["method"])
         if body["method"] == "__dir__":
             return httpx.Response(200, json={"results": [["a", *[MARK] * self.plugin]] * self.world})
         if not self.plugin:
@@ -475,6 +478,19 @@ async def test_a_restart_as_one_that_lacks_what_it_is_asked_for():
     after = await hand.probe(deadline=soon())
     assert before.incarnation != after.incarnation
     assert after.version == 5
+
+
+@on_loop
+async def test_a_restart_without_our_plugin_is_asked_nothing_that_its_workers_refuse():
+    """Of several workers such a call leaves the server out of step, and here they keep the version, too."""
+    routes = [route for route in ROUTES if route not in ("/weight_info", "/update_weight_version")]
+    server = Server(version="0.24.0", routes=routes, world=2, each=2)
+    hand, _ = await way(server)
+    server.started, server.plugin = 2.5, False
+    server.backend, server.asked = "ipc", []
+    with contextlib.suppress(EngineError):  # by which way it is spoken to then is another matter
+        await hand.probe(deadline=soon())
+    assert "weightsync" not in server.asked
 
 
 @on_loop

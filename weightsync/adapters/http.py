@@ -152,6 +152,7 @@ async def at_once(*questions: Awaitable[Any]) -> tuple[Any, ...]:
     finally:
         for question in asked:
             question.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
 
 
 def _tls(spec: EngineSpec) -> ssl.SSLContext:

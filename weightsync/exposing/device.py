@@ -40,7 +40,9 @@ class DeviceExposed:
     """What one rank gives in pushes of one plan, for one GPU and weights of given strides and types."""
 
     def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
-        """`update` follows. Raises `ConfigError` where there is no room for a copy, or for tables."""
+        """`update` follows. Raises `TransportBroken` for memory that cannot be shared, and `ConfigError` where there is
+        no room for a copy, or for tables.
+        """
         self._copy: DeviceSlots | None = None
         try:
             self._prepare(program, local, device)
@@ -59,6 +61,7 @@ class DeviceExposed:
         self._strides, self._gpus = local.strides, local.gpus
         self._gpu = str(torch.cuda.get_device_properties(device).uuid)
         self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
+        self._copy_bytes = 0
         self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
         self._tabulate(program, local)
         self._pointers: list[int] | None = None
@@ -73,6 +76,9 @@ class DeviceExposed:
         """What is launched in each push, and what is exposed; where that lies comes with `update`."""
         device = self.kernel.device
         here, cast, read = _sorted(program, local, device)
+        with torch.cuda.device(device):  # before there is work that would be for nothing, in each push
+            for one in allocations([local.pointers[write.shard] for write in here]):
+                shown(one, self._gpu)
         parts, summed, copied, end = [], [], [], 0
         sources = [_place(write, local) for write in here]
         for write, own in zip(here, sources, strict=True):

@@ -95,10 +95,12 @@ class RegionMap:
         try:
             with cupy().cuda.Device(self._device):
                 address = int(runtime.ipcOpenMemHandle(region.handle))
-                _, nbytes = range_of(address)
-                if nbytes < region.nbytes:
+                try:
+                    if range_of(address)[1] < region.nbytes:
+                        raise TransportBroken(f"an allocation of GPU {region.gpu} is smaller than it was exposed as")
+                except TransportBroken:
                     runtime.ipcCloseMemHandle(address)
-                    raise TransportBroken(f"an allocation of GPU {region.gpu} is smaller than it was exposed as")
+                    raise
                 return _Mapped(address, None)
         except runtime.CUDARuntimeError as error:
             raise TransportBroken(

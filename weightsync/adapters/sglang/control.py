@@ -3,8 +3,8 @@
 The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
 loaded, the cache is flushed, and what can be compared was found right. Its dialect and the way in are chosen when it is
 first probed, and again when it has restarted. One that has our plugin is asked from then on only for what changes while
-it runs, in short answers: each push probes twice. What a server does not say (whether it is paused, before 0.5.20 and
-without our plugin) is remembered here.
+it runs, in short answers: each push probes twice. What a server does not say is remembered here: before 0.5.20, that it
+was paused by us, and so not that somebody else has resumed it since.
 """
 
 from __future__ import annotations

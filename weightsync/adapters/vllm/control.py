@@ -78,8 +78,10 @@ class VLLMAdapter(EngineAdapter):
 
     async def probe(self, *, deadline: float) -> EngineInfo:
         path = self._path
-        if path is None:
+        if path is None or not path.server.profile.keeps_version:
+            # where workers keep the version, asking for it may be more than those of another server can bear
             started, asleep = await self._metrics(deadline=deadline)
+            state: Any = None
         else:
             told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
                 self._metrics(deadline=deadline), self._state(path, deadline), return_exceptions=True
@@ -90,10 +92,11 @@ class VLLMAdapter(EngineAdapter):
         if path is None or (started and started != self._started):
             path, self._why = await self._find_path(deadline=deadline)
             self._path, self._started = path, started
-            self._checkpoint = None
-            state = await self._state(path, deadline)
+            self._checkpoint, state = None, None
         if isinstance(state, BaseException):
             raise state
+        if state is None:
+            state = await self._state(path, deadline)
         paused, self._version = state
         self._sleeps = asleep is True
         if asleep is None:

@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
-from weightsync.adapters.http import EngineAnswer, at_once
+from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
@@ -107,13 +107,11 @@ class ExtensionPath(EnginePath):
         await self.server.workers("finish", deadline=deadline, draft=self.draft)
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
-        told = super().set_weight_version(text, deadline=deadline)
-        if not text.isdecimal():
-            await told
-            return
-        draft = {"draft": True} if self.draft else {}
-        _, answers = await at_once(told, self.server.workers("serve", deadline=deadline, version=int(text), **draft))
-        self.replay = told_of_replay(answers, self.server.engine)
+        await super().set_weight_version(text, deadline=deadline)
+        if text.isdecimal():
+            draft = {"draft": True} if self.draft else {}
+            answers = await self.server.workers("serve", deadline=deadline, version=int(text), **draft)
+            self.replay = told_of_replay(answers, self.server.engine)
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
         """What every worker holds of the push that has ended."""
