@@ -108,5 +108,6 @@ class PushReport:
         for e in self.engines:
             serves = "–" if e.version is None else str(e.version)
             error = e.error.message if e.error is not None else ""
-            table.add_row(e.engine, e.node, e.outcome, serves, f"{e.seconds:.3f}", str(e.checked), error)
+            outcome = f"{e.outcome}, in place" if e.drawn else e.outcome
+            table.add_row(e.engine, e.node, outcome, serves, f"{e.seconds:.3f}", str(e.checked), error)
         return table

@@ -29,6 +29,7 @@ def test_engines_draw_what_a_rank_exposes(node):
         assert drawn(report) == [True, True]
         assert {e.checked for e in report.engines} == {len(weights)}
         assert report.bytes == sum(w.nbytes for w in weights.values())
+        assert str(report).count("committed, in place") == 2
         node.assert_holds(weights, version)
 
 
