@@ -118,8 +118,8 @@ def test_members_with_another_key_do_not_meet():
         member.close(deadline=_soon())
 
 
-def test_abort_while_joining():
-    with no_leaks():
+def test_abort_while_joining(tmp_path):
+    with no_leaks(directory=str(tmp_path)):  # no arena is made here, and others of these tests make some in /dev/shm
         hosted = Rendezvous.host("127.0.0.1", deadline=_soon())
         member = GlooCommunicator(generation=1, rank=0, world=2, address="127.0.0.1")
         with ThreadPoolExecutor(1) as pool:
