@@ -61,7 +61,6 @@ class DeviceExposed:
         self._strides, self._gpus = local.strides, local.gpus
         self._gpu = str(torch.cuda.get_device_properties(device).uuid)
         self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
-        self._copy_bytes = 0
         self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
         self._tabulate(program, local)
         self._pointers: list[int] | None = None

@@ -29,27 +29,18 @@ class Committing(Ending):
             out.append(do.FinishEngine(engine=engine.name, deadline=self._until(now)))
 
     def _on_engine_finished(self, event: ev.EngineFinished, now: float, out: list[Instruction]) -> None:
-        engine = self._answered(event.engine, "finish", now, out)
+        engine = self._succeeded(event.engine, "finish", "finalise", now, out)
         if engine is None:
-            return
-        self.phases.stop("finalise", now)
-        if self.ended:
-            self._evict_late(engine, now, out)
             return
         engine.stage, engine.asked = EngineStage.VERIFYING, "verify"
         self.phases.start("verify", now)
         out.append(do.VerifyEngine(engine=engine.name, deadline=self._until(now)))
 
     def _on_engine_verified(self, event: ev.EngineVerified, now: float, out: list[Instruction]) -> None:
-        engine = self._answered(event.engine, "verify", now, out)
+        engine = self._succeeded(event.engine, "verify", "verify", now, out)
         if engine is None:
             return
-        self.phases.stop("verify", now)
-        engine.checked = event.checked
-        if self.ended:
-            self._evict_late(engine, now, out)
-            return
-        engine.stage = EngineStage.VERIFIED
+        engine.stage, engine.checked = EngineStage.VERIFIED, event.checked
         self._resume_when_verified(now, out)
 
     def _resume_when_verified(self, now: float, out: list[Instruction]) -> None:

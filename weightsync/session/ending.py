@@ -45,6 +45,19 @@ class Ending(SessionState):
             return None
         return engine
 
+    def _succeeded(self, name: str, asked: str, phase: str, now: float, out: list[Instruction]) -> EngineTrack | None:
+        """As `_answered`, for work that counts as a phase of the report; done after the push has ended it is too late,
+        and its engine leaves.
+        """
+        engine = self._answered(name, asked, now, out)
+        if engine is None:
+            return None
+        self.phases.stop(phase, now)
+        if self.ended:
+            self._evict_late(engine, now, out)
+            return None
+        return engine
+
     def _evict(
         self, engine: EngineTrack, error: ErrorRecord, *, lost: bool, now: float, out: list[Instruction]
     ) -> None:

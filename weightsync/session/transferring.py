@@ -80,12 +80,8 @@ class Transferring(Committing):
         self._go_on(now, out)
 
     def _on_weights_drawn(self, event: ev.WeightsDrawn, now: float, out: list[Instruction]) -> None:
-        engine = self._answered(event.engine, "draw", now, out)
+        engine = self._succeeded(event.engine, "draw", "load", now, out)
         if engine is None:
-            return
-        self.phases.stop("load", now)
-        if self.ended:
-            self._evict_late(engine, now, out)
             return
         if event.drawn:
             engine.next_bucket = engine.loaded = len(self.buckets)
@@ -142,12 +138,8 @@ class Transferring(Committing):
         known = self.engines.get(event.engine)
         if known is None or known.next_bucket != event.bucket:
             return
-        engine = self._answered(event.engine, "load", now, out)
+        engine = self._succeeded(event.engine, "load", "load", now, out)
         if engine is None:
-            return
-        self.phases.stop("load", now)
-        if self.ended:
-            self._evict_late(engine, now, out)
             return
         for bucket in range(event.bucket, event.bucket + event.count):
             engine.next_bucket += 1
