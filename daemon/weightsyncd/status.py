@@ -8,9 +8,9 @@ import logging
 import os
 import shutil
 import time
-from importlib.metadata import version as version_of
 from typing import TYPE_CHECKING
 
+from weightsync import __version__
 from weightsync.errors import TransportError
 from weightsync.nccl_bridge import commands
 from weightsync.wire import messages as msg
@@ -56,7 +56,7 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         shm_free = shutil.disk_usage(config.node.shm_dir).free
     return msg.Status(
         node=config.node.name,
-        software=f"weightsync {version_of('weightsync')}",
+        software=f"weightsync {__version__}",
         pid=os.getpid(),
         uptime=time.monotonic() - server.started,
         engines=(*(e.status(config.node.name) for e in server.engines), *remote),

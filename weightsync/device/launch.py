@@ -35,6 +35,24 @@ class Table(NamedTuple):
     items: int
 
 
+class _Handle:
+    """A stream of torch's, by the protocol that CUDA libraries share (`__cuda_stream__`: version and address)."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.stream.cuda_stream
+
+
+def _same(stream: torch.cuda.Stream) -> Any:
+    """`stream`, for cupy: 13 knows no `from_external`, and 14 warns of what 13 has."""
+    streams = cupy().cuda
+    if hasattr(streams.Stream, "from_external"):
+        return streams.Stream.from_external(_Handle(stream))
+    return streams.ExternalStream(stream.cuda_stream, stream.device_index)
+
+
 @cache
 def _compiled(source: str) -> Any:
     return cupy().RawKernel(source, "boxes", options=("--std=c++17",))
@@ -74,7 +92,7 @@ class BoxKernel:
             return
         blocks = min(table.items, max(1, self._blocks // share))
         c = cupy()
-        with c.cuda.Device(self.device.index), c.cuda.ExternalStream(stream.cuda_stream, self.device.index):
+        with c.cuda.Device(self.device.index), _same(stream):
             self._kernel(
                 (blocks,),
                 (_THREADS,),
