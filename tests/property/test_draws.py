@@ -90,7 +90,8 @@ class _Case:
 
     @property
     def places(self):
-        parts = [one.addresses([memory.ctypes.data]) for one, memory in zip(self.exposures, self.memory, strict=True)]
+        begins = [np.array([memory.ctypes.data], dtype=np.uint64).view(np.int64) for memory in self.memory]
+        parts = [one.addresses(begin) for one, begin in zip(self.exposures, begins, strict=True)]
         return [self.targets.ctypes.data], parts
 
     def check(self):

@@ -90,6 +90,30 @@ def test_what_is_mapped_stays_so_until_other_memory_is_asked_for(holder):
     assert mapped() == 0
 
 
+def test_many_regions_cost_no_more_than_their_process(holder, monkeypatch):
+    """Of small tensors a trainer has tens of thousands, and whoever looks after them holds up who reads."""
+    process, fd = holder
+    regions = [Region(nbytes=nbytes, fd=fd, name=NAME) for nbytes in range(1, 65)]
+    ranks = [Exposure.of(process.pid, started(process.pid), regions, [], 1)]
+    regions_ = RegionMap(None)
+    with regions_.mapped(ranks) as first:
+        assert mapped() == 64
+    asked: list[int] = []
+
+    def asking(pid: int) -> str:
+        asked.append(pid)
+        return started(pid)
+
+    monkeypatch.setattr("weightsync.ipc.regions.started", asking)
+    monkeypatch.delattr(RegionMap, "_map")
+    with regions_.mapped(ranks) as again:
+        assert again is first
+    assert regions_._look()
+    assert len(asked) == 2
+    regions_.release()
+    assert mapped() == 0
+
+
 def test_memory_of_a_process_that_has_ended_is_let_go(holder, monkeypatch):
     monkeypatch.setattr(gone, "_EVERY", 0.01)
     process, fd = holder

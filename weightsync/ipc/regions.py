@@ -23,7 +23,9 @@ from weightsync.processes import started
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from collections.abc import Set as AbstractSet
 
+    from weightsync.plan.boxes import Ints
     from weightsync.plan.exposure import Exposure, Region
 
 __all__ = ["RegionMap"]
@@ -34,7 +36,12 @@ class _Mapped(NamedTuple):
     memory: Any  # what holds it: an array over a file; None on a GPU
 
 
-_Key = tuple[int, str, "Region"]
+_Process = tuple[int, str]  # its id, and when it began
+
+
+class _Asked(NamedTuple):
+    exposures: Sequence[Exposure]
+    addresses: list[Ints]  # of the regions of each
 
 
 class RegionMap:
@@ -42,20 +49,19 @@ class RegionMap:
 
     def __init__(self, device: int | None) -> None:
         self._device = device
-        self._open: dict[_Key, _Mapped] = {}
+        self._open: dict[_Process, dict[Region, _Mapped]] = {}
+        self._asked: _Asked | None = None  # last, and all of it is mapped: there may be tens of thousands
         self._lock = threading.RLock()
         self.held = False  # nothing is unmapped: what was to be read by now may still be
         self._lookout = Lookout(self._look, device)
 
     @contextmanager
-    def mapped(self, exposures: Sequence[Exposure]) -> Iterator[list[list[int]]]:
-        """Where the regions of each of these ranks begin in this process. Inside, nothing is unmapped; what is read
-        must have been read at its end. Raises `TransportBroken`.
+    def mapped(self, exposures: Sequence[Exposure]) -> Iterator[list[Ints]]:
+        """Where the regions of each of these ranks begin in this process, int64 [regions]. Inside, nothing is unmapped;
+        what is read must have been read at its end. The same sequence again costs next to nothing. Raises
+        `TransportBroken`.
         """
         with self._lock:
-            wanted = {(one.pid, one.started, region): one for one in exposures for region in one.regions}
-            for key in [key for key in self._open if key not in wanted]:
-                self._close(key)
             for one in exposures:
                 if started(one.pid) != one.started:
                     raise TransportBroken(
@@ -63,30 +69,43 @@ class RegionMap:
                         hint="engine and trainer have to see one another's processes (containers: --pid=host); "
                         "else push with in_place=False",
                     )
-            for key in wanted:
-                if key not in self._open:
-                    pid, _, region = key
-                    self._open[key] = self._open_gpu(region) if region.gpu else self._open_file(pid, region)
+            if self._asked is None or self._asked.exposures is not exposures:
+                self._asked = _Asked(exposures, self._map(exposures))
             self._lookout.start()
-            yield [[self._open[one.pid, one.started, region].address for region in one.regions] for one in exposures]
+            yield self._asked.addresses
 
     def release(self) -> None:
         """Unmap everything; it is mapped again when it is asked for."""
         with self._lock:
-            for key in list(self._open):
-                self._close(key)
+            for process in list(self._open):
+                self._close(process)
 
     def _look(self) -> bool:
         """Let go of what processes that have ended had exposed; whether there is more to look after."""
         if not self._lock.acquire(blocking=False):
             return True  # it is being read
         try:
-            gone = {(pid, since) for pid, since, _ in self._open if started(pid) != since}
-            for key in [key for key in self._open if key[:2] in gone and not self.held]:
-                self._close(key)
+            for process in [(pid, since) for pid, since in self._open if started(pid) != since and not self.held]:
+                self._close(process)
             return bool(self._open)
         finally:
             self._lock.release()
+
+    def _map(self, exposures: Sequence[Exposure]) -> list[Ints]:
+        wanted: dict[_Process, set[Region]] = {}
+        for one in exposures:
+            wanted.setdefault((one.pid, one.started), set()).update(one.regions)
+        for process in list(self._open):
+            self._close(process, but=wanted.get(process, set()))
+        found = []
+        for one in exposures:
+            mapped = self._open.setdefault((one.pid, one.started), {})
+            for region in one.regions:
+                if region not in mapped:
+                    mapped[region] = self._open_gpu(region) if region.gpu else self._open_file(one.pid, region)
+            addresses = np.array([mapped[region].address for region in one.regions], dtype=np.uint64)
+            found.append(addresses.view(np.int64))
+        return found
 
     def _open_gpu(self, region: Region) -> _Mapped:
         if self._device is None:
@@ -134,8 +153,14 @@ class RegionMap:
             ) from error
         return _Mapped(int(memory.ctypes.data), memory)
 
-    def _close(self, key: _Key) -> None:
-        address, memory = self._open.pop(key)
-        if memory is None:
-            with cupy().cuda.Device(self._device):
-                cupy().cuda.runtime.ipcCloseMemHandle(address)
+    def _close(self, process: _Process, but: AbstractSet[Region] = frozenset()) -> None:
+        """Let go of what a process had exposed, `but` for these."""
+        self._asked = None
+        mapped = self._open[process]
+        for region in [region for region in mapped if region not in but]:
+            address, memory = mapped.pop(region)
+            if memory is None:
+                with cupy().cuda.Device(self._device):
+                    cupy().cuda.runtime.ipcCloseMemHandle(address)
+        if not mapped:
+            del self._open[process]

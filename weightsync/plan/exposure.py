@@ -124,9 +124,9 @@ class Exposure:
         """16 bytes that say which parts there are, and how their elements lie; not where."""
         return digest_of(b"".join(one.tobytes() for one in (self.tensor, self.offset, self.shape, self.strides)))
 
-    def addresses(self, regions: Sequence[int]) -> Ints:
-        """Where each part begins, [n], if regions begin at these addresses."""
-        found: Ints = np.array([*regions, 0], dtype=np.uint64).view(np.int64)[self.region] + self.at
+    def addresses(self, regions: Ints) -> Ints:
+        """Where each part begins, [n], if regions begin at these addresses, int64 [regions]."""
+        found: Ints = regions[self.region] + self.at
         return found
 
     @classmethod
