@@ -22,6 +22,7 @@ __all__ = ["Case", "Server", "compare", "gpu_memory"]
 PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
 TOKENS = 8
 START = 240.0
+BACKENDS = {"ipc": "ipc", "group": "nccl", "plugin": "weightsync"}  # of vLLM, by our way through it
 EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
 
 
@@ -86,9 +87,8 @@ class Server:
             command += ["--max-num-seqs", "8", "--gpu-memory-utilization", str(options.memory)]
             command += ["--attention-backend", "TRITON_ATTN", "--disable-custom-all-reduce"]
             command += ["--tensor-parallel-size", str(case.tp), *common]
-            if case.path in ("ipc", "plugin"):
-                backend = "ipc" if case.path == "ipc" else "weightsync"
-                command += ["--weight-transfer-config", json.dumps({"backend": backend})]
+            if case.path in BACKENDS:
+                command += ["--weight-transfer-config", json.dumps({"backend": BACKENDS[case.path]})]
             if case.path == "extension":
                 command += ["--worker-extension-cls", EXTENSION]
             return command

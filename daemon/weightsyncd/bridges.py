@@ -30,7 +30,9 @@ from weightsyncd.orphans import kill_orphans
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Bridge", "BridgeConfig", "BridgeStatus", "kill_orphans"]
+    from weightsync.config import NodeConfig
+
+__all__ = ["Bridge", "BridgeConfig", "BridgeStatus", "bridges_of", "kill_orphans"]
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,26 @@ class BridgeStatus:
     incarnation: str | None
     restarts: int
     last_error: ErrorRecord | None
+
+
+def bridges_of(config: NodeConfig) -> list[BridgeConfig]:
+    """What the bridges of this node are started with."""
+    # SGLang switches it off in its workers, and members of a communicator have to be alike in it
+    cumem = not any(engine.kind == "sglang" and engine.path == "group" for engine in config.engines)
+    return [
+        BridgeConfig(
+            node=config.node.name,
+            index=index,
+            slots=config.arena.slots,
+            slot_bytes=config.arena.slot_bytes,
+            directory=config.node.shm_dir,
+            gpu=config.node.gpus[index] if config.node.gpus else "",
+            cumem=cumem,
+            log_level=config.log.level,
+            log_format=config.log.format,
+        )
+        for index in range(config.node.bridges)
+    ]
 
 
 class Bridge:

@@ -18,7 +18,7 @@ from weightsync.errors import EngineError, EngineLost, LocalProtocolError, Weigh
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.state import buckets
-from weightsyncd.wire import NodeWire
+from weightsyncd.wire import NodeWire, joins_group
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -129,7 +129,7 @@ class NodeExecutor:
                 )
             case do.AcceptEngine():
                 manifest = context.known_manifest()
-                if engine.info is not None and engine.info.transport == "group":
+                if joins_group(engine):
                     await self.wire.offers_for(engine, deadline, begins=False)  # or tell what is wrong with the config
                 untouched = engine.accepted.get(manifest.digest)
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
@@ -191,7 +191,7 @@ class NodeExecutor:
     async def _load(
         self, context: PushContext, engine: Engine, first: int, tickets: Sequence[Sequence[bytes]], deadline: float
     ) -> None:
-        if engine.info is None or engine.info.transport != "group":
+        if not joins_group(engine):
             await engine.adapter.load_several(first, tickets, deadline=deadline)
             return
         for bucket, of_bucket in enumerate(tickets, first):

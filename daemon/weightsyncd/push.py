@@ -22,6 +22,7 @@ from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 from weightsync.session.trace import Trace
+from weightsync.transports.group import ONE_SENDER
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
@@ -286,6 +287,14 @@ class Push:
         reached = tuple(node for node in instruction.nodes if node not in failed)
         return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 
+    def _owners(self) -> int:
+        """How many bridges of each node get buckets: one, where an engine of this node takes them from one alone."""
+        engines = self._services.executor.engines
+        infos = [engines[name].info for name, node in self._engines.items() if node == self._home and name in engines]
+        if any(info is not None and info.transport in ONE_SENDER for info in infos):
+            return 1
+        return self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
+
     async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
         deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
@@ -294,7 +303,7 @@ class Push:
         self._names = self.ranks.nodes()
         places = {name: index for index, name in enumerate(self._names)}
         nodes = tuple(places[self.ranks[rank].node] for rank in range(self.ranks.world))
-        owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
+        owners = self._owners()
         missing = plans.missing(digests, owners, nodes)
         if missing:
             return ev.LayoutsMissing(ranks=tuple(missing))

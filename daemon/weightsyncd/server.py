@@ -33,7 +33,7 @@ from weightsync.session import events as ev
 from weightsync.wire import messages as msg
 from weightsync.wire.daemon_links import ControlServer
 from weightsync.wire.keys import read_key_file
-from weightsyncd.bridges import Bridge, BridgeConfig, kill_orphans
+from weightsyncd.bridges import Bridge, bridges_of, kill_orphans
 from weightsyncd.changes import Changes
 from weightsyncd.engines import Engines
 from weightsyncd.executor import NodeExecutor
@@ -87,22 +87,7 @@ class Server:
         self.config = config
         self.metrics = Metrics({engine.model for engine in config.engines if not engine.frozen})
         self.started = time.monotonic()
-        self.bridges = [
-            Bridge(
-                BridgeConfig(
-                    node=config.node.name,
-                    index=index,
-                    slots=config.arena.slots,
-                    slot_bytes=config.arena.slot_bytes,
-                    directory=config.node.shm_dir,
-                    gpu=config.node.gpus[index] if config.node.gpus else "",
-                    log_level=config.log.level,
-                    log_format=config.log.format,
-                ),
-                on_lost=self._bridge_lost,
-            )
-            for index in range(config.node.bridges)
-        ]
+        self.bridges = [Bridge(each, on_lost=self._bridge_lost) for each in bridges_of(config)]
         self.engines = Engines(
             config.engines,
             config.timeouts,

@@ -22,7 +22,7 @@ from weightsync.errors import (
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
-from weightsync.transports.group import GroupTicket
+from weightsync.transports.group import HELPERS, GroupTicket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +31,16 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.engines import Engine, Engines
 
-__all__ = ["NodeWire"]
+__all__ = ["NodeWire", "joins_group"]
 
 logger = logging.getLogger(__name__)
 
 _REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
+
+
+def joins_group(engine: Engine) -> bool:
+    """Whether it takes buckets from a process group, which it has to be told of beforehand."""
+    return engine.info is not None and engine.info.transport in HELPERS
 
 
 class NodeWire:
@@ -56,7 +61,7 @@ class NodeWire:
         to attach.
         """
         readers = self._readers(engine)
-        if "group" in readers.values():  # who restarted, or whose group has broken, gets another
+        if joins_group(engine):  # who restarted, or whose group has broken, gets another
             offers = [await self._offer_group(bridge, engine, deadline, begins) for bridge in self.bridges]
             return [offers] * len(readers)
         return [
@@ -71,6 +76,7 @@ class NodeWire:
             incarnation=engine.info.incarnation,
             readers=tuple(self._readers(engine)),
             host=self._address,
+            helper=HELPERS[engine.info.transport],
             join=begins,
         )
         return (await bridge.call(command, deadline=deadline)).offer
@@ -148,7 +154,7 @@ class NodeWire:
         try:
             for ranks in readers.values():
                 for reader, transport in ranks.items():
-                    if transport != "group":  # those were offered to when they were shown the manifest
+                    if transport not in HELPERS:  # those were offered to when they were shown the manifest
                         await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except (TransportError, LocalProtocolError) as error:

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from tests.gpu.far_receiver import FarReceiver
-from weightsync.adapters.pickling import dumps
 from weightsync.adapters.torch_handles import cuda_args
 from weightsync.errors import ConfigError
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.cuda import DeviceSlots, free_bytes
 from weightsync.ipc.ledger import Ledger
+from weightsync.pickling import dumps
 from weightsync.testing import check_transport, eventually, transport_checks
 from weightsync.transports.cuda_ipc import CudaIpcSender, DeviceChecksums
 from weightsync.transports.torch_cuda import TorchCudaSender, TorchCudaTicket

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weightsync.adapters.pickling import Call, Global, dumps, namespace
+from weightsync.pickling import Call, Global, dumps, namespace
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),

@@ -8,10 +8,10 @@ import pickle
 import torch
 from torch.multiprocessing import reductions
 
-from weightsync.adapters.pickling import Call, Global, dumps
 from weightsync.adapters.torch_handles import cuda_args, host_buffer
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.descriptors import seal
+from weightsync.pickling import Call, Global, dumps
 from weightsync.transports.torch_cuda import TorchCudaTicket
 from weightsync.transports.torch_shm import TorchShmSender, TorchShmTicket
 

@@ -438,6 +438,7 @@ def test_every_command_survives_the_pipe(kind):
         "token": 6,
         "engine": "e0",
         "incarnation": "x",
+        "helper": "vllm",
         "join": True,
         "group": "g",
         "pieces": b"p" * 16,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -15,7 +14,8 @@ from weightsync.ipc.arena import Arena
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.gloo import GlooCommunicator
-from weightsync.nccl_bridge.groups import Groups, _EngineStore
+from weightsync.nccl_bridge.groups import Groups
+from weightsync.nccl_bridge.meetings import TorchMeeting
 from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.testing import eventually
 from weightsync.transports.exports import Checksums
@@ -40,15 +40,18 @@ class World:
         self.pool = ThreadPoolExecutor(4)
         self.ranks: list[GlooCommunicator] = []
 
-    def offer(self, incarnation="1", readers=READERS, host="127.0.0.1", engine="e", join=True):
-        command = c.OfferGroup(engine=engine, incarnation=incarnation, readers=readers, host=host, join=join)
+    def offer(self, incarnation="1", readers=READERS, host="127.0.0.1", engine="e", join=True, helper="torch"):
+        command = c.OfferGroup(
+            engine=engine, incarnation=incarnation, readers=readers, host=host, helper=helper, join=join
+        )
         return GroupOffer.unpack(self.groups.offer(command, deadline=soon()))
 
     def join(self, offer):
         """As the engine's ranks: the keys are those of torch's helper, under the group's name."""
 
         def one(rank):
-            meeting = _EngineStore(Rendezvous.connect(offer.host, offer.port, deadline=soon()), offer.name)
+            there = Rendezvous.connect(offer.host, offer.port, deadline=soon())
+            meeting = TorchMeeting(there, offer.name, device="cpu")
             member = GlooCommunicator(generation=0, rank=rank + 1, world=offer.world, address="127.0.0.1")
             member.join(meeting, offer.name, deadline=soon())
             return member
@@ -238,12 +241,6 @@ def test_an_address_of_somebody_else_is_told(world):
         world.offer(host="192.0.2.1")
 
 
-def test_slots_on_a_gpu_are_refused(world):
-    @contextmanager
-    def on_gpu():
-        world.arena.memory = object()
-        yield
-        world.arena.memory = None
-
-    with on_gpu(), pytest.raises(ConfigError, match='path = "group" sends from host memory'):
-        world.offer()
+def test_vllm_is_not_sent_to_from_host_memory(world):
+    with pytest.raises(ConfigError, match="vllm joins groups over NCCL alone"):
+        world.offer(helper="vllm")

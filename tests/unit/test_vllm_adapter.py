@@ -14,6 +14,7 @@ import pytest
 from tests.hand_push import manifest_of
 from tests.recorded import FIXTURES, Replay
 from weightsync.adapters.vllm.control import VLLMAdapter
+from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
@@ -264,6 +265,8 @@ async def way(server, path="auto", target="all"):
         ({"backend": "nccl"}, "auto", ExtensionPath, "mapped"),
         ({"backend": None}, "auto", ExtensionPath, "mapped"),
         ({"backend": "ipc", "plugin": False}, "auto", IpcPath, "torch-cuda"),
+        ({"backend": "nccl", "plugin": False}, "auto", GroupPath, "group-vllm"),
+        ({"backend": "nccl"}, "group", GroupPath, "group-vllm"),
         ({"version": "0.19.1"}, "plugin", ExtensionPath, "mapped"),  # takes no backends of others
     ],
 )
@@ -282,7 +285,9 @@ async def test_a_backend_is_found_where_server_info_fails():
     assert isinstance(hand._path, IpcPath)
 
 
-@pytest.mark.parametrize(("backend", "path"), [(None, "auto"), ("nccl", "auto"), ("ipc", "plugin"), (None, "plugin")])
+@pytest.mark.parametrize(
+    ("backend", "path"), [(None, "auto"), ("sparse_nccl", "auto"), ("ipc", "plugin"), (None, "plugin")]
+)
 @on_loop
 async def test_no_way_in_is_told_with_the_flag(backend, path):
     with pytest.raises(EngineError) as caught:
@@ -569,15 +574,16 @@ async def test_an_address_that_others_reach():
 # --- several workers: a call that fails leaves vLLM out of step -------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["ipc", "nccl"])
+@pytest.mark.parametrize("backend", ["ipc", "nccl", "sparse_nccl"])
 @on_loop
 async def test_several_stock_workers_are_asked_nothing_that_they_refuse(backend):
     server = Server(backend=backend, plugin=False, world=2, each=2)
     hand = adapter(server.transport())
-    if backend == "ipc":
-        assert "path ipc: no plugin answered" in (await hand.probe(deadline=soon())).profile
+    if backend in ("ipc", "nccl"):
+        path = {"ipc": "ipc", "nccl": "group"}[backend]
+        assert f"path {path}: no plugin answered" in (await hand.probe(deadline=soon())).profile
     else:
-        with pytest.raises(EngineError, match="its weight-transfer backend is nccl"):
+        with pytest.raises(EngineError, match="its weight-transfer backend is sparse_nccl"):
             await hand.probe(deadline=soon())
     assert server.paths() == ["/collective_rpc"]
 

@@ -1,4 +1,4 @@
-"""What stock vLLM's ipc backend is sent, opened as its worker opens it."""
+"""What stock vLLM's ipc and nccl backends are sent, opened as their workers open it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
 from tests.hand_push import manifest_of
 from weightsync.adapters.torch_handles import cuda_args
-from weightsync.adapters.vllm.path_ipc import IpcPath, broken_groups, misfits, update_info
+from weightsync.adapters.vllm.path_group import GroupPath
+from weightsync.adapters.vllm.path_ipc import IpcPath, misfits, update_info
+from weightsync.adapters.vllm.path_stock import broken_groups
 from weightsync.adapters.vllm.profiles import PROFILES, Choice
 from weightsync.errors import EngineError, EngineRefused
 from weightsync.ipc.descriptors import seal
 from weightsync.plan.buckets import plan_push
 from weightsync.plan.manifest import Layout, Shard
+from weightsync.transports.group import GroupOffer, GroupTicket
 from weightsync.transports.torch_cuda import TorchCudaTicket
 
 HANDLE = b"\x07" * 64
@@ -50,9 +53,9 @@ def tensors(*shapes):
     }
 
 
-def manifest(*shapes, slot_bytes=1 << 20, alignment=256):
+def manifest(*shapes, slot_bytes=1 << 20, alignment=256, owners=1):
     shards = [Shard(name, d, s, (0,) * len(s), s) for name, (d, s, _) in tensors(*shapes).items()]
-    return plan_push([Layout.of(shards)], slot_bytes=slot_bytes, owners=1, alignment=alignment).manifest
+    return plan_push([Layout.of(shards)], slot_bytes=slot_bytes, owners=owners, alignment=alignment).manifest
 
 
 def opened(info):
@@ -196,6 +199,55 @@ def test_what_stock_ipc_cannot_take_is_refused(name, gpus, shapes, match):
     path = IpcPath(server, draft=False, gpus=gpus)
     with pytest.raises(EngineRefused, match=match):
         asyncio.run(path.check(manifest(*shapes), whole=False, deadline=0))
+
+
+def group_of(name):
+    return [[GroupOffer(name=name, host="10.0.0.1", port=77, world=3, backend="nccl").pack()]] * 2
+
+
+def test_workers_join_a_group_once_and_take_each_bucket_from_it():
+    server: Any = StockServer(by_name("vllm-0.26"))
+    path = GroupPath(server, draft=False)
+    plan = manifest((4, 128), (128,))
+    tickets = [GroupTicket(group="one", sequence=1).pack()] * 2
+
+    async def push(version, group):
+        server.http.posted.clear()
+        assert await path.check(plan, whole=False, deadline=0) == ()
+        await path.begin(version, plan, group_of(group), torn=False, deadline=0)
+        await path.load(0, tickets, deadline=0)
+        await path.finish(version, deadline=0)
+        return server.http.posted
+
+    async def run():
+        first = list(await push(1, "one"))
+        again = [path for path, _ in await push(2, "one")]
+        other = [path for path, _ in await push(3, "two")]
+        return first, again, other
+
+    first, again, other = asyncio.run(run())
+    terms = {"master_address": "10.0.0.1", "master_port": 77, "rank_offset": 1, "world_size": 3}
+    assert first[0] == ("/init_weight_transfer_engine", {"init_info": terms})
+    info = {"names": list(tensors((4, 128), (128,))), "dtype_names": ["bfloat16"] * 2, "shapes": [[4, 128], [128]]}
+    assert first[-2:] == [("/update_weights", {"update_info": info}), ("/finish_weight_update", None)]
+    assert again == ["/start_weight_update", "/update_weights", "/finish_weight_update"]
+    assert other == ["/init_weight_transfer_engine", *again]
+
+
+@pytest.mark.parametrize(
+    ("name", "terms", "shapes", "match"),
+    [
+        ("vllm-0.19", {}, ((128,),), "not known to load so"),
+        ("vllm-0.26", {"slot_bytes": 1024}, ((8, 128),), "'model.a.weight'"),
+        ("vllm-0.26", {"slot_bytes": 256, "owners": 2}, ((128,), (128,)), "in the slots of 2 bridges"),
+        ("vllm-0.26", {}, ((128,), (0,)), "'model.b.weight' has no elements"),
+    ],
+)
+def test_what_a_stock_group_cannot_take_is_refused(name, terms, shapes, match):
+    server: Any = StockServer(by_name(name))
+    path = GroupPath(server, draft=False)
+    with pytest.raises(EngineRefused, match=match):
+        asyncio.run(path.check(manifest(*shapes, **terms), whole=False, deadline=0))
 
 
 def test_hand_made_manifests_are_like_planned_ones():

@@ -67,7 +67,7 @@ KINDS: dict[str, tuple[str, str]] = {
 PATHS: dict[str, tuple[str, ...]] = {
     "reference": ("auto",),
     "sglang": ("auto", "plugin", "tensor", "ipc", "group"),
-    "vllm": ("auto", "plugin", "extension", "ipc"),
+    "vllm": ("auto", "plugin", "extension", "ipc", "group"),
 }
 """Kind of engine → the ways into it, see docs/engines.md."""
 

@@ -1,10 +1,10 @@
-"""Tickets of stock engines as what torch in the engine's worker makes of them, for `weightsync.adapters.pickling`."""
+"""Tickets of stock engines as what torch in the engine's worker makes of them, for `weightsync.pickling`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightsync.adapters.pickling import Call, Global
+from weightsync.pickling import Call, Global
 
 if TYPE_CHECKING:
     from weightsync.transports.torch_cuda import TorchCudaTicket

@@ -10,7 +10,7 @@ Each command class names its reply: `Command[Exported]` is answered by `Exported
 from __future__ import annotations
 
 import struct
-from typing import Annotated, ClassVar, Generic, TypeVar
+from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
 import msgpack
 import msgspec
@@ -163,6 +163,7 @@ class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group")
     incarnation: Annotated[str, Meta(max_length=256)]
     readers: Names
     host: Name  # this node's address, where the group meets
+    helper: Literal["torch", "vllm"] = "torch"  # by which the engine's ranks join, see `weightsync.transports.group`
     join: bool = False
 
 

@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import ConfigError, TransportBroken, TransportClosed, TransportError, TransportTimeout
 from weightsync.nccl_bridge.gloo import GlooCommunicator
-from weightsync.nccl_bridge.rendezvous import Rendezvous, prefixed
+from weightsync.nccl_bridge.meetings import TorchMeeting, VllmMeeting
+from weightsync.nccl_bridge.nccl_group import NcclGroup
+from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.transports.base import seconds_left
-from weightsync.transports.group import GroupOffer, GroupSender, GroupTicket
+from weightsync.transports.group import DeviceGroupSender, GroupOffer, GroupSender, GroupTicket, HostGroupSender
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from weightsync.ipc.arena import Arena
+    from weightsync.ipc.cuda import DeviceSlots
     from weightsync.ipc.ledger import Ledger
     from weightsync.nccl_bridge import commands as c
     from weightsync.transports.exports import Checksums
@@ -32,33 +35,18 @@ __all__ = ["Groups"]
 
 logger = logging.getLogger(__name__)
 
-_JOINING = 20.0  # seconds for an engine that was told to join; other communicators wait for it
+_JOINING = 20.0  # seconds for an engine that was told to join over gloo; other communicators wait for it
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
-_BACKEND = "gloo"
 _OVER = "over"  # name of a group that there is none of
-
-
-class _EngineStore:
-    """A rendezvous where torch's helper for process groups looks for its keys: under the group's name, once for
-    whoever wrote the engine's function and once for torch's, and under the device that comes first for the backend.
-    """
-
-    def __init__(self, rendezvous: Rendezvous, name: str) -> None:
-        self.sockets = rendezvous.sockets
-        self._rendezvous = rendezvous
-        self._name = name
-
-    def store(self, key: str, generation: int) -> Any:
-        """See `Rendezvous.store`; the name alone is the secret, and says which."""
-        return prefixed(self._rendezvous.raw, self._name, f"{self._name}/", "cpu/")
 
 
 @dataclass
 class _Group:
     incarnation: str  # of the engine
     rendezvous: Rendezvous  # the engine stays connected to it
-    communicator: GlooCommunicator
+    communicator: GlooCommunicator | NcclGroup
     sender: GroupSender
+    meet: Callable[[float], None]  # as rank 0, by a deadline
     joining: bool = False  # or joined
 
     def stands(self, incarnation: str, world: int) -> bool:
@@ -68,27 +56,34 @@ class _Group:
 
 
 class Groups:
-    """Those of one bridge, whose slots lie in host memory."""
+    """Those of one bridge: over gloo, or over NCCL where its slots lie on a GPU."""
 
     def __init__(
-        self, bridge: str, arena: Arena, *, ledger: Ledger, checksums: Checksums, one_by_one: threading.Lock
+        self,
+        bridge: str,
+        arena: Arena,
+        slots: DeviceSlots | None = None,
+        *,
+        ledger: Ledger,
+        checksums: Checksums,
+        one_by_one: threading.Lock,
     ) -> None:
         """`one_by_one` is shared with the other communicators of this process."""
         self._one_by_one = one_by_one
         self._bridge = bridge
         self._arena = arena
-        self._ledger = ledger
-        self._checksums = checksums
+        self._slots = slots
+        self._books: Any = {"ledger": ledger, "checksums": checksums}
         self._groups: dict[str, _Group] = {}
         self._lock = threading.Lock()
 
     def offer(self, command: c.OfferGroup, *, deadline: float) -> bytes:
         """How the engine joins its group; one that stands is offered again as it is. Raises `TransportError`."""
-        if self._arena.memory is not None:
+        if self._slots is None and command.helper == "vllm":
             raise ConfigError(
-                f'engine {command.engine}: path = "group" sends from host memory so far, and the slots of bridge '
-                f"{self._bridge} lie on a GPU",
-                hint='arena.device = "cpu" on this node, or a weightsyncd on the engine\'s own',
+                f"engine {command.engine}: vllm joins groups over NCCL alone, and the slots of bridge {self._bridge} "
+                "lie in host memory",
+                hint='arena.device = "cuda" on this node, or a weightsyncd on the engine\'s own',
             )
         with self._alone(deadline):
             known = self._groups.get(command.engine)
@@ -153,21 +148,42 @@ class Groups:
     def _new(self, command: c.OfferGroup, world: int, deadline: float) -> _Group:
         rendezvous = Rendezvous.host(command.host, deadline=deadline)
         name = f"weightsync-{secrets.token_hex(8)}"
-        terms = GroupOffer(name=name, host=command.host, port=rendezvous.port, world=world, backend=_BACKEND)
-        communicator = GlooCommunicator(
-            generation=0, rank=0, world=world, address=command.host, one_by_one=self._one_by_one
-        )
-        sender = GroupSender(communicator, self._arena, terms, ledger=self._ledger, checksums=self._checksums)
+        backend = "gloo" if self._slots is None else "nccl"
+        terms = GroupOffer(name=name, host=command.host, port=rendezvous.port, world=world, backend=backend)
+        make = self._over_gloo if self._slots is None else self._over_nccl
+        group = make(command, terms, rendezvous)
         for reader in command.readers:
-            sender.offer(reader)
-        return _Group(command.incarnation, rendezvous, communicator, sender)
+            group.sender.offer(reader)
+        return group
+
+    def _over_gloo(self, command: c.OfferGroup, terms: GroupOffer, rendezvous: Rendezvous) -> _Group:
+        gloo = GlooCommunicator(
+            generation=0, rank=0, world=terms.world, address=terms.host, one_by_one=self._one_by_one
+        )
+
+        def meet(deadline: float) -> None:
+            until = min(deadline, time.monotonic() + _JOINING)
+            gloo.join(TorchMeeting(rendezvous, terms.name, device="cpu"), terms.name, deadline=until)
+
+        sender = HostGroupSender(gloo, self._arena, terms, **self._books)
+        return _Group(command.incarnation, rendezvous, gloo, sender, meet)
+
+    def _over_nccl(self, command: c.OfferGroup, terms: GroupOffer, rendezvous: Rendezvous) -> _Group:
+        assert self._slots is not None, "NCCL moves GPU memory"
+        vllm = command.helper == "vllm"
+        place = VllmMeeting(rendezvous) if vllm else TorchMeeting(rendezvous, terms.name, device="cuda")
+        group = NcclGroup(world=terms.world, address=terms.host, greets=vllm)
+        sender = DeviceGroupSender(group, self._arena, self._slots, terms, **self._books)
+        return _Group(
+            command.incarnation, rendezvous, group, sender, lambda deadline: group.meet(place.tell, deadline=deadline)
+        )
 
     def _join(self, engine: str, group: _Group, deadline: float) -> None:
-        name, until = group.sender.terms.name, min(deadline, time.monotonic() + _JOINING)
+        name = group.sender.terms.name
 
         def join() -> None:
             try:
-                group.communicator.join(_EngineStore(group.rendezvous, name), name, deadline=until)
+                group.meet(deadline)
             except TransportError as error:  # the engine's own answer says why; this one is for the log
                 logger.warning("[engine=%s group=%s] join.failed %s", engine, name, error.message)
             else:

@@ -23,7 +23,7 @@ __all__ = ["UNIQUE_ID_BYTES", "Nccl", "settings_here"]
 
 UNIQUE_ID_BYTES = 128
 _SUCCESS, _IN_PROGRESS = 0, 7
-_BYTE = 1  # ncclUint8
+_BYTE, _FLOAT, _SUM = 1, 7, 0  # ncclUint8, ncclFloat32, ncclSum
 _UNDEFINED = -(2**31)
 _MUST_MATCH = ("NCCL_CUMEM_ENABLE", "NCCL_NVLS_ENABLE")
 
@@ -114,6 +114,14 @@ class Nccl:
             where, where, ctypes.c_size_t(nbytes), _BYTE, ctypes.c_int(root), communicator, ctypes.c_void_p(stream)
         )
         self._check("ncclBroadcast", status, communicator)
+
+    def sum_float(self, communicator: ctypes.c_void_p, address: int, stream: int) -> None:
+        """The sum of everybody's float at `address` of their GPU, to the same place."""
+        where = ctypes.c_void_p(address)
+        status = self._library.ncclAllReduce(
+            where, where, ctypes.c_size_t(1), _FLOAT, _SUM, communicator, ctypes.c_void_p(stream)
+        )
+        self._check("ncclAllReduce", status, communicator)
 
     def abort(self, communicator: ctypes.c_void_p) -> None:
         """End it, and what runs of it on the GPU; it is not to be used again."""

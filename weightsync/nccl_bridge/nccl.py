@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from weightsync.nccl_bridge.rendezvous import Meeting
 
-__all__ = ["NcclCommunicator"]
+__all__ = ["NcclCommunicator", "Tokens"]
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ class NcclCommunicator(Communicator):
         self._device = device
         self._communicator: Any = None
         self._stream: Any = None
-        self._tokens: _Tokens | None = None
+        self._tokens: Tokens | None = None
 
     def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
         """Return when all members have joined. They all give the same `key`.
@@ -75,7 +75,7 @@ class NcclCommunicator(Communicator):
             store = rendezvous.store(key, self.generation)
             unique_id = agree(store, self.rank, self.world, lambda: self._pause(_POLL_AGREED, what, deadline))
             self._stream = cupy().cuda.Stream(non_blocking=True)
-            self._tokens = _Tokens(self.world)
+            self._tokens = Tokens(self.world)
             self._communicator = nccl().begin(self.world, unique_id, self.rank)
             self._wait(what, deadline)
 
@@ -103,7 +103,7 @@ class NcclCommunicator(Communicator):
             for start in range(0, len(everything), _GROUP):
                 self._launch(everything[start : start + _GROUP], what, deadline)
             tokens.fetch(self._stream)
-            self._wait(what, deadline, lambda: _idle(self._stream))
+            self._wait(what, deadline, self._drained)
             if others := [root for root in roots if tokens.of(root) != token]:
                 raise TransportBroken(f"{what}: rank {others[0]} is in another one: members take them in other orders")
 
@@ -144,6 +144,10 @@ class NcclCommunicator(Communicator):
         while not (nccl().ready(self._communicator) and done()):
             self._pause(pause, what, deadline)
             pause = min(1.2 * pause, _POLL_LAST)
+
+    def _drained(self) -> bool:
+        """Whether the GPU has done all that it was given."""
+        return _idle(self._stream)
 
     def _pause(self, seconds: float, what: str, deadline: float) -> None:
         if self._closed.wait(seconds):
@@ -199,7 +203,7 @@ def _idle(stream: Any) -> bool:
     return status == 0
 
 
-class _Tokens:
+class Tokens:
     """A word of each member, on the GPU and in host memory: roots send theirs along with their bytes."""
 
     nbytes = 8

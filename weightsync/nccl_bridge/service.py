@@ -82,7 +82,7 @@ class BridgeService:
             "torch-cuda": TorchCudaSender(arena, **books),
         }
         self._one_by_one = threading.Lock()
-        self._groups = Groups(name, arena, **books, one_by_one=self._one_by_one)
+        self._groups = Groups(name, arena, slots, **books, one_by_one=self._one_by_one)
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
         self._hosted: Rendezvous | None = None
         self._member: Member | None = None

@@ -5,12 +5,14 @@ broadcast into tensors of the shapes that they are told, rank 0 being the sender
 group for each bridge and engine. An offer says how to join it; a ticket which group a bucket comes through; what is
 received is not checked, since no engine can.
 
-Source: `init_weights_update_group` and `update_weights_from_distributed` of SGLang 0.5.23.
+Source: `init_weights_update_group` and `update_weights_from_distributed` of SGLang 0.5.17 and 0.5.23; the `nccl`
+backend of vLLM 0.26 and 0.32.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from abc import abstractmethod
+from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 
 import msgspec
 import numpy as np
@@ -18,15 +20,38 @@ from msgspec import Meta
 
 from weightsync.errors import LocalProtocolError
 from weightsync.ipc.descriptors import Natural, seal, unseal
-from weightsync.transports.gloo import GlooSender
+from weightsync.transports.base import Capabilities
+from weightsync.transports.broadcast import BroadcastSender, Member
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from weightsync.ipc.arena import Arena
+    from weightsync.ipc.cuda import DeviceSlots
     from weightsync.ipc.ledger import Ledger
     from weightsync.transports.exports import Checksum, Checksums
     from weightsync.transports.gloo import HostMember
 
-__all__ = ["GroupOffer", "GroupSender", "GroupTicket"]
+__all__ = [
+    "HELPERS",
+    "ONE_SENDER",
+    "DeviceGroupMember",
+    "DeviceGroupSender",
+    "GroupOffer",
+    "GroupSender",
+    "GroupTicket",
+    "Helper",
+    "HostGroupSender",
+]
+
+Helper = Literal["torch", "vllm"]
+"""How the engine's ranks look for the group: by torch's process groups, or by vLLM's communicators without torch."""
+
+HELPERS: dict[str, Helper] = {"group": "torch", "group-vllm": "vllm"}
+"""Transport of an engine that joins groups → by what."""
+
+ONE_SENDER = ("group-vllm",)
+"""Transports of engines that are in one group at a time, and so take all buckets from one bridge."""
 
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 
@@ -66,15 +91,22 @@ class GroupTicket(msgspec.Struct, frozen=True, kw_only=True):
         return unseal(data, b"Q", cls)
 
 
-class GroupSender(GlooSender):
+class DeviceGroupMember(Member, Protocol):
+    """Rank 0 of a group that moves GPU memory (`weightsync.nccl_bridge.nccl_group.NcclGroup`)."""
+
+    def send(self, pieces: Sequence[tuple[int, int]], *, deadline: float) -> None:
+        """Give the bytes of each piece (address, length) to the others, in that order and one by one."""
+
+
+class GroupSender(BroadcastSender):
     """Rank 0 of the group that `terms` describe. Its readers are the engine's ranks; what they hold of a slot ends when
     it was sent.
     """
 
     def __init__(
-        self, communicator: HostMember, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
+        self, communicator: Member, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
     ) -> None:
-        super().__init__(communicator, arena, ledger=ledger, checksums=checksums)
+        super().__init__(communicator, arena, checksums, ledger=ledger)
         self.terms = terms
         self._pieces: list[tuple[int, int]] = []
 
@@ -101,9 +133,51 @@ class GroupSender(GlooSender):
             self._communicator.abort()
 
     def _broadcast(self, slot: int, nbytes: int, sequence: int, deadline: float) -> None:
-        memory = self._arena.slot(slot)[:nbytes]
-        for first, length in self._pieces:
-            self._gloo.broadcast(memory[first : first + length], self._gloo.rank, deadline=deadline)
+        self._send(slot, self._pieces, deadline)
+
+    @abstractmethod
+    def _send(self, slot: int, pieces: Sequence[tuple[int, int]], deadline: float) -> None:
+        """Give these bytes of the slot to the others, a broadcast each."""
 
     def _ticket(self, sequence: int, nbytes: int, value: Checksum, reader: str) -> bytes:
         return GroupTicket(group=self.terms.name, sequence=sequence).pack()
+
+
+class HostGroupSender(GroupSender):
+    """Over gloo."""
+
+    capabilities = Capabilities(device="cpu", scope="cluster", collective=True)
+
+    def __init__(
+        self, communicator: HostMember, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
+    ) -> None:
+        super().__init__(communicator, arena, terms, ledger=ledger, checksums=checksums)
+        self._gloo = communicator
+
+    def _send(self, slot: int, pieces: Sequence[tuple[int, int]], deadline: float) -> None:
+        memory = self._arena.slot(slot)
+        for first, length in pieces:
+            self._gloo.broadcast(memory[first : first + length], self._gloo.rank, deadline=deadline)
+
+
+class DeviceGroupSender(GroupSender):
+    """Over NCCL."""
+
+    capabilities = Capabilities(device="cuda", scope="cluster", collective=True)
+
+    def __init__(
+        self,
+        communicator: DeviceGroupMember,
+        arena: Arena,
+        slots: DeviceSlots,
+        terms: GroupOffer,
+        *,
+        ledger: Ledger,
+        checksums: Checksums,
+    ) -> None:
+        super().__init__(communicator, arena, terms, ledger=ledger, checksums=checksums)
+        self._nccl, self._slots = communicator, slots
+
+    def _send(self, slot: int, pieces: Sequence[tuple[int, int]], deadline: float) -> None:
+        start = self._slots.slot(slot)
+        self._nccl.send([(start + first, length) for first, length in pieces], deadline=deadline)

@@ -18,7 +18,6 @@ from weightsync.adapters.checkpoint import CheckpointCheck
 from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
-from weightsync.adapters.pickling import dumps
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
@@ -30,6 +29,7 @@ from weightsync.adapters.sglang.server import SGLangServer
 from weightsync.adapters.sglang.tensor import TensorPath
 from weightsync.adapters.versions import read, serving, updating
 from weightsync.errors import EngineError, EngineRefused
+from weightsync.pickling import dumps
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from weightsync.adapters.pickling import Call, Global, dumps, namespace
 from weightsync.adapters.torch_handles import cuda_args, host_buffer
+from weightsync.pickling import Call, Global, dumps, namespace
 from weightsync.transports.torch_cuda import TorchCudaTicket
 from weightsync.transports.torch_shm import TorchShmTicket
 

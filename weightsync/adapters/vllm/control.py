@@ -1,8 +1,8 @@
 """The daemon's hand inside a vLLM server.
 
 What the server is, is found out once for each incarnation: its protocol (`profiles.py`) and the way into it
-(`path_plugin.py`, `path_ipc.py`). What is the same for all ways is here: pausing, waking, the prefix cache, and the
-weight version by which a torn server is known.
+(`path_plugin.py`, `path_ipc.py`, `path_group.py`). What is the same for all ways is here: pausing, waking, the prefix
+cache, and the weight version by which a torn server is known.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.vllm import doctor
 from weightsync.adapters.vllm.path import torn_text
+from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.server import Server, configured, field
@@ -46,6 +47,7 @@ _SLEEPS = re.compile(
     r'^vllm:engine_sleep_state\{[^}]*sleep_state="(?:weights_offloaded|discard_all)"[^}]*\} (\d+(?:\.\d+)?)$',
     re.MULTILINE,
 )
+_STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
 _PLUGIN_HINT = (
     "install weightsync in the engine's environment and start it with --weight-transfer-config "
@@ -247,13 +249,14 @@ class VLLMAdapter(EngineAdapter):
         """The way in that the configuration asks for, or the best there is; and a line about it."""
         server = await Server.find(self._http, deadline=deadline)
         draft = self._spec.target == "draft"
-        if draft and not server.profile.draft and self._spec.path == "ipc":
+        stock = self._spec.path in ("ipc", "group")
+        if draft and not server.profile.draft and stock:
             raise EngineError(
                 f"vllm {server.version} cannot update a draft model alone", engine=self.name, hint="vllm 0.26 or later"
             )
         wanted, why = self._spec.path, "as configured"
         hello: list[Hello] | None = None
-        if wanted != "ipc":
+        if not stock:
             hello = await server.plugin(deadline=deadline)
             if hello is None and wanted != "auto":
                 raise EngineError("our plugin is not in its workers", engine=self.name, hint=_PLUGIN_HINT)
@@ -265,6 +268,8 @@ class VLLMAdapter(EngineAdapter):
                 path = PluginPath(server, draft=draft)
             case "plugin" | "extension":
                 path = ExtensionPath(server, draft=draft)
+            case "group":
+                path = GroupPath(server, draft=draft)
             case "ipc":
                 path = IpcPath(server, draft=draft, gpus=partial(self._gpus, server.world))
             case _:
@@ -282,8 +287,8 @@ class VLLMAdapter(EngineAdapter):
                 return "plugin", "our backend is configured"
             return "extension", f"our plugin answered, the configured backend is {hello[0].backend}"
         backend, _ = await configured(server, hello, deadline=deadline)
-        if backend == "ipc":
-            return "ipc", "no plugin answered, the backend is ipc"
+        if backend in _STOCK:
+            return _STOCK[backend], f"no plugin answered, the backend is {backend}"
         raise EngineError(
             f"there is no way into it: no plugin answered, and its weight-transfer backend is {backend}",
             engine=self.name,

@@ -92,8 +92,15 @@ def judge_backend(
         return [Finding(level="fail", what="our plugin is not in its workers", fix=_INSTALL)]
     found.append(Finding(level="warn", what="our plugin is not in its workers", fix=_INSTALL))
     if backend is None:
-        fix = _FLAG if path == "auto" else """--weight-transfer-config '{"backend": "ipc"}'"""
+        own = {"ipc": "ipc", "group": "nccl"}.get(path)
+        fix = f"""--weight-transfer-config '{{"backend": "{own}"}}'""" if own else _FLAG
         found.append(Finding(level="fail", what="it was started without a weight-transfer backend", fix=fix))
+    elif backend == "nccl" and path in ("auto", "group"):
+        what = "its nccl backend joins a process group with one bridge of this node, whose slots have to lie on a GPU"
+        found.append(Finding(level="ok", what=what))
+    elif path == "group":
+        fix = """--weight-transfer-config '{"backend": "nccl"}'"""
+        found.append(Finding(level="fail", what=f"its weight-transfer backend is {backend}", fix=fix))
     elif backend != "ipc":
         found.append(Finding(level="fail", what=f"its weight-transfer backend is {backend}", fix=_FLAG))
     elif insecure is False:

@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.pickling import dumps
 from weightsync.adapters.torch_handles import cuda_args
-from weightsync.adapters.vllm.path import EnginePath
-from weightsync.adapters.vllm.server import OUT_OF_STEP, first_names
-from weightsync.errors import ConfigError, EngineError, LocalProtocolError
-from weightsync.plan.groups import group_key
+from weightsync.adapters.vllm.path_stock import StockPath
+from weightsync.adapters.vllm.server import first_names
+from weightsync.errors import ConfigError, EngineError
+from weightsync.pickling import dumps
 from weightsync.transports.torch_cuda import TorchCudaTicket
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["IpcPath", "broken_groups", "misfits", "update_info"]
+__all__ = ["IpcPath", "misfits", "update_info"]
 
 
 def misfits(manifest: Manifest) -> list[str]:
@@ -50,29 +47,6 @@ def misfits(manifest: Manifest) -> list[str]:
     return found
 
 
-def broken_groups(names: Sequence[str]) -> list[str]:
-    """Sentences about fused groups that did not come whole, as far as names can tell: q, k and v always go together,
-    of the others a group must have what any group of its kind has.
-    """
-    groups: dict[str, dict[str, str]] = {}  # group → member → a tensor of it
-    kinds: dict[str, set[str]] = {"qkv": {"q_proj", "k_proj", "v_proj"}}
-    for name in names:
-        key = group_key(name)
-        if key != name and name.endswith(".weight"):
-            member = name.split(".")[-2]
-            groups.setdefault(key, {})[member] = name
-            kinds.setdefault(_kind(key), set()).add(member)
-    return [
-        f"{next(iter(found.values()))!r} comes without {', '.join(sorted(lacking))} of its fused group"
-        for key, found in groups.items()
-        if (lacking := kinds[_kind(key)].difference(found))
-    ]
-
-
-def _kind(group: str) -> str:
-    return group[group.rfind("[") + 1 : -1]
-
-
 def update_info(
     manifest: Manifest, bucket: int, handles: Mapping[str, tuple[Any, ...]], *, flagged: bool
 ) -> dict[str, Any]:
@@ -92,7 +66,7 @@ def update_info(
     }
 
 
-class IpcPath(EnginePath):
+class IpcPath(StockPath):
     """Needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in the server, and GPUs.
 
     The mapping of a bucket is kept by the worker until the next bucket comes or the update is finished.
@@ -106,27 +80,14 @@ class IpcPath(EnginePath):
         super().__init__(server, draft=draft)
         self._find_gpus = gpus
         self._gpus: tuple[str, ...] = ()
-        self._manifest: Manifest | None = None
-        self._whole = False  # the last update was one of ours, and ended well: there is nothing to repair
-        self._opened = False  # by us, and not closed since
-        self._out_of_step = ""  # the call that failed, and left workers' answers unread
 
     async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
-        """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
-        if self._out_of_step:
-            raise self.refused(
-                f"{self._out_of_step}; {OUT_OF_STEP}",
-                "restart it (and weightsyncd, where its /metrics are off); with our plugin, it would not have to be",
-            )
+        """See the base class."""
         if self.server.profile.packed is None:
             raise self.refused(
                 f"vllm {self.server.version} takes no packed buffers", "use our plugin, or vllm 0.22 or later"
             )
-        if broken := broken_groups(manifest.tensors.names):
-            raise self.refused(
-                first_names(broken, len(broken)),
-                "send fused groups whole: vllm would leave the rest of a layer uninitialised",
-            )
+        untouched = await super().check(manifest, whole=whole, deadline=deadline)
         if found := misfits(manifest):
             raise self.refused(
                 f"stock ipc takes whole tensors back to back, and {first_names(found, len(found))}",
@@ -136,53 +97,14 @@ class IpcPath(EnginePath):
             await self._readers()
         except (EngineError, ConfigError) as error:
             raise self.refused(error.message, error.hint) from error
-        return ()
+        return untouched
 
-    async def begin(
-        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
-    ) -> None:
-        self._manifest = manifest
-        forgets = not self.server.profile.keeps_version  # … that it was torn, when this daemon or it restarts
-        repair, self._whole = torn or (forgets and not self._whole), False
+    async def _attach(self, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         init = {"packed": True} if self.server.profile.packed == "init" else {}
-        with self._watched():
-            await self.server.http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
-            if self._opened:
-                await self._close(deadline=deadline)
-            if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
-                await self._open(deadline=deadline)
-                await self._close(deadline=deadline)
-            await self._open(deadline=deadline)
-
-    async def _open(self, *, deadline: float) -> None:
-        """Open an update. One that somebody else has left open is closed, where trying may cost nothing."""
-        try:
-            await self.start(deadline=deadline)
-        except EngineAnswer:
-            if self.server.world > 1:
-                raise
-            await self._close(deadline=deadline)
-            await self.start(deadline=deadline)
-        self._opened = True
-
-    async def _close(self, *, deadline: float) -> None:
-        self._opened = False
-        await self.server.http.post("/finish_weight_update", None, deadline=deadline)
-
-    @contextmanager
-    def _watched(self) -> Iterator[None]:
-        try:
-            yield
-        except EngineAnswer as answer:
-            self._opened = False  # a failed update is one that vLLM closes
-            if self.server.world > 1:
-                self._out_of_step = answer.message
-            raise
+        await self.server.http.post("/init_weight_transfer_engine", {"init_info": init}, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        if self._manifest is None:
-            raise LocalProtocolError("no update is open", engine=self.server.engine, hint="begin first")
-        profile, manifest = self.server.profile, self._manifest
+        profile, manifest = self.server.profile, self._updated()
         # the worker puts its own ordinal in the place of this one
         handles = [cuda_args(TorchCudaTicket.unpack(ticket), 0) for ticket in tickets]
         by_worker = list(zip(await self._readers(), handles, strict=True))
@@ -194,12 +116,6 @@ class IpcPath(EnginePath):
             info = update_info(manifest, bucket, dict(by_worker), flagged=flagged)
         with self._watched():
             await self.server.http.post("/update_weights", {"update_info": info}, deadline=deadline)
-
-    async def finish(self, version: int, *, deadline: float) -> None:
-        with self._watched():
-            await self._close(deadline=deadline)
-        self._manifest = None
-        self._whole = True
 
     async def _readers(self) -> tuple[str, ...]:
         if not self._gpus:

@@ -176,7 +176,8 @@ async def configured(
             f"to refuse something. {OUT_OF_STEP}",
             engine=server.engine,
             phase="probe",
-            hint='path = "ipc" in the node config if that is its backend, or our plugin in its environment',
+            hint='path = "ipc" in the node config if that is its backend, "group" if it is nccl, or our plugin in its '
+            "environment",
         )
     try:
         # our own backend takes this, any other names itself in refusing it; neither does anything
