@@ -26,6 +26,6 @@ def test_vllms_group_without_torch_finds_the_unique_id():
     rendezvous = Rendezvous.host("127.0.0.1", deadline=time.monotonic() + 20)
     unique_id = bytes(range(128))
     VllmMeeting(rendezvous).tell(unique_id)
-    command = [ENGINES / "vllm/bin/python", "-c", JOIN.format(port=rendezvous.port)]
+    command = [str(ENGINES / "vllm/bin/python"), "-c", JOIN.format(port=rendezvous.port)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert f"found {unique_id.hex()}" in done.stdout, done.stderr[-2000:]
