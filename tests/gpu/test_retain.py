@@ -71,6 +71,14 @@ class Node:
         (keeper,) = fetch_status(self.daemon.endpoint).keepers
         return keeper.pid
 
+    def wait_keeper(self, *, other: int | None = None) -> None:
+        """Return once one runs and is ready, another than that one."""
+
+        def ready() -> bool:
+            return self.keeper != other and f"keeper.ready pid={self.keeper}" in self.daemon.log.read_text()
+
+        assert eventually(ready, seconds=_LONG), self.daemon.tail(40)
+
     def weights(self, name: str) -> dict[str, torch.Tensor]:
         return load_file(self.fleet.root / name / "model.safetensors")
 
@@ -131,7 +139,7 @@ def node() -> Iterator[Node]:
             named("retain"), engines, arena=ARENA, node={"retain": "host"}, timeouts={"probe_every": 0.5}
         )
         made = Node(fleet, daemon, engines, itertools.count(1))
-        assert eventually(lambda: made.keeper is not None, seconds=_LONG), daemon.tail(40)
+        made.wait_keeper()
         yield made
         assert "Traceback" not in daemon.log.read_text()
 
@@ -145,8 +153,8 @@ def test_engines_that_restart_get_what_was_pushed_last(node):
         for each in node.engines:
             node.wait_serves(each, "B", version)
         assert eventually(lambda: fetch_status(node.daemon.endpoint).push is None, seconds=_LONG)
-        taken.append(gpu_users()[node.keeper])
-    assert eventually(lambda: gpu_users()[node.keeper] <= taken[0], seconds=_LONG), taken
+        taken.append(gpu_users().get(node.keeper, 0))
+    assert eventually(lambda: gpu_users().get(node.keeper, 0) <= taken[0], seconds=_LONG), taken
 
 
 def test_an_engine_that_joins_gets_what_was_pushed_last(node):
@@ -190,7 +198,7 @@ def test_a_keeper_that_is_killed_in_a_push_costs_nobody_the_push(node):
         node.wait_serves(engine, "B", version)
     assert eventually(lambda: keeper not in gpu_users(), seconds=_LONG), "its GPU memory is given back"
     assert node.kept is None
-    assert eventually(lambda: node.keeper not in (None, keeper), seconds=_LONG), node.daemon.tail(40)
+    node.wait_keeper(other=keeper)
     node.push(node.on_device("B"))  # which the new one keeps
 
 
@@ -202,20 +210,26 @@ def test_the_keeper_has_one_cuda_context_and_the_daemon_none(node, gpus):
     assert visible == f"GPU-{torch.cuda.get_device_properties(gpus - 1).uuid}"
 
 
-def test_pushes_leave_nothing_behind(node):
+def test_pushes_leave_nothing_behind(node, gpus):
     """GPU memory of every process after push 23 is what it was after push 3, host memory of the keeper too, and the
     ledger is even.
     """
+
+    def free() -> list[int]:
+        return [torch.cuda.mem_get_info(gpu)[0] for gpu in range(gpus)]
+
+    free()  # which takes a context on each
     weights = [node.on_device(name) for name in "AB"]
     for push in range(3):
         node.push(weights[push % 2])
     torch.cuda.synchronize()
-    before, allocated = gpu_users(), torch.cuda.memory_allocated()
+    before, there, allocated = gpu_users(), free(), torch.cuda.memory_allocated()
     resident = psutil.Process(node.keeper).memory_info().rss
     shm = sorted(path.name for path in Path("/dev/shm").iterdir())
     for push in range(20):
         node.push(weights[push % 2])
     assert gpu_users() == before
+    assert all(now > then - (16 << 20) for now, then in zip(free(), there, strict=True))
     assert torch.cuda.memory_allocated() == allocated
     grown = psutil.Process(node.keeper).memory_info().rss - resident
     assert grown < 64 << 20, "what one push takes, a huge page for each bucket, would be more after twenty"
