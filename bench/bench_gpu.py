@@ -2,6 +2,7 @@
 
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines tp --json out.json
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines away   # half of the GPUs to the other half, as two nodes
+    python -m bench.bench_gpu --shape qwen3-30b-a3b --layers 12 --retain   # a copy of each push is kept in host memory
 
 Weights are random, shapes and names a real model's (`python -m bench models`; the reference engine serves Qwen3's).
 Every push is verified: each engine's tensors are fingerprinted where they lie and compared with the trainer's. Seconds
@@ -21,11 +22,12 @@ from typing import Any
 import torch
 
 from bench import shapes
-from bench.gpu_ceilings import measure
+from bench.gpu_ceilings import measure, measure_to_host
 from bench.harness import report
 from weightsync.adapters.reference.config import read_config
 from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
+from weightsync.testing import eventually
 
 
 def main() -> None:
@@ -42,6 +44,7 @@ def main() -> None:
     )
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
     parser.add_argument("--in-place", action="store_true", help="engines read the trainer's memory, and no slots")
+    parser.add_argument("--retain", action="store_true", help='node.retain = "host"; takes twice the model on the host')
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
     parser.add_argument("--trace-dir", type=Path, help="keep traces of the pushes there, for ui.perfetto.dev")
@@ -51,6 +54,8 @@ def main() -> None:
     arguments.ranks = arguments.ranks or (gpus // 2 if arguments.engines == "away" else gpus)
     figures, broadcasts = push(arguments)
     ceilings = broadcasts | ({} if arguments.no_ceilings else measure())
+    if arguments.retain:
+        ceilings["copy of one GPU to locked host memory"] = measure_to_host()
     figures["ceilings"] = ceilings
     if arguments.engines == "away":
         gpus //= 2
@@ -62,6 +67,14 @@ def main() -> None:
         ["arenas", f"{arguments.slots} slots of {arguments.slot} on each GPU"],
         ["read where the trainer has it", "yes" if figures["drawn"] else "no"],
         ["push, median", f"{figures['seconds']:.4f} s"],
+        *(
+            [
+                ["  the first two, which lock memory", " and ".join(f"{s:.2f} s" for s in figures["first_seconds"])],
+                ["  bytes kept / seconds of a push", f"{figures['bytes'] / figures['seconds'] / 1e9:.1f} GB/s"],
+            ]
+            if arguments.retain
+            else []
+        ),
         ["  weights read until (trainer free)", f"{figures['until_filled']:.4f} s"],
         *([f"  {name}", f"{seconds * 1e3:.1f} ms"] for name, seconds in figures["phases"].items()),
         ["fill, into each GPU", f"{figures['bytes'] / gpus / figures['phases']['fill'] / 1e9:.0f} GB/s"],
@@ -109,13 +122,20 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
             "timeouts": {"operation": 120.0},
             "log": {"trace_dir": str(arguments.trace_dir or "")},
         }
+        retain = {"retain": "host" if arguments.retain else "none"}
         if away:
             uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(gpus)]
             home, far = ({"gpus": part} for part in (uuids[: gpus // 2], uuids[gpus // 2 :]))
             peer = fleet.start_daemon("away", engines, node=far, **sections)
-            daemon = fleet.start_daemon("bench", peers=[peer], node=home, **sections)
+            daemon = fleet.start_daemon("bench", peers=[peer], node=home | retain, **sections)
         else:
-            daemon = fleet.start_daemon("bench", engines, **sections)
+            daemon = fleet.start_daemon("bench", engines, node=retain, **sections)
+
+        def keeps() -> bool:  # a node without engines starts its keeper in the first push
+            return all(keeper.pid is not None for keeper in fetch_status(daemon.endpoint).keepers)
+
+        if not eventually(keeps, seconds=60):
+            raise SystemExit(daemon.tail(60))
         script = Path(__file__).with_name("gpu_trainer.py")
         options = ["--model", str(fleet.root / "model"), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
         options += ["--pushes", str(arguments.pushes + 2), *(["--in-place"] if arguments.in_place else [])]
@@ -125,7 +145,8 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         if status:
             raise SystemExit("\n".join([trainer.tail(100), daemon.tail(40), *(e.tail(20) for e in engines)]))
         ranks = [json.loads((fleet.root / f"rank{r}.json").read_text()) for r in range(arguments.ranks)]
-        bridges = fetch_status(daemon.endpoint).bridges
+        found = fetch_status(daemon.endpoint)
+        bridges, kept = found.bridges, found.kept.get("default")
         users = _users()
         broadcasts: dict[str, float] = {}
         if away:
@@ -141,6 +162,8 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
     first = ranks[0]["pushes"][2:]
     if arguments.in_place and not all(engine["drawn"] for row in first for engine in row["engines"]):
         raise SystemExit("an engine read slots after all")
+    if arguments.retain and kept != ranks[0]["pushes"][-1]["version"]:
+        raise SystemExit(f"the last push was not kept, but {kept}")
     if not all(row["complete"] for row in first):
         raise SystemExit(f"a push was not complete: {first[-1]['engines']}")
 
@@ -153,6 +176,8 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         "buckets": first[0]["buckets"],
         "drawn": all(engine["drawn"] for row in first for engine in row["engines"]),
         "seconds": median([row["wall_seconds"] for row in first]),
+        "first_seconds": [row["wall_seconds"] for row in ranks[0]["pushes"][:2]],
+        "retain": arguments.retain,
         "seconds_all": [row["wall_seconds"] for row in first],
         "until_filled": median(
             [max(r["pushes"][i + 2]["until_filled_seconds"] for r in ranks) for i in range(len(first))]

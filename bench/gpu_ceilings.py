@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-__all__ = ["measure"]
+__all__ = ["measure", "measure_to_host"]
 
 NBYTES = 2 << 30
 RUNS = 7
@@ -40,6 +40,20 @@ def measure() -> dict[str, float]:
     for process in processes:
         process.join(30)
     return {name: min(result[name] for result in results) for name in results[0]}
+
+
+def measure_to_host() -> float:
+    """GB/s of one GPU's copy engine into locked host memory, which nothing else uses."""
+    there = torch.empty(NBYTES, dtype=torch.uint8, device="cuda")
+    here = torch.empty(NBYTES, dtype=torch.uint8, pin_memory=True)
+    seconds = []
+    for _ in range(RUNS):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        here.copy_(there, non_blocking=True)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return NBYTES / statistics.median(seconds) / 1e9
 
 
 def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:

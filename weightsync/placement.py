@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from weightsync.config import NodeConfig
 
-__all__ = ["placed"]
+__all__ = ["keeper_gpu", "placed"]
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +38,6 @@ def placed(
     chosen: list[Gpu] = []
     if arena.device != "cpu":
         chosen = _chosen(config, environment, _there(config) if gpus is None else gpus)
-    if chosen and node.retain == "host":
-        raise ConfigError(
-            'node.retain = "host" keeps what lies in slots in host memory, and these lie on GPUs',
-            hint='leave node.retain away, or set arena.device = "cpu"',
-        )
     if chosen:
         bridges, slot_bytes, device = len(chosen), arena.slot_bytes or _slot_bytes(chosen, arena.slots), "cuda"
         if node.bridges not in (0, bridges):
@@ -59,6 +54,15 @@ def placed(
         node=msgspec.structs.replace(node, bridges=bridges, gpus=tuple(gpu.uuid for gpu in chosen)),
         arena=msgspec.structs.replace(arena, device=device, slot_bytes=slot_bytes),
     )
+
+
+def keeper_gpu(gpus: Sequence[str], others: int) -> str:
+    """The GPU by which a keeper reads slots on `gpus` (UUIDs), where there are `others` already; "": none.
+
+    The last: a trainer's rank 0 and engines with fewer ranks than GPUs take the first. Keepers of several models have
+    one each as far as there are.
+    """
+    return gpus[-1 - others % len(gpus)] if gpus else ""
 
 
 def _there(config: NodeConfig) -> list[Gpu]:

@@ -53,11 +53,14 @@ class _Process(NamedTuple):
 class KeeperAdapter(EngineAdapter):
     """See the module. What is asked while it is at work waits for its turn."""
 
-    def __init__(self, model: str, endpoint: str, log: LogConfig, newest: Callable[[str], int | None]) -> None:
+    def __init__(
+        self, model: str, endpoint: str, log: LogConfig, newest: Callable[[str], int | None], *, gpu: str = ""
+    ) -> None:
         """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes. `newest` is the
-        version of a model that was committed last.
+        version of a model that was committed last. `gpu` is the UUID of the one by which it reads slots on GPUs.
         """
         self._newest = newest
+        self._gpu = gpu
         self._model = model
         self._endpoint = endpoint
         self._log = log
@@ -214,18 +217,19 @@ class KeeperAdapter(EngineAdapter):
         try:
             with theirs:
                 # -P: the working directory of the daemon is not searched for modules. A session of its own: a Ctrl-C on
-                # the daemon's terminal reaches the daemon alone. It has no use for GPUs.
+                # the daemon's terminal reaches the daemon alone. One GPU, or none.
                 process = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-P", "-m", "weightsync.keeper", "--pipe", str(theirs.fileno())),
                     *("--daemon", self._endpoint, "--model", self._model),
                     *("--log-level", self._log.level, "--log-format", self._log.format),
+                    *(("--gpu",) if self._gpu else ()),
                     pass_fds=(theirs.fileno(),),
                     start_new_session=True,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=asyncio.subprocess.DEVNULL,
                     env=os.environ
                     | {
-                        "CUDA_VISIBLE_DEVICES": "",
+                        "CUDA_VISIBLE_DEVICES": f"GPU-{self._gpu}" if self._gpu else "",
                         "PYTHONPATH": os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH")))),
                     },
                 )

@@ -29,6 +29,7 @@ from weightsync.errors import (
     WeightSyncError,
 )
 from weightsync.metrics import Metrics
+from weightsync.placement import keeper_gpu
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
 from weightsync.wire.daemon_links import ControlServer
@@ -363,7 +364,8 @@ class Server:
         await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
-        return KeeperAdapter(model, self.config.endpoint, self.config.log, lambda m: self.trainers.newest.get(m))
+        gpu = keeper_gpu(self.config.node.gpus, len(self.engines.keepers))
+        return KeeperAdapter(model, self.config.endpoint, self.config.log, self.trainers.newest.get, gpu=gpu)
 
     # --- bridges and peers ----------------------------------------------------------------------------------------
 

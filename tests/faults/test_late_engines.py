@@ -151,6 +151,18 @@ def test_a_push_that_is_called_during_a_repeat_waits_for_it(late):
     late.everybody_serves("C", version)
 
 
+def test_what_engines_read_in_place_is_kept_through_slots(late):
+    (rank,) = late.start_ranks(1)
+    version = late.next_version()
+    late.push_all([rank], version, in_place=True)
+    report = rank.report()
+    assert report["complete"]
+    assert {e["engine"]: e["drawn"] for e in report["engines"]} == {"home": True, "away": False}
+    until(lambda: late.kept == version, "it is kept")
+    late.restart(late.engines[0])
+    late.everybody_serves("C", version)
+
+
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_keeper_that_is_lost_in_a_push_costs_nobody_the_push(late, number):
     keeper = late.keeper()

@@ -110,6 +110,8 @@ def test_slots_on_gpus_take_no_host_memory_but_a_kept_copy_is_told_of(root):
     assert about(found, "memory").what == "100 GiB of memory are available"
     found = look(root, f'{ON_CPU}retain = "host"')
     assert "the copy for late engines (node.retain) once the model, twice during a push" in about(found, "memory").what
+    found = look(root, '[arena]\ndevice = "cuda"\n[node]\nretain = "host"')
+    assert about(found, "memory").what.endswith("the copy for late engines (node.retain) twice the model")
 
 
 def test_the_tightest_of_groups_around_a_process(root):

@@ -66,6 +66,17 @@ def test_no_room_on_a_gpu(smi):
     assert "arena.slot_bytes" in bad.fix
 
 
+def test_what_reads_slots_for_late_engines_takes_room_on_the_last_gpu(smi):
+    text = '[node]\nretain = "host"\n[arena]\nslot_bytes = "256MiB"\n[[engines]]\nname = "e"\nkind = "reference"\n'
+    text += 'url = "http://127.0.0.1:1"'
+    smi.gpus((GPUS[0], "142841", "Disabled"), (GPUS[1], "1900", "Disabled"))
+    _, found = look(text)
+    bad = only(found, "fail").what
+    assert bad.startswith(f"slots lie on GPU {GPUS[1]}")
+    assert "take 768 MiB, and reading them for late engines (node.retain) 768 MiB and a CUDA context" in bad
+    assert any(f.what.startswith(f"slots lie on GPU {GPUS[0]}") and "retain" not in f.what for f in found)
+
+
 def test_arenas_of_a_running_weightsyncd_are_not_counted_twice(smi, tmp_path):
     smi.gpus((GPUS[0], "900", "Disabled"))
     text = f'[node]\nshm_dir = "{tmp_path}"\n[arena]\nslot_bytes = "256MiB"'

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from tests.bucket_kit import Buckets, soon
-from weightsync.config import TimeoutConfig, parse_node_config
-from weightsync.errors import ConfigError, EngineError, LocalProtocolError, PushAborted
-from weightsync.gpus import Gpu
+from weightsync.adapters import worker
+from weightsync.config import LogConfig, TimeoutConfig
+from weightsync.errors import EngineError, LocalProtocolError, PushAborted
+from weightsync.keeper.memory import LockedMemory
 from weightsync.keeper.store import Store
-from weightsync.placement import placed
+from weightsync.placement import keeper_gpu
+from weightsync.transports.shm import ShmReceiver
 from weightsync.wire.messages import EngineStatus
+from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.repeats import Repeats, late_engines
 
 
@@ -48,11 +53,32 @@ def test_a_fleet_never_goes_back():
     )
 
 
-def test_what_lies_on_gpus_is_not_kept():
-    config = parse_node_config('[node]\nretain = "host"\n[arena]\ndevice = "auto"\n')
-    with pytest.raises(ConfigError, match="these lie on GPUs"):
-        placed(config, {}, [Gpu("a", 1 << 37, mig=False)])
-    assert placed(config, {}, []).node.retain == "host"
+def test_keepers_of_several_models_have_a_gpu_each_from_the_last_on():
+    assert [keeper_gpu(("a", "b", "c"), others) for others in range(4)] == ["c", "b", "a", "c"]
+    assert keeper_gpu((), 0) == ""
+
+
+def started(monkeypatch, gpu):
+    """The arguments and the environment with which a keeper is started."""
+    found: list[Any] = []
+
+    async def start(*arguments, env, **_):
+        found.append((list(arguments), env))
+        raise OSError("seen")
+
+    async def main():
+        monkeypatch.setattr(asyncio, "create_subprocess_exec", start)
+        await KeeperAdapter("m", "ipc:///d.sock", LogConfig(), lambda model: None, gpu=gpu).warm(deadline=soon())
+
+    asyncio.run(main())
+    return found[0]
+
+
+@pytest.mark.parametrize("gpu", ["", "uuid"])
+def test_a_keeper_sees_one_gpu_or_none(monkeypatch, gpu):
+    arguments, environment = started(monkeypatch, gpu)
+    assert environment["CUDA_VISIBLE_DEVICES"] == ("GPU-uuid" if gpu else "")
+    assert ("--gpu" in arguments) == bool(gpu)
 
 
 TENSORS = {
@@ -68,6 +94,41 @@ def buckets(tmp_path):
     made = Buckets(tmp_path, 512, TENSORS, [("head", "embed")])
     yield made
     made.close()
+
+
+class Fetched:
+    """As `FetchedBuckets`, of slots that are in host memory after all."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, room):
+        self.room = room
+        self.manifests: list[Any] = []
+
+    def expect(self, manifest, *, deadline):
+        self.manifests.append(manifest)
+
+    def settle(self, *, deadline):
+        pass
+
+    def copy(self, bucket, lease, *, deadline):
+        kept = self.room(lease.nbytes)
+        kept.numpy()[:] = lease.view
+        lease.release()
+        return kept
+
+
+@pytest.fixture
+def by_gpu(monkeypatch):
+    """A store that reads slots by a GPU, as far as it knows."""
+    monkeypatch.setattr(worker, "ArenaOffer", SimpleNamespace(unpack=lambda offer: SimpleNamespace(memory="there")))
+    monkeypatch.setattr(worker, "CudaIpcReceiver", lambda device: ShmReceiver())
+    memory = LockedMemory(0, lambda address, nbytes, device: "", lambda address, device: None)
+    fetched = Fetched(memory.take)
+    monkeypatch.setattr(Store, "_fetched", lambda store, gpu: fetched)
+    store = Store(0)
+    store._locked = memory
+    return store, fetched
 
 
 def take(store, buckets, version, count=None, after=None):
@@ -96,6 +157,28 @@ def test_what_is_kept_is_what_was_pushed(buckets):
     for name, tensor in TENSORS.items():
         assert torch.equal(held[name], tensor), name
         assert held[name].dtype == tensor.dtype
+
+
+def test_what_comes_by_a_gpu_is_kept_in_memory_that_the_push_after_next_has_again(by_gpu, buckets, monkeypatch):
+    store, fetched = by_gpu
+    taken = []
+    for version in (1, 2, 3, 4):
+        if version == 3:  # what is spare counts as free
+            monkeypatch.setattr("weightsync.keeper.store.available", lambda: 0)
+        take(store, buckets, version)
+        store.finish()
+        store.commit()
+        store.settle(whole=version)
+        gc.collect()
+        kept: Any = store.kept
+        assert kept.tensors.keys() == TENSORS.keys()
+        for name, tensor in TENSORS.items():
+            assert torch.equal(kept.tensors[name], tensor), name
+            assert kept.tensors[name].dtype == tensor.dtype
+        taken.append(kept.tensors["norm"].data_ptr())
+    assert taken[0] != taken[1]
+    assert taken[2:] == taken[:2]
+    assert len({id(manifest) for manifest in fetched.manifests}) == 1, "what a GPU has of a layout is good still"
 
 
 def test_a_push_that_came_to_nothing_leaves_what_was_kept(buckets):

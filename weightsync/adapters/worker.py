@@ -63,8 +63,10 @@ class _Update:
 class SlotReader:
     """Reads buckets out of this node's arenas onto `device`. One for each worker; not for several threads."""
 
-    def __init__(self, device: torch.device | str) -> None:
+    def __init__(self, device: torch.device | str, *, through: Callable[[], GpuBuckets] | None = None) -> None:
+        """`through` makes, for a reader in host memory, its way to slots on GPUs; others have their own GPU."""
         self.device = torch.device(device)
+        self._through = through
         self._receiver: BucketReceiver = ShmReceiver()
         self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
         self._drawer: Drawer | None = None  # where the trainer's memory was read
@@ -108,8 +110,8 @@ class SlotReader:
         """Whether `pull` works: slots and weights are both in host memory, or both on GPUs, and there it has no part of
         a tensor that is cut over several buckets.
         """
-        if self._gpu is None:
-            return self.device.type == "cpu"
+        if self._gpu is None or self.device.type == "cpu":
+            return self._gpu is None and self.device.type == "cpu"
         return bucket not in self._open().cut_pieces
 
     def pull(self, bucket: int, ticket: bytes, take: Callable[[ReadBucket, int], None], *, deadline: float) -> None:
@@ -236,13 +238,16 @@ class SlotReader:
             self._gpu, self._receiver = None, ShmReceiver()
             before.close()
             return
-        if self.device.type != "cuda":
+        if self.device.type == "cuda":
+            gpu = GpuBuckets(torch.device("cuda", self._gpu_index()))
+        elif self._through is not None:
+            gpu = self._through()
+        else:
             raise TransportBroken(
                 f"the node's slots lie on GPUs, and this worker's weights on {self.device}",
                 hint='arena.device = "cpu" in the node config serves engines on a CPU',
             )
-        device = self._gpu_index()
-        self._gpu, self._receiver = GpuBuckets(torch.device("cuda", device)), CudaIpcReceiver(device)
+        self._gpu, self._receiver = gpu, CudaIpcReceiver(gpu.device.index)
         before.close()
 
     def _copy(self, bucket: int, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
@@ -251,7 +256,7 @@ class SlotReader:
         with self._receiver.receive(ticket, deadline=deadline, verify=not checked_here) as lease:
             self._check_size(lease, nbytes)
             if self._gpu is not None:
-                return self._gpu.copy(bucket, lease)
+                return self._gpu.copy(bucket, lease, deadline=deadline)
             if checked_here:
                 mine = np.empty(nbytes, dtype=np.uint8)
                 np.copyto(mine, np.frombuffer(lease.view, dtype=np.uint8))

@@ -23,8 +23,8 @@ class GpuBuckets:
     """One worker's way to them."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._kernel = BoxKernel(device)
-        self._device = device
         self._buckets: CheckedBuckets | None = None
         self._manifest: Manifest | None = None
         self._leases = LeaseKeeper(device)
@@ -37,7 +37,7 @@ class GpuBuckets:
         if manifest is not self._manifest:
             self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
             self._owners = 1 + int(manifest.bucket_owner.max(initial=0))
-            self._streams += [torch.cuda.Stream(self._device) for _ in range(self._owners - len(self._streams))]
+            self._streams += [torch.cuda.Stream(self.device) for _ in range(self._owners - len(self._streams))]
 
     def settle(self, *, deadline: float) -> None:
         """Return when the GPU is past all that `lend` had queued. Raises as `LeaseKeeper.settle`."""
@@ -50,21 +50,25 @@ class GpuBuckets:
         """
         assert self._manifest is not None, "`expect` comes first"
         stream = self._streams[int(self._manifest.bucket_owner[bucket])]
-        with torch.cuda.device(self._device):
-            stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.device(self.device):
+            stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 try:
-                    take(lent_tensor(lease.address, lease.nbytes, self._device), self._owners)
+                    take(lent_tensor(lease.address, lease.nbytes, self.device), self._owners)
                 finally:
                     event = torch.cuda.Event()
                     event.record(stream)
                     self._leases.keep(lease, event)
 
-    def copy(self, bucket: int, lease: Lease) -> torch.Tensor:
+    def copy(self, bucket: int, lease: Lease, *, deadline: float) -> torch.Tensor:
         """A bucket, uint8 [nbytes], copied and checked; the slot may change when this returns."""
-        assert self._buckets is not None, "`expect` comes first"
-        with torch.cuda.device(self._device):
-            stream = torch.cuda.current_stream(self._device)
-            mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self._device)
-            lease.confirm(self._buckets.copy(bucket, lease.address, mine, stream))
+        mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self.device)
+        self._copy_into(mine, bucket, lease)
         return mine
+
+    def _copy_into(self, mine: torch.Tensor, bucket: int, lease: Lease) -> None:
+        """The same into `mine`, on the current stream, and wait for it."""
+        assert self._buckets is not None, "`expect` comes first"
+        with torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream(self.device)
+            lease.confirm(self._buckets.copy(bucket, lease.address, mine, stream))

@@ -70,7 +70,8 @@ def _memory(config: NodeConfig, proc: Path, cgroups: Path) -> Finding:
     if need:
         what += f"; slots in host memory take up to {size(need)} of that"
     if config.node.retain == "host":
-        what += ", and the copy for late engines (node.retain) once the model, twice during a push"
+        much = "twice the model" if arena.device == "cuda" else "once the model, twice during a push"
+        what += f", and the copy for late engines (node.retain) {much}"
     if free < need:
         fix = "smaller arena.slots or arena.slot_bytes; docker run --memory=…, resources.limits.memory in Kubernetes"
         return Finding(level="fail", what=what, fix=fix)

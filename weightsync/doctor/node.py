@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections import Counter
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import Finding
@@ -15,7 +16,7 @@ from weightsync.errors import ConfigError
 from weightsync.gpus import Gpu, links, peer_states, survey
 from weightsync.ipc.arena import DIRECTORY, MAX_READERS, stride
 from weightsync.ipc.fences import CELL_BYTES
-from weightsync.placement import placed
+from weightsync.placement import keeper_gpu, placed
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -106,10 +107,16 @@ def worst_first(found: Iterable[Finding]) -> list[Finding]:
 def _arenas(config: NodeConfig, gpus: Sequence[Gpu]) -> list[Finding]:
     """What each arena takes of its GPU; judged only while this node has none there, which would count as taken."""
     slots, slot_bytes = config.arena.slots, config.arena.slot_bytes
-    need, found = slots * stride(slot_bytes), []
+    found = []
     runs = held(config) > 0
+    models = {engine.model for engine in config.engines if not engine.frozen} if config.node.retain == "host" else ()
+    keepers = Counter(keeper_gpu(config.node.gpus, others) for others in range(len(models)))
     for gpu in gpus:
+        need = slots * stride(slot_bytes)
         what = f"slots lie on GPU {gpu.uuid}: {slots} × {size(slot_bytes)} take {size(need)}"
+        if kept := keepers[gpu.uuid] * (slot_bytes + _CONTEXT):
+            need += kept
+            what += f", and reading them for late engines (node.retain) {size(kept)}"
         if runs:
             found.append(Finding(level="ok", what=f"{what}; weightsyncd of {config.node.name} runs and has them"))
         elif gpu.free is None:

@@ -20,7 +20,7 @@ from weightsync.ipc.arena import DeviceMemory, stride
 if TYPE_CHECKING:
     from weightsync.ipc.arena import ArenaOffer
 
-__all__ = ["SHARING", "DeviceSlots", "cupy", "free_bytes"]
+__all__ = ["SHARING", "DeviceSlots", "cupy", "free_bytes", "lock_pages", "unlock_pages"]
 
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 SHARING = (
@@ -47,6 +47,26 @@ def free_bytes(device: int) -> tuple[int, int]:
     with c.cuda.Device(device):
         free, total = c.cuda.runtime.memGetInfo()
     return int(free), int(total)
+
+
+def lock_pages(address: int, nbytes: int, device: int) -> str:
+    """Have the driver lock host memory, so that a GPU's copy engine reaches it at the speed of its link. Why it does
+    not, or "": the memory can be copied to then as well, only slower.
+    """
+    runtime = cupy().cuda.runtime
+    try:
+        with cupy().cuda.Device(device):
+            runtime.hostRegister(address, nbytes, 0)
+    except runtime.CUDARuntimeError as error:
+        return str(error)
+    return ""
+
+
+def unlock_pages(address: int, device: int) -> None:
+    """Take that back; nothing may be copied there any more."""
+    runtime = cupy().cuda.runtime
+    with cupy().cuda.Device(device):
+        runtime.hostUnregister(address)
 
 
 class DeviceSlots:

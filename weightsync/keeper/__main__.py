@@ -30,27 +30,53 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--pipe", type=int, required=True, help="this end of the socket pair to the daemon")
     parser.add_argument("--daemon", required=True, help="the endpoint that trainers of its node call")
     parser.add_argument("--model", required=True)
+    parser.add_argument("--gpu", action="store_true", help="slots lie on GPUs: read them by the one that is visible")
     parser.add_argument("--log-level", default="info", choices=("debug", "info", "warning", "error"))
     parser.add_argument("--log-format", default="human", choices=("human", "json"))
     arguments = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the daemon decides when a keeper ends
     logs.set_up(arguments.log_level, arguments.log_format, model=arguments.model)
     torch.set_num_threads(1)
-    pipe, keeper = Pipe(socket.socket(fileno=arguments.pipe)), _Keeper(arguments.model, arguments.daemon)
-    decoder = msgspec.msgpack.Decoder(c.Command)
+    keeper = _Keeper(arguments.model, arguments.daemon, gpu=0 if arguments.gpu else None)
+    pipe, decoder = Pipe(socket.socket(fileno=arguments.pipe)), msgspec.msgpack.Decoder(c.Command)
     try:
+        keeper.warm()
         while True:
             reply = keeper.answer(decoder.decode(pipe.receive(deadline=None)))
             pipe.send(msgspec.msgpack.encode(reply), deadline=time.monotonic() + _ANSWER_SECONDS)
+            if reply.error is not None and (why := _gpu_lost()):
+                logger.error("the GPU failed, and with it what is kept cannot be pushed again: %s", why)
+                return
     except TransportBroken:
         logger.info("pipe.complete: the daemon is gone")
 
 
+def _on_gpu() -> bool:
+    return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
+
+
+def _gpu_lost() -> str:
+    """An error of a CUDA context is its end: another process begins with another. What it was, or ""."""
+    if _on_gpu():
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            return str(error)
+    return ""
+
+
 class _Keeper:
-    def __init__(self, model: str, endpoint: str) -> None:
+    def __init__(self, model: str, endpoint: str, *, gpu: int | None) -> None:
         self._model = model
         self._endpoint = endpoint
-        self._store = Store()
+        self._store = Store(gpu)
+
+    def warm(self) -> None:
+        """Do before the first push what takes a GPU its time. What fails now fails then, where somebody hears of it."""
+        try:
+            self._store.warm()
+        except (WeightSyncError, RuntimeError) as error:
+            logger.warning("the keeper's GPU is not ready: %s", error)
 
     def answer(self, command: c.Command) -> c.Reply:
         """Do one command; what goes wrong is the answer."""
@@ -102,7 +128,11 @@ class _Keeper:
             deadline=deadline,
             engines=engines,
         )
-        report = push.run()
+        try:
+            report = push.run()
+        finally:
+            if _on_gpu():
+                torch.cuda.empty_cache()  # of what went through this GPU on its way into slots
         failed = [
             f"{engine.engine}: {engine.error.message if engine.error is not None else engine.outcome}"
             for engine in report.engines

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,12 +12,14 @@ import torch
 
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.keeper.memory import LockedMemory
 from weightsync.plan.manifest import Manifest
 from weightsync.sources.parts import Part, PartSource
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.device.fetching import FetchedBuckets
     from weightsync.plan.table import TensorTable
 
 __all__ = ["Kept", "Store"]
@@ -47,26 +50,38 @@ class Store:
     room for two while one is under way.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: int | None = None) -> None:
+        """`gpu` is the device of this process by which slots on GPUs are read; None: slots lie in host memory."""
         self.kept: Kept | None = None
-        self._reader = SlotReader("cpu")
+        self._gpu = gpu
+        self._locked = LockedMemory(gpu) if gpu is not None else None
+        self._reader = SlotReader("cpu", through=partial(self._fetched, gpu) if gpu is not None else None)
+        self._manifest: tuple[bytes, Manifest] | None = None  # the last, as packed too
         self._coming: Kept | None = None
         self._table: TensorTable | None = None  # of the update that is open
         self._after: int | None = None
         self._finished = False
+
+    def warm(self) -> None:
+        """Have the GPU ready. Raises what torch does where it cannot be."""
+        if self._gpu is not None:
+            self._fetched(self._gpu).warm()
 
     def begin(
         self, version: int, after: int | None, manifest: bytes, offers: Sequence[bytes], *, deadline: float
     ) -> None:
         """Open an update. Raises as `SlotReader.begin`, and `EngineError` where there is no room for it."""
         self._coming, self._finished, self._after = None, False, after
-        coming = Manifest.unpack(manifest)
+        if self._manifest is None or self._manifest[0] != manifest:
+            self._manifest = manifest, Manifest.unpack(manifest)
+        coming = self._manifest[1]  # the same object as before: what a GPU has of its layout is good still
+        free = available() + (self._locked.spare if self._locked is not None else 0)
         self._reader.begin(coming, offers, deadline=deadline)
-        free = available()
         if coming.nbytes > free:
             raise EngineError(
                 f"{coming.nbytes / 1e9:.1f} GB do not fit into host memory, of which {free / 1e9:.1f} GB are free",
-                hint='node.retain = "host" takes the size of the model, and twice that during a push',
+                hint='node.retain = "host" takes the size of the model, and twice that during a push; with slots on '
+                "GPUs twice that from the second push on",
             )
         self._table = coming.tensors
         self._coming = Kept(version, dict(coming.tensors.aliases))
@@ -108,6 +123,12 @@ class Store:
         self._coming, self._finished = None, False
         if self.kept is not None and self.kept.version == whole:
             self.kept.whole = True
+
+    def _fetched(self, gpu: int) -> FetchedBuckets:
+        from weightsync.device.fetching import FetchedBuckets
+
+        assert self._locked is not None, "there is a GPU"
+        return FetchedBuckets(torch.device("cuda", gpu), self._locked.take)
 
     def _open(self) -> Kept:
         if self._coming is None:
