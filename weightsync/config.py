@@ -24,7 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from weightsync.adapters import KINDS, PATHS
-from weightsync.endpoints import KEY_HINT, check_endpoint, default_endpoint, is_loopback, url_problems
+from weightsync.endpoints import KEY_HINT, check_endpoint, default_endpoint, is_here, is_loopback, url_problems
 from weightsync.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -278,6 +278,11 @@ def _contradictions(config: NodeConfig) -> list[str]:
             problems.append(f"{where}.name = {engine.name!r}: engines[{seen[engine.name]}] has it already")
         seen.setdefault(engine.name, i)
         host = urlsplit(engine.url).hostname if not url_problems(engine.url) else None
+        if engine.path == "group" and host and is_loopback(config.cluster.address) and not is_here(host):
+            problems.append(
+                f"{where}.path = 'group': the engine on {host} is to join a group at cluster.address, and "
+                f"{config.cluster.address} is its own machine there; give an address of this node that it reaches"
+            )
         if engine.api_key_env and host and engine.url.startswith("http://") and not is_loopback(host):
             problems.append(f"{where}.url = {engine.url!r}: its key would be sent in the clear; use https, or loopback")
         if engine.api_key_env and engine.api_key is None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import socket
 import stat
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from weightsync.errors import ConfigError
@@ -15,6 +18,7 @@ __all__ = [
     "KEY_HINT",
     "check_endpoint",
     "default_endpoint",
+    "is_here",
     "is_loopback",
     "private_directory",
     "runtime_dir",
@@ -60,6 +64,21 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
+
+
+def is_here(host: str) -> bool:
+    """Whether a host, by name or address, is this machine. Asks whoever resolves names."""
+    if is_loopback(host):
+        return True
+    addresses: set[Any] = set()
+    with suppress(OSError):
+        addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
+    for address in addresses:
+        family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((address, 0))  # only an address of this machine can be bound
+            return True
+    return False
 
 
 def check_endpoint(endpoint: str, key: str, *, keys: bool = False) -> None:

@@ -18,6 +18,11 @@ def test_defaults_are_the_best_that_the_engine_offers():
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
+def test_an_engine_of_this_machine_may_join_a_group_on_loopback(kind):
+    assert parse_node_config(engine('path = "group"', kind=kind, url="http://127.0.0.2:80")).engines
+
+
+@pytest.mark.parametrize("kind", ["vllm", "sglang"])
 @pytest.mark.parametrize("url", ["https://[::1]:8443", "http://localhost:8000/", "https://engine.example:1"])
 def test_urls(kind, url):
     assert parse_node_config(engine(kind=kind, url=url)).engines[0].url == url
@@ -34,6 +39,7 @@ def test_urls(kind, url):
         (engine(url="http://me:secret@127.0.0.1:1"), "holds a secret"),
         (engine('api_key_env = "NOT_SET_ANYWHERE"'), "NOT_SET_ANYWHERE is not set"),
         (engine('path = "ipc"', arena="[arena]\nslots = 1"), "arena.slots of at least 2"),
+        (engine('path = "group"', url="http://192.0.2.7:80"), "on 192.0.2.7 is to join a group at cluster.address"),
     ],
 )
 def test_mistakes_are_named_with_what_would_be_right(text, said):

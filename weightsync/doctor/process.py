@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from weightsync.adapters.base import Finding
 from weightsync.doctor.environments import examine_environment
 from weightsync.doctor.sizes import size
-from weightsync.endpoints import is_loopback
+from weightsync.endpoints import is_here
 from weightsync.errors import ConfigError
 from weightsync.gpus import seen_by
 from weightsync.processes import command, environment, listener, same_namespace
@@ -32,7 +31,7 @@ def examine_process(url: str, node: Node) -> list[Finding]:
     """The process that listens at `url`, for the slots of `node`."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
-    if not _is_here(host):
+    if not is_here(host):
         return [
             Finding(
                 level="fail",
@@ -142,17 +141,3 @@ def _visible_gpus(theirs: Mapping[str, str], node: Node) -> list[Finding]:
         )
         return [Finding(level="fail", what=what, fix="an engine on whole GPUs")]
     return []
-
-
-def _is_here(host: str) -> bool:
-    if is_loopback(host):
-        return True
-    addresses: set[Any] = set()
-    with suppress(OSError):
-        addresses = {found[4][0] for found in socket.getaddrinfo(host, None)}
-    for address in addresses:
-        family = socket.AF_INET6 if ":" in str(address) else socket.AF_INET
-        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.bind((address, 0))  # only an address of this machine can be bound
-            return True
-    return False
