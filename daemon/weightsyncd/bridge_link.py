@@ -57,7 +57,6 @@ class BridgeConfig:
     readers: int = MAX_READERS
     directory: str = DIRECTORY
     gpu: str = ""  # UUID of the one its slots lie on
-    cumem: bool = True  # NCCL may use memory of the CUDA virtual memory API, unless the environment says otherwise
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["human", "json"] = "human"
 
@@ -246,7 +245,6 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
     }
     path = os.pathsep.join(filter(None, (_ROOT, os.environ.get("PYTHONPATH"))))
     visible = {"CUDA_VISIBLE_DEVICES": f"GPU-{config.gpu}" if config.gpu else ""}  # one GPU, or none
-    nccl = {} if config.cumem or "NCCL_CUMEM_ENABLE" in os.environ else {"NCCL_CUMEM_ENABLE": "0"}
     flat = [str(part) for pair in arguments.items() for part in pair]
     # -P: the working directory of the daemon is not searched for modules. A session of its own: a Ctrl-C on the
     # daemon's terminal reaches the daemon alone.
@@ -260,7 +258,7 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
         start_new_session=True,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
-        env={**os.environ, **visible, **nccl, "PYTHONPATH": path},
+        env={**os.environ, **visible, "PYTHONPATH": path},
     )
 
 

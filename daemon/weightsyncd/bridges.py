@@ -61,8 +61,6 @@ class BridgeStatus:
 
 def bridges_of(config: NodeConfig) -> list[BridgeConfig]:
     """What the bridges of this node are started with."""
-    # SGLang switches it off in its workers, and members of a communicator have to be alike in it
-    cumem = not any(engine.kind == "sglang" and engine.path == "group" for engine in config.engines)
     return [
         BridgeConfig(
             node=config.node.name,
@@ -71,7 +69,6 @@ def bridges_of(config: NodeConfig) -> list[BridgeConfig]:
             slot_bytes=config.arena.slot_bytes,
             directory=config.node.shm_dir,
             gpu=config.node.gpus[index] if config.node.gpus else "",
-            cumem=cumem,
             log_level=config.log.level,
             log_format=config.log.format,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,7 +21,7 @@ from weightsync.session.state import buckets
 from weightsyncd.wire import NodeWire, joins_group
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from weightsyncd.bridges import Bridge
     from weightsyncd.context import PushContext
@@ -98,8 +98,11 @@ class NodeExecutor:
             logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, first, extra=extra)
             return event
         lost = isinstance(error, EngineLost)
-        if lost and name in self.engines:
-            self.engines[name].lost(error)
+        if name in self.engines:
+            if lost:
+                self.engines[name].lost(error)
+            if name in context.begun:  # what it is ready to take now, it has to be asked
+                self.engines[name].accepted.clear()
         extra |= {"error": type(error).__name__}
         record = error.record()
         bucket, message = first, record.message
@@ -130,7 +133,7 @@ class NodeExecutor:
             case do.AcceptEngine():
                 manifest = context.known_manifest()
                 if joins_group(engine):
-                    await self.wire.offers_for(engine, deadline, begins=False)  # or tell what is wrong with the config
+                    await self.wire.offers_for(engine, deadline)  # or tell what is wrong with the config
                 untouched = engine.accepted.get(manifest.digest)
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
@@ -149,7 +152,11 @@ class NodeExecutor:
                 await self._check_unchanged(context, engine, deadline)
                 context.begun.add(name)
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
-                await hand.begin(context.version, manifest, offers, deadline=deadline)
+                begin = hand.begin(context.version, manifest, offers, deadline=deadline)
+                if joins_group(engine):
+                    await self._together(engine, begin, self.wire.join_groups(engine, deadline))
+                else:
+                    await begin
                 return ev.EngineBegun(engine=name)
             case do.DrawWeights():
                 if context.exposures is None:
@@ -195,15 +202,22 @@ class NodeExecutor:
             await engine.adapter.load_several(first, tickets, deadline=deadline)
             return
         for bucket, of_bucket in enumerate(tickets, first):
-            both = [
-                asyncio.ensure_future(engine.adapter.load(bucket, of_bucket, deadline=deadline)),
-                asyncio.ensure_future(self.wire.send_to_group(context, engine, bucket, of_bucket, deadline)),
-            ]
-            try:
-                await asyncio.gather(*both)
-            finally:  # without the one, the other waits for nothing
-                for work in both:
-                    work.cancel()
+            load = engine.adapter.load(bucket, of_bucket, deadline=deadline)
+            await self._together(engine, load, self.wire.send_to_group(context, engine, bucket, of_bucket, deadline))
+
+    async def _together(self, engine: Engine, *both: Coroutine[Any, Any, None]) -> None:
+        """What an engine does in a group with bridges, and what these do. Without the one, the other waits for nothing;
+        and who was in the middle of something would take what comes next for the rest of it: their groups are over.
+        """
+        works = [asyncio.ensure_future(one) for one in both]
+        try:
+            await asyncio.gather(*works)
+        except BaseException:
+            self.wire.leave_groups(engine.name)
+            raise
+        finally:
+            for work in works:
+                work.cancel()
 
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:

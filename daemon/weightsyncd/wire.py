@@ -22,7 +22,7 @@ from weightsync.errors import (
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
-from weightsync.transports.group import HELPERS, GroupTicket
+from weightsync.transports.group import HELPERS, ONE_SENDER, GroupTicket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,21 +55,46 @@ class NodeWire:
         self._sequences = itertools.count(1)
         self._offers: dict[tuple[str, str, str], bytes] = {}  # (bridge incarnation, reader, transport) → offer
         self.leaks = 0  # exports whose reader never released them
+        self._grouped: set[str] = set()  # engines that a group was offered to
+        self._leaving: set[asyncio.Task[None]] = set()
 
-    async def offers_for(self, engine: Engine, deadline: float, *, begins: bool = True) -> list[list[bytes]]:
-        """One attach descriptor for each tp rank of the engine and each arena of this node. One that `begins` is about
-        to attach.
-        """
+    async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
+        """One attach descriptor for each tp rank of the engine and each arena of this node."""
         readers = self._readers(engine)
         if joins_group(engine):  # who restarted, or whose group has broken, gets another
-            offers = [await self._offer_group(bridge, engine, deadline, begins) for bridge in self.bridges]
+            offers = [await self._offer_group(bridge, engine, deadline) for bridge in self._senders(engine)]
             return [offers] * len(readers)
         return [
             [await self._offer(bridge, reader, transport, deadline) for bridge in self.bridges]
             for reader, transport in readers.items()
         ]
 
-    async def _offer_group(self, bridge: Bridge, engine: Engine, deadline: float, begins: bool) -> bytes:
+    async def join_groups(self, engine: Engine, deadline: float) -> None:
+        """Have the bridges join what was offered to an engine that is told to. Raises `TransportError`."""
+        join = commands.JoinGroup(engine=engine.name)
+        await asyncio.gather(*(bridge.call(join, deadline=deadline) for bridge in self._senders(engine)))
+
+    def leave_groups(self, engine: str) -> None:
+        """Have the bridges leave theirs with an engine, if it has any: it has failed, or is gone. Goes on behind."""
+        for bridge in self.bridges if engine in self._grouped else ():
+            work = asyncio.create_task(self._leave_group(bridge, engine))
+            self._leaving.add(work)
+            work.add_done_callback(self._leaving.discard)
+        self._grouped.discard(engine)
+
+    @staticmethod
+    async def _leave_group(bridge: Bridge, engine: str) -> None:
+        try:
+            await bridge.call(commands.LeaveGroup(engine=engine), deadline=time.monotonic() + _REVOKE)
+        except TransportError as error:  # it has ended, and its groups with it
+            logger.debug("[engine=%s bridge=%s] leave: %s", engine, bridge.name, error.message)
+
+    def _senders(self, engine: Engine) -> Sequence[Bridge]:
+        """The bridges that it takes buckets from."""
+        one = engine.info is not None and engine.info.transport in ONE_SENDER
+        return self.bridges[:1] if one else self.bridges
+
+    async def _offer_group(self, bridge: Bridge, engine: Engine, deadline: float) -> bytes:
         assert engine.info is not None, "it has readers"
         command = commands.OfferGroup(
             engine=engine.name,
@@ -77,8 +102,8 @@ class NodeWire:
             readers=tuple(self._readers(engine)),
             host=self._address,
             helper=HELPERS[engine.info.transport],
-            join=begins,
         )
+        self._grouped.add(engine.name)
         return (await bridge.call(command, deadline=deadline)).offer
 
     async def send_to_group(
@@ -113,6 +138,7 @@ class NodeWire:
     def forget(self, engine: str) -> None:
         """It is an engine of this node no longer; one of that name that comes later is offered to anew."""
         self._offers = {key: offer for key, offer in self._offers.items() if key[1].rpartition("/")[0] != engine}
+        self.leave_groups(engine)
 
     @staticmethod
     def _readers(engine: Engine) -> dict[str, str]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 
-from weightsync.adapters.base import EngineAdapter
+from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError
+from weightsync.errors import EngineError, TransportBroken
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsyncd.context import PushContext
@@ -81,3 +83,84 @@ def test_where_nobody_knows_which_broke_it_all_are():
     failed = carried_out(Hand(breaks_at=6, names_it=False), load(6, 1), range(2, 9))
     assert isinstance(failed, ev.EngineFailed)
     assert (failed.error.message, failed.error.bucket) == ("it broke", 6)
+
+
+class Bridge:
+    """That answers, or does not, what is asked for a group; and notes it."""
+
+    name = "n/0"
+    config = SimpleNamespace(gpu="")
+
+    def __init__(self, *, breaks: str = "") -> None:
+        self.asked: list[str] = []
+        self._breaks = breaks
+
+    async def call(self, command: Any, *, deadline: float) -> Any:
+        kind = type(command).__name__
+        self.asked.append(kind)
+        if kind == self._breaks:
+            raise TransportBroken("it broke there")
+        if kind == "OfferGroup":
+            return SimpleNamespace(offer=b"offer")
+        return SimpleNamespace()
+
+
+class Joins(Hand):
+    """A stock engine: `breaks_at` -2 is when it is told to join."""
+
+    offered = 0
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        return INFO
+
+    async def begin(self, version: int, manifest: Any, offers: Any, *, deadline: float) -> None:
+        self.offered = len(offers[0])
+        if self._breaks_at == -2:
+            raise EngineError("it cannot join")
+
+
+INFO = EngineInfo(
+    software="",
+    profile="",
+    tp_size=2,
+    version=1,
+    paused=True,
+    torn=False,
+    transport=GroupPath.transport,
+    incarnation="1",
+)
+
+
+@pytest.mark.parametrize(
+    ("hand", "breaks", "said", "asked"),
+    [
+        (Joins(), "", "", ["OfferGroup", "JoinGroup"]),
+        (Joins(breaks_at=-2), "", "it cannot join", ["OfferGroup", "JoinGroup", "LeaveGroup"]),
+        (Joins(), "JoinGroup", "it broke there", ["OfferGroup", "JoinGroup", "LeaveGroup"]),
+    ],
+)
+def test_engine_and_bridge_join_together_or_not_at_all(hand, breaks, said, asked):
+    """Of several bridges one, where the engine takes buckets from one alone."""
+
+    async def run() -> tuple[ev.Event | None, list[list[str]], dict[bytes, Any]]:
+        bridges = [Bridge(breaks=breaks), Bridge()]
+        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
+        engine.learned(INFO)
+        engine.accepted[b"digest"] = ()
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), cast("Any", bridges))
+        context = PushContext(push="p", model="m", version=3)
+        context.manifest, context.incarnations = cast("Any", object()), {"e": "1"}
+        event = await executor.execute(context, do.BeginEngine(engine="e", deadline=time.monotonic() + 20))
+        await asyncio.sleep(0)  # what goes on behind has been asked
+        return event, [bridge.asked for bridge in bridges], engine.accepted
+
+    event, (one, other), accepted = asyncio.run(run())
+    assert hand.offered in (0, 1)
+    if said:
+        assert isinstance(event, ev.EngineFailed)
+        assert said in event.error.message
+        assert accepted == {}, "it is asked anew what it takes"
+    else:
+        assert event == ev.EngineBegun(engine="e")
+    assert one == asked
+    assert [kind for kind in other if kind != "LeaveGroup"] == []

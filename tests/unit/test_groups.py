@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pytest
@@ -37,14 +39,16 @@ class World:
         self.ledger = Ledger()
         one = threading.Lock()
         self.groups = Groups("n/0", arena, ledger=self.ledger, checksums=Checksums(arena), one_by_one=one)
-        self.pool = ThreadPoolExecutor(4)
+        self.pool = ThreadPoolExecutor(8)
         self.ranks: list[GlooCommunicator] = []
+        self.joining: Future[None] = Future()
 
     def offer(self, incarnation="1", readers=READERS, host="127.0.0.1", engine="e", join=True, helper="torch"):
-        command = c.OfferGroup(
-            engine=engine, incarnation=incarnation, readers=readers, host=host, helper=helper, join=join
-        )
-        return GroupOffer.unpack(self.groups.offer(command, deadline=soon()))
+        command = c.OfferGroup(engine=engine, incarnation=incarnation, readers=readers, host=host, helper=helper)
+        offer = GroupOffer.unpack(self.groups.offer(command, deadline=soon()))
+        if join:
+            self.joining = self.pool.submit(self.groups.join, engine, deadline=soon())
+        return offer
 
     def join(self, offer):
         """As the engine's ranks: the keys are those of torch's helper, under the group's name."""
@@ -236,6 +240,39 @@ def test_a_group_that_is_over_fails_where_its_engine_is_asked(world):
         world.send([(0, 1)], ticket)
 
 
+def test_an_engine_that_failed_is_not_met_in_that_group_again(world):
+    """Though all was sent: small tensors leave at once over NCCL, and its ranks may not have taken the last of them."""
+    offer = world.offer()
+    world.join(offer)
+    world.export(1)
+    taken = world.take([10])
+    world.send([(0, 10)], offer.name)
+    assert all(one.result(SECONDS) for one in taken)
+    assert world.pending() == ()
+    world.groups.leave("e")
+    assert world.offer(join=False).name != offer.name
+    with pytest.raises(TransportBroken, match="is over"):
+        world.send([(0, 1)], offer.name)
+
+
+def test_leaving_ends_a_join_that_waits(world):
+    world.offer()
+    assert eventually(lambda: world.groups._groups["e"].communicator._busy.locked())
+    world.groups.leave("e")
+    with pytest.raises(TransportError):
+        world.joining.result(SECONDS)
+    assert eventually(lambda: not world.groups._groups)
+    world.groups.leave("e")
+    with pytest.raises(TransportBroken, match="is over"):
+        world.groups.join("e", deadline=soon())
+
+
+def test_a_group_is_joined_once(world):
+    world.join(world.offer())
+    world.joining.result(SECONDS)
+    world.groups.join("e", deadline=soon(0.1))
+
+
 def test_an_address_of_somebody_else_is_told(world):
     with pytest.raises(TransportBroken, match=r"192\.0\.2\.1"):
         world.offer(host="192.0.2.1")
@@ -244,3 +281,17 @@ def test_an_address_of_somebody_else_is_told(world):
 def test_vllm_is_not_sent_to_from_host_memory(world):
     with pytest.raises(ConfigError, match="vllm joins groups over NCCL alone"):
         world.offer(helper="vllm")
+
+
+@pytest.mark.parametrize("helper", ["torch", "vllm"])
+def test_over_nccl_what_sglang_has_to_be_alike_in_is_asked_for(world, monkeypatch, helper):
+    monkeypatch.delenv("NCCL_CUMEM_ENABLE", raising=False)
+    slots: Any = object()  # not touched before something is sent
+    groups = Groups("n/0", world.arena, slots, ledger=world.ledger, checksums=Checksums(world.arena), one_by_one=Lock())
+    command = c.OfferGroup(engine="e", incarnation="1", readers=READERS, host="127.0.0.1", helper=helper)
+    if helper == "torch":
+        with pytest.raises(ConfigError, match="which SGLang sets to 0") as caught:
+            groups.offer(command, deadline=soon())
+        assert "start weightsyncd with NCCL_CUMEM_ENABLE=0" in (caught.value.hint or "")
+        monkeypatch.setenv("NCCL_CUMEM_ENABLE", "0")
+    assert GroupOffer.unpack(groups.offer(command, deadline=soon())).backend == "nccl"

@@ -33,7 +33,9 @@ __all__ = [
     "Host",
     "Hosted",
     "Join",
+    "JoinGroup",
     "Leave",
+    "LeaveGroup",
     "Ledger",
     "LedgerBooks",
     "Offer",
@@ -154,8 +156,7 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
 
 class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group"):
     """Make the descriptor by which the ranks of an engine without our plugin join a process group with this bridge, as
-    `readers` of transport "group". One that stands is offered again, to the same `incarnation` of the engine. With
-    `join` the engine is about to, and so the bridge does.
+    its `readers`. One that stands is offered again, to the same `incarnation` of the engine.
     """
 
     reply = Offered
@@ -164,7 +165,24 @@ class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group")
     readers: Names
     host: Name  # this node's address, where the group meets
     helper: Literal["torch", "vllm"] = "torch"  # by which the engine's ranks join, see `weightsync.transports.group`
-    join: bool = False
+
+
+class JoinGroup(Command[Done], frozen=True, kw_only=True, tag="join_group"):
+    """Join what was offered to an engine, which is asked to at the same time; answers when that is done, or at once
+    where it is done already or is done with the first broadcast.
+    """
+
+    reply = Done
+    engine: Name
+
+
+class LeaveGroup(Command[Done], frozen=True, kw_only=True, tag="leave_group"):
+    """Leave the group with an engine: it is gone, or has failed and may be in the middle of something. Answers at
+    once; whatever waits in the group ends.
+    """
+
+    reply = Done
+    engine: Name
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
@@ -303,6 +321,8 @@ AnyCommand = (
     Hello
     | Offer
     | OfferGroup
+    | JoinGroup
+    | LeaveGroup
     | Export
     | Pending
     | AwaitReleased

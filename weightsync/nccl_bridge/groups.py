@@ -1,12 +1,13 @@
 """Process groups of this bridge with engines that have none of ours, one for each engine: made, used, made anew.
 
-A group is offered before it is there; when the engine is told of it and joins, a thread joins as rank 0. One that has
-broken, or whose engine has restarted, is left behind for another under another name.
+A group is offered before it is there; when the engine is told of it and joins, the bridge joins as rank 0. One that has
+broken, or whose engine has restarted or failed, is left behind for another under another name.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import threading
 import time
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 _JOINING = 20.0  # seconds for an engine that was told to join over gloo; other communicators wait for it
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
+_CUMEM = "NCCL_CUMEM_ENABLE"
 _OVER = "over"  # name of a group that there is none of
 
 
@@ -47,7 +49,7 @@ class _Group:
     communicator: GlooCommunicator | NcclGroup
     sender: GroupSender
     meet: Callable[[float], None]  # as rank 0, by a deadline
-    joining: bool = False  # or joined
+    joined: bool = False
 
     def stands(self, incarnation: str, world: int) -> bool:
         """Whether it is one with this incarnation of the engine, and may be used."""
@@ -78,23 +80,40 @@ class Groups:
         self._lock = threading.Lock()
 
     def offer(self, command: c.OfferGroup, *, deadline: float) -> bytes:
-        """How the engine joins its group; one that stands is offered again as it is. Raises `TransportError`."""
-        if self._slots is None and command.helper == "vllm":
-            raise ConfigError(
-                f"engine {command.engine}: vllm joins groups over NCCL alone, and the slots of bridge {self._bridge} "
-                "lie in host memory",
-                hint='arena.device = "cuda" on this node, or a weightsyncd on the engine\'s own',
-            )
+        """How the engine joins its group; one that stands is offered again as it is. Raises `TransportError`, and
+        `ConfigError` where it could not.
+        """
+        self._check(command)
         with self._alone(deadline):
             known = self._groups.get(command.engine)
             world = len(command.readers) + 1
             if known is None or not known.stands(command.incarnation, world):
                 self._leave(command.engine)
                 known = self._groups[command.engine] = self._new(command, world, deadline)
-            if command.join and not known.joining:
-                known.joining = True
-                self._join(command.engine, known, deadline)
             return known.sender.terms.pack()
+
+    def join(self, engine: str, *, deadline: float) -> None:
+        """Join what was offered to it, if that is not done. Raises `TransportError`."""
+        group = self._groups.get(engine)
+        if group is None:
+            raise self._over(engine)
+        if group.joined:
+            return
+        try:
+            group.meet(deadline)
+        except TransportError as error:
+            logger.warning("[engine=%s group=%s] join.failed %s", engine, group.sender.terms.name, error)
+            self._end(engine, group)
+            raise
+        group.joined = True
+        logger.info("[engine=%s group=%s] join.complete", engine, group.sender.terms.name)
+
+    def leave(self, engine: str) -> None:
+        """It is gone, or may be in the middle of something. What waits in its group ends; returns at once."""
+        group = self._groups.get(engine)
+        if group is not None:
+            group.communicator.abort()
+            threading.Thread(target=self._end, args=(engine, group), name=f"leave {engine}", daemon=True).start()
 
     def export(self, engine: str, slot: int, nbytes: int, sequence: int, reader: str) -> dict[str, bytes]:
         """The ticket of one reader. Where its group is over that is a ticket for it all the same, which fails when the
@@ -125,14 +144,38 @@ class Groups:
         """Send a bucket to an engine, which is about to be told to take it. Raises `TransportError`."""
         group = self._groups.get(command.engine)
         if group is None or group.sender.terms.name != command.group:
-            raise TransportBroken(f"the group of bridge {self._bridge} with engine {command.engine} is over")
+            raise self._over(command.engine)
         try:
             group.sender.send_pieces(command.slot, command.pieces, deadline=deadline)
         except TransportError:  # the engine's ranks must not wait for what comes no more
-            with self._alone(time.monotonic() + _LEAVING):
-                if self._groups.get(command.engine) is group:
-                    self._leave(command.engine)
+            self._end(command.engine, group)
             raise
+
+    def _check(self, command: c.OfferGroup) -> None:
+        if command.helper == "vllm" and self._slots is None:
+            raise ConfigError(
+                f"engine {command.engine}: vllm joins groups over NCCL alone, and the slots of bridge {self._bridge} "
+                "lie in host memory",
+                hint='arena.device = "cuda" on this node, or a weightsyncd on the engine\'s own',
+            )
+        if command.helper == "torch" and self._slots is not None and _CUMEM not in os.environ:
+            raise ConfigError(
+                f"engine {command.engine}: members of a group have to be alike in {_CUMEM}, which SGLang sets to 0 in "
+                "its workers where it was not started with another, and which weightsyncd was started without",
+                hint=f"start weightsyncd with {_CUMEM}=0, or with what the engine has, on every node: they compare it",
+            )
+
+    def _over(self, engine: str) -> TransportBroken:
+        return TransportBroken(f"the group of bridge {self._bridge} with engine {engine} is over")
+
+    def _end(self, engine: str, group: _Group) -> None:
+        """Leave this group, unless that was done."""
+        try:
+            with self._alone(time.monotonic() + _LEAVING):
+                if self._groups.get(engine) is group:
+                    self._leave(engine)
+        except TransportTimeout as error:
+            logger.error("[engine=%s group=%s] leave.failed %s", engine, group.sender.terms.name, error)  # noqa: TRY400
 
     @contextmanager
     def _alone(self, deadline: float) -> Iterator[None]:
@@ -177,19 +220,6 @@ class Groups:
         return _Group(
             command.incarnation, rendezvous, group, sender, lambda deadline: group.meet(place.tell, deadline=deadline)
         )
-
-    def _join(self, engine: str, group: _Group, deadline: float) -> None:
-        name = group.sender.terms.name
-
-        def join() -> None:
-            try:
-                group.meet(deadline)
-            except TransportError as error:  # the engine's own answer says why; this one is for the log
-                logger.warning("[engine=%s group=%s] join.failed %s", engine, name, error.message)
-            else:
-                logger.info("[engine=%s group=%s] join.complete", engine, name)
-
-        threading.Thread(target=join, name=f"join {engine}", daemon=True).start()
 
     def _leave(self, engine: str) -> None:
         group = self._groups.pop(engine, None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from weightsync.errors import LocalProtocolError, TransportBroken
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportTimeout
 from weightsync.ipc.cuda import cupy
 from weightsync.nccl_bridge.nccl import NcclCommunicator, Tokens
 from weightsync.nccl_bridge.terms import nccl, prepare
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 __all__ = ["NcclGroup"]
 
 _HINT = (
-    "NCCL_CUMEM_ENABLE has to be the same in the environments of weightsyncd and of the engine (SGLang sets it to 0), "
-    "and no rank of the engine may be on this bridge's GPU"
+    "weightsyncd and the engine need the same version of NCCL and the same NCCL_CUMEM_ENABLE (SGLang sets it to 0, "
+    "vllm leaves it unset), a network between them, and no rank of the engine on this bridge's GPU"
 )
 
 
@@ -68,5 +68,5 @@ class NcclGroup(NcclCommunicator):
         try:
             self._communicator = nccl().begin(self.world, self._unique_id, self.rank)
             self._wait(what, deadline)
-        except TransportBroken as error:
-            raise TransportBroken(error.message, hint=_HINT) from error
+        except (TransportBroken, TransportTimeout) as error:
+            raise type(error)(f"{error.message} (a group with an engine, NCCL {nccl().version})", hint=_HINT) from error

@@ -61,6 +61,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Exchange: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
     c.OfferGroup: Lane.GROUP,
+    c.JoinGroup: Lane.GROUP,
     c.SendGroup: Lane.GROUP,
 }
 
@@ -112,6 +113,9 @@ class BridgeService:
                 for sender in self._senders.values():
                     sender.settle()
                 return c.LedgerBooks(accounts=self._ledger.accounts())
+            case c.LeaveGroup():
+                self._groups.leave(command.engine)
+                return c.Done()
             case c.Stop():
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
@@ -163,6 +167,9 @@ class BridgeService:
                 offer = self._groups.offer(command, deadline=deadline)
                 self._transports.update(dict.fromkeys(command.readers, "group"))
                 return c.Offered(offer=offer)
+            case c.JoinGroup():
+                self._groups.join(command.engine, deadline=deadline)
+                return c.Done()
             case c.SendGroup():
                 self._groups.send(command, deadline=deadline)
                 return c.Done()
