@@ -35,7 +35,6 @@ from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
 from weightsync.trainer_place import TrainerPlace
 
-
 DAWDLES = 2_500_000_000  # cycles of a GPU's clock, a second and a half about
 
 

@@ -14,10 +14,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import httpx
-import psutil
 import torch
 
-from tests.faults.kit import ARENA, TINY, TRAINER, Node, Rank, engine_processes, until
+from tests.faults.kit import ARENA, TINY, TRAINER, Node, engine_processes, until
 from tests.own import free_port, named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.oracle import expected_checksums
@@ -31,7 +30,7 @@ __all__ = ["DEADLINE", "Nodes", "Victim", "two_nodes"]
 
 DEADLINE = 20.0  # seconds that a push is given
 LATE = 2.0  # … and that it may end after them
-TIMEOUTS = {"liveness": 2, "operation": 6, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 30}
+TIMEOUTS = {"liveness": 2, "operation": 5, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 30}
 SLOW = json.dumps({"slow": 0.02})  # GPUs of engines dawdle, so that who is killed is killed with work on them
 
 
@@ -270,12 +269,13 @@ class Nodes(Node):
     @contextlib.contextmanager
     def logs(self) -> Iterator[None]:
         """With what goes wrong in here goes what the daemons have logged."""
-        begin = {daemon.name: self.log_length(daemon) for daemon in [self.daemon, *self.others]}
+        every = [self.daemon, *self.others, *self.engines, self.trainer]
+        begin = {one.name: len(one.log.read_text()) for one in every}
         try:
             yield
         except BaseException as error:
-            for daemon in [self.daemon, *self.others]:
-                error.add_note(f"log of {daemon.name}:\n{daemon.log.read_text()[begin[daemon.name] :][-8000:]}")
+            for one in every:
+                error.add_note(f"log of {one.name}:\n{one.log.read_text()[begin[one.name] :][-8000:]}")
             raise
 
     def restore(self) -> None:
@@ -287,8 +287,13 @@ class Nodes(Node):
         self.gated = False
         super().restore()
 
+    def end_ranks(self) -> None:
+        for rank in self.ranks:
+            rank.close()
+        self.ranks.clear()
+
     def alone(self) -> Nodes:
-        """The other node by itself, which knows of no other: its engines, and a trainer there, with weights in place."""
+        """The other node by itself, which knows of no other: its engines, and a trainer there that pushes in place."""
         return Nodes(
             self.fleet,
             self.others[0],
@@ -320,8 +325,9 @@ class Nodes(Node):
                 return Victim(away.pid, away.name, elsewhere, must=True, daemon=away)
             case ["worker", place]:
                 engine = self.engines[0 if place == "home" else -1]
-                worker: psutil.Process = engine_processes(engine)[-1]
-                return Victim(worker.pid, engine.name, frozenset({engine.name}), must=True, engine=engine)
+                return Victim(
+                    engine_processes(engine)[-1].pid, engine.name, frozenset({engine.name}), must=True, engine=engine
+                )
         raise AssertionError(name)
 
 
@@ -354,6 +360,7 @@ def two_nodes(device: str) -> Iterator[Nodes]:
         nodes = Nodes(fleet, home, engines, trainer, [away], gpu=0 if on_gpus else None)
         nodes.push_again()
         yield nodes
+        nodes.end_ranks()
         for daemon in (home, away):
             words = daemon.log.read_text()
             assert "Traceback" not in words, words[words.index("Traceback") - 500 :]
@@ -362,8 +369,6 @@ def two_nodes(device: str) -> Iterator[Nodes]:
 def _daemon(fleet: Fleet, name: str, engines: list[Engine], gpu: int, on_gpus: bool, peers: list[Daemon]) -> Daemon:
     node = {"gpus": [str(torch.cuda.get_device_properties(gpu).uuid)]} if on_gpus else {}
     log = {"level": "debug"}
-    daemon = fleet.start_daemon(
-        named(name), engines, peers=peers, node=node, arena=ARENA, timeouts=TIMEOUTS, log=log
-    )
+    daemon = fleet.start_daemon(named(name), engines, peers=peers, node=node, arena=ARENA, timeouts=TIMEOUTS, log=log)
     assert fetch_status(daemon.endpoint).device == ("cuda" if on_gpus else "cpu")
     return daemon

@@ -38,8 +38,10 @@ def _pair() -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def _alone(_pair: Nodes) -> Nodes:
-    return _pair.alone()
+def _alone(_pair: Nodes) -> Iterator[Nodes]:
+    nodes = _pair.alone()
+    yield nodes
+    nodes.end_ranks()
 
 
 @pytest.fixture
@@ -83,15 +85,12 @@ def test_a_push_ends_whoever_goes(nodes, who, state, by):
     hit(nodes, who, state, by)
 
 
-@pytest.mark.parametrize("by", SIGNALS)
-@pytest.mark.parametrize("who", ["worker home", "worker away"])
+@pytest.mark.parametrize(("who", "by"), [("worker home", "SIGSTOP"), ("worker away", "SIGKILL")])
 def test_a_push_ends_though_a_worker_goes_as_its_engine_finishes(nodes, who, by):
     hit(nodes, who, "finishing", by)
 
 
 @pytest.mark.parametrize("by", SIGNALS)
-@pytest.mark.parametrize(
-    ("who", "state"), [("rank", "exposing"), ("rank", "drawing"), ("worker away", "drawing")]
-)
+@pytest.mark.parametrize(("who", "state"), [("rank", "exposing"), ("rank", "drawing"), ("worker away", "drawing")])
 def test_a_push_in_place_ends_whoever_goes(alone, who, state, by):
     hit(alone, who, state, by)
