@@ -29,6 +29,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import weightsync.exposing.device
+import weightsync.exposing.host
+import weightsync.filling.device  # noqa: F401 - with those above: what ranks would each load in their first push
 from weightsync.errors import WeightSyncError
 from weightsync.plan.layout import Layout
 from weightsync.rank import RankPush

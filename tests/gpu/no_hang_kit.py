@@ -30,7 +30,7 @@ __all__ = ["DEADLINE", "Nodes", "Victim", "two_nodes"]
 
 DEADLINE = 20.0  # seconds that a push is given
 LATE = 2.0  # … and that it may end after them
-TIMEOUTS = {"liveness": 2, "operation": 5, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 30}
+TIMEOUTS = {"liveness": 3, "operation": 5, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 30}
 SLOW = json.dumps({"slow": 0.02})  # GPUs of engines dawdle, so that who is killed is killed with work on them
 
 

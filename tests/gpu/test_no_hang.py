@@ -58,7 +58,8 @@ def alone(_alone: Nodes) -> Iterator[Nodes]:
 
 def _tried(nodes: Nodes) -> Iterator[Nodes]:
     if not nodes.ranks:
-        nodes.push_again()
+        with nodes.logs():
+            nodes.push_again()
     nodes.good = False
     yield nodes
     if not nodes.good:
