@@ -8,6 +8,11 @@ Race: one slot on each GPU, readers whose GPUs dawdle at random before they read
 copy each bucket whole and compare the checksum of what they got with the trainer's; the engine's tensors are compared
 after each push as always. Then the same with readers that give buckets back before they have read them, which must be
 found out.
+
+    python -m bench.gpu_soak --collectives 200 --json out.json
+
+Collectives, and nothing else: a trainer of two ranks, on two nodes of a GPU each, reduces over NCCL on the same GPUs
+without a pause while it pushes. No push may hang or miss an engine, and in each the trainer's own work has to go on.
 """
 
 from __future__ import annotations
@@ -24,12 +29,15 @@ import torch
 from bench.bench_push import MODEL as TWO_GB
 from bench.harness import report
 from weightsync import push_weights
+from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.config import ModelConfig, write_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.errors import WeightSyncError
-from weightsync.fleet import Daemon, Fleet
+from weightsync.fleet import Daemon, Fleet, FleetError
 from weightsync.operator import fetch_status
 
+RANK = Path(__file__).parents[1] / "tests/gpu/fsdp2_push.py"
+_PATIENCE = 540.0  # seconds for a trainer to push so often beside its own work
 SMALL = ModelConfig(
     vocab_size=32003,
     hidden_size=512,
@@ -47,7 +55,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--pushes", type=int, default=1000)
     parser.add_argument("--races", type=int, default=500)
+    parser.add_argument("--collectives", type=int, help="so many pushes beside the trainer's own; two GPUs")
     arguments = parser.parse_args()
+    if arguments.collectives:
+        with Fleet() as fleet:
+            beside_collectives(fleet, arguments.collectives, arguments.json)
+        return
     with Fleet() as fleet:
         leak = soak(fleet, arguments.pushes)
     with Fleet() as fleet:
@@ -136,6 +149,51 @@ def race(fleet: Fleet, pushes: int, *, hasty: bool) -> dict[str, Any]:
             failed += 1
             why = next((str(e.error.message) for e in outcome.engines if e.error is not None), "")
     return {"pushes": pushes, "failed": failed, "buckets": buckets, "last_failure": why}
+
+
+def beside_collectives(fleet: Fleet, pushes: int, out: Path | None) -> None:
+    """See the module; reports what it found."""
+    random_checkpoint(SMALL, fleet.root / "model", 0)
+    daemons: list[Daemon] = []
+    for gpu in (1, 0):  # the first has the other for a peer
+        env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        engine = fleet.start_engine(f"e{gpu}", fleet.root / "model", tp=2, device="cuda", env=env)
+        node = {"gpus": [str(torch.cuda.get_device_properties(gpu).uuid)]}
+        arena = {"slots": 3, "slot_bytes": "8MiB"}
+        daemons.insert(0, fleet.start_daemon(f"soak{gpu}", [engine], peers=daemons, node=node, arena=arena))
+    where = ",".join(daemon.endpoint for daemon in daemons)
+    arguments = [str(fleet.root / "model"), where, "1", str(fleet.root), str(pushes), "busy", "default"]
+    began = time.perf_counter()
+    trainer = fleet.torchrun("trainer", RANK, 2, arguments)
+    why = ""
+    try:
+        status = trainer.wait(_PATIENCE)
+        why = f"the trainer ended with status {status}" if status else ""
+    except FleetError:
+        why = f"it hangs: not over after {_PATIENCE:g} s"
+    seconds = time.perf_counter() - began
+    told = [] if why else json.loads((fleet.root / "rank0.json").read_text())
+    reduced = [push["collectives"] for push in told]
+    figures = {
+        "pushes": pushes,
+        "complete": sum(push["complete"] for push in told),
+        "seconds": seconds,  # with the trainer's start
+        "collectives": sum(reduced),
+        "fewest_in_a_push": min(reduced, default=0),
+        "why": why,
+        "log": "\n".join(child.tail(40) for child in (trainer, *daemons)) if why else "",
+        "gpu": torch.cuda.get_device_name(0),
+    }
+    figures["good"] = figures["complete"] == pushes and figures["fewest_in_a_push"] > 0
+    rows = [
+        ["pushes that reached every engine", f"{figures['complete']} of {pushes}"],
+        ["all-reduces of the trainer's own meanwhile", str(figures["collectives"])],
+        ["… in the push that had the fewest", str(figures["fewest_in_a_push"])],
+        ["what went wrong", why or "nothing"],
+    ]
+    report("pushes beside a trainer's own NCCL", ("what", "found"), rows, figures, out)
+    if not figures["good"]:
+        raise SystemExit(f"not as it should be\n{figures['log']}")
 
 
 def held() -> dict[str, Any]:

@@ -146,7 +146,8 @@ def daemon(case: Case, server: Server, homes: list[int], options: argparse.Names
     config.write_text("\n".join(lines) + "\n")
     with (options.logs / f"{case.kind}-daemon.log").open("wb") as out:
         command = [sys.executable, "-m", "weightsyncd", "--node-config", str(config)]
-        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
+        alike = {"NCCL_CUMEM_ENABLE": "0"} if case.kind == "sglang" else {}  # as SGLang has it in its workers
+        process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | alike)
     try:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:

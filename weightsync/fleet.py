@@ -50,6 +50,7 @@ class Child:
     process: subprocess.Popen[bytes]
     log: Path
     within: tuple[str, ...] = field(default=(), kw_only=True)  # the command it runs in, such as `ip netns exec a`
+    env: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # beyond the fleet's
 
     @property
     def pid(self) -> int:
@@ -163,7 +164,15 @@ class Fleet:
         log = self.root / f"{name}.log"
         process = self._popen(arguments, log, env, within)
         engine = Engine(
-            name, process, log, tp=tp, model=model, device=device, arguments=arguments, within=tuple(within)
+            name,
+            process,
+            log,
+            tp=tp,
+            model=model,
+            device=device,
+            arguments=arguments,
+            within=tuple(within),
+            env=dict(env or {}),
         )
         self.children.append(engine)
         if wait:
@@ -183,7 +192,7 @@ class Fleet:
         arguments[arguments.index("--port") + 1] = port
         port_file = self.root / f"{engine.name}.port"
         port_file.unlink(missing_ok=True)
-        engine.process = self._popen(arguments, engine.log, within=engine.within)
+        engine.process = self._popen(arguments, engine.log, engine.env, engine.within)
         self.wait_engine(engine)
         return engine
 
@@ -219,7 +228,8 @@ class Fleet:
         log = self.root / f"{node}.log"
         process = self._popen(("-m", "weightsyncd", "--node-config", str(config)), log, env, within)
         listen = str(tables.get("cluster", {}).get("listen", ""))
-        daemon = Daemon(node, process, log, endpoint=endpoint, listen=listen, config=config, within=tuple(within))
+        more: dict[str, Any] = {"within": tuple(within), "env": dict(env or {})}
+        daemon = Daemon(node, process, log, endpoint=endpoint, listen=listen, config=config, **more)
         self.children.append(daemon)
         if wait:
             self.wait_daemon(daemon, engines=len(engines), peers=len(peers))
@@ -228,7 +238,7 @@ class Fleet:
     def restart_daemon(self, daemon: Daemon) -> Daemon:
         """Start a daemon that has ended again, with the same config."""
         arguments = ("-m", "weightsyncd", "--node-config", str(daemon.config))
-        daemon.process = self._popen(arguments, daemon.log, within=daemon.within)
+        daemon.process = self._popen(arguments, daemon.log, daemon.env, daemon.within)
         self.wait_daemon(daemon)
         return daemon
 

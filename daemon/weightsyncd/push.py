@@ -290,10 +290,20 @@ class Push:
     def _owners(self) -> int:
         """How many bridges of each node get buckets: one, where an engine of this node takes them from one alone."""
         engines = self._services.executor.engines
-        infos = [engines[name].info for name, node in self._engines.items() if node == self._home and name in engines]
-        if any(info is not None and info.transport in ONE_SENDER for info in infos):
+        here = [engines[name] for name, node in self._engines.items() if node == self._home and name in engines]
+        owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
+        alone = [e.name for e in here if e.info is not None and e.info.transport in ONE_SENDER and e.state != "lost"]
+        if alone and owners > 1:
+            model, version = self.session.model, self.session.version
+            logger.info(
+                "[push=%s v=%d] all of it goes through one bridge of %d: engine %s takes weights from one alone",
+                model,
+                version,
+                owners,
+                alone[0],
+            )
             return 1
-        return self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
+        return owners
 
     async def _make_plan(self) -> ev.Event:
         """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""

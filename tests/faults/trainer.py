@@ -8,12 +8,16 @@ and test speak lines of JSON. After its first line, the rank's pid, a rank takes
     → {}                      go on
     ← {"report": …}, {"error": …} or {"interrupted": true}
 
-A rank holds every tensor of the checkpoint whose index, modulo the world, is its own.
+A rank holds every tensor of the checkpoint whose index, modulo the world, is its own; where the terms name a "device"
+that is a GPU, there, and from push to push at the same place. A gate called "fill" is like "read", but on a GPU it is
+the GPU that stands still, for a while: the rank goes on, and what it has asked to be written into a slot is not
+written yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -25,11 +29,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+import weightsync.exposing.device
+import weightsync.exposing.host
+import weightsync.filling.device  # noqa: F401 - with those above: what ranks would each load in their first push
 from weightsync.errors import WeightSyncError
 from weightsync.plan.layout import Layout
 from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
 from weightsync.trainer_place import TrainerPlace
+
+DAWDLES = 2_500_000_000  # cycles of a GPU's clock, a second and a half about
 
 
 class Line:
@@ -56,13 +65,27 @@ class Gate:
         self._where = str(where)
         self._left = int(left)
 
+    @property
+    def reads(self) -> bool:
+        """Whether it is one before a read."""
+        return self._where in ("read", "fill")
+
     def passes(self, where: str) -> None:
-        if where != self._where:
-            return
-        if self._left == 0:
+        if self._comes(where):
             self._line.say({"at": where})
             self._line.hear()
-        self._left -= 1
+
+    def fills(self, out: torch.Tensor) -> None:
+        """Before a read into `out`, on whose stream what fills the slot comes next."""
+        if not out.is_cuda:
+            self.passes("fill")
+        elif self._comes("fill"):
+            torch.cuda._sleep(DAWDLES)
+            self._line.say({"at": "fill"})
+
+    def _comes(self, where: str) -> bool:
+        self._left -= where == self._where
+        return where == self._where and self._left == -1
 
 
 class GatedLayout(Layout):
@@ -88,8 +111,16 @@ class GatedSource(TensorSource):
     def layout(self) -> Layout:
         return self._gated_layout
 
+    def local(self, shard: int) -> torch.Tensor | None:  # type: ignore[override]
+        """On a GPU nothing is read through this source, unless it lies in no tensor: then all is, but one shard that
+        says where the rank's weights are.
+        """
+        tensor = super().local(shard)
+        return None if self._gate.reads and shard and tensor.is_cuda else tensor
+
     def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
         self._gate.passes("read")
+        self._gate.fills(out)
         if self._broken:
             raise OSError("the weights cannot be read")
         super().read_into(shard, src_offset, shape, out)
@@ -97,8 +128,9 @@ class GatedSource(TensorSource):
 
 def weights_of(terms: dict[str, Any]) -> dict[str, torch.Tensor]:
     """What the rank holds: its share of the checkpoint, with the changes that the terms ask for."""
-    rank, world = terms["rank"], terms["world"]
-    everything = load_file(f"{terms['checkpoint']}/model.safetensors") if terms.get("checkpoint") else {}
+    rank, world, device = terms["rank"], terms["world"], terms.get("device", "cpu")
+    load = load_file if device == "cpu" else kept_on
+    everything = load(f"{terms['checkpoint']}/model.safetensors", device) if terms.get("checkpoint") else {}
     mine = {name: w for i, (name, w) in enumerate(sorted(everything.items())) if i % world == rank}
     for name, change in (terms.get("change") or {}).items():
         if change == "shape":
@@ -112,6 +144,13 @@ def weights_of(terms: dict[str, Any]) -> dict[str, torch.Tensor]:
         elif change == "drop":
             mine.pop(name, None)
     return mine
+
+
+@functools.cache
+def kept_on(path: str, device: str) -> dict[str, torch.Tensor]:
+    """A checkpoint on a GPU, this process's current one from now on."""
+    torch.cuda.set_device(device)
+    return load_file(path, device)
 
 
 def serve(connection: socket.socket) -> None:

@@ -78,6 +78,11 @@ def test_a_stranger_is_named_as_such(stranger):
     assert "router" in found[0].fix
 
 
+def test_an_engine_that_is_to_join_a_group_which_it_cannot():
+    nobody = EngineConfig(name="e", kind="vllm", path="group", url="http://127.0.0.1:9")
+    assert any("vllm joins groups over NCCL alone" in what for what in levels(doctor.examine(nobody))["fail"])
+
+
 def test_another_machine():
     found = doctor.examine(spec("http://192.0.2.1:9"), timeout=0.2)
     assert any("another machine" in f.what and "peers" in f.fix for f in found if f.level == "fail")

@@ -15,13 +15,16 @@ from weightsyncd.push import Push
 def push(engines: dict[str, tuple[str, str]], *, rails: int = 4) -> Any:
     """One of engines by name: where each is, and its transport ("" where nothing is known of it yet)."""
     here = {
-        name: SimpleNamespace(info=info(transport) if transport else None)
+        name: SimpleNamespace(
+            name=name, info=info(transport) if transport else None, state="lost" if name == "gone" else "serving"
+        )
         for name, (node, transport) in engines.items()
         if node == "home"
     }
     services = SimpleNamespace(executor=SimpleNamespace(engines=here), rails=SimpleNamespace(count=lambda _: rails))
     of_nodes = {name: node for name, (node, _) in engines.items()}
-    return SimpleNamespace(_services=services, _engines=of_nodes, _home="home", _names=("home",))
+    session = SimpleNamespace(model="m", version=1)
+    return SimpleNamespace(_services=services, _engines=of_nodes, _home="home", _names=("home",), session=session)
 
 
 def info(transport: str) -> EngineInfo:
@@ -34,6 +37,7 @@ def info(transport: str) -> EngineInfo:
         ({"a": ("home", "mapped"), "b": ("home", "group")}, 4),
         ({"a": ("home", "mapped"), "b": ("home", GroupPath.transport)}, 1),
         ({"a": ("home", ""), "b": ("away", "")}, 4),
+        ({"a": ("home", "mapped"), "gone": ("home", GroupPath.transport)}, 4),
     ],
 )
 def test_one_bridge_sends_where_an_engine_listens_to_one(engines, owners):

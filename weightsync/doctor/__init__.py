@@ -14,6 +14,7 @@ weightsyncd: it has to run where that runs, as its user. Nothing is changed, and
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -29,9 +30,12 @@ from weightsync.doctor.node import Node, examine_node, room, worst_first
 from weightsync.doctor.process import examine_process
 from weightsync.endpoints import url_problems
 from weightsync.errors import EngineError, EngineLost, WeightSyncError
+from weightsync.transports.group import why_not
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
+
+    from weightsync.transports.group import Helper
 
 __all__ = ["Node", "brand_of", "examine", "examine_machine", "examine_node", "worst_first"]
 
@@ -77,7 +81,16 @@ def examine(spec: EngineConfig, node: Node | None = None, *, timeout: float = 10
         found.append(Finding(level="fail", what=error.message, fix=error.hint or _start_hint(spec.url)))
     except WeightSyncError as error:
         found.append(Finding(level="fail", what=error.message, fix=error.hint or ""))
-    return worst_first(found + examine_process(spec.url, node))
+    return worst_first([*found, *_group(spec, node, os.environ), *examine_process(spec.url, node)])
+
+
+def _group(spec: EngineConfig, node: Node, environment: Mapping[str, str]) -> list[Finding]:
+    """For an engine that is asked to join groups: what keeps it out of them."""
+    helper: dict[str, Helper] = {"sglang": "torch", "vllm": "vllm"}
+    if spec.path != "group" or spec.kind not in helper:
+        return []
+    found = why_not(helper[spec.kind], on_gpu=node.on_gpus, environment=environment)
+    return [Finding(level="fail", what=found[0], fix=found[1])] if found is not None else []
 
 
 async def _ask(spec: EngineConfig, deadline: float) -> Sequence[Finding]:

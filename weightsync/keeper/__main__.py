@@ -59,7 +59,7 @@ def _gpu_lost() -> str:
     """An error of a CUDA context is its end: another process begins with another. What it was, or ""."""
     if _on_gpu():
         try:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().query()  # and no wait: what is stuck there is not gone
         except RuntimeError as error:
             return str(error)
     return ""

@@ -21,7 +21,14 @@ from weightsync.nccl_bridge.meetings import TorchMeeting, VllmMeeting
 from weightsync.nccl_bridge.nccl_group import NcclGroup
 from weightsync.nccl_bridge.rendezvous import Rendezvous
 from weightsync.transports.base import seconds_left
-from weightsync.transports.group import DeviceGroupSender, GroupOffer, GroupSender, GroupTicket, HostGroupSender
+from weightsync.transports.group import (
+    DeviceGroupSender,
+    GroupOffer,
+    GroupSender,
+    GroupTicket,
+    HostGroupSender,
+    why_not,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -38,7 +45,6 @@ logger = logging.getLogger(__name__)
 
 _JOINING = 20.0  # seconds for an engine that was told to join over gloo; other communicators wait for it
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
-_CUMEM = "NCCL_CUMEM_ENABLE"
 _OVER = "over"  # name of a group that there is none of
 
 
@@ -152,18 +158,10 @@ class Groups:
             raise
 
     def _check(self, command: c.OfferGroup) -> None:
-        if command.helper == "vllm" and self._slots is None:
-            raise ConfigError(
-                f"engine {command.engine}: vllm joins groups over NCCL alone, and the slots of bridge {self._bridge} "
-                "lie in host memory",
-                hint='arena.device = "cuda" on this node, or a weightsyncd on the engine\'s own',
-            )
-        if command.helper == "torch" and self._slots is not None and _CUMEM not in os.environ:
-            raise ConfigError(
-                f"engine {command.engine}: members of a group have to be alike in {_CUMEM}, which SGLang sets to 0 in "
-                "its workers where it was not started with another, and which weightsyncd was started without",
-                hint=f"start weightsyncd with {_CUMEM}=0, or with what the engine has, on every node: they compare it",
-            )
+        found = why_not(command.helper, on_gpu=self._slots is not None, environment=os.environ)
+        if found is not None:
+            problem, hint = found
+            raise ConfigError(f"engine {command.engine} cannot join bridge {self._bridge}: {problem}", hint=hint)
 
     def _over(self, engine: str) -> TransportBroken:
         return TransportBroken(f"the group of bridge {self._bridge} with engine {engine} is over")

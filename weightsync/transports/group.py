@@ -24,7 +24,7 @@ from weightsync.transports.base import Capabilities
 from weightsync.transports.broadcast import BroadcastSender, Member
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from weightsync.ipc.arena import Arena
     from weightsync.ipc.cuda import DeviceSlots
@@ -42,6 +42,7 @@ __all__ = [
     "GroupTicket",
     "Helper",
     "HostGroupSender",
+    "why_not",
 ]
 
 Helper = Literal["torch", "vllm"]
@@ -53,7 +54,26 @@ HELPERS: dict[str, Helper] = {"group": "torch", "group-vllm": "vllm"}
 ONE_SENDER = ("group-vllm",)
 """Transports of engines that are in one group at a time, and so take all buckets from one bridge."""
 
+_CUMEM = "NCCL_CUMEM_ENABLE"
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
+
+
+def why_not(helper: Helper, *, on_gpu: bool, environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """What keeps an engine out of a group with a bridge whose slots lie `on_gpu`, and what mends it; or nothing.
+    `environment` is the bridge's, and so weightsyncd's.
+    """
+    if helper == "vllm" and not on_gpu:
+        return (
+            "vllm joins groups over NCCL alone, and the node's slots lie in host memory",
+            'arena.device = "cuda" on this node, or a weightsyncd on the engine\'s own',
+        )
+    if helper == "torch" and on_gpu and _CUMEM not in environment:
+        return (
+            f"members of a group have to be alike in {_CUMEM}, which SGLang sets to 0 in its workers where it was not "
+            "started with another, and which weightsyncd was started without",
+            f"start weightsyncd with {_CUMEM}=0, or with what the engine has, on every node: they compare it",
+        )
+    return None
 
 
 class GroupOffer(msgspec.Struct, frozen=True, kw_only=True):

@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = ["GroupPath"]
 
+_DTYPES = frozenset(
+    ("int8", "uint8", "int32", "int64", "float16", "float32", "float64", "bfloat16", "float8_e4m3fn")
+)  # of `ncclDataTypeEnum`, vLLM 0.26 and 0.32
+
 
 class GroupPath(StockPath):
     """Needs slots on GPUs."""
@@ -47,7 +51,8 @@ class GroupPath(StockPath):
         if len(senders := np.unique(manifest.bucket_owner)) > 1:
             raise self.refused(
                 f"stock vllm takes weights from one sender, and buckets are in the slots of {len(senders)} bridges",
-                "push again, if this engine has only just been found; else node.gpus with one GPU, or our plugin",
+                "push again, if this engine has only just been found on this node; node.gpus with one GPU, if another "
+                "node pushes; or our plugin",
             )
         counts = np.bincount(manifest.piece_tensor, minlength=len(table))
         if len(cut := np.flatnonzero(counts > 1)):
@@ -57,6 +62,9 @@ class GroupPath(StockPath):
                 f"{first_names(names, len(names))}",
                 f"arena.slot_bytes of at least {int(table.sizes[cut].max())}, or our plugin",
             )
+        for name, dtype in zip(table.names, table.dtypes, strict=True):
+            if dtype not in _DTYPES:
+                raise self.refused(f"vllm broadcasts no {dtype}, the dtype of {name!r}", "our plugin, which takes it")
         if len(empty := np.flatnonzero(table.sizes == 0)):
             raise self.refused(
                 f"{table.names[int(empty[0])]!r} has no elements, and cannot be broadcast", "leave it out"
