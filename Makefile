@@ -1,7 +1,8 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
 # make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
 # make bench   benchmarks of this machine; make bench-pure  planning, codec, session beside their baseline
-# make test    all CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
+# make test    CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
+# make test-all  with the slow ones: more cells of the fault matrices, sizes and numbers of ranks
 # make docs    the docs as a site
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,11 +13,11 @@ BIN = $(VENV)/bin
 TORCH ?= torch==2.13.0
 PIP_ARGS ?=
 
-.PHONY: setup demo test style types engines test-engines test-engines-all engines-older test-gpu bench bench-pure docs clean
+.PHONY: setup demo test test-all style types engines test-engines test-engines-all engines-older test-gpu bench bench-pure docs clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile
 
 $(BIN)/.set-up: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +33,10 @@ demo: setup
 # a file whole to one process: its engines are started once. Fault tests by themselves: what they break is told by silences,
 # and beside others that compute they meet too many; two of them, which wait most of their time, do not disturb each other
 test: setup
+	$(BIN)/python -m pytest -m "not gpu and not engines and not slow" -n 2 --dist loadfile --ignore tests/faults
+	$(BIN)/python -m pytest -m "not slow" tests/faults -n 2 --dist loadfile
+
+test-all: setup
 	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadfile --ignore tests/faults
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
 

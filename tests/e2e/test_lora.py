@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.marks import slow
 from weightsync import push_weights
 
 with warnings.catch_warnings():
@@ -62,7 +63,7 @@ def test_a_fine_tune_is_merged_in_its_own_type_and_sent_in_another(node):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [slow(2), 3])
 def test_fsdp2_ranks_push_a_fine_tune(node, ranks, tmp_path):
     script = Path(__file__).with_name("lora_push.py")
     first, _, last = (next(node.versions) for _ in range(3))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import TINY, Node
+from tests.marks import slow
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.fleet import Fleet
@@ -64,7 +65,7 @@ def push(node: Node, sizes: dict[str, int], ranks: int, out: Path) -> None:
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(
-    ("sizes", "ranks"), [({"tp": 2}, 2), ({"tp": 2, "pp": 2}, 4)], ids=lambda value: json.dumps(value)
+    ("sizes", "ranks"), [slow({"tp": 2}, 2), ({"tp": 2, "pp": 2}, 4)], ids=lambda value: json.dumps(value)
 )
 def test_megatron_ranks_push_their_parts(node, sizes, ranks, tmp_path):
     assert node.config is TINY

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import slow
 from weightsync import push_weights, push_weights_async
 from weightsync.adapters.reference.model import greedy, load_checkpoint
 from weightsync.errors import ConfigError, DaemonLost, PushRefused, SourceError
@@ -76,7 +77,7 @@ def test_other_sources(node, kind):
     node.assert_holds(weights, version)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [slow(2), 3])
 def test_fsdp2_ranks_push_their_shards(node, ranks, tmp_path):
     script = Path(__file__).with_name("fsdp2_push.py")
     first, second = next(node.versions), next(node.versions)

@@ -28,33 +28,48 @@ def connected(daemon, *names):
     until(lambda: peers(daemon) == dict.fromkeys(names, "connected"), f"{daemon.name} is connected to {names}")
 
 
-def test_nodes_find_each_other_come_and_go():
-    with Fleet() as fleet:
+class Nodes:
+    """Three with an engine each, the first of which is the seed; none is started yet."""
+
+    def __init__(self, fleet):
+        self._fleet = fleet
         random_checkpoint(TINY, fleet.root / "A", seed=0)
         random_checkpoint(TINY, fleet.root / "B", seed=1)
-        engines = [fleet.start_engine(f"e{i}", fleet.root / "A", wait=False) for i in range(3)]
-        for engine in engines:
+        self._engines = [fleet.start_engine(f"e{i}", fleet.root / "A", wait=False) for i in range(3)]
+        for engine in self._engines:
             fleet.wait_engine(engine)
-        ports = [free_port() for _ in range(3)]
+        self._ports = [free_port() for _ in range(3)]
 
-        def start(i):
-            cluster = {"listen": f"tcp://127.0.0.1:{ports[i]}", "seed": f"tcp://127.0.0.1:{ports[0]}"}
-            return fleet.start_daemon(f"n{i}", [engines[i]], arena=ARENA, timeouts=TIMEOUTS, cluster=cluster)
+    def start(self, i):
+        ports = self._ports
+        cluster = {"listen": f"tcp://127.0.0.1:{ports[i]}", "seed": f"tcp://127.0.0.1:{ports[0]}"}
+        return self._fleet.start_daemon(f"n{i}", [self._engines[i]], arena=ARENA, timeouts=TIMEOUTS, cluster=cluster)
 
-        def push(daemon, version):
-            with CheckpointSource(fleet.root / "AB"[version % 2]) as source:
-                report = push_weights(source, version=version, daemon=daemon.endpoint, timeout=30)
-            assert report.complete, report
-            return {engine.engine for engine in report.engines}
+    def push(self, daemon, version):
+        with CheckpointSource(self._fleet.root / "AB"[version % 2]) as source:
+            report = push_weights(source, version=version, daemon=daemon.endpoint, timeout=30)
+        assert report.complete, report
+        return {engine.engine for engine in report.engines}
 
-        second, seed = start(1), start(0)  # the seed need not be first
+
+def test_nodes_find_each_other():
+    with Fleet() as fleet:
+        nodes = Nodes(fleet)
+        second, seed = nodes.start(1), nodes.start(0)  # the seed need not be first
         connected(seed, "n1")
         connected(second, "n0")
-        assert push(second, 1) == {"e0", "e1"}
-        third = start(2)
+        assert nodes.push(second, 1) == {"e0", "e1"}
+
+
+@pytest.mark.slow
+def test_nodes_come_and_go():
+    with Fleet() as fleet:
+        nodes = Nodes(fleet)
+        seed, second = nodes.start(0), nodes.start(1)
+        third = nodes.start(2)
         for daemon, others in ((seed, ("n1", "n2")), (second, ("n0", "n2")), (third, ("n0", "n1"))):
             connected(daemon, *others)
-        assert push(third, 2) == {"e0", "e1", "e2"}
+        assert nodes.push(third, 2) == {"e0", "e1", "e2"}
         # the seed is away: the others stay as they are
         seed.kill(signal.SIGKILL)
         seed.wait(10)
@@ -67,7 +82,7 @@ def test_nodes_find_each_other_come_and_go():
         third.kill(signal.SIGTERM)
         third.wait(20)
         connected(second, "n0")
-        assert push(second, 3) == {"e0", "e1"}
+        assert nodes.push(second, 3) == {"e0", "e1"}
         fleet.restart_daemon(third)
         connected(second, "n0", "n2")
         third.kill(signal.SIGKILL)

@@ -97,6 +97,7 @@ def test_ranks_on_two_nodes_of_three_and_engines_on_others():
         nodes.check("B")
 
 
+@pytest.mark.slow
 def test_a_node_that_a_push_does_not_need_has_no_communicator_formed_anew_each_time():
     """Once for the engines, as the daemon starts, and once for the ranks of the first push."""
     with Fleet() as fleet:

@@ -16,6 +16,7 @@ import zmq
 
 import weightsync.rank_memory
 from tests.faults.kit import until
+from tests.marks import slow
 from tests.own import named
 from tests.wire_examples import EXAMPLES
 from weightsync.errors import ErrorRecord
@@ -278,16 +279,17 @@ def megabytes(node):
     return int(psutil.Process(node.daemon.pid).memory_info().rss / 1e6)
 
 
-def test_a_hundred_thousand_hostile_frames(node, strangers):
+@pytest.mark.parametrize("count", [20_000, slow(100_000)])
+def test_many_hostile_frames(node, strangers, count):
     rng = random.Random(20260101)
     crowd = strangers(8)
-    flood(rng, crowd, 20_000, opens=True)
+    flood(rng, crowd, count // 5, opens=True)
     before = megabytes(node)
-    flood(rng, crowd, 20_000, opens=True)  # one push after another is opened, and nobody takes part
+    flood(rng, crowd, count // 5, opens=True)  # one push after another is opened, and nobody takes part
     crowd[0].wait_free()
-    flood(rng, crowd, 40_000, opens=False)  # now the node is free for whoever wants to command it
+    flood(rng, crowd, 2 * count // 5, opens=False)  # now the node is free for whoever wants to command it
     (deaf,) = strangers(1, reads=False)
-    for _ in range(20_000):
+    for _ in range(count // 5):
         deaf.say([rng.randbytes(20)])
     flood(rng, crowd, 100, opens=True)
     after = megabytes(node)
@@ -296,12 +298,12 @@ def test_a_hundred_thousand_hostile_frames(node, strangers):
     assert after - before < GROWTH, f"{before} MB became {after} MB"
 
     errors = [error for one in crowd for error in one.errors]
-    assert sum(one.heard["ErrorReply"] for one in crowd) > 30_000
+    assert sum(one.heard["ErrorReply"] for one in crowd) > 0.3 * count
     assert {"CodecError", "RemoteProtocolError", "PushRefused"} <= {error.kind for error in errors}
     versions = [e for e in errors if "protocol version" in e.message and "is not spoken here" in e.message]
-    assert len(versions) > 1000
+    assert len(versions) > count / 100
     assert {e.hint for e in versions} == {"versions spoken: 1"}
-    assert sum("a message has one frame, not" in e.message for e in errors) > 1000
+    assert sum("a message has one frame, not" in e.message for e in errors) > count / 100
     assert any("unknown to protocol version 1" in e.message for e in errors)
     assert any("a daemon does not take messages of type Welcome" in e.message for e in errors)
     assert not {e.message for e in errors if "weightsyncd failed" in e.message}

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from tests.faults.kit import AT_ONCE, TIMEOUTS, until
+from tests.marks import slow
 
 pytestmark = pytest.mark.faults
 WORLD = 3
@@ -145,7 +146,7 @@ def test_layouts_that_differ_are_refused_on_every_node(pair):
 # --- ranks ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("victim", "read"), [(0, 4), (1, 0), (1, 4)])
+@pytest.mark.parametrize(("victim", "read"), [(0, 4), (1, 0), slow(1, 4)])
 def test_a_rank_that_is_killed_while_it_fills(pair, victim, read):
     ranks = filling(pair, victim, read)
     ranks[victim].kill()
@@ -245,7 +246,7 @@ def test_a_rank_away_that_stands_still_loses_its_arena_and_not_its_push_the_next
 
 
 @pytest.mark.parametrize(
-    ("where", "read", "number"), [("home", 0, KILL), ("home", 4, STOP), ("away", 0, STOP), ("away", 4, KILL)]
+    ("where", "read", "number"), [("home", 0, KILL), slow("home", 4, STOP), slow("away", 0, STOP), ("away", 4, KILL)]
 )
 def test_a_bridge_that_is_lost(pair, where, read, number):
     ranks = filling(pair, 1, read)
@@ -262,7 +263,7 @@ def test_a_bridge_that_is_lost(pair, where, read, number):
     until(lambda: pair.bridge_pids(daemon) not in ([], [bridge]), "another bridge")
 
 
-@pytest.mark.parametrize(("read", "number"), [(0, KILL), (4, STOP), (4, TERM)])
+@pytest.mark.parametrize(("read", "number"), [(0, KILL), slow(4, STOP), (4, TERM)])
 def test_the_daemon_away_that_is_lost(pair, read, number):
     ranks = filling(pair, 2, read)
     away(pair).kill(number)
@@ -282,7 +283,7 @@ def test_the_daemon_away_that_is_lost(pair, read, number):
     pair.wait_attached()
 
 
-@pytest.mark.parametrize(("read", "number"), [(4, KILL), (0, STOP)])
+@pytest.mark.parametrize(("read", "number"), [(4, KILL), slow(0, STOP)])
 def test_the_daemon_at_home_that_is_lost(pair, read, number):
     ranks = filling(pair, 0, read)
     pair.daemon.kill(number)

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import TIMEOUTS, until
+from tests.marks import slow
 from weightsync.operator import fetch_status
 
 pytestmark = pytest.mark.faults
@@ -85,7 +86,7 @@ def test_a_push_that_meets_no_trouble_reaches_both_nodes(pair):
         pair.serves(one, "C")
 
 
-@pytest.mark.parametrize("endpoint", ["/pause", "/begin", "/load", "/finish"])
+@pytest.mark.parametrize("endpoint", ["/pause", slow("/begin"), "/load", slow("/finish")])
 def test_a_remote_engine_that_fails_is_out_alone(pair, endpoint):
     pair.order(engine(pair, "away1"), fail={"endpoint": endpoint, "after": 3 if endpoint == "/load" else 0})
     report = start(pair).report()
@@ -110,14 +111,14 @@ def test_a_remote_engine_that_is_slow_is_out_alone(pair):
 @pytest.mark.parametrize(
     ("how", "stage"),
     [
-        ("killed", "idle"),
-        ("killed", "opening"),
+        slow("killed", "idle"),
+        slow("killed", "opening"),
         ("killed", "filling first"),
-        ("killed", "filling later"),
+        slow("killed", "filling later"),
         ("killed", "committing"),
-        ("stopped", "idle"),
+        slow("stopped", "idle"),
         ("stopped", "filling later"),
-        ("stopped", "committing"),
+        slow("stopped", "committing"),
     ],
 )
 def test_the_followers_bridge(pair, stage, how):
@@ -144,7 +145,7 @@ def test_the_followers_bridge(pair, stage, how):
     until(lambda: len(pair.bridge_pids(away)) == 1, "another bridge")
 
 
-@pytest.mark.parametrize("stage", ["opening", "filling first", "filling later", "committing"])
+@pytest.mark.parametrize("stage", [slow("opening"), slow("filling first"), "filling later", "committing"])
 def test_the_bridge_at_home_that_is_killed(pair, stage):
     rank = reach(pair, stage)
     (victim,) = pair.bridge_pids()
@@ -163,12 +164,12 @@ def test_the_bridge_at_home_that_is_killed(pair, stage):
 @pytest.mark.parametrize(
     ("how", "stage"),
     [
-        ("killed", "opening"),
-        ("killed", "filling first"),
+        slow("killed", "opening"),
+        slow("killed", "filling first"),
         ("killed", "filling later"),
-        ("killed", "committing"),
+        slow("killed", "committing"),
         ("stopped", "filling later"),
-        ("told to stop", "filling first"),
+        slow("told to stop", "filling first"),
         ("told to stop", "committing"),
     ],
 )
@@ -217,7 +218,7 @@ def test_a_follower_that_restarts_between_pushes_is_noticed(pair):
 
 @pytest.mark.parametrize(
     ("stage", "pause"),
-    [("opening", "keep"), ("filling first", "keep"), ("filling later", "keep"), ("filling later", "none")],
+    [slow("opening", "keep"), slow("filling first", "keep"), ("filling later", "keep"), slow("filling later", "none")],
 )
 def test_the_coordinator_that_is_killed(pair, stage, pause):
     """Its follower lets go of engines that were not touched; touched ones stay torn, and are paused."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.marks import slow
 from tests.unit.sources_kit import put_together, run_ranks
 
 CASES = {"trained", "state_dict", "tied", "bfloat16", "unsharded", "narrow", "mapping"}
@@ -11,7 +12,7 @@ MORE = {3: {"submesh"}, 4: {"hybrid", "grid", "nested", "tensor_parallel", "gaps
 
 
 @pytest.mark.timeout(150)
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [3, slow(4)])
 def test_what_ranks_hold_makes_up_the_model(tmp_path, world):
     run_ranks("fsdp2_ranks.py", str(tmp_path), torchrun=world)
     cases = {path.name.split(".")[0] for path in tmp_path.glob("*.layout")}

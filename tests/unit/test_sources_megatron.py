@@ -6,13 +6,14 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.marks import slow
 from tests.unit.sources_kit import put_together, run_ranks
 
 pytestmark = pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize(("world", "cases"), [(1, 1), (2, 19), (4, 7)])
+@pytest.mark.parametrize(("world", "cases"), [(1, 1), slow(2, 19), (4, 7)])
 def test_what_ranks_hold_makes_up_the_checkpoint(tmp_path, world, cases):
     run_ranks("megatron_ranks.py", str(tmp_path), torchrun=world)
     names = sorted({path.name.split(".")[0] for path in tmp_path.glob("*.layout")})
