@@ -294,14 +294,8 @@ class Push:
         owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
         alone = [e.name for e in here if e.info is not None and e.info.transport in ONE_SENDER and e.state != "lost"]
         if alone and owners > 1:
-            model, version = self.session.model, self.session.version
-            logger.info(
-                "[push=%s v=%d] all of it goes through one bridge of %d: engine %s takes weights from one alone",
-                model,
-                version,
-                owners,
-                alone[0],
-            )
+            words = (self.session.model, self.session.version, alone[0], owners)
+            logger.info("[push=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
             return 1
         return owners
 
