@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
+    from weightsyncd.joining import Taken
 
 __all__ = ["Follower"]
 
@@ -75,12 +76,12 @@ class Follower:
         busy: Callable[[], bool],
         wind_up: Callable[[float], Awaitable[None]],
         on_free: Callable[[], None],
-        on_taken: Callable[[], None],
+        taken: Taken,
         send: Callable[[bytes, msg.Message], bool],
         on_missed: Callable[[msg.Gather, Collection[int], ErrorRecord], None],
     ) -> None:
-        """`peers` are the nodes that this one pushes to. `on_taken` is called when a coordinator has taken a bridge for
-        its own communicator; `on_missed` when a push has failed that ranks of this node may still call for. `on_free`
+        """`peers` are the nodes that this one pushes to. `taken` hears of a coordinator that takes a bridge for its
+        own communicator; `on_missed` when a push has failed that ranks of this node may still call for. `on_free`
         is called, too, when ranks that wait here may take part in a push.
         """
         self._config = config
@@ -91,7 +92,7 @@ class Follower:
         self._busy = busy
         self._wind_up = wind_up
         self._on_free = on_free
-        self._joining = Joining(config, bridges, on_taken)
+        self._joining = Joining(config, bridges, taken)
         self._send = send
         self._on_missed = on_missed
         self.calls = Calls()
@@ -235,7 +236,8 @@ class Follower:
                     await self._wind_up(until)
                 if self._held is not None and self._held.end is not None:
                     await self._let_go(self._held, None)  # its `Leave` must not come after our `Join`
-                await self._joining.join(message, lambda: self._check_free(identity), until=until)
+                node = self._nodes.get(identity, "")
+                await self._joining.join(node, message, lambda: self._check_free(identity), until=until)
                 if self._held is not None:  # what was under way in the last communicator is over
                     self._held.rails = {(rail, task) for rail, task in self._held.rails if rail != message.rail}
             case msg.Receive():

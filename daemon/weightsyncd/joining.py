@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from weightsync.errors import PushRefused, TransportTimeout
 from weightsync.nccl_bridge import commands
@@ -22,18 +22,28 @@ __all__ = ["Joining"]
 _MAX_IN_LINES = 64  # communicators that wait to be formed
 
 
-class Joining:
-    """See the module. `on_taken` is called when another daemon has taken a bridge for a communicator of its own."""
+class Taken(Protocol):
+    """See `Joining`."""
 
-    def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], on_taken: Callable[[], None]) -> None:
+    def __call__(self, node: str, *, push: bool) -> bool: ...
+
+
+class Joining:
+    """See the module. `taken` hears that another daemon takes a bridge for a communicator of its own, and says whether
+    it may (`weightsyncd.rails.Rails.taken`).
+    """
+
+    def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], taken: Taken) -> None:
         self._config = config
         self._bridges = bridges
-        self._on_taken = on_taken
+        self._taken = taken
         self._lines = [asyncio.Lock() for _ in bridges]
         self._in_lines = 0
 
-    async def join(self, message: msg.JoinRail, check_free: Callable[[], None], *, until: float) -> None:
-        """Return when the bridge has joined. `check_free` raises while a push that is not the asker's needs it."""
+    async def join(self, node: str, message: msg.JoinRail, check_free: Callable[[], None], *, until: float) -> None:
+        """Return when the bridge has joined what `node` forms. `check_free` raises while a push that is not that node's
+        needs it.
+        """
         line = self._lines[message.rail]
         check_free()
         if self._in_lines >= _MAX_IN_LINES:
@@ -48,16 +58,21 @@ class Joining:
             self._in_lines -= 1
         try:
             check_free()
-            await self._join(message, until)
+            if not self._taken(node, push=message.push):
+                me = self._config.node.name
+                raise PushRefused(f"node {me} forms communicators with {node} itself, and comes first")
+            await self._join(message, check_free, until)
         finally:
             line.release()
 
-    async def _join(self, message: msg.JoinRail, until: float) -> None:
+    async def _join(self, message: msg.JoinRail, check_free: Callable[[], None], until: float) -> None:
         bridge = self._bridges[message.rail]
-        self._on_taken()
         await bridge.prompt(deadline=until)
+        # Who forms another generation has given up what this bridge may still be doing in the last; and first, since
+        # whatever else is asked of the bridge waits until that has ended.
+        await leave(bridge)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
-        await leave(bridge)  # who forms another generation has given up what this bridge may still be doing in the last
+        check_free()  # a push may have begun meanwhile, which forms its own
         command = commands.Join(
             generation=message.generation,
             rank=message.rank,

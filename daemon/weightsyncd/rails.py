@@ -53,6 +53,7 @@ class Rails:
         self.generation = 0  # of the communicators that were formed last
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
         self._taken = False  # by another daemon, whose communicators these bridges have joined since
+        self._keeping = False  # communicators are being formed, and for no push
         self._ours = False  # it was this daemon that formed the last one
         self._used: frozenset[str] = frozenset()  # nodes of the last push, as long as nothing has changed since
         self._lock = asyncio.Lock()
@@ -74,9 +75,15 @@ class Rails:
         if generation == self.generation:
             await leave(bridge)
 
-    def taken(self) -> None:
-        """Another daemon takes a bridge of this node into a communicator of its own."""
+    def taken(self, node: str, *, push: bool) -> bool:
+        """Another daemon, of `node`, takes a bridge of this one into a communicator of its own, for a `push` or before
+        any. False, and it may not: two that each wait in a communicator of their own for the other would wait for ever,
+        so of those that form between pushes the first by name goes on.
+        """
+        if self._keeping and not push and node > self.home:
+            return False
         self._members, self._taken, self._ours = (), True, False
+        return True
 
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
@@ -88,7 +95,7 @@ class Rails:
     async def keep(self, busy: Callable[[], bool]) -> None:
         """Between pushes, form what is broken, for ever: the first push after a fault should not wait for it. What
         another daemon has taken is left to it until this one pushes, and of nodes that are each other's peers the first
-        by name forms: two that wait in communicators of their own would wait for each other.
+        by name forms (see `taken`).
         """
         told: dict[str, str] = {}
         while True:
@@ -96,13 +103,23 @@ class Rails:
             nodes = self._likely()
             if not nodes or self._taken or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
-            failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation)
+            self._keeping = True
+            try:
+                failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation, push=False)
+            finally:
+                self._keeping = False
+            if self._was_taken():
+                continue
             problems = {node: error.message for node, error in failed.items()}
             for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
                 logger.warning("[node=%s] no communicator: %s", node, problems[node])
             told = problems
             if problems:
                 await asyncio.sleep(self._config.timeouts.probe_every)
+
+    def _was_taken(self) -> bool:
+        """As `_taken`, which changes while something is awaited."""
+        return self._taken
 
     def _likely(self) -> list[str]:
         """The nodes that the next push will reach, most likely: those of the last one, or all that have engines."""
@@ -117,8 +134,10 @@ class Rails:
         self._used = frozenset(nodes) - failed.keys()
         return failed
 
-    async def form(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
-        """See that every rail reaches `nodes`. Returns those that cannot be reached, which are left out, and why."""
+    async def form(self, nodes: Sequence[str], deadline: float, *, push: bool = True) -> dict[str, ErrorRecord]:
+        """See that every rail reaches `nodes`, for a push that is under way. Returns those that cannot be reached,
+        which are left out, and why.
+        """
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
             await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
@@ -133,11 +152,13 @@ class Rails:
                 wanted = [node for node in wanted if node not in failed]
                 if members == self._members or not wanted:
                     break
-                bad = await self._rendezvous(wanted, deadline)
+                bad = await self._rendezvous(wanted, deadline, push)
                 if not bad:
                     self._members = members
                     break
                 failed.update(bad)
+                if self._taken:
+                    break
                 wanted = [node for node in wanted if node not in failed]
             return failed
 
@@ -184,26 +205,28 @@ class Rails:
             hint="give arena.device the same value on both",
         ).record()
 
-    async def _rendezvous(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
+    async def _rendezvous(self, nodes: Sequence[str], deadline: float, push: bool) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
         self.generation += 1
         self._members, self._taken, self._ours = (), False, True
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
             try:
-                await self._join_all(rail, nodes, until)
+                await self._join_all(rail, nodes, until, push)
             except _NodeFailed as failed:
                 return {failed.node: failed.error}
             except WeightSyncError as error:
                 return dict.fromkeys(nodes, error.record())
         return {}
 
-    async def _join_all(self, rail: int, nodes: Sequence[str], until: float) -> None:
+    async def _join_all(self, rail: int, nodes: Sequence[str], until: float, push: bool) -> None:
         """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
         bridge, address, key = self.bridges[rail], self._config.cluster.address, secrets.token_hex(16)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         generation, world = self.generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
+        if self._taken:
+            raise TransportClosed(f"bridge {bridge.name} joins a communicator of another node")
         first: list[_NodeFailed] = []
 
         async def join(node: str, rank: int) -> None:
@@ -216,12 +239,14 @@ class Rails:
                 port=hosted.port,
                 key=key,
                 timeout=max(0.0, until - time.monotonic()),
+                push=push,
             )
             try:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
-                await leave(bridge)
+                if not self._taken:  # else it has left this one, and may be in another
+                    await leave(bridge)
 
         own = commands.Join(
             generation=generation,

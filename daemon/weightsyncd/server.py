@@ -133,7 +133,7 @@ class Server:
             busy=lambda: self.trainers.busy,
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
-            on_taken=self.rails.taken,
+            taken=self.rails.taken,
             send=self._send,
             on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
         )

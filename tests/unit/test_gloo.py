@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -131,6 +132,16 @@ def test_abort_while_joining(tmp_path):
                 joining.result(10)
         assert time.monotonic() - start < 5
         del hosted, member, joining
+
+
+def test_a_rendezvous_that_has_gone_is_not_tried_again_and_again():
+    """torch tries three times, with the whole time-out each: what waits behind would be taken for wedged."""
+    with socket.create_server(("127.0.0.1", 0)) as gone:
+        port = gone.getsockname()[1]
+    deadline = _soon(2.0)
+    with pytest.raises(TransportBroken, match="refused"):
+        Rendezvous.connect("127.0.0.1", port, deadline=deadline)
+    assert time.monotonic() < deadline
 
 
 def test_a_rendezvous_nobody_hosts():

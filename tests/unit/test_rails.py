@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from weightsync.config import parse_node_config
-from weightsync.errors import TransportTimeout
+from weightsync.errors import PushRefused, TransportClosed, TransportTimeout
 from weightsync.nccl_bridge import commands
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
@@ -115,16 +115,19 @@ def test_a_rail_whose_broadcasts_are_done_is_at_rest():
 class Recorder:
     """A bridge that leaves and joins."""
 
+    name = "n1/0"
     incarnation = "first"
 
-    def __init__(self):
+    def __init__(self, on_warm=lambda: None):
         self.commands = []
+        self._on_warm = on_warm
 
     async def prompt(self, *, deadline):
         pass
 
     async def warm(self, *, longest, deadline):
-        pass
+        self.commands.append("Warm")
+        self._on_warm()
 
     async def call(self, command, *, deadline):
         self.commands.append(type(command).__name__)
@@ -134,8 +137,8 @@ class Recorder:
 JOIN = msg.JoinRail(rail=0, generation=8, rank=1, world=2, host="127.0.0.1", port=1, key="k", timeout=5.0)
 
 
-def following(bridge):
-    """A follower that a push holds, of whose broadcasts on rail 0 one has failed."""
+def following(bridge, *, busy=lambda: False, may=True):
+    """A follower that a push holds, of whose broadcasts on rail 0 one has failed. `may`: others may take a bridge."""
 
     async def let_go(context, until):
         pass
@@ -147,10 +150,10 @@ def following(bridge):
         executor,
         [bridge],
         (),
-        busy=lambda: False,
+        busy=busy,
         wind_up=lambda until: let_go(None, until),
         on_free=lambda: None,
-        on_taken=lambda: None,
+        taken=lambda node, *, push: may,
         send=lambda identity, message: True,
         on_missed=lambda call, ranks, error: None,
     )
@@ -197,3 +200,75 @@ def test_a_communicator_that_was_joined_since_is_not_left_for_what_was_done_in_t
         return bridge.commands
 
     assert asyncio.run(main())[-1] == "Join"
+
+
+# --- two nodes that each form a communicator with the other -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keeping", "push", "node", "may"),
+    [
+        (False, False, "n9", True),
+        (True, False, "m9", True),  # it comes first
+        (True, False, "n9", False),
+        (True, True, "n9", True),  # a push does not wait
+    ],
+)
+def test_of_two_that_form_between_pushes_the_first_by_name_goes_on(rails, keeping, push, node, may):
+    rails._keeping = keeping
+    assert rails.taken(node, push=push) is may
+    assert rails._members == (() if may else (("n0/0", "a"), ("n1", "b")))
+
+
+@pytest.mark.timeout(10)
+def test_a_bridge_lets_go_of_what_it_waits_in_before_anything_else_is_asked_of_it():
+    async def main():
+        bridge = Recorder()
+        await following(bridge).at_rail(b"identity", JOIN)
+        return bridge.commands
+
+    assert asyncio.run(main()) == ["Leave", "Warm", "Join"]
+
+
+@pytest.mark.timeout(10)
+def test_a_node_that_goes_on_with_its_own_says_so():
+    async def main():
+        bridge = Recorder()
+        with pytest.raises(PushRefused, match="comes first"):
+            await following(bridge, may=False).at_rail(b"identity", JOIN)
+        return bridge.commands
+
+    assert asyncio.run(main()) == []
+
+
+@pytest.mark.timeout(10)
+def test_a_push_that_begins_meanwhile_keeps_the_bridge():
+    async def main():
+        pushes = []
+        bridge = Recorder(on_warm=lambda: pushes.append("begun"))
+        with pytest.raises(PushRefused, match="a push of its own"):
+            await following(bridge, busy=lambda: bool(pushes)).at_rail(b"identity", JOIN)
+        return bridge.commands
+
+    assert asyncio.run(main()) == ["Leave", "Warm"]
+
+
+class Forming(Recorder):
+    """A bridge of a node that forms; somebody takes it while it gets ready."""
+
+    async def call(self, command, *, deadline):
+        await super().call(command, deadline=deadline)
+        return commands.Hosted(port=1) if isinstance(command, commands.Host) else commands.Done()
+
+
+@pytest.mark.timeout(10)
+def test_who_was_taken_while_forming_does_not_join_its_own(rails):
+    bridge = Forming(on_warm=lambda: rails.taken("m9", push=False))
+    rails.bridges = [bridge]
+
+    async def main():
+        with pytest.raises(TransportClosed, match="joins a communicator of another node"):
+            await rails._join_all(0, ["m9"], time.monotonic() + 5, push=False)
+
+    asyncio.run(main())
+    assert bridge.commands == ["Warm", "Host"]

@@ -17,6 +17,7 @@ from weightsync.transports.base import seconds_left
 
 __all__ = ["Meeting", "Rendezvous", "load", "prefixed", "translated"]
 
+_LONGEST = 1e6  # seconds that a socket can be told to wait
 _PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it is
 
 
@@ -65,8 +66,14 @@ class Rendezvous:
 
     @classmethod
     def connect(cls, host: str, port: int, *, deadline: float) -> Rendezvous:
-        """Connect to the store that another member hosts."""
+        """Connect to the store that another member hosts. Raises `TransportBroken` where nobody does."""
         what = f"rendezvous at {host}:{port}"
+        try:  # torch tries several times, each for as long as it is given in all
+            socket.create_connection((host, port), timeout=min(seconds_left(deadline, what), _LONGEST)).close()
+        except TimeoutError as error:
+            raise TransportTimeout(f"{what}: its deadline passed") from error
+        except OSError as error:
+            raise TransportBroken(f"{what}: {error.strerror or error}", hint="whoever hosted it has left") from error
         left, window = seconds_left(deadline, what), Window()
         try:
             store = _torch().TCPStore(
