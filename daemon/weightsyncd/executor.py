@@ -218,6 +218,7 @@ class NodeExecutor:
         finally:
             for work in works:
                 work.cancel()
+            await asyncio.gather(*works, return_exceptions=True)
 
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
-    from weightsyncd.joining import Taken
+    from weightsyncd.joining import Takers
 
 __all__ = ["Follower"]
 
@@ -76,11 +76,11 @@ class Follower:
         busy: Callable[[], bool],
         wind_up: Callable[[float], Awaitable[None]],
         on_free: Callable[[], None],
-        taken: Taken,
+        rails: Takers,
         send: Callable[[bytes, msg.Message], bool],
         on_missed: Callable[[msg.Gather, Collection[int], ErrorRecord], None],
     ) -> None:
-        """`peers` are the nodes that this one pushes to. `taken` hears of a coordinator that takes a bridge for its
+        """`peers` are the nodes that this one pushes to. `rails` hear of a coordinator that takes a bridge for its
         own communicator; `on_missed` when a push has failed that ranks of this node may still call for. `on_free`
         is called, too, when ranks that wait here may take part in a push.
         """
@@ -92,7 +92,7 @@ class Follower:
         self._busy = busy
         self._wind_up = wind_up
         self._on_free = on_free
-        self._joining = Joining(config, bridges, taken)
+        self._joining = Joining(config, bridges, rails)
         self._send = send
         self._on_missed = on_missed
         self.calls = Calls()

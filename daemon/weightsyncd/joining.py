@@ -6,7 +6,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Protocol
 
-from weightsync.errors import PushRefused, TransportTimeout
+from weightsync.errors import PushRefused, TransportTimeout, WeightSyncError
 from weightsync.nccl_bridge import commands
 from weightsyncd.rails import leave
 
@@ -22,32 +22,44 @@ __all__ = ["Joining"]
 _MAX_IN_LINES = 64  # communicators that wait to be formed
 
 
-class Taken(Protocol):
-    """See `Joining`."""
+class Takers(Protocol):
+    """This node's own communicators, to which a bridge that another daemon takes is lost (see `weightsyncd.rails`)."""
 
-    def __call__(self, node: str, *, push: bool) -> bool: ...
+    def taken(self, node: str, *, push: bool) -> bool:
+        """The daemon of `node` takes a bridge; whether it may."""
+
+    def given_back(self, node: str) -> None:
+        """It has not come to that."""
+
+
+class _Line(asyncio.Lock):
+    """One bridge, and who has it join."""
+
+    push = False  # whether that is for a push
+    overruled = False
 
 
 class Joining:
-    """See the module. `taken` hears that another daemon takes a bridge for a communicator of its own, and says whether
-    it may (`weightsyncd.rails.Rails.taken`).
-    """
+    """See the module."""
 
-    def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], taken: Taken) -> None:
+    def __init__(self, config: NodeConfig, bridges: Sequence[Bridge], rails: Takers) -> None:
         self._config = config
         self._bridges = bridges
-        self._taken = taken
-        self._lines = [asyncio.Lock() for _ in bridges]
+        self._rails = rails
+        self._lines = [_Line() for _ in bridges]
         self._in_lines = 0
 
     async def join(self, node: str, message: msg.JoinRail, check_free: Callable[[], None], *, until: float) -> None:
         """Return when the bridge has joined what `node` forms. `check_free` raises while a push that is not that node's
-        needs it.
+        needs it. What is formed for a push waits for nothing that is formed beforehand.
         """
-        line = self._lines[message.rail]
+        line, bridge = self._lines[message.rail], self._bridges[message.rail]
         check_free()
         if self._in_lines >= _MAX_IN_LINES:
             raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
+        if message.push and line.locked() and not line.push:
+            line.overruled = True
+            await leave(bridge)
         self._in_lines += 1
         try:
             async with asyncio.timeout(until - time.monotonic()):
@@ -56,23 +68,33 @@ class Joining:
             raise TransportTimeout(f"bridge {message.rail} of this node is forming other communicators") from None
         finally:
             self._in_lines -= 1
-        try:
+        line.push, line.overruled = message.push, False
+
+        def check() -> None:
             check_free()
-            if not self._taken(node, push=message.push):
+            if line.overruled:
+                raise PushRefused(f"node {self._config.node.name} takes part in a push")
+
+        try:
+            check()
+            if not self._rails.taken(node, push=message.push):
                 me = self._config.node.name
-                raise PushRefused(f"node {me} forms communicators with {node} itself, and comes first")
-            await self._join(message, check_free, until)
+                raise PushRefused(f"node {me} is forming communicators itself, and comes before {node}")
+            try:
+                await self._join(bridge, message, check, until)
+            except WeightSyncError:
+                self._rails.given_back(node)
+                raise
         finally:
             line.release()
 
-    async def _join(self, message: msg.JoinRail, check_free: Callable[[], None], until: float) -> None:
-        bridge = self._bridges[message.rail]
+    async def _join(self, bridge: Bridge, message: msg.JoinRail, check: Callable[[], None], until: float) -> None:
         await bridge.prompt(deadline=until)
         # Who forms another generation has given up what this bridge may still be doing in the last; and first, since
         # whatever else is asked of the bridge waits until that has ended.
         await leave(bridge)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
-        check_free()  # a push may have begun meanwhile, which forms its own
+        check()  # a push may have begun meanwhile
         command = commands.Join(
             generation=message.generation,
             rank=message.rank,

@@ -52,7 +52,7 @@ class Rails:
         self._peers = peers
         self.generation = 0  # of the communicators that were formed last
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
-        self._taken = False  # by another daemon, whose communicators these bridges have joined since
+        self._taken: str | None = None  # by this node's daemon, whose communicators these bridges have joined since
         self._keeping = False  # communicators are being formed, and for no push
         self._ours = False  # it was this daemon that formed the last one
         self._used: frozenset[str] = frozenset()  # nodes of the last push, as long as nothing has changed since
@@ -82,13 +82,18 @@ class Rails:
         """
         if self._keeping and not push and node > self.home:
             return False
-        self._members, self._taken, self._ours = (), True, False
+        self._members, self._taken, self._ours = (), node, False
         return True
+
+    def given_back(self, node: str) -> None:
+        """The daemon of a node has not joined after all, or is gone, and its communicators with it."""
+        if self._taken == node:
+            self._taken = None
 
     def state_of(self, name: str) -> str:
         """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
         nodes = self._likely()
-        if name in nodes and not self._taken and not self.stands(nodes) and not self._yields(nodes):
+        if name in nodes and self._taken is None and not self.stands(nodes) and not self._yields(nodes):
             return "joining"
         return self._peers[name].state
 
@@ -101,15 +106,15 @@ class Rails:
         while True:
             await asyncio.sleep(self._config.timeouts.liveness / 5)
             nodes = self._likely()
-            if not nodes or self._taken or busy() or self.stands(nodes) or self._yields(nodes):
+            if not nodes or self._taken is not None or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
             self._keeping = True
             try:
                 failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation, push=False)
             finally:
                 self._keeping = False
-            if self._was_taken():
-                continue
+            if self._was_taken() or any(error.kind == "PushRefused" for error in failed.values()):
+                continue  # others push, or come first
             problems = {node: error.message for node, error in failed.items()}
             for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
                 logger.warning("[node=%s] no communicator: %s", node, problems[node])
@@ -119,7 +124,7 @@ class Rails:
 
     def _was_taken(self) -> bool:
         """As `_taken`, which changes while something is awaited."""
-        return self._taken
+        return self._taken is not None
 
     def _likely(self) -> list[str]:
         """The nodes that the next push will reach, most likely: those of the last one, or all that have engines."""
@@ -152,12 +157,15 @@ class Rails:
                 wanted = [node for node in wanted if node not in failed]
                 if members == self._members or not wanted:
                     break
+                if not push and self._was_taken():
+                    failed.update(dict.fromkeys(wanted, _elsewhere("a bridge").record()))
+                    break
                 bad = await self._rendezvous(wanted, deadline, push)
                 if not bad:
                     self._members = members
                     break
                 failed.update(bad)
-                if self._taken:
+                if self._was_taken():
                     break
                 wanted = [node for node in wanted if node not in failed]
             return failed
@@ -208,25 +216,29 @@ class Rails:
     async def _rendezvous(self, nodes: Sequence[str], deadline: float, push: bool) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
         self.generation += 1
-        self._members, self._taken, self._ours = (), False, True
+        self._members, self._taken = (), None
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
         for rail in range(self.count(nodes)):
             try:
                 await self._join_all(rail, nodes, until, push)
+                if self._was_taken():
+                    raise _elsewhere(f"bridge {self.bridges[rail].name}")
             except _NodeFailed as failed:
                 return {failed.node: failed.error}
             except WeightSyncError as error:
                 return dict.fromkeys(nodes, error.record())
+        self._ours = True
         return {}
 
     async def _join_all(self, rail: int, nodes: Sequence[str], until: float, push: bool) -> None:
         """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
         bridge, address, key = self.bridges[rail], self._config.cluster.address, secrets.token_hex(16)
+        await leave(bridge)  # whatever else is asked of it waits until what it is doing has ended
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         generation, world = self.generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
-        if self._taken:
-            raise TransportClosed(f"bridge {bridge.name} joins a communicator of another node")
+        if self._was_taken():
+            raise _elsewhere(f"bridge {bridge.name}")
         first: list[_NodeFailed] = []
 
         async def join(node: str, rank: int) -> None:
@@ -245,7 +257,7 @@ class Rails:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
-                if not self._taken:  # else it has left this one, and may be in another
+                if not self._was_taken():  # else it has left this one, and may be in another
                     await leave(bridge)
 
         own = commands.Join(
@@ -347,6 +359,10 @@ class _NodeFailed(Exception):
         super().__init__(f"{node}: {error.message}")
         self.node = node
         self.error = error
+
+
+def _elsewhere(what: str) -> TransportClosed:
+    return TransportClosed(f"{what} joins a communicator of another node")
 
 
 async def leave(bridge: Bridge) -> None:

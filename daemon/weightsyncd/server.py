@@ -133,7 +133,7 @@ class Server:
             busy=lambda: self.trainers.busy,
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
-            taken=self.rails.taken,
+            rails=self.rails,
             send=self._send,
             on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
         )
@@ -377,6 +377,7 @@ class Server:
 
     def _peer_lost(self, node: str, error: ErrorRecord) -> None:
         self.rails.break_up()
+        self.rails.given_back(node)
         self.trainers.hear(ev.NodeLost(node=node, error=error))
 
     # --- looking at it --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import time
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from weightsync.config import parse_node_config
@@ -153,7 +154,7 @@ def following(bridge, *, busy=lambda: False, may=True):
         busy=busy,
         wind_up=lambda until: let_go(None, until),
         on_free=lambda: None,
-        taken=lambda node, *, push: may,
+        rails=SimpleNamespace(taken=lambda node, *, push: may, given_back=lambda node: None),
         send=lambda identity, message: True,
         on_missed=lambda call, ranks, error: None,
     )
@@ -234,7 +235,7 @@ def test_a_bridge_lets_go_of_what_it_waits_in_before_anything_else_is_asked_of_i
 def test_a_node_that_goes_on_with_its_own_says_so():
     async def main():
         bridge = Recorder()
-        with pytest.raises(PushRefused, match="comes first"):
+        with pytest.raises(PushRefused, match="is forming communicators itself"):
             await following(bridge, may=False).at_rail(b"identity", JOIN)
         return bridge.commands
 
@@ -271,4 +272,53 @@ def test_who_was_taken_while_forming_does_not_join_its_own(rails):
             await rails._join_all(0, ["m9"], time.monotonic() + 5, push=False)
 
     asyncio.run(main())
-    assert bridge.commands == ["Warm", "Host"]
+    assert bridge.commands == ["Leave", "Warm", "Host"]
+
+
+@pytest.mark.timeout(10)
+def test_what_is_formed_for_a_push_waits_for_nothing_that_is_formed_beforehand():
+    async def main():
+        begun, waits = asyncio.Event(), asyncio.Event()
+
+        class Slow(Recorder):
+            async def warm(self, *, longest, deadline):
+                await super().warm(longest=longest, deadline=deadline)
+                begun.set()
+                if self.commands.count("Warm") == 1:
+                    await waits.wait()
+
+            async def call(self, command, *, deadline):
+                if isinstance(command, commands.Leave) and self.commands:
+                    waits.set()  # as a bridge does that is told to leave what it waits in
+                return await super().call(command, deadline=deadline)
+
+        bridge = Slow()
+        follower = following(bridge)
+        follower._held = None
+        first = asyncio.create_task(follower.at_rail(b"a", msgspec.structs.replace(JOIN, push=False)))
+        await begun.wait()
+        await follower.at_rail(b"b", JOIN)
+        with pytest.raises(PushRefused, match="takes part in a push"):
+            await first
+        return bridge.commands
+
+    assert asyncio.run(main())[-2:] == ["Warm", "Join"]
+
+
+@pytest.mark.timeout(10)
+def test_who_is_taken_while_it_looks_at_its_peers_forms_nothing(rails):
+    async def refresh():
+        assert rails.taken("m9", push=True)
+
+    bridge = Recorder()
+    info = SimpleNamespace(device=rails._config.arena.device, incarnation="x", slots=(1,), engines=(), peers=())
+    rails.bridges = [bridge]
+    rails._peers["n9"] = SimpleNamespace(refresh=refresh, info=info)
+
+    async def main():
+        return await rails.form(["n9"], time.monotonic() + 5, push=False)
+
+    assert asyncio.run(main()).keys() == {"n9"}
+    assert bridge.commands == []
+    rails.given_back("m9")
+    assert not rails._was_taken()

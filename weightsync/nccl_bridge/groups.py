@@ -168,12 +168,8 @@ class Groups:
 
     def _end(self, engine: str, group: _Group) -> None:
         """Leave this group, unless that was done."""
-        try:
-            with self._alone(time.monotonic() + _LEAVING):
-                if self._groups.get(engine) is group:
-                    self._leave(engine)
-        except TransportTimeout as error:
-            logger.error("[engine=%s group=%s] leave.failed %s", engine, group.sender.terms.name, error)  # noqa: TRY400
+        if self._groups.get(engine) is group and self._groups.pop(engine, None) is group:
+            self._close(engine, group)
 
     @contextmanager
     def _alone(self, deadline: float) -> Iterator[None]:
@@ -222,6 +218,13 @@ class Groups:
     def _leave(self, engine: str) -> None:
         group = self._groups.pop(engine, None)
         if group is not None:
-            group.sender.close()
-            group.communicator.abort()
+            self._close(engine, group)
+
+    @staticmethod
+    def _close(engine: str, group: _Group) -> None:
+        group.sender.close()
+        group.communicator.abort()
+        try:
             group.communicator.close(deadline=time.monotonic() + _LEAVING)
+        except TransportTimeout as error:  # nothing but the end of this process would help
+            logger.error("[engine=%s group=%s] leave.failed %s", engine, group.sender.terms.name, error)  # noqa: TRY400

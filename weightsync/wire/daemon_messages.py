@@ -77,7 +77,7 @@ class JoinRail(Message, frozen=True, tag="join_rail"):
     port: Natural
     key: Name
     timeout: Seconds
-    push: bool = False  # for one that is under way; else what a push may need is formed beforehand
+    push: bool = True  # for one that is under way; else what a push may need is formed beforehand
 
 
 class Receive(Message, frozen=True, tag="receive"):
