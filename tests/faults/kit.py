@@ -43,7 +43,7 @@ TINY = ModelConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
-TIMEOUTS = {"liveness": 4, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
+TIMEOUTS = {"liveness": 3, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
 AT_ONCE = 2.5  # seconds, on a machine that does much else: less than any of what is not waited for
 ARENA = {"slot_bytes": "64KiB", "slots": 2}  # eight buckets in two slots
 PROMPT = [5, 17, 211, 3, 42]
