@@ -243,6 +243,7 @@ def test_a_model_that_no_engine_serves(node):
     assert error["hint"] == "models known here: default"
 
 
+@pytest.mark.slow  # twice in whole runs, and never alone, a fresh rank was silent in it for longer than `liveness`
 def test_a_source_that_breaks_half_way(node):
     """Rank 1 holds one late tensor alone: when it cannot be read, engines have loaded what rank 0 holds."""
     late = "model.norm.weight"
