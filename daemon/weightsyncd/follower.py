@@ -13,7 +13,6 @@ import contextlib
 import logging
 import time
 from collections import OrderedDict, deque
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,6 +26,7 @@ from weightsync.wire.codec import plain, structured
 from weightsyncd.branch import Branch
 from weightsyncd.calls import Calls
 from weightsyncd.context import PushContext
+from weightsyncd.holding import Held, Working
 from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
 from weightsyncd.rails import leave
@@ -45,19 +45,6 @@ __all__ = ["Follower"]
 logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
-
-
-@dataclass(eq=False)
-class _Held:
-    """A push elsewhere that holds this node."""
-
-    identity: bytes  # of the coordinator's connection
-    context: PushContext
-    heard: float
-    branch: Branch | None = None  # this node's ranks in it
-    rails: set[tuple[int, asyncio.Task[object] | None]] = field(default_factory=set)  # what may be under way on each
-    tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
-    end: asyncio.Task[None] | None = None  # set once it is being let go
 
 
 class Follower:
@@ -96,7 +83,7 @@ class Follower:
         self._send = send
         self._on_missed = on_missed
         self.calls = Calls()
-        self._held: _Held | None = None
+        self._held: Held | None = None
         self._free = asyncio.Event()
         self._free.set()
         self._stopping = False
@@ -221,7 +208,7 @@ class Follower:
             if len(message.fingerprints) != 8 * len(context.known_manifest().tensors):
                 raise RemoteProtocolError("fingerprints and manifest differ in length")
             context.expected = np.frombuffer(message.fingerprints, dtype="<u8")
-        with _Working(held):
+        with Working(held):
             event = await self._executor.execute(context, instruction)
         return msg.Executed(event=plain(event) if event is not None else {})
 
@@ -245,7 +232,7 @@ class Follower:
                 slot = do.Slot(self._config.node.name, message.rail, message.slot)
                 self._check_slot(slot)
                 held = await self._hold(identity, message.push)
-                with _Working(held, message.rail):
+                with Working(held, message.rail):
                     await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
             case msg.Exchange():
                 until = self._until(message.timeout)
@@ -263,7 +250,7 @@ class Follower:
                     token=message.token,
                     parts=message.parts,
                 )
-                with _Working(held, message.rail):
+                with Working(held, message.rail):
                     await bridge.call(command, deadline=until)
         return msg.Executed(event={})
 
@@ -297,7 +284,7 @@ class Follower:
         if self._held is not None:
             await self._let_go(self._held, "weightsyncd is stopping")
 
-    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> _Held:
+    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> Held:
         """The push's place here, taken at its first instruction. Raises `PushRefused` while another holds it."""
         node = self._config.node.name
         while True:
@@ -314,9 +301,9 @@ class Follower:
                 return held
             await self._let_go(held, "its coordinator has gone on")
 
-    def _take(self, identity: bytes, context: PushContext) -> _Held:
+    def _take(self, identity: bytes, context: PushContext) -> Held:
         self._free.clear()
-        self._held = _Held(identity, context, time.monotonic())
+        self._held = Held(identity, context, time.monotonic())
         return self._held
 
     def _check_free(self, identity: bytes) -> None:
@@ -327,7 +314,7 @@ class Follower:
         if self._held is not None and self._held.identity != identity:
             raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
 
-    async def _let_go(self, held: _Held, why: str | None, error: ErrorRecord | None = None) -> None:
+    async def _let_go(self, held: Held, why: str | None, error: ErrorRecord | None = None) -> None:
         if held.end is None:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
@@ -335,7 +322,7 @@ class Follower:
             held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it", error))
         await asyncio.shield(held.end)
 
-    async def _end(self, held: _Held, why: str, error: ErrorRecord | None) -> None:
+    async def _end(self, held: Held, why: str, error: ErrorRecord | None) -> None:
         for task in held.tasks:
             task.cancel()
         await asyncio.gather(*held.tasks, return_exceptions=True)
@@ -372,30 +359,3 @@ class Follower:
     def _check_slot(self, slot: do.Slot) -> None:
         if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._config.arena.slots):
             raise RemoteProtocolError(f"node {self._config.node.name} has no slot {slot.bridge}/{slot.index}")
-
-
-class _Working:
-    """While inside, the current task is one that ends with the push it works for; if it waits for a rail, that may be
-    left at work.
-    """
-
-    def __init__(self, held: _Held, rail: int | None = None) -> None:
-        self._held = held
-        self._rail = rail
-        self._task: asyncio.Task[object] | None = asyncio.current_task()
-        self._lines = held.context.lines()
-
-    def __enter__(self) -> None:
-        assert self._task is not None, "instructions are carried out in tasks"
-        self._lines.__enter__()
-        self._held.tasks.add(self._task)
-        if self._rail is not None:
-            self._held.rails.add((self._rail, self._task))
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self._task is not None
-        self._lines.__exit__()
-        if self._rail is not None and kind is None:
-            self._held.rails.discard((self._rail, self._task))
-        self._held.tasks.discard(self._task)
-        self._held.heard = time.monotonic()

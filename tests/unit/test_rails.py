@@ -15,7 +15,8 @@ from weightsync.errors import PushRefused, TransportClosed, TransportTimeout
 from weightsync.nccl_bridge import commands
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
-from weightsyncd.follower import Follower, _Held, _Working
+from weightsyncd.follower import Follower
+from weightsyncd.holding import Held, Working
 from weightsyncd.rails import Rails, leave
 
 
@@ -81,11 +82,11 @@ def test_a_change_of_members_ends_whichever_stands(rails):
 
 def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
     async def main():
-        held = _Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        held = Held(b"identity", PushContext("p", "m", 1), time.monotonic())
         done, never = asyncio.Event(), asyncio.Event()
 
         async def work(until):
-            with _Working(held, 0):
+            with Working(held, 0):
                 await until.wait()
 
         first, second = asyncio.create_task(work(done)), asyncio.create_task(work(never))
@@ -101,9 +102,9 @@ def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
 
 def test_a_rail_whose_broadcasts_are_done_is_at_rest():
     async def main():
-        held = _Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        held = Held(b"identity", PushContext("p", "m", 1), time.monotonic())
         for _ in range(2):
-            with _Working(held, 0):
+            with Working(held, 0):
                 pass
         return held.rails
 

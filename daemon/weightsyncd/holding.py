@@ -1,0 +1,54 @@
+"""A push that another daemon coordinates and that holds this node, and what this node is doing for it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from weightsyncd.branch import Branch
+    from weightsyncd.context import PushContext
+
+__all__ = ["Held", "Working"]
+
+
+@dataclass(eq=False)
+class Held:
+    """A push elsewhere that holds this node."""
+
+    identity: bytes  # of the coordinator's connection
+    context: PushContext
+    heard: float
+    branch: Branch | None = None  # this node's ranks in it
+    rails: set[tuple[int, asyncio.Task[object] | None]] = field(default_factory=set)  # what may be under way on each
+    tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
+    end: asyncio.Task[None] | None = None  # set once it is being let go
+
+
+class Working:
+    """While inside, the current task is one that ends with the push it works for; if it waits for a rail, that may be
+    left at work.
+    """
+
+    def __init__(self, held: Held, rail: int | None = None) -> None:
+        self._held = held
+        self._rail = rail
+        self._task: asyncio.Task[object] | None = asyncio.current_task()
+        self._lines = held.context.lines()
+
+    def __enter__(self) -> None:
+        assert self._task is not None, "instructions are carried out in tasks"
+        self._lines.__enter__()
+        self._held.tasks.add(self._task)
+        if self._rail is not None:
+            self._held.rails.add((self._rail, self._task))
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        assert self._task is not None
+        self._lines.__exit__()
+        if self._rail is not None and kind is None:
+            self._held.rails.discard((self._rail, self._task))
+        self._held.tasks.discard(self._task)
+        self._held.heard = time.monotonic()
