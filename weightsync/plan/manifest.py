@@ -124,6 +124,16 @@ class Manifest:
         """The pieces of one bucket."""
         return range(int(self.bucket_first[bucket]), int(self.bucket_first[bucket + 1]))
 
+    def bucket_tensors(self, bucket: int) -> list[int]:
+        """The tensor of each piece of one bucket."""
+        tensors: list[int] = self.piece_tensor[slice(*self.bucket_first[bucket : bucket + 2])].tolist()
+        return tensors
+
+    def cut_tensors(self) -> list[int]:
+        """Those in several pieces: they are larger than a bucket."""
+        cut: list[int] = np.flatnonzero(np.bincount(self.piece_tensor, minlength=len(self.tensors)) > 1).tolist()
+        return cut
+
     def pack(self) -> bytes:
         """This manifest as bytes, the same for equal manifests."""
         return self._packed

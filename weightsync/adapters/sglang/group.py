@@ -60,7 +60,7 @@ class GroupPath(StockPath):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         manifest = self._opened()
         table = manifest.tensors
-        tensors = [int(manifest.piece_tensor[piece]) for piece in manifest.bucket_pieces(bucket)]
+        tensors = manifest.bucket_tensors(bucket)
         body = {
             "names": [table.names[tensor] for tensor in tensors],
             "dtypes": [table.dtypes[tensor] for tensor in tensors],

@@ -6,8 +6,6 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import numpy as np
-
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang.payloads import DTYPES
 from weightsync.adapters.sglang.profiles import numbers_of
@@ -190,11 +188,9 @@ def _reloads(facts: ServerFacts, profile: Profile, *, plugin: bool) -> bool:
 def refuse_stock(manifest: Manifest, engine: str) -> None:
     """Raise `EngineRefused` naming what a server without our plugin cannot be given: parts, and unknown dtypes."""
     table = manifest.tensors
-    counts = np.bincount(manifest.piece_tensor, minlength=len(table))
-    cut = np.flatnonzero(counts > 1)
-    if len(cut):
+    if cut := manifest.cut_tensors():
         largest = int(table.sizes[cut].max())
-        names = ", ".join(repr(table.names[i]) for i in cut[:5].tolist())
+        names = ", ".join(repr(table.names[i]) for i in cut[:5])
         raise EngineRefused(
             f"{len(cut)} tensors are larger than a bucket, and stock SGLang takes whole ones only: {names}",
             engine=engine,

@@ -54,9 +54,8 @@ class GroupPath(StockPath):
                 "push again, if this engine has only just been found on this node; node.gpus with one GPU, if another "
                 "node pushes; or our plugin",
             )
-        counts = np.bincount(manifest.piece_tensor, minlength=len(table))
-        if len(cut := np.flatnonzero(counts > 1)):
-            names = [repr(table.names[i]) for i in cut.tolist()]
+        if cut := manifest.cut_tensors():
+            names = [repr(table.names[i]) for i in cut]
             raise self.refused(
                 f"{len(cut)} tensors are larger than a bucket, and stock vllm takes whole ones only: "
                 f"{first_names(names, len(names))}",
@@ -88,7 +87,7 @@ class GroupPath(StockPath):
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         manifest = self._updated()
         table = manifest.tensors
-        tensors = [int(manifest.piece_tensor[piece]) for piece in manifest.bucket_pieces(bucket)]
+        tensors = manifest.bucket_tensors(bucket)
         info = {
             "names": [table.names[tensor] for tensor in tensors],
             "dtype_names": [table.dtypes[tensor] for tensor in tensors],

@@ -55,7 +55,7 @@ def update_info(
     `flagged`: it has to say that it is packed.
     """
     table = manifest.tensors
-    tensors = [int(manifest.piece_tensor[piece]) for piece in manifest.bucket_pieces(bucket)]
+    tensors = manifest.bucket_tensors(bucket)
     return {
         "names": [table.names[tensor] for tensor in tensors],
         "dtype_names": [table.dtypes[tensor] for tensor in tensors],
