@@ -156,9 +156,10 @@ def beside_collectives(fleet: Fleet, pushes: int, out: Path | None) -> None:
     random_checkpoint(SMALL, fleet.root / "model", 0)
     daemons: list[Daemon] = []
     for gpu in (1, 0):  # the first has the other for a peer
-        env = {"CUDA_VISIBLE_DEVICES": str(gpu)}
+        uuid = f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
+        env = {"CUDA_VISIBLE_DEVICES": uuid}
         engine = fleet.start_engine(f"e{gpu}", fleet.root / "model", tp=2, device="cuda", env=env)
-        node = {"gpus": [str(torch.cuda.get_device_properties(gpu).uuid)]}
+        node = {"gpus": [uuid]}
         arena = {"slots": 3, "slot_bytes": "8MiB"}
         daemons.insert(0, fleet.start_daemon(f"soak{gpu}", [engine], peers=daemons, node=node, arena=arena))
     where = ",".join(daemon.endpoint for daemon in daemons)

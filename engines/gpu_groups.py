@@ -5,8 +5,8 @@
 DIR holds the checkpoints dense-base and dense-new. Nothing of weightsync is in the servers, and no memory is shared
 with them: the trainer and a weightsyncd are on the first GPU (and, of four, on the second), the servers on the others.
 For each engine a server is started on NEW and asked for greedy tokens and logprobs; another, started on BASE, is pushed
-to NEW, asked the same, pushed back, pushed to --soak times, has its bridge killed, and is pushed to again. Prints a
-table, exits 1 unless all agree.
+to NEW, asked the same, pushed back, pushed to --soak times, and has its bridge killed, between two pushes and within
+one; after each it is pushed to again and asked. Prints what it found, exits 1 unless all agree.
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ import torch
 from safetensors.torch import load_file
 
 from engines.gpu_servers import Case, Server, compare, gpu_memory
-from weightsync import push_weights
+from weightsync import push_weights, push_weights_async
 from weightsync.errors import WeightSyncError
 from weightsync.operator import fetch_status
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from weightsync.client import PushHandle
 
 _WARM = 5  # pushes, after which nothing is allocated for the first time
 
@@ -98,10 +100,15 @@ def prove(case: Case, server: Server, oracle: Server, homes: list[int], options:
             if turn + 1 == _WARM:
                 memory = gpu_memory()
         now = gpu_memory()
-        for bridge in about.bridges:
-            os.kill(bridge.pid or 0, signal.SIGKILL)
+        kill_bridges(endpoint)
         again = push("new")
         after = compare(server.generate(), wanted)[0]
+        handle = push_weights_async(weights["base"], version=next(versions), daemon=endpoint, timeout=120.0)
+        wait_loading(handle, endpoint)
+        kill_bridges(endpoint)
+        within = outcome(handle)
+        once_more = push("new")
+        after_within = compare(server.generate(), wanted)[0]
     grown = {pid: now.get(pid, 0) - mib for pid, mib in memory.items() if now.get(pid, 0) > mib}
     return {
         "software": about.engines[0].software,
@@ -116,11 +123,34 @@ def prove(case: Case, server: Server, oracle: Server, homes: list[int], options:
         "pushes": len(seconds),
         "mib_grown": grown,
         "after_the_bridge_was_killed": {"tokens_equal": after, "seconds": again.seconds},
-        "good": equal and back and after and not grown and not compare(base, wanted)[0],
+        "killed_in_a_push": {"that_push": within, "tokens_equal": after_within, "seconds": once_more.seconds},
+        "good": equal and back and after and after_within and not grown and not compare(base, wanted)[0],
     }
 
 
 TAGS = ("base", "new")
+
+
+def kill_bridges(endpoint: str) -> None:
+    for bridge in fetch_status(endpoint).bridges:
+        os.kill(bridge.pid or 0, signal.SIGKILL)
+
+
+def wait_loading(handle: PushHandle, endpoint: str) -> None:
+    """Return once an engine has loaded a bucket and not all, or the push is over already."""
+    while not handle.done():
+        push = fetch_status(endpoint).push
+        if push is not None and any(engine.loaded for engine in push.engines):
+            return
+
+
+def outcome(handle: PushHandle) -> str:
+    """How the push ended, in words."""
+    try:
+        report = handle.result()
+    except WeightSyncError as error:
+        return f"{type(error).__name__}: {error.message}"
+    return "complete" if report.complete else str([str(engine.error) for engine in report.engines])
 
 
 def on_gpus(tensors: dict[str, torch.Tensor], homes: list[int]) -> dict[str, torch.Tensor]:

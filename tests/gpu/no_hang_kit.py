@@ -347,7 +347,7 @@ def two_nodes(device: str) -> Iterator[Nodes]:
                 port=free_port(),
                 flags=["--enable-faults", *(["--trial", SLOW] if on_gpus and name != "away1" else [])],
                 wait=False,
-                env={"CUDA_VISIBLE_DEVICES": str(gpu)} if on_gpus else {},
+                env={"CUDA_VISIBLE_DEVICES": _uuid(gpu)} if on_gpus else {},
             )
             for name, tp, gpu in (("home", 1, 0), ("away1", 1, 1), ("away2", 2, 1))
         ]
@@ -366,8 +366,12 @@ def two_nodes(device: str) -> Iterator[Nodes]:
             assert "Traceback" not in words, words[words.index("Traceback") - 500 :]
 
 
+def _uuid(gpu: int) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
+
+
 def _daemon(fleet: Fleet, name: str, engines: list[Engine], gpu: int, on_gpus: bool, peers: list[Daemon]) -> Daemon:
-    node = {"gpus": [str(torch.cuda.get_device_properties(gpu).uuid)]} if on_gpus else {}
+    node = {"gpus": [_uuid(gpu)]} if on_gpus else {}
     log = {"level": "debug"}
     daemon = fleet.start_daemon(named(name), engines, peers=peers, node=node, arena=ARENA, timeouts=TIMEOUTS, log=log)
     assert fetch_status(daemon.endpoint).device == ("cuda" if on_gpus else "cpu")
