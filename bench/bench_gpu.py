@@ -1,7 +1,8 @@
 """Pushes between GPUs of one host: FSDP2 shards into reference engines on the same GPUs, beside what the wires can do.
 
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines tp --json out.json
-    python -m bench.bench_gpu --shape qwen3-30b-a3b --engines away   # half of the GPUs to the other half, as two nodes
+    python -m bench.bench_gpu --shape qwen3-30b-a3b --engines apart   # half of the GPUs to the other half
+    python -m bench.bench_gpu --shape qwen3-30b-a3b --engines away   # the same, as two nodes
     python -m bench.bench_gpu --shape qwen3-30b-a3b --layers 12 --retain   # a copy of each push is kept in host memory
 
 Weights are random, shapes and names a real model's (`python -m bench models`; the reference engine serves Qwen3's).
@@ -29,6 +30,8 @@ from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
+HALVES = ("apart", "away")  # engines on one half of the GPUs, the trainer on the other
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,9 +41,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=0, help="trainer ranks, one a GPU; all of the trainer's node")
     parser.add_argument(
         "--engines",
-        choices=("tp", "replicas", "away"),
+        choices=("tp", "replicas", *HALVES),
         default="tp",
-        help="one of tp N, N of tp 1, or one of tp N/2 on a node of its own, joined by NCCL",
+        help="one of tp N, N of tp 1, or one of tp N/2 on GPUs of its own: apart, of the trainer's node; "
+        "away, of another, joined by NCCL",
     )
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
     parser.add_argument("--in-place", action="store_true", help="engines read the trainer's memory, and no slots")
@@ -51,13 +55,13 @@ def main() -> None:
     parser.add_argument("--no-ceilings", action="store_true")
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
-    arguments.ranks = arguments.ranks or (gpus // 2 if arguments.engines == "away" else gpus)
+    arguments.ranks = arguments.ranks or (gpus // 2 if arguments.engines in HALVES else gpus)
     figures, broadcasts = push(arguments)
     ceilings = broadcasts | ({} if arguments.no_ceilings else measure())
     if arguments.retain:
         ceilings["copy of one GPU to locked host memory"] = measure_to_host()
     figures["ceilings"] = ceilings
-    if arguments.engines == "away":
+    if arguments.engines in HALVES:
         gpus //= 2
     into_each = figures["bytes"] / (1 if arguments.engines == "replicas" else gpus)
     rate = into_each / figures["seconds"] / 1e9
@@ -91,13 +95,13 @@ def main() -> None:
 def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
     """Run the pushes and put the ranks' figures together; and, between nodes, what plain broadcasts do there."""
     gpus = torch.cuda.device_count()
-    away = arguments.engines == "away"
+    away, halves = arguments.engines == "away", arguments.engines in HALVES
     with Fleet() as fleet:
         (fleet.root / "model").mkdir()
         shapes.load(arguments.shape).with_layers(arguments.layers).write(fleet.root / "model")
         read_config(fleet.root / "model")  # or say what the reference engine does not serve
         flags = ["--load-format", "dummy"]
-        if away:
+        if halves:
             there = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus // 2, gpus)))}
             model = fleet.root / "model"
             engines = [fleet.start_engine("e0", model, tp=gpus // 2, device="cuda", flags=flags, wait=False, env=there)]
@@ -149,7 +153,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         bridges, kept = found.bridges, found.kept.get("default")
         users = _users()
         broadcasts: dict[str, float] = {}
-        if away:
+        if halves:
             for engine in engines:  # the model has room on a GPU once more
                 fleet.end(engine)
             out = fleet.root / "broadcasts.json"

@@ -88,7 +88,7 @@ class NodeExecutor:
             async with asyncio.timeout_at(instruction.deadline), engine.lock:
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
-            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline")
+            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._why(name))
         except WeightSyncError as caught:
             error = caught
         except Exception as caught:
@@ -120,6 +120,12 @@ class NodeExecutor:
             model=context.model,
         )
         return ev.EngineFailed(engine=name, phase=phase, error=record, lost=lost)
+
+    def _why(self, name: str) -> str | None:
+        """What is wrong with an engine that is silent, where that can be guessed."""
+        if name in self.engines and joins_group(self.engines[name]) and self.engines[name].begun:
+            return "its workers may wait in a broadcast that a bridge has left, which over NCCL they do for ever: restart it"
+        return None
 
     async def _ask(self, context: PushContext, engine: Engine, instruction: do.Instruction) -> ev.Event:
         hand, name, deadline = engine.adapter, engine.name, instruction.deadline

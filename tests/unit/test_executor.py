@@ -131,6 +131,28 @@ INFO = EngineInfo(
 )
 
 
+class Stuck(Hand):
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        await asyncio.Event().wait()
+        return INFO
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_silent_engine_that_an_update_was_begun_in_over_a_group_has_to_be_restarted(begun):
+    async def run() -> ev.Event | None:
+        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", Stuck()))
+        engine.learned(INFO)
+        engine.begun = begun
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
+        probe = do.ProbeEngine(engine="e", deadline=time.monotonic() + 0.05)
+        return await executor.execute(PushContext(push="p", model="m", version=3), probe)
+
+    failed = asyncio.run(run())
+    assert isinstance(failed, ev.EngineFailed)
+    assert failed.error.message == "did not answer 'probe' before its deadline"
+    assert ("restart it" in (failed.error.hint or "")) == begun
+
+
 @pytest.mark.parametrize(
     ("hand", "breaks", "said", "asked"),
     [
