@@ -167,7 +167,7 @@ def daemon(case: Case, server: Server, homes: list[int], options: argparse.Names
     endpoint = f"ipc://{options.logs}/{case.kind}.sock"
     uuids = ", ".join(f'"{torch.cuda.get_device_properties(home).uuid}"' for home in homes)
     lines = ["[node]", f'name = "groups-{case.kind}"', f'listen = "{endpoint}"', f"gpus = [{uuids}]"]
-    lines += ["[arena]", 'device = "cuda"', 'slot_bytes = "4MiB"', "[timeouts]", "operation = 60"]
+    lines += ["[arena]", 'device = "cuda"', 'slot_bytes = "4MiB"', "[timeouts]", "operation = 30"]
     lines += [
         "[[engines]]",
         f'name = "{case.kind}"',

@@ -124,7 +124,7 @@ class NodeExecutor:
     def _why(self, name: str) -> str | None:
         """What is wrong with an engine that is silent, where that can be guessed."""
         if name in self.engines and joins_group(self.engines[name]) and self.engines[name].begun:
-            return "its workers may wait in a broadcast that a bridge has left, which over NCCL they do for ever: restart it"
+            return "its workers may wait in a broadcast that a bridge has left, over NCCL for ever: restart it"
         return None
 
     async def _ask(self, context: PushContext, engine: Engine, instruction: do.Instruction) -> ev.Event:
