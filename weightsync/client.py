@@ -210,10 +210,12 @@ def _rank_push(
     if "://" not in endpoint:
         raise ConfigError(f"daemon = {endpoint!r} is no endpoint", hint="ipc:///path/to.sock or tcp://127.0.0.1:PORT")
     from weightsync.rank import RankPush
+    from weightsync.rank_memory import memory
     from weightsync.sources import source_of
     from weightsync.trainer_place import trainer_place
 
     started = time.monotonic()
+    memory().announce(endpoint, model)
     source = source_of(weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers)
     if weights.quantise is not None:
         from weightsync.sources.quantised import quantised

@@ -7,6 +7,7 @@ is in the middle of an update is torn, whoever began it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -27,6 +28,8 @@ __all__ = ["Engine", "Engines"]
 
 logger = logging.getLogger(__name__)
 
+SOON = 0.5  # seconds after a probe in which no engine is another one: loading its code alone takes longer
+
 
 class Engine:
     """One engine: its adapter and the last that is known of it."""
@@ -41,6 +44,8 @@ class Engine:
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
         self.begun = False  # an update of ours, which it has not been resumed from
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
+        self.asked_at = 0.0  # when it was last probed
+        self._ahead: tuple[float, asyncio.Task[EngineInfo]] | None = None  # a probe for a push to come, and its begin
         self.gone = False  # no engine of this node any more
         self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
 
@@ -84,6 +89,7 @@ class Engine:
 
     async def probe(self, deadline: float) -> EngineInfo:
         """Ask the engine and note the answer. Raises `EngineLost` or `EngineError`."""
+        self.asked_at = time.monotonic()
         try:
             info = await self.adapter.probe(deadline=deadline)
         except WeightSyncError as error:
@@ -98,6 +104,20 @@ class Engine:
             raise strange from error
         self.learned(info)
         return info
+
+    def look_ahead(self, deadline: float) -> None:
+        """Begin to ask what a push that is about to begin will ask."""
+        if self._ahead is None or self._ahead[1].done():
+            self._ahead = time.monotonic(), asyncio.create_task(self.probe(deadline))
+            self._ahead[1].add_done_callback(lambda work: work.cancelled() or work.exception())  # told when asked again
+
+    async def look(self, deadline: float) -> EngineInfo:
+        """As `probe`, but what `look_ahead` has just asked, or asks now, is not asked once more."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and (not ahead[1].done() or time.monotonic() - ahead[0] < SOON):
+            with contextlib.suppress(WeightSyncError):
+                return await asyncio.shield(ahead[1])
+        return await self.probe(deadline)
 
     def status(self, node: str) -> EngineStatus:
         """How it is, for operators."""
@@ -174,6 +194,12 @@ class Engines:
     def of_model(self, model: str) -> list[str]:
         """Names of the engines that take what is pushed to `model`."""
         return [e.name for e in self._engines.values() if e.config.model == model and not e.config.frozen]
+
+    def look_ahead(self, model: str) -> None:
+        """A push to this model is about to begin: ask its engines how they are meanwhile."""
+        if not self._busy():
+            for name in self.of_model(model):
+                self._engines[name].look_ahead(time.monotonic() + self._timeouts.probe)
 
     def keeper_of(self, model: str) -> str | None:
         """The name that the model's keeper has in a push; None where nothing is kept."""

@@ -18,6 +18,7 @@ from weightsync.errors import EngineError, EngineLost, LocalProtocolError, Weigh
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.state import buckets
+from weightsyncd.engines import SOON
 from weightsyncd.wire import NodeWire, joins_group
 
 if TYPE_CHECKING:
@@ -131,7 +132,7 @@ class NodeExecutor:
         hand, name, deadline = engine.adapter, engine.name, instruction.deadline
         match instruction:
             case do.ProbeEngine():
-                info = await engine.probe(deadline)
+                info = await engine.look(deadline)
                 context.incarnations[name] = info.incarnation
                 return ev.EngineProbed(
                     engine=name, tp_size=info.tp_size, version=info.version, paused=info.paused, torn=info.torn
@@ -229,8 +230,10 @@ class NodeExecutor:
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
         """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
-        that somebody resumed must not serve while it loads.
+        that somebody resumed must not serve while it loads. Weights that are read in place are there at once.
         """
+        if context.exposures is not None and time.monotonic() - engine.asked_at < SOON:
+            return
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):
             raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")

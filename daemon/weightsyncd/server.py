@@ -283,6 +283,8 @@ class Server:
                 self.trainers.heard(identity)
                 self.follower.heard(identity)
                 self._send(identity, msg.Heartbeat())
+            case msg.Coming():
+                self.engines.look_ahead(message.model)
             case msg.Open():
                 self.trainers.open(identity, message)
             case _ if isinstance(message, msg.RankWords):

@@ -7,12 +7,13 @@ import time
 from types import SimpleNamespace
 from typing import Any, cast
 
+import msgspec
 import pytest
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError, TransportBroken
+from weightsync.errors import EngineError, EngineLost, TransportBroken
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsyncd.context import PushContext
@@ -186,3 +187,63 @@ def test_engine_and_bridge_join_together_or_not_at_all(hand, breaks, said, asked
         assert event == ev.EngineBegun(engine="e")
     assert one == asked
     assert [kind for kind in other if kind != "LeaveGroup"] == []
+
+
+class Looked(Hand):
+    """An engine that counts how often it is asked how it is, and is another one each time."""
+
+    asked = 0
+
+    async def probe(self, *, deadline: float) -> EngineInfo:
+        self.asked += 1
+        if self.asked == 1 and self._breaks_at == -3:
+            raise EngineLost("not yet")
+        await asyncio.sleep(0)
+        return msgspec.structs.replace(INFO, incarnation=str(self.asked))
+
+    async def begin(self, *_: Any, deadline: float) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fails", "late", "asked"), [(False, False, 1), (False, True, 2), (True, False, 2)], ids=["soon", "late", "failed"]
+)
+def test_what_was_asked_ahead_of_a_push_is_not_asked_again(monkeypatch, fails, late, asked):
+    """Unless that was long ago, or came to nothing."""
+    monkeypatch.setattr("weightsyncd.engines.SOON", -1.0 if late else 60.0)
+    hand = Looked(breaks_at=-3 if fails else -1)
+
+    async def run() -> ev.Event | None:
+        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
+        engine.look_ahead(time.monotonic() + 20)
+        for _ in range(4 if late else 0):  # it is done before the push asks
+            await asyncio.sleep(0)
+        if not late:
+            engine.look_ahead(time.monotonic() + 20)  # as a second rank has it
+        context = PushContext(push="p", model="m", version=3)
+        return await executor.execute(context, do.ProbeEngine(engine="e", deadline=time.monotonic() + 20))
+
+    probed = asyncio.run(run())
+    assert isinstance(probed, ev.EngineProbed)
+    assert hand.asked == asked
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_an_engine_that_was_just_asked_is_looked_at_again_only_where_bytes_were_waited_for(in_place):
+    hand = Looked()
+
+    async def run() -> ev.Event | None:
+        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
+        context = PushContext(push="p", model="m", version=3, manifest=cast("Any", SimpleNamespace()))
+        context.exposures = cast("Any", object()) if in_place else None
+        await executor.execute(context, do.ProbeEngine(engine="e", deadline=time.monotonic() + 20))
+        return await executor.execute(context, do.BeginEngine(engine="e", deadline=time.monotonic() + 20))
+
+    begun = asyncio.run(run())
+    if in_place:
+        assert begun == ev.EngineBegun(engine="e")
+    else:
+        assert isinstance(begun, ev.EngineFailed)
+        assert begun.error.message == "it was restarted during the push"
+    assert hand.asked == (1 if in_place else 2)

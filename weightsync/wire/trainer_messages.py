@@ -13,6 +13,7 @@ from weightsync.wire.fields import Blob, Column, Digest, LoraName, Message, Name
 __all__ = [
     "AskDescription",
     "AskExposure",
+    "Coming",
     "Describe",
     "Drawn",
     "Ended",
@@ -33,6 +34,12 @@ __all__ = [
     "Stopped",
     "Welcome",
 ]
+
+
+class Coming(Message, frozen=True, tag="coming"):
+    """A rank is about to call `push_weights`, once it has described what it holds."""
+
+    model: Name
 
 
 class Open(Message, frozen=True, tag="open"):
