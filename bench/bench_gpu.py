@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from bench import shapes
+from bench.gpu_broadcast import broadcasts
 from bench.gpu_ceilings import measure, measure_to_host
 from bench.harness import report
 from weightsync.adapters.reference.config import read_config
@@ -56,8 +57,8 @@ def main() -> None:
     arguments = parser.parse_args()
     gpus = torch.cuda.device_count()
     arguments.ranks = arguments.ranks or (gpus // 2 if arguments.engines in HALVES else gpus)
-    figures, broadcasts = push(arguments)
-    ceilings = broadcasts | ({} if arguments.no_ceilings else measure())
+    figures, plain = push(arguments)
+    ceilings = plain | ({} if arguments.no_ceilings else measure())
     if arguments.retain:
         ceilings["copy of one GPU to locked host memory"] = measure_to_host()
     figures["ceilings"] = ceilings
@@ -85,7 +86,7 @@ def main() -> None:
         ["load, into each GPU", f"{into_each / figures['phases']['load'] / 1e9:.0f} GB/s"],
         ["whole push, into each GPU", f"{rate:.0f} GB/s"],
         *([name, f"{value:.0f} GB/s"] for name, value in ceilings.items()),
-        *([f"whole push / {name}", f"{rate / value:.2f}"] for name, value in broadcasts.items()),
+        *([f"whole push / {name}", f"{rate / value:.2f}"] for name, value in plain.items()),
         ["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"],
     ]
     figures["gpu"] = {"name": torch.cuda.get_device_name(0), "count": gpus, "torch": torch.__version__}
@@ -152,16 +153,11 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         found = fetch_status(daemon.endpoint)
         bridges, kept = found.bridges, found.kept.get("default")
         users = _users()
-        broadcasts: dict[str, float] = {}
+        plain: dict[str, float] = {}
         if halves:
             for engine in engines:  # the model has room on a GPU once more
                 fleet.end(engine)
-            out = fleet.root / "broadcasts.json"
-            options = ["--model", str(fleet.root / "model"), "--bucket", str(bridges[0].slot_bytes), "--out", str(out)]
-            plain = fleet.torchrun("broadcasts", Path(__file__).with_name("gpu_broadcast.py"), gpus, options)
-            if plain.wait(120):
-                raise SystemExit(plain.tail(60))
-            broadcasts = json.loads(out.read_text())
+            plain = broadcasts(fleet, fleet.root / "model", bridges[0].slot_bytes, gpus)
         used = [users.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
     first = ranks[0]["pushes"][2:]
     if arguments.in_place and not all(engine["drawn"] for row in first for engine in row["engines"]):
@@ -190,7 +186,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         "phases": {name: median([row["phases"][name] for row in first]) for name in first[0]["phases"]},
         "bridge_extra_mib": round(max(used)) if used else 0,
     }
-    return figures, broadcasts
+    return figures, plain
 
 
 def _users() -> dict[int, float]:

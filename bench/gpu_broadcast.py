@@ -1,5 +1,5 @@
 """What torch.distributed over NCCL does between GPUs that a push between nodes joins: rank i of the first half sends to
-rank i of the second, all at once. Started by bench_gpu with torchrun; rank 0 writes JSON.
+rank i of the second, all at once. `broadcasts` starts it with torchrun; rank 0 writes JSON.
 """
 
 from __future__ import annotations
@@ -11,14 +11,31 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from weightsync.adapters.reference.config import read_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
+from weightsync.fleet import FleetError
+
+if TYPE_CHECKING:
+    from weightsync.fleet import Fleet
 
 RUNS = 5
+WAIT = 120.0  # seconds, for all of it
+
+
+def broadcasts(fleet: Fleet, model: Path, bucket: int, gpus: int) -> dict[str, float]:
+    """GB/s between each pair of GPUs, in buckets of so many bytes and tensor by tensor. Raises `FleetError`."""
+    out = fleet.root / "broadcasts.json"
+    options = ["--model", str(model), "--bucket", str(bucket), "--out", str(out)]
+    plain = fleet.torchrun("broadcasts", __file__, gpus, options)
+    if plain.wait(WAIT):
+        raise FleetError(plain.tail(60))
+    found: dict[str, float] = json.loads(out.read_text())
+    return found
 
 
 def main() -> None:

@@ -1,4 +1,6 @@
-"""The table of `engines.gpu_speed`: pushes into real engines on GPUs, ours and what people use instead, in one run."""
+"""The table of `engines.gpu_speed` and `gpu_apart`: pushes into real engines on GPUs, ours and what people use instead,
+in one run.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,8 @@ from typing import Any
 from bench.ways import ratio
 
 __all__ = ["loaders"]
+
+_BROADCAST = "NCCL broadcast, buckets"  # of `bench.gpu_broadcast`, by which pushes to other GPUs are measured
 
 _OURS = (
     "plugin",
@@ -24,6 +28,7 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
     found = [way for way in document["ways"] if "seconds_each" in way]
     found.sort(key=lambda way: engines.index(way["engine"]))
     medians = [statistics.median(counted(way)[0]) for way in found]
+    broadcasts = document.get("broadcasts", {})
     rows = []
     for way, median in zip(found, medians, strict=True):
         each, warm = counted(way)
@@ -43,10 +48,14 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
                 " / ".join(f"{seconds:.1f}" for seconds in warm) + " s",
             ]
         )
-    columns = (
+        if broadcasts:
+            rate = way["bytes"] / median / 1e9
+            rows[-1] += [f"{rate:.0f} GB/s", f"{rate / broadcasts[_BROADCAST]:.2f}"]
+    columns = [
         "engine", "way", "median (least–most)", "pushes", "time, of our plugin's", "trainer held up", "bytes checked",
         "phases", "pushes before these",
-    )  # fmt: skip
+    ]  # fmt: skip
+    columns += ["bytes a second", "of an NCCL broadcast"] if broadcasts else []
     some = found[0]
     lines = [
         f"{some['bytes'] / 1e9:.1f} GB, {some['tensors']:,} tensors, into engines of TP {some['tp']}; "
@@ -60,6 +69,9 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
     if ceilings := document.get("ceilings"):
         kept = {key: f"{value:.0f} GB/s" for key, value in ceilings.items() if "a launch each" not in key}
         lines += [f"Plain copies in the same run: {', '.join(f'{key} {value}' for key, value in kept.items())}.", ""]
+    if broadcasts:
+        said = ", ".join(f"{key} {value:.0f} GB/s" for key, value in broadcasts.items())
+        lines += [f"Between a trainer's GPU and a server's in the same run, all pairs at once: {said}.", ""]
     command = document["command"]
     return [*lines, f"`{command if isinstance(command, str) else ' '.join(command)}`"]
 

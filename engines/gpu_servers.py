@@ -22,7 +22,8 @@ __all__ = ["Case", "Server", "compare", "gpu_memory"]
 PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
 TOKENS = 8
 START = 240.0
-BACKENDS = {"ipc": "ipc", "group": "nccl", "plugin": "weightsync"}  # of vLLM, by our way through it
+# of vLLM, by our way through it; "nccl" is that of its own trainer
+BACKENDS = {"ipc": "ipc", "group": "nccl", "plugin": "weightsync", "nccl": "nccl"}
 EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
 
 

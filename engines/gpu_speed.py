@@ -33,7 +33,7 @@ from weightsync.fleet import Fleet
 from weightsync.operator import change_engines, fetch_status
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
 IN_PLACE = " in place"  # of a way: engines read the trainer's memory
@@ -147,11 +147,25 @@ def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: 
         return peers.run(fleet, peer, python, arguments, logs=options.logs, engine=engine, ranks=ranks, tp=options.tp)
 
 
-def push(kind: str, server: Server, way: str, first: int, pushes: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Pushes one way, from a daemon and trainer ranks of their own."""
+def push(
+    kind: str,
+    server: Server,
+    way: str,
+    first: int,
+    pushes: int,
+    options: argparse.Namespace,
+    *,
+    ranks: int = 0,
+    gpus: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Pushes one way, from a daemon and trainer ranks of their own: so many `ranks`, on the first GPUs, and a daemon on
+    the `gpus` with these UUIDs; both on all of them by default.
+    """
+    ranks = ranks or torch.cuda.device_count()
     with Fleet() as fleet:
         engine = EngineConfig(name="e0", kind=kind, url=server.url, path=way.removesuffix(IN_PLACE))
         sections: Any = {
+            "node": {"gpus": gpus},
             "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
             "timeouts": {"operation": 240.0, "probe": 30.0},
             "log": {"trace_dir": str(options.traces or "")},
@@ -161,7 +175,7 @@ def push(kind: str, server: Server, way: str, first: int, pushes: int, options: 
         arguments = ["--model", str(options.model), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
         arguments += ["--pushes", str(pushes), "--first", str(first)]
         arguments += ["--in-place"] if way.endswith(IN_PLACE) else []
-        trainer = fleet.torchrun("trainer", _TRAINER, torch.cuda.device_count(), arguments)
+        trainer = fleet.torchrun("trainer", _TRAINER, ranks, arguments)
         status = trainer.wait(400)
         print(f"{kind} {way}\n{trainer.tail(40)}", flush=True)
         if status:
@@ -171,9 +185,8 @@ def push(kind: str, server: Server, way: str, first: int, pushes: int, options: 
                 "good": False,
                 "log": [trainer.tail(60), daemon.tail(60), server.tail()],
             }
-        ranks = [json.loads((fleet.root / f"rank{r}.json").read_text()) for r in range(torch.cuda.device_count())]
+        rows = json.loads((fleet.root / "rank0.json").read_text())["pushes"]
         about = fetch_status(daemon.endpoint).engines[0]
-    rows = ranks[0]["pushes"]
     counted = rows[_WARM.get(way, 1) :] or rows[-1:]
     phases = {name: statistics.median(row["phases"][name] for row in counted) for name in counted[0]["phases"]}
     return {

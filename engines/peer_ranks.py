@@ -43,12 +43,12 @@ def start(model: str) -> dict[str, torch.Tensor]:
     return shards(model, init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)))
 
 
-def run(arguments, weights, push, *, software: str, settings: str, before=None, after=None) -> None:
+def run(arguments, weights, push, *, software: str, settings: str, before=None, after=None, held=()) -> None:
     """Push so often, and end this process.
 
-    `push(version)` returns the seconds of its phases. `before` are those of what was done once for all pushes and is
-    not in their time: when it is done a trainer may go on, so that is how long it is held up. `after(version)` looks at
-    what a push has done.
+    `push(version)` returns the seconds of its phases. `held` names those within which weights may not change.
+    `before` are those of what was done once for all pushes and is not in their time: where `held` names none, a trainer
+    may go on when that is done, so it is how long it is held up. `after(version)` looks at what a push has done.
     """
     rows = []
     for version in range(arguments.first, arguments.first + arguments.pushes):
@@ -69,7 +69,7 @@ def run(arguments, weights, push, *, software: str, settings: str, before=None, 
                 "phases": phases,
                 "complete": True,
                 "wall_seconds": seconds,
-                "until_filled_seconds": sum(before.values()) if before else seconds,
+                "until_filled_seconds": until_filled(before, [phases[name] for name in held], seconds),
             }
         )
         if dist.get_rank() == 0:
@@ -82,6 +82,20 @@ def run(arguments, weights, push, *, software: str, settings: str, before=None, 
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # what a library's threads still do may end a rank that has done its work
+
+
+def until_filled(before, held, seconds) -> float:
+    """How long a trainer is held up by a push."""
+    if held:
+        return sum(held)
+    return sum(before.values()) if before else seconds
+
+
+def whole(weights):
+    """Every tensor, on every rank, when it is asked for."""
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            yield name, tensor.full_tensor()
 
 
 def synchronize() -> None:

@@ -14,10 +14,9 @@ from __future__ import annotations
 import time
 
 import requests
-import torch
 import torch.distributed as dist
 import vllm
-from peer_ranks import options, run, start
+from peer_ranks import options, run, start, whole
 from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerSendWeightsArgs, IPCWeightTransferEngine
 
@@ -55,13 +54,6 @@ def main() -> None:
         software=f"vLLM {vllm.__version__}",
         settings=f"trainer_send_weights over HTTP, packed into a buffer of {buffer} MiB, full_tensor() of each tensor",
     )
-
-
-def whole(weights):
-    """Every tensor, on every rank, when it is asked for."""
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            yield name, tensor.full_tensor()
 
 
 if __name__ == "__main__":

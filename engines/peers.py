@@ -1,7 +1,8 @@
-"""What people use instead, as further ways of `engines.gpu_speed` into the servers that are up.
+"""What people use instead, as further ways of `engines.gpu_speed` and `gpu_apart` into the servers that are up.
 
-Each is a script that torchrun starts in the engine's own environment, one rank on each GPU, with the same shards of the
-same model (`engines/peer_ranks.py`). It drives the framework's or the engine's own code, and says version and settings.
+Each is a script that torchrun starts in the engine's own environment, one rank on each of the trainer's GPUs, with the
+same shards of the same model (`engines/peer_ranks.py`). It drives the framework's or the engine's own code, and says
+version and settings.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Peer:
     script: str
 
 
-# of one kind the riskier come later: checkpoint-engine's worker waits for ever for a trainer that has died
+# into servers on the trainer's GPUs; of one kind the riskier come later: checkpoint-engine's worker waits for ever for
+# a trainer that has died
 PEERS = {
     peer.name: peer
     for peer in (
@@ -45,6 +47,7 @@ PEERS = {
         Peer("vllm-ipc", "vllm", "peer_vllm_ipc.py"),
     )
 }
+APART = Peer("vllm-nccl", "vllm", "peer_vllm_nccl.py")  # into servers on GPUs of their own: NCCL has one rank on a GPU
 
 
 def run(

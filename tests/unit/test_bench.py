@@ -19,7 +19,7 @@ from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
 from bench.harness import Spread, size
 from bench.loaders import loaders
 from bench.ways import COLUMNS, Way, fastest, in_turn, ratio, rows
-from engines import peers
+from engines import gpu_apart, peer_ranks, peers
 from weightsync.cli import app as command_line
 from weightsync.cli import measuring
 from weightsync.errors import ConfigError
@@ -268,6 +268,31 @@ def test_a_peer_is_one_row_of_all_its_ranks():
     document = {"gpu": "G", "torch": "2", "command": "x", "ways": [row]}
     line = "| a 1 | checkpoint-engine | **3.00 (2.00–4.00) s** | 2 | – | 3.00 s | none | load 3,000 ms | 9.0 s |"
     assert line in loaders(document, table.table)
+
+
+def test_pushes_to_gpus_of_their_own_are_measured_by_a_broadcast_of_the_same_run():
+    broadcasts = {"NCCL broadcast, buckets": 2**31 / 1e9, "NCCL broadcast, tensor by tensor": 1.0}
+    ways = [loading("a", "plugin", [9, 8, 7, 6, 0.5], checked=[9]), loading("a", "group", [9.0, 2.0])]
+    ways += [gpu_apart.failed("vllm-nccl", "it refused")]
+    document = {"gpu": "G", "torch": "2", "command": "x", "ways": ways, "broadcasts": broadcasts}
+    lines = loaders(document, table.table)
+    assert lines[2].endswith("| bytes a second | of an NCCL broadcast |")
+    assert lines[4].endswith("| 4 GB/s | 2.00 |")
+    assert lines[5].endswith("| 1 GB/s | 0.50 |")
+    assert "- vllm-nccl into vllm: failed in this run" in lines
+    assert any("NCCL broadcast, buckets 2 GB/s, NCCL broadcast, tensor by tensor 1 GB/s" in line for line in lines)
+
+
+def test_a_slot_for_a_stock_server_holds_the_largest_tensor():
+    assert gpu_apart.whole("1GiB", [(2, 3), (151936, 4096)], 2) == "1187MiB"
+    assert gpu_apart.whole("2GiB", [(2, 3), (151936, 4096)], 2) == "2GiB"
+    assert gpu_apart.whole("64KiB", [(257, 257)], 1) == "1MiB"
+
+
+def test_how_long_a_peer_holds_a_trainer_up():
+    assert peer_ranks.until_filled(None, [], 4.0) == 4.0
+    assert peer_ranks.until_filled({"register": 3.0}, [], 4.0) == 3.0
+    assert peer_ranks.until_filled({"join": 9.0}, [1.0, 2.0], 4.0) == 3.0
 
 
 def test_a_peer_finds_the_checkout_in_either_kind_of_environment():
