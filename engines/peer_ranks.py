@@ -13,12 +13,16 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from bench.gpu_trainer import change, shards
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
 
 def options(about: str) -> argparse.Namespace:
@@ -43,7 +47,17 @@ def start(model: str) -> dict[str, torch.Tensor]:
     return shards(model, init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (dist.get_world_size(),)))
 
 
-def run(arguments, weights, push, *, software: str, settings: str, before=None, after=None, held=()) -> None:
+def run(
+    arguments: argparse.Namespace,
+    weights: dict[str, torch.Tensor],
+    push: Callable[[int], dict[str, float]],
+    *,
+    software: str,
+    settings: str,
+    before: dict[str, float] | None = None,
+    after: Callable[[int], object] | None = None,
+    held: Sequence[str] = (),
+) -> None:
     """Push so often, and end this process.
 
     `push(version)` returns the seconds of its phases. `held` names those within which weights may not change.
@@ -75,7 +89,7 @@ def run(arguments, weights, push, *, software: str, settings: str, before=None, 
         if dist.get_rank() == 0:
             each = {name: round(took * 1e3, 1) for name, took in phases.items()}
             print(f"push {version}: {seconds:.4f} s, {each}", flush=True)
-    found = {"pushes": rows, "before": before or {}, "software": software, "settings": settings}
+    found: dict[str, Any] = {"pushes": rows, "before": before or {}, "software": software, "settings": settings}
     if torch.cuda.is_available():
         found["peak"] = torch.cuda.max_memory_allocated()
     (arguments.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
@@ -84,14 +98,14 @@ def run(arguments, weights, push, *, software: str, settings: str, before=None, 
     os._exit(0)  # what a library's threads still do may end a rank that has done its work
 
 
-def until_filled(before, held, seconds) -> float:
+def until_filled(before: Mapping[str, float] | None, held: Sequence[float], seconds: float) -> float:
     """How long a trainer is held up by a push."""
     if held:
         return sum(held)
     return sum(before.values()) if before else seconds
 
 
-def whole(weights):
+def whole(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Every tensor, on every rank, when it is asked for."""
     with torch.no_grad():
         for name, tensor in weights.items():

@@ -119,6 +119,13 @@ class Engine:
                 return await asyncio.shield(ahead[1])
         return await self.probe(deadline)
 
+    async def close(self) -> None:
+        """Let go of it as it is."""
+        if self._ahead is not None:
+            self._ahead[1].cancel()
+            await asyncio.wait([self._ahead[1]])
+        await self.adapter.close()
+
     def status(self, node: str) -> EngineStatus:
         """How it is, for operators."""
         info = self.info
@@ -247,9 +254,9 @@ class Engines:
     async def let_go(engine: Engine) -> None:
         """Close the adapter of an engine that is gone, after all that is still to be done to it."""
         async with engine.lock:
-            await engine.adapter.close()
+            await engine.close()
 
     async def close(self) -> None:
         """Let go of every engine as it is."""
         engines = [*self._engines.values(), *self._keeping.values()]
-        await asyncio.gather(*(engine.adapter.close() for engine in engines))
+        await asyncio.gather(*(engine.close() for engine in engines))

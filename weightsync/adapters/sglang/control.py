@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
@@ -163,15 +164,18 @@ class SGLangAdapter(EngineAdapter):
     ) -> None:
         known = await self._met(deadline)
         self._loaded = None
-        await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
-        self._begun = True
-        if "weights" in self._asleep:
+        path, asleep, self._begun = known.path, "weights" in self._asleep, True
+        plugin = isinstance(path, PluginPath)
+        more = {"pull": self._held.covers(manifest), "anew": self._held.doubtful} if plugin and self._compares else {}
+        mark = partial(self._server.set_weight_version, updating(self._version, version), deadline=deadline)
+        begin = partial(path.begin, manifest, offers, deadline=deadline, **more)
+        if plugin and not asleep:  # it changes nothing before it is told to load
+            await at_once(mark(), begin())
+            return
+        await mark()
+        if asleep:
             await self._wake(("weights",), deadline)
-        if isinstance(known.path, PluginPath) and self._compares:
-            pull, anew = self._held.covers(manifest), self._held.doubtful
-            await known.path.begin(manifest, offers, deadline=deadline, pull=pull, anew=anew)
-        else:
-            await known.path.begin(manifest, offers, deadline=deadline)
+        await begin()
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
@@ -192,8 +196,12 @@ class SGLangAdapter(EngineAdapter):
             return await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        await (await self._met(deadline)).path.finish(deadline=deadline)
-        await self._flush(deadline)
+        path = (await self._met(deadline)).path
+        if isinstance(path, PluginPath):
+            await at_once(path.finish(deadline=deadline), self._flush(deadline))
+        else:
+            await path.finish(deadline=deadline)
+            await self._flush(deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
