@@ -10,6 +10,7 @@ Ways, in turn, with the same tensors, layout and engine ranks:
   retain           the same, where the node keeps a copy for engines that come late (node.retain = "host")
   broadcast        a torch.distributed broadcast of each tensor over gloo, which the engines load
   broadcast-check  the same, and then what lies in the engines is compared as a push compares it
+  torchstore       torchstore's put_state_dict and get_state_dict, one trainer rank; left out where it is not installed
 
 Weights are random; names, shapes and types are the model's. Each byte of a push is copied into a slot, and from there
 into each engine: "of memcpy" is the rate of these copies to what one core copies alone in the same run.
@@ -17,14 +18,12 @@ into each engine: "of memcpy" is the rate of these copies to what one core copie
 
 from __future__ import annotations
 
-import json
-import os
+import importlib.util
 import statistics
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
 import torch
@@ -45,11 +44,15 @@ from bench.harness import (
     size,
     suite,
 )
+from bench.scripts import WARM, alone, torchrun
 from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from weightsync.adapters.reference.config import ModelConfig, read_config
 from weightsync.adapters.reference.sharding import check_tp
 from weightsync.errors import ConfigError
 from weightsync.fleet import Daemon, Engine, Fleet
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 # Qwen3-0.6B's shapes with 44 layers instead of 28, and a head of its own: 2.0 GB in bfloat16
 MODEL = ModelConfig(
@@ -62,9 +65,7 @@ MODEL = ModelConfig(
     head_dim=128,
     dtype="bfloat16",
 )
-WARM = 2  # pushes that do not count
-_WAIT = 900.0  # seconds for all pushes of one way
-_HERE = Path(__file__).parent
+_TORCHSTORE = ("torchstore", "monarch")  # packages; no dependencies of ours
 
 
 class Name(StrEnum):
@@ -74,6 +75,7 @@ class Name(StrEnum):
     retain = "retain"
     broadcast = "broadcast"
     broadcast_check = "broadcast-check"
+    torchstore = "torchstore"
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def main(
 
 def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
     """The ways in turn, and what one core copies before and after them all."""
+    ways = possible(case, ways)
     before = copy_ceiling()
     with Fleet() as fleet:
         folder = fleet.root / "model"
@@ -134,7 +137,13 @@ def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
                 hint="`plan --shape` takes every model",
             )
         check_tp(read_config(folder), case.tp)
-        way = {Name.push: _push, Name.retain: _push, Name.broadcast: _broadcast, Name.broadcast_check: _broadcast}
+        way = {
+            Name.push: _push,
+            Name.retain: _push,
+            Name.broadcast: _broadcast,
+            Name.broadcast_check: _broadcast,
+            Name.torchstore: _torchstore,
+        }
         found = in_turn([partial(way[name], fleet, case, folder, name) for name in ways], rounds)
     return {
         "model": case.model.name,
@@ -150,6 +159,19 @@ def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
         "memcpy_bytes_per_second": max(before, copy_ceiling()),
         "ways": [asdict(one) for one in found],
     }
+
+
+def possible(case: Case, ways: list[Name]) -> list[Name]:
+    """Those for which what they need is here; of the others it is told. Raises `ConfigError` if none is left."""
+    missing = [package for package in _TORCHSTORE if importlib.util.find_spec(package) is None]
+    if Name.torchstore not in ways or not (missing or case.ranks > 1):
+        return ways
+    why = f"{' and '.join(missing)} not installed" if missing else "it is driven with one trainer rank only"
+    left: list[Name] = [name for name in ways if name is not Name.torchstore]
+    if not left:
+        raise ConfigError(f"torchstore cannot be measured: {why}", hint="docs/benchmarks.md says what it was run with")
+    typer.echo(f"torchstore is left out: {why}", err=True)
+    return left
 
 
 def _push(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
@@ -223,24 +245,30 @@ def _broadcast(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) ->
     )
 
 
+def _torchstore(fleet: Fleet, case: Case, folder: Path, name: Name, turn: int) -> Way:
+    busy, more = load(), ["--config", str(folder), "--engines", str(case.engines), "--tp", str(case.tp)]
+    out = _folder(fleet, name, turn)
+    told = alone(fleet, case.model, "peer_torchstore.py", out, more, case.pushes)
+
+    def measured(key: str) -> Spread:
+        return Spread.of(push[key] for push in told["pushes"][WARM:])
+
+    return Way(
+        name="torchstore",
+        software=told["software"],
+        seconds=measured("wall"),
+        blocked=measured("put"),
+        paused=measured("get"),
+        checked="none",
+        peak=told["peak"],
+        load=(busy,),
+    )
+
+
 def _folder(fleet: Fleet, name: Name, turn: int) -> Path:
     out = fleet.root / f"{name}{turn}.out"
     out.mkdir()
     return out
-
-
-def torchrun(
-    fleet: Fleet, model: shapes.Model, script: str, world: int, out: Path, more: list[str], pushes: int
-) -> list[dict[str, Any]]:
-    """Run a script of ours in `world` processes, which push a model so often, and two times before; what each wrote."""
-    path = out / "shape.json"
-    path.write_text(json.dumps({"model": model.name, "config": model.config}))
-    options = ["--shape", str(path), "--out", str(out), "--pushes", str(pushes + WARM), *more]
-    paths = os.pathsep.join(filter(None, (str(_HERE.parent), os.environ.get("PYTHONPATH", ""))))
-    child = fleet.torchrun(out.name, _HERE / script, world, options, env={"PYTHONPATH": paths})
-    if child.wait(_WAIT):
-        raise ConfigError("\n".join([f"{script} failed", child.tail(60), *(c.tail(15) for c in fleet.children[:-1])]))
-    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(world)]
 
 
 def _peaks(daemon: Daemon, engines: list[Engine]) -> dict[str, int]:

@@ -29,7 +29,6 @@ import psutil
 import typer
 
 from bench import shapes
-from bench.bench_push import WARM, torchrun
 from bench.harness import (
     JsonOption,
     LayersOption,
@@ -43,6 +42,7 @@ from bench.harness import (
     report,
     suite,
 )
+from bench.scripts import WARM, torchrun
 from bench.ways import COLUMNS, Way, fastest, in_turn, load, rows
 from tests.engines.kit import ENGINES, RealEngine, free_port, installed
 from weightsync.config import EngineConfig

@@ -146,8 +146,18 @@ class Engine:
         for name, (shape, _) in self.model.tensors.items():
             received = torch.empty(shape, dtype=self.dtype[name])
             dist.broadcast(received, 0, group=self.group)
-            for one in self.slices.get(name, ()):
-                self._place(one).copy_(received[tuple(map(slice, one.offset, _ends(one.offset, one.shape)))])
+            self.load(name, received)
+
+    def load(self, name: str, tensor: torch.Tensor) -> None:
+        """Copy what is this rank's of a whole tensor into the parameters."""
+        for one in self.slices.get(name, ()):
+            self._place(one).copy_(tensor[tuple(map(slice, one.offset, _ends(one.offset, one.shape)))])
+
+    def whole_places(self) -> dict[str, torch.Tensor]:
+        """The tensors that lie whole in one parameter: the views of it that they are."""
+        alone = {name: boxes[0] for name, boxes in self.slices.items() if len(boxes) == 1}
+        of = {name: tuple(tensor.shape) for name, tensor in self.model.tensors.items()}
+        return {name: self._place(one) for name, one in alone.items() if tuple(one.shape) == of[name]}
 
     def sums(self) -> dict[Box, int]:
         found: dict[Box, int] = {}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import typer
 from typer.testing import CliRunner
 
-from bench import cli, compare, peer_broadcast, plot, shapes, table, weights
+from bench import bench_push, cli, compare, peer_broadcast, plot, shapes, table, weights
 from bench.harness import Spread, size
 from bench.loaders import loaders
 from bench.ways import COLUMNS, Way, fastest, in_turn, ratio, rows
@@ -147,6 +147,38 @@ def test_the_peer_notices_ranks_that_differ(loaded):
     engines[1].params["model.norm.weight"].view(torch.uint8)[0] ^= 1
     with pytest.raises(RuntimeError, match="two ranks of one engine differ"):
         peer_broadcast.compare([trainer.sums(), *(engine.sums() for engine in engines)], 1, 2)
+
+
+def test_whole_tensors_are_views_of_parameters(loaded):
+    """What torchstore gets straight into."""
+    trainer, (engine, _) = loaded
+    places = engine.whole_places()
+    assert {"model.norm.weight", "model.layers.0.input_layernorm.weight"} <= places.keys()
+    assert "model.layers.0.self_attn.q_proj.weight" not in places, "half of it is the other rank's"
+    for param in engine.params.values():
+        param.zero_()
+    for name, tensor in trainer.weights.items():
+        if name in places:
+            places[name].copy_(tensor)
+        else:
+            engine.load(name, tensor)
+    test_the_peer_loads_what_was_sent(loaded)
+
+
+def test_torchstore_is_left_out_where_it_cannot_run(monkeypatch, capsys):
+    def case(ranks):
+        return bench_push.Case(shapes.Model("tiny", "", {}, TINY), ranks, 1, 1, 1, "1MiB", 1)
+
+    push, peer = bench_push.Name.push, bench_push.Name.torchstore
+    monkeypatch.setattr(bench_push, "_TORCHSTORE", ("no_such_store", "json"))
+    assert bench_push.possible(case(1), [push, peer]) == [push]
+    assert "torchstore is left out: no_such_store not installed" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="torchstore cannot be measured: no_such_store"):
+        bench_push.possible(case(1), [peer])
+    monkeypatch.setattr(bench_push, "_TORCHSTORE", ("json",))
+    assert bench_push.possible(case(1), [push, peer]) == [push, peer]
+    assert bench_push.possible(case(2), [push, peer]) == [push]
+    assert "one trainer rank only" in capsys.readouterr().err
 
 
 def test_weights_change_between_pushes():
