@@ -16,7 +16,7 @@ import time
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from weightsync.ipc.arena import DIRECTORY
+from weightsync.ipc.segments import DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

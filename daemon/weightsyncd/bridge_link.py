@@ -27,8 +27,10 @@ from weightsync.errors import (
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.ipc.arena import DIRECTORY, MAX_READERS, discard, discard_exports, segment_name
+from weightsync.ipc.arena import MAX_READERS
+from weightsync.ipc.segments import DIRECTORY, discard, discard_exports, segment_name
 from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge import frames
 from weightsync.processes import started
 
 __all__ = ["BridgeConfig", "BridgeLink"]
@@ -76,7 +78,7 @@ class BridgeLink:
         self.ended: asyncio.Future[WeightSyncError] = asyncio.get_running_loop().create_future()
         self.offer = b""
         self._process = process
-        self._waiting: dict[int, asyncio.Future[c.Response]] = {}
+        self._waiting: dict[int, asyncio.Future[frames.Response]] = {}
         self._next_id = 1
         self._writer: asyncio.StreamWriter | None = None
         self._reading: asyncio.Task[None] | None = None
@@ -96,7 +98,7 @@ class BridgeLink:
             raise
         link = cls(config, incarnation, process)
         try:
-            reader, link._writer = await asyncio.open_unix_connection(sock=ours, limit=c.MAX_FRAME)
+            reader, link._writer = await asyncio.open_unix_connection(sock=ours, limit=frames.MAX_FRAME)
             link._reading = asyncio.create_task(link._read(reader), name=f"bridge {config.name} reader")
             ready = await link.call(c.Hello(), deadline=deadline)
         except BaseException:
@@ -117,7 +119,7 @@ class BridgeLink:
             raise TransportTimeout(f"{_what(command)} of bridge {self.config.name}: its deadline passed")
         number, self._next_id = self._next_id, self._next_id + 1
         frame = _frame(number, left - min(_MARGIN, left / 10), command)
-        answer: asyncio.Future[c.Response] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[frames.Response] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))
         self._waiting[number] = answer
         self._writer.write(frame)
@@ -178,7 +180,7 @@ class BridgeLink:
         """Take it for lost: whatever it was asked fails now, and `ended` is set."""
         self._end(TransportBroken(f"bridge {self.config.name} was replaced: {reason}"))
 
-    def _doubt(self, answer: asyncio.Future[c.Response], command: c.Command[R], waited: float) -> None:
+    def _doubt(self, answer: asyncio.Future[frames.Response], command: c.Command[R], waited: float) -> None:
         """It did not answer in time: it is wedged, unless it never had the time that any answer takes."""
 
         def decide() -> None:
@@ -209,8 +211,8 @@ class BridgeLink:
         """Match answers to requests until the pipe ends."""
         try:
             while True:
-                header = await reader.readexactly(c.HEADER.size)
-                response = c.decode_response(await reader.readexactly(c.frame_length(header)))
+                header = await reader.readexactly(frames.HEADER.size)
+                response = frames.decode_response(await reader.readexactly(frames.frame_length(header)))
                 answer = self._waiting.get(response.id)
                 if answer is not None and not answer.done():
                     answer.set_result(response)
@@ -265,8 +267,8 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
 def _frame(number: int, timeout: float, command: c.Command[R]) -> bytes:
     """The bytes of a request. Checked here: to the bridge, bytes that it cannot take mean that the pipe is broken."""
     try:
-        frame = c.encode(c.Request(id=number, timeout=timeout, command=command))  # type: ignore[arg-type]
-        c.decode_request(frame[c.HEADER.size :])
+        frame = frames.encode(frames.Request(id=number, timeout=timeout, command=command))  # type: ignore[arg-type]
+        frames.decode_request(frame[frames.HEADER.size :])
     except CodecError as error:
         raise LocalProtocolError(f"{_what(command)} cannot be sent to a bridge: {error.message}") from error
     return frame

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from weightsync.ipc.arena import DIRECTORY, remove_stale
+from weightsync.ipc.segments import DIRECTORY, remove_stale
 from weightsync.processes import started
 
 __all__ = ["kill_orphans"]

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 from weightsync.errors import CodecError, ConfigError, LocalProtocolError, TransportBroken, TransportClosed
-from weightsync.ipc.arena import Arena, ArenaOffer, remove_stale, segment_name
+from weightsync.ipc.arena import Arena, ArenaOffer
 from weightsync.ipc.descriptors import seal
+from weightsync.ipc.segments import remove_stale, segment_name
 
 HEX = "0123456789abcdef"
 

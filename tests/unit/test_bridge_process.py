@@ -20,6 +20,7 @@ import pytest
 from weightsync.errors import CodecError, TransportBroken, TransportClosed, TransportTimeout, WeightSyncError
 from weightsync.ipc.arena import Arena
 from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge import frames
 from weightsync.plan.shares import MemberPart
 from weightsync.testing import eventually
 from weightsync.transports import receiver
@@ -40,7 +41,7 @@ class Process:
         self.pipe, theirs = socket.socketpair()
         self.pipe.settimeout(20)
         self._next = 0
-        self._answers: dict[int, c.Response] = {}
+        self._answers: dict[int, frames.Response] = {}
         words = {"slots": 2, "slot-bytes": 4096} | options
         with theirs:
             self.process = subprocess.Popen(
@@ -54,13 +55,13 @@ class Process:
 
     def send(self, command: c.AnyCommand, timeout: float = 20) -> int:
         self._next += 1
-        self.pipe.sendall(c.encode(c.Request(id=self._next, timeout=timeout, command=command)))
+        self.pipe.sendall(frames.encode(frames.Request(id=self._next, timeout=timeout, command=command)))
         return self._next
 
     def answer(self, number: int) -> c.AnyReply:
         while number not in self._answers:
             (length,) = struct.unpack("<I", self._exactly(4))
-            response = c.decode_response(self._exactly(length))
+            response = frames.decode_response(self._exactly(length))
             self._answers[response.id] = response
         response = self._answers.pop(number)
         if response.error is not None:
@@ -400,12 +401,12 @@ def test_it_dies_with_the_daemon_even_inside_a_collective(two):
 
 
 def test_frames_are_bounded_and_validated():
-    for length in (0, c.MAX_FRAME + 1):
+    for length in (0, frames.MAX_FRAME + 1):
         with pytest.raises(CodecError):
-            c.frame_length(struct.pack("<I", length))
-    assert c.frame_length(struct.pack("<I", c.MAX_FRAME)) == c.MAX_FRAME
+            frames.frame_length(struct.pack("<I", length))
+    assert frames.frame_length(struct.pack("<I", frames.MAX_FRAME)) == frames.MAX_FRAME
     with pytest.raises(CodecError):
-        c.encode(c.Request(id=1, timeout=1.0, command=c.Receive(ticket=bytes(c.MAX_FRAME), slot=0)))
+        frames.encode(frames.Request(id=1, timeout=1.0, command=c.Receive(ticket=bytes(frames.MAX_FRAME), slot=0)))
     for body in (
         b"",
         b"\xc1",
@@ -418,10 +419,10 @@ def test_frames_are_bounded_and_validated():
         msgpack.packb({"id": 1, "timeout": 1.0, "command": {"type": "offer", "reader": "x" * 300}}),
     ):
         with pytest.raises(CodecError):
-            c.decode_request(body)
+            frames.decode_request(body)
     for body in (msgpack.packb({"id": 1}), msgpack.packb({"id": 1, "reply": {"type": "hosted", "port": 0}})):
         with pytest.raises(CodecError):
-            c.decode_response(body)
+            frames.decode_response(body)
 
 
 @pytest.mark.parametrize("kind", c.AnyCommand.__args__)
@@ -453,6 +454,6 @@ def test_every_command_survives_the_pipe(kind):
         "parts": (MemberPart(root=0, runs=b"r" * 16),),
     }
     command = kind(**{name: samples[name] for name in kind.__struct_fields__})
-    request = c.Request(id=1, timeout=2.5, command=command)
-    assert c.decode_request(c.encode(request)[c.HEADER.size :]) == request
+    request = frames.Request(id=1, timeout=2.5, command=command)
+    assert frames.decode_request(frames.encode(request)[frames.HEADER.size :]) == request
     assert issubclass(kind.reply, c.Reply)

@@ -27,8 +27,10 @@ from weightsync.errors import (
     TransportTimeout,
     WeightSyncError,
 )
-from weightsync.ipc.arena import Arena, segment_name
+from weightsync.ipc.arena import Arena
+from weightsync.ipc.segments import segment_name
 from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge import frames
 from weightsync.processes import started
 from weightsync.testing import eventually, no_leaks
 from weightsyncd.bridges import Bridge, BridgeConfig, kill_orphans
@@ -160,7 +162,7 @@ async def test_errors_of_the_bridge_are_raised_here(config):
             await watched.bridge.call(c.AwaitReleased(slot=0, readers=("e/0",)), deadline=_soon(0.3))
         with pytest.raises(TransportTimeout):
             await watched.bridge.call(c.Hello(), deadline=_soon(-1))
-        for command in (c.Pending(slot=-1), c.Receive(ticket=bytes(c.MAX_FRAME), slot=0)):
+        for command in (c.Pending(slot=-1), c.Receive(ticket=bytes(frames.MAX_FRAME), slot=0)):
             with pytest.raises(LocalProtocolError, match="cannot be sent"):
                 await watched.bridge.call(command, deadline=_soon())
     assert watched.lost == [], "a bridge that answers in time is not wedged"

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from weightsync.errors import LocalProtocolError, TransportError
-from weightsync.ipc.arena import Arena, DeviceMemory, discard, discard_exports
+from weightsync.ipc.arena import Arena, DeviceMemory
 from weightsync.ipc.ledger import Ledger
+from weightsync.ipc.segments import discard, discard_exports
 from weightsync.transports import torch_cuda
 from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.torch_cuda import Counters, TorchCudaSender, TorchCudaTicket

@@ -10,8 +10,9 @@ import time
 import pytest
 
 from weightsync.errors import CodecError, LocalProtocolError, TransportTimeout
-from weightsync.ipc.arena import DIRECTORY, Arena, remove_stale
+from weightsync.ipc.arena import Arena
 from weightsync.ipc.ledger import Ledger
+from weightsync.ipc.segments import DIRECTORY, remove_stale
 from weightsync.transports.torch_shm import HEADER_BYTES, TorchShmSender, TorchShmTicket
 
 NODE = f"torchshm{os.getpid()}"

@@ -14,8 +14,9 @@ from weightsync.doctor.packages import examine_packages
 from weightsync.doctor.sizes import size
 from weightsync.errors import ConfigError
 from weightsync.gpus import Gpu, links, peer_states, survey
-from weightsync.ipc.arena import DIRECTORY, MAX_READERS, stride
+from weightsync.ipc.arena import MAX_READERS, stride
 from weightsync.ipc.fences import CELL_BYTES
+from weightsync.ipc.segments import DIRECTORY
 from weightsync.placement import keeper_gpu, placed
 
 if TYPE_CHECKING:

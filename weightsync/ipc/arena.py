@@ -22,7 +22,6 @@ import errno
 import hashlib
 import mmap
 import os
-import re
 import secrets
 import stat
 import struct
@@ -35,35 +34,25 @@ from msgspec import Meta
 from weightsync.errors import CodecError, ConfigError, LocalProtocolError, TransportBroken, TransportClosed
 from weightsync.ipc.descriptors import ReaderName, seal, unseal
 from weightsync.ipc.fences import CELL_BYTES, FenceTable
+from weightsync.ipc.segments import DIRECTORY, SEGMENT, segment_name, unlink
 
 if TYPE_CHECKING:
     from types import TracebackType
 
 __all__ = [
-    "DIRECTORY",
     "MAX_READERS",
     "Arena",
     "ArenaOffer",
     "DeviceMemory",
-    "discard",
-    "discard_exports",
-    "remove_stale",
-    "segment_name",
     "stride",
 ]
 
-DIRECTORY = "/dev/shm"
 MAX_READERS = 512  # cells a slot has by default: 64 engines of 8 tensor-parallel ranks; 8 KiB of table per slot
 
 _MAGIC = b"WSARENA\0"
 _VERSION = 3
 _HEADER = struct.Struct("<8sIIQI16s8s")
 _ALIGN = 64 * 1024
-_NAME = (
-    r"weightsync-(?P<uid>\d{1,10})-(?P<node>[A-Za-z0-9._-]{1,128})-(?P<bridge>\d{1,6})-(?P<incarnation>[0-9a-f]{16})"
-)
-_NAME_PATTERN = re.compile(_NAME)
-_FILE_PATTERN = re.compile(rf"{_NAME}(?:-x\d{{1,18}})?")  # arenas, and what a bridge exports beside its arena
 
 
 class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,7 +66,7 @@ class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
     """What an offer says. `reader` and `cell` are absent in the offer to a trainer rank."""
 
     directory: Annotated[str, Meta(min_length=1, max_length=512)]
-    name: Annotated[str, Meta(pattern=rf"^{_NAME}\Z")]
+    name: Annotated[str, Meta(pattern=rf"^{SEGMENT}\Z")]
     nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]
     slots: Annotated[int, Meta(ge=1, le=4096)]
     slot_bytes: Annotated[int, Meta(ge=1, le=2**44)]
@@ -107,17 +96,6 @@ class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
 def stride(slot_bytes: int) -> int:
     """Bytes from the beginning of one slot to that of the next."""
     return _round_up(slot_bytes)
-
-
-def segment_name(node: str, bridge: int, incarnation: str) -> str:
-    """The file name of an arena. Raises `ConfigError` for a node name that does not fit into one."""
-    name = f"weightsync-{os.geteuid()}-{node}-{bridge}-{incarnation}"
-    if not _NAME_PATTERN.fullmatch(name):
-        raise ConfigError(
-            f"no arena can be called {name!r}",
-            hint="node names have letters, digits, '.', '_' and '-'; incarnations are 16 hexadecimal digits",
-        )
-    return name
 
 
 class Arena:
@@ -192,7 +170,7 @@ class Arena:
             os.pwrite(fd, _header(offer), 0)
             return cls(offer, fd, writable=True, owner=True)
         except BaseException:
-            _unlink(offer.directory, name)
+            unlink(offer.directory, name)
             raise
         finally:
             os.close(fd)
@@ -272,7 +250,7 @@ class Arena:
 
     def unlink(self) -> None:
         """Remove the file; who has it mapped keeps the memory. Removing twice does nothing."""
-        _unlink(self.directory, self.name)
+        unlink(self.directory, self.name)
 
     def __enter__(self) -> Self:
         return self
@@ -283,29 +261,6 @@ class Arena:
         self.close()
         if self.owner:
             self.unlink()
-
-
-def remove_stale(
-    directory: str, node: str, *, bridge: int | None = None, keep: frozenset[str] = frozenset()
-) -> tuple[str, ...]:
-    """Remove the arenas of `node` (of one bridge of it) that belong to this user, except incarnations in `keep`.
-
-    For arenas whose bridges have ended. Returns the names removed.
-    """
-    removed = []
-    with suppress(FileNotFoundError), os.scandir(directory) as entries:
-        for entry in entries:
-            found = _FILE_PATTERN.fullmatch(entry.name)
-            if found is None or found["node"] != node or found["incarnation"] in keep:
-                continue
-            if bridge is not None and int(found["bridge"]) != bridge:
-                continue
-            with suppress(FileNotFoundError):
-                status = entry.stat(follow_symlinks=False)
-                if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-                    discard(directory, entry.name)
-                    removed.append(entry.name)
-    return tuple(removed)
 
 
 def _round_up(nbytes: int) -> int:
@@ -329,41 +284,6 @@ def _open(offer: ArenaOffer, flags: int) -> int:
         return os.open(offer.name, flags | os.O_NOFOLLOW | os.O_NOCTTY, 0o600, dir_fd=directory)
     finally:
         os.close(directory)
-
-
-def discard(directory: str, name: str) -> None:
-    """Remove the arena of a bridge that is gone, and give its pages back at once.
-
-    Trainers and engines unmap an arena only when they are offered its successor, for which there may be no room before
-    that. So the file is emptied first: whoever has it mapped reads zeros from now on (fences and checksums tell), and
-    nobody gets a SIGBUS.
-    """
-    try:
-        fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return
-    try:
-        size = os.fstat(fd).st_size
-        if size:
-            whole = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            with whole, suppress(OSError):  # a directory that is no tmpfs cannot; the file goes with its last mapping
-                whole.madvise(mmap.MADV_REMOVE)
-    finally:
-        os.close(fd)
-        _unlink(directory, name)
-
-
-def discard_exports(name: str) -> None:
-    """Remove what the bridge of the arena called `name`, which is gone, had exported beside it for stock engines."""
-    with suppress(FileNotFoundError), os.scandir(DIRECTORY) as entries:
-        for entry in entries:
-            if entry.name.startswith(f"{name}-x") and _FILE_PATTERN.fullmatch(entry.name):
-                discard(DIRECTORY, entry.name)
-
-
-def _unlink(directory: str, name: str) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(os.path.join(directory, name))
 
 
 def _check(fd: int, offer: ArenaOffer) -> None:

@@ -1,6 +1,6 @@
 """The bridge: one process for each GPU of a node, child of the daemon, owner of an arena and of a communicator.
 
-commands.py      what the daemon may ask, and its bytes
+commands.py      what the daemon may ask; replies.py what it is answered, frames.py the bytes of both
 process.py       the process: its pipe, its threads, its end
 service.py       what each command does
 rendezvous.py    where the members of a communicator find one another

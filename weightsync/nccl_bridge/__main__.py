@@ -7,7 +7,8 @@ import os
 import signal
 
 from weightsync import logs
-from weightsync.ipc.arena import DIRECTORY, MAX_READERS
+from weightsync.ipc.arena import MAX_READERS
+from weightsync.ipc.segments import DIRECTORY
 from weightsync.nccl_bridge.process import BridgeProcess, Options
 
 

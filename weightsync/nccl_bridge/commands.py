@@ -1,28 +1,37 @@
-"""What the daemon tells a bridge and what it answers, and their bytes on the pipe between the two.
+"""What the daemon tells a bridge: one class for each command.
 
-A frame is a little-endian u32 length and a MessagePack map, either a `Request` or a `Response`. Both ends are processes
-of one user that started from one installation, so nothing is negotiated; bytes are bounded and validated all the same,
-because a half-written frame of a killed process must be an error and not a strange command.
-
-Each command class names its reply: `Command[Exported]` is answered by `Exported`, or by an `ErrorRecord`.
+Each names its reply: `Command[Exported]` is answered by `Exported` (`replies.py`), or by an `ErrorRecord`. How they
+travel is in `frames.py`.
 """
 
 from __future__ import annotations
 
-import struct
 from typing import Annotated, ClassVar, Generic, Literal, TypeVar
 
-import msgpack
 import msgspec
 from msgspec import Meta
 
-from weightsync.errors import CodecError, ErrorRecord
-from weightsync.ipc.descriptors import Algorithm
-from weightsync.ipc.ledger import Account
+from weightsync.nccl_bridge.replies import (
+    AnyReply,
+    Blob,
+    Done,
+    Exported,
+    Hosted,
+    LedgerBooks,
+    Name,
+    Names,
+    Natural,
+    Offered,
+    PendingReaders,
+    Ready,
+    Received,
+    Reply,
+)
 from weightsync.plan.shares import MemberPart
 
 __all__ = [
-    "MAX_FRAME",
+    "AnyCommand",
+    "AnyReply",
     "AwaitReleased",
     "Command",
     "Done",
@@ -47,89 +56,12 @@ __all__ = [
     "Receive",
     "Received",
     "Reply",
-    "Request",
-    "Response",
     "Revoke",
     "Send",
     "SendGroup",
     "Stop",
     "Warm",
-    "decode_request",
-    "decode_response",
-    "encode",
-    "frame_length",
 ]
-
-MAX_FRAME = 4 * 2**20  # bytes; the largest frame is an `Exported` of 512 tickets, about 100 KiB
-HEADER = struct.Struct("<I")
-
-Natural = Annotated[int, Meta(ge=0, lt=2**60)]
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-Text = Annotated[str, Meta(max_length=1024)]
-Blob = Annotated[bytes, Meta(max_length=64 * 1024)]
-Names = Annotated[tuple[Name, ...], Meta(max_length=4096)]
-Tickets = Annotated[dict[Name, Blob], Meta(max_length=4096)]
-
-
-class Reply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Any successful answer."""
-
-
-class Done(Reply, frozen=True, kw_only=True, tag="done"):
-    """It is done and there is nothing to tell."""
-
-
-class Ready(Reply, frozen=True, kw_only=True, tag="ready"):
-    """The bridge is up; `offer` lets a trainer rank attach its arena (`Arena.attach(offer, writable=True)`)."""
-
-    pid: Natural
-    incarnation: Name
-    offer: Blob
-    slots: Natural
-    slot_bytes: Natural
-
-
-class Offered(Reply, frozen=True, kw_only=True, tag="offered"):
-    """What one local reader needs to attach: `BucketReceiver.accept(offer)`."""
-
-    offer: Blob
-
-
-class Exported(Reply, frozen=True, kw_only=True, tag="exported"):
-    """Tickets by reader, and by peer; `checksum` is that of the bucket, by `algorithm`."""
-
-    tickets: Tickets
-    peer_tickets: Tickets
-    algorithm: Algorithm
-    checksum: Annotated[int, Meta(ge=0)]
-
-
-class PendingReaders(Reply, frozen=True, kw_only=True, tag="pending_readers"):
-    """Readers and peers that may still read from the slot, and readers that released it having read something else."""
-
-    readers: Names
-    damaged: Names = ()
-
-
-class LedgerBooks(Reply, frozen=True, kw_only=True, tag="ledger_books"):
-    """One account for every reader and peer that was ever exported to."""
-
-    accounts: Annotated[tuple[Account, ...], Meta(max_length=8192)]
-
-
-class Hosted(Reply, frozen=True, kw_only=True, tag="hosted"):
-    """The rendezvous of the generation listens on `port`."""
-
-    port: Annotated[int, Meta(ge=1, le=65535)]
-
-
-class Received(Reply, frozen=True, kw_only=True, tag="received"):
-    """A bucket lies in the slot, verified. `Export` of this slot and sequence does not compute its checksum again."""
-
-    sequence: Natural
-    nbytes: Natural
-    seconds: float
-
 
 R = TypeVar("R", bound=Reply)
 
@@ -338,60 +270,3 @@ AnyCommand = (
     | Exchange
     | Stop
 )
-AnyReply = Done | Ready | Offered | Exported | PendingReaders | LedgerBooks | Hosted | Received
-
-
-class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A command on the pipe. `timeout` is in seconds from when the bridge reads it; it answers by then."""
-
-    id: Natural
-    timeout: Annotated[float, Meta(ge=0, le=1e6)]
-    command: AnyCommand
-
-
-class Response(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to the request of the same `id`: a reply or an error, never both."""
-
-    id: Natural
-    reply: AnyReply | None = None
-    error: ErrorRecord | None = None
-
-
-def encode(message: Request | Response) -> bytes:
-    """The frame of one message, header included. Raises `CodecError` if it would be larger than `MAX_FRAME`."""
-    body = msgspec.msgpack.encode(message)
-    if len(body) > MAX_FRAME:
-        raise CodecError(f"a frame of {len(body)} bytes is larger than {MAX_FRAME}")
-    return HEADER.pack(len(body)) + body
-
-
-def frame_length(header: bytes) -> int:
-    """Bytes that follow a header of `HEADER.size` bytes. Raises `CodecError` outside 1 … `MAX_FRAME`."""
-    (length,) = HEADER.unpack(header)
-    if not 1 <= length <= MAX_FRAME:
-        raise CodecError(f"a frame header announces {length} bytes; 1 … {MAX_FRAME} are allowed")
-    return int(length)
-
-
-def decode_request(body: bytes) -> Request:
-    """The request in a frame's body. Raises `CodecError` only."""
-    return _decode(body, Request)
-
-
-def decode_response(body: bytes) -> Response:
-    """The response in a frame's body. Raises `CodecError` only."""
-    response = _decode(body, Response)
-    if (response.reply is None) == (response.error is None):
-        raise CodecError("a response holds either a reply or an error")
-    return response
-
-
-M = TypeVar("M", Request, Response)
-
-
-def _decode(body: bytes, kind: type[M]) -> M:
-    try:
-        plain = msgpack.unpackb(body, strict_map_key=True, max_array_len=8192, max_map_len=8192, max_ext_len=0)
-        return msgspec.convert(plain, kind)
-    except (ValueError, TypeError, RecursionError, msgspec.ValidationError) as error:
-        raise CodecError(f"no {kind.__name__.lower()} of a bridge: {error}") from error

@@ -25,6 +25,7 @@ from weightsync.errors import CodecError, TransportBroken, WeightSyncError
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge import frames
 from weightsync.nccl_bridge.service import BridgeService, Lane
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class BridgeProcess:
             if lanes is not None:
                 lanes.take(request)
             elif failed is not None:
-                self._answer(c.Response(id=request.id, error=failed.record()))
+                self._answer(frames.Response(id=request.id, error=failed.record()))
         logger.info("pipe.complete: the daemon is gone")
         if self._service is not None:
             self._service.linger(_LINGER)
@@ -126,12 +127,12 @@ class BridgeProcess:
         self._service = BridgeService(self._options.name, self._options.incarnation, arena, self._slots)
         return Lanes(self._service, self._answer, self._stop)
 
-    def _read(self) -> c.Request | None:
-        header = self._read_exactly(c.HEADER.size)
+    def _read(self) -> frames.Request | None:
+        header = self._read_exactly(frames.HEADER.size)
         if header is None:
             return None
-        body = self._read_exactly(c.frame_length(header))
-        return None if body is None else c.decode_request(body)
+        body = self._read_exactly(frames.frame_length(header))
+        return None if body is None else frames.decode_request(body)
 
     def _read_exactly(self, count: int) -> bytes | None:
         """`count` bytes of the pipe; None at its end. Waits as long as the daemon lives, which is a bridge's life."""
@@ -147,11 +148,11 @@ class BridgeProcess:
             got += more
         return bytes(data)
 
-    def _answer(self, response: c.Response) -> None:
+    def _answer(self, response: frames.Response) -> None:
         try:
-            frame = c.encode(response)
+            frame = frames.encode(response)
         except CodecError as error:
-            frame = c.encode(c.Response(id=response.id, error=error.record()))
+            frame = frames.encode(frames.Response(id=response.id, error=error.record()))
         try:
             with self._sending:
                 self._pipe.sendall(frame)
@@ -175,7 +176,7 @@ class Lanes:
     """Runs each request in its lane. `answer` is called from several threads."""
 
     def __init__(
-        self, service: BridgeService, answer: Callable[[c.Response], None], stop: Callable[[], NoReturn]
+        self, service: BridgeService, answer: Callable[[frames.Response], None], stop: Callable[[], NoReturn]
     ) -> None:
         self._service = service
         self._send = answer
@@ -188,7 +189,7 @@ class Lanes:
         for lane, work in ((Lane.LOCAL, self._work), (Lane.WIRE, self._work), (Lane.FENCE, self._watch)):
             threading.Thread(target=work, args=(self._queues[lane],), name=lane.name.lower(), daemon=True).start()
 
-    def take(self, request: c.Request) -> None:
+    def take(self, request: frames.Request) -> None:
         """Run one request, or queue it. Returns without waiting."""
         if isinstance(request.command, c.Leave):
             self._service.interrupt()
@@ -224,15 +225,15 @@ class Lanes:
         try:
             reply = self._do(task)
         except WeightSyncError as error:
-            self._send(c.Response(id=task.id, error=error.record()))
+            self._send(frames.Response(id=task.id, error=error.record()))
         except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
             logger.exception("%s.failed", type(task.command).__name__.lower())
             broken = TransportBroken(f"bridge {self._service.name}: {type(error).__name__}: {error}")
-            self._send(c.Response(id=task.id, error=broken.record()))
+            self._send(frames.Response(id=task.id, error=broken.record()))
         else:
             if reply is None:
                 return False
-            self._send(c.Response(id=task.id, reply=reply))
+            self._send(frames.Response(id=task.id, reply=reply))
         return True
 
     def _do(self, task: Task) -> c.AnyReply | None:

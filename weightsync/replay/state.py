@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import nullcontext
-from dataclasses import dataclass
 from time import perf_counter
 from typing import TYPE_CHECKING, Literal, TypeVar
 
@@ -23,24 +22,20 @@ from weightsync.errors import LocalProtocolError
 from weightsync.plan.draws import Wants
 from weightsync.replay.facts import LAYOUTS, ReplayFacts
 from weightsync.replay.kernel import mover_for
+from weightsync.replay.known import Known
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out, raw_bytes, strided_view
 from weightsync.replay.proof import Proof
 from weightsync.replay.recorder import Recorder
-from weightsync.replay.residents import Residents
 from weightsync.replay.sums import sums_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from weightsync.plan.draws import Wanted
     from weightsync.plan.manifest import Manifest
     from weightsync.replay.bucket import Named, ReadBucket
-    from weightsync.replay.kernel import Carry, Mover
-    from weightsync.replay.model import Place
-    from weightsync.replay.moves import Moves
-    from weightsync.replay.plan import LoadPlan
-    from weightsync.replay.sums import Sums
+    from weightsync.replay.kernel import Carry
+    from weightsync.replay.residents import Residents
 
 __all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
 
@@ -50,47 +45,6 @@ EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), a
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
 _T = TypeVar("_T")
 Phase = Literal["off", "record", "prove", "replay", "loader"]
-_NAMES_TOLD = 4  # of parameters with the same reason
-
-
-@dataclass
-class _Known:
-    """What was learnt of one manifest."""
-
-    places: dict[str, Place]
-    plan: LoadPlan
-    moves: Moves
-    mover: Mover  # for these moves
-    sizes: dict[str, int]  # of the tensors of the push, in bytes
-    proved: bool = False
-    thrift: int = 0  # of the last push that needed no loader: 1 if its buckets were copied first, 2 if not
-    residents: Residents | None = None  # these four are worked out when first asked for
-    sums: Sums | None = None
-    wanted: tuple[Wanted, ...] | None = None
-    counted: ReplayFacts | None = None
-
-    def count(self) -> ReplayFacts:
-        """What the plan comes to: asked for with every look at the engine, and of tens of thousands of tensors."""
-        if self.counted is None:
-            plan, why = self.plan, dict[str, list[str]]()
-            for name, reason in plan.loader_sources.items():
-                why.setdefault(reason, []).append(name)
-            self.counted = ReplayFacts(
-                phase="",
-                replayed=len(plan.sources),
-                replayed_bytes=sum(self.sizes[name] for name in plan.sources),
-                by_loader=len(plan.loader_sources),
-                by_loader_bytes=sum(self.sizes[name] for name in plan.loader_sources),
-                moves=self.moves.count,
-                why={reason: _first(names) for reason, names in why.items()},
-            )
-        return self.counted
-
-    def held(self, manifest: Manifest) -> Residents:
-        """What parameters have of the tensors of this manifest, which it is of."""
-        if self.residents is None:
-            self.residents = Residents(self.plan, manifest)
-        return self.residents
 
 
 class ModelReplay:
@@ -99,8 +53,8 @@ class ModelReplay:
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         switch = environment.get(SWITCH, "").strip()
         self._off = switch not in ("", "1")
-        self._layouts: dict[bytes, _Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
-        self._known: _Known | None = None  # of them, that of the last push
+        self._layouts: dict[bytes, Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
+        self._known: Known | None = None  # of them, that of the last push
         self._phase: Phase = "off"
         self._note = f"{SWITCH} is {switch}" if self._off else ""
         self._manifest: Manifest | None = None
@@ -148,7 +102,7 @@ class ModelReplay:
             self.turn_off(f"its weights are on {len(elsewhere)} devices")
             return
         known = self._layouts.pop(manifest.digest, None)
-        if known is not None and (anew := _why_anew(known, now.places)):
+        if known is not None and (anew := known.why_anew(now.places)):
             logger.info("weightsync: replay begins anew: %s", anew)
             self._note, known = anew, None
         if known is not None:
@@ -271,7 +225,7 @@ class ModelReplay:
             plan, table = recorder.plan(more), self._manifest.tensors
             sizes = dict(zip(table.names, table.sizes.tolist(), strict=True))
             moves, mover = lay_out(plan, self._manifest), mover_for(self._device)
-            self._known = _Known(before.places, plan, moves, mover, sizes)
+            self._known = Known(before.places, plan, moves, mover, sizes)
             while len(self._layouts) >= LAYOUTS:
                 del self._layouts[next(iter(self._layouts))]
             self._layouts[self._manifest.digest] = self._known
@@ -313,7 +267,7 @@ class ModelReplay:
         known, manifest = self._known, self._manifest
         if known is None or manifest is None or not known.proved or manifest.digest != digest:
             return None
-        return None if _why_anew(known, model.places) else known.held(manifest)
+        return None if known.why_anew(model.places) else known.held(manifest)
 
     def fingerprints(self, residents: Residents, model: ModelState) -> bytes | None:
         """Of these residents, as they lie in `model` now; None where that fails, and then nothing is replayed again."""
@@ -348,7 +302,7 @@ class ModelReplay:
             "".join(f"; {', '.join(names)}: {why}" for why, names in facts.why.items()),
         )
 
-    def _fill(self, known: _Known) -> None:
+    def _fill(self, known: Known) -> None:
         index = {name: i for i, name in enumerate(known.moves.targets)}
         for fill in known.plan.fills:
             strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
@@ -369,22 +323,6 @@ class ModelReplay:
         return bucket.tensors(here.replayed) if here.left else []
 
 
-def _why_anew(known: _Known, places: Mapping[str, Place]) -> str:
-    """Why a plan is of no use now; "" if it is."""
-    changed = [name for name in {**known.places, **places} if known.places.get(name) != places.get(name)]
-    if not changed:
-        return ""
-    was, now = known.places.get(changed[0]), places.get(changed[0])
-    moved = was is not None and now is not None and was[1:] == now[1:]
-    more = f" and {len(changed) - 1} more have" if len(changed) > 1 else " has"
-    return f"{changed[0]}{more} {'moved' if moved else 'changed'} in memory"
-
-
 def _no_memory(error: Exception) -> bool:
     """Whether an allocation failed; in host memory torch has no exception of its own for that."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
-
-
-def _first(names: list[str]) -> list[str]:
-    more = len(names) - _NAMES_TOLD
-    return names if more <= 0 else [*names[:_NAMES_TOLD], f"… and {more} more"]

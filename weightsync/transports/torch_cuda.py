@@ -29,8 +29,8 @@ import msgspec
 from msgspec import Meta
 
 from weightsync.errors import LocalProtocolError, TransportError
-from weightsync.ipc.arena import DIRECTORY
 from weightsync.ipc.descriptors import Natural, ReaderName, seal, unseal
+from weightsync.ipc.segments import DIRECTORY
 from weightsync.transports.base import Capabilities
 from weightsync.transports.counted import CountedSender
 from weightsync.transports.torch_shm import HEADER_BYTES

@@ -33,7 +33,7 @@ from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
 from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
 from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
-from weightsync.ipc.arena import DIRECTORY
+from weightsync.ipc.segments import DIRECTORY
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
