@@ -35,7 +35,6 @@ OUTCOME = msg.PushOutcome(
 DIGEST = bytes(range(16))
 
 EXAMPLES: tuple[msg.Message, ...] = (
-    msg.Coming(id=0, model="default"),
     msg.Open(
         id=7, group="trainer-1", rank=1, world=2, model="default", version=3, pause="keep", timeout=600.0,
         layout=DIGEST, plan=DIGEST[::-1], describe_seconds=0.25,

@@ -13,7 +13,6 @@ from weightsync.ipc.arena import Arena, ArenaOffer
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.ipc.gone import Lookout
 from weightsync.plan.packing import DIGEST_BYTES
-from weightsync.wire.messages import Coming
 from weightsync.wire.trainer_link import TrainerLink
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ class RankMemory:
     def announce(self, endpoint: str, model: str) -> None:
         """Tell the daemon that a push is coming, if it listens: it has engines to look at, which takes them a while."""
         link = self.take_link(endpoint)
-        link.send(Coming(model=model))
+        link.announce(model)
         self.give_link(link)
 
     def give_link(self, link: TrainerLink) -> None:

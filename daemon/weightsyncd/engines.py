@@ -7,10 +7,9 @@ is in the middle of an update is torn, whoever began it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters import adapter
 from weightsync.config import EngineConfig
@@ -31,6 +30,19 @@ logger = logging.getLogger(__name__)
 SOON = 0.5  # seconds after a probe in which no engine is another one: loading its code alone takes longer
 
 
+class _Ahead(NamedTuple):
+    """A probe for a push that is to come."""
+
+    began: float
+    work: asyncio.Task[EngineInfo]
+
+    def answer(self) -> EngineInfo | None:
+        """What it was told, if it was, and not long ago."""
+        work = self.work
+        told = work.done() and not work.cancelled() and work.exception() is None
+        return work.result() if told and time.monotonic() - self.began < SOON else None
+
+
 class Engine:
     """One engine: its adapter and the last that is known of it."""
 
@@ -44,8 +56,9 @@ class Engine:
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
         self.begun = False  # an update of ours, which it has not been resumed from
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
-        self.asked_at = 0.0  # when it was last probed
-        self._ahead: tuple[float, asyncio.Task[EngineInfo]] | None = None  # a probe for a push to come, and its begin
+        self.asked_at = 0.0  # when what it answered last was asked
+        self.done_to_at = 0.0  # when something was last done to it, under the lock
+        self._ahead: _Ahead | None = None
         self.gone = False  # no engine of this node any more
         self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
 
@@ -89,7 +102,7 @@ class Engine:
 
     async def probe(self, deadline: float) -> EngineInfo:
         """Ask the engine and note the answer. Raises `EngineLost` or `EngineError`."""
-        self.asked_at = time.monotonic()
+        began = time.monotonic()
         try:
             info = await self.adapter.probe(deadline=deadline)
         except WeightSyncError as error:
@@ -103,27 +116,38 @@ class Engine:
             self.lost(strange)
             raise strange from error
         self.learned(info)
+        self.asked_at = began
         return info
 
     def look_ahead(self, deadline: float) -> None:
-        """Begin to ask what a push that is about to begin will ask."""
-        if self._ahead is None or self._ahead[1].done():
-            self._ahead = time.monotonic(), asyncio.create_task(self.probe(deadline))
-            self._ahead[1].add_done_callback(lambda work: work.cancelled() or work.exception())  # told when asked again
+        """Begin to ask what a push that is about to begin will ask, if nothing is being done to it."""
+        ahead = self._ahead
+        if self.lock.locked() or (ahead is not None and (not ahead.work.done() or ahead.answer() is not None)):
+            return
+        self._ahead = _Ahead(time.monotonic(), asyncio.create_task(self._probe_locked(deadline)))
+        self._ahead.work.add_done_callback(lambda work: work.cancelled() or work.exception())  # `look` asks again
+
+    async def _probe_locked(self, deadline: float) -> EngineInfo:
+        async with self.lock:
+            return await self.probe(deadline)
 
     async def look(self, deadline: float) -> EngineInfo:
-        """As `probe`, but what `look_ahead` has just asked, or asks now, is not asked once more."""
+        """As `probe`, for who has the lock: what `look_ahead` was told just now, and before nothing else was done, is
+        not asked once more.
+        """
         ahead, self._ahead = self._ahead, None
-        if ahead is not None and (not ahead[1].done() or time.monotonic() - ahead[0] < SOON):
-            with contextlib.suppress(WeightSyncError):
-                return await asyncio.shield(ahead[1])
+        if ahead is not None:
+            info = ahead.answer()
+            if info is not None and ahead.began > self.done_to_at:
+                return info
+            ahead.work.cancel()  # it stands in line behind whoever asks here
         return await self.probe(deadline)
 
     async def close(self) -> None:
         """Let go of it as it is."""
         if self._ahead is not None:
-            self._ahead[1].cancel()
-            await asyncio.wait([self._ahead[1]])
+            self._ahead.work.cancel()
+            await asyncio.wait([self._ahead.work])
         await self.adapter.close()
 
     def status(self, node: str) -> EngineStatus:
@@ -239,6 +263,7 @@ class Engines:
         async with engine.lock:  # a push that begins meanwhile waits for its turn
             if self._busy() or engine.gone:
                 return
+            engine.done_to_at = time.monotonic()
             if info.torn and not info.paused:
                 logger.warning("[engine=%s] serves though it is torn: pausing it", engine.name)
                 await engine.adapter.pause("abort", deadline=until)

@@ -87,6 +87,8 @@ class NodeExecutor:
         try:
             engine = self.engines[name]
             async with asyncio.timeout_at(instruction.deadline), engine.lock:
+                if not isinstance(instruction, do.ProbeEngine):
+                    engine.done_to_at = time.monotonic()
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
             error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._why(name))
@@ -230,9 +232,13 @@ class NodeExecutor:
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
         """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
-        that somebody resumed must not serve while it loads. Weights that are read in place are there at once.
+        that somebody resumed must not serve while it loads. One that is about to read weights in place waited for no
+        bytes: it is not asked once more what it has just answered.
         """
-        if context.exposures is not None and time.monotonic() - engine.asked_at < SOON:
+        known, expected = engine.info, context.incarnations.get(engine.name)
+        same = known is not None and known.incarnation == expected and engine.error is None
+        draws = context.exposures is not None and engine.adapter.draws(context.known_manifest())
+        if same and draws and time.monotonic() - engine.asked_at < SOON:
             return
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):

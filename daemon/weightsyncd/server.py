@@ -280,11 +280,11 @@ class Server:
     def _route(self, identity: bytes, message: msg.Message) -> None:
         match message:
             case msg.Heartbeat():
+                if message.coming and not identity.startswith(_FAR):
+                    self.engines.look_ahead(message.coming)
                 self.trainers.heard(identity)
                 self.follower.heard(identity)
                 self._send(identity, msg.Heartbeat())
-            case msg.Coming():
-                self.engines.look_ahead(message.model)
             case msg.Open():
                 self.trainers.open(identity, message)
             case _ if isinstance(message, msg.RankWords):

@@ -170,7 +170,9 @@ def test_what_lies_in_parameters_is_told_as_boxes_of_what_was_pushed(found, slot
     assert (held is not None) == (replay.facts().phase == "replay")
     if held is None:
         return
-    for one, told in zip(held.held, np.frombuffer(HostSums(held).begin(state.tensors)(), "<u8").tolist(), strict=True):
+    for one, told in zip(
+        held.held, np.frombuffer(HostSums(held).fingerprints(state.tensors), "<u8").tolist(), strict=True
+    ):
         tensor = sent[manifest.tensors.names[one.tensor]]
         box = tensor[tuple(slice(o, o + s) for o, s in zip(one.offset, one.shape, strict=True))]
         where = {"global_shape": tuple(tensor.shape), "offset": one.offset, "shape": one.shape}
@@ -244,5 +246,5 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
         assert all(same(onto[i], wanted[i]) for i in onto)
     assert manifest.buckets == 1
     residents = known.held(manifest)
-    sums = KernelSums(box_emulation.EmulatedKernel(kernel), torch.device("cpu"), residents).begin(targets)()
-    assert sums == HostSums(residents).begin(targets)()
+    sums = KernelSums(box_emulation.EmulatedKernel(kernel), torch.device("cpu"), residents).fingerprints(targets)
+    assert sums == HostSums(residents).fingerprints(targets)

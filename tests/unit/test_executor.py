@@ -194,56 +194,90 @@ class Looked(Hand):
 
     asked = 0
 
+    def __init__(self, *, fails: bool = False, draws: bool = True) -> None:
+        super().__init__()
+        self._fails, self._draws = fails, draws
+
     async def probe(self, *, deadline: float) -> EngineInfo:
         self.asked += 1
-        if self.asked == 1 and self._breaks_at == -3:
+        if self.asked == 1 and self._fails:
             raise EngineLost("not yet")
         await asyncio.sleep(0)
         return msgspec.structs.replace(INFO, incarnation=str(self.asked))
 
+    async def pause(self, mode: str, *, deadline: float) -> None: ...
+
     async def begin(self, *_: Any, deadline: float) -> None: ...
+
+    def draws(self, manifest: Any) -> bool:
+        return self._draws
+
+
+def alone(hand: Looked) -> tuple[Engine, NodeExecutor, PushContext]:
+    engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
+    executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
+    return engine, executor, PushContext(push="p", model="m", version=3, manifest=cast("Any", SimpleNamespace()))
+
+
+def soon() -> float:
+    return time.monotonic() + 20
+
+
+async def done(engine: Engine) -> None:
+    """What was begun ahead of a push has ended, well or not."""
+    assert engine._ahead is not None
+    await asyncio.wait([engine._ahead.work])
 
 
 @pytest.mark.parametrize(
-    ("fails", "late", "asked"), [(False, False, 1), (False, True, 2), (True, False, 2)], ids=["soon", "late", "failed"]
+    "case", ["told", "begun", "not begun", "several ranks", "late", "failed", "done to", "being done to"]
 )
-def test_what_was_asked_ahead_of_a_push_is_not_asked_again(monkeypatch, fails, late, asked):
-    """Unless that was long ago, or came to nothing."""
-    monkeypatch.setattr("weightsyncd.engines.SOON", -1.0 if late else 60.0)
-    hand = Looked(breaks_at=-3 if fails else -1)
+def test_what_was_asked_ahead_of_a_push_is_not_asked_again(monkeypatch, case):
+    """Unless that was long ago, came to nothing, or something was done to the engine since."""
+    hand = Looked(fails=case == "failed")
 
     async def run() -> ev.Event | None:
-        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
-        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
-        engine.look_ahead(time.monotonic() + 20)
-        for _ in range(4 if late else 0):  # it is done before the push asks
+        engine, executor, context = alone(hand)
+        if case == "being done to":
+            async with engine.lock:
+                engine.look_ahead(soon())
+            assert engine._ahead is None
+        else:
+            engine.look_ahead(soon())
+        if case == "begun":
             await asyncio.sleep(0)
-        if not late:
-            engine.look_ahead(time.monotonic() + 20)  # as a second rank has it
-        context = PushContext(push="p", model="m", version=3)
-        return await executor.execute(context, do.ProbeEngine(engine="e", deadline=time.monotonic() + 20))
+        elif case not in ("not begun", "being done to"):
+            await done(engine)
+        if case == "several ranks":
+            engine.look_ahead(soon())
+        if case == "late":
+            monkeypatch.setattr("weightsyncd.engines.SOON", -1.0)
+        if case == "done to":
+            await executor.execute(context, do.PauseEngine(engine="e", mode="keep", deadline=soon()))
+        return await executor.execute(context, do.ProbeEngine(engine="e", deadline=soon()))
 
-    probed = asyncio.run(run())
-    assert isinstance(probed, ev.EngineProbed)
-    assert hand.asked == asked
+    assert isinstance(asyncio.run(run()), ev.EngineProbed)
+    assert hand.asked == (2 if case in ("late", "failed", "done to") else 1)
 
 
-@pytest.mark.parametrize("in_place", [True, False])
-def test_an_engine_that_was_just_asked_is_looked_at_again_only_where_bytes_were_waited_for(in_place):
-    hand = Looked()
+@pytest.mark.parametrize(
+    ("in_place", "draws", "late"), [(True, True, False), (False, True, False), (True, False, False), (True, True, True)]
+)
+def test_only_an_engine_that_draws_and_was_just_asked_is_not_looked_at_again(monkeypatch, in_place, draws, late):
+    hand = Looked(draws=draws)
 
     async def run() -> ev.Event | None:
-        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
-        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
-        context = PushContext(push="p", model="m", version=3, manifest=cast("Any", SimpleNamespace()))
+        _, executor, context = alone(hand)
         context.exposures = cast("Any", object()) if in_place else None
-        await executor.execute(context, do.ProbeEngine(engine="e", deadline=time.monotonic() + 20))
-        return await executor.execute(context, do.BeginEngine(engine="e", deadline=time.monotonic() + 20))
+        await executor.execute(context, do.ProbeEngine(engine="e", deadline=soon()))
+        if late:
+            monkeypatch.setattr("weightsyncd.executor.SOON", -1.0)
+        return await executor.execute(context, do.BeginEngine(engine="e", deadline=soon()))
 
     begun = asyncio.run(run())
-    if in_place:
+    if in_place and draws and not late:
         assert begun == ev.EngineBegun(engine="e")
     else:
         assert isinstance(begun, ev.EngineFailed)
         assert begun.error.message == "it was restarted during the push"
-    assert hand.asked == (1 if in_place else 2)
+    assert hand.asked == (1 if in_place and draws and not late else 2)

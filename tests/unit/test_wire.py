@@ -14,7 +14,9 @@ from weightsync.wire import codec
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 
-GOLDEN = sorted((Path(__file__).parent.parent / "golden").glob("wire-v1*.json"))  # later ones say what is written now
+GOLDEN = sorted(  # later ones say what is written now
+    (Path(__file__).parent.parent / "golden").glob("wire-v1-*.json"), key=lambda path: int(path.stem.rpartition("-")[2])
+)
 
 
 def by_type(message: msg.Message) -> str:

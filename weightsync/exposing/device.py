@@ -65,8 +65,6 @@ class DeviceExposed:
         self._tabulate(program, local)
         self._pointers: list[int] | None = None
         self._allocations: list[Allocation] = []
-        self._torchs: bool | None = None  # they are all of torch's own allocator; None: not looked at yet
-        self._frees = -1  # of that, so far, when they were last as they are; -1: that would not tell
         self.bases: torch.Tensor  # of the shards
         self.totals = torch.zeros(max(1, len(self._totals)), dtype=torch.int64, device=device)
         # the totals on the host; by name, since a trainer may have made GPUs torch's default
@@ -107,11 +105,12 @@ class DeviceExposed:
         """Take note of where the weights are now. Raises `TransportBroken` for memory that cannot be shared."""
         device = self.kernel.device
         with torch.cuda.device(device):
-            if local.pointers == self._pointers and self._unchanged(device):
+            same = all(serial_of(one.address) == one.serial for one in self._allocations)
+            if same and local.pointers == self._pointers:
                 return
             pointers = np.array([*local.pointers, 0], dtype=np.uint64).view(np.int64)
             addresses = pointers[self._shards] + self._inner
-            self._allocations, self._torchs, self._frees = allocations(addresses.tolist()), None, -1
+            self._allocations = allocations(addresses.tolist())
             regions = [shown(one, self._gpu) for one in self._allocations]
             firsts = np.array([one.address for one in self._allocations], dtype=np.int64)
             if self._copy is not None:
@@ -126,21 +125,6 @@ class DeviceExposed:
         self.exposure = replace(self.exposure, regions=tuple(regions), region=region, at=at)
         self.bases = torch.from_numpy(pointers).to(device)
         self._pointers = local.pointers
-
-    def _unchanged(self, device: torch.device) -> bool:
-        """Whether no allocation is another by now. Of thousands that takes the driver 20 ms, so it is not asked where
-        torch, whose they all are, has freed none.
-        """
-        frees = _frees(device)
-        if frees >= 0 and frees == self._frees:
-            return True
-        if any(serial_of(one.address) != one.serial for one in self._allocations):
-            return False
-        if self._torchs is None:
-            own = {segment["address"] for segment in torch.cuda.memory_snapshot()} if frees >= 0 else set()
-            self._torchs = own.issuperset(one.address for one in self._allocations)
-        self._frees = frees if self._torchs else -1
-        return True
 
     def _items(self, write: Write, source: Place, onto: Place | None, op: int = BYTES) -> Items:
         return box_items(
@@ -230,14 +214,6 @@ class DeviceExposing:
             await_events([self._summed], "exposing", deadline=deadline)
         except RuntimeError as error:
             raise TransportBroken(f"this rank's GPU failed while it exposed its weights: {error}") from error
-
-
-def _frees(device: torch.device) -> int:
-    """How often torch has given memory of this GPU back to the driver; -1 where its allocator does not count."""
-    try:
-        return int(torch.cuda.memory_stats_as_nested_dict(device).get("num_device_free", -1))
-    except RuntimeError:  # one that was plugged in (torch.cuda.memory.CUDAPluggableAllocator)
-        return -1
 
 
 def _sorted(

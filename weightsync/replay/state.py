@@ -13,7 +13,7 @@ import logging
 import os
 from contextlib import nullcontext
 from time import perf_counter
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 import torch
@@ -43,7 +43,6 @@ logger = logging.getLogger(__name__)
 
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
 SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
-_T = TypeVar("_T")
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 
 
@@ -64,7 +63,6 @@ class ModelReplay:
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._pulled = 0
-        self._measured: Callable[[], bytes] | None = None  # of what was pulled, begun
         self._device = torch.device("cpu")
         self._seconds: dict[str, float] = {}  # of the last push in each phase
 
@@ -87,7 +85,7 @@ class ModelReplay:
 
     def begin(self, manifest: Manifest, model: torch.nn.Module) -> None:
         """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
-        self._recorder = self._proof = self._before = self._carry = self._measured = None
+        self._recorder = self._proof = self._before = self._carry = None
         self._phase, self._manifest = "off", manifest
         if not self._off:
             self._learn(lambda: self._choose(manifest, model))
@@ -199,13 +197,6 @@ class ModelReplay:
         self._recorder = self._proof = self._before = self._carry = None
         self._order = {}
 
-    def measure(self, model: ModelState) -> None:
-        """The push lies in `model`, whole: begin to fingerprint what was pulled, which will be asked for."""
-        if self._pulled and self._manifest is not None:
-            residents = self.residents(self._manifest.digest, model)
-            if residents is not None:
-                self._measured = self._fingerprinting(lambda: self._begun(residents, model))
-
     def _give_back(self) -> None:
         """Memory that earlier pushes of this layout took, for copies of buckets, a loader or a proof, and that this one
         did without: torch would keep it from the engine for good. Once, for it takes time.
@@ -271,19 +262,12 @@ class ModelReplay:
 
     def fingerprints(self, residents: Residents, model: ModelState) -> bytes | None:
         """Of these residents, as they lie in `model` now; None where that fails, and then nothing is replayed again."""
-        begun, self._measured = self._measured, None
-        return self._fingerprinting(lambda: (begun or self._begun(residents, model))())
-
-    def _begun(self, residents: Residents, model: ModelState) -> Callable[[], bytes]:
         known = self._known
         assert known is not None, "there are residents of it"
-        if known.sums is None:
-            known.sums = sums_for(residents, self._device, model.tensors)
-        return known.sums.begin(model.tensors)
-
-    def _fingerprinting(self, work: Callable[[], _T]) -> _T | None:
         try:
-            return work()
+            if known.sums is None:
+                known.sums = sums_for(residents, self._device, model.tensors)
+            return known.sums.fingerprints(model.tensors)
         except Exception as error:
             self.turn_off(f"fingerprints failed: {type(error).__name__} {error}")
             logger.exception("weightsync: replay is off from here on")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +15,7 @@ from weightsync.ipc.descriptors import checksum
 from weightsync.replay.moves import raw_bytes, strided_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from weightsync.replay.kernel import Launcher
     from weightsync.replay.residents import Residents
@@ -27,10 +26,8 @@ __all__ = ["HostSums", "KernelSums", "Sums", "sums_for", "tensor_checksum"]
 class Sums(Protocol):
     """Of the residents of one plan and one manifest."""
 
-    def begin(self, targets: Mapping[str, torch.Tensor]) -> Callable[[], bytes]:
-        """Begin to fingerprint what lies in `targets`, which is left alone until what this returns was called: it gives
-        little-endian uint64, one for each resident.
-        """
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """Little-endian uint64 for each resident, of what lies in `targets` now."""
 
 
 class HostSums:
@@ -39,11 +36,8 @@ class HostSums:
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
 
-    def begin(self, targets: Mapping[str, torch.Tensor]) -> Callable[[], bytes]:
-        """See `Sums`; all of it is done when it is asked for."""
-        return partial(self._fingerprints, targets)
-
-    def _fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """See `Sums`."""
         residents = self._residents
         sums = np.empty(len(residents.held), dtype="<u8")
         for at, one in enumerate(residents.held):
@@ -80,21 +74,14 @@ class KernelSums:
         ]
         self._table: Any = kernel.table(joined(items))
 
-    def begin(self, targets: Mapping[str, torch.Tensor]) -> Callable[[], bytes]:
-        """See `Sums`; the GPU is at it from now on, behind what the current stream has been asked for."""
+    def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
+        """See `Sums`."""
         addresses = [targets[name].data_ptr() for name in self._names]
         bases = torch.tensor(addresses, dtype=torch.int64, device=self._device)
         totals = torch.zeros(max(1, self._count), dtype=torch.int64, device=self._device)
         stream = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None
         self._kernel.launch(self._table, SUM, stream=stream, bases=bases, totals=totals)
-        launched = stream.record_event() if stream is not None else None
-
-        def told() -> bytes:
-            if launched is not None:  # whoever asks may do so from another stream
-                torch.cuda.current_stream(self._device).wait_event(launched)
-            return totals.cpu().numpy()[: self._count].astype("<i8").tobytes()
-
-        return told
+        return totals.cpu().numpy()[: self._count].astype("<i8").tobytes()
 
 
 def sums_for(residents: Residents, device: torch.device, targets: Mapping[str, torch.Tensor]) -> Sums:

@@ -3,7 +3,7 @@
 Each is a frozen struct; on the wire it is one MessagePack map `{v, type, id, …}`. `id` pairs an answer with its
 question and is 0 where there is none. Fields are only ever added, with a default; a changed meaning takes a new type.
 
-    rank → daemon      Coming, Open, Describe, Filled, Exposed, Measured, Failed, Stopped, Heartbeat, PushLora
+    rank → daemon      Open, Describe, Filled, Exposed, Measured, Failed, Stopped, Heartbeat, PushLora
     daemon → rank      Welcome, AskDescription, Planned, Lease, AskExposure, Drawn, Ended, Heartbeat, LoraPushed
     operator → daemon  StatusRequest, TraceRequest, ChangeEngines
     daemon → operator  Status, Traced, Changed
@@ -52,7 +52,6 @@ from weightsync.wire.operator_messages import (
 from weightsync.wire.trainer_messages import (
     AskDescription,
     AskExposure,
-    Coming,
     Describe,
     Drawn,
     Ended,
@@ -84,7 +83,6 @@ __all__ = [
     "BridgeStatus",
     "ChangeEngines",
     "Changed",
-    "Coming",
     "Describe",
     "Drawn",
     "Ended",
@@ -137,7 +135,6 @@ class ErrorReply(Message, frozen=True, tag="error"):
 
 
 MESSAGES: tuple[type[Message], ...] = (
-    Coming,
     Open,
     Welcome,
     AskDescription,

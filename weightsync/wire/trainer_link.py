@@ -87,6 +87,11 @@ class TrainerLink:
         self._outbox.put(encode(message))
         self._rouse()
 
+    def announce(self, model: str) -> None:
+        """Say that a push to this model is coming, if anybody listens; no answer is waited for."""
+        if _nobody_at(self.endpoint) is None:
+            self.send(Heartbeat(coming=model))
+
     def receive(self, deadline: float) -> Message | None:
         """The next message, or None when the deadline passes first. Raises `DaemonLost` or `CodecError`."""
         try:

@@ -13,7 +13,6 @@ from weightsync.wire.fields import Blob, Column, Digest, LoraName, Message, Name
 __all__ = [
     "AskDescription",
     "AskExposure",
-    "Coming",
     "Describe",
     "Drawn",
     "Ended",
@@ -34,12 +33,6 @@ __all__ = [
     "Stopped",
     "Welcome",
 ]
-
-
-class Coming(Message, frozen=True, tag="coming"):
-    """A rank is about to call `push_weights`, once it has described what it holds."""
-
-    model: Name
 
 
 class Open(Message, frozen=True, tag="open"):
@@ -143,6 +136,8 @@ RankWords: TypeAlias = Describe | Filled | Exposed | Measured | Failed | Stopped
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """I am here."""
+
+    coming: Text = ""  # the model that a rank is about to push to, once it has described what it holds
 
 
 class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):

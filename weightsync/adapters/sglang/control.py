@@ -3,7 +3,7 @@
 The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
 loaded, the cache is flushed, and what can be compared was found right. Its dialect and the way in are chosen when it is
 first probed, and again when it has restarted. One that has our plugin is asked from then on only for what changes while
-it runs, in short answers: each push probes twice. What a server does not say is remembered here: before 0.5.20, that it
+it runs, in short answers: a push probes twice. What a server does not say is remembered here: before 0.5.20, that it
 was paused by us, and so not that somebody else has resumed it since.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from base64 import b64encode
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
@@ -164,18 +163,15 @@ class SGLangAdapter(EngineAdapter):
     ) -> None:
         known = await self._met(deadline)
         self._loaded = None
-        path, asleep, self._begun = known.path, "weights" in self._asleep, True
-        plugin = isinstance(path, PluginPath)
-        more = {"pull": self._held.covers(manifest), "anew": self._held.doubtful} if plugin and self._compares else {}
-        mark = partial(self._server.set_weight_version, updating(self._version, version), deadline=deadline)
-        begin = partial(path.begin, manifest, offers, deadline=deadline, **more)
-        if plugin and not asleep:  # it changes nothing before it is told to load
-            await at_once(mark(), begin())
-            return
-        await mark()
-        if asleep:
+        await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
+        self._begun = True
+        if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        await begin()
+        if isinstance(known.path, PluginPath) and self._compares:
+            pull, anew = self._held.covers(manifest), self._held.doubtful
+            await known.path.begin(manifest, offers, deadline=deadline, pull=pull, anew=anew)
+        else:
+            await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
@@ -196,12 +192,8 @@ class SGLangAdapter(EngineAdapter):
             return await path.draw(exposures, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        path = (await self._met(deadline)).path
-        if isinstance(path, PluginPath):
-            await at_once(path.finish(deadline=deadline), self._flush(deadline))
-        else:
-            await path.finish(deadline=deadline)
-            await self._flush(deadline)
+        await (await self._met(deadline)).path.finish(deadline=deadline)
+        await self._flush(deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:

@@ -176,7 +176,6 @@ class _Worker:
             requantiser.finish()
         for model in models:
             self._replays[model].finish(partial(ModelState.of, model))
-            self._replays[model].measure(ModelState.tensors_of(model))
         return "finished"
 
     def _state(self) -> dict[str, Any]:

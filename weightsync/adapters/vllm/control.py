@@ -150,20 +150,14 @@ class VLLMAdapter(EngineAdapter):
         path, info = self._probed()
         self._loaded = None
         before, self._version = self._version, torn_text(self._version, version)
-        compares = self._compares
-        path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
-        mark = partial(path.set_weight_version, self._version, deadline=deadline)
-        torn = versions.read(before).torn
-        begin = partial(path.begin, version, manifest, offers, torn=torn, deadline=deadline)
-        if isinstance(path, ExtensionPath) and path.pull and not info.asleep:  # it changes nothing before it is to load
-            await at_once(mark(), begin())
-            return
-        await mark()
+        await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
-        await begin()
+        compares = self._compares
+        path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
+        await path.begin(version, manifest, offers, torn=versions.read(before).torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
@@ -184,8 +178,8 @@ class VLLMAdapter(EngineAdapter):
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
-        finish, flush = path.finish(version, deadline=deadline), self._flush(path.server, deadline=deadline)
-        await at_once(finish, flush)
+        await path.finish(version, deadline=deadline)
+        await self._flush(path.server, deadline=deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:

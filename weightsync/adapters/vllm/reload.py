@@ -236,8 +236,6 @@ class WeightReload:
                 replay.finish(lambda: ModelState.of(model))
         if self._device.type != "cpu":
             torch.accelerator.synchronize(self._device)
-        if replay is not None:
-            replay.measure(ModelState.tensors_of(model))
 
     def check_whole(self) -> None:
         """Check that everything came, where vLLM's worker itself completes the reload."""
