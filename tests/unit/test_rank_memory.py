@@ -7,12 +7,15 @@ import threading
 from typing import Any
 
 import pytest
+import zmq
 
 from weightsync.ipc import gone
 from weightsync.ipc.arena import Arena, DeviceMemory
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.rank_memory import RankMemory, memory
 from weightsync.testing import eventually
+from weightsync.wire.codec import decode_untrusted
+from weightsync.wire.messages import Heartbeat
 
 
 class Slots:
@@ -148,3 +151,17 @@ def test_nothing_is_kept_for_a_program_that_is_forgotten():
     memory, copy = exposing_memory(), Copied()
     memory.give_exposed(b"plan" + bytes(16), copy)
     assert copy.closed
+
+
+def test_a_daemon_that_listens_hears_what_is_coming(tmp_path):
+    endpoint = f"ipc://{tmp_path}/daemon.sock"
+    own = RankMemory()
+    own.announce(endpoint, "policy")  # nobody listens: nothing is left to be sent, and nothing raised
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
+        router.setsockopt(zmq.LINGER, 0)
+        router.bind(endpoint)
+        own.announce(endpoint, "policy")
+        assert router.poll(20_000)
+        assert decode_untrusted(router.recv_multipart()[-1]) == Heartbeat(coming="policy")
+        assert not router.poll(0)
+    own.close_links()
