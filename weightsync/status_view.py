@@ -28,7 +28,7 @@ def status_view(status: dict[str, Any], clock: str) -> Group:
     wrong = list(_wrong(status))
     if wrong:
         parts += [Text(), *wrong]
-    return Group(*parts, Text(), *_under_way(status), *_last_push(status), *_refused(status))
+    return Group(*parts, Text(), *_under_way(status), *_waiting(status), *_last_push(status), *_refused(status))
 
 
 def _engines(status: dict[str, Any]) -> Any:
@@ -101,6 +101,11 @@ def _under_way(status: dict[str, Any]) -> list[Text]:
         lines.append(f"  waiting for {push['waiting_for']}")
     lines += [f"  {e['engine']}: {e['stage']}, {e['loaded']} of {push['buckets']} buckets" for e in push["engines"]]
     return [Text(line) for line in lines]
+
+
+def _waiting(status: dict[str, Any]) -> list[Text]:
+    count = status["waiting"]
+    return [Text(f"calls of push_weights that wait for this node to be free: {count}")] if count else []
 
 
 def _last_push(status: dict[str, Any]) -> list[Any]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weightsync.config import TimeoutConfig
     from weightsyncd.keeper import KeeperAdapter
 
-__all__ = ["Engine", "Engines"]
+__all__ = ["SOON", "Engine", "Engines"]
 
 logger = logging.getLogger(__name__)
 

@@ -76,6 +76,7 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         refused=trainers.refused,
         refused_ago=time.monotonic() - trainers.refused_at if trainers.refused is not None else None,
         follows=_followed(server.follower.context),
+        waiting=len(trainers.waiting),
     )
 
 

@@ -15,12 +15,19 @@ import contextlib
 import logging
 import secrets
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import CodecError, ErrorRecord, PushRefused, PushTimeout, RemoteProtocolError, WeightSyncError
+from weightsync.errors import (
+    CodecError,
+    ErrorRecord,
+    PushAborted,
+    PushRefused,
+    PushTimeout,
+    RemoteProtocolError,
+    WeightSyncError,
+)
 from weightsync.metrics import UNKNOWN
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
@@ -29,6 +36,7 @@ from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
 from weightsyncd.targets import engines_of, targets
+from weightsyncd.waiting import Call, Waiting
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -41,15 +49,6 @@ __all__ = ["Trainers"]
 logger = logging.getLogger(__name__)
 
 _MAX_WAITING = 4096  # ranks
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    """A call that waits for the node to be free."""
-
-    identity: bytes
-    message: msg.Open
-    since: float
 
 
 class Trainers:
@@ -69,7 +68,7 @@ class Trainers:
         self._follower = follower
         self._on_free = on_free
         self.newest: dict[str, int] = {}  # model → newest version committed on any engine
-        self._waiting: list[_Waiting] = []
+        self.waiting = Waiting()
         self._failures = Failures()
         self._ending: asyncio.Task[None] | None = None
         self._looking: asyncio.Task[None] | None = None
@@ -82,9 +81,9 @@ class Trainers:
         config = self._services.config
         welcome = msg.Welcome(id=message.id, node=config.node.name, heartbeat=config.timeouts.liveness / 5)
         self._services.send(identity, welcome)
-        self._admit(_Waiting(identity, message, time.monotonic()))
+        self._admit(Call(identity, message, time.monotonic()))
 
-    def _admit(self, call: _Waiting) -> None:
+    def _admit(self, call: Call) -> None:
         message, push = call.message, self.push
         if push is not None and not push.session.ended:
             if push.call.group == message.group:
@@ -112,14 +111,14 @@ class Trainers:
         else:
             self._wait(call)
 
-    def _wait(self, call: _Waiting) -> None:
+    def _wait(self, call: Call) -> None:
         message = call.message
-        if len(self._waiting) >= _MAX_WAITING:
+        if len(self.waiting) >= _MAX_WAITING:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
         words = (message.model, message.version, message.rank)
         logger.debug("[push=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
-        self._waiting.append(call)
+        self.waiting.add(call)
         self._failures.tries_again(message)
 
     def _leads(self, message: msg.Open) -> bool:
@@ -150,14 +149,14 @@ class Trainers:
         finally:
             self._seen = False
 
-    def _refuse(self, call: _Waiting, reason: str, hint: str | None) -> None:
+    def _refuse(self, call: Call, reason: str, hint: str | None) -> None:
         message = call.message
         words = (message.model, message.version, reason)
         logger.warning("[push=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
         self._end(call, error.record())
 
-    def _time_is_up(self, call: _Waiting) -> None:
+    def _time_is_up(self, call: Call) -> None:
         message, following = call.message, self._follower.following
         what = f"push {following} of another node" if following is not None else "the node to be free"
         if following is None and self.push is None and not self._leads(message):
@@ -166,7 +165,7 @@ class Trainers:
         error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
         self._end(call, error.record())
 
-    def _end(self, call: _Waiting, error: ErrorRecord) -> None:
+    def _end(self, call: Call, error: ErrorRecord) -> None:
         """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
         message = call.message
         self._services.send(call.identity, msg.Ended(id=message.id, error=error))
@@ -185,7 +184,7 @@ class Trainers:
                 peer.tell(msg.Release(push=push, error=error))
         self.go_on()
 
-    def _begin(self, call: _Waiting) -> None:
+    def _begin(self, call: Call) -> None:
         message = call.message
         left = message.timeout - (time.monotonic() - call.since)
         if left <= 0:
@@ -253,8 +252,7 @@ class Trainers:
 
     def go_on(self) -> None:
         """The node may be free: whoever waits tries again."""
-        waiting, self._waiting = self._waiting, []
-        for call in waiting:
+        for call in self.waiting.take():
             self._admit(call)
 
     async def finish(self, until: float) -> None:
@@ -267,8 +265,7 @@ class Trainers:
             self.push.hear(ev.StopRequested(reason="weightsyncd was told to stop"))
             if not await self._wait_done(self.push, left / 4):
                 logger.warning("the push did not let go in time; stopping all the same")
-        waiting, self._waiting = self._waiting, []
-        for call in waiting:
+        for call in self.waiting.take():
             self._refuse(call, "weightsyncd is stopping", None)
 
     async def close(self, until: float) -> None:
@@ -295,24 +292,35 @@ class Trainers:
 
     def heard(self, identity: bytes) -> None:
         """A rank has shown that it is alive."""
+        self.waiting.heard(identity)
         if self.push is not None:
             self.push.ranks.rank_of(identity)
         if (branch := self._follower.branch) is not None:
             branch.heard(identity)
 
     def check_alive(self, liveness: float) -> None:
-        """Notice ranks that have fallen silent, and those that have waited for as long as they would. To be called now
-        and then.
+        """Notice ranks that have fallen silent, in a push or waiting for one, and those that have waited for as long as
+        they would. To be called now and then.
         """
         if self.push is not None:
             self.push.check_alive(liveness)
         if (branch := self._follower.branch) is not None:
             branch.check_alive(liveness)
         now = time.monotonic()
-        late = [call for call in self._waiting if now - call.since >= call.message.timeout]
-        self._waiting = [call for call in self._waiting if call not in late]
-        for call in late:
+        self.waiting.forget()
+        for call in self.waiting.late(now):
             self._time_is_up(call)
+        for call in self.waiting.silent(now, liveness):
+            self._fell_silent(call, liveness)
+
+    def _fell_silent(self, call: Call, liveness: float) -> None:
+        """A call is dropped whose rank is gone, by all signs: a push that began with it would find nobody."""
+        message, reason = call.message, f"it was not heard for {liveness:g} s while it waited for the node to be free"
+        model, version, rank = message.model, message.version, message.rank
+        logger.warning("[push=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
+        error = PushAborted(reason, model=model, version=version, rank=rank, phase="open").record()
+        self._siblings_hear(call, error)
+        self._end(call, error)
 
     def hear(self, event: ev.Event) -> None:
         """Something has happened that concerns the push under way, if there is one."""
@@ -347,11 +355,12 @@ class Trainers:
 
     def _gave_up(self, identity: bytes, message: msg.Failed) -> None:
         """A rank that waited does not any more; those of its trainer that call only now need not wait for it."""
-        gone = [w for w in self._waiting if (w.identity, w.message.id) == (identity, message.id)]
-        self._waiting = [w for w in self._waiting if w not in gone]
-        for call in gone:
-            if not self._leads(call.message):
-                self._failures.note(call.message, {call.message.rank}, message.error, until=self._later())
+        for call in self.waiting.given_up(identity, message.id):
+            self._siblings_hear(call, message.error)
+
+    def _siblings_hear(self, call: Call, error: ErrorRecord) -> None:
+        if not self._leads(call.message):
+            self._failures.note(call.message, {call.message.rank}, error, until=self._later())
 
     def route_from(self, node: str, message: msg.RankSays) -> None:
         """As `route` and `open`, for a rank on another node."""

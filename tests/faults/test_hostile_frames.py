@@ -309,6 +309,7 @@ def test_many_hostile_frames(node, strangers, count):
     assert not {e.message for e in errors if "weightsyncd failed" in e.message}
     # nothing that the strangers began goes on once they are silent
     crowd[0].wait_free()
+    until(lambda: node.status().waiting == 0, "calls of those who are silent by now are dropped")
     until(lambda: None not in [b.pid for b in node.status().bridges], "bridges that were kept waiting are replaced")
     until(lambda: not any(node.info(e)["paused"] for e in node.engines), "engines serve on")
     assert node.torn_or_whole(node.before) == set()
@@ -335,6 +336,7 @@ def test_hostile_frames_do_not_harm_a_push_under_way(node, strangers):
     assert f"node {node.daemon.name} is busy with a push of its own" in refused
     assert any("by another trainer is under way" in message for message in refused)
     crowd[0].wait_free()
+    until(lambda: node.status().waiting == 0, "calls of those who are silent by now are dropped")
 
 
 def test_noise_below_the_messages(node):

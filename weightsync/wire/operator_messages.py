@@ -149,6 +149,7 @@ class Status(Message, frozen=True, tag="status"):
     refused: ErrorRecord | None = None  # of the last call, by a rank 0, that came to nothing before it was a push
     refused_ago: float | None = None  # seconds
     follows: FollowedPush | None = None  # what holds this node for another one
+    waiting: Natural = 0  # calls of push_weights that wait for it to be free
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):

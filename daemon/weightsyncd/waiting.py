@@ -1,0 +1,72 @@
+"""Calls of `push_weights` that wait for the node to be free."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from weightsync.wire import messages as msg
+
+__all__ = ["Call", "Waiting"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One rank's."""
+
+    identity: bytes
+    message: msg.Open
+    since: float
+
+
+class Waiting:
+    """In the order in which they came."""
+
+    def __init__(self) -> None:
+        self._calls: list[Call] = []
+        self._heard: dict[bytes, float] = {}  # by identity, when it last was
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def add(self, call: Call) -> None:
+        """It waits, perhaps again."""
+        self._calls.append(call)
+        self._heard[call.identity] = max(call.since, self._heard.get(call.identity, 0.0))
+
+    def heard(self, identity: bytes) -> None:
+        """Somebody is alive, who may be waiting."""
+        if identity in self._heard:
+            self._heard[identity] = time.monotonic()
+
+    def take(self) -> list[Call]:
+        """All of them: they wait no longer, unless they are added again before long."""
+        calls, self._calls = self._calls, []
+        return calls
+
+    def given_up(self, identity: bytes, number: int) -> list[Call]:
+        """Those that a rank says it has given up."""
+        return self._taken(lambda call: (call.identity, call.message.id) == (identity, number))
+
+    def late(self, now: float) -> list[Call]:
+        """Those that have waited for as long as they would."""
+        return self._taken(lambda call: now - call.since >= call.message.timeout)
+
+    def silent(self, now: float, liveness: float) -> list[Call]:
+        """Those that have not been heard for so many seconds."""
+        return self._taken(lambda call: now - self._heard[call.identity] > liveness)
+
+    def _taken(self, which: Callable[[Call], bool]) -> list[Call]:
+        taken = [call for call in self._calls if which(call)]
+        if taken:
+            self._calls = [call for call in self._calls if call not in taken]
+        return taken
+
+    def forget(self) -> None:
+        """Of who does not wait any more, that it was heard. To be called now and then."""
+        here = {call.identity for call in self._calls}
+        self._heard = {identity: at for identity, at in self._heard.items() if identity in here}
