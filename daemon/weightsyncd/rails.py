@@ -145,7 +145,7 @@ class Rails:
         """
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
-            await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
+            await self._refresh(nodes)
             wanted = list(nodes)
             while wanted:
                 try:
@@ -162,7 +162,8 @@ class Rails:
                     break
                 bad = await self._rendezvous(wanted, deadline, push)
                 if not bad:
-                    self._members = members
+                    await self._refresh(wanted)  # a bridge that was starting has joined as another than it was
+                    self._members = self._present(wanted, failed)
                     break
                 failed.update(bad)
                 if self._was_taken():
@@ -212,6 +213,9 @@ class Rails:
             f"node {node} keeps its slots {where[device]}, node {self.home} {where[self._config.arena.device]}",
             hint="give arena.device the same value on both",
         ).record()
+
+    async def _refresh(self, nodes: Sequence[str]) -> None:
+        await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
 
     async def _rendezvous(self, nodes: Sequence[str], deadline: float, push: bool) -> dict[str, ErrorRecord]:
         """Form a new generation on every rail. Returns who is to be left out of the next attempt."""

@@ -323,3 +323,29 @@ def test_who_is_taken_while_it_looks_at_its_peers_forms_nothing(rails):
     assert bridge.commands == []
     rails.given_back("m9")
     assert not rails._was_taken()
+
+
+@pytest.mark.timeout(10)
+def test_a_bridge_that_starts_while_it_is_waited_for_is_a_member_as_it_is_then(rails):
+    """Else the next to look would form anew, and break what the first has just begun."""
+    info = SimpleNamespace(device=rails._config.arena.device, incarnation="x:-", slots=(1,), engines=(), peers=())
+
+    async def refresh():
+        pass
+
+    async def rendezvous(nodes, deadline, push):
+        rails.generation += 1
+        info.incarnation = "x:started"
+        return {}
+
+    rails.bridges = [Recorder()]
+    rails._peers["n9"] = SimpleNamespace(refresh=refresh, info=info)
+    rails._rendezvous = rendezvous
+
+    async def main():
+        for _ in range(2):
+            assert not await rails.form(["n9"], time.monotonic() + 5)
+
+    asyncio.run(main())
+    assert rails.generation == 8, "formed once"
+    assert rails.stands(["n9"])
