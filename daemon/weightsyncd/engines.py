@@ -147,7 +147,7 @@ class Engine:
         """Let go of it as it is."""
         if self._ahead is not None:
             self._ahead.work.cancel()
-            await asyncio.wait([self._ahead.work])
+            await asyncio.wait([self._ahead.work], timeout=SOON)
         await self.adapter.close()
 
     def status(self, node: str) -> EngineStatus:

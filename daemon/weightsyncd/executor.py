@@ -91,7 +91,7 @@ class NodeExecutor:
                     engine.done_to_at = time.monotonic()
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
-            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._why(name))
+            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._hint(name))
         except WeightSyncError as caught:
             error = caught
         except Exception as caught:
@@ -124,8 +124,8 @@ class NodeExecutor:
         )
         return ev.EngineFailed(engine=name, phase=phase, error=record, lost=lost)
 
-    def _why(self, name: str) -> str | None:
-        """What is wrong with an engine that is silent, where that can be guessed."""
+    def _hint(self, name: str) -> str | None:
+        """What to do about an engine that is silent, where that can be guessed."""
         if name in self.engines and joins_group(self.engines[name]) and self.engines[name].begun:
             return "its workers may wait in a broadcast that a bridge has left, over NCCL for ever: restart it"
         return None

@@ -19,24 +19,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import (
-    CodecError,
-    ErrorRecord,
-    PushAborted,
-    PushRefused,
-    PushTimeout,
-    RemoteProtocolError,
-    WeightSyncError,
-)
+from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout, WeightSyncError
 from weightsync.metrics import UNKNOWN
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
-from weightsync.wire.codec import decode_untrusted
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
 from weightsyncd.targets import engines_of, targets
 from weightsyncd.waiting import Call, Waiting
+from weightsyncd.words import passed_on, rank_said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -307,7 +299,6 @@ class Trainers:
         if (branch := self._follower.branch) is not None:
             branch.check_alive(liveness)
         now = time.monotonic()
-        self.waiting.forget()
         for call in self.waiting.late(now):
             self._time_is_up(call)
         for call in self.waiting.silent(now, liveness):
@@ -351,7 +342,7 @@ class Trainers:
                 self._gave_up(identity, message)
             logger.debug("%s from nobody in a push", type(message).__name__)
             return
-        self._rank_said(push, rank, message)
+        rank_said(push, rank, message, self._services.plans)
 
     def _gave_up(self, identity: bytes, message: msg.Failed) -> None:
         """A rank that waited does not any more; those of its trainer that call only now need not wait for it."""
@@ -369,41 +360,4 @@ class Trainers:
             extra = {"rank": message.rank}
             logger.debug("rank %d of node %s, in no push of this node", message.rank, node, extra=extra)
             return
-        if message.lost:
-            if push.ranks.is_on(message.rank, node):
-                push.hear(ev.RankLost(rank=message.rank, reason=message.lost))
-            return
-        try:
-            words = decode_untrusted(message.body)
-            if isinstance(words, msg.Open) and words.rank == message.rank:
-                push.open(b"", words, node)
-            elif isinstance(words, msg.RankWords):
-                if push.ranks.is_on(message.rank, node) and push.ranks[message.rank].number == words.id:
-                    self._rank_said(push, message.rank, words)
-            else:
-                raise CodecError(f"no rank says {type(words).__name__}")
-        except CodecError as error:
-            wrong = RemoteProtocolError(
-                f"node {node} passed on what cannot be read: {error.message}", rank=message.rank
-            )
-            push.hear(ev.RankFailed(rank=message.rank, error=wrong.record()))
-
-    def _rank_said(self, push: Push, rank: int, message: msg.RankWords) -> None:
-        match message:
-            case msg.Describe():
-                digest = self._services.plans.learn(message.layout)
-                if digest != push.ranks[rank].layout:
-                    error = RemoteProtocolError("it described another layout than it opened with", rank=rank)
-                    push.hear(ev.RankFailed(rank=rank, error=error.record()))
-                else:
-                    push.hear(ev.LayoutReceived(rank=rank))
-            case msg.Filled():
-                push.said.filled(rank, message)
-            case msg.Exposed():
-                push.said.exposed(rank, message)
-            case msg.Measured():
-                push.said.measured(rank, message)
-            case msg.Failed():
-                push.hear(ev.RankFailed(rank=rank, error=message.error))
-            case msg.Stopped():
-                push.hear(ev.RankStopped(rank=rank))
+        passed_on(push, node, message, self._services.plans)

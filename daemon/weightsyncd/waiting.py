@@ -57,7 +57,9 @@ class Waiting:
         return self._taken(lambda call: now - call.since >= call.message.timeout)
 
     def silent(self, now: float, liveness: float) -> list[Call]:
-        """Those that have not been heard for so many seconds."""
+        """Those that have not been heard for so many seconds. To be called now and then."""
+        here = {call.identity for call in self._calls}
+        self._heard = {identity: at for identity, at in self._heard.items() if identity in here}
         return self._taken(lambda call: now - self._heard[call.identity] > liveness)
 
     def _taken(self, which: Callable[[Call], bool]) -> list[Call]:
@@ -65,8 +67,3 @@ class Waiting:
         if taken:
             self._calls = [call for call in self._calls if call not in taken]
         return taken
-
-    def forget(self) -> None:
-        """Of who does not wait any more, that it was heard. To be called now and then."""
-        here = {call.identity for call in self._calls}
-        self._heard = {identity: at for identity, at in self._heard.items() if identity in here}
