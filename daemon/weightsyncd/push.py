@@ -313,7 +313,7 @@ class Push:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
             self._plan = await plans.plan(digests, owners, nodes)
-            await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self._services.executor.wire.bridges))
+            await self._services.executor.wire.prompt(deadline)
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest

@@ -58,6 +58,13 @@ class NodeWire:
         self._grouped: set[str] = set()  # engines that a group was offered to
         self._leaving: set[asyncio.Task[None]] = set()
 
+    async def prompt(self, deadline: float) -> None:
+        """See that every arena is there, each with a bridge that answers. Raises as `Bridge.prompt` does."""
+        ready = False
+        while not ready:
+            await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self.bridges))
+            ready = all(bridge.offer is not None for bridge in self.bridges)  # one may end while another is waited for
+
     async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
         """One attach descriptor for each tp rank of the engine and each arena of this node."""
         readers = self._readers(engine)

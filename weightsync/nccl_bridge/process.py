@@ -181,10 +181,8 @@ class Lanes:
         self._service = service
         self._send = answer
         self._stop = stop
-        self._queues: dict[Lane, queue.SimpleQueue[Task]] = {
-            Lane.LOCAL: queue.SimpleQueue(),
-            Lane.WIRE: queue.SimpleQueue(),
-            Lane.FENCE: queue.SimpleQueue(),
+        self._queues: dict[Lane, queue.Queue[Task]] = {
+            lane: queue.Queue() for lane in (Lane.LOCAL, Lane.WIRE, Lane.FENCE)
         }
         for lane, work in ((Lane.LOCAL, self._work), (Lane.WIRE, self._work), (Lane.FENCE, self._watch)):
             threading.Thread(target=work, args=(self._queues[lane],), name=lane.name.lower(), daemon=True).start()
@@ -204,11 +202,11 @@ class Lanes:
         if isinstance(task.command, c.Stop):
             self._stop()
 
-    def _work(self, tasks: queue.SimpleQueue[Task]) -> None:
+    def _work(self, tasks: queue.Queue[Task]) -> None:
         while True:
             self._run(tasks.get())
 
-    def _watch(self, tasks: queue.SimpleQueue[Task]) -> None:
+    def _watch(self, tasks: queue.Queue[Task]) -> None:
         """Answer each `AwaitReleased` when its slot is free or its deadline passes."""
         waiting: list[Task] = []
         pause = _POLL_FIRST

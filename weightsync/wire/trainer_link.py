@@ -53,8 +53,8 @@ class TrainerLink:
         self._address = f"inproc://link-{id(self)}"
         self._wake.bind(self._address)
         self._lock = threading.Lock()
-        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        self._inbox: queue.SimpleQueue[Message | Exception] = queue.SimpleQueue()
+        self._outbox: queue.Queue[bytes | None] = queue.Queue()
+        self._inbox: queue.Queue[Message | Exception] = queue.Queue()
         self._listening = False
         self._interval = 0.5
         self._flush = 0.0
