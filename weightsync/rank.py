@@ -24,10 +24,10 @@ from weightsync.errors import (
     RemoteProtocolError,
     WeightSyncError,
 )
-from weightsync.filling.host import HostFill
 from weightsync.filling.program import compile_program
 from weightsync.plan.manifest import Manifest
 from weightsync.rank_exposing import RankExposing
+from weightsync.rank_filling import RankFilling
 from weightsync.rank_memory import memory
 from weightsync.report import PushReport
 from weightsync.wire import messages as msg
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightsync.errors import ErrorRecord
-    from weightsync.filling.device import DeviceFill
     from weightsync.filling.local import LocalWeights
-    from weightsync.filling.program import Program
     from weightsync.sources.base import Source
     from weightsync.trainer_place import TrainerPlace
     from weightsync.wire.trainer_link import TrainerLink
@@ -90,18 +88,14 @@ class RankPush:
         self._flaw = _measured(source)  # told to all ranks by the daemon, before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
-        self._program: Program | None = None
-        self._filling: HostFill | DeviceFill | None = None
+        self._filling: RankFilling | None = None
         self._exposing: RankExposing | None = None
-        self._give_back: Callable[[], None] | None = None
         self._local = _on_gpus(source) if self._flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
         self._device = _current_gpu()
         self._thread = threading.get_ident()
-        self._buckets_left = 0
-        self._written = 0
         self._busy_seconds = self._describe_seconds
-        self._busy_since = self._exposed_since = 0.0
+        self._exposed_since = 0.0
 
     def run(self) -> PushReport:
         """Take part in the push to its end."""
@@ -118,7 +112,7 @@ class RankPush:
             try:
                 outcome = self._converse(link)
             finally:
-                self._stop_filling()
+                self._stop_work()
         except DaemonLost:
             link.close(flush=0.0)
             raise
@@ -172,13 +166,7 @@ class RankPush:
         # the daemon keeps the deadline and names what was missing; this side waits a little longer for its word
         until = self.deadline + link.patience
         while True:
-            filling, exposing = self._filling, self._exposing
-            if exposing is not None and exposing.busy:
-                exposing.advance()
-                self._note_filled()
-            if filling is not None and filling.busy:
-                self._tell_filled(link, filling)
-            if (filling is not None and filling.busy) or (exposing is not None and exposing.busy):
+            if self._at_work():
                 message = link.receive(min(until, time.monotonic() + _GLANCE))
                 if message is None and time.monotonic() < until:
                     continue
@@ -197,16 +185,16 @@ class RankPush:
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message, link)
-                case msg.Lease():
-                    self._fill(message)
-                case msg.AskExposure() if exposing is not None:
-                    exposing.tell_all()
-                case msg.Drawn():
-                    # what it filled meanwhile is in it
+                case msg.Lease() if self._filling is not None:
+                    self._filling.begin(message)
+                case msg.AskExposure() if self._exposing is not None:
+                    self._exposing.tell_all()
+                case msg.Drawn() if self._filling is not None:
                     self._busy_seconds = self._describe_seconds + time.monotonic() - self._exposed_since
+                    self._filling.seconds = 0.0  # what it filled meanwhile is in it
                     self.filled.set()
                 case msg.Ended():
-                    self._stop_filling()
+                    self._stop_work()
                     link.send(msg.Stopped(id=self._number))
                     if message.outcome is not None:
                         return message.outcome
@@ -243,7 +231,7 @@ class RankPush:
         reason = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error!r}"
         return PushAborted(f"rank {self._place.rank} {reason}", rank=self._place.rank).record()
 
-    # --- filling ---------------------------------------------------------------------------------------------------
+    # --- its part of the work ---------------------------------------------------------------------------------------
 
     def _prepare(self, message: msg.Planned, link: TrainerLink) -> None:
         digest = self._layout.digest
@@ -256,10 +244,22 @@ class RankPush:
             program = compile_program(message.plan, Manifest.unpack(message.manifest), self._layout, fills)
             memory().keep_program(key, program)
         memory().plans[self._endpoint, digest] = message.plan
-        self._program = program
-        self._buckets_left = program.buckets
-        self._filling = self._filling_of(program, key, message.offers)
-        if not self._buckets_left:
+
+        def tell(words: msg.Message) -> None:
+            link.send(msgspec.structs.replace(words, id=self._number))
+
+        self._filling = RankFilling(
+            self._source,
+            program,
+            key,
+            message.offers,
+            local=self._local,
+            ready=self._ready,
+            deadline=self.deadline,
+            tell=tell,
+            on_progress=self.on_progress,
+        )
+        if not self._filling.left:
             self.filled.set()
         if not message.expose:
             memory().forget_exposed(key)
@@ -271,79 +271,36 @@ class RankPush:
             key,
             local=self._local,
             ready=self._ready,
-            on_gpus=not isinstance(self._filling, HostFill),
+            on_gpus=self._filling.on_gpus,
             endpoint=self._endpoint,
-            tell=lambda words: link.send(msgspec.structs.replace(words, id=self._number)),
+            tell=tell,
         )
 
-    def _filling_of(self, program: Program, key: bytes, offers: tuple[bytes, ...]) -> HostFill | DeviceFill:
-        arenas = memory().map_arenas(offers)
-        room = min(arena.slot_bytes for arena in arenas)
-        if program.longest > room:
-            raise RemoteProtocolError(f"a plan with buckets of {program.longest} bytes, and slots of {room}")
-        if arenas[0].memory is None:
-            if self._ready:
-                from weightsync.device.waiting import await_events
+    def _at_work(self) -> bool:
+        """Tell the daemon what has been done since; whether there is more to come without its word."""
+        work = [one for one in (self._exposing, self._filling) if one is not None and one.busy]
+        for one in work:
+            one.advance()
+        if work:
+            self._note_filled()
+        return any(one.busy for one in work)
 
-                await_events(self._ready, "what computes the weights", deadline=self.deadline)
-            return HostFill(self._source, program, arenas)
-        from weightsync.filling import device as on_device
-        from weightsync.filling.local import LocalWeights
-
-        local = self._local or LocalWeights(self._source)
-        gpu = on_device.rank_device(local)
-        known = memory().take_device_program(key)
-        if known is None or not known.fits(local, gpu):
-            known = on_device.DeviceProgram(program, local, gpu)
-        known.update(local)
-        self._give_back = lambda: memory().give_device_program(key, known)
-        slots = [memory().map_slots(offer, gpu.index) for offer in offers]
-        return on_device.DeviceFill(self._source, known, slots, self._ready)
-
-    def _stop_filling(self) -> None:
+    def _stop_work(self) -> None:
         """Nothing of this push writes into a slot after this, or reads weights."""
         exposing, self._exposing = self._exposing, None
         filling, self._filling = self._filling, None
         try:
             if filling is not None:
+                self._busy_seconds += filling.seconds
                 filling.close(deadline=self.deadline + _PATIENCE)
-                if self._give_back is not None:
-                    self._give_back()
         finally:
             if exposing is not None:
                 exposing.close(deadline=self.deadline + _PATIENCE)
 
     def _note_filled(self) -> None:
         """All buckets are written, and what was exposed is measured: then nothing here reads weights any more."""
-        if not self._buckets_left and (self._exposing is None or not self._exposing.busy):
+        if (self._filling is None or not self._filling.left) and (self._exposing is None or not self._exposing.busy):
             self.filled.set()
-
-    def _fill(self, lease: msg.Lease) -> None:
-        program, filling = self._program, self._filling
-        if program is None or filling is None or lease.bucket >= len(program.writes):
-            raise RemoteProtocolError(f"a lease for bucket {lease.bucket} that is not in the plan")
-        if not filling.busy:
-            self._busy_since = time.monotonic()
-        filling.begin(lease.bucket, lease.bridge, lease.slot)
-
-    def _tell_filled(self, link: TrainerLink, filling: HostFill | DeviceFill) -> None:
-        for full in filling.finished():
-            link.send(
-                msg.Filled(
-                    id=self._number,
-                    bucket=full.bucket,
-                    nbytes=full.nbytes,
-                    tensors=np.fromiter(full.sums.keys(), dtype="<u4", count=len(full.sums)).tobytes(),
-                    fingerprints=np.fromiter(full.sums.values(), dtype="<u8", count=len(full.sums)).tobytes(),
-                )
-            )
-            self._written += full.nbytes
-            self._buckets_left -= 1
-            self._note_filled()
-            if self.on_progress is not None:
-                self.on_progress(self._written)
-        if not filling.busy:
-            self._busy_seconds += time.monotonic() - self._busy_since
 
 
 def _measured(source: Source) -> Exception | None:

@@ -207,12 +207,11 @@ class NodeExecutor:
     async def _load(
         self, context: PushContext, engine: Engine, first: int, tickets: Sequence[Sequence[bytes]], deadline: float
     ) -> None:
-        if not joins_group(engine):
-            await engine.adapter.load_several(first, tickets, deadline=deadline)
-            return
-        for bucket, of_bucket in enumerate(tickets, first):
-            load = engine.adapter.load(bucket, of_bucket, deadline=deadline)
-            await self._together(engine, load, self.wire.send_to_group(context, engine, bucket, of_bucket, deadline))
+        load = engine.adapter.load_several(first, tickets, deadline=deadline)
+        if joins_group(engine):
+            await self._together(engine, load, self.wire.send_to_group(context, engine, first, tickets, deadline))
+        else:
+            await load
 
     async def _together(self, engine: Engine, *both: Coroutine[Any, Any, None]) -> None:
         """What an engine does in a group with bridges, and what these do. Without the one, the other waits for nothing;

@@ -14,20 +14,19 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from weightsync.errors import ErrorRecord, PushRefused, TransportError, WeightSyncError
+from weightsync.errors import ErrorRecord, PushRefused, TransportError
 from weightsync.logs import of_error
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.machine import PushSession
 from weightsync.session.trace import Trace
-from weightsync.transports.group import ONE_SENDER
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.outcomes import account_of, outcome_of, status_of_push
+from weightsyncd.planning import Planning
 from weightsyncd.ranks import Rank, Ranks
+from weightsyncd.relays import relay
 from weightsyncd.said import KnownExposures, Said
 from weightsyncd.traces import PushTrace, Traces
 
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
     from weightsync.config import NodeConfig
     from weightsyncd.executor import NodeExecutor
     from weightsyncd.peers import Peer
-    from weightsyncd.plans import CachedPlan, Plans
+    from weightsyncd.plans import Plans
     from weightsyncd.rails import Rails
 
 __all__ = ["Push", "Services"]
@@ -80,12 +79,9 @@ class Push:
         self._terms = (first.version, first.model, first.world, first.pause)
         self._home = config.node.name
         self._engines = engines = engines | ({keeper: self._home} if keeper is not None else {})
-        self._plan: CachedPlan | None = None
-        self._announced = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
-        self._names: list[str] = []  # of the nodes where ranks are, as the plan counts them
         # a name of its own for every attempt: what is late from an earlier one must not be taken for it
         name = f"{self._home}-{secrets.token_hex(8)}"
         self.context = PushContext(push=name, model=first.model, version=first.version)
@@ -106,6 +102,7 @@ class Push:
             last_version=last_version,
             keepers=() if keeper is None else (keeper,),
         )
+        self._planning = Planning(services, self.context, ranks, engines)
         self.said = Said(self.context, self.session, ranks, services.exposures, self.hear)
         self._trace = Trace(self._home, engines, now)
         self._began = time.time()
@@ -209,8 +206,8 @@ class Push:
             case do.AskLayout():
                 self.ranks.tell(instruction.rank, msg.AskDescription())
             case do.AnnouncePlan():
-                self._announce(expose=instruction.expose)
-            case do.GrantLease() if self._announced:
+                self._planning.announce(expose=instruction.expose)
+            case do.GrantLease() if self._planning.announced:
                 lease = msg.Lease(
                     bucket=instruction.bucket, bridge=instruction.slot.bridge, slot=instruction.slot.index
                 )
@@ -224,7 +221,7 @@ class Push:
             case do.GrantLease():
                 pass
             case do.MakePlan():
-                self._start(self._make_plan())
+                self._start(self._planning.make(self.session.push_deadline))
             case do.FormGroup():
                 self._start(self._form_group(instruction))
             case do.RelayBucket():
@@ -271,13 +268,12 @@ class Push:
         sequence = executor.wire.sequence_of(self.context, instruction.bucket, instruction.slot)
         incarnation = executor.wire.bridges[index].incarnation
         try:
-            return await self._services.rails.relay(self.context, instruction, sequence)
+            return await relay(self._services.rails, self.context, instruction, sequence)
         except TransportError as error:
             return executor.wire.bridge_lost(index, incarnation, error, instruction.bucket)
 
     async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
-        assert self._plan is not None, "ExchangeBucket comes after PlanMade"
-        runs = {self._names[share.node]: share.runs for share in self._plan.shares[instruction.bucket]}
+        runs = self._planning.runs(instruction.bucket)
         (own,) = [slot for slot in instruction.slots if slot.node == self._home]
         self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
         return await exchange(self._services.rails, self.context, instruction, runs)
@@ -286,66 +282,6 @@ class Push:
         failed = await self._services.rails.use(instruction.nodes, instruction.deadline)
         reached = tuple(node for node in instruction.nodes if node not in failed)
         return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
-
-    def _owners(self) -> int:
-        """How many bridges of each node get buckets: one, where an engine of this node takes them from one alone."""
-        engines = self._services.executor.engines
-        here = [engines[name] for name, node in self._engines.items() if node == self._home and name in engines]
-        owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))
-        alone = [e.name for e in here if e.info is not None and e.info.transport in ONE_SENDER and e.state != "lost"]
-        if alone and owners > 1:
-            words = (self.session.model, self.session.version, alone[0], owners)
-            logger.info("[push=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
-            return 1
-        return owners
-
-    async def _make_plan(self) -> ev.Event:
-        """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
-        deadline = min(self.session.push_deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
-        digests = tuple(self.ranks[rank].layout for rank in range(self.ranks.world))
-        plans = self._services.plans
-        self._names = self.ranks.nodes()
-        places = {name: index for index, name in enumerate(self._names)}
-        nodes = tuple(places[self.ranks[rank].node] for rank in range(self.ranks.world))
-        owners = self._owners()
-        missing = plans.missing(digests, owners, nodes)
-        if missing:
-            return ev.LayoutsMissing(ranks=tuple(missing))
-        try:
-            self._plan = await plans.plan(digests, owners, nodes)
-            await self._services.executor.wire.prompt(deadline)
-        except WeightSyncError as error:
-            return ev.PlanFailed(error=error.record())
-        manifest = self._plan.manifest
-        if not len(manifest.tensors):  # a version that is the one before it under another number
-            nothing = PushRefused("no rank has a tensor to push", hint="look at what `only` chooses, on every rank")
-            return ev.PlanFailed(error=nothing.record())
-        self.context.manifest = manifest
-        self.context.expected = np.zeros(len(manifest.tensors), dtype=np.uint64)
-        self.context.measured = np.zeros(len(manifest.tensors), dtype=np.uint64)
-        return ev.PlanMade(buckets=self._plan.buckets)
-
-    def _announce(self, *, expose: bool) -> None:
-        plan = self._plan
-        assert plan is not None, "AnnouncePlan comes after PlanMade"
-        offers = tuple(bridge.offer for bridge in self._services.executor.wire.bridges)
-        self._announced = None not in offers
-        if not self._announced:
-            return  # a bridge has just ended: `BridgeLost` is on its way here
-        for rank in self.ranks:
-            known = self.ranks[rank]
-            has_it = known.cached_plan == plan.digest
-            here = known.node == self._home  # elsewhere it is told of that node's arenas, by its own daemon
-            self.ranks.tell(
-                rank,
-                msg.Planned(
-                    plan=plan.digest,
-                    offers=tuple(offer for offer in offers if offer is not None and here),
-                    manifest=None if has_it else plan.manifest.pack(),
-                    fills=None if has_it else plan.fills[rank],
-                    expose=expose,
-                ),
-            )
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session

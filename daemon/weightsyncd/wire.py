@@ -114,21 +114,23 @@ class NodeWire:
         return (await bridge.call(command, deadline=deadline)).offer
 
     async def send_to_group(
-        self, context: PushContext, engine: Engine, bucket: int, tickets: Sequence[bytes], deadline: float
+        self, context: PushContext, engine: Engine, first: int, tickets: Sequence[Sequence[bytes]], deadline: float
     ) -> None:
-        """Have the bridge send a bucket to an engine that is asked to take it from their group. Raises
-        `TransportError`.
+        """Have bridges send the buckets from `first` on, one after the other, to an engine that is asked to take them
+        from their groups; `tickets` has those of each. Raises `TransportError`.
         """
-        (slot, _), manifest = context.places[bucket], context.known_manifest()
-        pieces = slice(manifest.bucket_pieces(bucket).start, manifest.bucket_pieces(bucket).stop)
-        pairs = np.stack([manifest.piece_offset[pieces], manifest.piece_nbytes[pieces]], axis=1).astype("<i8")
-        command = commands.SendGroup(
-            engine=engine.name,
-            group=GroupTicket.unpack(tickets[0]).group,
-            slot=slot.index,
-            pieces=pairs.tobytes(),
-        )
-        await self.bridges[slot.bridge].call(command, deadline=deadline)
+        manifest = context.known_manifest()
+        for bucket, of_bucket in enumerate(tickets, first):
+            slot, _ = context.places[bucket]
+            pieces = slice(manifest.bucket_pieces(bucket).start, manifest.bucket_pieces(bucket).stop)
+            pairs = np.stack([manifest.piece_offset[pieces], manifest.piece_nbytes[pieces]], axis=1).astype("<i8")
+            command = commands.SendGroup(
+                engine=engine.name,
+                group=GroupTicket.unpack(of_bucket[0]).group,
+                slot=slot.index,
+                pieces=pairs.tobytes(),
+            )
+            await self.bridges[slot.bridge].call(command, deadline=deadline)
 
     async def _offer(self, bridge: Bridge, reader: str, transport: str, deadline: float) -> bytes:
         """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""

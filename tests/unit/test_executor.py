@@ -10,12 +10,15 @@ from typing import Any, cast
 import msgspec
 import pytest
 
+from tests.hand_push import manifest_of
 from weightsync.adapters.base import EngineAdapter, EngineInfo
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.config import EngineConfig
 from weightsync.errors import EngineError, EngineLost, TransportBroken
+from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
+from weightsync.transports.group import GroupTicket
 from weightsyncd.context import PushContext
 from weightsyncd.engines import Engine
 from weightsyncd.executor import NodeExecutor
@@ -38,6 +41,8 @@ class Hand:
 
 class AtOnce(Hand):
     async def load_several(self, first: int, tickets: Any, *, deadline: float) -> None:
+        if self._breaks_at in range(first, first + len(tickets)):
+            raise EngineError("it broke")
         self.loaded += range(first, first + len(tickets))
 
 
@@ -187,6 +192,46 @@ def test_engine_and_bridge_join_together_or_not_at_all(hand, breaks, said, asked
         assert event == ev.EngineBegun(engine="e")
     assert one == asked
     assert [kind for kind in other if kind != "LeaveGroup"] == []
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_several_buckets_go_to_a_group_in_one_call(refuses):
+    """Sent in their order while the engine takes them; no more are sent to one that does not."""
+    hand = AtOnce(breaks_at=4 if refuses else -1)
+    sent: list[tuple[int, str]] = []
+
+    class Sends(Bridge):
+        async def call(self, command: Any, *, deadline: float) -> Any:
+            if isinstance(command, commands.SendGroup):
+                sent.append((command.slot, command.group))
+                if refuses:  # nobody takes it
+                    await asyncio.Event().wait()
+            return await super().call(command, deadline=deadline)
+
+    async def run() -> tuple[ev.Event | None, list[str]]:
+        bridge = Sends()
+        engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
+        engine.learned(INFO)
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), cast("Any", [bridge]))
+        executor.wire._grouped.add("e")
+        context = PushContext(push="p", model="m", version=3)
+        context.manifest = manifest_of({f"t{i}": ("uint8", (64,), bytes(64)) for i in range(8)}, slot_bytes=64)
+        for bucket in range(8):
+            context.tickets["e", bucket] = (GroupTicket(group="g", sequence=bucket).pack(),)
+            context.places[bucket] = (do.Slot("n", 0, 10 + bucket), bucket)
+        event = await executor.execute(context, load(4, 3))
+        await asyncio.sleep(0)  # what goes on behind has been asked
+        return event, bridge.asked
+
+    event, asked = asyncio.run(run())
+    if refuses:
+        assert isinstance(event, ev.EngineFailed)
+        assert asked[-1] == "LeaveGroup"
+        assert sent == [(14, "g")]
+    else:
+        assert event == ev.BucketLoaded(engine="e", bucket=4, count=3)
+        assert hand.loaded == [4, 5, 6]
+        assert sent == [(14, "g"), (15, "g"), (16, "g")]
 
 
 class Looked(Hand):

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from weightsync.adapters.base import EngineInfo
 from weightsync.adapters.vllm.path_group import GroupPath
-from weightsyncd.push import Push
+from weightsyncd.context import PushContext
+from weightsyncd.planning import Planning
 
 
-def push(engines: dict[str, tuple[str, str]], *, rails: int = 4) -> Any:
-    """One of engines by name: where each is, and its transport ("" where nothing is known of it yet)."""
+def planning(engines: dict[str, tuple[str, str]], *, rails: int = 4) -> Planning:
+    """Of a push to engines by name: where each is, and its transport ("" where nothing is known of it yet)."""
     here = {
         name: SimpleNamespace(
             name=name, info=info(transport) if transport else None, state="lost" if name == "gone" else "serving"
@@ -21,10 +22,13 @@ def push(engines: dict[str, tuple[str, str]], *, rails: int = 4) -> Any:
         for name, (node, transport) in engines.items()
         if node == "home"
     }
-    services = SimpleNamespace(executor=SimpleNamespace(engines=here), rails=SimpleNamespace(count=lambda _: rails))
+    services: Any = SimpleNamespace(
+        config=SimpleNamespace(node=SimpleNamespace(name="home")),
+        executor=SimpleNamespace(engines=here),
+        rails=SimpleNamespace(count=lambda _: rails),
+    )
     of_nodes = {name: node for name, (node, _) in engines.items()}
-    session = SimpleNamespace(model="m", version=1)
-    return SimpleNamespace(_services=services, _engines=of_nodes, _home="home", _names=("home",), session=session)
+    return Planning(services, PushContext(push="p", model="m", version=1), cast("Any", None), of_nodes)
 
 
 def info(transport: str) -> EngineInfo:
@@ -41,4 +45,4 @@ def info(transport: str) -> EngineInfo:
     ],
 )
 def test_one_bridge_sends_where_an_engine_listens_to_one(engines, owners):
-    assert Push._owners(push(engines)) == owners
+    assert planning(engines)._owners() == owners

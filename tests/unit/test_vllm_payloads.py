@@ -234,6 +234,23 @@ def test_workers_join_a_group_once_and_take_each_bucket_from_it():
     assert other == ["/init_weight_transfer_engine", *again]
 
 
+def test_a_group_takes_several_buckets_in_one_request():
+    server: Any = StockServer(by_name("vllm-0.26"))
+    path = GroupPath(server, draft=False)
+    plan = manifest((128,), (128,), (128,), slot_bytes=256)
+    ticket = [GroupTicket(group="one", sequence=1).pack()] * 2
+
+    async def run():
+        await path.begin(1, plan, group_of("one"), torn=False, deadline=0)
+        server.http.posted.clear()
+        await path.load(0, ticket, deadline=0)
+        await path.load_several(1, [ticket] * 2, deadline=0)
+        return [body["update_info"]["names"] for _, body in server.http.posted]
+
+    names = list(tensors((128,), (128,), (128,)))
+    assert asyncio.run(run()) == [names[:1], names[1:]]
+
+
 @pytest.mark.parametrize(
     ("name", "terms", "shapes", "match"),
     [

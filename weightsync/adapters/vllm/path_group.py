@@ -85,9 +85,13 @@ class GroupPath(StockPath):
         self._joined = offer.name
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        await self.load_several(bucket, [tickets], deadline=deadline)
+
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """One request for all of them: it takes vLLM as long as many a bucket takes the wire."""
         manifest = self._updated()
         table = manifest.tensors
-        tensors = manifest.bucket_tensors(bucket)
+        tensors = [tensor for each in range(len(tickets)) for tensor in manifest.bucket_tensors(first + each)]
         info = {
             "names": [table.names[tensor] for tensor in tensors],
             "dtype_names": [table.dtypes[tensor] for tensor in tensors],
