@@ -2,8 +2,8 @@
 
 `Server.run` is the whole life of weightsyncd: take the node's lock, clean up after a daemon that was killed, start the
 bridges, listen, and, when told to stop, let a push under way end within `timeouts.stop` before everything is taken
-down. What arrives is given to `Trainers`, which pushes for this node's trainer, or to `Follower`, which does this
-node's part in a push from elsewhere.
+down. What arrives at `Reception` is given to `Trainers`, which pushes for this node's trainer, or to `Follower`, which
+does this node's part in a push from elsewhere.
 """
 
 from __future__ import annotations
@@ -17,22 +17,11 @@ import secrets
 import time
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
 from weightsync.endpoints import check_endpoint, private_directory, runtime_dir
-from weightsync.errors import (
-    CodecError,
-    ConfigError,
-    ErrorRecord,
-    LocalProtocolError,
-    RemoteProtocolError,
-    WeightSyncError,
-)
+from weightsync.errors import ConfigError, ErrorRecord, WeightSyncError
 from weightsync.metrics import Metrics
 from weightsync.placement import keeper_gpu
 from weightsync.session import events as ev
-from weightsync.wire import messages as msg
-from weightsync.wire.daemon_links import ControlServer
 from weightsync.wire.keys import read_key_file
 from weightsyncd.bridges import Bridge, bridges_of, kill_orphans
 from weightsyncd.changes import Changes
@@ -47,14 +36,14 @@ from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services
 from weightsyncd.rails import Rails
+from weightsyncd.reception import Reception
 from weightsyncd.repeats import Repeats, engines_everywhere
 from weightsyncd.seed import Registry, Seeker
-from weightsyncd.status import status_of
 from weightsyncd.traces import Traces
 from weightsyncd.trainers import Trainers
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Iterator
+    from collections.abc import Iterator
 
     from weightsync.config import NodeConfig
 
@@ -62,22 +51,6 @@ __all__ = ["Server"]
 
 logger = logging.getLogger(__name__)
 
-_FAR = b"far"  # before the identity of whoever is connected to cluster.listen
-_FROM_AFAR = (
-    msg.Heartbeat,
-    msg.StatusRequest,
-    msg.TraceRequest,
-    msg.Attach,
-    msg.Execute,
-    msg.JoinRail,
-    msg.Receive,
-    msg.Exchange,
-    msg.Gather,
-    msg.TellRank,
-    msg.Release,
-    msg.Register,
-    msg.PushLora,
-)
 _BRIDGE_STOP_LEAST, _BRIDGE_STOP = 0.5, 5.0  # seconds; an idle bridge takes milliseconds
 
 
@@ -97,6 +70,7 @@ class Server:
         )
         self.executor = NodeExecutor(config.node.name, config.cluster.address, self.engines, self.bridges)
         key = read_key_file(config.cluster.key_file) if config.cluster.key_file else None
+        self.reception = Reception(config, key)
         self.peers: dict[str, Peer] = {}
         self.members = Membership(
             config,
@@ -112,18 +86,16 @@ class Server:
                 on_rank=lambda node, said: self.trainers.route_from(node, said),
                 taken=lambda node, names: self.changes.names_taken(node, names),
             ),
-            spawn=self._spawn,
+            spawn=self.reception.spawn,
             on_gone=self.executor.wire.forget,
             on_change=lambda: self.rails.break_up(),
         )
-        self.changes = Changes(config, self.members, self.engines, self.peers, self._spawn)
-        self._here = ControlServer(config.endpoint, "node.listen")
-        self._far = (
-            ControlServer(config.cluster.listen, "cluster.listen", key=key, tag=_FAR) if config.cluster.listen else None
-        )
+        self.changes = Changes(config, self.members, self.engines, self.peers, self.reception.spawn)
         self.rails = Rails(config, self.bridges, self.peers)
         self.traces = Traces(config.node.name, config.log.trace_dir)
-        services = Services(config, self.executor, self.peers, self.rails, Plans(config.arena), self._send, self.traces)
+        services = Services(
+            config, self.executor, self.peers, self.rails, Plans(config.arena), self.reception.send, self.traces
+        )
         self.follower = Follower(
             config,
             secrets.token_hex(8),
@@ -134,7 +106,7 @@ class Server:
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
             rails=self.rails,
-            send=self._send,
+            send=self.reception.send,
             on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
         )
         self.registry = Registry(config.timeouts.liveness)
@@ -150,8 +122,7 @@ class Server:
             newest=lambda model: self.trainers.newest.get(model),
             busy=lambda: self.busy,
         )
-        self.loras = Loras(config, self.engines, self.peers, lambda: self.busy, self._spawn)
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.loras = Loras(config, self.engines, self.peers, lambda: self.busy, self.reception.spawn)
 
     @property
     def busy(self) -> bool:
@@ -198,15 +169,13 @@ class Server:
         killed = kill_orphans(node.name, node.shm_dir)
         if killed:
             logger.warning("ended %d bridges that a killed daemon had left", killed)
-        self._here.remove_stale()  # the lock is ours: whoever made the socket is gone
+        self.reception.remove_stale()  # the lock is ours: whoever made the socket is gone
         until = time.monotonic() + self.config.timeouts.bridge_start
         starts = (bridge.start(deadline=until) for bridge in self.bridges)
         failures = [f for f in await asyncio.gather(*starts, return_exceptions=True) if f is not None]
         if failures:
             raise failures[0]
-        for server in self._servers:
-            server.bind()
-            logger.info("node %s listens at %s", node.name, server.endpoint)
+        self.reception.open()
 
     @contextlib.asynccontextmanager
     async def _loops(self, stop: asyncio.Event) -> Any:
@@ -218,8 +187,8 @@ class Server:
                 page.serve()
             loops = [
                 *(
-                    asyncio.create_task(self._listen(server), name=f"listen {server.endpoint}")
-                    for server in self._servers
+                    asyncio.create_task(self.reception.listen(socket, self), name=f"listen {socket.endpoint}")
+                    for socket in self.reception.sockets
                 ),
                 asyncio.create_task(self._watch(), name="watch"),
                 asyncio.create_task(self.engines.watch(), name="engines"),
@@ -247,95 +216,12 @@ class Server:
         await asyncio.gather(self.trainers.close(until), *(bridge.stop(deadline=end) for bridge in self.bridges))
         await self.executor.settle(until)
         await self.traces.settle(min(until, time.monotonic() + self.config.timeouts.grace))
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.reception.settle()
         await self.engines.close()
-        for server in self._servers:
-            server.close()
+        self.reception.close()
         logger.info("node %s has stopped", self.config.node.name)
 
-    # --- what arrives ---------------------------------------------------------------------------------------------
-
-    async def _listen(self, server: ControlServer) -> None:
-        async for identity, message in server.frames(refused=self.metrics.frames_refused.inc):
-            try:
-                if server is self._far and not isinstance(message, _FROM_AFAR):
-                    raise RemoteProtocolError(
-                        f"{type(message).__name__} is taken on a node's own socket alone",
-                        hint="call it on that machine, at the endpoint of its [node] listen",
-                    )
-                self._route(identity, message)
-            except (CodecError, LocalProtocolError, RemoteProtocolError) as error:
-                self._send(identity, msg.ErrorReply(id=message.id, error=error.record()))
-
-    def _send(self, identity: bytes, message: msg.Message) -> bool:
-        server = self._far if self._far is not None and identity.startswith(_FAR) else self._here
-        return server.send(identity, message)
-
-    @property
-    def _servers(self) -> list[ControlServer]:
-        return [self._here, self._far] if self._far is not None else [self._here]
-
-    def _route(self, identity: bytes, message: msg.Message) -> None:
-        match message:
-            case msg.Heartbeat():
-                if message.coming and not identity.startswith(_FAR):
-                    self.engines.look_ahead(message.coming)
-                self.trainers.heard(identity)
-                self.follower.heard(identity)
-                self._send(identity, msg.Heartbeat())
-            case msg.Open():
-                self.trainers.open(identity, message)
-            case _ if isinstance(message, msg.RankWords):
-                self.trainers.route(identity, message)
-            case msg.StatusRequest():
-                self._spawn(self._answer(identity, message.id, status_of(self, fresh=message.fresh)))
-            case msg.TraceRequest():
-                current = self.trainers.push.trace() if self.trainers.push is not None else None
-                self._spawn(self._answer(identity, message.id, self.traces.answer(message, current)))
-            case msg.ChangeEngines():
-                self._spawn(self._answer(identity, message.id, self.changes.change_engines(message)))
-            case msg.Attach():
-                self._spawn(self._answer(identity, message.id, self.follower.attach(identity, message)))
-            case msg.Execute():
-                self._spawn(self._answer(identity, message.id, self.follower.execute(identity, message)))
-            case msg.JoinRail() | msg.Receive() | msg.Exchange():
-                self._spawn(self._answer(identity, message.id, self.follower.at_rail(identity, message)))
-            case msg.PushLora():
-                if message.forward and identity.startswith(_FAR):
-                    raise RemoteProtocolError("a LoRA adapter from another node is for the engines of this one alone")
-                self._spawn(self._answer(identity, message.id, self.loras.push(message)))
-            case msg.Register():
-                self._send(identity, msgspec.structs.replace(self.registry.register(message), id=message.id))
-            case msg.Gather():
-                self.follower.gather(identity, message)
-            case msg.TellRank():
-                self.follower.heard(identity)
-                self.follower.tell(identity, message)
-            case msg.Release():
-                self._spawn(self.follower.release(identity, message.push, message.error))
-            case _:
-                raise RemoteProtocolError(f"a daemon does not take messages of type {type(message).__name__}")
-
-    def _spawn(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self, identity: bytes, number: int, work: Coroutine[None, None, msg.Message]) -> None:
-        try:
-            answer = await work
-        except asyncio.CancelledError:
-            gone = LocalProtocolError("the push was let go before this was done")
-            self._send(identity, msg.ErrorReply(id=number, error=gone.record()))
-            raise
-        except WeightSyncError as error:
-            answer = msg.ErrorReply(error=error.record())
-        except Exception as error:  # the seam: whoever asked must not wait for an answer that never comes
-            logger.exception("a question failed in an unexpected way")
-            answer = msg.ErrorReply(error=LocalProtocolError(f"weightsyncd failed: {error!r}").record())
-        self._send(identity, msgspec.structs.replace(answer, id=number))
+    # --- who is alive -------------------------------------------------------------------------------------------------
 
     async def _watch(self) -> None:
         """Notice trainer ranks and coordinators that have fallen silent."""

@@ -133,7 +133,7 @@ def test_ctrl_c_in_one_rank_is_told_to_all(node, read):
 
 def test_a_rank_that_is_slow_to_fill_is_named_when_time_is_up(node):
     ranks = node.start_ranks(2)
-    node.push_all(ranks, node.next_version(), timeout=2.0, only={0: {"gate": ["read", 3]}})
+    node.push_all(ranks, node.next_version(), timeout=5.0, only={0: {"gate": ["read", 3]}})
     error = ranks[1].error()
     assert (error["kind"], error["rank"], error["phase"]) == ("PushTimeout", 0, "fill")
     assert "rank 0 to fill bucket" in error["message"]
@@ -141,6 +141,6 @@ def test_a_rank_that_is_slow_to_fill_is_named_when_time_is_up(node):
     ranks[0].go()
     late = ranks[0].error()
     # not which is longer: each counts from its own call, and these begin some milliseconds apart
-    assert min(late.pop("seconds"), error.pop("seconds")) > 1.9
+    assert min(late.pop("seconds"), error.pop("seconds")) > 4.9
     assert late == error
     node.torn_or_whole(node.before)
