@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
+    from weightsyncd.waiting import Call
 
 __all__ = ["Branch"]
 
@@ -30,12 +31,21 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class _Rank:
-    identity: bytes
-    number: int  # the rank's own number of this push; each message of and to it carries it
+    call: Call
     heard: float
+    taken: bool = False  # the coordinator has spoken to it
     told: bool = False  # the outcome
     stopped: bool = False  # it writes nothing more
     leases: dict[int, tuple[int, str | None]] = field(default_factory=dict)  # bucket it may be writing → bridge, arena
+
+    @property
+    def identity(self) -> bytes:
+        return self.call.identity
+
+    @property
+    def number(self) -> int:
+        """The rank's own of this push; each message of and to it carries it."""
+        return self.call.message.id
 
 
 class Branch:
@@ -43,12 +53,14 @@ class Branch:
 
     def __init__(
         self,
+        node: str,
         call: msg.Gather,
         bridges: Sequence[Bridge],
         *,
         send: Callable[[bytes, msg.Message], bool],
         forward: Callable[[msg.Message], bool],
     ) -> None:
+        self._node = node
         self.call = call
         self.ranks: dict[int, _Rank] = {}
         self._bridges = bridges
@@ -66,8 +78,9 @@ class Branch:
 
     # --- from the ranks -------------------------------------------------------------------------------------------
 
-    def open(self, identity: bytes, message: msg.Open) -> None:
+    def open(self, call: Call) -> None:
         """A rank has called `push_weights`."""
+        identity, message = call.identity, call.message
         known = self.ranks.get(message.rank)
         if known is not None:
             if known.identity != identity:
@@ -75,7 +88,7 @@ class Branch:
                 error = PushRefused(reason, model=message.model, version=message.version)
                 self._send(identity, msg.Ended(id=message.id, error=error.record()))
             return
-        self.ranks[message.rank] = _Rank(identity, message.id, time.monotonic())
+        self.ranks[message.rank] = _Rank(call, time.monotonic())
         self._say(message.rank, message)
 
     def heard(self, identity: bytes) -> int | None:
@@ -123,6 +136,7 @@ class Branch:
         if rank is None:
             return
         words = decode_untrusted(message.body)
+        rank.taken = True
         match words:
             case msg.AskDescription():
                 pass
@@ -159,11 +173,19 @@ class Branch:
 
     # --- its end ------------------------------------------------------------------------------------------------------
 
-    async def end(self, why: str, error: ErrorRecord | None, *, grace: float) -> None:
-        """The push is over here. Ranks that were not told its outcome hear `error`, or else `why`, and have `grace`
-        seconds to stop writing; the arenas of those that do not are replaced. The coordinator, should it still live,
-        hears of it.
+    async def end(self, why: str | None, error: ErrorRecord | None, *, grace: float) -> list[Call]:
+        """The push is over here: its coordinator is done with it, or nobody waits for that one, for the reason `why`.
+
+        Ranks that were not told its outcome hear `error`, or else `why`, and have `grace` seconds to stop writing; the
+        arenas of those that do not are replaced. The coordinator, should it still live, hears of it. Returns the calls
+        of ranks that it has not spoken to, if it had all that it needed: they came too late for this push, and are for
+        the next.
         """
+        late = []
+        if why is None and error is None:
+            late = [number for number, rank in self.ranks.items() if not (rank.taken or rank.told)]
+        calls = [self.ranks.pop(number).call for number in late]
+        why = f"node {self._node} let go of the push: {why or 'its coordinator was done with it'}"
         untold = {number: rank for number, rank in self.ranks.items() if not rank.told}
         for number, rank in untold.items():
             rank.told = True
@@ -176,6 +198,7 @@ class Branch:
             self._bridges[index].retire("a rank of a push that has ended may still write into it")
         for number, rank in untold.items():
             self._say(number, msg.Failed(id=rank.number, error=self._abort(number, why)))
+        return calls
 
     def _abort(self, rank: int, why: str) -> ErrorRecord:
         return PushAborted(why, model=self.call.model, version=self.call.version, rank=rank).record()

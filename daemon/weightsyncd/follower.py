@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
     from weightsyncd.joining import Takers
+    from weightsyncd.waiting import Call
 
 __all__ = ["Follower"]
 
@@ -66,10 +67,11 @@ class Follower:
         rails: Takers,
         send: Callable[[bytes, msg.Message], bool],
         on_missed: Callable[[msg.Gather, Collection[int], ErrorRecord], None],
+        on_late: Callable[[Sequence[Call]], None],
     ) -> None:
         """`peers` are the nodes that this one pushes to. `rails` hear of a coordinator that takes a bridge for its
-        own communicator; `on_missed` when a push has failed that ranks of this node may still call for. `on_free`
-        is called, too, when ranks that wait here may take part in a push.
+        own communicator; `on_missed` when a push has failed that ranks of this node may still call for, `on_late` of
+        calls that came too late for one. `on_free` is called, too, when ranks that wait here may take part in a push.
         """
         self._config = config
         self._incarnation = incarnation
@@ -81,7 +83,7 @@ class Follower:
         self._on_free = on_free
         self._joining = Joining(config, bridges, rails)
         self._send = send
-        self._on_missed = on_missed
+        self._on_missed, self._on_late = on_missed, on_late
         self.calls = Calls()
         self._held: Held | None = None
         self._free = asyncio.Event()
@@ -132,7 +134,11 @@ class Follower:
             return None
         if held.branch is None:
             held.branch = Branch(
-                call, self._bridges, send=self._send, forward=lambda message: self._send(identity, message)
+                self._config.node.name,
+                call,
+                self._bridges,
+                send=self._send,
+                forward=lambda message: self._send(identity, message),
             )
         return held.branch if held.branch.takes(rank, message) else None
 
@@ -319,10 +325,10 @@ class Follower:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
-            held.end = asyncio.create_task(self._end(held, why or "its coordinator was done with it", error))
+            held.end = asyncio.create_task(self._end(held, why, error))
         await asyncio.shield(held.end)
 
-    async def _end(self, held: Held, why: str, error: ErrorRecord | None) -> None:
+    async def _end(self, held: Held, why: str | None, error: ErrorRecord | None) -> None:
         for task in held.tasks:
             task.cancel()
         await asyncio.gather(*held.tasks, return_exceptions=True)
@@ -331,8 +337,7 @@ class Follower:
                 # nothing of a broadcast that was under way writes into a slot after this
                 await asyncio.gather(*(leave(self._bridges[rail]) for rail in {rail for rail, _ in held.rails}))
                 if held.branch is not None:
-                    why = f"node {self._config.node.name} let go of the push: {why}"
-                    await held.branch.end(why, error, grace=self._config.timeouts.grace)
+                    self._on_late(await held.branch.end(why, error, grace=self._config.timeouts.grace))
             finally:
                 await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
         finally:

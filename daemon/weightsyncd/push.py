@@ -155,6 +155,8 @@ class Push:
 
     def open(self, identity: bytes, message: msg.Open, node: str = "") -> None:
         """A rank has called `push_weights`, here or on another `node`."""
+        if self.session.ended and self.ranks.complete:
+            return  # it is for the next push: its daemon has it wait for that when it hears that this one is over
         terms = (message.version, message.model, message.world, message.pause)
         rank = Rank(identity, message.id, message.layout, message.plan, time.monotonic(), node or self._home)
         known = self.ranks.get(message.rank)

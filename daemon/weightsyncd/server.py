@@ -108,6 +108,7 @@ class Server:
             rails=self.rails,
             send=self.reception.send,
             on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
+            on_late=lambda calls: self.trainers.again(calls),
         )
         self.registry = Registry(config.timeouts.liveness)
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None

@@ -31,7 +31,7 @@ from weightsyncd.waiting import Call, Waiting
 from weightsyncd.words import passed_on, rank_said
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Sequence
 
     from weightsync.metrics import Metrics
     from weightsyncd.follower import Follower
@@ -93,7 +93,7 @@ class Trainers:
             else:  # the push that it takes part in waits for this node
                 self._wait(call)
         elif (branch := self._follower.branch_for(call.identity, message)) is not None:
-            branch.open(call.identity, message)
+            branch.open(call)
         elif (error := self._failures.tell(message)) is not None:
             self._services.send(call.identity, msg.Ended(id=message.id, error=error))
         elif self.stopping:
@@ -233,6 +233,11 @@ class Trainers:
         with contextlib.suppress(WeightSyncError):  # Engine.probe has logged it and shows it as lost
             until = time.monotonic() + self._services.config.timeouts.probe
             await self._services.executor.engines[name].probe(until)
+
+    def again(self, calls: Sequence[Call]) -> None:
+        """Ranks that another node's push has no use for wait for the next."""
+        for call in calls:
+            self._wait(call)
 
     def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
         """A push that another node coordinated has failed, perhaps before all ranks of this node had called."""

@@ -13,6 +13,7 @@ from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsyncd.branch import Branch
 from weightsyncd.failures import Failures
+from weightsyncd.waiting import Call
 
 CALL = msg.Gather(push="p", group="g", model="m", version=3)
 ERROR = PushAborted("it has failed").record()
@@ -21,6 +22,10 @@ ERROR = PushAborted("it has failed").record()
 def opened(rank, number=7, **changes):
     terms = {"group": "g", "world": 4, "model": "m", "version": 3, "pause": "keep", "timeout": 9.0, "layout": bytes(16)}
     return msg.Open(id=number, rank=rank, **{**terms, **changes})
+
+
+def called(identity, message):
+    return Call(identity, message, time.monotonic())
 
 
 class Bridge:
@@ -42,12 +47,13 @@ class World:
         self.sent, self.said = [], []
         self.bridges: Any = [Bridge(0), Bridge(1)]
         self.branch = Branch(
+            "n",
             CALL,
             self.bridges,
             send=self._send,
             forward=self._forward,
         )
-        self.branch.open(b"one", opened(2))
+        self.branch.open(called(b"one", opened(2)))
         self.tell(msg.Planned(plan=bytes(16), offers=()))
         self.tell(msg.Lease(bucket=0, bridge=1, slot=0))
 
@@ -65,8 +71,8 @@ class World:
     def words(self):
         return [decode_untrusted(said.body) for said in self.said]
 
-    def end(self, error=None):
-        asyncio.run(self.branch.end("why", error, grace=0.01))
+    def end(self, error=None, why="why"):
+        return asyncio.run(self.branch.end(why, error, grace=0.01))
 
 
 def test_what_is_said_and_told_passes_through_with_the_ranks_own_number_and_its_nodes_own_arenas():
@@ -86,7 +92,7 @@ def test_what_no_rank_can_be_told_is_refused(message):
 
 def test_a_lease_before_any_arena_was_offered_is_refused():
     world = World()
-    world.branch.open(b"two", opened(3))
+    world.branch.open(called(b"two", opened(3)))
     world.branch._arenas = ()
     with pytest.raises(CodecError, match="bridge 0 of 0"):
         world.branch.tell(msg.TellRank(push="p", rank=3, body=encode(msg.Lease(bucket=0, bridge=0, slot=0))))
@@ -133,6 +139,31 @@ def test_a_rank_that_calls_again_wants_the_next_push():
     assert world.branch.takes(b"one", opened(2))
     assert not world.branch.takes(b"one", opened(2, number=8))
     assert world.branch.takes(b"two", opened(3))
+
+
+def test_a_rank_that_came_too_late_for_a_push_that_went_well_is_there_for_the_next():
+    """Its siblings were told of the end before this node was, by another daemon say."""
+    world = World()
+    world.tell(msg.Ended())
+    late = called(b"two", opened(3))
+    world.branch.open(late)
+    world.sent.clear()
+    assert world.end(why=None) == [late]
+    assert world.sent == []
+    assert not [words for words in world.words() if isinstance(words, msg.Failed)]
+
+
+@pytest.mark.parametrize("how", ["failed", "silent", "taken"])
+def test_a_rank_that_waits_for_a_push_that_is_let_go_is_told(how):
+    world = World()
+    world.branch.open(called(b"two", opened(3)))
+    if how == "taken":
+        world.branch.tell(msg.TellRank(push="p", rank=3, body=encode(msg.AskDescription())))
+    late = world.end(ERROR if how == "failed" else None, why="it is silent" if how == "silent" else None)
+    assert late == []
+    identity, message = world.sent[-1]
+    assert (identity, type(message)) == (b"two", msg.Ended)
+    assert (message.error == ERROR) == (how == "failed")
 
 
 # --- pushes that have failed ------------------------------------------------------------------------------------------

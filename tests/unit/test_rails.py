@@ -157,6 +157,7 @@ def following(bridge, *, busy=lambda: False, may=True):
         on_free=lambda: None,
         rails=SimpleNamespace(taken=lambda node, *, push: may, given_back=lambda node: None),
         send=lambda identity, message: True,
+        on_late=lambda calls: None,
         on_missed=lambda call, ranks, error: None,
     )
     held = follower._take(b"identity", PushContext("p", "m", 1))
