@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from weightsync.arguments import checked_model, checked_timeout, whole_number
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import ConfigError, PushTimeout, SourceError
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.base import PauseMode
     from weightsync.rank import RankPush
     from weightsync.report import PushReport
+    from weightsync.sources.base import Source
     from weightsync.sources.fp8 import Fp8
     from weightsync.sources.selected import Only, Rename
 
@@ -72,7 +74,8 @@ def push_weights(
     `only`, `rename` and `quantise` must say the same on every rank. One engine that fails is evicted and the others go
     on: look at `report.complete` and `report.engines`.
     Raises `SourceError` for weights that cannot be described, for what `only` names and is not there, and for two
-    tensors that `rename` gives one name; `PushRefused` before anything was touched,
+    tensors that `rename` gives one name (of several ranks all raise `PushAborted` then, which names the one and says
+    why); `PushRefused` before anything was touched,
     `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
     `DaemonLost`.
     """
@@ -101,7 +104,10 @@ def push_weights_async(
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
-    return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place))
+    push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
+    if push.flaw is not None:
+        push.run()  # which raises
+    return PushHandle(push)
 
 
 def push_source(
@@ -198,37 +204,52 @@ def _rank_push(
     in_place: bool,
 ) -> RankPush:
     """Check the arguments and describe the weights."""
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise SourceError(f"version = {version!r} is not a whole number from 0 up")
+    version, seconds = whole_number("version", version), checked_timeout(timeout)
+    model = checked_model(model)
     if pause not in _PAUSE_MODES:
         raise SourceError(f"pause = {pause!r} is unknown", hint=f"one of {', '.join(_PAUSE_MODES)}")
-    if not timeout > 0:
-        raise SourceError(f"timeout = {timeout!r} is not a number of seconds above 0")
-    if not isinstance(model, str) or not model:
-        raise SourceError(f"model = {model!r} is not a name")
     endpoint = daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
     if "://" not in endpoint:
         raise ConfigError(f"daemon = {endpoint!r} is no endpoint", hint="ipc:///path/to.sock or tcp://127.0.0.1:PORT")
     from weightsync.rank import RankPush
     from weightsync.rank_memory import memory
-    from weightsync.sources import source_of
     from weightsync.trainer_place import trainer_place
 
     started = time.monotonic()
+    place = trainer_place(process_group)
     memory().announce(endpoint, model)
-    source = source_of(weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers)
-    if weights.quantise is not None:
-        from weightsync.sources.quantised import quantised
-
-        source = quantised(source, weights.quantise, process_group)
     return RankPush(
-        source,
-        place=trainer_place(process_group),
+        _described(weights, process_group, alone=place.world == 1),
+        place=place,
         version=version,
         model=model,
         endpoint=endpoint,
         pause=pause,
         started=started,
-        deadline=started + timeout,
+        deadline=started + seconds,
         in_place=in_place,
     )
+
+
+def _described(weights: _Weights, process_group: Any, *, alone: bool) -> Source:
+    """The source of what this rank pushes. Raises what is wrong with that if the rank is `alone`; else the push does so
+    on all ranks, since the others would wait for this one.
+    """
+    from weightsync.sources import source_of
+
+    try:
+        source = source_of(
+            weights.given, weights.dtype, only=weights.only, rename=weights.rename, buffers=weights.buffers
+        )
+        if weights.quantise is not None:
+            from weightsync.sources.quantised import quantised
+
+            source = quantised(source, weights.quantise, process_group)
+        source.layout()
+    except Exception as error:
+        if alone:
+            raise
+        from weightsync.sources.undescribed import Undescribed
+
+        return Undescribed(error, process_group, reduces=bool(getattr(weights.quantise, "all_reduce", False)))
+    return source

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from weightsync.arguments import checked_model, checked_timeout, whole_number
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import PushAborted, SourceError
 from weightsync.wire import messages as msg
@@ -82,14 +83,10 @@ def push_lora(
     from weightsync.sources.lora_files import adapter_files
     from weightsync.trainer_place import trainer_place
 
-    if isinstance(version, bool) or not isinstance(version, int) or version < 0:
-        raise SourceError(f"version = {version!r} is not a whole number from 0 up")
-    if isinstance(keep, bool) or not isinstance(keep, int) or keep < 0:
-        raise SourceError(f"keep = {keep!r} is not a whole number from 0 up")
+    version, keep = whole_number("version", version), whole_number("keep", keep)
+    model, timeout = checked_model(model), checked_timeout(timeout)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         raise SourceError(f"name = {name!r} will not do", hint="up to 64 letters, digits, dots, dashes and underscores")
-    if not timeout > 0:
-        raise SourceError(f"timeout = {timeout!r} is not a number of seconds above 0")
     first = trainer_place(process_group).rank == 0
     if not first and not gather:
         return None

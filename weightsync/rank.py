@@ -85,15 +85,16 @@ class RankPush:
         self._pause = pause
         self._in_place, self._engines = in_place, engines
         self._layout = source.layout()
-        self._flaw = _measured(source)  # told to all ranks by the daemon, before anything is touched
+        self.flaw = _measured(source)  # why this rank cannot push, which all are told before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._filling: RankFilling | None = None
         self._exposing: RankExposing | None = None
-        self._local = _on_gpus(source) if self._flaw is None else None
+        self._local = _on_gpus(source) if self.flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
         self._device = _current_gpu()
         self._thread = threading.get_ident()
+        self._welcome = False  # the daemon has taken the call
         self._busy_seconds = self._describe_seconds
         self._exposed_since = 0.0
 
@@ -109,12 +110,16 @@ class RankPush:
         try:
             link.start()
             self._open(link)
+            if self.flaw is not None:
+                raise self.flaw
             try:
                 outcome = self._converse(link)
             finally:
                 self._stop_work()
         except DaemonLost:
             link.close(flush=0.0)
+            if self.flaw is not None:
+                raise self.flaw from None
             raise
         except _Told as told:
             memory().give_link(link)
@@ -139,7 +144,7 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
-        if self._flaw is not None:  # the daemon asks for a layout that it does not know, and then hears of this
+        if self.flaw is not None:  # the daemon knows no such layout, and hears of this before it asks for it
             digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
         if plan is not None and plan + digest not in memory().programs:
@@ -178,10 +183,9 @@ class RankPush:
                 case None:
                     raise PushTimeout("the daemon did not end the push in time", version=self.version)
                 case msg.Welcome():
+                    self._welcome = True
                     link.set_heartbeat(message.heartbeat)
                 case msg.AskDescription():
-                    if self._flaw is not None:
-                        raise self._flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message, link)
@@ -201,8 +205,8 @@ class RankPush:
                     if message.error is not None:
                         raise _Told(message.error.error())
                     raise RemoteProtocolError("the push ended with neither an outcome nor an error")
-                case msg.ErrorReply():
-                    raise message.error.error()  # a frame of ours was refused
+                case msg.ErrorReply():  # a frame of ours was refused; if it was the first, nothing more is heard
+                    raise message.error.error() if self._welcome else _Told(message.error.error())
                 case _:
                     raise RemoteProtocolError(f"a trainer rank does not take {type(message).__name__}")
 

@@ -40,7 +40,7 @@ def trainer_place(process_group: Any = None) -> TrainerPlace:
     if rank < 0:
         raise LocalProtocolError("this process is not in the process_group it pushes with")
     ranks = dist.get_process_group_ranks(process_group if process_group is not None else dist.group.WORLD)
-    shared = [_PROCESS] if len(ranks) == 1 else _shared(dist)
+    shared = [_PROCESS, str(os.getpid())] if len(ranks) == 1 else _shared(dist)
     whole = hashlib.blake2b("|".join([*shared, *map(str, ranks)]).encode(), digest_size=8).hexdigest()
     return TrainerPlace(f"trainer-{whole}", rank, len(ranks))
 
@@ -51,12 +51,12 @@ def _shared(dist: Any) -> list[str]:
     if named:
         return [named]
     if any(os.environ.get(name) for name in ("TORCHELASTIC_RUN_ID", "MASTER_PORT")):
-        return [os.environ.get(name, "") for name in _LAUNCH]
+        return [*_place(os.environ.get("MASTER_ADDR", "")), *(os.environ.get(name, "") for name in _LAUNCH)]
     store: Any = dist.distributed_c10d._get_default_store()  # torch has no public way to it
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
     if isinstance(store, dist.TCPStore):
-        return [store.host, str(store.port)]
+        return [*_place(store.host), str(store.port)]
     if isinstance(store, dist.FileStore):
         return [store.path]
     raise LocalProtocolError(
@@ -66,5 +66,13 @@ def _shared(dist: Any) -> list[str]:
     )
 
 
+def _place(address: str) -> list[str]:
+    """The address of a master, and what tells it from another machine's where each has that: `torchrun` without a
+    rendezvous gives 127.0.0.1:29500 and no run id.
+    """
+    loopback = address in ("localhost", "::1") or address.startswith("127.")
+    return [address, socket.gethostname()] if loopback else [address]
+
+
 _PROCESS = secrets.token_hex(4)
-_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_ADDR", "MASTER_PORT")
+_LAUNCH = ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "MASTER_PORT")

@@ -22,6 +22,7 @@ import msgspec
 from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout, WeightSyncError
 from weightsync.metrics import UNKNOWN
 from weightsync.session import events as ev
+from weightsync.session.state import rank_failed
 from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
@@ -350,9 +351,11 @@ class Trainers:
         rank_said(push, rank, message, self._services.plans)
 
     def _gave_up(self, identity: bytes, message: msg.Failed) -> None:
-        """A rank that waited does not any more; those of its trainer that call only now need not wait for it."""
+        """A rank that waited has failed; those of its trainer need not wait for it."""
         for call in self.waiting.given_up(identity, message.id):
-            self._siblings_hear(call, message.error)
+            error = rank_failed(call.message.rank, message.error)
+            self._siblings_hear(call, error)
+            self._end(call, error)
 
     def _siblings_hear(self, call: Call, error: ErrorRecord) -> None:
         if not self._leads(call.message):

@@ -7,11 +7,12 @@ import time
 
 import pytest
 
-from tests.faults.kit import AT_ONCE
-from weightsync.errors import PushRefused, WeightSyncError
+from tests.faults.kit import AT_ONCE, until
+from weightsync.errors import PushAborted, PushRefused, SourceError, WeightSyncError
 from weightsync.plan.layout import Layout, Shard
 from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
+from weightsync.sources.undescribed import Undescribed
 from weightsync.trainer_place import TrainerPlace
 
 pytestmark = pytest.mark.faults
@@ -87,17 +88,25 @@ class Piecewise(TensorSource):
 
 
 def push_rows(node, rows):
-    """A push by ranks of this process: rank r holds `rows[r]` of Q. Returns the error of each."""
+    """A push by ranks of this process: rank r holds `rows[r]` of Q. Returns the error of all."""
     weights = node.weights("C")
+    shape = tuple(weights[Q].shape)
+    sources = [Piecewise({Q: weights[Q][begin:end].contiguous()}, Q, shape, begin) for begin, end in rows]
+    errors = push_sources(node, sources)
+    assert isinstance(errors[0], PushRefused)
+    return errors[0].record()
+
+
+def push_sources(node, sources, first=None):
+    """A push by ranks of this process, rank r of `sources[r]`; all raise the same. Rank `first` calls before others."""
     version = node.next_version()
     errors: dict[int, WeightSyncError] = {}
 
-    def call(rank, begin, end):
-        mine = {Q: weights[Q][begin:end].contiguous()}
+    def call(rank, source):
         started = time.monotonic()
         push = RankPush(
-            Piecewise(mine, Q, tuple(weights[Q].shape), begin),
-            place=TrainerPlace("rows", rank, len(rows)),
+            source,
+            place=TrainerPlace("rows", rank, len(sources)),
             version=version,
             model="default",
             endpoint=node.daemon.endpoint,
@@ -109,16 +118,32 @@ def push_rows(node, rows):
             push.run()
         errors[rank] = caught.value
 
-    threads = [threading.Thread(target=call, args=(rank, *span)) for rank, span in enumerate(rows)]
+    threads = [threading.Thread(target=call, args=each) for each in enumerate(sources)]
+    if first is not None:
+        threads.insert(0, threads.pop(first))
     for thread in threads:
         thread.start()
+        if first is not None:
+            until(lambda: node.push_state() is not None or 0 in errors or 1 in errors, "it has called")
     for thread in threads:
         thread.join(30)
-    records = [errors[rank].record() for rank in range(len(rows))]
+    records = [errors[rank].record() for rank in range(len(sources))]
     assert all(record == records[0] for record in records), records
-    assert isinstance(errors[0], PushRefused)
     untouched(node)
-    return records[0]
+    return errors
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_whose_weights_cannot_be_described(node, first):
+    """The others hear of it, whether they have called before or call after it."""
+    weights = node.weights("C")
+    sources = [TensorSource(weights), Undescribed(SourceError(f"tensor {Q!r} is on the meta device: it has no data"))]
+    started = time.monotonic()
+    errors = push_sources(node, sources, first)
+    assert time.monotonic() - started < AT_ONCE
+    assert isinstance(errors[0], PushAborted)
+    assert errors[0].message == f"trainer rank 1 failed: tensor {Q!r} is on the meta device: it has no data"
+    assert errors[0].rank == 1
 
 
 def test_elements_that_no_rank_holds(node):

@@ -23,6 +23,7 @@ from tests.unit.sources_kit import Model
 from weightsync.errors import PushAborted, SourceError
 from weightsync.sources import Fp8, Part, PartSource, source_of
 from weightsync.sources.quantised import QuantisedSource, quantised
+from weightsync.sources.undescribed import Undescribed
 
 OUT = Path(sys.argv[1])
 KEEP = ("*embed*", "head")
@@ -80,6 +81,9 @@ def ranks_that_fail(recipe: Fp8) -> None:
     failing.error = SourceError("the disk has gone")  # all of them, alike
     with pytest.raises(SourceError, match="the disk has gone"):
         measured(failing, recipe, group)
+    undescribed = Undescribed(SourceError("tensor 'a' is on the meta device"), group, reduces=True)
+    with pytest.raises(SourceError if rank == 3 else PushAborted, match="tensor 'a' is on the meta device"):
+        undescribed.measure() if rank == 3 else measured(PartSource(parts), recipe, group)
     measured(PartSource(parts), recipe, group)  # and the group is as good as before
 
 

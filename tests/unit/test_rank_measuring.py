@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from weightsync.errors import PushAborted, SourceError, WeightSyncError
+from weightsync.errors import CodecError, PushAborted, SourceError, WeightSyncError
 from weightsync.rank import RankPush
 from weightsync.rank_memory import RankMemory
 from weightsync.sources.tensors import TensorSource
@@ -50,6 +50,41 @@ class Daemon:
         return self._to_say.pop(0) if self._to_say else None
 
 
+class Older(Daemon):
+    """That cannot read what it is sent."""
+
+    patience = 10.0
+
+    def send(self, message: Any) -> None:
+        self._to_say.append(msg.ErrorReply(error=CodecError("open: unknown field").record()))
+
+    def receive(self, deadline: float) -> msg.Message | None:
+        assert self._to_say, "nothing more is to be heard"
+        return super().receive(deadline)
+
+
+def test_where_the_call_itself_is_refused_nothing_more_is_waited_for(monkeypatch):
+    memory = RankMemory()
+    memory.give_link(Older(answers=True))  # type: ignore[arg-type]
+    monkeypatch.setattr("weightsync.rank.memory", lambda: memory)
+    with pytest.raises(CodecError, match="unknown field"):
+        push_of(TensorSource({"a.weight": torch.ones(2, 2)})).run()
+
+
+def push_of(source: TensorSource) -> RankPush:
+    now = time.monotonic()
+    return RankPush(
+        source,
+        place=TrainerPlace("trainer", 1, 2),
+        version=3,
+        model="default",
+        endpoint=Daemon.endpoint,
+        pause="keep",
+        started=now,
+        deadline=now + 30,
+    )
+
+
 @pytest.mark.parametrize("answers", [True, False], ids=["heard", "not heard"])
 @pytest.mark.parametrize(
     ("error", "words"),
@@ -67,16 +102,7 @@ def test_what_fails_as_values_are_measured_is_told_to_all(monkeypatch, error, wo
     monkeypatch.setattr("weightsync.rank.memory", lambda: memory)
     source = Unmeasurable({"a.weight": torch.ones(2, 2)})
     source.error = error
-    push = RankPush(
-        source,
-        place=TrainerPlace("trainer", 1, 2),
-        version=3,
-        model="default",
-        endpoint=daemon.endpoint,
-        pause="keep",
-        started=time.monotonic(),
-        deadline=time.monotonic() + 30,
-    )
+    push = push_of(source)
     with pytest.raises(WeightSyncError) as caught:
         push.run()
     opened, failed = daemon.heard

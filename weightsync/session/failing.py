@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from weightsync.session import events as ev
 from weightsync.session.opening import Opening
-from weightsync.session.state import PUSH_ERRORS, State, about, buckets
+from weightsync.session.state import State, about, buckets, rank_failed
 
 if TYPE_CHECKING:
     from weightsync.session.instructions import Instruction
@@ -128,10 +128,7 @@ class Failing(Opening):
         bucket, phase = self._at_work(event.rank)
         self._rank_stopped(event.rank)
         if not self.ended:
-            error = about(event.error, rank=event.rank, bucket=bucket, phase=phase)
-            if error.kind not in PUSH_ERRORS:
-                error = about(error, kind="PushAborted", message=f"trainer rank {event.rank} failed: {error.message}")
-            self._fail(error, now, out)
+            self._fail(about(rank_failed(event.rank, event.error), bucket=bucket, phase=phase), now, out)
         self._free_slots()
 
     def _on_rank_lost(self, event: ev.RankLost, now: float, out: list[Instruction]) -> None:

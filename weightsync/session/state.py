@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Container, Mapping
 
 
-__all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "buckets", "listed"]
+__all__ = ["PUSH_ERRORS", "SessionState", "State", "about", "buckets", "listed", "rank_failed"]
 
 
 class State(StrEnum):
@@ -262,6 +262,13 @@ def about(error: ErrorRecord, **changes: object) -> ErrorRecord:
     """The same error with who and where filled in; `message` and `kind` replace, the rest only fills gaps."""
     fill = {k: v for k, v in changes.items() if k in ("message", "kind") or getattr(error, k) is None}
     return msgspec.structs.replace(error, **fill)
+
+
+def rank_failed(rank: int, error: ErrorRecord) -> ErrorRecord:
+    """What a push ends with on all ranks when one of them has failed with `error`."""
+    if error.kind in PUSH_ERRORS:
+        return about(error, rank=rank)
+    return about(error, kind="PushAborted", message=f"trainer rank {rank} failed: {error.message}", rank=rank)
 
 
 def buckets(first: int, count: int) -> str:
