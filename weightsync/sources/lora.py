@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from weightsync.errors import SourceError
-from weightsync.sources.description import narrowed, plain_data
+from weightsync.sources.description import narrowed
 from weightsync.sources.dtensors import dtensor_boxes, is_dtensor
 from weightsync.sources.fsdp2 import reshard_all
 from weightsync.sources.lora_layers import base_tensors
+from weightsync.sources.plain import plain_data
 from weightsync.sources.tensors import TensorSource
 from weightsync.sources.wrappers import is_fsdp1
 

@@ -8,7 +8,7 @@ import torch
 
 from weightsync.errors import SourceError
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.description import plain_data
+from weightsync.sources.plain import plain_data
 from weightsync.sources.tensors import TensorSource
 
 if TYPE_CHECKING:
