@@ -177,6 +177,27 @@ def amid_a_step() -> None:
     source_of(model)
 
 
+def inside_out(mesh: DeviceMesh) -> None:
+    """A tensor cut along the mesh's dimensions in another order than theirs, which placements do not say."""
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = pytest.importorskip("torch.distributed.tensor._dtensor_spec")
+    if not hasattr(spec, "ShardOrderEntry"):
+        return  # torch has no such order
+    whole = torch.arange(8)
+    meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+    for mesh_dims, refused in (((0, 1), False), ((1, 0), True)):
+        order = (spec.ShardOrderEntry(tensor_dim=0, mesh_dims=mesh_dims),)
+        cut = DTensorSpec(mesh, (Shard(0), Shard(0)), meta, shard_order=order)
+        tensor = DTensor(whole[:2].clone(), cut, requires_grad=False)  # type: ignore[call-arg]
+        if not refused:
+            source_of({"o": tensor})  # which is remembered
+            continue
+        for make in (source_of, TensorSource):
+            with pytest.raises(SourceError, match=r"'o' is cut in another order than that of its mesh's dimensions"):
+                make({"o": tensor})
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     torch.manual_seed(0)  # the same weights everywhere before they are sharded
@@ -229,6 +250,7 @@ def main() -> None:
         uneven = DTensor.from_local(rows[:2], both, [_StridedShard(0, split_factor=3), Replicate()], run_check=False)
         with pytest.raises(SourceError, match=r"'u' of shape .* is sharded unevenly"):
             TensorSource({"u": uneven})
+        inside_out(both)
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
