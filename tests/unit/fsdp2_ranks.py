@@ -179,17 +179,16 @@ def amid_a_step() -> None:
 
 def inside_out(mesh: DeviceMesh) -> None:
     """A tensor cut along the mesh's dimensions in another order than theirs, which placements do not say."""
-    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+    import torch.distributed.tensor._dtensor_spec as spec
 
-    spec = pytest.importorskip("torch.distributed.tensor._dtensor_spec")
     if not hasattr(spec, "ShardOrderEntry"):
         return  # torch has no such order
     whole = torch.arange(8)
-    meta = TensorMeta(whole.shape, whole.stride(), whole.dtype)
+    meta = spec.TensorMeta(whole.shape, whole.stride(), whole.dtype)
     for mesh_dims, refused in (((0, 1), False), ((1, 0), True)):
         order = (spec.ShardOrderEntry(tensor_dim=0, mesh_dims=mesh_dims),)
-        cut = DTensorSpec(mesh, (Shard(0), Shard(0)), meta, shard_order=order)
-        tensor = DTensor(whole[:2].clone(), cut, requires_grad=False)  # type: ignore[call-arg]
+        cut = spec.DTensorSpec(mesh, (Shard(0), Shard(0)), meta, shard_order=order)
+        tensor = DTensor(whole[:2].clone(), cut, requires_grad=False)
         if not refused:
             source_of({"o": tensor})  # which is remembered
             continue

@@ -266,13 +266,10 @@ def test_a_stretch_of_a_flat_parameter_is_refused_whatever_its_length():
 def test_a_parameter_that_deepspeed_has_partitioned_is_refused():
     """ZeRO-3 leaves a tensor of no elements in the module, and notes the shape of what it has taken away."""
 
-    def partitioned(parameter: nn.Parameter) -> None:
-        parameter.ds_shape = parameter.shape  # type: ignore[attr-defined]
-        parameter.data = torch.empty(0)
-
     module = nn.Linear(3, 2)
     source_of(module)
-    partitioned(module.weight)
+    module.weight.ds_shape = module.weight.shape  # type: ignore[attr-defined]
+    module.weight.data = torch.empty(0)
     for weights in (module, {"weight": module.weight}):
         with pytest.raises(SourceError, match=r"'weight' of shape \(2, 3\) is partitioned by DeepSpeed") as caught:
             source_of(weights)
