@@ -50,7 +50,8 @@ def push_weights(
     weights: an `nn.Module` (plain, or of FSDP2 or FSDP1, of which each rank writes its own shards; wrappers such as
         DDP's and those of torch.compile do not show in names), a mapping or iterable of (checkpoint name, tensor), or
         an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is read to its
-        end before anything is sent. Nothing is gathered and nothing is changed.
+        end before anything is sent. Nothing is gathered and no weight is changed; what FSDP2 has gathered and kept is
+        freed first.
     version: must be above every version that an engine of the model serves.
     model: which engines; the `model` key of `[[engines]]` in the node config.
     daemon: endpoint of the node's weightsyncd; default `$WEIGHTSYNC_DAEMON`, else the user's own socket.

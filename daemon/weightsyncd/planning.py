@@ -54,7 +54,7 @@ class Planning:
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest
-        if not len(manifest.tensors):  # a version that is the one before it under another number
+        if not manifest.tensors.sizes.any():  # a version that is the one before it under another number
             nothing = PushRefused("no rank has a tensor to push", hint="look at what `only` chooses, on every rank")
             return ev.PlanFailed(error=nothing.record())
         self._context.manifest = manifest

@@ -111,11 +111,12 @@ def test_a_part_of_the_weights_leaves_the_rest(node):
     assert all(e.untouched == len(node.weights("A")) - 1 for e in report.engines)
 
 
-def test_a_push_of_nothing_is_refused(node):
+@pytest.mark.parametrize("nothing", [{}, {"model.norm.weight": torch.empty(0), "lm_head.weight": torch.empty(0, 64)}])
+def test_a_push_of_nothing_is_refused(node, nothing):
     """Such as one whose pattern no tensor matches: the policy would stay what it is under another number."""
     version, _ = push(node, node.weights("A"))
     with pytest.raises(PushRefused, match="no rank has a tensor to push"):
-        push_weights({}, version=version + 1, daemon=node.daemon.endpoint, timeout=10)
+        push_weights(nothing, version=version + 1, daemon=node.daemon.endpoint, timeout=10)
     node.assert_holds(node.weights("A"), version)
 
 

@@ -195,6 +195,30 @@ def test_own_rules_come_before_the_family_s():
     assert again.local(2).data_ptr() == weight.data_ptr()
 
 
+def test_a_rule_whose_name_fits_several_parameters_is_refused():
+    """One layer's weights, or one expert's, would be sent as all of theirs."""
+    rules = {"decoder.layers.*.mlp.linear_fc2.weight": Rows("model.down_proj.weight")}
+    with pytest.raises(SourceError, match=r"'model\.down_proj\.weight'.*given twice") as caught:
+        MegatronSource(
+            [Model(number=1), Model(number=2)], FACTS, rules=rules | {"embedding.word_embeddings.weight": None}
+        )
+    assert "{layer}" in str(caught.value)
+
+    model = Model()
+    layer = model.layer
+    layer.mlp.experts = nn.Module()
+    layer.mlp.experts.linear_fc2 = nn.Module()
+    layer.mlp.local_expert_indices = (4, 5)
+    for i in range(2):
+        layer.mlp.experts.linear_fc2.register_parameter(f"weight{i}", nn.Parameter(torch.rand(3, 2)))
+    key = "decoder.layers.*.mlp.experts.linear_fc2.weight"
+    with pytest.raises(SourceError, match=r"'layers\.2\.down'.*given twice") as caught:
+        MegatronSource(model, FACTS, rules={key: Rows("layers.{layer}.down")})
+    assert "{expert}" in str(caught.value)
+    names = MegatronSource(model, FACTS, rules={key: Rows("{layer}.{expert}.down")}).layout().tensors.names
+    assert names[-2:] == ("2.4.down", "2.5.down")
+
+
 def test_a_rule_that_copies_is_asked_each_time():
     doubled = {"decoder.layers.*.mlp.linear_fc2.weight": lambda held: Rows(DOWN)(_with(held, held.data * 2))}
     model = Model()

@@ -343,6 +343,42 @@ def test_disabled_adapters_are_refused_rather_than_merged():
     assert_sent(model)
 
 
+def test_disabled_adapters_are_refused_where_they_were_merged_before():
+    """The next forward takes them out of the weights, which have them until then."""
+    model = adapted()
+    expected = merged(model)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert "'layers.0.up' are disabled" in refused(model)
+    assert_sent(model, expected)
+
+
+def test_a_mixture_of_loras_is_refused(tmp_path):
+    """X-LoRA's layers are LoRA's own, and weigh the adapters anew for each token."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes: dict[str, Any] = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, use_cache=False, **sizes)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in "ab":
+            get_peft_model(LlamaForCausalLM(config), LoraConfig(target_modules=["q_proj"])).save_pretrained(
+                tmp_path / name
+            )
+        mixture = peft.XLoraConfig(
+            task_type="CAUSAL_LM", hidden_size=8, xlora_depth=1, adapters={n: str(tmp_path / n) for n in "ab"}
+        )
+        model = get_peft_model(LlamaForCausalLM(config), mixture)
+    assert "XLORA" in refused(model)
+
+
+def test_a_mixed_model_is_refused():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = get_peft_model(Model(), LoraConfig(r=2, target_modules=["up"]), mixed=True)
+    assert "PeftMixedModel" in refused(model)
+
+
 def test_a_wrapped_peft_model_is_refused_with_the_way_to_it():
     wrapper = nn.Module()
     wrapper.policy = adapted()

@@ -44,6 +44,22 @@ def test_several_parts_of_one_tensor_and_a_tied_name():
     assert len(source.layout()) == 2
 
 
+def test_one_box_from_two_places_is_refused():
+    """Only one of them would be sent, and nobody would hear of the other."""
+    one, other = torch.zeros(2, 2), torch.ones(2, 2)
+    with pytest.raises(SourceError, match=r"'w'.*offset \(4, 0\).*shape \(2, 2\).*given twice, from different memory"):
+        PartSource([Part("w", (8, 2), (4, 0), one), Part("w", (8, 2), (4, 0), other)])
+    with pytest.raises(SourceError, match="given twice, from different memory"):
+        PartSource([Part("w", (8, 2), (4, 0), one), Part("w", (8, 2), (4, 0), one.T)])
+
+
+def test_one_box_twice_from_one_place_and_empty_ones_are_fine():
+    data, empty = torch.zeros(2, 2), [torch.empty(0, 2) for _ in range(2)]
+    parts = [Part("w", (2, 2), (0, 0), data), Part("w", (2, 2), (0, 0), data[:])]
+    source = PartSource(parts + [Part("e", (8, 2), (4, 0), one) for one in empty])
+    assert source.layout().tensors.names == ("w", "e")
+
+
 @pytest.mark.parametrize(
     ("part", "problem"),
     [

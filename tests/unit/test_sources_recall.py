@@ -161,6 +161,21 @@ class TestAModule:
         with pytest.raises(SourceError, match=r"'1.up.weight' is sparse"):
             source_of(m)
 
+    @pytest.mark.parametrize("freed", ["0.up.weight", "2.weight", "every"])
+    @pytest.mark.parametrize("described", [False, True])
+    def test_whose_memory_is_freed(self, freed, described):
+        """As trainers offload: reading it would end the process."""
+        m = model()
+        m[2].bias.data = torch.empty(0)  # which has no memory either, and needs none
+        if described:
+            source_of(m)
+        for name, parameter in m.named_parameters():
+            if freed in (name, "every"):
+                parameter.untyped_storage().resize_(0)
+        for make in (source_of, ModuleSource):
+            with pytest.raises(SourceError, match=r"tensor '.*' has no memory on this rank: it was offloaded or freed"):
+                make(m)
+
     def test_of_which_a_part_is_wrapped_by_now(self):
         m = model()
         first = source_of(m)
@@ -267,6 +282,29 @@ class TestAMapping:
         source_of(w)
         with pytest.raises(SourceError, match="'b' is NoneType"):
             source_of(w | {"b": None})
+
+    @pytest.mark.parametrize("described", [False, True])
+    @pytest.mark.parametrize("first", [0, 2])
+    def test_of_views_whose_memory_is_freed(self, first, described):
+        """What is left of such a view's address is its offset."""
+        fused = torch.rand(4, 3)
+        w = {"a": fused[first:3], "b": fused[3:], "c": torch.rand(2)}
+        if described:
+            source_of(w)
+        fused.untyped_storage().resize_(0)
+        with pytest.raises(SourceError, match="'a' has no memory on this rank"):
+            source_of(w)
+
+    @pytest.mark.parametrize("described", [False, True])
+    def test_of_views_with_the_negative_bit(self, described):
+        """Of which memory has the negated values."""
+        z = torch.rand(4, dtype=torch.complex64)
+        if described:
+            source_of({"re": z.real, "im": z.imag})
+        with pytest.raises(SourceError, match="'im' is a view that negates what is in memory") as caught:
+            source_of({"re": z.real, "im": z.conj().imag})
+        assert "resolve_neg()" in str(caught.value)
+        assert torch.equal(values(source_of({"re": z.real, "im": z.conj().imag.resolve_neg()}))["im"], -z.imag)
 
     def test_that_is_not_sound_is_refused_every_time(self):
         w = weights() | {"m": torch.zeros(2, device="meta")}

@@ -261,3 +261,18 @@ def test_a_stretch_of_a_flat_parameter_is_refused_whatever_its_length():
     stretch._fsdp_flattened = True  # type: ignore[attr-defined]
     with pytest.raises(SourceError, match="'w' is a rank's stretch of a flat parameter of FSDP1"):
         source_of({"w": stretch})
+
+
+def test_a_parameter_that_deepspeed_has_partitioned_is_refused():
+    """ZeRO-3 leaves a tensor of no elements in the module, and notes the shape of what it has taken away."""
+
+    module = nn.Linear(3, 2)
+    source_of(module)
+    module.weight.ds_shape = module.weight.shape  # type: ignore[attr-defined]
+    module.weight.data = torch.empty(0)
+    for weights in (module, {"weight": module.weight}):
+        with pytest.raises(SourceError, match=r"'weight' of shape \(2, 3\) is partitioned by DeepSpeed") as caught:
+            source_of(weights)
+        assert "GatheredParameters" in str(caught.value)
+    module.weight.data = torch.ones(2, 3)  # gathered
+    assert source_of(module).nbytes == 4 * 8

@@ -15,23 +15,27 @@ from operator import attrgetter, eq, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parameter import is_lazy
 
 from weightsync.errors import SourceError
 from weightsync.plan.dtypes import dtype_named
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.dtensors import Box, dtensor_boxes, is_dtensor
+from weightsync.sources.dtensors import is_dtensor
+from weightsync.sources.plain import data_and_boxes, is_gone
 from weightsync.sources.recent import Recent
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["describe", "narrowed", "plain_data", "recall"]
+    from weightsync.sources.dtensors import Box
+
+__all__ = ["describe", "narrowed", "recall"]
 
 _dtype_of = attrgetter("dtype")
 # What DTensor's public accessors give, but for the view that `to_local` makes of every parameter, which takes 3 µs.
 _local_of = attrgetter("_local_tensor")
 _spec_of = attrgetter("_spec")
+# Below it hardly any memory lies: what is left of the address of a view whose memory was freed is its offset there.
+_LOW = 1 << 32
 
 
 def describe(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple[Layout, list[torch.Tensor]]:
@@ -90,6 +94,7 @@ class _Look:
     counts: list[int]  # [n] of elements of the data
     sizes: dict[int, torch.Size]  # of those that are no DTensors; the others' specs say what each rank holds
     shared: tuple[int, ...]  # whose data begins where another's does, or nowhere
+    views: tuple[int, ...]  # that are no parameters, and so may be any view
 
     def data(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
         """The data of these tensors; None where they do not look like this."""
@@ -111,6 +116,10 @@ class _Look:
         plain = data if not self.sharded else map(data.__getitem__, self.sizes)
         if not all(map(eq, map(torch.Tensor.size, plain), self.sizes.values())):
             return None
+        if min(pointers, default=_LOW) < _LOW and any(is_gone(data[i]) for i, at in enumerate(pointers) if at < _LOW):
+            return None
+        if any(map(torch.Tensor.is_neg, map(data.__getitem__, self.views))):
+            return None
         return data if self._as_tied(tensors, data, pointers) else None
 
     def _as_tied(self, tensors: Sequence[torch.Tensor], data: Sequence[torch.Tensor], pointers: list[int]) -> bool:
@@ -121,8 +130,6 @@ class _Look:
         addresses = set(pointers)
         shared = {pointers[i] for i in self.shared}
         if len(addresses) - len(shared) != len(pointers) - len(self.shared) or (0 in addresses) != (0 in shared):
-            return False
-        if any(not pointers[i] and data[i].numel() for i in self.shared):  # without data by now
             return False
         return _ties(self.shared, tensors, data) == self.cut.ties
 
@@ -140,7 +147,7 @@ def _described(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple
             if name in seen:
                 raise SourceError(f"tensor {name!r} is given twice")
             seen.add(name)
-            held, parts = _held(name, tensor)
+            held, parts = data_and_boxes(name, tensor)
             dtype_named(str(held.dtype), name)
             data.append(held)
             boxes.append(parts)
@@ -183,6 +190,7 @@ def _look(names: tuple[str, ...], tensors: Sequence[torch.Tensor], cut: _Cut) ->
         counts=[held.numel() for held in data],
         sizes={i: held.shape for i, held in enumerate(data) if i not in of_mesh},
         shared=shared,
+        views=tuple(i for i, held in enumerate(data) if i not in of_mesh and not isinstance(held, torch.nn.Parameter)),
     )
 
 
@@ -246,37 +254,6 @@ def _memory_key(tensor: torch.Tensor, data: torch.Tensor) -> tuple[object, ...] 
         return None
     key = (data.device, data.data_ptr(), tuple(data.shape), data.stride(), data.dtype, tuple(tensor.shape))
     return (*key, tuple(map(str, tensor.placements))) if is_dtensor(tensor) else key
-
-
-def _held(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
-    """The data this rank has of a tensor, and the boxes of the tensor that it holds."""
-    # Of what FSDP1 has flattened, a rank's stretch is always 1-D; in summon_full_params a bias is, too, and whole.
-    if getattr(tensor, "_is_flat_param", False) or (getattr(tensor, "_fsdp_flattened", False) and tensor.dim() <= 1):
-        raise SourceError(
-            f"tensor {name!r} is a rank's stretch of a flat parameter of FSDP1, and does not say what of",
-            hint="give the module that FSDP wraps it in, not its parameters; inside summon_full_params, clones of them",
-        )
-    if is_dtensor(tensor):
-        local, boxes = dtensor_boxes(name, tensor)
-    else:
-        if is_lazy(tensor):
-            raise SourceError(f"tensor {name!r} is not initialised yet")
-        local, none = tensor, (0,) * tensor.dim()
-        boxes = [Box(none, none, tuple(tensor.shape))]
-    return plain_data(name, local), boxes
-
-
-def plain_data(name: str, local: torch.Tensor) -> torch.Tensor:
-    """`local` detached, if it is memory that can be read as it is. Raises `SourceError` naming the tensor."""
-    if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        raise SourceError(
-            f"tensor {name!r} is a {type(local).__name__}, which cannot be pushed", hint="give its plain tensors"
-        )
-    if local.layout != torch.strided or local.is_quantized:
-        raise SourceError(f"tensor {name!r} is sparse or quantised", hint="give dense tensors, scales as their own")
-    if local.is_meta:
-        raise SourceError(f"tensor {name!r} is on the meta device: it has no data")
-    return local.detach()
 
 
 def narrowed(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:

@@ -46,6 +46,12 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
     none = (0,) * tensor.dim()
     if coordinate is None:  # this rank is not in the tensor's mesh and holds none of it
         return local.new_empty(none), [Box(none, none, none)] if none else []
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()  # newer torch has it, but not always
+    if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
+        raise SourceError(
+            f"tensor {name!r} is cut in another order than that of its mesh's dimensions: {order}",
+            hint="redistribute it in the order of the dimensions first",
+        )
     runs: list[list[_Run]] = [[(0, length)] for length in tensor.shape]
     for mesh_dim, placement in enumerate(tensor.placements):
         if placement.is_replicate():

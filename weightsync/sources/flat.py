@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 from weightsync.errors import SourceError
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.description import plain_data
+from weightsync.sources.plain import plain_data
 from weightsync.sources.recent import Recent
 from weightsync.sources.wrappers import is_fsdp1, unwrapped_names
 

@@ -7,9 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from weightsync.errors import SourceError
-from weightsync.sources.description import narrowed, plain_data
+from weightsync.sources.description import narrowed
 from weightsync.sources.dtensors import dtensor_boxes, is_dtensor
+from weightsync.sources.fsdp2 import reshard_all
 from weightsync.sources.lora_layers import base_tensors
+from weightsync.sources.plain import plain_data
 from weightsync.sources.tensors import TensorSource
 from weightsync.sources.wrappers import is_fsdp1
 
@@ -41,11 +43,13 @@ class LoraSource:
 
     def __init__(self, module: nn.Module, *, gather: bool = False) -> None:
         """Raises `SourceError` naming the layer or tensor that cannot be pushed merged."""
-        if any(map(is_fsdp1, {type(one) for one in module.modules()})):
+        modules = list(module.modules())
+        if any(map(is_fsdp1, {*map(type, modules)})):
             raise SourceError(
                 "LoRA adapters under FSDP1 are cut out of flat parameters, and cannot be merged on their way",
                 hint="shard with torch.distributed.fsdp.fully_shard, or push the adapter alone: push_lora",
             )
+        reshard_all(modules)
         found = base_tensors(module)
         self._base = TensorSource.recalled(tuple(one.name for one in found), [one.tensor for one in found])
         layout = self._base.layout()

@@ -60,15 +60,22 @@ def base_tensors(module: nn.Module) -> list[BaseTensor]:
     """
     kinds = _Kinds()
     module = unwrapped(module)
+    others: set[str] = set()
     if isinstance(module, kinds.models):
         config = getattr(module, "active_peft_config", None)
         if config is None or config.is_prompt_learning:
             what = type(module).__name__ if config is None else f"a PeftModel with {config.peft_type.value}"
             raise SourceError(f"{what} has no weights that adapters could be merged into", hint=_LORA_ONLY)
         whole: Any = module
+        active = [whole.peft_config[name] for name in whole.active_adapters if name in whole.peft_config]
+        others = {str(one.peft_type.value) for one in (config, *active)} - {"LORA"}
         module = whole.get_base_model()
     found = _Walk(kinds)
     tensors = list(found.walk("", module))
+    if others:  # in layers that look like LoRA's, for the walk has named those that do not; X-LoRA's weigh adapters
+        raise SourceError(
+            f"a PeftModel with {', '.join(sorted(others))} computes more than LoRA's sum", hint=_LORA_ONLY
+        )
     pushed = {id(one.tensor): one.name for one in tensors}
     for name, original in found.replaced:
         if id(original) in pushed:
@@ -146,9 +153,9 @@ class _Walk:
 
 def _loras(kinds: _Kinds, path: str, layer: Any) -> tuple[Lora, ...]:
     """What the active adapters of a layer add to its weight."""
+    _refuse_disabled(path, layer)  # merged ones too: the next forward takes them out of the weight
     if layer.merged:
         return ()  # they are in the weight already, and a merged layer computes with nothing else
-    _refuse_disabled(path, layer)
     linear = isinstance(layer, kinds.linear)
     if not linear and not isinstance(layer, kinds.embedding):
         kind = type(layer)

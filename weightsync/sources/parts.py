@@ -8,7 +8,7 @@ import torch
 
 from weightsync.errors import SourceError
 from weightsync.plan.manifest import Layout, Shard
-from weightsync.sources.description import plain_data
+from weightsync.sources.plain import plain_data
 from weightsync.sources.tensors import TensorSource
 
 if TYPE_CHECKING:
@@ -40,7 +40,22 @@ class PartSource(TensorSource):
             if not isinstance(part.data, torch.Tensor):
                 raise SourceError(f"a part of {part.name!r} is {type(part.data).__name__}, not a tensor")
         self._shards = [plain_data(part.name, part.data) for part in held]
+        _check_repeated(held, self._shards)
         self._layout = Layout.of(map(_shard, held), aliases)
+
+
+def _check_repeated(parts: list[Part], shards: list[torch.Tensor]) -> None:
+    """Raise `SourceError` for a box that is given twice, from different memory: only one of the two would be sent."""
+    seen: dict[tuple[object, ...], tuple[object, ...]] = {}
+    for part, data in zip(parts, shards, strict=True):
+        shape = tuple(data.shape)
+        memory = (data.data_ptr(), [step for step, n in zip(data.stride(), shape, strict=True) if n > 1])
+        if 0 not in shape and seen.setdefault((part.name, tuple(part.offset), shape), memory) != memory:
+            raise SourceError(
+                f"tensor {part.name!r}: its box at offset {tuple(part.offset)} of shape {shape} is given twice, from "
+                "different memory",
+                hint="give each box once; names of a Megatron rule need {layer}, and {expert} where it is for experts",
+            )
 
 
 def _shard(part: Part) -> Shard:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
+from weightsync.sources.fsdp2 import reshard, reshard_all
 from weightsync.sources.recent import Recent
 from weightsync.sources.tensors import named
-from weightsync.sources.wrappers import unwrapped_names, wrapped_in
+from weightsync.sources.wrappers import is_fsdp2, unwrapped_names, wrapped_in
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -72,7 +73,8 @@ def parameters_of(module: nn.Module) -> Listed:
     """The names and parameters that `module.named_parameters(remove_duplicate=False)` gives, names without wrappers.
 
     Names are not put together again for a module in which a walk meets the same as in another lately. Classes that list
-    their parameters in their own way are always asked.
+    their parameters in their own way are always asked. Parameters of FSDP2 are the sharded ones: what it has gathered
+    is freed first, and `SourceError` raised where that is in use.
     """
     met = _walk(module, max((len(known.tree.counts) for known in _RECENT), default=0))
     if met is not None:
@@ -83,6 +85,7 @@ def parameters_of(module: nn.Module) -> Listed:
                 return Listed(
                     known.names, list(map(parameters.__getitem__, known.order)), known.tree, modules, tree.kinds
                 )
+    reshard_all(module.modules())
     given, listed = named(module.named_parameters(remove_duplicate=False))
     names = _without_wrappers(module, given)
     met = _walk(module, _MOST)
@@ -118,15 +121,27 @@ def _without_wrappers(module: nn.Module, names: tuple[str, ...]) -> tuple[str, .
 def _walk(module: nn.Module, most: int) -> tuple[Tree, list[nn.Parameter], list[nn.Module | None]] | None:
     """The tree of a module, its parameters (None where they are not given), and the modules in it. None where more than
     `most` modules are met, as in one that contains itself, or where one lists its parameters in its own way.
+
+    A module of FSDP2 is met, and resharded, before those in it whose parameters that changes.
     """
     counts: list[int] = []
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     met: list[nn.Module | None] = [module]
+    kinds: set[type] = set()
+    sharding: set[type] = set()  # those of FSDP2
     for one in met:  # which grows meanwhile; once over everything, since memory that is far apart is what takes time
         if one is None:
             counts.append(-1)
+            kinds.add(type(None))
             continue
+        kind = type(one)
+        if kind not in kinds:
+            kinds.add(kind)
+            if is_fsdp2(kind):
+                sharding.add(kind)
+        if kind in sharding:
+            reshard(one)
         state = one.__dict__
         own, below = state.get("_parameters"), state.get("_modules")
         if own is None or below is None:
@@ -141,13 +156,12 @@ def _walk(module: nn.Module, most: int) -> tuple[Tree, list[nn.Parameter], list[
             met += below.values()
             if len(met) > most:
                 return None
-    kinds = frozenset(map(type, met))
     wrapping = {kind for kind in kinds if wrapped_in(kind) is not None}
     if any(name in vars(module) for name in _LISTING) or not all(map(_lists_plainly, kinds - wrapping)):
         return None
     wrappers = tuple(i for i, kind in enumerate(map(type, met)) if kind in wrapping) if wrapping else ()
     given = [one is not None for one in parameters]
-    return Tree(counts, names, given, kinds, wrappers), parameters, met
+    return Tree(counts, names, given, frozenset(kinds), wrappers), parameters, met
 
 
 def _lists_plainly(kind: type) -> bool:

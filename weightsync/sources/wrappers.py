@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
     from torch import nn
 
-__all__ = ["is_fsdp1", "unwrapped", "unwrapped_names", "wrapped_in"]
+__all__ = ["is_fsdp1", "is_fsdp2", "unwrapped", "unwrapped_names", "wrapped_in"]
 
 _FSDP1 = ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel")
+_FSDP2 = ("torch.distributed.fsdp", "FSDPModule")
 # {(module that defines the class, class): the attribute that is the wrapped module}. FSDP2 wraps nothing.
 _WRAPPERS = {
     ("torch.nn.parallel.distributed", "DistributedDataParallel"): "module",
@@ -38,6 +39,11 @@ def wrapped_in(kind: type) -> str | None:
 def is_fsdp1(kind: type) -> bool:
     """Whether modules of this class are FSDP1's."""
     return _is_a(kind, _FSDP1)
+
+
+def is_fsdp2(kind: type) -> bool:
+    """Whether modules of this class are FSDP2's."""
+    return _is_a(kind, _FSDP2)
 
 
 def _is_a(kind: type, known: tuple[str, str]) -> bool:
