@@ -52,7 +52,8 @@ class Engine:
         self.adapter = hand
         self.info: EngineInfo | None = None
         self.error: ErrorRecord | None = None
-        self.accepted: dict[bytes, tuple[str, ...]] = {}  # manifest digest → names it leaves alone
+        # (manifest digest, whether the engine was torn or asleep, and needed all) → names that are left alone
+        self.accepted: dict[tuple[bytes, bool], tuple[str, ...]] = {}
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
         self.begun = False  # an update of ours, which it has not been resumed from
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late

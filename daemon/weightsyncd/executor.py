@@ -143,11 +143,11 @@ class NodeExecutor:
                 manifest = context.known_manifest()
                 if joins_group(engine):
                     await self.wire.offers_for(engine, deadline)  # or tell what is wrong with the config
-                untouched = engine.accepted.get(manifest.digest)
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
+                known = manifest.digest, broken
+                untouched = engine.accepted.get(known)
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
-                    untouched = await hand.accept(manifest, deadline=deadline)
-                    engine.accepted[manifest.digest] = untouched
+                    untouched = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
                 return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=hand.draws(manifest))
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):

@@ -170,11 +170,11 @@ def test_a_silent_engine_that_an_update_was_begun_in_over_a_group_has_to_be_rest
 def test_engine_and_bridge_join_together_or_not_at_all(hand, breaks, said, asked):
     """Of several bridges one, where the engine takes buckets from one alone."""
 
-    async def run() -> tuple[ev.Event | None, list[list[str]], dict[bytes, Any]]:
+    async def run() -> tuple[ev.Event | None, list[list[str]], dict[Any, Any]]:
         bridges = [Bridge(breaks=breaks), Bridge()]
         engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
         engine.learned(INFO)
-        engine.accepted[b"digest"] = ()
+        engine.accepted[b"digest", False] = ()
         executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), cast("Any", bridges))
         context = PushContext(push="p", model="m", version=3)
         context.manifest, context.incarnations = cast("Any", object()), {"e": "1"}
@@ -232,6 +232,40 @@ def test_several_buckets_go_to_a_group_in_one_call(refuses):
         assert event == ev.BucketLoaded(engine="e", bucket=4, count=3)
         assert hand.loaded == [4, 5, 6]
         assert sent == [(14, "g"), (15, "g"), (16, "g")]
+
+
+class Accepts(Hand):
+    """An engine that cannot tell what a push leaves as it is, and needs all while it is torn or asleep."""
+
+    asked = 0
+
+    async def accept(self, manifest: Any, *, deadline: float) -> tuple[str, ...]:
+        self.asked += 1
+        return ()
+
+    def draws(self, manifest: Any) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("changes", [{}, {"torn": True}, {"asleep": True}])
+def test_what_an_engine_took_before_it_is_asked_anew_while_it_is_not_whole(changes):
+    """A part of the model would be committed beside what a push has left that went no further."""
+    hand = Accepts()
+
+    async def run() -> None:
+        engine = Engine(EngineConfig(name="e", kind="sglang", url="http://127.0.0.1:1"), cast("Any", hand))
+        executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), [])
+        context = PushContext(push="p", model="m", version=3)
+        context.manifest = manifest_of({"t": ("uint8", (64,), bytes(64))}, slot_bytes=64)
+        plain = msgspec.structs.replace(INFO, transport="mapped")
+        other = msgspec.structs.replace(plain, **changes)
+        for info in (plain, plain, other, other):
+            engine.learned(info)
+            accepted = await executor.execute(context, do.AcceptEngine(engine="e", deadline=soon()))
+            assert accepted == ev.EngineAccepted(engine="e", untouched=0, draws=False)
+
+    asyncio.run(run())
+    assert hand.asked == (2 if changes else 1)
 
 
 class Looked(Hand):

@@ -78,7 +78,8 @@ class EngineAdapter(ABC):
         """Show the engine what would come. Raises `EngineRefused` naming each tensor it cannot take.
 
         Returns the names the engine holds that this manifest would leave as they are. Not called again for a manifest
-        (by digest) that this incarnation of the engine has accepted.
+        (by digest) that this incarnation of the engine has accepted; but once more if it is torn or asleep, and was not
+        then: a part of the model is no use to it.
         """
 
     @abstractmethod
