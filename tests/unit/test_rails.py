@@ -308,6 +308,43 @@ def test_what_is_formed_for_a_push_waits_for_nothing_that_is_formed_beforehand()
 
 
 @pytest.mark.timeout(10)
+def test_what_is_formed_for_a_push_waits_for_none_in_line_either():
+    """The next in line is formed for no push, too; it gets the bridge first, and gives it up at once."""
+
+    async def main():
+        begun, waits = asyncio.Event(), asyncio.Event()
+
+        class Slow(Recorder):
+            async def warm(self, *, longest, deadline):
+                await super().warm(longest=longest, deadline=deadline)
+                begun.set()
+                if self.commands.count("Warm") == 1:
+                    await waits.wait()
+
+            async def call(self, command, *, deadline):
+                if isinstance(command, commands.Leave) and self.commands:
+                    waits.set()
+                return await super().call(command, deadline=deadline)
+
+        bridge = Slow()
+        follower = following(bridge)
+        follower._held = None
+        before = msgspec.structs.replace(JOIN, push=False)
+        first = asyncio.create_task(follower.at_rail(b"a", before))
+        await begun.wait()
+        second = asyncio.create_task(follower.at_rail(b"c", before))
+        await asyncio.sleep(0)
+        await follower.at_rail(b"b", JOIN)
+        for joining in (first, second):
+            with pytest.raises(PushRefused, match="takes part in a push"):
+                await joining
+        await follower.at_rail(b"c", before)  # when none waits any more, others may
+        return bridge.commands
+
+    assert asyncio.run(main()).count("Join") == 2
+
+
+@pytest.mark.timeout(10)
 def test_who_is_taken_while_it_looks_at_its_peers_forms_nothing(rails):
     async def refresh():
         assert rails.taken("m9", push=True)
