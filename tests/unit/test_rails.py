@@ -487,3 +487,29 @@ def test_what_stands_is_not_left_for_a_push_that_begins(rails):
     rails.bridges = [bridge]
     asyncio.run(rails.overrule())
     assert (bridge.left, rails._members) == (0, (("n0/0", "a"), ("n1", "b")))
+
+
+@pytest.mark.timeout(10)
+def test_who_watches_does_not_wait_until_a_silent_coordinator_is_let_go_of():
+    """This node's own ranks have to be watched meanwhile."""
+
+    async def main():
+        leaves = asyncio.Event()
+
+        class Slow(Recorder):
+            async def call(self, command, *, deadline):
+                reply = await super().call(command, deadline=deadline)
+                await leaves.wait()
+                return reply
+
+        bridge = Slow()
+        follower = following(bridge)
+        for _ in range(3):
+            follower.check(-1.0)
+            await asyncio.sleep(0.01)
+        assert follower.following == "p"
+        leaves.set()
+        await follower._free.wait()
+        return bridge.commands
+
+    assert asyncio.run(main()) == ["Leave"]
