@@ -101,6 +101,7 @@ class World:
         self.void: set[int] = set()  # exports under way into an arena that is gone by now, by id
         self.writing: dict[tuple[int, int], do.Slot] = {}  # (rank, bucket) → slot that the rank may still write into
         self.evicted: set[str] = set()
+        self.gone: set[str] = set()  # nodes that answer nothing any more
         self.ended: list[do.EndPush] = []
         self.history: list[ev.Event] = []
         self._take(self.session.start(0.0))
@@ -117,6 +118,7 @@ class World:
             case ev.BridgeLost(node=node, bridge=bridge):
                 self._forget_arena(node, bridge)
             case ev.NodeLost(node=node):
+                self.gone.add(node)
                 self.writing = {k: s for k, s in self.writing.items() if s.node != node}
                 self.leases = [lease for lease in self.leases if self.places[lease[0]] != node]
                 self.holds = {k: s for k, s in self.holds.items() if s.node != node}

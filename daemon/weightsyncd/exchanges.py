@@ -113,6 +113,7 @@ async def _attempt(
         problem = await quietly(bridge.call(command, deadline=until))
         if problem is not None and not broken:
             broken[home] = problem
+            await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
 
     async with asyncio.TaskGroup() as group:
         for node in nodes:

@@ -275,11 +275,11 @@ class Follower:
 
     # --- holding and letting go -----------------------------------------------------------------------------------
 
-    async def check(self, liveness: float) -> None:
-        """Let go of a push whose coordinator has fallen silent. To be called now and then."""
+    def check(self, liveness: float) -> None:
+        """Let go of a push whose coordinator has fallen silent, which goes on behind. To be called now and then."""
         held = self._held
         if held is not None and time.monotonic() - held.heard > liveness:
-            await self._let_go(held, f"its coordinator has not been heard for {liveness:g} s")
+            self._letting_go(held, f"its coordinator has not been heard for {liveness:g} s")
 
     async def finish(self, until: float) -> None:
         """Follow nobody any more; the push that holds this node has half of the time to end, and is let go then."""
@@ -321,12 +321,15 @@ class Follower:
             raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
 
     async def _let_go(self, held: Held, why: str | None, error: ErrorRecord | None = None) -> None:
+        await asyncio.shield(self._letting_go(held, why, error))
+
+    def _letting_go(self, held: Held, why: str | None, error: ErrorRecord | None = None) -> asyncio.Task[None]:
         if held.end is None:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
                 logger.warning("[push=%s] is let go: %s", held.context.push, why)
             held.end = asyncio.create_task(self._end(held, why, error))
-        await asyncio.shield(held.end)
+        return held.end
 
     async def _end(self, held: Held, why: str | None, error: ErrorRecord | None) -> None:
         for task in held.tasks:

@@ -36,7 +36,7 @@ class _Line(asyncio.Lock):
     """One bridge, and who has it join."""
 
     push = False  # whether that is for a push
-    overruled = False
+    pushes = 0  # that wait for it: who has it for none gives it up
 
 
 class Joining:
@@ -57,22 +57,23 @@ class Joining:
         check_free()
         if self._in_lines >= _MAX_IN_LINES:
             raise PushRefused(f"node {self._config.node.name} has {_MAX_IN_LINES} communicators to form already")
-        if message.push and line.locked() and not line.push:
-            line.overruled = True
-            await leave(bridge)
         self._in_lines += 1
+        line.pushes += message.push
         try:
+            if message.push and line.locked() and not line.push:
+                await leave(bridge)
             async with asyncio.timeout(until - time.monotonic()):
                 await line.acquire()
         except TimeoutError:
             raise TransportTimeout(f"bridge {message.rail} of this node is forming other communicators") from None
         finally:
             self._in_lines -= 1
-        line.push, line.overruled = message.push, False
+            line.pushes -= message.push
+        line.push = message.push
 
         def check() -> None:
             check_free()
-            if line.overruled:
+            if line.pushes and not message.push:
                 raise PushRefused(f"node {self._config.node.name} takes part in a push")
 
         try:

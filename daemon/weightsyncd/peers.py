@@ -7,6 +7,7 @@ there, inside `Execute`, and gets each outcome back as the event it would have h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from typing import TYPE_CHECKING
@@ -68,6 +69,7 @@ class Peer:
         self._on_rank = on_rank
         self._taken = taken
         self._link: PeerLink | None = None
+        self._lost_at = -float("inf")
         self._known: set[tuple[str, bytes]] = set()  # (incarnation, manifest digest) sent before
         self._engines: tuple[msg.EngineStatus, ...] = ()
 
@@ -84,10 +86,14 @@ class Peer:
         return "connected" if self.info is not None else self.problem
 
     async def keep(self) -> None:
-        """Attach, look again with every heartbeat, and attach again after a loss, for ever."""
+        """Attach, look again with every heartbeat, and attach again after a loss, for ever; at once where it is a
+        connection that broke: both sides of it may live.
+        """
         patience = self._config.timeouts.liveness
         try:
             while True:
+                if self._link is not None and self._link.broken.is_set():
+                    await self._hang_up("its connection broke")
                 try:
                     self._link = self._link or PeerLink(
                         self.endpoint, patience=patience, key=self._key, on_news=self._hear
@@ -96,19 +102,35 @@ class Peer:
                     self.problem = error.message
                 else:
                     await self._attach(self._link)
-                await asyncio.sleep(patience / 5)
+                if self._link is None or self.info is None:
+                    await asyncio.sleep(patience / 5)
+                    continue
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(patience / 5):
+                        await self._link.broken.wait()
         finally:
-            link, self._link, self.info = self._link, None, None
-            if link is not None:
-                await link.close()
+            self.info = None
+            await self._hang_up("")
+
+    async def _hang_up(self, reason: str) -> None:
+        """Let go of the link; a node that was attached is lost."""
+        link = self._link
+        if link is not None and self.info is not None:
+            await self._lose(link, reason)
+        elif link is not None:
+            self._link = None
+            await link.close()
 
     def _hear(self, message: msg.Message) -> None:
         if isinstance(message, msg.RankSays):
             self._on_rank(self.name, message)
 
     async def refresh(self) -> None:
-        """Look again at its engines and its incarnation; `info` says what came of it."""
-        if self._link is not None and self.info is not None:
+        """Look again at its engines and its incarnation; `info` says what came of it. One that was lost just now may be
+        back.
+        """
+        lately = time.monotonic() - self._lost_at < self._config.timeouts.liveness
+        if self._link is not None and (self.info is not None or lately):
             await self._attach(self._link)
 
     async def _attach(self, link: PeerLink) -> None:
@@ -123,6 +145,8 @@ class Peer:
             else:
                 await self._lose(link, f"it has not been heard for {self._config.timeouts.liveness:g} s")
             return
+        if link is not self._link:
+            return  # replaced meanwhile
         problem = self._problem_of(answer)
         if problem is not None or not isinstance(answer, msg.Attached):
             self.problem = problem or "its answer makes no sense"
@@ -151,6 +175,7 @@ class Peer:
         """It is gone. With the link goes what was queued for it: a daemon that comes back must not carry it out."""
         logger.warning("[node=%s] lost: %s", self.name, reason)
         self.info, self.problem, self._link = None, reason, None
+        self._lost_at = time.monotonic()
         error = DaemonLost(f"node {self.name} was lost: {reason}")
         link.fail(error)
         self._on_lost(self.name, error.record())

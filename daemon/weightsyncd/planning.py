@@ -50,6 +50,7 @@ class Planning:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
             self._plan = await plans.plan(digests, owners, nodes)
+            await self._services.rails.overrule()  # what engines join in their groups would wait for it, too
             await self._services.executor.wire.prompt(until)
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())

@@ -24,7 +24,7 @@ __all__ = ["CachedPlan", "Plans"]
 
 _PLANS = 16  # kept: models × layouts that alternate on one node
 _MAX_RUNS = 2**21  # bytes that tell of the runs of one bucket: 131,072 runs
-_LAYOUTS = 4096  # kept: ranks of a trainer × the same
+_LAYOUTS = 4096  # kept: ranks of a trainer × the same, or all of a trainer that has more
 
 
 @dataclass(frozen=True)
@@ -53,11 +53,12 @@ class Plans:
             return []
         return [rank for rank, digest in enumerate(digests) if digest not in self._layouts]
 
-    def learn(self, packed: bytes) -> bytes:
-        """Note a layout and return its digest. Raises `CodecError`."""
+    def learn(self, packed: bytes, world: int = 1) -> bytes:
+        """Note a layout, of a trainer of so many ranks, and return its digest. Raises `CodecError`."""
         layout = Layout.unpack(packed, self._tables)
         self._layouts[layout.digest] = layout
-        while len(self._layouts) > _LAYOUTS:
+        self._layouts.move_to_end(layout.digest)
+        while len(self._layouts) > max(_LAYOUTS, world):
             self._layouts.popitem(last=False)
         if len(self._tables) > _PLANS:
             self._tables.clear()

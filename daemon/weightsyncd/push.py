@@ -68,14 +68,19 @@ class Push:
         engines: dict[str, str],
         last_version: int | None,
         keeper: str | None = None,
+        *,
+        on_failed: Callable[[Push, ErrorRecord], None],
     ) -> None:
-        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here."""
+        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here.
+        `on_failed` is called as soon as it has: what it has begun may take until `done` to end.
+        """
         config = services.config
         now = time.monotonic()
         self.repeat = bool(first.engines)  # of what a keeper has kept
         self.done = asyncio.Event()
         self.outcome: msg.PushOutcome | None = None
         self._services = services
+        self._on_failed = on_failed
         self._terms = (first.version, first.model, first.world, first.pause)
         self._home = config.node.name
         self._engines = engines = engines | ({keeper: self._home} if keeper is not None else {})
@@ -306,6 +311,8 @@ class Push:
         ended = msg.Ended(outcome=self.outcome if error is None else None, error=error)
         for rank in self.ranks:
             self.ranks.tell(rank, ended)
+        if error is not None:
+            self._on_failed(self, error)
 
     def status(self) -> msg.PushStatus:
         """How far it is."""

@@ -48,7 +48,7 @@ class Rails:
         self.generation = 0  # of the communicators that were formed last
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
         self._taken: str | None = None  # by this node's daemon, whose communicators these bridges have joined since
-        self._keeping = False  # communicators are being formed, and for no push
+        self._keeping: asyncio.Task[dict[str, ErrorRecord]] | None = None  # communicators being formed for no push
         self._ours = False  # it was this daemon that formed the last one
         self._used: frozenset[str] = frozenset()  # nodes of the last push, as long as nothing has changed since
         self._lock = asyncio.Lock()
@@ -103,11 +103,16 @@ class Rails:
             nodes = self._likely()
             if not nodes or self._taken is not None or busy() or self.stands(nodes) or self._yields(nodes):
                 continue
-            self._keeping = True
+            forming = self.form(nodes, time.monotonic() + self._config.timeouts.operation, push=False)
+            self._keeping = task = asyncio.create_task(forming, name="between pushes")
             try:
-                failed = await self.form(nodes, time.monotonic() + self._config.timeouts.operation, push=False)
+                await asyncio.wait([task])
             finally:
-                self._keeping = False
+                self._keeping = None
+                task.cancel()
+            if task.cancelled():
+                continue  # a push has begun
+            failed = task.result()
             if self._was_taken() or any(error.kind == "PushRefused" for error in failed.values()):
                 continue  # others push, or come first
             problems = {node: error.message for node, error in failed.items()}
@@ -116,6 +121,16 @@ class Rails:
             told = problems
             if problems:
                 await asyncio.sleep(self._config.timeouts.probe_every)
+
+    async def overrule(self) -> None:
+        """A push begins: it waits for nothing that is formed for none, and no bridge goes on waiting in that."""
+        if (forming := self._keeping) is None:
+            return
+        forming.cancel()
+        await asyncio.wait([forming])
+        if self._taken is None:
+            self.break_up()
+            await asyncio.gather(*(leave(bridge) for bridge in self.bridges))
 
     def _was_taken(self) -> bool:
         """As `_taken`, which changes while something is awaited."""
@@ -130,6 +145,7 @@ class Rails:
 
     async def use(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
         """As `form`, for a push."""
+        await self.overrule()
         failed = await self.form(nodes, deadline)
         self._used = frozenset(nodes) - failed.keys()
         return failed

@@ -88,11 +88,17 @@ async def _broadcast(
             failed[node] = error.record()
             await rails.give_up(bridge, generation)
 
+    async def send() -> ErrorRecord | None:
+        problem = await quietly(bridge.call(commands.Send(slot=slot, sequence=sequence), deadline=until))
+        if problem is not None and not failed:
+            logger.warning("[v=%d bucket=%d] send.failed: %s", context.version, instruction.bucket, problem.message)
+            await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
+        return problem
+
     async with asyncio.TaskGroup() as group:
         for node, target in targets.items():
             group.create_task(receive(node, target))
-        send = commands.Send(slot=slot, sequence=sequence)
-        mine = group.create_task(quietly(bridge.call(send, deadline=until)))
+        mine = group.create_task(send())
     own = mine.result()
     if failed or own is not None:
         rails.break_up(generation)

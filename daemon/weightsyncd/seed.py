@@ -109,6 +109,8 @@ class Seeker:
                 await link.ask(self._register(leaving=True), deadline=time.monotonic() + _GOODBYE)
 
     async def _look(self, patience: float) -> None:
+        if self._link is not None and self._link.broken.is_set():
+            await self._hang_up()
         if self._link is None:
             self._link = PeerLink(self._config.cluster.seed, patience=patience, key=self._key)
         answer = await self._link.ask(self._register(), deadline=time.monotonic() + patience)

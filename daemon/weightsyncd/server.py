@@ -235,7 +235,7 @@ class Server:
             late = not late and time.monotonic() - before > liveness / 2
             if not late:
                 self.trainers.check_alive(liveness)
-                await self.follower.check(liveness)
+                self.follower.check(liveness)
 
     # --- nodes and engines -----------------------------------------------------------------------------------
 

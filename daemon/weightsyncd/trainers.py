@@ -193,12 +193,19 @@ class Trainers:
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         last = self.newest.get(message.model) if not message.engines else None  # which is what is pushed again
-        self.push = Push(self._services, first, engines, last, keeper)
+        self.push = Push(self._services, first, engines, last, keeper, on_failed=self._failed)
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
         self.go_on()  # other ranks may have called before
 
     # --- its end --------------------------------------------------------------------------------------------------
+
+    def _failed(self, push: Push, error: ErrorRecord) -> None:
+        """Those of its ranks that have not called yet hear of it when they do."""
+        if not push.ranks.complete:
+            session = push.session
+            until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
+            self._failures.note(push.call, push.ranks, error, until=until)
 
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
@@ -216,9 +223,6 @@ class Trainers:
             self.last, self.last_error, self.last_at = push.outcome, session.error, time.monotonic()
         if session.committed:
             self.newest[session.model] = max(session.version, self.newest.get(session.model, -1))
-        if session.error is not None and not push.ranks.complete:
-            until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
-            self._failures.note(push.call, push.ranks, session.error, until=until)
         node = self._services.config.node.name
         keeper = self._services.executor.engines.keepers.get(session.model)
         if keeper is not None and not push.repeat:

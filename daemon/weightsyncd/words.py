@@ -20,7 +20,7 @@ def rank_said(push: Push, rank: int, message: msg.RankWords, plans: Plans) -> No
     """A rank that takes part has said something. Raises `CodecError` for a layout that is none."""
     match message:
         case msg.Describe():
-            digest = plans.learn(message.layout)
+            digest = plans.learn(message.layout, push.ranks.world)
             if digest != push.ranks[rank].layout:
                 error = RemoteProtocolError("it described another layout than it opened with", rank=rank)
                 push.hear(ev.RankFailed(rank=rank, error=error.record()))

@@ -131,6 +131,22 @@ def test_ctrl_c_in_one_rank_is_told_to_all(node, read):
     assert all(rank.report()["complete"] for rank in ranks)
 
 
+def test_a_rank_that_calls_while_the_push_that_failed_without_it_ends_is_told_at_once(node):
+    """It waits for no engine that has still to answer."""
+    ranks = node.start_ranks(2)
+    version = node.next_version()
+    node.delay(node.engines[0], "/info", times=1000)
+    ranks[0].push(**node.terms(0, 2, version=version))
+    node.wait_state("opening")
+    ranks[0].kill(signal.SIGINT)
+    assert ranks[0].result() == {"interrupted": True}
+    ranks[1].push(**node.terms(1, 2, version=version))
+    error = ranks[1].error()
+    assert "rank 0 was interrupted" in error["message"]
+    assert error["seconds"] < AT_ONCE
+    node.clear()
+
+
 def test_a_rank_that_is_slow_to_fill_is_named_when_time_is_up(node):
     ranks = node.start_ranks(2)
     node.push_all(ranks, node.next_version(), timeout=5.0, only={0: {"gate": ["read", 3]}})

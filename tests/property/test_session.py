@@ -147,6 +147,8 @@ class AnyOrder(RuleBasedStateMachine):
         assert len(self.world.ended) == int(session.ended)
         if session.error is not None and session.error.kind == "PushTimeout":
             assert session.error.phase is not None
+        waited_for = [(node, i) for i, bucket in enumerate(session.buckets) for node in bucket.copies]
+        assert self.world.gone.isdisjoint(node for node, _ in waited_for), f"a node that is lost has {waited_for}"
         for name, model in self.world.models.items():
             if model.mixed and session.pause != "none":
                 assert not model.serving, f"{name} serves a mixture"

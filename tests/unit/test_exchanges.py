@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from weightsync.errors import TransportBroken
+from weightsync.nccl_bridge import commands
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.rails import leave
+from weightsyncd.relays import relay
 
 RUNS = {"home": b"h", "ranks": b"r"}  # what the ranks of each have written; "engines" and "more" have none
 
@@ -29,7 +32,12 @@ class Rails:
         self.unreachable = set(unreachable)
         self.members = []
         self.asked = []
-        self.bridges = [SimpleNamespace(call=self._call, incarnation="one", retire=lambda reason: None)]
+        self.left = asyncio.Event()
+        self.bridges = [
+            SimpleNamespace(
+                call=self._call, config=SimpleNamespace(gpu=""), incarnation="one", retire=lambda reason: None
+            )
+        ]
 
     def stands(self, nodes):
         return self.members == nodes
@@ -56,10 +64,16 @@ class Rails:
         return SimpleNamespace(ask=ask)
 
     async def _call(self, command, deadline):
+        if isinstance(command, commands.Leave):
+            self.left.set()
+            return commands.Done()
+        if isinstance(command, commands.Export):
+            return commands.Exported(tickets={}, peer_tickets={"far/0": b"t"}, algorithm="xxh3-64", checksum=1)
         await asyncio.sleep(0)  # others are first to fail
         if not self.members:
             raise TransportBroken("home has joined no communicator")
         self._take_part("home")
+        return commands.Done()
 
     def _take_part(self, node):
         left = self.failures.get(node, 0)
@@ -115,3 +129,38 @@ def test_who_is_left_alone_with_what_it_has_written_has_the_bucket():
 def test_when_time_is_up_it_is_given_up():
     error = "engines has failed"
     assert run(Rails(engines=9), seconds=0) == ((), {"engines": error, "home": error})
+
+
+class Waiting(Rails):
+    """Home fails with its communicator whole: the others wait in theirs until home leaves."""
+
+    async def form(self, nodes, deadline):
+        self.left.clear()
+        return await super().form(nodes, deadline)
+
+    def peer(self, node):
+        async def ask(question, deadline):
+            await self.left.wait()
+            raise TransportBroken(f"{node}: home has left")
+
+        return SimpleNamespace(ask=ask)
+
+
+@pytest.mark.timeout(10)
+def test_who_fails_at_home_ends_the_wait_of_the_others():
+    rails = Waiting(home=9)
+    assert run(rails, seconds=60.0) == ((), {"home": "home has failed"})
+
+
+@pytest.mark.timeout(10)
+def test_who_fails_to_send_ends_the_wait_of_the_others():
+    rails: Any = Waiting(home=9)
+    instruction = do.RelayBucket(
+        bucket=3,
+        slot=do.Slot("home", 0, 0),
+        nbytes=8,
+        targets=(do.Slot("far", 0, 0),),
+        deadline=time.monotonic() + 60,
+    )
+    event = asyncio.run(relay(rails, PushContext("p", "m", 1), instruction, 1))
+    assert (event.nodes, [node for node, _ in event.failed]) == ((), ["far"])

@@ -308,6 +308,43 @@ def test_what_is_formed_for_a_push_waits_for_nothing_that_is_formed_beforehand()
 
 
 @pytest.mark.timeout(10)
+def test_what_is_formed_for_a_push_waits_for_none_in_line_either():
+    """The next in line is formed for no push, too; it gets the bridge first, and gives it up at once."""
+
+    async def main():
+        begun, waits = asyncio.Event(), asyncio.Event()
+
+        class Slow(Recorder):
+            async def warm(self, *, longest, deadline):
+                await super().warm(longest=longest, deadline=deadline)
+                begun.set()
+                if self.commands.count("Warm") == 1:
+                    await waits.wait()
+
+            async def call(self, command, *, deadline):
+                if isinstance(command, commands.Leave) and self.commands:
+                    waits.set()
+                return await super().call(command, deadline=deadline)
+
+        bridge = Slow()
+        follower = following(bridge)
+        follower._held = None
+        before = msgspec.structs.replace(JOIN, push=False)
+        first = asyncio.create_task(follower.at_rail(b"a", before))
+        await begun.wait()
+        second = asyncio.create_task(follower.at_rail(b"c", before))
+        await asyncio.sleep(0)
+        await follower.at_rail(b"b", JOIN)
+        for joining in (first, second):
+            with pytest.raises(PushRefused, match="takes part in a push"):
+                await joining
+        await follower.at_rail(b"c", before)  # when none waits any more, others may
+        return bridge.commands
+
+    assert asyncio.run(main()).count("Join") == 2
+
+
+@pytest.mark.timeout(10)
 def test_who_is_taken_while_it_looks_at_its_peers_forms_nothing(rails):
     async def refresh():
         assert rails.taken("m9", push=True)
@@ -350,3 +387,129 @@ def test_a_bridge_that_starts_while_it_is_waited_for_is_a_member_as_it_is_then(r
     asyncio.run(main())
     assert rails.generation == 8, "formed once"
     assert rails.stands(["n9"])
+
+
+# --- a push that begins while this node forms for none ----------------------------------------------------------------
+
+
+class Waits(Forming):
+    """A bridge whose joins wait for somebody who does not come, until it is told to leave."""
+
+    def __init__(self):
+        super().__init__()
+        self.joins = asyncio.Event()
+        self.comes = False
+        self._left = asyncio.Event()
+
+    async def call(self, command, *, deadline):
+        reply = await super().call(command, deadline=deadline)
+        if isinstance(command, commands.Leave):
+            self._left.set()
+        elif isinstance(command, commands.Join) and not self.comes:
+            self._left.clear()
+            self.joins.set()
+            await self._left.wait()
+            raise TransportClosed("it was told to leave")
+        return reply
+
+
+def peers_of(rails, *names):
+    """Nodes that are there; what they are asked for is answered once their bridge has joined."""
+
+    def peer(name):
+        info = SimpleNamespace(device=rails._config.arena.device, incarnation="x", slots=(1,), engines=(1,), peers=())
+
+        async def refresh():
+            pass
+
+        async def ask(question, deadline):
+            if name == "slow":
+                await asyncio.Event().wait()
+
+        return SimpleNamespace(name=name, info=info, refresh=refresh, ask=ask)
+
+    rails._peers.update({name: peer(name) for name in names})
+
+
+@pytest.mark.timeout(10)
+def test_a_push_waits_for_nothing_that_is_formed_for_none(rails):
+    """Not for a node that does not come, above all where it does not need it."""
+
+    async def main():
+        bridge = Waits()
+        rails.bridges = [bridge]
+        rails._config = parse_node_config('[node]\nname = "n0"\n[timeouts]\nliveness = 0.1\n')
+        peers_of(rails, "fast", "slow")
+        busy: list[str] = []
+        keeping = asyncio.create_task(rails.keep(lambda: bool(busy)))
+        await bridge.joins.wait()
+        busy.append("a push")
+        bridge.comes = True
+        assert not await rails.use(["fast"], time.monotonic() + 30)
+        assert rails.stands(["fast"])
+        for _ in range(10):  # who forms for none hears of it
+            await asyncio.sleep(0)
+        assert not keeping.done()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        return bridge.commands
+
+    assert asyncio.run(main())[-2:] == ["Host", "Join"]
+
+
+@pytest.mark.timeout(10)
+def test_a_push_without_other_nodes_leaves_what_is_formed_for_none(rails):
+    """A bridge that joins holds up its groups with engines: over gloo one joins at a time."""
+
+    async def main():
+        bridge = Waits()
+        rails.bridges = [bridge]
+        rails._config = parse_node_config('[node]\nname = "n0"\n[timeouts]\nliveness = 0.1\n')
+        peers_of(rails, "slow")
+        busy: list[str] = []
+        keeping = asyncio.create_task(rails.keep(lambda: bool(busy)))
+        await bridge.joins.wait()
+        busy.append("a push")
+        await rails.overrule()
+        left = bridge.commands[-1]
+        await rails.overrule()  # there is nothing any more
+        assert bridge.commands[-1] == left
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+        return left
+
+    assert asyncio.run(main()) == "Leave"
+
+
+@pytest.mark.timeout(10)
+def test_what_stands_is_not_left_for_a_push_that_begins(rails):
+    bridge = Bridge()
+    rails.bridges = [bridge]
+    asyncio.run(rails.overrule())
+    assert (bridge.left, rails._members) == (0, (("n0/0", "a"), ("n1", "b")))
+
+
+@pytest.mark.timeout(10)
+def test_who_watches_does_not_wait_until_a_silent_coordinator_is_let_go_of():
+    """This node's own ranks have to be watched meanwhile."""
+
+    async def main():
+        leaves = asyncio.Event()
+
+        class Slow(Recorder):
+            async def call(self, command, *, deadline):
+                reply = await super().call(command, deadline=deadline)
+                await leaves.wait()
+                return reply
+
+        bridge = Slow()
+        follower = following(bridge)
+        for _ in range(3):
+            follower.check(-1.0)
+            await asyncio.sleep(0.01)
+        assert follower.following == "p"
+        leaves.set()
+        await follower._free.wait()
+        return bridge.commands
+
+    assert asyncio.run(main()) == ["Leave"]

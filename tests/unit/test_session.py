@@ -514,6 +514,21 @@ def test_what_is_exported_while_its_node_is_dropped_is_revoked():
     world.check_done()
 
 
+def test_a_node_that_was_dropped_before_it_was_lost_is_not_waited_for():
+    """What is exported there while it is dropped is never heard of; home's slot of the bucket would be held with it."""
+    world = World(world=1, engines={"a": "home", "b": "away"}, buckets=1, owners=2)
+    world.open_all()
+    export = world.run_until(do.ExportBucket, engines=("b",))
+    world.hear(ev.BridgeLost(node="away", bridge=1, error=ERROR))
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    for instruction in [export, *(i for i in world.pending if getattr(i, "engine", "") == "b")]:
+        world.lose(instruction)
+    world.run()
+    assert world.session.state is State.COMMITTED
+    assert world.session.done, world.session.waiting_for()
+    world.check_done()
+
+
 # --- keepers ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import time
 
+import zmq
+
 from weightsync.wire import messages as msg
 from weightsync.wire.trainer_link import TrainerLink
 
@@ -29,3 +31,20 @@ def test_a_short_wait_ends(tmp_path):
     assert len(looks) == 20_000
     assert not any(looks)
     link.close()
+
+
+def test_its_thread_can_be_roused_from_the_first_moment_on(tmp_path, monkeypatch):
+    """A call that comes before the thread runs would else be noticed a minute later, when it looks anyway."""
+
+    class Late(threading.Thread):
+        def start(self):
+            pass
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading, "Thread", Late)
+        link = TrainerLink(f"ipc://{tmp_path}/d.sock")
+    try:
+        link._wake.send(b"", zmq.DONTWAIT)  # raises `zmq.Again` where it is for nobody
+    finally:
+        threading.Thread.start(link._thread)
+        link.close(flush=0)

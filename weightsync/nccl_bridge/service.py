@@ -47,12 +47,11 @@ class Lane(Enum):
     LOCAL = "behind other exports: a checksum, or a copy, takes its time"
     WIRE = "behind other operations of the communicator: these wait for peers"
     FENCE = "in the thread that watches fences"
-    GROUP = "in a thread of its own: each waits for an engine, and none for another"
+    GROUP = "in a thread of its own: each waits for an engine, or for torch to load, and none for another"
 
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Export: Lane.LOCAL,
-    c.Warm: Lane.WIRE,
     c.Host: Lane.WIRE,
     c.Join: Lane.WIRE,
     c.Leave: Lane.WIRE,
@@ -60,6 +59,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Receive: Lane.WIRE,
     c.Exchange: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
+    c.Warm: Lane.GROUP,
     c.OfferGroup: Lane.GROUP,
     c.JoinGroup: Lane.GROUP,
     c.SendGroup: Lane.GROUP,
@@ -130,11 +130,6 @@ class BridgeService:
                 self._leave()
                 self._hosted = None
                 return c.Done()
-            case c.Warm():
-                load()
-                if self._slots is not None:
-                    nccl()
-                return c.Done()
             case c.Host():
                 if self._slots is not None:
                     prepare(command.host)  # what is wrong here is nobody else's fault
@@ -163,6 +158,11 @@ class BridgeService:
     def handle_group(self, command: c.AnyCommand, *, deadline: float) -> c.AnyReply:
         """Do a command of the lane GROUP. Raises `WeightSyncError`."""
         match command:
+            case c.Warm():
+                load()
+                if self._slots is not None:
+                    nccl()
+                return c.Done()
             case c.OfferGroup():
                 offer = self._groups.offer(command, deadline=deadline)
                 self._transports.update(dict.fromkeys(command.readers, "group"))

@@ -120,7 +120,7 @@ class Ending(SessionState):
                 self._evict(engine, about(error, engine=engine.name, phase=phase), lost=lost, now=now, out=out)
         for bucket in self.buckets:
             copy = bucket.copies.get(node)
-            if copy is not None and (lost or not copy.exporting):  # what is exported just now has holds to be revoked
+            if copy is not None and not copy.exporting:  # what is exported just now has holds to be revoked
                 del bucket.copies[node]
         ranks = self._ranks_on(node)
         if ranks and self.state in (State.OPENING, State.TRANSFERRING):

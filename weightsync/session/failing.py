@@ -98,6 +98,8 @@ class Failing(Opening):
         for engine in self.engines.values():
             if engine.node == event.node:
                 engine.asked = None
+        for bucket in self.buckets if event.node != self.home else ():
+            bucket.copies.pop(event.node, None)  # nor is an export heard of that was under way when it was dropped
         self._go_on_without(now, out)
 
     # --- bridges --------------------------------------------------------------------------------------------------

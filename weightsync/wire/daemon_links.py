@@ -18,6 +18,7 @@ import msgspec
 import zmq
 import zmq.asyncio
 import zmq.auth.asyncio
+from zmq.utils.monitor import parse_monitor_message
 
 from weightsync.errors import CodecError, ConfigError, DaemonError, DaemonLost
 from weightsync.wire.codec import decode_untrusted, encode
@@ -35,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _FAIR = 0.005  # seconds of reading frames before others on the loop have their turn
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_WATCHED = _REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class ControlServer:
@@ -132,7 +134,11 @@ def _complaint(error: CodecError) -> ErrorReply:
 
 
 class PeerLink:
-    """A daemon's line to another daemon: questions with ids, and answers; `lost` is set once it falls silent."""
+    """A daemon's line to another daemon: questions with ids, and answers.
+
+    It is of no use any more once its connection has `broken`: ZeroMQ connects again, but the other side answers what it
+    was asked before to the connection that is gone.
+    """
 
     def __init__(
         self,
@@ -147,12 +153,13 @@ class PeerLink:
         self._on_news = on_news
         self.patience = patience
         self.heard = time.monotonic()
+        self.broken = asyncio.Event()
         self._context = zmq.asyncio.Context()
         self._socket = self._context.socket(zmq.DEALER)
         bounded(self._socket, endpoint)
         guarded(self._socket, key, listens=False)
         self._socket.setsockopt(zmq.RECONNECT_IVL, 50)
-        monitor = self._socket.get_monitor_socket(_REFUSED)
+        monitor = self._socket.get_monitor_socket(_WATCHED)
         try:
             self._socket.connect(endpoint)
         except zmq.ZMQError as error:
@@ -163,11 +170,13 @@ class PeerLink:
         self._refused = False  # since something was heard last
         self._tasks = (
             asyncio.create_task(self._read(), name=f"peer {endpoint}"),
-            asyncio.create_task(self._watch(monitor), name=f"handshakes with {endpoint}"),
+            asyncio.create_task(self._watch(monitor), name=f"connection to {endpoint}"),
         )
 
     async def ask(self, message: Message, *, deadline: float) -> Message:
         """Send a question and wait for its answer. Raises the error it is answered with, or `DaemonLost`."""
+        if self.broken.is_set():
+            raise self._break()
         number = next(self._ids)
         waiting: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = waiting
@@ -191,6 +200,8 @@ class PeerLink:
 
     def tell(self, message: Message) -> None:
         """Send a message that needs no answer."""
+        if self.broken.is_set():
+            return
         error = _refusal(self._socket.send(encode(message), flags=zmq.DONTWAIT))
         if error is not None:  # a full queue: it is not reading, and `silent` will tell
             logger.debug("cannot send %s to %s: %s", type(message).__name__, self.endpoint, error)
@@ -233,10 +244,23 @@ class PeerLink:
                     logger.exception("%s from %s failed", type(message).__name__, self.endpoint)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Note handshakes that fail."""
+        """Note handshakes that fail, and the end of the first connection that came of one."""
+        connected = False
         while True:
-            await monitor.recv_multipart()
-            self._refused = True
+            event = parse_monitor_message(await monitor.recv_multipart())["event"]
+            if event & _REFUSED:
+                self._refused = True
+            elif event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
+                connected = True
+            elif connected:
+                break
+        while int(self._socket.get(zmq.EVENTS)) & zmq.POLLIN:  # noqa: ASYNC110 - `_read` reads its last words before
+            await asyncio.sleep(0)
+        self.broken.set()
+        self.fail(self._break())
+
+    def _break(self) -> DaemonLost:
+        return DaemonLost(f"the connection to the daemon at {self.endpoint} broke")
 
 
 def _refusal(sent: Awaitable[object]) -> BaseException | None:

@@ -48,17 +48,18 @@ class TrainerLink:
         self.endpoint = endpoint
         self.patience = patience
         self._context = zmq.Context()
-        self._wake = self._context.socket(zmq.PAIR)
-        self._wake.setsockopt(zmq.LINGER, 0)
-        self._address = f"inproc://link-{id(self)}"
-        self._wake.bind(self._address)
+        self._wake, roused = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
+        for end in (self._wake, roused):
+            end.setsockopt(zmq.LINGER, 0)
+        roused.bind(address := f"inproc://link-{id(self)}")
+        self._wake.connect(address)  # of the two, who connects can send at once
         self._lock = threading.Lock()
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
         self._inbox: queue.Queue[Message | Exception] = queue.Queue()
         self._listening = False
         self._interval = 0.5
         self._flush = 0.0
-        self._thread = threading.Thread(target=self._run, name="weightsync-link", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(roused,), name="weightsync-link", daemon=True)
         self._thread.start()
 
     def start(self) -> None:
@@ -120,10 +121,7 @@ class TrainerLink:
         with self._lock, contextlib.suppress(zmq.ZMQError):  # the thread is gone: nobody to rouse
             self._wake.send(b"", zmq.DONTWAIT)
 
-    def _run(self) -> None:
-        wake = self._context.socket(zmq.PAIR)
-        wake.setsockopt(zmq.LINGER, 0)
-        wake.connect(self._address)
+    def _run(self, wake: zmq.Socket[bytes]) -> None:
         line = self._context.socket(zmq.DEALER)
         bounded(line, self.endpoint)
         guarded(line, self._key, listens=False)
