@@ -216,6 +216,25 @@ def test_an_update_that_is_not_complete_does_not_finish(scheduler: Scheduler) ->
     assert "did not come whole" in answer.message
 
 
+@pytest.mark.parametrize("home", ["mm_schedule", "mm_utils"])
+def test_embeddings_of_images_by_the_old_weights_are_forgotten(
+    home: str, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType(f"sglang.srt.managers.{home}")
+    module.embedding_cache = {"an image": "its embedding"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with HandPush() as hand:
+        scheduler.ask(begin(hand))
+        scheduler.ask(load(hand, 0))
+        assert module.embedding_cache
+        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+        assert not module.embedding_cache
+        module.embedding_cache = None  # type: ignore[attr-defined]  # a model without images has none
+        scheduler.ask(begin(hand))
+        scheduler.ask(load(hand, 0))
+        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+
+
 def test_actions_of_sglang_itself_go_on_to_it(scheduler: Scheduler) -> None:
     assert scheduler.ask("checksum") == "checksum"
 

@@ -29,6 +29,7 @@ import torch.distributed
 from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
+from weightsync.adapters.sglang.derived import forget_embeddings
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
 from weightsync.adapters.worker import SlotReader
@@ -176,6 +177,7 @@ class _Worker:
             requantiser.finish()
         for model in models:
             self._replays[model].finish(partial(ModelState.of, model))
+        forget_embeddings()
         return "finished"
 
     def _state(self) -> dict[str, Any]:
