@@ -216,6 +216,24 @@ def test_an_update_that_is_not_complete_does_not_finish(scheduler: Scheduler) ->
     assert "did not come whole" in answer.message
 
 
+@pytest.mark.parametrize("asks", [lambda model: getattr(model, "why", None), lambda: "a split of the weights is kept"])
+def test_weights_of_which_graphs_keep_copies_are_refused_as_sglang_does(
+    asks: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("sglang.srt.model_executor.model_runner_components.weight_updater")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with HandPush() as hand:
+        accept = orders.Accept(manifest=hand.manifest(TENSORS).pack(), target="all")
+        assert not msgspec.json.decode(scheduler.ask(accept).message, type=orders.Accepted).refused
+        module._unsupported_derived_weight_cache_error = asks  # type: ignore[attr-defined]
+        scheduler.model.why = "a split of the weights is kept"  # type: ignore[assignment]
+        answer = msgspec.json.decode(scheduler.ask(accept).message, type=orders.Accepted)
+        assert answer == orders.Accepted(refused="a split of the weights is kept")
+        begun = scheduler.ask(begin(hand))
+        assert (begun.success, begun.message) == (False, "a split of the weights is kept")
+        assert "begin first" in scheduler.ask(load(hand, 0)).message
+
+
 @pytest.mark.parametrize("home", ["mm_schedule", "mm_utils"])
 def test_embeddings_of_images_by_the_old_weights_are_forgotten(
     home: str, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch

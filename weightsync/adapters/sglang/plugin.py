@@ -29,7 +29,7 @@ import torch.distributed
 from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
-from weightsync.adapters.sglang.derived import forget_embeddings
+from weightsync.adapters.sglang.derived import forget_embeddings, why_not_updated
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
 from weightsync.adapters.worker import SlotReader
@@ -101,6 +101,8 @@ class _Worker:
         return self._state()
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
+        if refused := why_not_updated(models):
+            return msgspec.json.encode(orders.Accepted(refused=refused)).decode()
         manifest = self._manifests.of(order.manifest)
         unknown: set[str] = set(manifest.tensors.names)
         untouched: list[str] = []
@@ -112,6 +114,8 @@ class _Worker:
         return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
 
     def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
+        if refused := why_not_updated(models):  # stock SGLang asks each time, too
+            raise LocalProtocolError(refused)
         device = next(models[0].parameters()).device
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
