@@ -31,7 +31,7 @@ from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.derived import forget_embeddings, why_not_updated
 from weightsync.adapters.sglang.names import look_up
-from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
+from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, quantise_once, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.replay.facts import NOT_WHOLE
@@ -214,7 +214,7 @@ def register() -> None:
         return
     hooks.HookRegistry.register(f"{home}.check_weights", _check_weights, hooks.HookType.AROUND)
     for method in HOOKED:
-        hooks.HookRegistry.register(f"{method}.process_weights_after_loading", remember, hooks.HookType.BEFORE)
+        hooks.HookRegistry.register(f"{method}.process_weights_after_loading", quantise_once, hooks.HookType.AROUND)
     hooks.HookRegistry.register(f"{_SCHEDULER}.Scheduler.get_internal_state", _get_internal_state, hooks.HookType.AFTER)
 
 
