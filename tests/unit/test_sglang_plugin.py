@@ -124,6 +124,27 @@ def test_several_buckets_of_one_order_are_loaded_one_after_the_other(scheduler: 
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
 
+def test_steps_that_a_gpu_has_queued_end_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    gpu = torch.device("cuda", 0)
+
+    class Away(Model):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=gpu)])
+
+    class Replay:
+        def begin(self, *_: Any) -> None:
+            done.append("replay")
+
+    worker, model = plugin._Worker(), Away()
+    worker._slots = SimpleNamespace(device=gpu, begin=lambda *_, **__: done.append("slots"))  # type: ignore[assignment]
+    monkeypatch.setattr(plugin, "ModelReplay", Replay)
+    monkeypatch.setattr(torch.accelerator, "synchronize", done.append)
+    with HandPush() as hand:
+        worker._begin([model], begin(hand), 0, experts_move=False)
+    assert done == [gpu, "slots", "replay"]
+
+
 def test_a_manifest_that_was_never_told_begins_nothing(scheduler: Scheduler) -> None:
     with HandPush(slot_bytes=1024) as hand:
         order = msgspec.structs.replace(begin(hand), manifest=bytes(16))

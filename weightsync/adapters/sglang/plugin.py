@@ -117,6 +117,8 @@ class _Worker:
         if refused := why_not_updated(models):  # stock SGLang asks each time, too
             raise LocalProtocolError(refused)
         device = next(models[0].parameters()).device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # a step that was queued when `in_place` came reads them
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
         self._models = []
