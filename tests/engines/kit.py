@@ -157,6 +157,7 @@ class RealEngine:
     plugin: bool = False  # whether it sees weightsync
     tp: int = 1
     dtype: str = "float32"
+    fp8: bool = False  # SGLang only
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
     port: int = 0
@@ -281,8 +282,9 @@ class RealEngine:
         own += ["--context-length", "8192", "--max-total-tokens", "16384", "--max-running-requests", "4"]
         own += ["--mem-fraction-static", "0.2", "--disable-overlap-schedule", "--skip-server-warmup"]
         own += ["--tp", str(self.tp)]
-        checkpoint = ["--model-path", str(self.checkpoint)]
-        return [python, str(_ROOT / "engines/serve_sglang.py"), *checkpoint, *where, *own, *self.flags]
+        own += ["--model-path", str(self.checkpoint), *(["--quantization", "fp8"] if self.fp8 else [])]
+        script = "serve_sglang_fp8.py" if self.fp8 else "serve_sglang.py"
+        return [python, str(_ROOT / "engines" / script), *where, *own, *self.flags]
 
     # --- asking ---------------------------------------------------------------------------------------------------
 

@@ -51,6 +51,7 @@ class Need:
     checkpoint: str = "dense"  # pushed between: …_base, …_pert
     tp: int = 1
     dtype: str = "float32"
+    fp8: bool = False  # it quantises when it starts
 
     @property
     def stock(self) -> bool:
@@ -64,7 +65,7 @@ class Need:
     @property
     def server(self) -> tuple[Any, ...]:
         """Needs of which this is equal share a server."""
-        return (self.kind, self.bare, self.checkpoint, self.tp, self.dtype)
+        return (self.kind, self.bare, self.checkpoint, self.tp, self.dtype, self.fp8)
 
     def __str__(self) -> str:
         shown = [self.kind, self.path, *([self.checkpoint] if self.checkpoint != "dense" else [])]
@@ -227,6 +228,7 @@ class Yard:
             plugin=not need.bare,
             tp=need.tp,
             dtype=need.dtype,
+            fp8=need.fp8,
             flags=() if need.bare else _FLAGS[need.kind],
         ).start()
         self._server, self._versions = need.server, itertools.count(1)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import httpx
+import msgspec
 import numpy as np
 import pytest
 
@@ -16,6 +17,7 @@ from tests.hand_push import Tensors, manifest_of, soon
 from tests.recorded import FIXTURES, Replay
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.control import SGLangAdapter
+from weightsync.adapters.sglang.ordered import PluginPath
 from weightsync.errors import EngineError, EngineLost, EngineRefused
 from weightsync.ipc.descriptors import seal
 from weightsync.transports.group import GroupOffer, GroupTicket
@@ -548,6 +550,17 @@ def test_a_plugin_that_cannot_be_asked_is_met_anew_each_time() -> None:
     first, second = probes(server, lambda: None)
     assert server.looked == 2
     assert second.incarnation == first.incarnation != ""
+
+
+def test_weights_that_sglang_does_not_update_are_refused_in_its_words() -> None:
+    async def call(*_: Any, **__: Any) -> str:
+        return msgspec.json.encode(orders.Accepted(refused="captured graphs retain a copy")).decode()
+
+    server: Any = SimpleNamespace(engine="sgl", call=call)
+    profile: Any = SimpleNamespace(sessions=True)
+    path = PluginPath(server, profile, "all")
+    with pytest.raises(EngineRefused, match=r"SGLang cannot take weights: captured graphs retain a copy"):
+        asyncio.run(path.accept(MANIFEST, deadline=soon()))
 
 
 def test_endpoints_are_asked_for_where_openapi_is_off() -> None:

@@ -124,6 +124,27 @@ def test_several_buckets_of_one_order_are_loaded_one_after_the_other(scheduler: 
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
 
+def test_steps_that_a_gpu_has_queued_end_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[Any] = []
+    gpu = torch.device("cuda", 0)
+
+    class Away(Model):
+        def parameters(self, recurse: bool = True) -> Any:
+            return iter([SimpleNamespace(device=gpu)])
+
+    class Replay:
+        def begin(self, *_: Any) -> None:
+            done.append("replay")
+
+    worker, model = plugin._Worker(), Away()
+    worker._slots = SimpleNamespace(device=gpu, begin=lambda *_, **__: done.append("slots"))  # type: ignore[assignment]
+    monkeypatch.setattr(plugin, "ModelReplay", Replay)
+    monkeypatch.setattr(torch.accelerator, "synchronize", done.append)
+    with HandPush() as hand:
+        worker._begin([model], begin(hand), 0, experts_move=False)
+    assert done == [gpu, "slots", "replay"]
+
+
 def test_a_manifest_that_was_never_told_begins_nothing(scheduler: Scheduler) -> None:
     with HandPush(slot_bytes=1024) as hand:
         order = msgspec.structs.replace(begin(hand), manifest=bytes(16))
@@ -214,6 +235,43 @@ def test_an_update_that_is_not_complete_does_not_finish(scheduler: Scheduler) ->
         answer = scheduler.ask(orders.Finish())
     assert not answer.success
     assert "did not come whole" in answer.message
+
+
+@pytest.mark.parametrize("asks", [lambda model: getattr(model, "why", None), lambda: "a split of the weights is kept"])
+def test_weights_of_which_graphs_keep_copies_are_refused_as_sglang_does(
+    asks: Any, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType("sglang.srt.model_executor.model_runner_components.weight_updater")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with HandPush() as hand:
+        accept = orders.Accept(manifest=hand.manifest(TENSORS).pack(), target="all")
+        assert not msgspec.json.decode(scheduler.ask(accept).message, type=orders.Accepted).refused
+        module._unsupported_derived_weight_cache_error = asks  # type: ignore[attr-defined]
+        scheduler.model.why = "a split of the weights is kept"  # type: ignore[assignment]
+        answer = msgspec.json.decode(scheduler.ask(accept).message, type=orders.Accepted)
+        assert answer == orders.Accepted(refused="a split of the weights is kept")
+        begun = scheduler.ask(begin(hand))
+        assert (begun.success, begun.message) == (False, "a split of the weights is kept")
+        assert "begin first" in scheduler.ask(load(hand, 0)).message
+
+
+@pytest.mark.parametrize("home", ["mm_schedule", "mm_utils"])
+def test_embeddings_of_images_by_the_old_weights_are_forgotten(
+    home: str, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = ModuleType(f"sglang.srt.managers.{home}")
+    module.embedding_cache = {"an image": "its embedding"}  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    with HandPush() as hand:
+        scheduler.ask(begin(hand))
+        scheduler.ask(load(hand, 0))
+        assert module.embedding_cache
+        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+        assert not module.embedding_cache
+        module.embedding_cache = None  # type: ignore[attr-defined]  # a model without images has none
+        scheduler.ask(begin(hand))
+        scheduler.ask(load(hand, 0))
+        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
 
 
 def test_actions_of_sglang_itself_go_on_to_it(scheduler: Scheduler) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from weightsync.adapters.sglang import requantise
-from weightsync.adapters.sglang.requantise import Requantiser, remember, remembered
+from weightsync.adapters.sglang.requantise import Requantiser, quantise_once, remembered
 from weightsync.errors import LocalProtocolError
 
 
@@ -25,7 +25,10 @@ class Quantises:
     quant_config = SimpleNamespace(is_checkpoint_fp8_serialized=False)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        remember(self, layer)
+        quantise_once(Quantises._quantise, self, layer)  # as SGLang calls a hook around a method
+
+    def _quantise(self, layer: Any) -> None:
+        assert layer.weight.dtype == torch.float32
         scale = layer.weight.data.abs().amax(1, keepdim=True) / 127
         layer.weight = torch.nn.Parameter((layer.weight.data / scale).round().to(torch.int8).t(), requires_grad=False)
         layer.weight_scale = torch.nn.Parameter(scale, requires_grad=False)
@@ -77,8 +80,7 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
 def started(seed: int) -> Model:
     model = Model()
     model.load_weights(list(weights(seed).items()))
-    for layer in (model.qkv_proj, model.o_proj):
-        layer.quant_method.process_weights_after_loading(layer)
+    end_of_session(model)
     return model
 
 
@@ -96,6 +98,11 @@ def push(model: Model, seed: int, buckets: list[list[str]]) -> None:
     again.finish()
 
 
+def end_of_session(model: Model) -> None:
+    for layer in (model.qkv_proj, model.o_proj):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 9])
 def test_a_model_loaded_again_is_one_started_on_those_weights(size: int) -> None:
     """In buckets that cut layers anywhere; what kernels hold stays where it is."""
@@ -104,6 +111,26 @@ def test_a_model_loaded_again_is_one_started_on_those_weights(size: int) -> None
     push(model, 2, [NAMES[i : i + size] for i in range(0, len(NAMES), size)])
     assert same(model, started(2))
     assert {name: (p.data_ptr(), id(p)) for name, p in model.named_parameters()} == held
+    push(model, 1, [NAMES])
+    assert same(model, started(1))
+
+
+def test_what_is_quantised_is_not_quantised_once_more() -> None:
+    """The end of SGLang's session has every layer do so again, whether a push went well or broke off."""
+    model = started(1)
+    push(model, 2, [NAMES])
+    held = {name: id(p) for name, p in model.named_parameters()}
+    end_of_session(model)
+    assert same(model, started(2))
+    assert {name: id(p) for name, p in model.named_parameters()} == held
+    broken = Requantiser(model, NAMES)
+    with broken.loading(["q_proj.weight"]):
+        model.load_weights([("q_proj.weight", weights(1)["q_proj.weight"])])
+    end_of_session(model)  # of it qkv_proj was put back
+    assert model.qkv_proj.weight.dtype == torch.int8
+    broken.abandon()
+    end_of_session(model)
+    assert {name: id(p) for name, p in model.named_parameters()} == held
     push(model, 1, [NAMES])
     assert same(model, started(1))
 
@@ -131,8 +158,12 @@ def test_models_that_need_nothing_are_left_alone() -> None:
     assert not remembered(plain)
     push(plain, 2, [NAMES])
     assert plain.qkv_proj.weight.dtype == torch.float32
-    serialised = SimpleNamespace(quant_config=SimpleNamespace(is_checkpoint_fp8_serialized=True))
-    remember(serialised, plain.o_proj)
+    calls = []
+    for serialised, own_way in ((True, False), (False, True)):
+        config = SimpleNamespace(is_checkpoint_fp8_serialized=serialised, use_mxfp8=own_way)
+        for _ in range(2):
+            quantise_once(lambda *given: calls.append(given), SimpleNamespace(quant_config=config), plain.o_proj)
+    assert len(calls) == 4, "each is SGLang's to make"
     assert not remembered(plain)
     own = started(1)
     assert remembered(own)

@@ -53,6 +53,10 @@ class PluginPath(LoadPath):
             accepted = msgspec.json.decode(answer, type=orders.Accepted)
         except msgspec.DecodeError as error:
             raise self._none_of_ours(error) from error
+        if accepted.refused:
+            raise EngineRefused(
+                f"SGLang cannot take weights: {accepted.refused}", engine=self._server.engine, phase="accept"
+            )
         if accepted.unknown:
             names = ", ".join(map(repr, accepted.unknown[:_SHOWN]))
             more = len(accepted.unknown) - _SHOWN

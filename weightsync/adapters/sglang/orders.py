@@ -111,10 +111,11 @@ class State(Order, frozen=True, tag="state"):
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """What a model says of the names of a manifest."""
+    """What a model says of the names of a manifest; or, in SGLang's words, why it takes no weights at all."""
 
     unknown: tuple[str, ...] = ()
     untouched: tuple[str, ...] = ()
+    refused: str = ""
 
 
 AnyOrder: TypeAlias = Accept | Begin | Draw | Load | Finish | Sums | Boxes | State

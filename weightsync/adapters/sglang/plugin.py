@@ -29,8 +29,9 @@ import torch.distributed
 from weightsync.adapters.held import packed_boxes, sums_of
 from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
+from weightsync.adapters.sglang.derived import forget_embeddings, why_not_updated
 from weightsync.adapters.sglang.names import look_up
-from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, remember, remembered
+from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, quantise_once, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
 from weightsync.replay.facts import NOT_WHOLE
@@ -100,6 +101,8 @@ class _Worker:
         return self._state()
 
     def _accept(self, models: list[Any], order: orders.Accept) -> str:
+        if refused := why_not_updated(models):
+            return msgspec.json.encode(orders.Accepted(refused=refused)).decode()
         manifest = self._manifests.of(order.manifest)
         unknown: set[str] = set(manifest.tensors.names)
         untouched: list[str] = []
@@ -111,7 +114,11 @@ class _Worker:
         return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
 
     def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
+        if refused := why_not_updated(models):  # stock SGLang asks each time, too
+            raise LocalProtocolError(refused)
         device = next(models[0].parameters()).device
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)  # a step that was queued when `in_place` came reads them
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
         self._models = []
@@ -176,6 +183,7 @@ class _Worker:
             requantiser.finish()
         for model in models:
             self._replays[model].finish(partial(ModelState.of, model))
+        forget_embeddings()
         return "finished"
 
     def _state(self) -> dict[str, Any]:
@@ -208,7 +216,7 @@ def register() -> None:
         return
     hooks.HookRegistry.register(f"{home}.check_weights", _check_weights, hooks.HookType.AROUND)
     for method in HOOKED:
-        hooks.HookRegistry.register(f"{method}.process_weights_after_loading", remember, hooks.HookType.BEFORE)
+        hooks.HookRegistry.register(f"{method}.process_weights_after_loading", quantise_once, hooks.HookType.AROUND)
     hooks.HookRegistry.register(f"{_SCHEDULER}.Scheduler.get_internal_state", _get_internal_state, hooks.HookType.AFTER)
 
 

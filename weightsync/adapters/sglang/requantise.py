@@ -2,9 +2,10 @@
 
 SGLang's own loaders write into what lies in such a layer, which by then is another dtype in another shape: run on
 0.5.17, that ends the scheduler. So before a layer is quantised for the first time it is remembered what its parameters
-were like (`remember`, a hook). To load it again they are put back, empty; when all its tensors have come the layer
+were like (`quantise_once`, a hook). To load it again they are put back, empty; when all its tensors have come the layer
 quantises them as it did at the start, and the result is copied over what the kernels and CUDA graphs hold. One bucket's
-layers are in full precision at a time.
+layers are in full precision at a time. The end of SGLang's session has all layers quantise once more, which the same
+hook keeps from those that are quantised.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from weightsync.adapters.sglang.names import follow
 from weightsync.errors import LocalProtocolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
-__all__ = ["HOOKED", "Requantiser", "remember", "remembered"]
+__all__ = ["HOOKED", "Requantiser", "quantise_once", "remembered"]
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 HOOKED = (f"{_FP8}.Fp8LinearMethod", f"{_FP8}.Fp8MoEMethod")
@@ -45,17 +46,29 @@ class _Raw(NamedTuple):
         parameter.__dict__.update(self.attributes)
         return parameter
 
+    def is_of(self, now: torch.nn.Parameter | None) -> bool:
+        """Whether this parameter is like it."""
+        return now is not None and (now.shape, now.dtype, now.stride()) == (self.shape, self.dtype, self.stride)
 
-def remember(method: Any, layer: torch.nn.Module) -> None:
-    """Note what the layer's parameters are like, the first time that it is about to quantise them."""
-    if hasattr(layer, _REMEMBERED) or getattr(method.quant_config, "is_checkpoint_fp8_serialized", True):
-        return
-    raw = {
-        name: _Raw(type(p), dict(p.__dict__), p.shape, p.stride(), p.dtype)
-        for name, p in layer._parameters.items()
-        if p is not None
-    }
-    setattr(layer, _REMEMBERED, raw)
+
+def quantise_once(original: Callable[..., Any], method: Any, layer: torch.nn.Module) -> Any:
+    """Around `process_weights_after_loading`: note what the layer's parameters are like before it quantises them for
+    the first time, and from then on let it quantise what is like that, and nothing that is quantised.
+    """
+    raw: dict[str, _Raw] | None = getattr(layer, _REMEMBERED, None)
+    if raw is not None:
+        as_loaded = all(form.is_of(layer._parameters.get(name)) for name, form in raw.items())
+        return original(method, layer) if as_loaded else None
+    config = method.quant_config
+    # mxfp8 keeps its parameters, for weights that are loaded again, and no push comes to it
+    if not getattr(config, "is_checkpoint_fp8_serialized", True) and not getattr(config, "use_mxfp8", False):
+        raw = {
+            name: _Raw(type(p), dict(p.__dict__), p.shape, p.stride(), p.dtype)
+            for name, p in layer._parameters.items()
+            if p is not None
+        }
+        setattr(layer, _REMEMBERED, raw)
+    return original(method, layer)
 
 
 def remembered(model: torch.nn.Module) -> bool:
@@ -117,8 +130,7 @@ class Requantiser:
     def _put_back(self, layer: torch.nn.Module) -> None:
         self._kernel[layer] = dict(layer._parameters)
         for name, raw in getattr(layer, _REMEMBERED).items():
-            now = layer._parameters.get(name)
-            if now is None or (now.shape, now.dtype, now.stride()) != (raw.shape, raw.dtype, raw.stride):
+            if not raw.is_of(layer._parameters.get(name)):
                 device = next(p.device for p in layer._parameters.values() if p is not None)
                 layer._parameters[name] = raw.empty(device)
 
