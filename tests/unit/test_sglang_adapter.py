@@ -444,8 +444,29 @@ def test_a_cache_that_cannot_be_flushed(mode: PauseMode, fails: bool) -> None:
 def test_somebody_else_sets_the_version() -> None:
     server = Server()
     server.replaced["/update_weight_version"] = (200, {"success": True})
-    with pytest.raises(EngineError, match="weight version is 'default' after it was set to '2'"):
+    with pytest.raises(EngineError, match="weight version is 'default', not the mark of 2"):
         pushed(server)
+
+
+def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled() -> None:
+    """It holds its own checkpoint, and nobody has asked it anything since."""
+
+    async def run() -> None:
+        server = Server()
+        hand = served(server)
+        await push(hand, 2, [[b""]], lambda _: TICKET)
+        await hand.pause("keep", deadline=soon())
+        await hand.begin(3, MANIFEST, [[b""]], deadline=soon())
+        await hand.finish(3, deadline=soon())
+        server.weights, server.facts["random_seed"] = "default", 2
+        server.asked.clear()
+        with pytest.raises(EngineLost, match="was restarted during the push"):
+            await hand.resume(deadline=soon())
+        assert server.asked == []
+        assert (await hand.probe(deadline=soon())).version is None
+        await hand.close()
+
+    asyncio.run(run())
 
 
 def test_a_restart_is_another_incarnation() -> None:

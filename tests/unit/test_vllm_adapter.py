@@ -19,7 +19,7 @@ from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 OFFER = [[b"offer" * 20]]
 TICKET = [b"ticket" * 20]
@@ -152,6 +152,7 @@ class Server:
         self.weight_version = "default"
         self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
         self.started = 1.5
+        self.workers_version = "5"
         self.protocol = 3
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.asked: list[str] = []  # of its workers
@@ -234,7 +235,7 @@ class Server:
                 "replicas": 1,
                 "world_size": 1,
                 "incarnation": "token",
-                "weight_version": "5",
+                "weight_version": self.workers_version,
                 "backend": self.backend,
             },
             "check": {"unknown": [], "unknowns": 0, "partial": [], "partials": 0, "untouched": []},
@@ -372,6 +373,40 @@ async def test_an_engine_whose_workers_were_not_told_is_not_resumed():
     with pytest.raises(EngineError, match="a worker has died"):
         await hand.resume(deadline=soon())
     assert "/resume" not in server.paths()
+
+
+async def loaded(server, hand, version):
+    """Everything but `resume`. Workers keep the version by themselves."""
+    plan = manifest()
+    await hand.pause("keep", deadline=soon())
+    await hand.begin(version, plan, OFFER, deadline=soon())
+    server.workers_version = f">{version}"
+    await hand.finish(version, deadline=soon())
+
+
+@pytest.mark.parametrize("keeper", ["server", "workers", "nobody"])
+@on_loop
+async def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled(keeper):
+    """It holds its own checkpoint, and nobody has asked it anything since."""
+    options = {"backend": "ipc", "plugin": False} if keeper == "nobody" else {}
+    server = Server(**options)
+    if keeper != "server":
+        server.version = "0.26.0"
+        server.routes -= {"/weight_info", "/update_weight_version"}
+    spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa",))
+    hand = VLLMAdapter(spec, transport=server.transport())
+    await hand.probe(deadline=soon())
+    await loaded(server, hand, 6)
+    await hand.resume(deadline=soon())  # one that was there all the time serves
+    assert (await hand.probe(deadline=soon())).version == (None if keeper == "workers" else 6)
+    await loaded(server, hand, 7)
+    server.started, server.weight_version, server.workers_version = 2.5, "default", "default"
+    server.posted.clear()
+    with pytest.raises(EngineLost, match="was restarted during the push"):
+        await hand.resume(deadline=soon())
+    assert not {"/update_weight_version", "/resume"} & set(server.paths())
+    info = await hand.probe(deadline=soon())
+    assert info.version is None
 
 
 @pytest.mark.parametrize(

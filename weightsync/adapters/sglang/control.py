@@ -27,7 +27,7 @@ from weightsync.adapters.sglang.paths import refuse_server
 from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import SGLangServer
 from weightsync.adapters.sglang.tensor import TensorPath
-from weightsync.adapters.versions import read, serving, updating
+from weightsync.adapters.versions import check_marked, read, serving, updating
 from weightsync.errors import EngineError, EngineRefused
 from weightsync.pickling import dumps
 
@@ -84,6 +84,7 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
+        self._drawn = False  # the last push, and not through buckets
         self._held, self._compares = HeldCheck(spec.name), False
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._begun = False  # since it was last resumed
@@ -162,7 +163,7 @@ class SGLangAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         known = await self._met(deadline)
-        self._loaded = None
+        self._loaded, self._drawn = None, False
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
         if "weights" in self._asleep:
@@ -189,7 +190,9 @@ class SGLangAdapter(EngineAdapter):
         if not isinstance(path, PluginPath):
             return await super().draw(exposures, deadline=deadline)
         with self._held.unless_it_fails():
-            return await path.draw(exposures, deadline=deadline)
+            why_not = await path.draw(exposures, deadline=deadline)
+        self._drawn = not why_not
+        return why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await (await self._met(deadline)).path.finish(deadline=deadline)
@@ -202,7 +205,7 @@ class SGLangAdapter(EngineAdapter):
         path = known.path
         if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
             return None
-        return await self._held.verify(path, manifest, expected, deadline=deadline)
+        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
@@ -335,16 +338,8 @@ class SGLangAdapter(EngineAdapter):
                 raise
 
     async def _serve(self, version: int, deadline: float) -> None:
-        text = serving(version)
-        await self._server.set_weight_version(text, deadline=deadline)
-        found = await self._server.weight_version(deadline=deadline)
-        if found != text:
-            raise EngineError(
-                f"its weight version is {found!r} after it was set to {text!r}",
-                engine=self.name,
-                phase="resume",
-                hint="let nobody else set this server's weight version",
-            )
+        check_marked(await self._server.weight_version(deadline=deadline), version, self.name)
+        await self._server.set_weight_version(serving(version), deadline=deadline)
         self._version, self._loaded = version, None
 
     async def _flush(self, deadline: float) -> None:

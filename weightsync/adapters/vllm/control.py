@@ -25,7 +25,7 @@ from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.server import Server, configured, field
-from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -64,6 +64,8 @@ class VLLMAdapter(EngineAdapter):
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
         self._started: str | None = None
+        self._began_in: str | None = None  # the same, when the last update began
+        self._drawn = False  # the last update, and not through buckets
         self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None
         self._why = ""
@@ -148,7 +150,7 @@ class VLLMAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         path, info = self._probed()
-        self._loaded = None
+        self._loaded, self._drawn, self._began_in = None, False, self._started
         before, self._version = self._version, torn_text(self._version, version)
         await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
@@ -174,7 +176,9 @@ class VLLMAdapter(EngineAdapter):
         if not isinstance(path, ExtensionPath):
             return await super().draw(exposures, deadline=deadline)
         with self._held.unless_it_fails():
-            return await path.draw(exposures, deadline=deadline)
+            why_not = await path.draw(exposures, deadline=deadline)
+        self._drawn = not why_not
+        return why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
@@ -187,7 +191,7 @@ class VLLMAdapter(EngineAdapter):
         path, _ = self._probed()
         if not isinstance(path, ExtensionPath) or not (path.pull or self._compares):
             return None
-        return await self._held.verify(path, manifest, expected, deadline=deadline)
+        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One
@@ -298,12 +302,19 @@ class VLLMAdapter(EngineAdapter):
 
     async def _serve(self, version: int, deadline: float) -> None:
         path, _ = self._probed()
+        if path.keeps_version or path.server.profile.keeps_version:
+            versions.check_marked(await path.weight_version(deadline=deadline), version, self.name)
+        else:
+            started, _ = await self._metrics(deadline=deadline)
+            if started and self._began_in and started != self._began_in:
+                raise EngineLost(
+                    "it was restarted during the push",
+                    engine=self.name,
+                    phase="resume",
+                    hint="the next push brings it up to date",
+                )
         text = versions.serving(version)
         await path.set_weight_version(text, deadline=deadline)
-        if (said := await path.weight_version(deadline=deadline)) != text:
-            raise EngineError(
-                f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="resume"
-            )
         self._version, self._loaded = text, None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
