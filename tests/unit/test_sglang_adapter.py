@@ -469,6 +469,22 @@ def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled() -> None:
     asyncio.run(run())
 
 
+def test_a_version_whose_comparison_failed_is_not_served_by_a_later_resume() -> None:
+    async def run() -> None:
+        server = Server()
+        hand = served(server)
+        await hand.probe(deadline=soon())
+        await hand.pause("keep", deadline=soon())
+        await hand.begin(2, MANIFEST, [[b""]], deadline=soon())
+        await hand.finish(2, deadline=soon())  # … and compared, and found wrong
+        await hand.pause("keep", deadline=soon())  # the next push, which ends before it begins
+        await hand.resume(deadline=soon())
+        assert server.weights == ">2"
+        await hand.close()
+
+    asyncio.run(run())
+
+
 def test_a_restart_is_another_incarnation() -> None:
     async def run() -> None:
         server = Server()

@@ -409,6 +409,17 @@ async def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled(keepe
     assert info.version is None
 
 
+@on_loop
+async def test_a_version_whose_comparison_failed_is_not_served_by_a_later_resume():
+    server = Server()
+    hand, _ = await way(server)
+    await loaded(server, hand, 5)  # … and compared, and found wrong
+    await hand.probe(deadline=soon())
+    await hand.pause("keep", deadline=soon())  # the next push, which ends before it begins
+    await hand.resume(deadline=soon())
+    assert server.weight_version == ">5"
+
+
 @pytest.mark.parametrize(
     ("mode", "paused_as", "running"),
     [("keep", "keep", "true"), ("wait", "wait", "true"), ("abort", "abort", "true"), ("none", "keep", "false")],

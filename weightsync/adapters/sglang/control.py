@@ -152,6 +152,7 @@ class SGLangAdapter(EngineAdapter):
         aborted. none freezes requests where they are, and they go on with the keys and values they have.
         """
         known = await self._met(deadline)
+        self._loaded = None  # whatever an earlier push loaded has come to nothing
         queued = known.profile.flushes_queued
         if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
             await self._drain(known, deadline)

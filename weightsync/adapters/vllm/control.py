@@ -141,7 +141,7 @@ class VLLMAdapter(EngineAdapter):
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
-        self._mode = mode
+        self._mode, self._loaded = mode, None  # whatever an earlier push loaded has come to nothing
         await self._http.call(
             "POST", "/pause", params={"mode": _MODES[mode], "clear_cache": "false"}, deadline=deadline
         )
