@@ -126,6 +126,23 @@ def test_a_push_through_the_extension(vllm):
     assert worker.ask("hello")["weight_version"] == "3"
 
 
+def test_a_step_under_way_on_a_gpu_ends_before_anything_is_written(monkeypatch):
+    done: list[str] = []
+
+    class Slots:
+        manifest = manifest_of({"a": ("float32", (1,), bytes(4))}, slot_bytes=64)
+
+        def begin(self, manifest, offers, *, deadline):
+            done.append("begin")
+
+    state = WeightReload(vllm_config(), torch.device("cpu"))
+    state._device = torch.device("cuda", 3)
+    monkeypatch.setattr(state, "_slots", Slots())
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: done.append(f"synchronize {device}"))
+    state.begin(3, Slots.manifest.pack(), [], 30.0)
+    assert done == ["synchronize cuda:3", "begin"]
+
+
 def test_further_names_of_a_tensor_are_loaded_too(vllm):
     model = Model()
     push(Worker(model), weights("embed.weight"), aliases=[("head.weight", "embed.weight"), ("gone", "embed.weight")])

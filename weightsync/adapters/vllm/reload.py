@@ -95,6 +95,8 @@ class WeightReload:
         """From here on this worker is torn until `finish`. `pull`: what is loaded will be compared, so buckets need not
         be.
         """
+        if self._device.type != "cpu":  # a step that is still under way reads what is written from here on
+            torch.accelerator.synchronize(self._device)
         self._replay = None
         self._slots.begin(self._manifests.of(manifest), offers, deadline=monotonic() + seconds)
         self._pull = pull
