@@ -150,6 +150,7 @@ class Server:
         self.version, self.backend, self.plugin, self.routes = version, backend, plugin, set(routes)
         self.world, self.each = world, each
         self.weight_version = "default"
+        self.released = False  # its cache alone
         self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
         self.started = 1.5
         self.workers_version = "5"
@@ -243,7 +244,10 @@ class Server:
         return httpx.Response(200, json={"results": [answers.get(asked["do"], {})]})
 
     def sleep_state(self):
-        return f'vllm:engine_sleep_state{{engine="0",sleep_state="weights_offloaded"}} {float(self.sleeping)}\n'
+        states = {"awake": not (self.sleeping or self.released), "weights_offloaded": self.sleeping}
+        return "".join(
+            f'vllm:engine_sleep_state{{engine="0",sleep_state="{state}"}} {float(on)}\n' for state, on in states.items()
+        )
 
     def paths(self):
         return [path for path, _ in self.posted]
@@ -472,6 +476,19 @@ async def test_a_sleeping_server_that_was_not_loaded_sleeps_on():
     await hand.pause("keep", deadline=soon())
     await hand.resume(deadline=soon())
     assert not {"/wake_up", "/resume"} & set(server.paths())
+
+
+@on_loop
+async def test_a_cache_that_was_released_alone_is_woken_before_it_resumes():
+    """As by `/release_kv_cache_memory`: a step would write into memory that is not there."""
+    server = Server()
+    server.released = server.paused = True
+    hand, info = await way(server)
+    assert not info.asleep, "a part of its weights may be pushed"
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.resume(deadline=soon())
+    woken = [(path, query) for path, query in server.posted if path in ("/wake_up", "/resume", "/pause")]
+    assert woken == [("/wake_up", {"tags": "kv_cache"}), ("/resume", {})]
 
 
 @on_loop

@@ -43,10 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["VLLMAdapter"]
 
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
-_SLEEPS = re.compile(
-    r'^vllm:engine_sleep_state\{[^}]*sleep_state="(?:weights_offloaded|discard_all)"[^}]*\} (\d+(?:\.\d+)?)$',
-    re.MULTILINE,
-)
+_SLEEPS = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="(\w+)"[^}]*\} (\d+(?:\.\d+)?)$', re.MULTILINE)
 _STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
 _PLUGIN_HINT = (
@@ -74,7 +71,7 @@ class VLLMAdapter(EngineAdapter):
         self._held = HeldCheck(spec.name)
         self._version = "default"  # what it says, or was told to say since
         self._loaded: int | None = None  # a version that is loaded, and not served yet
-        self._sleeps = False  # when last probed, and without a doubt
+        self._sleeps = self._released = False  # its weights, its cache: when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
 
     def __repr__(self) -> str:
@@ -84,7 +81,7 @@ class VLLMAdapter(EngineAdapter):
         path = self._path
         if path is None or not path.server.profile.keeps_version:
             # where workers keep the version, asking for it may be more than those of another server can bear
-            started, asleep = await self._metrics(deadline=deadline)
+            started, slept = await self._metrics(deadline=deadline)
             state: Any = None
         else:
             told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
@@ -92,7 +89,7 @@ class VLLMAdapter(EngineAdapter):
             )
             if isinstance(told, BaseException):
                 raise told
-            started, asleep = told
+            started, slept = told
         if path is None or (started and started != self._started):
             path, self._why = await self._find_path(deadline=deadline)
             self._path, self._started = path, started
@@ -102,9 +99,8 @@ class VLLMAdapter(EngineAdapter):
         if state is None:
             state = await self._state(path, deadline)
         paused, self._version = state
-        self._sleeps = asleep is True
-        if asleep is None:
-            asleep = await self._asleep(deadline=deadline)
+        self._sleeps, self._released = "weights" in (slept or ()), "kv_cache" in (slept or ())
+        asleep = self._sleeps if slept is not None else await self._asleep(deadline=deadline)
         incarnation = started or self._started or await path.incarnation(deadline=deadline)
         server, said = path.server, versions.read(self._version)
         self._info = EngineInfo(
@@ -201,9 +197,9 @@ class VLLMAdapter(EngineAdapter):
             await self._serve(self._loaded, deadline)
         if self._sleeps and not self._woken:
             return
-        if self._woken:
+        if self._woken or self._released:
             await self._http.call("POST", "/wake_up", params={"tags": "kv_cache"}, deadline=deadline)
-            self._woken = False
+            self._woken = self._released = False
         await self._http.post("/resume", deadline=deadline)
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:
@@ -230,16 +226,21 @@ class VLLMAdapter(EngineAdapter):
         answer = await self._http.get("/is_paused", deadline=deadline)
         return bool(field(answer, "is_paused", bool, "/is_paused", self.name))
 
-    async def _metrics(self, *, deadline: float) -> tuple[str, bool | None]:
-        """When the server's process began, and whether it sleeps, of which its metrics tell; "" and None if not."""
+    async def _metrics(self, *, deadline: float) -> tuple[str, frozenset[str] | None]:
+        """When the server's process began, and which tags of its memory sleep, of which its metrics tell; "" and None
+        if not.
+        """
         try:
             metrics = await self._http.get("/metrics", deadline=deadline)
         except EngineAnswer:
             metrics = None
         if not isinstance(metrics, str):
             return "", None
-        started, states = _STARTED.search(metrics), _SLEEPS.findall(metrics)
-        return started[1] if started else "", any(float(state) for state in states) if states else None
+        started, states = _STARTED.search(metrics), [(state, float(on) > 0) for state, on in _SLEEPS.findall(metrics)]
+        weights = any(on for state, on in states if state in ("weights_offloaded", "discard_all"))
+        cache = weights or ("awake", False) in states  # alone where it was released, or only scheduling sleeps
+        slept = frozenset(["weights"] * weights + ["kv_cache"] * cache)
+        return started[1] if started else "", slept if states else None
 
     async def _asleep(self, *, deadline: float) -> bool:
         """Whether it sleeps or is paused: /is_sleeping does not tell them apart."""
