@@ -189,6 +189,7 @@ class Server(httpx.AsyncBaseTransport):
 
     def _paths(self) -> list[str]:
         paths = ["server_info", "model_info", "pause_generation", "continue_generation", "flush_cache"]
+        paths += ["hicache/storage-backend/clear"]
         paths += ["update_weight_version", "update_weights_from_tensor", "resume_memory_occupation"]
         paths += ["init_weights_update_group", "destroy_weights_update_group", "update_weights_from_distributed"]
         return [f"/{path}" for path in paths + ["begin_weight_update", "end_weight_update"] * self.sessions]
@@ -439,6 +440,26 @@ def test_a_cache_that_cannot_be_flushed(mode: PauseMode, fails: bool) -> None:
     else:
         pushed(server, mode)
     assert server.weights == (">2" if fails else "2")
+
+
+@pytest.mark.parametrize("mode", ["keep", "none"])
+def test_what_hicache_has_stored_elsewhere_is_forgotten_too(mode: PauseMode) -> None:
+    server = Server(hicache_storage_backend="file")
+    pushed(server, mode)
+    order = [path for path, _ in server.asked]
+    assert order[order.index("/flush_cache") + 1] == "/hicache/storage-backend/clear"
+    stock = Server(hicache_storage_backend=None)
+    pushed(stock, mode)
+    assert not stock.said("/hicache/storage-backend/clear")
+
+
+@pytest.mark.parametrize("mode", ["keep", "none"])
+def test_a_storage_that_cannot_be_cleared_leaves_the_server_torn(mode: PauseMode) -> None:
+    server = Server(hicache_storage_backend="mooncake")
+    server.replaced["/hicache/storage-backend/clear"] = (400, "")
+    with pytest.raises(EngineError, match="/hicache/storage-backend/clear answered 400"):
+        pushed(server, mode)
+    assert server.weights == ">2"
 
 
 def test_somebody_else_sets_the_version() -> None:

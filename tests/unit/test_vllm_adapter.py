@@ -154,6 +154,8 @@ class Server:
         self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
         self.started = 1.5
         self.workers_version = "5"
+        self.config: dict[str, object] = {}  # more of /server_info's
+        self.connector: bool | None = None  # what its workers say
         self.protocol = 3
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.asked: list[str] = []  # of its workers
@@ -190,7 +192,8 @@ class Server:
                 if self.info_off:
                     return error("'NoneType' object has no attribute 'splitlines'")
                 transfer = {"backend": self.backend} if self.backend else None
-                return httpx.Response(200, json={"vllm_config": {"weight_transfer_config": transfer}, "vllm_env": {}})
+                config = {"weight_transfer_config": transfer, **self.config}
+                return httpx.Response(200, json={"vllm_config": config, "vllm_env": {}})
             case "/is_sleeping":
                 return httpx.Response(200, json={"is_sleeping": self.sleeping or self.paused})
             case "/is_paused":
@@ -238,6 +241,7 @@ class Server:
                 "incarnation": "token",
                 "weight_version": self.workers_version,
                 "backend": self.backend,
+                **({} if self.connector is None else {"connector": self.connector}),
             },
             "check": {"unknown": [], "unknowns": 0, "partial": [], "partials": 0, "untouched": []},
         }
@@ -437,6 +441,29 @@ async def test_pause_modes(mode, paused_as, running):
     await hand.finish(5, deadline=soon())
     resets = [query for path, query in server.posted if path == "/reset_prefix_cache"]
     assert resets == [{"reset_running_requests": running}]
+
+
+@pytest.mark.parametrize(
+    ("path", "connector", "config", "external"),
+    [
+        ("plugin", True, {}, "true"),
+        ("plugin", False, {}, None),
+        ("plugin", None, {}, None),  # as an older plugin says
+        ("ipc", None, {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1"}}, "true"),
+        ("ipc", None, {"kv_transfer_config": None, "cache_config": {"kv_offloading_size": 4.0}}, "true"),
+        ("ipc", None, {"kv_transfer_config": None, "cache_config": {"kv_offloading_size": None}}, None),
+        ("ipc", None, {}, None),
+    ],
+)
+@on_loop
+async def test_what_a_kv_connector_keeps_is_forgotten_too(path, connector, config, external):
+    server = Server() if path == "plugin" else Server(backend="ipc", plugin=False)
+    server.connector, server.config = connector, config
+    hand, _ = await way(server, path)
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.finish(5, deadline=soon())
+    resets = [query.get("reset_external") for path, query in server.posted if path == "/reset_prefix_cache"]
+    assert resets == [external]
 
 
 @on_loop

@@ -126,6 +126,13 @@ def test_a_push_through_the_extension(vllm):
     assert worker.ask("hello")["weight_version"] == "3"
 
 
+def test_a_kv_connector_is_told_of(vllm):
+    worker = Worker(Model())
+    assert not worker.ask("hello")["connector"]
+    worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector="OffloadingConnector")
+    assert worker.ask("hello")["connector"]
+
+
 def test_a_step_under_way_on_a_gpu_ends_before_anything_is_written(monkeypatch):
     done: list[str] = []
 

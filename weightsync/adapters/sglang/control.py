@@ -196,8 +196,9 @@ class SGLangAdapter(EngineAdapter):
         return why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        await (await self._met(deadline)).path.finish(deadline=deadline)
-        await self._flush(deadline)
+        known = await self._met(deadline)
+        await known.path.finish(deadline=deadline)
+        await self._flush(known.facts, deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
@@ -343,7 +344,7 @@ class SGLangAdapter(EngineAdapter):
         await self._server.set_weight_version(serving(version), deadline=deadline)
         self._version, self._loaded = version, None
 
-    async def _flush(self, deadline: float) -> None:
+    async def _flush(self, facts: ServerFacts, deadline: float) -> None:
         """Forget what the old weights computed. Requests that none froze keep theirs, and so does the cache then."""
         try:
             await self._server.flush(deadline=deadline)
@@ -356,6 +357,8 @@ class SGLangAdapter(EngineAdapter):
                 phase="finish",
                 hint='pause = "keep", "wait" or "abort"; and let nobody else resume the engine during a push',
             ) from answer
+        if facts.hicache_storage_backend is not None:
+            await self._server.clear_storage(deadline=deadline)
 
     async def _wake(self, tags: tuple[str, ...], deadline: float) -> None:
         await self._server.call("/resume_memory_occupation", {"tags": list(tags)}, deadline=deadline)

@@ -24,7 +24,7 @@ from weightsync.adapters.vllm.path import torn_text
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
-from weightsync.adapters.vllm.server import Server, configured, field
+from weightsync.adapters.vllm.server import Server, configured, field, has_connector
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
@@ -279,6 +279,7 @@ class VLLMAdapter(EngineAdapter):
                 path = IpcPath(server, draft=draft, gpus=partial(self._gpus, server.world))
             case _:
                 raise EngineError(f"there is no way {wanted!r} into vllm", engine=self.name)
+        server.connector = await has_connector(server, hello, deadline=deadline)
         memory = "" if path.keeps_version or server.profile.keeps_version else "; its version is remembered here only"
         return path, f"{server.profile.name} ({server.choice.why}), path {path.name}: {why}{memory}"
 
@@ -321,10 +322,13 @@ class VLLMAdapter(EngineAdapter):
     async def _flush(self, server: Server, *, deadline: float) -> None:
         """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
         kept = self._mode == "none"
+        params = {"reset_running_requests": "false" if kept else "true"}
+        if server.connector:  # older ones without it would say that they failed (vllm-project/vllm#42693)
+            params["reset_external"] = "true"
         answer: Any = await self._http.call(
             "POST",
             "/reset_prefix_cache",
-            params={"reset_running_requests": "false" if kept else "true"},
+            params=params,
             deadline=deadline,
         )
         # before /reset_prefix_cache had a body, 200 was all it said

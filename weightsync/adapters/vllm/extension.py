@@ -127,6 +127,7 @@ def _hello(worker: Any, state: WeightReload) -> dict[str, Any]:
         "replicas": parallel.data_parallel_size,
         "world_size": parallel.world_size,
         "backend": getattr(transfer, "backend", None),
+        "connector": getattr(worker.vllm_config, "kv_transfer_config", None) is not None,
         "incarnation": state.incarnation,
         "weight_version": state.weight_version,
     }
