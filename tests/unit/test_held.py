@@ -52,7 +52,7 @@ class Engine:
         for model, replay in zip(self.models, self.replays, strict=True):
             model.push(replay, self.weights, slot_bytes, pull=pull)
 
-    def verify(self, boxes=packed_boxes, slot_bytes=1 << 20):
+    def verify(self, boxes=packed_boxes, slot_bytes=1 << 20, **how):
         manifest, _ = read_buckets(self.weights, slot_bytes)
         workers = [
             (r, manifest.digest, ModelState.tensors_of(m)) for r, m in zip(self.replays, self.models, strict=True)
@@ -76,7 +76,7 @@ class Engine:
                 self.asked += 1
                 return [boxes(*worker) for worker in workers]
 
-        return asyncio.run(self.check.verify(Asked(), manifest, np.array(expected, np.uint64), deadline=0.0))
+        return asyncio.run(self.check.verify(Asked(), manifest, np.array(expected, np.uint64), deadline=0.0, **how))
 
 
 @pytest.fixture
@@ -154,6 +154,14 @@ def test_what_was_pulled_has_to_be_compared(engine):
     ) as told:
         engine.verify()
     assert "read and checked bucket by bucket" in str(told.value.hint)
+
+
+def test_what_was_drawn_has_to_be_compared_even_if_the_workers_know_of_no_push(engine):
+    engine.push(0)
+    engine.replays = [None, None]  # they restarted since
+    assert engine.verify() is None
+    with pytest.raises(EngineError, match="cannot tell what lies in its memory"):
+        engine.verify(drawn=True)
 
 
 def test_a_tensor_that_one_workers_loader_keeps_is_compared_in_none():

@@ -191,6 +191,7 @@ class Server(httpx.AsyncBaseTransport):
 
     def _paths(self) -> list[str]:
         paths = ["server_info", "model_info", "pause_generation", "continue_generation", "flush_cache"]
+        paths += ["hicache/storage-backend/clear"]
         paths += ["update_weight_version", "update_weights_from_tensor", "resume_memory_occupation"]
         paths += ["init_weights_update_group", "destroy_weights_update_group", "update_weights_from_distributed"]
         return [f"/{path}" for path in paths + ["begin_weight_update", "end_weight_update"] * self.sessions]
@@ -443,11 +444,68 @@ def test_a_cache_that_cannot_be_flushed(mode: PauseMode, fails: bool) -> None:
     assert server.weights == (">2" if fails else "2")
 
 
+@pytest.mark.parametrize("mode", ["keep", "none"])
+def test_what_hicache_has_stored_elsewhere_is_forgotten_too(mode: PauseMode) -> None:
+    server = Server(hicache_storage_backend="file")
+    pushed(server, mode)
+    order = [path for path, _ in server.asked]
+    assert order[order.index("/flush_cache") + 1] == "/hicache/storage-backend/clear"
+    stock = Server(hicache_storage_backend=None)
+    pushed(stock, mode)
+    assert not stock.said("/hicache/storage-backend/clear")
+
+
+@pytest.mark.parametrize("mode", ["keep", "none"])
+def test_a_storage_that_cannot_be_cleared_leaves_the_server_torn(mode: PauseMode) -> None:
+    server = Server(hicache_storage_backend="mooncake")
+    server.replaced["/hicache/storage-backend/clear"] = (400, "")
+    with pytest.raises(EngineError, match="/hicache/storage-backend/clear answered 400"):
+        pushed(server, mode)
+    assert server.weights == ">2"
+
+
 def test_somebody_else_sets_the_version() -> None:
     server = Server()
     server.replaced["/update_weight_version"] = (200, {"success": True})
-    with pytest.raises(EngineError, match="weight version is 'default' after it was set to '2'"):
+    with pytest.raises(EngineError, match="weight version is 'default', not the mark of 2"):
         pushed(server)
+
+
+def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled() -> None:
+    """It holds its own checkpoint, and nobody has asked it anything since."""
+
+    async def run() -> None:
+        server = Server()
+        hand = served(server)
+        await push(hand, 2, [[b""]], lambda _: TICKET)
+        await hand.pause("keep", deadline=soon())
+        await hand.begin(3, MANIFEST, [[b""]], deadline=soon())
+        await hand.finish(3, deadline=soon())
+        server.weights, server.facts["random_seed"] = "default", 2
+        server.asked.clear()
+        with pytest.raises(EngineLost, match="was restarted during the push"):
+            await hand.resume(deadline=soon())
+        assert server.asked == []
+        assert (await hand.probe(deadline=soon())).version is None
+        await hand.close()
+
+    asyncio.run(run())
+
+
+def test_a_version_whose_comparison_failed_is_not_served_by_a_later_resume() -> None:
+    async def run() -> None:
+        server = Server()
+        hand = served(server)
+        await hand.probe(deadline=soon())
+        await hand.pause("keep", deadline=soon())
+        await hand.begin(2, MANIFEST, [[b""]], deadline=soon())
+        await hand.finish(2, deadline=soon())  # … and compared, and found wrong
+        await hand.pause("keep", deadline=soon())  # the next push, which ends before it begins
+        await hand.resume(deadline=soon())
+        assert server.weights == ">2"
+        await hand.close()
+
+    asyncio.run(run())
 
 
 def test_a_restart_is_another_incarnation() -> None:

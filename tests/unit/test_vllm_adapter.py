@@ -19,7 +19,7 @@ from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 OFFER = [[b"offer" * 20]]
 TICKET = [b"ticket" * 20]
@@ -150,8 +150,12 @@ class Server:
         self.version, self.backend, self.plugin, self.routes = version, backend, plugin, set(routes)
         self.world, self.each = world, each
         self.weight_version = "default"
+        self.released = False  # its cache alone
         self.paused = self.sleeping = self.metrics_off = self.info_off = self.docs_off = False
         self.started = 1.5
+        self.workers_version = "5"
+        self.config: dict[str, object] = {}  # more of /server_info's
+        self.connector: bool | None = None  # what its workers say
         self.protocol = 3
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.asked: list[str] = []  # of its workers
@@ -188,7 +192,8 @@ class Server:
                 if self.info_off:
                     return error("'NoneType' object has no attribute 'splitlines'")
                 transfer = {"backend": self.backend} if self.backend else None
-                return httpx.Response(200, json={"vllm_config": {"weight_transfer_config": transfer}, "vllm_env": {}})
+                config = {"weight_transfer_config": transfer, **self.config}
+                return httpx.Response(200, json={"vllm_config": config, "vllm_env": {}})
             case "/is_sleeping":
                 return httpx.Response(200, json={"is_sleeping": self.sleeping or self.paused})
             case "/is_paused":
@@ -234,15 +239,19 @@ class Server:
                 "replicas": 1,
                 "world_size": 1,
                 "incarnation": "token",
-                "weight_version": "5",
+                "weight_version": self.workers_version,
                 "backend": self.backend,
+                **({} if self.connector is None else {"connector": self.connector}),
             },
             "check": {"unknown": [], "unknowns": 0, "partial": [], "partials": 0, "untouched": []},
         }
         return httpx.Response(200, json={"results": [answers.get(asked["do"], {})]})
 
     def sleep_state(self):
-        return f'vllm:engine_sleep_state{{engine="0",sleep_state="weights_offloaded"}} {float(self.sleeping)}\n'
+        states = {"awake": not (self.sleeping or self.released), "weights_offloaded": self.sleeping}
+        return "".join(
+            f'vllm:engine_sleep_state{{engine="0",sleep_state="{state}"}} {float(on)}\n' for state, on in states.items()
+        )
 
     def paths(self):
         return [path for path, _ in self.posted]
@@ -374,6 +383,51 @@ async def test_an_engine_whose_workers_were_not_told_is_not_resumed():
     assert "/resume" not in server.paths()
 
 
+async def loaded(server, hand, version):
+    """Everything but `resume`. Workers keep the version by themselves."""
+    plan = manifest()
+    await hand.pause("keep", deadline=soon())
+    await hand.begin(version, plan, OFFER, deadline=soon())
+    server.workers_version = f">{version}"
+    await hand.finish(version, deadline=soon())
+
+
+@pytest.mark.parametrize("keeper", ["server", "workers", "nobody"])
+@on_loop
+async def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled(keeper):
+    """It holds its own checkpoint, and nobody has asked it anything since."""
+    options = {"backend": "ipc", "plugin": False} if keeper == "nobody" else {}
+    server = Server(**options)
+    if keeper != "server":
+        server.version = "0.26.0"
+        server.routes -= {"/weight_info", "/update_weight_version"}
+    spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa",))
+    hand = VLLMAdapter(spec, transport=server.transport())
+    await hand.probe(deadline=soon())
+    await loaded(server, hand, 6)
+    await hand.resume(deadline=soon())  # one that was there all the time serves
+    assert (await hand.probe(deadline=soon())).version == (None if keeper == "workers" else 6)
+    await loaded(server, hand, 7)
+    server.started, server.weight_version, server.workers_version = 2.5, "default", "default"
+    server.posted.clear()
+    with pytest.raises(EngineLost, match="was restarted during the push"):
+        await hand.resume(deadline=soon())
+    assert not {"/update_weight_version", "/resume"} & set(server.paths())
+    info = await hand.probe(deadline=soon())
+    assert info.version is None
+
+
+@on_loop
+async def test_a_version_whose_comparison_failed_is_not_served_by_a_later_resume():
+    server = Server()
+    hand, _ = await way(server)
+    await loaded(server, hand, 5)  # … and compared, and found wrong
+    await hand.probe(deadline=soon())
+    await hand.pause("keep", deadline=soon())  # the next push, which ends before it begins
+    await hand.resume(deadline=soon())
+    assert server.weight_version == ">5"
+
+
 @pytest.mark.parametrize(
     ("mode", "paused_as", "running"),
     [("keep", "keep", "true"), ("wait", "wait", "true"), ("abort", "abort", "true"), ("none", "keep", "false")],
@@ -387,6 +441,29 @@ async def test_pause_modes(mode, paused_as, running):
     await hand.finish(5, deadline=soon())
     resets = [query for path, query in server.posted if path == "/reset_prefix_cache"]
     assert resets == [{"reset_running_requests": running}]
+
+
+@pytest.mark.parametrize(
+    ("path", "connector", "config", "external"),
+    [
+        ("plugin", True, {}, "true"),
+        ("plugin", False, {}, None),
+        ("plugin", None, {}, None),  # as an older plugin says
+        ("ipc", None, {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1"}}, "true"),
+        ("ipc", None, {"kv_transfer_config": None, "cache_config": {"kv_offloading_size": 4.0}}, "true"),
+        ("ipc", None, {"kv_transfer_config": None, "cache_config": {"kv_offloading_size": None}}, None),
+        ("ipc", None, {}, None),
+    ],
+)
+@on_loop
+async def test_what_a_kv_connector_keeps_is_forgotten_too(path, connector, config, external):
+    server = Server() if path == "plugin" else Server(backend="ipc", plugin=False)
+    server.connector, server.config = connector, config
+    hand, _ = await way(server, path)
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.finish(5, deadline=soon())
+    resets = [query.get("reset_external") for path, query in server.posted if path == "/reset_prefix_cache"]
+    assert resets == [external]
 
 
 @on_loop
@@ -426,6 +503,19 @@ async def test_a_sleeping_server_that_was_not_loaded_sleeps_on():
     await hand.pause("keep", deadline=soon())
     await hand.resume(deadline=soon())
     assert not {"/wake_up", "/resume"} & set(server.paths())
+
+
+@on_loop
+async def test_a_cache_that_was_released_alone_is_woken_before_it_resumes():
+    """As by `/release_kv_cache_memory`: a step would write into memory that is not there."""
+    server = Server()
+    server.released = server.paused = True
+    hand, info = await way(server)
+    assert not info.asleep, "a part of its weights may be pushed"
+    await hand.begin(5, manifest(), OFFER, deadline=soon())
+    await hand.resume(deadline=soon())
+    woken = [(path, query) for path, query in server.posted if path in ("/wake_up", "/resume", "/pause")]
+    assert woken == [("/wake_up", {"tags": "kv_cache"}), ("/resume", {})]
 
 
 @on_loop

@@ -126,6 +126,48 @@ def test_a_push_through_the_extension(vllm):
     assert worker.ask("hello")["weight_version"] == "3"
 
 
+@pytest.mark.parametrize("step", ["load", "draw", "finish"])
+def test_a_step_of_another_daemons_update_is_refused(vllm, step):
+    """Two of one layout: whose finish comes first would commit what lies there of the other's."""
+    model = Model()
+    worker, tensors = Worker(model), weights("embed.weight", "norm.weight")
+    with HandPush(slot_bytes=256) as hand:
+        manifest = hand.manifest(tensors, ())
+        offers = [[text(offer) for offer in rank] for rank in hand.offers("e", 1)]
+        for update, version in (("mine", 17), ("another's", 18)):
+            told = text(manifest.pack())
+            worker.ask("begin", version=version, manifest=told, offers=offers, seconds=30, update=update)
+        tickets = [[text(ticket) for ticket in hand.tickets(manifest, 0, tensors, "e", 1)]]
+        with pytest.raises(LocalProtocolError, match="another update has begun"):
+            worker.ask(step, bucket=0, tickets=tickets, seconds=30, update="mine")
+        assert "finalize" not in vllm.calls
+        worker.ask("load", bucket=0, tickets=tickets, seconds=30, update="another's")
+
+
+def test_a_kv_connector_is_told_of(vllm):
+    worker = Worker(Model())
+    assert not worker.ask("hello")["connector"]
+    worker.vllm_config.kv_transfer_config = SimpleNamespace(kv_connector="OffloadingConnector")
+    assert worker.ask("hello")["connector"]
+
+
+def test_a_step_under_way_on_a_gpu_ends_before_anything_is_written(monkeypatch):
+    done: list[str] = []
+
+    class Slots:
+        manifest = manifest_of({"a": ("float32", (1,), bytes(4))}, slot_bytes=64)
+
+        def begin(self, manifest, offers, *, deadline):
+            done.append("begin")
+
+    state = WeightReload(vllm_config(), torch.device("cpu"))
+    state._device = torch.device("cuda", 3)
+    monkeypatch.setattr(state, "_slots", Slots())
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: done.append(f"synchronize {device}"))
+    state.begin(3, Slots.manifest.pack(), [], 30.0)
+    assert done == ["synchronize cuda:3", "begin"]
+
+
 def test_further_names_of_a_tensor_are_loaded_too(vllm):
     model = Model()
     push(Worker(model), weights("embed.weight"), aliases=[("head.weight", "embed.weight"), ("gone", "embed.weight")])

@@ -92,14 +92,16 @@ class HeldCheck:
             self._whole.clear()
             raise
 
-    async def verify(self, workers: Workers, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
+    async def verify(
+        self, workers: Workers, manifest: Manifest, expected: Words, *, drawn: bool = False, deadline: float
+    ) -> int | None:
         """How many tensors were compared, all equal; None where the workers cannot tell. Raises `EngineError` naming
-        the first tensor that differs.
+        the first tensor that differs. `drawn`: nothing of the push was checked, whatever workers say of it by now.
         """
         self._whole.discard(manifest.digest)
         self.doubtful = False
         told = await workers.sums(manifest, deadline=deadline)
-        pulled = any(one.pulled for one in told)
+        pulled = drawn or any(one.pulled for one in told)
         if not told or not all(one.boxes for one in told):
             if pulled:
                 raise self._uncompared("a worker cannot tell what lies in its memory")

@@ -10,7 +10,9 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-__all__ = ["WeightVersion", "read", "serving", "updating"]
+from weightsync.errors import EngineLost
+
+__all__ = ["WeightVersion", "check_marked", "read", "serving", "updating"]
 
 _SERVING = re.compile(r"0|[1-9]\d{0,17}")
 _UPDATING = re.compile(r"(?:0|[1-9]\d{0,17}|[^>]{0,64})>(0|[1-9]\d{0,17})")
@@ -31,6 +33,20 @@ def serving(version: int) -> str:
 def updating(old: int | None, new: int) -> str:
     """The string of an engine that is being taken from `old` to `new`."""
     return f"{'' if old is None else old}>{new}"
+
+
+def check_marked(text: object, version: int, engine: str) -> None:
+    """Whoever answers at its address is the one that was marked as on its way to `version`: one that restarted since
+    holds weights of its own. Raises `EngineLost`.
+    """
+    found = _UPDATING.fullmatch(text) if isinstance(text, str) else None
+    if found is None or int(found[1]) != version:
+        raise EngineLost(
+            f"it was restarted during the push: its weight version is {text!r}, not the mark of {version}",
+            engine=engine,
+            phase="resume",
+            hint="the next push brings it up to date; if it was not restarted, let nobody else set its weight version",
+        )
 
 
 def read(text: object) -> WeightVersion:

@@ -27,7 +27,7 @@ from weightsync.adapters.sglang.paths import refuse_server
 from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import SGLangServer
 from weightsync.adapters.sglang.tensor import TensorPath
-from weightsync.adapters.versions import read, serving, updating
+from weightsync.adapters.versions import check_marked, read, serving, updating
 from weightsync.errors import EngineError, EngineRefused
 from weightsync.pickling import dumps
 
@@ -84,6 +84,7 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
+        self._drawn = False  # the last push, and not through buckets
         self._held, self._compares = HeldCheck(spec.name), False
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._begun = False  # since it was last resumed
@@ -151,6 +152,7 @@ class SGLangAdapter(EngineAdapter):
         aborted. none freezes requests where they are, and they go on with the keys and values they have.
         """
         known = await self._met(deadline)
+        self._loaded = None  # whatever an earlier push loaded has come to nothing
         queued = known.profile.flushes_queued
         if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
             await self._drain(known, deadline)
@@ -162,7 +164,7 @@ class SGLangAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         known = await self._met(deadline)
-        self._loaded = None
+        self._loaded, self._drawn = None, False
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
         if "weights" in self._asleep:
@@ -189,11 +191,14 @@ class SGLangAdapter(EngineAdapter):
         if not isinstance(path, PluginPath):
             return await super().draw(exposures, deadline=deadline)
         with self._held.unless_it_fails():
-            return await path.draw(exposures, deadline=deadline)
+            why_not = await path.draw(exposures, deadline=deadline)
+        self._drawn = not why_not
+        return why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        await (await self._met(deadline)).path.finish(deadline=deadline)
-        await self._flush(deadline)
+        known = await self._met(deadline)
+        await known.path.finish(deadline=deadline)
+        await self._flush(known.facts, deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
@@ -202,7 +207,7 @@ class SGLangAdapter(EngineAdapter):
         path = known.path
         if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
             return None
-        return await self._held.verify(path, manifest, expected, deadline=deadline)
+        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
@@ -335,19 +340,11 @@ class SGLangAdapter(EngineAdapter):
                 raise
 
     async def _serve(self, version: int, deadline: float) -> None:
-        text = serving(version)
-        await self._server.set_weight_version(text, deadline=deadline)
-        found = await self._server.weight_version(deadline=deadline)
-        if found != text:
-            raise EngineError(
-                f"its weight version is {found!r} after it was set to {text!r}",
-                engine=self.name,
-                phase="resume",
-                hint="let nobody else set this server's weight version",
-            )
+        check_marked(await self._server.weight_version(deadline=deadline), version, self.name)
+        await self._server.set_weight_version(serving(version), deadline=deadline)
         self._version, self._loaded = version, None
 
-    async def _flush(self, deadline: float) -> None:
+    async def _flush(self, facts: ServerFacts, deadline: float) -> None:
         """Forget what the old weights computed. Requests that none froze keep theirs, and so does the cache then."""
         try:
             await self._server.flush(deadline=deadline)
@@ -360,6 +357,8 @@ class SGLangAdapter(EngineAdapter):
                 phase="finish",
                 hint='pause = "keep", "wait" or "abort"; and let nobody else resume the engine during a push',
             ) from answer
+        if facts.hicache_storage_backend is not None:
+            await self._server.clear_storage(deadline=deadline)
 
     async def _wake(self, tags: tuple[str, ...], deadline: float) -> None:
         await self._server.call("/resume_memory_occupation", {"tags": list(tags)}, deadline=deadline)

@@ -76,6 +76,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
     tokenizer_worker_num: int = 1
     speculative_algorithm: str | None = None
     enable_lora: bool | None = None
+    hicache_storage_backend: str | None = None
     internal_states: tuple[_Internal, ...] = ()
 
     @property
@@ -152,6 +153,10 @@ class SGLangServer:
     async def flush(self, *, deadline: float) -> None:
         """Forget every cached prefix. Raises `EngineAnswer` while requests are running."""
         await self.http.post("/flush_cache", deadline=deadline)
+
+    async def clear_storage(self, *, deadline: float) -> None:
+        """Forget what HiCache keeps outside of the server. Raises `EngineAnswer` where it has no HiCache."""
+        await self.http.post("/hicache/storage-backend/clear", deadline=deadline)
 
     async def call(self, path: str, body: dict[str, Any], *, deadline: float) -> str:
         """POST; the message of a success. Raises `EngineError` with the server's own sentence for any other answer."""

@@ -47,6 +47,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     pull: bool = False
     anew: bool = False
     seconds: float = 0.0
+    update: str = ""  # as in the extension's Request
 
 
 class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -81,11 +82,13 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 if load_weights is not None:  # the worker opened the reload, over whatever an earlier update left
                     self.weightsync.open(self.model)
                 offers = [b64decode(offer) for offer in info.offers[index]]
-                self.weightsync.begin(info.version, b64decode(info.manifest), offers, info.seconds, pull=info.pull)
+                manifest = b64decode(info.manifest)
+                self.weightsync.begin(info.version, manifest, offers, info.seconds, pull=info.pull, update=info.update)
                 if info.anew:
                     self.weightsync.forget(self.model)
                 self.weightsync.ready(self.model, replays=load_weights is None)
             case "load":
+                self.weightsync.check_open(info.update)
                 tickets = [b64decode(of_bucket[index]) for of_bucket in info.tickets]
                 self.weightsync.load(self.model, info.bucket, tickets, info.seconds, load_weights)
             case "check-whole":

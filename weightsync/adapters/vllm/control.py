@@ -24,8 +24,8 @@ from weightsync.adapters.vllm.path import torn_text
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
-from weightsync.adapters.vllm.server import Server, configured, field
-from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+from weightsync.adapters.vllm.server import Server, configured, field, has_connector
+from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["VLLMAdapter"]
 
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
-_SLEEPS = re.compile(
-    r'^vllm:engine_sleep_state\{[^}]*sleep_state="(?:weights_offloaded|discard_all)"[^}]*\} (\d+(?:\.\d+)?)$',
-    re.MULTILINE,
-)
+_SLEEPS = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="(\w+)"[^}]*\} (\d+(?:\.\d+)?)$', re.MULTILINE)
 _STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
 _PLUGIN_HINT = (
@@ -64,6 +61,8 @@ class VLLMAdapter(EngineAdapter):
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
         self._started: str | None = None
+        self._began_in: str | None = None  # the same, when the last update began
+        self._drawn = False  # the last update, and not through buckets
         self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None
         self._why = ""
@@ -72,7 +71,7 @@ class VLLMAdapter(EngineAdapter):
         self._held = HeldCheck(spec.name)
         self._version = "default"  # what it says, or was told to say since
         self._loaded: int | None = None  # a version that is loaded, and not served yet
-        self._sleeps = False  # when last probed, and without a doubt
+        self._sleeps = self._released = False  # its weights, its cache: when last probed, and without a doubt
         self._woken = False  # its weights, for an update; the rest sleeps until it resumes
 
     def __repr__(self) -> str:
@@ -82,7 +81,7 @@ class VLLMAdapter(EngineAdapter):
         path = self._path
         if path is None or not path.server.profile.keeps_version:
             # where workers keep the version, asking for it may be more than those of another server can bear
-            started, asleep = await self._metrics(deadline=deadline)
+            started, slept = await self._metrics(deadline=deadline)
             state: Any = None
         else:
             told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
@@ -90,7 +89,7 @@ class VLLMAdapter(EngineAdapter):
             )
             if isinstance(told, BaseException):
                 raise told
-            started, asleep = told
+            started, slept = told
         if path is None or (started and started != self._started):
             path, self._why = await self._find_path(deadline=deadline)
             self._path, self._started = path, started
@@ -100,9 +99,8 @@ class VLLMAdapter(EngineAdapter):
         if state is None:
             state = await self._state(path, deadline)
         paused, self._version = state
-        self._sleeps = asleep is True
-        if asleep is None:
-            asleep = await self._asleep(deadline=deadline)
+        self._sleeps, self._released = "weights" in (slept or ()), "kv_cache" in (slept or ())
+        asleep = self._sleeps if slept is not None else await self._asleep(deadline=deadline)
         incarnation = started or self._started or await path.incarnation(deadline=deadline)
         server, said = path.server, versions.read(self._version)
         self._info = EngineInfo(
@@ -139,7 +137,7 @@ class VLLMAdapter(EngineAdapter):
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
-        self._mode = mode
+        self._mode, self._loaded = mode, None  # whatever an earlier push loaded has come to nothing
         await self._http.call(
             "POST", "/pause", params={"mode": _MODES[mode], "clear_cache": "false"}, deadline=deadline
         )
@@ -148,7 +146,7 @@ class VLLMAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         path, info = self._probed()
-        self._loaded = None
+        self._loaded, self._drawn, self._began_in = None, False, self._started
         before, self._version = self._version, torn_text(self._version, version)
         await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
@@ -174,7 +172,9 @@ class VLLMAdapter(EngineAdapter):
         if not isinstance(path, ExtensionPath):
             return await super().draw(exposures, deadline=deadline)
         with self._held.unless_it_fails():
-            return await path.draw(exposures, deadline=deadline)
+            why_not = await path.draw(exposures, deadline=deadline)
+        self._drawn = not why_not
+        return why_not
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
@@ -187,7 +187,7 @@ class VLLMAdapter(EngineAdapter):
         path, _ = self._probed()
         if not isinstance(path, ExtensionPath) or not (path.pull or self._compares):
             return None
-        return await self._held.verify(path, manifest, expected, deadline=deadline)
+        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One
@@ -197,9 +197,9 @@ class VLLMAdapter(EngineAdapter):
             await self._serve(self._loaded, deadline)
         if self._sleeps and not self._woken:
             return
-        if self._woken:
+        if self._woken or self._released:
             await self._http.call("POST", "/wake_up", params={"tags": "kv_cache"}, deadline=deadline)
-            self._woken = False
+            self._woken = self._released = False
         await self._http.post("/resume", deadline=deadline)
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:
@@ -226,16 +226,21 @@ class VLLMAdapter(EngineAdapter):
         answer = await self._http.get("/is_paused", deadline=deadline)
         return bool(field(answer, "is_paused", bool, "/is_paused", self.name))
 
-    async def _metrics(self, *, deadline: float) -> tuple[str, bool | None]:
-        """When the server's process began, and whether it sleeps, of which its metrics tell; "" and None if not."""
+    async def _metrics(self, *, deadline: float) -> tuple[str, frozenset[str] | None]:
+        """When the server's process began, and which tags of its memory sleep, of which its metrics tell; "" and None
+        if not.
+        """
         try:
             metrics = await self._http.get("/metrics", deadline=deadline)
         except EngineAnswer:
             metrics = None
         if not isinstance(metrics, str):
             return "", None
-        started, states = _STARTED.search(metrics), _SLEEPS.findall(metrics)
-        return started[1] if started else "", any(float(state) for state in states) if states else None
+        started, states = _STARTED.search(metrics), [(state, float(on) > 0) for state, on in _SLEEPS.findall(metrics)]
+        weights = any(on for state, on in states if state in ("weights_offloaded", "discard_all"))
+        cache = weights or ("awake", False) in states  # alone where it was released, or only scheduling sleeps
+        slept = frozenset(["weights"] * weights + ["kv_cache"] * cache)
+        return started[1] if started else "", slept if states else None
 
     async def _asleep(self, *, deadline: float) -> bool:
         """Whether it sleeps or is paused: /is_sleeping does not tell them apart."""
@@ -274,6 +279,7 @@ class VLLMAdapter(EngineAdapter):
                 path = IpcPath(server, draft=draft, gpus=partial(self._gpus, server.world))
             case _:
                 raise EngineError(f"there is no way {wanted!r} into vllm", engine=self.name)
+        server.connector = await has_connector(server, hello, deadline=deadline)
         memory = "" if path.keeps_version or server.profile.keeps_version else "; its version is remembered here only"
         return path, f"{server.profile.name} ({server.choice.why}), path {path.name}: {why}{memory}"
 
@@ -298,21 +304,31 @@ class VLLMAdapter(EngineAdapter):
 
     async def _serve(self, version: int, deadline: float) -> None:
         path, _ = self._probed()
+        if path.keeps_version or path.server.profile.keeps_version:
+            versions.check_marked(await path.weight_version(deadline=deadline), version, self.name)
+        else:
+            started, _ = await self._metrics(deadline=deadline)
+            if started and self._began_in and started != self._began_in:
+                raise EngineLost(
+                    "it was restarted during the push",
+                    engine=self.name,
+                    phase="resume",
+                    hint="the next push brings it up to date",
+                )
         text = versions.serving(version)
         await path.set_weight_version(text, deadline=deadline)
-        if (said := await path.weight_version(deadline=deadline)) != text:
-            raise EngineError(
-                f"it says its weights are {said!r} after an update to {text!r}", engine=self.name, phase="resume"
-            )
         self._version, self._loaded = text, None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
         """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
         kept = self._mode == "none"
+        params = {"reset_running_requests": "false" if kept else "true"}
+        if server.connector:  # older ones without it would say that they failed (vllm-project/vllm#42693)
+            params["reset_external"] = "true"
         answer: Any = await self._http.call(
             "POST",
             "/reset_prefix_cache",
-            params={"reset_running_requests": "false" if kept else "true"},
+            params=params,
             deadline=deadline,
         )
         # before /reset_prefix_cache had a body, 200 was all it said

@@ -38,6 +38,7 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     pull: bool = False  # what is loaded will be compared, so that buckets need not be
     anew: bool = False  # what was learnt of the loader led to something wrong
     seconds: float = 0.0
+    update: str = ""  # drawn for each begin, and said by load, draw and finish
     draft: bool = False
 
 
@@ -72,17 +73,21 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
             }
         case "begin":
             offers = [b64decode(offer) for offer in asked.offers[index]]
-            state.begin(asked.version, b64decode(asked.manifest), offers, asked.seconds, pull=asked.pull)
+            manifest = b64decode(asked.manifest)
+            state.begin(asked.version, manifest, offers, asked.seconds, pull=asked.pull, update=asked.update)
             if asked.anew:
                 state.forget(model)
             state.open(model, model_config)
             state.ready(model)
         case "load":
+            state.check_open(asked.update)
             tickets = [b64decode(of_bucket[index]) for of_bucket in asked.tickets]
             state.load(model, asked.bucket, tickets, asked.seconds)
         case "draw":
+            state.check_open(asked.update)
             return {"why_not": state.draw(b64decode(asked.exposures), asked.seconds)}
         case "finish":
+            state.check_open(asked.update)
             state.close(model, model_config)
             if not asked.draft and hasattr(worker.model_runner, "reset_lora_state"):
                 worker.model_runner.reset_lora_state()
@@ -127,6 +132,7 @@ def _hello(worker: Any, state: WeightReload) -> dict[str, Any]:
         "replicas": parallel.data_parallel_size,
         "world_size": parallel.world_size,
         "backend": getattr(transfer, "backend", None),
+        "connector": getattr(worker.vllm_config, "kv_transfer_config", None) is not None,
         "incarnation": state.incarnation,
         "weight_version": state.weight_version,
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64decode, b64encode
+from secrets import token_hex
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ class ExtensionPath(EnginePath):
     def __init__(self, server: Server, *, draft: bool) -> None:
         super().__init__(server, draft=draft)
         self._told, self._shown = ToldManifests(), ToldExposures()
+        self._token = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
     async def incarnation(self, *, deadline: float) -> str:
         return (await self.server.hello(deadline=deadline))[0].incarnation
@@ -97,14 +99,14 @@ class ExtensionPath(EnginePath):
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """Have all workers read what they need out of the trainer's memory; why one cannot, or ""."""
-        draft = {"draft": True} if self.draft else {}
+        of = {"update": self._token, **({"draft": True} if self.draft else {})}
         shown, seconds = _text(self._shown.tell(exposures)), ticket_seconds(deadline, monotonic())
         with self._shown.unless_it_fails():
-            answers = await self.server.workers("draw", deadline=deadline, exposures=shown, seconds=seconds, **draft)
+            answers = await self.server.workers("draw", deadline=deadline, exposures=shown, seconds=seconds, **of)
         return next((str(why) for answer in answers if (why := answer.get("why_not", NOT_WHOLE))), "")
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        await self.server.workers("finish", deadline=deadline, draft=self.draft)
+        await self.server.workers("finish", deadline=deadline, draft=self.draft, update=self._token)
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
         await super().set_weight_version(text, deadline=deadline)
@@ -132,11 +134,13 @@ class ExtensionPath(EnginePath):
     def _begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], deadline: float
     ) -> dict[str, Any]:
+        self._token = token_hex(32)
         return {
             "version": version,
             "manifest": _text(self._told.tell(manifest)),
             "offers": [[_text(offer) for offer in worker] for worker in offers],
             "seconds": ticket_seconds(deadline, monotonic()),
+            "update": self._token,
             **({"draft": True} if self.draft else {}),
             **({"pull": True} if self.pull else {}),
             **({"anew": True} if self.anew else {}),
@@ -147,6 +151,7 @@ class ExtensionPath(EnginePath):
             "bucket": first,
             "tickets": [[_text(ticket) for ticket in of_bucket] for of_bucket in tickets],
             "seconds": ticket_seconds(deadline, monotonic()),
+            "update": self._token,
             **({"draft": True} if self.draft else {}),
         }
 

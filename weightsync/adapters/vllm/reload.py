@@ -64,6 +64,7 @@ class WeightReload:
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
         self._replay: ModelReplay | None = None  # of the update that is open
         self._pull = False
+        self._update = ""  # what tells the update that is open from another daemon's
         if device.type == "cpu":
             cpu_repairs.mend()
 
@@ -90,19 +91,35 @@ class WeightReload:
             self._put_back(model, model_config or self.config.model_config)
 
     def begin(
-        self, version: int, manifest: bytes, offers: Sequence[bytes], seconds: float, *, pull: bool = False
+        self,
+        version: int,
+        manifest: bytes,
+        offers: Sequence[bytes],
+        seconds: float,
+        *,
+        pull: bool = False,
+        update: str = "",
     ) -> None:
         """From here on this worker is torn until `finish`. `pull`: what is loaded will be compared, so buckets need not
-        be.
+        be. `update`: what the steps of this update say, and those of no other.
         """
+        if self._device.type != "cpu":  # a step that is still under way reads what is written from here on
+            torch.accelerator.synchronize(self._device)
         self._replay = None
         self._slots.begin(self._manifests.of(manifest), offers, deadline=monotonic() + seconds)
-        self._pull = pull
+        self._pull, self._update = pull, update
         aliases: dict[str, tuple[str, ...]] = {}
         for other, name in self._slots.manifest.tensors.aliases:
             aliases[name] = (*aliases.get(name, ()), other)
         self._aliases = aliases
         self.weight_version = updating(self._held, version)
+
+    def check_open(self, update: str) -> None:
+        """A step is one of the update that is open. Raises `LocalProtocolError` where another has begun since."""
+        if update != self._update:
+            raise LocalProtocolError(
+                "another update has begun in this worker since", hint="no more than one weightsyncd may name an engine"
+            )
 
     def ready(self, model: torch.nn.Module, *, replays: bool = True) -> None:
         """The update is open and begun: have the model's layers take what is loaded. What may be replayed is from here

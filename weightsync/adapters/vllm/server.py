@@ -29,6 +29,7 @@ __all__ = [
     "field",
     "find_routes",
     "first_names",
+    "has_connector",
     "ticket_seconds",
     "version_of",
 ]
@@ -61,6 +62,7 @@ class Hello(msgspec.Struct, kw_only=True):
     weight_version: str
     pid: int = 0
     backend: str | None = None
+    connector: bool = False  # its server was started with a KV connector
 
 
 def ticket_seconds(deadline: float, now: float) -> float:
@@ -78,6 +80,8 @@ class Server:
         self.choice = choice
         self.routes = routes
         self.world = world  # workers that read, replicas included
+        self.connector = False  # a KV connector keeps keys and values outside of the prefix cache
+        self._settings: Any = None  # what /server_info says; False where it fails
 
     @property
     def profile(self) -> Profile:
@@ -92,6 +96,15 @@ class Server:
         choice = choose(version, routes, engine=http.engine)
         size = await http.get("/get_world_size", deadline=deadline)
         return cls(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
+
+    async def settings(self, *, deadline: float) -> Any:
+        """What /server_info says, asked once; None where it fails, as in an environment without pip."""
+        if self._settings is None:
+            try:
+                self._settings = await self.http.get("/server_info", {"config_format": "json"}, deadline=deadline)
+            except EngineAnswer:
+                self._settings = False
+        return self._settings or None
 
     async def model(self, *, deadline: float) -> str | None:
         """What it was started on, a path or a name on the hub; None where it does not say."""
@@ -162,12 +175,12 @@ async def configured(
     Raises `EngineError` where it can only be asked by a call that may fail, and has several workers.
     """
     try:
-        info = await server.http.get("/server_info", {"config_format": "json"}, deadline=deadline)
+        info = await server.settings(deadline=deadline)
         transfer = info["vllm_config"]["weight_transfer_config"]
         backend = None if transfer is None else str(transfer["backend"])
         return backend, bool(info["vllm_env"].get("VLLM_ALLOW_INSECURE_SERIALIZATION"))
-    except (EngineAnswer, KeyError, TypeError, AttributeError):
-        pass  # it answers 500 in an environment without pip
+    except (KeyError, TypeError, AttributeError):
+        pass
     if hello is not None:
         return hello[0].backend, None
     if server.world > 1:
@@ -185,6 +198,17 @@ async def configured(
     except EngineAnswer as answer:
         return backend_named(answer.reason), None
     return "weightsync", None
+
+
+async def has_connector(server: Server, hello: Sequence[Hello] | None, *, deadline: float) -> bool:
+    """Whether a server was started with a KV connector, as by `--kv-offloading-size`; `hello` as for `configured`."""
+    if hello is not None:
+        return hello[0].connector
+    try:
+        config = (await server.settings(deadline=deadline))["vllm_config"]
+        return bool(config.get("kv_transfer_config") or config["cache_config"].get("kv_offloading_size"))
+    except (KeyError, TypeError, AttributeError):
+        return False
 
 
 def backend_named(reason: str) -> str | None:
