@@ -110,8 +110,6 @@ class RankPush:
         try:
             link.start()
             self._open(link)
-            if self.flaw is not None:
-                raise self.flaw
             try:
                 outcome = self._converse(link)
             finally:
@@ -144,7 +142,9 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
-        if self.flaw is not None:  # the daemon knows no such layout, and hears of this before it asks for it
+        # The daemon asks for a layout that it does not know, when all have called, and then hears of this: all are told
+        # of one push, and none of it when it has called for the next.
+        if self.flaw is not None:
             digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
         if plan is not None and plan + digest not in memory().programs:
@@ -186,6 +186,8 @@ class RankPush:
                     self._welcome = True
                     link.set_heartbeat(message.heartbeat)
                 case msg.AskDescription():
+                    if self.flaw is not None:
+                        raise self.flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message, link)

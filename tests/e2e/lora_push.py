@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.fsdp import fully_shard
 
 from weightsync import push_lora, push_weights
-from weightsync.errors import SourceError, WeightSyncError
+from weightsync.errors import PushAborted, WeightSyncError
 from weightsync.sources import LoraSource
 
 with warnings.catch_warnings():
@@ -38,7 +38,7 @@ def main() -> None:
     told: dict[str, Any] = {}
     try:
         push_weights(cut, version=int(version), daemon=daemon, timeout=60)
-    except SourceError as error:
+    except PushAborted as error:  # all hear of the first
         told["refused"] = [error.message, error.hint]
     reports = [push_weights(kept, version=int(version), daemon=daemon, timeout=60)]
     for i in (1, 2):
