@@ -103,12 +103,10 @@ def push_weights_async(
     """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
 
     The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
+    What `push_weights` would raise the handle does, but for arguments, and weights of a lone rank, that are wrong.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
-    push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
-    if push.flaw is not None:
-        push.run()  # which raises
-    return PushHandle(push)
+    return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place))
 
 
 def push_source(

@@ -6,9 +6,10 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["command", "environment", "listener", "same_namespace", "started"]
+__all__ = ["at_work", "command", "environment", "listener", "same_namespace", "started"]
 
 _LISTEN = "0A"
+_AT_WORK = ("R", "S", "D")  # running, waiting, waiting for a disk; others are stopped, traced or dead
 
 
 def listener(port: int) -> int | None:
@@ -42,6 +43,15 @@ def started(pid: int) -> str:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return status.rpartition(")")[2].split()[19]
     return ""
+
+
+def at_work(pid: int, since: str) -> bool:
+    """Whether the process that `started` then is still there, and neither stopped nor dead."""
+    with suppress(OSError):
+        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+        fields = status.rpartition(")")[2].split()
+        return fields[19] == since and fields[0] in _AT_WORK
+    return False
 
 
 def environment(pid: int) -> dict[str, str]:

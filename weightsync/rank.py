@@ -7,6 +7,7 @@ for a plan (`fill program`) and kept, so that later pushes of the same layout on
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import sys
 import threading
@@ -26,6 +27,7 @@ from weightsync.errors import (
 )
 from weightsync.filling.program import compile_program
 from weightsync.plan.manifest import Manifest
+from weightsync.processes import started
 from weightsync.rank_exposing import RankExposing
 from weightsync.rank_filling import RankFilling
 from weightsync.rank_memory import memory
@@ -85,12 +87,12 @@ class RankPush:
         self._pause = pause
         self._in_place, self._engines = in_place, engines
         self._layout = source.layout()
-        self.flaw = _measured(source)  # why this rank cannot push, which all are told before anything is touched
+        self._flaw = _measured(source)  # why this rank cannot push, which all are told before anything is touched
         self._describe_seconds = time.monotonic() - started
         self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
         self._filling: RankFilling | None = None
         self._exposing: RankExposing | None = None
-        self._local = _on_gpus(source) if self.flaw is None else None
+        self._local = _on_gpus(source) if self._flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
         self._device = _current_gpu()
         self._thread = threading.get_ident()
@@ -116,8 +118,8 @@ class RankPush:
                 self._stop_work()
         except DaemonLost:
             link.close(flush=0.0)
-            if self.flaw is not None:
-                raise self.flaw from None
+            if self._flaw is not None:
+                raise self._flaw from None
             raise
         except _Told as told:
             memory().give_link(link)
@@ -144,7 +146,7 @@ class RankPush:
         place, digest = self._place, self._layout.digest
         # The daemon asks for a layout that it does not know, when all have called, and then hears of this: all are told
         # of one push, and none of it when it has called for the next.
-        if self.flaw is not None:
+        if self._flaw is not None:
             digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
         if plan is not None and plan + digest not in memory().programs:
@@ -164,6 +166,8 @@ class RankPush:
                 describe_seconds=self._describe_seconds,
                 in_place=self._in_place,
                 engines=self._engines,
+                pid=os.getpid(),
+                started=started(os.getpid()),
             )
         )
 
@@ -186,8 +190,8 @@ class RankPush:
                     self._welcome = True
                     link.set_heartbeat(message.heartbeat)
                 case msg.AskDescription():
-                    if self.flaw is not None:
-                        raise self.flaw
+                    if self._flaw is not None:
+                        raise self._flaw
                     link.send(msg.Describe(id=self._number, layout=self._layout.pack()))
                 case msg.Planned():
                     self._prepare(message, link)

@@ -16,6 +16,7 @@ import msgspec
 from weightsync.errors import CodecError, PushAborted, PushRefused, TransportBroken
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
+from weightsyncd.silence import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -118,7 +119,7 @@ class Branch:
         """Tell of ranks that have fallen silent. To be called now and then."""
         now = time.monotonic()
         for number, rank in self.ranks.items():
-            if now - rank.heard > liveness:
+            if is_lost(now - rank.heard, liveness, rank.call.message):
                 rank.heard = float("inf")
                 logger.warning("[push=%s] rank %d has not been heard", self.call.push, number, extra={"rank": number})
                 self._forward(

@@ -72,7 +72,7 @@ class Planning:
             return  # a bridge has just ended: `BridgeLost` is on its way to the session
         for rank in self._ranks:
             known = self._ranks[rank]
-            has_it = known.cached_plan == plan.digest
+            has_it = known.call.plan == plan.digest
             here = known.node == self._home  # elsewhere it is told of that node's arenas, by its own daemon
             self._ranks.tell(
                 rank,

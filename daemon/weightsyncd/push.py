@@ -163,7 +163,7 @@ class Push:
         if self.session.ended and self.ranks.complete:
             return  # it is for the next push: its daemon has it wait for that when it hears that this one is over
         terms = (message.version, message.model, message.world, message.pause)
-        rank = Rank(identity, message.id, message.layout, message.plan, time.monotonic(), node or self._home)
+        rank = Rank(identity, message, time.monotonic(), node or self._home)
         known = self.ranks.get(message.rank)
         if known is not None:
             if (known.identity, known.node) != (identity, rank.node):

@@ -11,6 +11,7 @@ import msgspec
 
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import encode
+from weightsyncd.silence import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -28,11 +29,19 @@ class Rank:
     """One that has called."""
 
     identity: bytes  # of its connection; b"" on another node, whose daemon knows it
-    number: int  # the rank's own number of this push; each message of and to it carries it
-    layout: bytes
-    cached_plan: bytes | None
+    call: msg.Open
     heard: float
     node: str
+
+    @property
+    def number(self) -> int:
+        """The rank's own of this push; each message of and to it carries it."""
+        return self.call.id
+
+    @property
+    def layout(self) -> bytes:
+        """The digest of its layout."""
+        return self.call.layout
 
 
 class Ranks:
@@ -91,9 +100,12 @@ class Ranks:
         return known is not None and known.node == node
 
     def silent(self, liveness: float) -> list[int]:
-        """Ranks of this node that have not been heard for so many seconds, each told once; other nodes watch theirs."""
+        """Ranks of this node that have been silent for so long that they are lost (`is_lost`), each told once; other
+        nodes watch theirs.
+        """
         now = time.monotonic()
-        found = [r for r, known in self._known.items() if known.node == self._home and now - known.heard > liveness]
+        here = {rank: known for rank, known in self._known.items() if known.node == self._home}
+        found = [rank for rank, known in here.items() if is_lost(now - known.heard, liveness, known.call)]
         for rank in found:
             self._known[rank].heard = float("inf")
         return found

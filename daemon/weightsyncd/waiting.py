@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from weightsyncd.silence import is_lost
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -57,10 +59,10 @@ class Waiting:
         return self._taken(lambda call: now - call.since >= call.message.timeout)
 
     def silent(self, now: float, liveness: float) -> list[Call]:
-        """Those that have not been heard for so many seconds. To be called now and then."""
+        """Those of ranks that have been silent for so long that they are lost. To be called now and then."""
         here = {call.identity for call in self._calls}
         self._heard = {identity: at for identity, at in self._heard.items() if identity in here}
-        return self._taken(lambda call: now - self._heard[call.identity] > liveness)
+        return self._taken(lambda call: is_lost(now - self._heard[call.identity], liveness, call.message))
 
     def _taken(self, which: Callable[[Call], bool]) -> list[Call]:
         taken = [call for call in self._calls if which(call)]

@@ -50,6 +50,8 @@ class Open(Message, frozen=True, tag="open"):
     describe_seconds: Seconds = 0.0
     in_place: bool = False  # engines may read the weights where they lie
     engines: tuple[Name, ...] = ()  # those alone, which the version is new to: what was pushed before is pushed again
+    pid: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of the rank
+    started: Annotated[str, Meta(max_length=32)] = ""  # when that began, as `weightsync.processes` tells
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
