@@ -39,19 +39,22 @@ def started(pid: int) -> str:
 
     Empty if there is none.
     """
-    with suppress(OSError):
-        status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        return status.rpartition(")")[2].split()[19]
-    return ""
+    fields = _status(pid)
+    return fields[19] if fields else ""
 
 
 def at_work(pid: int, since: str) -> bool:
     """Whether the process that `started` then is still there, and neither stopped nor dead."""
+    fields = _status(pid)
+    return bool(fields) and fields[19] == since and fields[0] in _AT_WORK
+
+
+def _status(pid: int) -> list[str]:
+    """What the kernel tells of a process after its name, its state first; nothing if there is none."""
     with suppress(OSError):
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-        fields = status.rpartition(")")[2].split()
-        return fields[19] == since and fields[0] in _AT_WORK
-    return False
+        return status.rpartition(")")[2].split()
+    return []
 
 
 def environment(pid: int) -> dict[str, str]:

@@ -127,7 +127,7 @@ class Rails:
         if (forming := self._keeping) is None:
             return
         forming.cancel()
-        await asyncio.wait([forming])
+        await asyncio.wait([forming], timeout=_LEAVE)
         if self._taken is None:
             self.break_up()
             await asyncio.gather(*(leave(bridge) for bridge in self.bridges))

@@ -277,28 +277,33 @@ def test_who_was_taken_while_forming_does_not_join_its_own(rails):
     assert bridge.commands == ["Leave", "Warm", "Host"]
 
 
+class Slow(Recorder):
+    """The first time that it loads what communicators need, it waits until it is told to leave."""
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self._told = asyncio.Event(), asyncio.Event()
+
+    async def warm(self, *, longest, deadline):
+        await super().warm(longest=longest, deadline=deadline)
+        self.begun.set()
+        if self.commands.count("Warm") == 1:
+            await self._told.wait()
+
+    async def call(self, command, *, deadline):
+        if isinstance(command, commands.Leave) and self.commands:
+            self._told.set()
+        return await super().call(command, deadline=deadline)
+
+
 @pytest.mark.timeout(10)
 def test_what_is_formed_for_a_push_waits_for_nothing_that_is_formed_beforehand():
     async def main():
-        begun, waits = asyncio.Event(), asyncio.Event()
-
-        class Slow(Recorder):
-            async def warm(self, *, longest, deadline):
-                await super().warm(longest=longest, deadline=deadline)
-                begun.set()
-                if self.commands.count("Warm") == 1:
-                    await waits.wait()
-
-            async def call(self, command, *, deadline):
-                if isinstance(command, commands.Leave) and self.commands:
-                    waits.set()  # as a bridge does that is told to leave what it waits in
-                return await super().call(command, deadline=deadline)
-
         bridge = Slow()
         follower = following(bridge)
         follower._held = None
         first = asyncio.create_task(follower.at_rail(b"a", msgspec.structs.replace(JOIN, push=False)))
-        await begun.wait()
+        await bridge.begun.wait()
         await follower.at_rail(b"b", JOIN)
         with pytest.raises(PushRefused, match="takes part in a push"):
             await first
@@ -312,26 +317,12 @@ def test_what_is_formed_for_a_push_waits_for_none_in_line_either():
     """The next in line is formed for no push, too; it gets the bridge first, and gives it up at once."""
 
     async def main():
-        begun, waits = asyncio.Event(), asyncio.Event()
-
-        class Slow(Recorder):
-            async def warm(self, *, longest, deadline):
-                await super().warm(longest=longest, deadline=deadline)
-                begun.set()
-                if self.commands.count("Warm") == 1:
-                    await waits.wait()
-
-            async def call(self, command, *, deadline):
-                if isinstance(command, commands.Leave) and self.commands:
-                    waits.set()
-                return await super().call(command, deadline=deadline)
-
         bridge = Slow()
         follower = following(bridge)
         follower._held = None
         before = msgspec.structs.replace(JOIN, push=False)
         first = asyncio.create_task(follower.at_rail(b"a", before))
-        await begun.wait()
+        await bridge.begun.wait()
         second = asyncio.create_task(follower.at_rail(b"c", before))
         await asyncio.sleep(0)
         await follower.at_rail(b"b", JOIN)

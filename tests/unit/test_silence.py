@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 
+import msgspec
 import pytest
 
+from tests.wire_examples import EXAMPLES
 from weightsync.processes import started
 from weightsync.testing import eventually
 from weightsync.wire import messages as msg
@@ -16,19 +18,8 @@ from weightsyncd.silence import is_lost
 
 
 def call(pid: int, since: str) -> msg.Open:
-    return msg.Open(
-        id=1,
-        group="g",
-        rank=0,
-        world=1,
-        model="m",
-        version=1,
-        pause="keep",
-        timeout=9.0,
-        layout=bytes(16),
-        pid=pid,
-        started=since,
-    )
+    (example,) = (one for one in EXAMPLES if isinstance(one, msg.Open))
+    return msgspec.structs.replace(example, pid=pid, started=since)
 
 
 def lost(pid: int, since: str) -> list[bool]:

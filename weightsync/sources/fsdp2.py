@@ -34,8 +34,8 @@ def reshard(module: Any) -> None:
     """Have a module of FSDP2 hold its shards. Raises `SourceError` where it is in use: its parameters would stay
     gathered in a forward, and a backward reads them.
     """
-    state = module._get_fsdp_state()._training_state
-    if state.name != "IDLE":
+    state = getattr(module._get_fsdp_state(), "_training_state", None)  # torch 2.13's own name; no public way to it
+    if state is not None and state.name != "IDLE":
         raise SourceError(
             f"a {type(module).__name__} is inside a forward or backward of FSDP2",
             hint="push between steps; after one that has failed, run one that ends, or the root's reset_iter_state()",
