@@ -67,6 +67,7 @@ class World:
         self.to_say: list[tuple[int, type[ev.Event]]] = []  # what ranks have to say of their weights in place
         self.shown: set[int] = set()  # ranks that have exposed their weights
         self.measured: set[int] = set()
+        self.placed: set[str] = set()  # engines that have shown where to deliver to
         self.drawing: set[str] = set()  # engines that may be reading there
         self.drawn: set[str] = set()
         self.released = False  # ranks may change their weights
@@ -152,6 +153,8 @@ class World:
             match instruction:
                 case do.GrantLease():
                     slot = instruction.slot
+                    delivering = [i for i in self.pending if isinstance(i, do.DeliverWeights)]
+                    assert not delivering, f"{slot} is leased while a bridge has another use for it"
                     assert {self.places[rank] for rank in instruction.ranks} == {slot.node}, "a rank of another node"
                     assert slot not in self.writing.values(), f"{slot} is leased while a rank may write into it"
                     exchanged = [s for i in self.pending if isinstance(i, do.ExchangeBucket) for s in i.slots]
@@ -182,6 +185,18 @@ class World:
                     assert self.shown == set(range(self.session.world)), "weights are drawn that nobody has shown"
                     assert name in self.draws, f"{name} is to draw, and has not said that it can"
                     assert not self.released
+                    self.drawing.add(name)
+                    self.pending.append(instruction)
+                case do.ShowPlaces(engine=name):
+                    assert name in self.draws, f"{name} is to show its places, and has not said that it can"
+                    self.pending.append(instruction)
+                case do.DeliverWeights(engine=name, node=node):
+                    assert self.shown == set(range(self.session.world)), "weights are delivered that nobody has shown"
+                    assert self.engines[name] == node != "home"
+                    assert name in self.placed, f"{name} has not shown its places"
+                    assert not self.released
+                    busy = [s for s in (*self.writing.values(), *self.holds.values()) if s.node in ("home", node)]
+                    assert not busy, f"{busy} are in use, and a bridge needs all its slots"
                     self.drawing.add(name)
                     self.pending.append(instruction)
                 case do.ExportBucket(slot=slot):
@@ -223,7 +238,7 @@ class World:
             case do.FormGroup(nodes=nodes, number=number):
                 return ev.GroupFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
-                return ev.EngineAccepted(engine=name, draws=name in self.draws)
+                return ev.EngineAccepted(engine=name, draws=name in self.draws, shows=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
                 self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)
@@ -256,6 +271,17 @@ class World:
                 self.models[name].loaded = list(range(len(self.plan)))
                 self.drawn.add(name)
                 return ev.WeightsDrawn(engine=name, drawn=True)
+            case do.ShowPlaces(engine=name):
+                if name in self.unable:
+                    return ev.PlacesShown(engine=name, problem="its memory cannot be shared")
+                self.placed.add(name)
+                return ev.PlacesShown(engine=name)
+            case do.DeliverWeights(engine=name):
+                assert not self.models[name].serving or self.session.pause == "none", f"{name} serves as it is loaded"
+                self.drawing.discard(name)
+                self.models[name].loaded = list(range(len(self.plan)))
+                self.drawn.add(name)
+                return ev.WeightsDelivered(engine=name)
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)
@@ -275,8 +301,8 @@ class World:
         self.pending.remove(instruction)
         names = {
             do.ProbeEngine: "probe", do.AcceptEngine: "accept", do.PauseEngine: "pause", do.BeginEngine: "begin",
-            do.LoadBucket: "load", do.DrawWeights: "draw", do.FinishEngine: "finish", do.VerifyEngine: "verify",
-            do.ResumeEngine: "resume",
+            do.LoadBucket: "load", do.DrawWeights: "draw", do.ShowPlaces: "show",
+            do.FinishEngine: "finish", do.VerifyEngine: "verify", do.ResumeEngine: "resume",
         }  # fmt: skip
         match instruction:
             case do.MakePlan():
@@ -292,6 +318,9 @@ class World:
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)  # revoked by whoever waited
                 self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=not lost, damaged=lost))
+            case do.DeliverWeights(engine=name):
+                self.drawing.discard(name)
+                self.hear(ev.WeightsDelivered(engine=name, problem="the wire broke"))
             case do.AskLayout(rank=rank):
                 self.hear(ev.RankFailed(rank=rank, error=ERROR))
             case _:
@@ -330,6 +359,7 @@ class World:
             self.open(rank)
 
     def open(self, rank: int) -> None:
+        self.gone.discard(self.places[rank])  # a node from which a rank calls is there again
         in_place = bool(self.draws)
         self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=self.places[rank], in_place=in_place))
 

@@ -35,7 +35,8 @@ class PushContext:
     expected: npt.NDArray[np.uint64] | None = None  # fingerprint of each tensor of the manifest, of what fills slots
     measured: npt.NDArray[np.uint64] | None = None  # the same, of what ranks expose
     exposures: Exposures | None = None  # where that lies, once all ranks have said
-    drawn: set[str] = field(default_factory=set)  # engines that have read it there
+    shown: dict[str, Exposures] = field(default_factory=dict)  # engine → its places, by tp rank
+    drawn: set[str] = field(default_factory=set)  # engines that have read it there, or had it delivered
     places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
     arenas: dict[int, str | None] = field(default_factory=dict)  # bucket from elsewhere → incarnation of its bridge
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
@@ -50,6 +51,10 @@ class PushContext:
     def lines(self) -> about:
         """For a block whose log lines are about this push."""
         return about(push=self.push, model=self.model, version=self.version)
+
+    def expected_of(self, engine: str) -> npt.NDArray[np.uint64] | None:
+        """What the engine has to hold: a fingerprint of each tensor."""
+        return self.measured if engine in self.drawn else self.expected
 
     def known_manifest(self) -> Manifest:
         if self.manifest is None:

@@ -18,6 +18,7 @@ from weightsync.errors import EngineError, EngineLost, LocalProtocolError, Weigh
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.state import buckets
+from weightsyncd.delivery import Deliveries
 from weightsyncd.engines import SOON
 from weightsyncd.wire import NodeWire, joins_group
 
@@ -43,6 +44,7 @@ def phase_of(instruction: do.Instruction) -> str:
         do.PauseEngine: "pause",
         do.BeginEngine: "begin",
         do.DrawWeights: "draw",
+        do.ShowPlaces: "show",
         do.LoadBucket: "load",
         do.FinishEngine: "finish",
         do.VerifyEngine: "verify",
@@ -56,6 +58,7 @@ class NodeExecutor:
     def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
         self.engines = engines
         self.wire = NodeWire(node, address, engines, bridges)
+        self.deliveries = Deliveries()
         self._letting_go: set[asyncio.Task[ev.Event]] = set()
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
@@ -148,7 +151,8 @@ class NodeExecutor:
                 untouched = engine.accepted.get(known)
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
                     untouched = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
-                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=hand.draws(manifest))
+                draws = hand.draws(manifest)  # and who can copy it can show where to
+                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=draws, shows=draws)
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True
@@ -176,6 +180,13 @@ class NodeExecutor:
                 else:
                     context.drawn.add(name)
                 return ev.WeightsDrawn(engine=name, drawn=not why_not)
+            case do.ShowPlaces():
+                shown = await hand.places(deadline=deadline)
+                if isinstance(shown, str):
+                    logger.warning("[engine=%s v=%d] reads slots: %s", name, context.version, shown)
+                    return ev.PlacesShown(engine=name, problem=shown)
+                context.shown[name] = shown
+                return ev.PlacesShown(engine=name)
             case do.LoadBucket(bucket=first, count=count):
                 tickets = [context.tickets.pop((name, bucket), None) for bucket in range(first, first + count)]
                 exported = [ticket for ticket in tickets if ticket is not None]
@@ -188,7 +199,7 @@ class NodeExecutor:
                 await hand.finish(context.version, deadline=deadline)
                 return ev.EngineFinished(engine=name)
             case do.VerifyEngine():
-                expected = context.measured if name in context.drawn else context.expected
+                expected = context.expected_of(name)
                 if expected is None:
                     return ev.EngineVerified(engine=name)
                 checked = await hand.verify(context.known_manifest(), expected, deadline=deadline)

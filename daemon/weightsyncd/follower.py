@@ -20,6 +20,7 @@ import numpy as np
 from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
 from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
+from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
@@ -45,6 +46,7 @@ __all__ = ["Follower"]
 
 logger = logging.getLogger(__name__)
 
+Rail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Collect  # what comes for a bridge
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
 
 
@@ -186,6 +188,7 @@ class Follower:
             address=self._config.cluster.address,
             peers=tuple(sorted(self._peers)),
             device="cuda" if self._config.arena.device == "cuda" else "cpu",
+            gpus=tuple(self._config.node.gpus),
         )
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:
@@ -216,9 +219,13 @@ class Follower:
             context.expected = np.frombuffer(message.fingerprints, dtype="<u8")
         with Working(held):
             event = await self._executor.execute(context, instruction)
-        return msg.Executed(event=plain(event) if event is not None else {})
+        shown = context.shown.get(event.engine) if isinstance(event, ev.PlacesShown) else None
+        told = shown is None or shown.digest == message.places
+        return msg.Executed(
+            event=plain(event) if event is not None else {}, places=None if shown is None or told else shown.pack()
+        )
 
-    async def at_rail(self, identity: bytes, message: msg.JoinRail | msg.Receive | msg.Exchange) -> msg.Message:
+    async def at_rail(self, identity: bytes, message: Rail) -> msg.Message:
         """Something for a bridge."""
         if message.rail >= len(self._bridges):
             raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
@@ -258,6 +265,11 @@ class Follower:
                 )
                 with Working(held, message.rail):
                     await bridge.call(command, deadline=until)
+            case msg.Collect():
+                until = self._until(message.timeout)
+                held = await self._hold(identity, message.push)
+                with Working(held, message.rail):
+                    await self._executor.deliveries.collect(held.context, self._bridges[message.rail], message, until)
         return msg.Executed(event={})
 
     async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:

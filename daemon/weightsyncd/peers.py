@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightsync.errors import DaemonLost, ProtocolError, WeightSyncError
+from weightsync.plan.exposure import Exposures
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
@@ -72,6 +73,7 @@ class Peer:
         self._lost_at = -float("inf")
         self._known: set[tuple[str, bytes]] = set()  # (incarnation, manifest digest) sent before
         self._engines: tuple[msg.EngineStatus, ...] = ()
+        self._shown: dict[str, Exposures] = {}  # engine → the places that it has shown last
 
     @property
     def engines(self) -> tuple[msg.EngineStatus, ...]:
@@ -197,7 +199,8 @@ class Peer:
         incarnation = self.info.incarnation if self.info is not None else ""
         manifest = context.manifest
         send = manifest is not None and (incarnation, manifest.digest) not in self._known
-        verify = isinstance(instruction, do.VerifyEngine) and context.expected is not None
+        expected = context.expected_of(instruction.engine) if isinstance(instruction, do.VerifyEngine) else None
+        shown = self._shown.get(instruction.engine) if isinstance(instruction, do.ShowPlaces) else None
         question = msg.Execute(
             push=context.push,
             model=context.model,
@@ -206,7 +209,8 @@ class Peer:
             timeout=max(0.0, instruction.deadline - time.monotonic()),
             plan=manifest.digest if manifest is not None else None,
             manifest=manifest.pack() if send and manifest is not None else None,
-            fingerprints=context.expected.tobytes() if verify and context.expected is not None else None,
+            fingerprints=expected.tobytes() if expected is not None else None,
+            places=shown.digest if shown is not None else None,
         )
         # the far side keeps the same deadline; its answer needs a moment more
         try:
@@ -215,9 +219,7 @@ class Peer:
                 raise ProtocolError(f"node {self.name} answered Execute with {type(answer).__name__}")
             if send and manifest is not None:
                 self._known.add((incarnation, manifest.digest))
-            if not answer.event:
-                return None
-            return structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))
+            return self._event_of(answer, context)
         except WeightSyncError as error:
             if manifest is not None and not send and error.phase == MANIFEST_UNKNOWN:
                 self._known.discard((incarnation, manifest.digest))  # it keeps only so many: send it again
@@ -227,6 +229,19 @@ class Peer:
             if engine is not None and not isinstance(instruction, (do.AwaitRelease, do.RevokeBucket)):
                 return ev.EngineFailed(engine=engine, phase=phase_of(instruction), error=error.record(), lost=lost)
             return ev.NodeLost(node=self.name, error=error.record())
+
+    def _event_of(self, answer: msg.Executed, context: PushContext) -> ev.Event | None:
+        """What has come of an instruction. Raises `CodecError`, and `ProtocolError` for half an answer."""
+        if not answer.event:
+            return None
+        event = structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))
+        if isinstance(event, ev.PlacesShown) and not event.problem:
+            if answer.places is not None:
+                self._shown[event.engine] = Exposures.unpack(answer.places)
+            if event.engine not in self._shown:
+                raise ProtocolError(f"node {self.name} has not told the places that engine {event.engine} shows")
+            context.shown[event.engine] = self._shown[event.engine]
+        return event
 
 
 def _daemon_of(info: msg.Attached) -> str:

@@ -235,6 +235,9 @@ class Push:
                 self._start(self._relay(instruction))
             case do.ExchangeBucket():
                 self._start(self._exchange(instruction))
+            case do.DeliverWeights():
+                deliver = self._services.executor.deliveries.deliver
+                self._start(deliver(self._services.rails, self.context, instruction))
             case do.RevokeBucket() | do.RetireBridge():
                 self._start(self._at_node(instruction), self._chores)
             case _:

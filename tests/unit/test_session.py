@@ -609,8 +609,57 @@ def test_engines_that_draw_are_given_no_bucket_and_ranks_no_lease(buckets):
     assert not any(isinstance(e, ev.RankFilled | ev.BucketLoaded) for e in world.history)
 
 
-def test_an_engine_elsewhere_reads_buckets_once_those_beside_the_trainer_have_drawn():
+def test_to_one_engine_elsewhere_weights_are_delivered_while_those_beside_the_trainer_draw():
     world = World(engines=REMOTE, draws=("a", "b"))
+    world.open_all()
+    draw = world.run_until(do.DrawWeights, engine="a")
+    while not any(isinstance(i, do.DeliverWeights) for i in world.pending):
+        world.succeed(next(i for i in world.pending if i is not draw))
+    assert "engine a (draw), b (deliver)" in world.session.waiting_for()
+    world.run()
+    assert outcomes(world) == dict.fromkeys(REMOTE, "committed")
+    assert world.drawn == {"a", "b"}
+    assert world.released
+    assert not any(isinstance(e, ev.RankFilled | ev.BucketLoaded) for e in world.history)
+
+
+@pytest.mark.parametrize("how", ["it cannot show its places", "the delivery fails"])
+def test_an_engine_that_nothing_can_be_delivered_to_is_given_buckets(how):
+    world = World(engines=REMOTE, draws=("a", "b"), unable=("b",) if how.startswith("it") else ())
+    world.open_all()
+    if not world.unable:
+        world.fail(world.run_until(do.DeliverWeights))
+    world.run()
+    assert outcomes(world) == dict.fromkeys(REMOTE, "committed")
+    assert world.drawn == {"a"}
+    assert [e.draws for e in world.session.fleet] == [True, False]
+
+
+def test_several_engines_elsewhere_are_broadcast_to():
+    engines = {"a": "home", "b": "away", "c": "away"}
+    world = World(engines=engines, draws=("a", "b", "c"))
+    world.open_all()
+    world.run()
+    assert outcomes(world) == dict.fromkeys(engines, "committed")
+    assert world.drawn == {"a"}
+
+
+def test_slots_are_not_leased_while_a_delivery_to_a_node_that_is_gone_still_uses_them():
+    world = World(engines=REMOTE, draws=("a", "b"), unable=("a",))
+    world.open_all()
+    deliver = world.run_until(do.DeliverWeights)
+    while any(i is not deliver for i in world.pending):
+        world.succeed(next(i for i in world.pending if i is not deliver))
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    assert not world.leases
+    assert not world.session.done
+    world.fail(deliver)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "lost"}
+
+
+def test_an_engine_elsewhere_reads_buckets_once_those_beside_the_trainer_have_drawn():
+    world = World(engines=REMOTE, draws=("a",))
     world.open_all()
     draw = world.run_until(do.DrawWeights)
     assert not world.leases, "were it not able to, it would need every bucket"

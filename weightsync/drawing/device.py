@@ -9,18 +9,22 @@ import numpy as np
 import torch
 
 from weightsync.device.launch import COPY, BoxKernel
-from weightsync.device.table import Place, box_items, joined
+from weightsync.device.table import SLOT, Place, box_items, joined
 from weightsync.device.waiting import await_events
 from weightsync.errors import TransportBroken
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from weightsync.device.table import Items
     from weightsync.plan.boxes import Ints
+    from weightsync.plan.delivery import Staged
     from weightsync.plan.draws import Draw
     from weightsync.replay.kernel import Launcher
 
-__all__ = ["DeviceCopies"]
+__all__ = ["DeviceCopies", "DeviceStaged"]
+
+_SHARE = 2  # of a GPU's multiprocessors, the other half being left to the kernels that send and receive
 
 
 class DeviceCopies:
@@ -78,3 +82,38 @@ class DeviceCopies:
         """Return when what was copied last is. Raises `TransportTimeout`."""
         if self._done is not None:
             await_events([self._done], "drawing weights", deadline=deadline)
+
+
+class DeviceStaged:
+    """Copies between memory at bases and a staging buffer, piece by piece (`weightsync/plan/delivery.py`), one launch
+    each. `packing`: into the buffer; else out of it. The bases are kept on the GPU until they change.
+    """
+
+    def __init__(
+        self, kernel: Launcher, device: torch.device, pieces: Sequence[Sequence[Staged]], *, packing: bool
+    ) -> None:
+        """Raises `TransportBroken` where there is no room for the tables."""
+        self._kernel, self._device = kernel, device
+        self._addresses: Ints = np.empty(0, dtype=np.int64)
+        self._bases: torch.Tensor | None = None
+        try:
+            self._tables = [kernel.table(joined([_items(one, packing) for one in piece])) for piece in pieces]
+        except torch.OutOfMemoryError as error:
+            raise TransportBroken(f"this GPU has no room for the tables of {len(pieces)} pieces: {error}") from error
+
+    def begin(self, bases: Ints) -> None:
+        """What is mapped begins at these addresses. Nothing that was launched before is under way."""
+        if self._bases is None or not np.array_equal(bases, self._addresses):
+            self._bases, self._addresses = torch.from_numpy(bases).to(self._device), bases.copy()
+
+    def launch(self, piece: int, buffer: int, stream: torch.cuda.Stream) -> None:
+        """Copy one piece, from or to the staging memory at the address `buffer`, on `stream`."""
+        self._kernel.launch(self._tables[piece], COPY, stream=stream, bases=self._bases, slot=buffer, share=_SHARE)
+
+
+def _items(one: Staged, packing: bool) -> Items:
+    there = Place(one.base, one.at, one.strides or (0,))
+    here = Place(SLOT, one.begin, one.packed or (0,))
+    source, target = (there, here) if packing else (here, there)
+    shape = one.shape or (1,)
+    return box_items(shape, one.itemsize, source, target, tensor_shape=shape, offset=(0,) * len(shape))

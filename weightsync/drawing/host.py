@@ -1,4 +1,4 @@
-"""Draws in host memory: numpy copies between views of addresses."""
+"""Draws in host memory, and pieces of a delivery: numpy copies between views of addresses."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.plan.boxes import Ints
+    from weightsync.plan.delivery import Staged
     from weightsync.plan.draws import Draw
 
-__all__ = ["HostCopies"]
+__all__ = ["HostCopies", "HostStaged"]
 
 _INTEGERS = (1, 2, 4, 8)  # bytes of those that numpy has
 
@@ -27,13 +28,36 @@ class HostCopies:
     def run(self, targets: Sequence[int], parts: Sequence[Ints], *, deadline: float) -> None:
         """Copy, from and to the memory at these addresses; `parts` by rank. What it takes cannot be cut short."""
         for draw in self._draws:
-            begin = int(parts[draw.rank][draw.part]) + draw.source
-            source = _view(begin, draw.shape, draw.source_strides, draw.itemsize)
-            target = _view(targets[draw.target] + draw.at, draw.shape, draw.strides, draw.itemsize)
-            np.copyto(target, source)
+            source = int(parts[draw.rank][draw.part]) + draw.source, draw.source_strides
+            target = targets[draw.target] + draw.at, draw.strides
+            _copy_box(draw.shape, draw.itemsize, source, target)
 
     def settle(self, *, deadline: float) -> None:
         """Nothing is under way between calls."""
+
+
+class HostStaged:
+    """Copies between memory at bases and a staging buffer, piece by piece (`weightsync/plan/delivery.py`). `packing`:
+    into the buffer; else out of it.
+    """
+
+    def __init__(self, pieces: Sequence[Sequence[Staged]], *, packing: bool) -> None:
+        self._pieces, self._packing = pieces, packing
+
+    def run(self, piece: int, bases: Ints, buffer: int) -> None:
+        """Copy one piece, from or to the staging memory at the address `buffer`."""
+        for one in self._pieces[piece]:
+            there = int(bases[one.base]) + one.at, one.strides
+            here = buffer + one.begin, one.packed
+            source, target = (there, here) if self._packing else (here, there)
+            _copy_box(one.shape, one.itemsize, source, target)
+
+
+def _copy_box(
+    shape: tuple[int, ...], itemsize: int, source: tuple[int, tuple[int, ...]], target: tuple[int, tuple[int, ...]]
+) -> None:
+    """From one place to another, each an address and strides in bytes."""
+    np.copyto(_view(target[0], shape, target[1], itemsize), _view(source[0], shape, source[1], itemsize))
 
 
 def _view(

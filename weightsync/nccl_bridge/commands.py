@@ -14,6 +14,7 @@ from msgspec import Meta
 from weightsync.nccl_bridge.replies import (
     AnyReply,
     Blob,
+    Bulk,
     Done,
     Exported,
     Hosted,
@@ -33,7 +34,9 @@ __all__ = [
     "AnyCommand",
     "AnyReply",
     "AwaitReleased",
+    "Collect",
     "Command",
+    "Deliver",
     "Done",
     "Exchange",
     "Export",
@@ -243,6 +246,34 @@ class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
 
 
+class _Delivery(Command[Done], frozen=True, kw_only=True):
+    """One end of a delivery, see `weightsync.nccl_bridge.delivery`. Both are told the same of these fields."""
+
+    reply = Done
+    generation: Natural
+    token: Natural  # that no other delivery has
+    piece: Annotated[int, Meta(ge=64, lt=2**40)]  # bytes
+    turn: Natural  # of the …
+    turns: Annotated[int, Meta(ge=1, le=4096)]  # deliveries that are under way side by side
+    manifest: Bulk
+    places: Bulk  # what all ranks of the engine have shown
+    ranks: Annotated[tuple[Natural, ...], Meta(max_length=4096)]  # those to which this one goes
+
+
+class Deliver(_Delivery, frozen=True, kw_only=True, tag="deliver"):
+    """Send to the other member of the communicator what ranks of an engine there have places for, out of the memory
+    that a trainer exposes here; answers when it has left. All slots are used.
+    """
+
+    exposures: Bulk
+
+
+class Collect(_Delivery, frozen=True, kw_only=True, tag="collect"):
+    """Take that into these places; answers when it is there. After an error nothing is written there any more, unless
+    it is `TransportTimeout`.
+    """
+
+
 class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):
     """Answer, remove the arena and exit with status 0."""
 
@@ -268,5 +299,7 @@ AnyCommand = (
     | Receive
     | SendGroup
     | Exchange
+    | Deliver
+    | Collect
     | Stop
 )

@@ -29,7 +29,7 @@ __all__ = [
     "frame_length",
 ]
 
-MAX_FRAME = 4 * 2**20  # bytes; the largest frame is an `Exported` of 512 tickets, about 100 KiB
+MAX_FRAME = 2**29  # bytes; a `Deliver` tells once where each tensor of a model lies, of which there may be 100,000
 HEADER = struct.Struct("<I")
 
 

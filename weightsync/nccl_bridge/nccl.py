@@ -14,7 +14,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +48,7 @@ _POLL_FIRST = 10e-6  # seconds between two looks at an operation, growing to …
 _POLL_LAST = 500e-6
 _POLL_AGREED = 2e-3  # seconds between two questions to the store
 _GROUP = 512  # broadcasts launched together: NCCL plans them into few kernels
+_AHEAD = 32  # broadcasts of a stream that are queued at a time
 _IDLE = 5.0  # seconds for the GPU to end what an aborted communicator was doing
 _LONGEST_CLOSE = 60.0  # seconds for `close`, whatever its deadline
 _NOT_READY = 600  # cudaErrorNotReady
@@ -106,6 +109,35 @@ class NcclCommunicator(Communicator):
             self._wait(what, deadline, self._drained)
             if others := [root for root in roots if tokens.of(root) != token]:
                 raise TransportBroken(f"{what}: rank {others[0]} is in another one: members take them in other orders")
+
+    def stream(
+        self,
+        pieces: Sequence[tuple[int, int]],
+        token: int,
+        root: int,
+        *,
+        before: Callable[[int, int], None],
+        after: Callable[[int, int], None],
+        settled: Callable[[], bool],
+        deadline: float,
+    ) -> None:
+        """Broadcast `pieces` (address, bytes; the sizes alike at every member) from `root`, one after the other and
+        without waiting for the host in between. `before` and `after` queue what has to be done with each, given its
+        number and the stream (an address) that it travels on; returns when that has ended, too, and everything is
+        `settled`. All give the same `token`, which is compared before the first piece. Raises as `broadcast`.
+        """
+        what = f"stream of {sum(nbytes for _, nbytes in pieces)} bytes in {len(pieces)} pieces from rank {root}"
+        self.broadcast([Piece(root, 0, 0)], token, deadline=deadline)
+        ahead: deque[Any] = deque()
+        with self._operation(what, deadline):
+            for number, (address, nbytes) in enumerate(pieces):
+                before(number, self._stream.ptr)
+                self._launch([Piece(root, address, nbytes)], what, deadline)
+                after(number, self._stream.ptr)
+                ahead.append(self._stream.record())
+                if len(ahead) > _AHEAD:  # what a stream has no room for, its host would wait for without a deadline
+                    self._wait(what, deadline, partial(_passed, ahead.popleft()))
+            self._wait(what, deadline, lambda: self._drained() and settled())
 
     def close(self, *, deadline: float) -> None:
         """Leave, after the operation under way, if there is one, has ended; by `deadline` at the latest, by force.
@@ -197,7 +229,15 @@ class NcclCommunicator(Communicator):
 
 def _idle(stream: Any) -> bool:
     """Whether all that was given to a stream is done. Raises `TransportBroken` where its GPU has failed."""
-    status = int(cupy().cuda.runtime.streamQuery(stream.ptr))  # cupy's own `done` takes an error for "not yet"
+    return _is_past(cupy().cuda.runtime.streamQuery(stream.ptr))  # cupy's own `done` takes an error for "not yet"
+
+
+def _passed(event: Any) -> bool:
+    """The same of what was given to it before an event."""
+    return _is_past(cupy().cuda.runtime.eventQuery(event.ptr))
+
+
+def _is_past(status: int) -> bool:
     if status not in (0, _NOT_READY):
         raise TransportBroken(f"CUDA error {status} in the kernels of a communicator")
     return status == 0

@@ -13,6 +13,7 @@ from weightsync.ipc.ledger import Account
 __all__ = [
     "AnyReply",
     "Blob",
+    "Bulk",
     "Done",
     "Exported",
     "Hosted",
@@ -33,6 +34,7 @@ Natural = Annotated[int, Meta(ge=0, lt=2**60)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=1024)]
 Blob = Annotated[bytes, Meta(max_length=64 * 1024)]
+Bulk = Annotated[bytes, Meta(min_length=16, max_length=2**28)]  # by its digest where it was told whole before
 Names = Annotated[tuple[Name, ...], Meta(max_length=4096)]
 Tickets = Annotated[dict[Name, Blob], Meta(max_length=4096)]
 

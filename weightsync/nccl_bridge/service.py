@@ -13,9 +13,10 @@ import time
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
-from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
+from weightsync.nccl_bridge.delivery import Deliveries
 from weightsync.nccl_bridge.groups import Groups
 from weightsync.nccl_bridge.member import Member, new_member
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
@@ -58,6 +59,8 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Send: Lane.WIRE,
     c.Receive: Lane.WIRE,
     c.Exchange: Lane.WIRE,
+    c.Deliver: Lane.WIRE,
+    c.Collect: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
     c.Warm: Lane.GROUP,
     c.OfferGroup: Lane.GROUP,
@@ -82,6 +85,7 @@ class BridgeService:
             "torch-shm": TorchShmSender(arena, **books),
             "torch-cuda": TorchCudaSender(arena, **books),
         }
+        self._deliveries = Deliveries(arena, slots)
         self._one_by_one = threading.Lock()
         self._groups = Groups(name, arena, slots, **books, one_by_one=self._one_by_one)
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
@@ -149,9 +153,16 @@ class BridgeService:
                 return self._receive(member, command, deadline)
             case c.Exchange():
                 self._check_idle(command.slot)
-                if (generation := member.communicator.generation) != command.generation:
-                    raise LocalProtocolError(f"bridge {self.name} has joined generation {generation} since")
+                self._check_generation(member, command.generation)
                 member.exchange.run(command.slot, command.token, command.parts, deadline=deadline)
+                return c.Done()
+            case c.Deliver():
+                self._check_generation(member, command.generation)
+                self._deliveries.send(member.communicator, command, self._idle_slots(), deadline=deadline)
+                return c.Done()
+            case c.Collect():
+                self._check_generation(member, command.generation)
+                self._deliveries.collect(member.communicator, command, self._idle_slots(), deadline=deadline)
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
@@ -279,6 +290,17 @@ class BridgeService:
         """Raise `LocalProtocolError` where other bytes are about to come into a slot that is still read."""
         if held := self.pending(slot):
             raise LocalProtocolError(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
+
+    def _check_generation(self, member: Member, generation: int) -> None:
+        if (joined := member.communicator.generation) != generation:
+            raise LocalProtocolError(f"bridge {self.name} has joined generation {joined} since")
+
+    def _idle_slots(self) -> list[int]:
+        """Those that nobody reads. Raises `TransportBroken` where there is none."""
+        idle = [slot for slot in range(self.arena.slots) if not self.pending(slot)]
+        if not idle:
+            raise TransportBroken(f"all slots of bridge {self.name} are still held")
+        return idle
 
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member

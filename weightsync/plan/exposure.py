@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from weightsync.plan.table import TensorTable
 
-__all__ = ["Exposure", "Exposures", "Part", "Region"]
+__all__ = ["Exposure", "Exposures", "Part", "Region", "gpu_of"]
 
 _MAX_REGIONS = 1 << 16
 
@@ -167,6 +167,21 @@ class Exposure:
         offset, shape, strides = (as_tuples(rows, ndims) for rows in (self.offset, self.shape, self.strides))
         columns = (self.tensor.tolist(), offset, shape, self.region.tolist(), self.at.tolist(), strides)
         return [Part(*one) for one in zip(*columns, strict=True)]
+
+
+class _Regions(msgspec.Struct, frozen=True):
+    """As much of a `PackedExposure` as `gpu_of` needs."""
+
+    regions: tuple[Region, ...]
+
+
+def gpu_of(packed: bytes) -> str:
+    """UUID of the GPU on which a packed exposure begins; "" for host memory. Raises `CodecError`."""
+    try:
+        regions = msgspec.msgpack.decode(packed, type=_Regions).regions
+    except msgspec.DecodeError as error:
+        raise CodecError(f"no exposure: {error}") from error
+    return regions[0].gpu if regions else ""
 
 
 class PackedExposures(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -31,6 +31,7 @@ __all__ = [
     "LayoutReceived",
     "LayoutsMissing",
     "NodeLost",
+    "PlacesShown",
     "PlanFailed",
     "PlanMade",
     "RankExposed",
@@ -42,6 +43,7 @@ __all__ = [
     "RankStopped",
     "StopRequested",
     "Tick",
+    "WeightsDelivered",
     "WeightsDrawn",
 ]
 
@@ -168,6 +170,7 @@ class EngineAccepted(Event, frozen=True):
     engine: str
     untouched: int = 0
     draws: bool = False  # it can read these weights where ranks of its node expose them
+    shows: bool = False  # it can show bridges of its node where to write them
 
 
 class EnginePaused(Event, frozen=True):
@@ -189,6 +192,13 @@ class WeightsDrawn(Event, frozen=True):
 
     engine: str
     drawn: bool
+
+
+class PlacesShown(Event, frozen=True):
+    """Bridges may write into the engine's places, which it has shown."""
+
+    engine: str
+    problem: str = ""  # why they cannot
 
 
 class BucketLoaded(Event, frozen=True):
@@ -254,6 +264,13 @@ class BucketRelayed(Event, frozen=True):
     bucket: int
     nodes: tuple[str, ...]
     failed: tuple[tuple[str, ErrorRecord], ...] = ()
+
+
+class WeightsDelivered(Event, frozen=True):
+    """The bridges have brought all that the engine needs, and write no more."""
+
+    engine: str
+    problem: str = ""  # why not; some of it may have been written
 
 
 class BridgeLost(Event, frozen=True):

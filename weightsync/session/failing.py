@@ -16,6 +16,7 @@ __all__ = ["Failing"]
 _PHASES = {
     "load": "load",
     "draw": "load",
+    "show": "load",
     "finish": "finalise",
     "resume": "finalise",
     "verify": "verify",

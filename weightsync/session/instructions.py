@@ -20,6 +20,7 @@ __all__ = [
     "AskLayout",
     "AwaitRelease",
     "BeginEngine",
+    "DeliverWeights",
     "DrawWeights",
     "EndPush",
     "ExchangeBucket",
@@ -37,6 +38,7 @@ __all__ = [
     "ResumeEngine",
     "RetireBridge",
     "RevokeBucket",
+    "ShowPlaces",
     "Slot",
     "VerifyEngine",
 ]
@@ -139,6 +141,14 @@ class DrawWeights(Instruction, frozen=True):
     engine: str
 
 
+class ShowPlaces(Instruction, frozen=True):
+    """Have the engine, which is on another node than the trainer, show where it has places for what it needs. Ends in
+    `PlacesShown`.
+    """
+
+    engine: str
+
+
 class LoadBucket(Instruction, frozen=True):
     """Hand each tensor-parallel rank of the engine its tickets for the bucket, and for those after it, `count` in all.
     Ends in one `BucketLoaded` of the same.
@@ -205,6 +215,15 @@ class ExchangeBucket(Instruction, frozen=True):
 
     bucket: int
     slots: tuple[Slot, ...]
+
+
+class DeliverWeights(Instruction, frozen=True):
+    """Have the bridges bring what the engine on `node` has places for out of the memory that the trainer's ranks expose
+    straight into these places. Ends in `WeightsDelivered`.
+    """
+
+    engine: str
+    node: str
 
 
 class RevokeBucket(Instruction, frozen=True):

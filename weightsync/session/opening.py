@@ -116,7 +116,8 @@ class Opening(Transferring):
         if engine is None:
             return
         engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
-        engine.draws = event.draws and engine.node == self.home and not engine.keeper
+        here = engine.node == self.home
+        engine.draws = (event.draws if here else event.shows) and not engine.keeper
         self._open_on(now, out)
 
     def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:

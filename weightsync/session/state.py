@@ -87,6 +87,7 @@ class SessionState:
         self._in_place: set[int] = set()  # ranks whose weights may be read where they lie
         self._unexposed: set[int] = set()  # ranks that were asked where that is, and have not said
         self._unmeasured: set[int] = set()  # ranks of which the fingerprints of that have not come
+        self._delivering = False  # bridges use all slots of theirs for it
         self._spread = False  # ranks of several nodes write: every node gets every bucket by an exchange
         self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
         self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
@@ -194,6 +195,9 @@ class SessionState:
             if engine.asked == "draw":
                 assert engine.touched, f"{engine.name} draws and was not begun"
                 assert engine.node == self.home, f"{engine.name} draws from another node"
+            if engine.asked in ("show", "deliver"):
+                assert engine.touched, f"{engine.name} shows its places and was not begun"
+                assert engine.node != self.home, f"{engine.name} has its own node deliver"
             if engine.asked == "resume" and engine.touched:
                 assert engine.stage is EngineStage.RESUMING, f"{engine.name} is torn and is being resumed"
         if self.state is State.ABORTED:
@@ -229,7 +233,7 @@ class SessionState:
         return self.buckets[bucket].copies.get(node) if 0 <= bucket < len(self.buckets) else None
 
     def _outstanding(self) -> bool:
-        return bool(self._active) or any(e.asked for e in self.engines.values())
+        return bool(self._active) or self._delivering or any(e.asked for e in self.engines.values())
 
     def _free_slots(self) -> None:
         """Take back each copy that nobody writes, sends or reads any more."""

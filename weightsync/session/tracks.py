@@ -65,7 +65,8 @@ class EngineTrack:
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
     untouched: int = 0  # tensors it holds that this push leaves as they are
-    draws: bool = False  # it reads the trainer's memory, and no buckets
+    draws: bool = False  # it reads the trainer's memory, or has it delivered, and no buckets
+    shown: bool = False  # bridges know where to deliver it
     error: ErrorRecord | None = None
     seconds: float = 0.0  # from pause to resume
 

@@ -1,8 +1,8 @@
 """Weights on their way.
 
 By buckets: slots are leased and filled, exported, relayed to other nodes, loaded, and free again. Or an engine draws
-them: it reads the memory that ranks of its node expose. Engines of both kinds may be in one push; where all draw, no
-slot is leased.
+them: it reads the memory that ranks of its node expose. To one on another node bridges deliver what it has places for
+out of that memory. Engines of all kinds may be in one push; where none takes buckets, no slot is leased.
 """
 
 from __future__ import annotations
@@ -49,10 +49,13 @@ class Transferring(Committing):
             self._go_on(now, out)
 
     def _choose_who_draws(self, now: float) -> None:
-        """Engines beside which all of the trainer's ranks are, if these offer their weights in place."""
+        """Engines beside which all of the trainer's ranks are, if these offer their weights in place; and one on
+        another node. For several there a broadcast of buckets is less on the wire: it carries each byte once.
+        """
         offered = len(self._in_place) == self.world and set(self._rank_nodes.values()) == {self.home}
+        away = sum(engine.node != self.home for engine in self._live())
         for engine in self._live():
-            engine.draws = engine.draws and offered
+            engine.draws = engine.draws and offered and (engine.node == self.home or away == 1)
         if any(engine.draws for engine in self._live()):
             self._unexposed, self._unmeasured = set(range(self.world)), set(range(self.world))
             self.phases.start("fill", now)
@@ -87,6 +90,25 @@ class Transferring(Committing):
             engine.next_bucket = engine.loaded = len(self.buckets)
         else:
             engine.draws = False
+        self._go_on(now, out)
+
+    def _on_places_shown(self, event: ev.PlacesShown, now: float, out: list[Instruction]) -> None:
+        engine = self._succeeded(event.engine, "show", "load", now, out)
+        if engine is None:
+            return
+        engine.shown, engine.draws = not event.problem, not event.problem
+        self._go_on(now, out)
+
+    def _on_weights_delivered(self, event: ev.WeightsDelivered, now: float, out: list[Instruction]) -> None:
+        self._delivering = False
+        engine = self._succeeded(event.engine, "deliver", "wire", now, out)
+        if engine is None:  # it has left; others may have waited for the slots
+            self._go_on(now, out)
+            return
+        if event.problem:  # buckets bring every byte of it again
+            engine.draws = False
+        else:
+            engine.next_bucket = engine.loaded = len(self.buckets)
         self._go_on(now, out)
 
     def _on_rank_filled(self, event: ev.RankFilled, now: float, out: list[Instruction]) -> None:
@@ -161,7 +183,7 @@ class Transferring(Committing):
             self._end_when_all_ended(now, out)
             return
         drawing = any(engine.draws and not self._all_loaded(engine) for engine in live)
-        if not drawing and not all(engine.draws for engine in live):
+        if not (drawing or self._delivering or all(engine.draws for engine in live)):
             self._grant(now, out)  # not before: an engine that finds that it cannot draw needs every bucket
         self._relay(now, out)
         for engine in live:
@@ -284,15 +306,25 @@ class Transferring(Committing):
             )
 
     def _draw(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        """The same for one that draws: once every rank has said where its weights lie."""
+        """The same for one that draws, or is delivered to: once every rank has said where its weights lie."""
         if self._unexposed:
             return
         if engine.stage is EngineStage.PAUSED:
             self._begin_engine(engine, now, out)
-        elif engine.stage is EngineStage.LOADING and not self._all_loaded(engine):
+        elif engine.stage is not EngineStage.LOADING or self._all_loaded(engine):
+            return
+        elif engine.node == self.home:
             engine.asked = "draw"
             self.phases.start("load", now)
             out.append(do.DrawWeights(engine=engine.name, deadline=self._until(now)))
+        elif not engine.shown:
+            engine.asked = "show"
+            self.phases.start("load", now)
+            out.append(do.ShowPlaces(engine=engine.name, deadline=self._until(now)))
+        else:
+            engine.asked, self._delivering = "deliver", True
+            self.phases.start("wire", now)
+            out.append(do.DeliverWeights(engine=engine.name, node=engine.node, deadline=self._until(now)))
 
     def _begin_engine(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
         engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True

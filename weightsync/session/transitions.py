@@ -48,6 +48,8 @@ _TRANSFERRING: dict[type[ev.Event], Row] = {
     ev.RankExposed: (Rules._on_rank_exposed, ()),
     ev.RankMeasured: (Rules._on_rank_measured, (_C,)),
     ev.WeightsDrawn: (Rules._on_weights_drawn, (_C,)),
+    ev.PlacesShown: (Rules._on_places_shown, ()),
+    ev.WeightsDelivered: (Rules._on_weights_delivered, (_C,)),
     ev.BucketExported: (Rules._on_bucket_exported, ()),
     ev.EngineBegun: (Rules._on_engine_begun, (_C,)),
     ev.BucketRelayed: (Rules._on_bucket_relayed, (_C, _ABORT, _TORN)),
@@ -71,7 +73,9 @@ _COMMITTING: dict[type[ev.Event], Row] = {  # everything is loaded: the push no 
     ev.EngineAccepted: (Rules._on_last_answer, ()),
     ev.EngineBegun: (Rules._on_last_answer, ()),
     ev.BucketLoaded: (Rules._on_bucket_loaded, ()),  # of one that has left
-    ev.WeightsDrawn: (Rules._on_weights_drawn, ()),  # likewise
+    ev.WeightsDrawn: (Rules._on_weights_drawn, ()),  # likewise, as the next two
+    ev.PlacesShown: (Rules._on_places_shown, ()),
+    ev.WeightsDelivered: (Rules._on_weights_delivered, ()),
     ev.BucketRelayed: (Rules._on_bucket_relayed, ()),
     ev.BucketExported: (Rules._on_bucket_exported, ()),
     ev.BucketReleased: (Rules._on_bucket_released, (_OK, _TORN)),
@@ -85,6 +89,8 @@ _ENDED: dict[type[ev.Event], Row] = {
     **dict.fromkeys(SETTLED, (Rules._settle_engine, ())),
     ev.BucketLoaded: (Rules._on_bucket_loaded, ()),
     ev.WeightsDrawn: (Rules._on_weights_drawn, ()),
+    ev.PlacesShown: (Rules._on_places_shown, ()),
+    ev.WeightsDelivered: (Rules._on_weights_delivered, ()),
     ev.EngineFinished: (Rules._on_engine_finished, ()),
     ev.EngineVerified: (Rules._on_engine_verified, ()),
     ev.EngineResumed: (Rules._on_engine_resumed, ()),

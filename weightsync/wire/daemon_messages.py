@@ -14,6 +14,7 @@ from weightsync.wire.operator_messages import EngineStatus
 __all__ = [
     "Attach",
     "Attached",
+    "Collect",
     "Exchange",
     "Execute",
     "Executed",
@@ -45,6 +46,7 @@ class Attached(Message, frozen=True, tag="attached"):
     address: Name  # for communicators
     peers: tuple[Name, ...] = ()  # other nodes that it coordinates pushes for itself
     device: Literal["cpu", "cuda"] = "cpu"  # where its slots lie
+    gpus: tuple[Name, ...] = ()  # UUIDs, by bridge, if that is on GPUs
 
 
 class Execute(Message, frozen=True, tag="execute"):
@@ -58,12 +60,14 @@ class Execute(Message, frozen=True, tag="execute"):
     plan: Digest | None = None  # digest of the manifest the instruction is about
     manifest: Column | None = None  # the manifest itself, once for each follower
     fingerprints: Column | None = None  # for VerifyEngine: little-endian u64 for each tensor of the manifest
+    places: Digest | None = None  # for ShowPlaces: of those that the engine has shown last
 
 
 class Executed(Message, frozen=True, tag="executed"):
     """The outcome: a `weightsync.session.events.Event`."""
 
     event: dict[str, Any]
+    places: Column | None = None  # packed `Exposures` that an engine has shown, where they are others than last
 
 
 class JoinRail(Message, frozen=True, tag="join_rail"):
@@ -105,6 +109,23 @@ class Exchange(Message, frozen=True, tag="exchange"):
     parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
     timeout: Seconds
     checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, as the trainer's ranks made it
+
+
+class Collect(Message, frozen=True, tag="collect"):
+    """Take what is delivered to ranks of an engine, into the places that it has shown in this push. Answered by
+    `Executed` once it is there.
+    """
+
+    push: Name
+    rail: Natural
+    engine: Name
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]
+    generation: Natural
+    token: Natural  # that no other delivery has
+    piece: Natural  # bytes
+    turn: Natural  # of the …
+    turns: Natural  # deliveries that are under way side by side
+    timeout: Seconds
 
 
 class Gather(Message, frozen=True, tag="gather"):

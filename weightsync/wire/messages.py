@@ -7,8 +7,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     daemon → rank      Welcome, AskDescription, Planned, Lease, AskExposure, Drawn, Ended, Heartbeat, LoraPushed
     operator → daemon  StatusRequest, TraceRequest, ChangeEngines
     daemon → operator  Status, Traced, Changed
-    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Gather, TellRank, Release, Register, Heartbeat,
-                       PushLora
+    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Collect, Gather, TellRank, Release, Register,
+                       Heartbeat, PushLora
                        Attached, Executed, RankSays, Registered, LoraPushed
     anyone             ErrorReply
 
@@ -21,6 +21,7 @@ from weightsync.errors import ErrorRecord
 from weightsync.wire.daemon_messages import (
     Attach,
     Attached,
+    Collect,
     Exchange,
     Execute,
     Executed,
@@ -83,6 +84,7 @@ __all__ = [
     "BridgeStatus",
     "ChangeEngines",
     "Changed",
+    "Collect",
     "Describe",
     "Drawn",
     "Ended",
@@ -172,6 +174,7 @@ MESSAGES: tuple[type[Message], ...] = (
     LoraPushed,
     TraceRequest,
     Traced,
+    Collect,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
-from weightsync.adapters.manifests import ToldExposures
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.connection import HttpClient
 from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
 from weightsync.plan.residents import ResidentBoxes
+from weightsync.plan.told import ToldExposures
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import xxhash
 
-from weightsync.adapters.manifests import SeenExposures
 from weightsync.adapters.reference.checkpoint import open_checkpoint
 from weightsync.adapters.reference.commands import (
     Accept,
@@ -42,6 +41,7 @@ from weightsync.adapters.reference.parallel import ParallelDecoder, Ranks
 from weightsync.adapters.reference.plugin import BucketLoader
 from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, WeightSyncError
 from weightsync.plan.manifest import Manifest
+from weightsync.plan.told import SeenExposures
 from weightsync.transports import receiver
 from weightsync.wire.pipe import Pipe
 

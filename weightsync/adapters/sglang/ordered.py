@@ -13,10 +13,10 @@ import msgspec
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
+from weightsync.plan.told import ToldExposures, ToldManifests
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

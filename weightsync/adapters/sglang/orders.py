@@ -61,7 +61,7 @@ class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     loaded will be compared, so that buckets need not be. `anew`: what was learnt of the loader led to something wrong.
     """
 
-    manifest: bytes  # packed, or the digest of one that the plugin has seen (`adapters/manifests.py`)
+    manifest: bytes  # packed, or the digest of one that the plugin has seen (`plan/told.py`)
     target: Target
     offers: tuple[tuple[bytes, ...], ...]
     seconds: Seconds

@@ -27,13 +27,13 @@ import torch
 import torch.distributed
 
 from weightsync.adapters.held import packed_boxes, sums_of
-from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.derived import forget_embeddings, why_not_updated
 from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, quantise_once, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
+from weightsync.plan.told import SeenExposures, SeenManifests
 from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.manifests import ToldExposures, ToldManifests
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
+from weightsync.plan.told import ToldExposures, ToldManifests
 from weightsync.replay.facts import NOT_WHOLE
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ import msgspec
 import torch
 
 from weightsync.adapters.held import packed_boxes, sums_of
-from weightsync.adapters.manifests import SeenExposures, SeenManifests
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.plan.told import SeenExposures, SeenManifests
 from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay

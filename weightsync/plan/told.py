@@ -1,5 +1,5 @@
-"""What an engine's workers have seen: manifests, and what trainers expose. Each is told whole once, and by its digest
-from then on.
+"""What an engine's workers, or a bridge, have seen: manifests, and what trainers expose. Each is told whole once, and
+by its digest from then on.
 
 The manifest of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. A worker
 remembers more than a daemon believes it does, since several may speak to it; where it does not know a digest after all,

@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hand_push import as_bytes, manifest_of
-from weightsync.adapters.manifests import SeenManifests, ToldManifests
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import DIGEST_BYTES
+from weightsync.plan.told import SeenManifests, ToldManifests
 from weightsync.replay.facts import LAYOUTS
 
 MANIFESTS = [
