@@ -309,7 +309,7 @@ def test_what_server_info_tells_and_an_order_asks_for(scheduler: Scheduler) -> N
     plugin._get_internal_state(result, running)
     told = result.internal_state["weightsync"]
     assert told == {
-        "protocol": 3,
+        "protocol": 4,
         "incarnation": plugin._worker.incarnation,
         "paused": True,
         "asleep": ["kv_cache", "weights"],
