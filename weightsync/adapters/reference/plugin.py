@@ -91,9 +91,11 @@ class BucketLoader:
 
     def accept(self, manifest: Manifest) -> None:
         """Plan its loading, and keep the plan until `MANIFESTS_KEPT` others were accepted."""
-        self._plans.pop(manifest.digest, None)
-        plan = plan_loading(self._config, self._layout, manifest)
-        self._plans[manifest.digest] = plan, self._parameters.prepare(plan)
+        known = self._plans.pop(manifest.digest, None)
+        if known is None:
+            plan = plan_loading(self._config, self._layout, manifest)
+            known = plan, self._parameters.prepare(plan)
+        self._plans[manifest.digest] = known
         while len(self._plans) > MANIFESTS_KEPT:
             del self._plans[next(iter(self._plans))]
 
