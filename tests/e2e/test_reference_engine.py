@@ -12,6 +12,7 @@ import pytest
 
 from tests.engine_process import EngineProcess, running_engine
 from tests.hand_push import HandPush, Tensors, as_bytes, connected, sent, soon
+from tests.places_kit import write_elsewhere
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.model import CausalLM, greedy, load_checkpoint, random_checkpoint
 from weightsync.errors import EngineError, EngineLost, EngineRefused
@@ -130,6 +131,43 @@ def test_weights_that_are_not_those_sent_are_found(
                 await hands.verify(manifest, others_too, deadline=soon())
 
     asyncio.run(verify())
+
+
+def test_what_others_write_into_its_places_arrives(
+    engine: EngineProcess, models: dict[str, CausalLM], hand: HandPush
+) -> None:
+    """One byte that is wrong is found, and named."""
+
+    async def push() -> None:
+        async with connected(engine) as hands:
+            digests = []
+            for version, name, wrong in ((11, "moe1", False), (12, "moe2", True), (13, "moe0", False)):
+                tensors = as_bytes(models[name].named_parameters())
+                manifest = hand.manifest(tensors)
+                await hands.accept(manifest, deadline=soon())
+                await hands.pause("keep", deadline=soon())
+                await hands.begin(version, manifest, hand.offers("engine", 2), deadline=soon())
+                shown = await hands.places(deadline=soon())
+                assert not isinstance(shown, str)
+                digests.append(shown.digest)
+                written, odd = dict(tensors), manifest.tensors.names[3]
+                if wrong:
+                    dtype, shape, data = written[odd]
+                    written[odd] = dtype, shape, bytes([data[0] ^ 1]) + data[1:]
+                await asyncio.to_thread(write_elsewhere, shown.ranks, manifest, written)
+                await hands.finish(version, deadline=soon())
+                expected = sent(manifest, tensors)
+                if wrong:
+                    with pytest.raises(EngineError, match=f"'{odd}' in the engine differs from what the trainer sent"):
+                        await hands.verify(manifest, expected, deadline=soon())
+                    assert not hands.draws(manifest), "the next is by slots"
+                    continue
+                assert await hands.verify(manifest, expected, deadline=soon()) == len(tensors)
+                await hands.resume(deadline=soon())
+                assert engine.generate(PROMPT, TOKENS)["token_ids"] == greedy(models[name], PROMPT, TOKENS)
+            assert len(set(digests)) == 1
+
+    asyncio.run(push())
 
 
 def test_a_worker_error_leaves_it_torn_until_the_next_whole_push(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import os
 import subprocess
@@ -144,6 +145,25 @@ def test_what_is_not_what_was_exposed_is_not_mapped(holder, what):
 def test_memory_that_may_shrink_under_a_reader_is_not_mapped():
     with _holder(0) as (process, fd), pytest.raises(TransportBroken, match="may change it"):
         RegionMap(None).mapped([exposure(process.pid, fd)]).__enter__()
+
+
+def test_places_are_mapped_for_writing():
+    with _holder(fcntl.F_SEAL_SHRINK) as (process, fd):
+        one, (places, weights) = exposure(process.pid, fd), (RegionMap(None, writable=True), RegionMap(None))
+        with places.mapped([one]) as ((address,),), weights.mapped([one]) as ((read,),):
+            ctypes.memset(int(address) + 4, 0xEE, 2)
+            assert ctypes.string_at(int(read), 8) == bytes([0, 1, 2, 3, 0xEE, 0xEE, 6, 7])
+        places.release()
+        weights.release()
+    with pytest.raises(TransportBroken, match=r"an engine's worker that showed its memory \(process"):
+        places.mapped([one]).__enter__()
+
+
+def test_places_that_may_not_be_written_are_not_mapped():
+    with _holder(fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_WRITE) as (process, fd):
+        places, one = RegionMap(None, writable=True), exposure(process.pid, fd)
+        with pytest.raises(TransportBroken, match=r"what an engine's worker showed \(process \d+\) cannot be mapped"):
+            places.mapped([one]).__enter__()
 
 
 def test_what_was_refused_once_is_not_tried_again(holder, monkeypatch):

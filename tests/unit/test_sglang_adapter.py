@@ -529,7 +529,7 @@ class PluginServer(Server):
 
     def __init__(self, **state: Any) -> None:
         super().__init__()
-        self.state: dict[str, Any] = {"protocol": 3, "incarnation": "first", **state}
+        self.state: dict[str, Any] = {"protocol": 4, "incarnation": "first", **state}
         self.looked = 0  # how often /server_info was asked for
         self.silent = False  # it knows no order that asks for its state
         self.paused = False
@@ -588,7 +588,7 @@ def test_a_restart_is_found_where_the_plugin_is_asked(kind: str) -> None:
     server = PluginServer(paused=True)
 
     def restart() -> None:
-        server.state = {"protocol": 3, "incarnation": "second"}
+        server.state = {"protocol": 4, "incarnation": "second"}
         if kind == "an older plugin":
             del server.state["incarnation"]
         if kind == "stock":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import sys
 from types import ModuleType, SimpleNamespace
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.hand_push import HandPush, Tensors
+from tests.hand_push import HandPush, Tensors, soon
+from tests.places_kit import write
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
+from weightsync.adapters.sglang.ordered import PluginPath
 from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of
@@ -182,6 +185,57 @@ def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(schedule
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
 
+def path_to(scheduler: Scheduler) -> PluginPath:
+    async def call(route: str, body: dict[str, str], *, deadline: float) -> str:
+        answer = scheduler.ask(body["action"])
+        assert answer.success, answer.message
+        return str(answer.message)
+
+    server: Any = SimpleNamespace(engine="e", call=call)
+    profile: Any = SimpleNamespace(sessions=False)
+    return PluginPath(server, profile, "all")
+
+
+def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Scheduler) -> None:
+    path, why_not, seen = path_to(scheduler), plugin.NOT_WHOLE, set()
+    with HandPush(slot_bytes=1024) as hand:
+        manifest = hand.manifest(TENSORS)
+        assert "begin first" in scheduler.ask(orders.Places(known=())).message
+        for number in range(6):
+            by_buckets = number in (0, 1, 3)  # in the fourth push they come after all
+            with torch.no_grad():
+                scheduler.model.norm.weight.zero_()
+            scheduler.ask(begin(hand, pull=True))
+            found = asyncio.run(path.places(1, deadline=soon()))
+            assert isinstance(found, str) == (number < 2), found
+            if isinstance(found, str):
+                assert found == f"tp rank 0: {why_not}"
+            else:
+                seen.add(found.digest)
+            if by_buckets:
+                for bucket in range(manifest.buckets):
+                    scheduler.ask(load(hand, bucket))
+            elif not isinstance(found, str):
+                write(found.ranks, manifest, TENSORS)
+            assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+            assert plugin._worker._replays[scheduler.model].pulled == (0 if number < 2 else manifest.buckets)
+            for name, parameter in scheduler.model.named_parameters():
+                assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+        assert len(seen) == 2, "there is another landing once buckets have come"
+
+
+def test_places_are_not_shown_to_a_daemon_that_will_not_compare(scheduler: Scheduler) -> None:
+    path = path_to(scheduler)
+    with HandPush(slot_bytes=1024) as hand:
+        manifest = hand.manifest(TENSORS)
+        for _ in range(3):
+            scheduler.ask(begin(hand))
+            assert asyncio.run(path.places(1, deadline=soon())) == f"tp rank 0: {plugin.NOT_WHOLE}"
+            for bucket in range(manifest.buckets):
+                scheduler.ask(load(hand, bucket))
+            scheduler.ask(orders.Finish())
+
+
 def test_an_older_plugin_is_told_nothing_that_it_does_not_know() -> None:
     order = orders.Begin(manifest=b"", target="all", offers=(), seconds=1.0)
     assert not any(word in msgspec.msgpack.encode(order) for word in (b"pull", b"anew"))
@@ -309,7 +363,7 @@ def test_what_server_info_tells_and_an_order_asks_for(scheduler: Scheduler) -> N
     plugin._get_internal_state(result, running)
     told = result.internal_state["weightsync"]
     assert told == {
-        "protocol": 3,
+        "protocol": 4,
         "incarnation": plugin._worker.incarnation,
         "paused": True,
         "asleep": ["kv_cache", "weights"],

@@ -156,7 +156,7 @@ class Server:
         self.workers_version = "5"
         self.config: dict[str, object] = {}  # more of /server_info's
         self.connector: bool | None = None  # what its workers say
-        self.protocol = 3
+        self.protocol = 4
         self.posted: list[tuple[str, dict[str, str]]] = []
         self.asked: list[str] = []  # of its workers
         self.answers: dict[str, tuple[int, object]] = {}
@@ -307,8 +307,8 @@ async def test_no_way_in_is_told_with_the_flag(backend, path):
 @on_loop
 async def test_a_plugin_of_another_weightsync():
     server = Server()
-    server.protocol = 4
-    with pytest.raises(EngineError, match="speaks protocol 4, this daemon 3"):
+    server.protocol = 5
+    with pytest.raises(EngineError, match="speaks protocol 5, this daemon 4"):
         await way(server)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import sys
@@ -12,10 +13,14 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tests.hand_push import HandPush, as_bytes, manifest_of
+from tests.hand_push import HandPush, as_bytes, manifest_of, soon
+from tests.places_kit import write
 from weightsync.adapters.vllm.extension import answer
+from weightsync.adapters.vllm.path_plugin import ExtensionPath
 from weightsync.adapters.vllm.reload import WeightReload, worker_index
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.plan.exposure import Exposures
+from weightsync.replay.facts import NOT_WHOLE
 
 RELOAD = "vllm.model_executor.model_loader.reload"
 
@@ -126,7 +131,7 @@ def test_a_push_through_the_extension(vllm):
     assert worker.ask("hello")["weight_version"] == "3"
 
 
-@pytest.mark.parametrize("step", ["load", "draw", "finish"])
+@pytest.mark.parametrize("step", ["load", "draw", "places", "finish"])
 def test_a_step_of_another_daemons_update_is_refused(vllm, step):
     """Two of one layout: whose finish comes first would commit what lies there of the other's."""
     model = Model()
@@ -142,6 +147,38 @@ def test_a_step_of_another_daemons_update_is_refused(vllm, step):
             worker.ask(step, bucket=0, tickets=tickets, seconds=30, update="mine")
         assert "finalize" not in vllm.calls
         worker.ask("load", bucket=0, tickets=tickets, seconds=30, update="another's")
+
+
+def test_others_write_into_the_model_once_no_loader_is_needed(vllm):
+    sys.modules[f"{RELOAD}.layerwise"]._place_kernel_tensors = lambda layer, info: None  # type: ignore[attr-defined]
+    model = Model()
+    worker, digests = Worker(model), set()
+
+    async def workers(do: str, *, deadline: float, **request: Any) -> list[dict[str, Any]]:
+        return [worker.ask(do, **request)]
+
+    server: Any = SimpleNamespace(engine="e", world=1, workers=workers)
+    path = ExtensionPath(server, draft=False)
+    with HandPush(slot_bytes=256) as hand:
+        for number in range(4):
+            tensors = weights("embed.weight", "norm.weight")
+            manifest = hand.manifest(tensors)
+            offers, told = [[text(offer) for offer in rank] for rank in hand.offers("e", 1)], text(manifest.pack())
+            worker.ask("begin", version=number, manifest=told, offers=offers, seconds=30, pull=True)
+            found = asyncio.run(path.places(deadline=soon()))
+            if number < 2:
+                assert found == f"tp rank 0: {NOT_WHOLE}"
+                for bucket in range(manifest.buckets):
+                    tickets = [[text(t) for t in hand.tickets(manifest, bucket, tensors, "e", 1)]]
+                    worker.ask("load", bucket=bucket, tickets=tickets, seconds=30)
+            else:
+                assert isinstance(found, Exposures)
+                digests.add(found.digest)
+                write(found.ranks, manifest, tensors)
+            worker.ask("finish")
+            assert worker.ask("serve", version=number)["replay"]["pulled"] == (manifest.buckets if number > 1 else 0)
+            assert as_bytes(model.named_parameters()) == tensors
+    assert len(digests) == 1
 
 
 def test_a_kv_connector_is_told_of(vllm):

@@ -2,7 +2,7 @@
 
 One push calls, in this order and each with an absolute `deadline` (seconds of `time.monotonic()`):
 
-    probe → accept → pause → begin → load × buckets, or draw → finish → verify → resume
+    probe → accept → pause → begin → load × buckets, or draw, or places → finish → verify → resume
 
 Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin`
 on, until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to
@@ -104,12 +104,23 @@ class EngineAdapter(ABC):
             await self.load(bucket, of_bucket, deadline=deadline)
 
     def draws(self, manifest: Manifest) -> bool:
-        """Whether it can read this manifest's tensors, which it has accepted, where ranks of its node expose them."""
+        """Whether it can do without buckets of this manifest, which it has accepted: read the tensors where ranks of
+        its node expose them, or show bridges of its node where to write them.
+        """
         return False
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """After `begin`, instead of buckets: read all that is needed out of the trainer's memory. When this returns,
         nobody reads there any more. Returns "", or why it cannot after all, and has to be given buckets.
+        """
+        return "this engine has no way to it"
+
+    async def places(self, *, deadline: float) -> Exposures | str:
+        """After `begin`, instead of buckets: where each of its ranks has places for what it needs, by tp rank, for
+        bridges of its node to write into. Or, in words, why it cannot say so, and has to be given buckets.
+
+        `finish` may follow when all of it was written. Buckets that come after all take its place: nothing of what was
+        shown counts then. Told again while nothing has moved, it is the same, by digest.
         """
         return "this engine has no way to it"
 

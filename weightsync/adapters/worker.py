@@ -10,20 +10,23 @@ Arenas are mapped once and kept. A bucket is copied in one piece to the worker's
 released before any of it is loaded: engines may keep what they are given for as long as they like, and the next bucket
 is on its way while they load. Where no loader takes part, and what lies in the model is compared afterwards, `pull` has
 only what is needed copied, straight out of the slot. On GPUs it returns when that is queued; buckets of different
-owners are read on streams of their own, so that a worker draws from every GPU at once.
+owners are read on streams of their own, so that a worker draws from every GPU at once. Or no bucket comes: `draw` reads
+what is needed out of the trainer's memory, and `places` shows where others may write it.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from weightsync.adapters.places import shown
 from weightsync.device.reading import GpuBuckets
-from weightsync.drawing.drawer import Drawer
+from weightsync.drawing.direct import Direct
 from weightsync.errors import CodecError, LocalProtocolError, TransportBroken
 from weightsync.ipc.arena import ArenaOffer
 from weightsync.ipc.descriptors import checksum
@@ -32,8 +35,9 @@ from weightsync.transports.cuda_ipc import CudaIpcReceiver
 from weightsync.transports.shm import ShmReceiver
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
+    from weightsync.adapters.places import Shown
     from weightsync.plan.draws import Wants
     from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
@@ -54,7 +58,6 @@ class _Update:
         self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
         self.cut_pieces: dict[int, list[int]] = {}  # bucket → its pieces that are not a whole tensor
         self.pulls_until = 0.0  # the latest deadline of what is queued
-        self.drawn = False  # all of it came out of the trainer's memory
         whole = manifest.tensors.sizes[manifest.piece_tensor]
         for piece in np.flatnonzero(manifest.piece_nbytes != whole).tolist():
             self.cut_pieces.setdefault(int(manifest.piece_bucket[piece]), []).append(piece)
@@ -69,7 +72,6 @@ class SlotReader:
         self._through = through
         self._receiver: BucketReceiver = ShmReceiver()
         self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
-        self._drawer: Drawer | None = None  # where the trainer's memory was read
         self._update: _Update | None = None
 
     @property
@@ -84,8 +86,7 @@ class SlotReader:
         with nothing begun.
         """
         self._update = None
-        if self._drawer is not None:
-            self._drawer.settle(deadline=deadline)
+        self._direct.begin(deadline=deadline)
         for dtype in sorted(set(manifest.tensors.dtypes)):
             if not isinstance(getattr(torch, dtype, None), torch.dtype):
                 raise CodecError(f"torch {torch.__version__} has no dtype {dtype}")
@@ -142,21 +143,22 @@ class SlotReader:
 
     def draw(self, exposures: Exposures, wants: Wants, *, deadline: float) -> str:
         """Read all that is wanted of the update out of the trainer's memory, and no bucket. As `Drawer.draw`."""
-        update = self._open()
-        if self._drawer is None:
-            self._drawer = Drawer(self._gpu_index() if self.device.type == "cuda" else None)
-        why_not = self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
-        update.drawn = not why_not
-        return why_not
+        return self._direct.draw(exposures, wants, self.manifest, deadline=deadline)
 
-    def finish(self) -> None:
-        """End the update, once all that `pull` has queued is done. Raises `LocalProtocolError` naming the first tensor
-        that did not come whole.
+    def places(self, wants: Wants, known: Collection[bytes]) -> Shown:
+        """Where others may write all that is wanted of the update, before `finish` and instead of buckets; those who
+        ask know places of these digests already.
+        """
+        return shown(self._direct.places(wants, self.manifest), known)
+
+    def finish(self) -> bool:
+        """End the update, once all that `pull` has queued is done. Returns whether it came without buckets. Raises
+        `LocalProtocolError` naming the first tensor that did not come whole.
         """
         update, self._update = self._open(), None
         self.settle(deadline=update.pulls_until)
-        if update.drawn:
-            return
+        if self._direct.finish():
+            return True
         if not update.read.all():
             piece = int(np.argmin(update.read))
             name = update.manifest.tensors.names[int(update.manifest.piece_tensor[piece])]
@@ -165,6 +167,7 @@ class SlotReader:
                 f"tensor {name!r} did not come whole; {missing} of {update.manifest.pieces} pieces are missing",
                 bucket=int(update.manifest.piece_bucket[piece]),
             )
+        return False
 
     def settle(self, *, deadline: float | None = None) -> None:
         """Return when nothing that `pull` or `draw` has queued is under way any more; without a deadline, within ten
@@ -173,8 +176,7 @@ class SlotReader:
         until = deadline if deadline is not None else time.monotonic() + _SETTLES
         if self._gpu is not None:
             self._gpu.settle(deadline=until)
-        if self._drawer is not None:
-            self._drawer.settle(deadline=until)
+        self._direct.settle(deadline=until)
 
     def close(self) -> None:
         """Drop an update that is open and detach from every arena."""
@@ -182,13 +184,12 @@ class SlotReader:
         try:
             self.settle()
         finally:
-            self._let_go()
+            self._direct.give_up()
             self._receiver.close()
 
-    def _let_go(self) -> None:
-        """Buckets come: the trainer's memory is its own again."""
-        if self._drawer is not None:
-            self._drawer.release()
+    @cached_property
+    def _direct(self) -> Direct:
+        return Direct(self._gpu_index() if self.device.type == "cuda" else None)
 
     def _expecting(self, bucket: int) -> _Update:
         update = self._open()
@@ -197,8 +198,7 @@ class SlotReader:
             raise LocalProtocolError(f"the update has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
         if update.read[manifest.bucket_pieces(bucket).start]:
             raise LocalProtocolError("the bucket was read before", bucket=bucket)
-        update.drawn = False
-        self._let_go()
+        self._direct.give_up()
         return update
 
     def _nbytes(self, bucket: int) -> int:

@@ -17,7 +17,7 @@ from weightsync.device.launch import COPY, SUM, BoxKernel
 from weightsync.device.table import BYTES, F32_TO_BF16, SLOT, Place, box_items, joined
 from weightsync.device.waiting import await_events
 from weightsync.errors import ConfigError, TransportBroken
-from weightsync.ipc.allocations import Allocation, allocations, serial_of, shown
+from weightsync.ipc.allocations import Located, allocations, located, serial_of, shown
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.exposure import Exposure, Part, Region
@@ -64,7 +64,7 @@ class DeviceExposed:
         self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
         self._tabulate(program, local)
         self._pointers: list[int] | None = None
-        self._allocations: list[Allocation] = []
+        self._found: Located | None = None
         self.bases: torch.Tensor  # of the shards
         self.totals = torch.zeros(max(1, len(self._totals)), dtype=torch.int64, device=device)
         # the totals on the host; by name, since a trainer may have made GPUs torch's default
@@ -105,26 +105,22 @@ class DeviceExposed:
         """Take note of where the weights are now. Raises `TransportBroken` for memory that cannot be shared."""
         device = self.kernel.device
         with torch.cuda.device(device):
-            same = all(serial_of(one.address) == one.serial for one in self._allocations)
-            if same and local.pointers == self._pointers:
+            if local.pointers == self._pointers and self._found is not None and self._found.current:
                 return
             pointers = np.array([*local.pointers, 0], dtype=np.uint64).view(np.int64)
-            addresses = pointers[self._shards] + self._inner
-            self._allocations = allocations(addresses.tolist())
-            regions = [shown(one, self._gpu) for one in self._allocations]
-            firsts = np.array([one.address for one in self._allocations], dtype=np.int64)
+            found = located(pointers[self._shards] + self._inner, self._gpu)
+            regions = found.regions
             if self._copy is not None:
                 serial = serial_of(self.copy_address)
                 handle = self._copy.memory.handle
-                regions.append(Region(nbytes=self._copy_bytes, gpu=self._gpu, handle=handle, serial=serial))
+                regions += (Region(nbytes=self._copy_bytes, gpu=self._gpu, handle=handle, serial=serial),)
         region, at = self.exposure.region.copy(), self.exposure.at.copy()
-        count = len(addresses)
-        region[:count] = np.searchsorted(firsts, addresses, side="right") - 1
-        region[count:] = len(firsts)
-        at[:count] = addresses - firsts[region[:count]]
-        self.exposure = replace(self.exposure, regions=tuple(regions), region=region, at=at)
+        count = len(found.at)
+        region[:count], region[count:] = found.region, len(found.regions)
+        at[:count] = found.at
+        self.exposure = replace(self.exposure, regions=regions, region=region, at=at)
         self.bases = torch.from_numpy(pointers).to(device)
-        self._pointers = local.pointers
+        self._pointers, self._found = local.pointers, found
 
     def _items(self, write: Write, source: Place, onto: Place | None, op: int = BYTES) -> Items:
         return box_items(

@@ -5,18 +5,16 @@ A tensor's own memory belongs to its process alone. The file is gone with the pr
 
 from __future__ import annotations
 
-import fcntl
-import mmap
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 import torch
 
 from weightsync.errors import ConfigError
 from weightsync.fingerprint import fingerprint
+from weightsync.ipc.memfile import ALIGN, MemoryFile, aligned
 from weightsync.plan.boxes import packed_strides
-from weightsync.plan.exposure import Exposure, Part, Region
+from weightsync.plan.exposure import Exposure, Part
 from weightsync.processes import started
 
 if TYPE_CHECKING:
@@ -29,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["HostExposed", "HostExposing"]
 
-_ALIGN = 64  # bytes
 _MASK = 2**64 - 1
 
 
@@ -47,32 +44,22 @@ class HostExposed:
                 self.starts[-1].append(end)
                 strides = packed_strides(write.shape, write.itemsize)
                 parts.append(Part(write.tensor, write.global_offset, write.shape, 0, end, strides))
-                end += -(-write.nbytes // _ALIGN) * _ALIGN
-        name = f"weightsync-{secrets.token_hex(8)}"
-        nbytes = max(end, _ALIGN)
-        self._fd = -1
+                end += aligned(write.nbytes)
+        nbytes = max(end, ALIGN)
         try:
-            self._fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-            os.posix_fallocate(self._fd, 0, nbytes)
-            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # nobody who has it mapped meets its end
-            memory = mmap.mmap(self._fd, nbytes)
+            self._file = MemoryFile(nbytes)
         except OSError as error:
-            self.close()
             raise ConfigError(
                 f"the copy of its weights that engines read needs {nbytes} bytes of host memory: {error.strerror}",
                 hint="push with in_place=False",
             ) from error
-        self.memory = torch.frombuffer(memory, dtype=torch.uint8)
+        self.memory = torch.frombuffer(self._file.memory, dtype=torch.uint8)
         pid = os.getpid()
-        self.exposure = Exposure.of(
-            pid, started(pid), [Region(nbytes=nbytes, fd=self._fd, name=name)] if parts else [], parts, program.width
-        )
+        self.exposure = Exposure.of(pid, started(pid), [self._file.region] if parts else [], parts, program.width)
 
     def close(self) -> None:
         """Let go of the memory; who has it mapped keeps it until it is told of another."""
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
 
 class HostExposing:

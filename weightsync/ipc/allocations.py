@@ -8,17 +8,22 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from weightsync.errors import TransportBroken
 from weightsync.ipc.cuda import cupy
 from weightsync.plan.exposure import Region
 
-__all__ = ["Allocation", "allocations", "range_of", "serial_of", "shown"]
+if TYPE_CHECKING:
+    from weightsync.plan.boxes import Ints
+
+__all__ = ["Allocation", "Located", "allocations", "located", "range_of", "serial_of", "shown"]
 
 _BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: unique in the process, not used again
 _HINT = (
-    "memory of torch's expandable segments or of a pool cannot be shared so: train without "
+    "memory of torch's expandable segments or of a pool cannot be shared so: run its process without "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or push with in_place=False"
 )
 
@@ -29,6 +34,20 @@ class Allocation(NamedTuple):
     address: int
     nbytes: int
     serial: int
+
+
+class Located(NamedTuple):
+    """Addresses of one GPU, as others find them."""
+
+    allocations: list[Allocation]
+    regions: tuple[Region, ...]  # these allocations
+    region: Ints  # of each address
+    at: Ints  # byte of that
+
+    @property
+    def current(self) -> bool:
+        """Whether what was allocated there still is."""
+        return all(serial_of(one.address) == one.serial for one in self.allocations)
 
 
 @cache
@@ -76,3 +95,11 @@ def shown(allocation: Allocation, gpu: str) -> Region:
             f"an allocation of {allocation.nbytes} bytes on GPU {gpu} cannot be shared: {error}", hint=_HINT
         ) from error
     return Region(nbytes=allocation.nbytes, gpu=gpu, handle=handle, serial=allocation.serial)
+
+
+def located(addresses: Ints, gpu: str) -> Located:
+    """Where these lie, on the GPU with this UUID. Raises `TransportBroken` for memory that cannot be shared."""
+    found = allocations(addresses.tolist())
+    firsts = np.array([one.address for one in found], dtype=np.int64)
+    region = np.searchsorted(firsts, addresses, side="right") - 1
+    return Located(found, tuple(shown(one, gpu) for one in found), region, addresses - firsts[region])

@@ -1,4 +1,7 @@
-"""Memory that a trainer rank exposes, as an engine's worker maps it: allocations of GPUs, or files without a name.
+"""Memory that another process shows, as this one maps it: allocations of GPUs, or files without a name.
+
+A trainer's ranks show where their weights lie, which engines' workers read; an engine's workers show where they have
+places for these, which bridges write into.
 
 What was mapped stays so until other regions are asked for, or until the process that exposed it has ended: whoever maps
 memory of a process that is gone, or that has freed it, keeps it from everybody else.
@@ -45,10 +48,15 @@ class _Asked(NamedTuple):
 
 
 class RegionMap:
-    """Of one worker, whose weights lie on its GPU `device`, or in host memory if that is None."""
+    """Of one process, which works on its GPU `device`, or in host memory if that is None."""
 
-    def __init__(self, device: int | None) -> None:
+    def __init__(self, device: int | None, *, writable: bool = False) -> None:
+        """`writable`: what is mapped are an engine's places, and not the weights of a trainer. What is mapped of a GPU
+        can be written either way.
+        """
         self._device = device
+        self._writable = writable
+        self._whose = "an engine's worker" if writable else "a trainer's rank"
         self._open: dict[_Process, dict[Region, _Mapped]] = {}
         self._asked: _Asked | None = None  # last, and all of it is mapped: there may be tens of thousands
         self._lock = threading.RLock()
@@ -58,15 +66,15 @@ class RegionMap:
     @contextmanager
     def mapped(self, exposures: Sequence[Exposure]) -> Iterator[list[Ints]]:
         """Where the regions of each of these ranks begin in this process, int64 [regions]. Inside, nothing is unmapped;
-        what is read must have been read at its end. The same sequence again costs next to nothing. Raises
+        what is read or written must have been at its end. The same sequence again costs next to nothing. Raises
         `TransportBroken`.
         """
         with self._lock:
             for one in exposures:
                 if started(one.pid) != one.started:
                     raise TransportBroken(
-                        f"the trainer rank that exposed its weights (process {one.pid}) is not there",
-                        hint="engine and trainer have to see one another's processes (containers: --pid=host); "
+                        f"{self._whose} that showed its memory (process {one.pid}) is not there",
+                        hint="processes of a node have to see one another (containers: --pid=host); "
                         "else push with in_place=False",
                     )
             if self._asked is None or self._asked.exposures is not exposures:
@@ -81,7 +89,7 @@ class RegionMap:
                 self._close(process)
 
     def _look(self) -> bool:
-        """Let go of what processes that have ended had exposed; whether there is more to look after."""
+        """Let go of what processes that have ended had shown; whether there is more to look after."""
         if not self._lock.acquire(blocking=False):
             return True  # it is being read
         try:
@@ -109,52 +117,54 @@ class RegionMap:
 
     def _open_gpu(self, region: Region) -> _Mapped:
         if self._device is None:
-            raise TransportBroken(f"the trainer exposed weights on GPU {region.gpu} to a worker without a GPU")
+            raise TransportBroken(f"{self._whose} showed memory of GPU {region.gpu} to a process without a GPU")
         runtime = cupy().cuda.runtime
         try:
             with cupy().cuda.Device(self._device):
                 address = int(runtime.ipcOpenMemHandle(region.handle))
                 try:
                     if range_of(address)[1] < region.nbytes:
-                        raise TransportBroken(f"an allocation of GPU {region.gpu} is smaller than it was exposed as")
+                        raise TransportBroken(f"an allocation of GPU {region.gpu} is smaller than it was shown as")
                 except TransportBroken:
                     runtime.ipcCloseMemHandle(address)
                     raise
                 return _Mapped(address, None)
         except runtime.CUDARuntimeError as error:
             raise TransportBroken(
-                f"process {os.getpid()} cannot map a trainer's memory of GPU {region.gpu} on its own GPU "
+                f"process {os.getpid()} cannot map what {self._whose} showed of GPU {region.gpu} on its own GPU "
                 f"{self._device}: {error}",
                 hint=SHARING,
             ) from error
 
     def _open_file(self, pid: int, region: Region) -> _Mapped:
         if self._device is not None:
-            raise TransportBroken(f"the trainer exposed weights in host memory to a worker on GPU {self._device}")
+            raise TransportBroken(f"{self._whose} showed host memory to a process on GPU {self._device}")
         path = f"/proc/{pid}/fd/{region.fd}"
         try:
             if os.readlink(path) != f"/memfd:{region.name} (deleted)":
-                raise TransportBroken(f"{path} is not the memory that process {pid} exposed")
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                raise TransportBroken(f"{path} is not the memory that process {pid} showed")
+            fd = os.open(path, (os.O_RDWR if self._writable else os.O_RDONLY) | os.O_CLOEXEC)
             try:
                 status = os.fstat(fd)
                 sealed = fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK  # else a read may end in a SIGBUS
                 if status.st_uid != os.geteuid() or status.st_size < region.nbytes or not sealed:
                     raise TransportBroken(
-                        f"what process {pid} exposed has another size, may change it, or belongs to another user"
+                        f"what process {pid} showed has another size, may change it, or belongs to another user"
                     )
-                memory = np.frombuffer(mmap.mmap(fd, region.nbytes, prot=mmap.PROT_READ), dtype=np.uint8)
+                access = mmap.PROT_READ | (mmap.PROT_WRITE if self._writable else 0)
+                memory = np.frombuffer(mmap.mmap(fd, region.nbytes, prot=access), dtype=np.uint8)
             finally:
                 os.close(fd)
         except OSError as error:
             raise TransportBroken(
-                f"what process {pid} exposed cannot be mapped: {error.strerror}",
-                hint="engine and trainer have to see one another's processes; else push with in_place=False",
+                f"what {self._whose} showed (process {pid}) cannot be mapped: {error.strerror}",
+                hint="processes of a node have to see one another (containers: --pid=host); "
+                "else push with in_place=False",
             ) from error
         return _Mapped(int(memory.ctypes.data), memory)
 
     def _close(self, process: _Process, but: AbstractSet[Region] = frozenset()) -> None:
-        """Let go of what a process had exposed, `but` for these."""
+        """Let go of what a process had shown, `but` for these."""
         self._asked = None
         mapped = self._open[process]
         for region in [region for region in mapped if region not in but]:

@@ -147,8 +147,8 @@ class ModelReplay:
         self._pulled += 1
 
     def wants(self) -> Wants | None:
-        """What is to be drawn out of the trainer's memory instead of all buckets of this push; None where a loader has
-        to see some of it.
+        """What is to be drawn out of the trainer's memory, or written by others, instead of all buckets of this push;
+        None where a loader has to see some of it.
         """
         known, manifest = self._known, self._manifest
         if not self.whole or known is None or manifest is None or not known.held(manifest).complete:
@@ -160,7 +160,7 @@ class ModelReplay:
         return Wants(known.wanted, [self._order[i].data_ptr() for i in range(len(self._order))])
 
     def drawn(self) -> None:
-        """All that `wants` told of has been drawn."""
+        """All that `wants` told of has come, and no bucket. `finish` follows."""
         assert self._manifest is not None, "`begin` comes first"
         self._pulled = self._manifest.buckets
 

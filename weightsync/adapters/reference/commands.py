@@ -20,6 +20,7 @@ __all__ = [
     "Fingerprints",
     "Finish",
     "Load",
+    "Places",
     "Reply",
     "Residents",
     "Step",
@@ -47,6 +48,12 @@ class Draw(msgspec.Struct, frozen=True, tag=True):
 
     exposures: bytes  # packed, or the digest of some that were told before
     deadline: float
+
+
+class Places(msgspec.Struct, frozen=True, tag=True):
+    """Tell where this rank's slices may be written by others. Answers packed `Shown`."""
+
+    known: tuple[bytes, ...]  # digests of places that were told before
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -89,7 +96,7 @@ class Step(msgspec.Struct, frozen=True, tag=True):
     draw: float | None = None  # of [0, 1): take the token there in the distribution; none: the likeliest
 
 
-Command: TypeAlias = Accept | Begin | Draw | Load | Finish | Residents | Fingerprints | Checksums | Step
+Command: TypeAlias = Accept | Begin | Draw | Places | Load | Finish | Residents | Fingerprints | Checksums | Step
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):

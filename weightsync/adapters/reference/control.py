@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.connection import HttpClient
 from weightsync.adapters.verify import Verifier
@@ -77,8 +78,8 @@ class ReferenceAdapter(EngineAdapter):
         self.name = spec.name
         self.url = spec.url
         self._info: EngineInfo | None = None  # as last probed
-        self._shown = ToldExposures()
-        self._drew_well = True
+        self._shown, self._places = ToldExposures(), ToldPlaces(spec.name)
+        self._drew_well = True  # or was written into
         self._verifiers: dict[tuple[str, bytes], Verifier] = {}  # by incarnation and manifest's digest
         try:
             self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
@@ -155,12 +156,18 @@ class ReferenceAdapter(EngineAdapter):
             body = await self._call("POST", "/draw", deadline, self._shown.tell(exposures))
             return self._parse(body, _Drawn, "draw").why_not
 
+    async def places(self, *, deadline: float) -> Exposures | str:
+        info = self._info or await self.probe(deadline=deadline)
+        self._drew_well = False  # until it is verified
+        body = msgspec.json.encode({"known": self._places.known})
+        return self._places.of(await self._bins("POST", "/places", deadline, body), info.tp_size)
+
     async def finish(self, version: int, *, deadline: float) -> None:
         await self._post("/finish", {"version": version}, deadline)
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int:
         verifier = await self._verifier(manifest, deadline)
-        ranks = await self._bins(f"/fingerprints/{manifest.digest.hex()}", deadline)
+        ranks = await self._bins("GET", f"/fingerprints/{manifest.digest.hex()}", deadline)
         compared = verifier.compare(ranks, expected)
         self._drew_well = True
         return compared
@@ -177,7 +184,7 @@ class ReferenceAdapter(EngineAdapter):
         key = (info.incarnation, manifest.digest)
         verifier = self._verifiers.pop(key, None)
         if verifier is None:
-            ranks = await self._bins(f"/residents/{manifest.digest.hex()}", deadline)
+            ranks = await self._bins("GET", f"/residents/{manifest.digest.hex()}", deadline)
             if len(ranks) != info.tp_size:
                 raise EngineError(
                     f"{len(ranks)} ranks say what they hold, not {info.tp_size}", engine=self.name, phase="verify"
@@ -193,13 +200,13 @@ class ReferenceAdapter(EngineAdapter):
             del self._verifiers[next(iter(self._verifiers))]
         return verifier
 
-    async def _bins(self, path: str, deadline: float) -> list[bytes]:
-        body = await self._call("GET", path, deadline)
+    async def _bins(self, method: str, path: str, deadline: float, content: bytes = b"") -> list[bytes]:
+        body = await self._call(method, path, deadline, content)
         try:
             return msgspec.msgpack.decode(body, type=list[bytes])
         except (msgspec.DecodeError, RecursionError) as error:
             raise EngineError(
-                f"an answer that is none of a reference engine: {error}", engine=self.name, phase="verify"
+                f"an answer that is none of a reference engine: {error}", engine=self.name, phase=path.split("/", 2)[1]
             ) from error
 
     async def _post(self, path: str, body: dict[str, Any], deadline: float) -> None:

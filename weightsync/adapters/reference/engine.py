@@ -29,6 +29,7 @@ from weightsync.adapters.reference.commands import (
     Fingerprints,
     Finish,
     Load,
+    Places,
     Reply,
     Residents,
     Step,
@@ -193,6 +194,14 @@ class Engine:
             with self._part_of_update():
                 replies = self._expect(self._call(Draw(exposures, deadline), deadline))
             return next((reply.data.decode() for reply in replies if reply.data), "")
+
+    def places(self, known: Sequence[bytes], *, deadline: float) -> list[bytes]:
+        """Per rank, packed `Shown`: where others may write the open update's tensors."""
+        with self._turn(deadline):
+            if self._updating is None:
+                raise RequestError(HTTPStatus.CONFLICT, "no update is open: begin first")
+            with self._part_of_update():
+                return [reply.data for reply in self._expect(self._call(Places(tuple(known)), deadline))]
 
     def finish(self, version: int, *, deadline: float) -> None:
         """End the open update: every piece was loaded once. Drops all caches.

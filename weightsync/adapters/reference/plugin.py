@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from weightsync.adapters.places import shown
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
 from weightsync.adapters.reference.loading import plan_loading
-from weightsync.drawing.drawer import Drawer
+from weightsync.drawing.direct import Direct
 from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.plan.residents import ResidentBoxes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    from weightsync.adapters.places import Shown
     from weightsync.adapters.reference.config import ModelConfig
     from weightsync.adapters.reference.loading import LoadingPlan
     from weightsync.adapters.reference.sharding import RankLayout
@@ -61,7 +63,6 @@ class _Update:
         self.manifest = manifest
         self.prepared = prepared
         self.loaded = np.zeros(manifest.pieces, dtype=np.bool_)
-        self.drawn = False
 
 
 class BucketLoader:
@@ -84,15 +85,17 @@ class BucketLoader:
         self._layout = layout
         self._parameters = parameters
         self._receiver = receiver
-        self._drawer = Drawer(gpu)
+        self._direct = Direct(gpu)
         self._plans: dict[bytes, tuple[LoadingPlan, Any]] = {}
         self._update: _Update | None = None
 
     def accept(self, manifest: Manifest) -> None:
         """Plan its loading, and keep the plan until `MANIFESTS_KEPT` others were accepted."""
-        self._plans.pop(manifest.digest, None)
-        plan = plan_loading(self._config, self._layout, manifest)
-        self._plans[manifest.digest] = plan, self._parameters.prepare(plan)
+        known = self._plans.pop(manifest.digest, None)
+        if known is None:
+            plan = plan_loading(self._config, self._layout, manifest)
+            known = plan, self._parameters.prepare(plan)
+        self._plans[manifest.digest] = known
         while len(self._plans) > MANIFESTS_KEPT:
             del self._plans[next(iter(self._plans))]
 
@@ -101,29 +104,28 @@ class BucketLoader:
         plan, prepared = self._accepted(digest)
         self._update = None
         self._parameters.settle(deadline=deadline)
-        self._drawer.settle(deadline=deadline)
+        self._direct.begin(deadline=deadline)
         for offer in offers:
             self._receiver.accept(offer, deadline=deadline)
         self._update = _Update(plan.manifest, prepared)
 
     def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """Read the open update's tensors where a trainer's ranks expose them. As `Drawer.draw`."""
-        update = self._update
-        if update is None:
-            raise LocalProtocolError("no update is open", hint="begin first")
+        update = self._open()
         wants = self._parameters.wants(update.prepared)
-        why_not = self._drawer.draw(exposures, wants, update.manifest, deadline=deadline)
-        update.loaded[:] = update.drawn = not why_not
-        return why_not
+        return self._direct.draw(exposures, wants, update.manifest, deadline=deadline)
+
+    def places(self, known: Collection[bytes]) -> Shown:
+        """Where others may write the open update's tensors, before `finish` and instead of buckets; those who ask know
+        places of these digests already.
+        """
+        update = self._open()
+        return shown(self._direct.places(self._parameters.wants(update.prepared), update.manifest), known)
 
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
         """Have this rank's boxes copied out of one bucket. Each bucket of an update is loaded once."""
-        update = self._update
-        if update is None:
-            raise LocalProtocolError("no update is open", hint="begin first")
-        if update.drawn:  # another rank could not
-            update.loaded[:] = update.drawn = False
-        self._drawer.release()
+        update = self._open()
+        self._direct.give_up()
         manifest = update.manifest
         if not 0 <= bucket < manifest.buckets:
             raise LocalProtocolError(f"the manifest has buckets 0 to {manifest.buckets - 1}", bucket=bucket)
@@ -140,10 +142,8 @@ class BucketLoader:
 
     def finish(self, *, deadline: float) -> None:
         """End the update. Raises `LocalProtocolError` naming the first tensor of which a piece was not loaded."""
-        update = self._update
-        if update is None:
-            raise LocalProtocolError("no update is open", hint="begin first")
-        if not update.loaded.all():
+        update = self._open()
+        if not self._direct.finish() and not update.loaded.all():
             manifest = update.manifest
             piece = int(np.argmin(update.loaded))
             name = manifest.tensors.names[int(manifest.piece_tensor[piece])]
@@ -170,8 +170,13 @@ class BucketLoader:
         """Detach from every arena."""
         self._update = None
         self._parameters.close()
-        self._drawer.release()
+        self._direct.give_up()
         self._receiver.close()
+
+    def _open(self) -> _Update:
+        if self._update is None:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        return self._update
 
     def _accepted(self, digest: bytes) -> tuple[LoadingPlan, Any]:
         plan = self._plans.get(digest)

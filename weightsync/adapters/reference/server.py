@@ -7,6 +7,8 @@
     POST /begin                   {"version", "manifest": digest hex, "offers": [[base64, …] per rank]}
     POST /load                    {"bucket", "tickets": [base64 per rank]}
     POST /draw                    body: exposures, packed or by digest, instead of buckets → {"why_not": "" if it could}
+    POST /places                  {"known": [base64 digest, …]}, instead of buckets → per rank, where others may write,
+                                  as packed `Shown` (MessagePack: bins)
     POST /finish                  {"version"}
     GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
     GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
@@ -70,6 +72,10 @@ class _Begin(msgspec.Struct, frozen=True):
 class _Load(msgspec.Struct, frozen=True):
     bucket: Annotated[int, msgspec.Meta(ge=0)]
     tickets: list[bytes]
+
+
+class _Places(msgspec.Struct, frozen=True):
+    known: list[bytes]
 
 
 class _Finish(msgspec.Struct, frozen=True):
@@ -157,7 +163,10 @@ class _Handler(BaseHTTPRequestHandler):
         deadline = self._deadline()
         faults = self.server.faults
         if faults is not None and endpoint != "/faults" and (status := faults.meet(endpoint)) is not None:
-            if endpoint in ("/begin", "/load", "/draw", "/finish") and status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            if (
+                endpoint in ("/begin", "/load", "/draw", "/places", "/finish")
+                and status >= HTTPStatus.INTERNAL_SERVER_ERROR
+            ):
                 self.server.engine.break_update("an injected fault", deadline=deadline)
             raise RequestError(HTTPStatus(status), "an injected fault")
         return route(self, rest, deadline)
@@ -228,6 +237,9 @@ class _Handler(BaseHTTPRequestHandler):
         why_not = self.server.engine.draw(self._body(_MAX_MANIFEST), deadline=deadline)
         return msgspec.json.encode({"why_not": why_not})
 
+    def _places(self, _rest: str, deadline: float) -> bytes:
+        return self._bins(self.server.engine.places(self._json(_Places).known, deadline=deadline))
+
     def _finish(self, _rest: str, deadline: float) -> bytes:
         self.server.engine.finish(self._json(_Finish).version, deadline=deadline)
         return b"{}"
@@ -273,6 +285,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", "/begin"): _begin,
         ("POST", "/load"): _load,
         ("POST", "/draw"): _draw,
+        ("POST", "/places"): _places,
         ("POST", "/finish"): _finish,
         ("GET", "/residents"): _residents,
         ("GET", "/fingerprints"): _fingerprints,

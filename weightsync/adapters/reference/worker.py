@@ -31,6 +31,7 @@ from weightsync.adapters.reference.commands import (
     Fingerprints,
     Finish,
     Load,
+    Places,
     Reply,
     Residents,
     Step,
@@ -115,6 +116,8 @@ class Worker:
                 self.loader.begin(digest, offers, deadline=deadline)
             case Draw(exposures, deadline):
                 return Reply(data=self.loader.draw(self.exposures.of(exposures), deadline=deadline).encode())
+            case Places(known):
+                return Reply(data=self.loader.places(known).pack())
             case Load(bucket, ticket, deadline):
                 self.loader.load(bucket, ticket, deadline=deadline)
             case Finish(deadline):

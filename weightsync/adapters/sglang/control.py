@@ -182,7 +182,7 @@ class SGLangAdapter(EngineAdapter):
         await (await self._met(deadline)).path.load_several(first, tickets, deadline=deadline)
 
     def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what is drawn is not checked, so it has to be compared afterwards."""
+        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
         path = self._known.path if self._known is not None else None
         return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
 
@@ -194,6 +194,15 @@ class SGLangAdapter(EngineAdapter):
             why_not = await path.draw(exposures, deadline=deadline)
         self._drawn = not why_not
         return why_not
+
+    async def places(self, *, deadline: float) -> Exposures | str:
+        known = await self._met(deadline)
+        if not isinstance(known.path, PluginPath):
+            return await super().places(deadline=deadline)
+        with self._held.unless_it_fails():
+            found = await known.path.places(known.facts.tp_size, deadline=deadline)
+        self._drawn = not isinstance(found, str)
+        return found
 
     async def finish(self, version: int, *, deadline: float) -> None:
         known = await self._met(deadline)

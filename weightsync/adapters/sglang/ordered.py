@@ -13,6 +13,7 @@ import msgspec
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
@@ -41,7 +42,7 @@ class PluginPath(LoadPath):
         self._server = server
         self._session = Session(server, profile, target)
         self._target = SELECTORS[target]
-        self._told, self._shown = ToldManifests(), ToldExposures()
+        self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         self._told.forget()  # so that it is told whole
@@ -107,6 +108,14 @@ class PluginPath(LoadPath):
                 return next((why.decode(errors="replace") for why in orders.unpack_answers(answer) if why), "")
             except CodecError as error:
                 raise self._none_of_ours(error) from error
+
+    async def places(self, ranks: int, *, deadline: float) -> Exposures | str:
+        """Where so many ranks have places for what they need; or why one has none."""
+        answer = await self._in_session(orders.Places(known=tuple(self._places.known)), deadline, "places")
+        try:
+            return self._places.of(orders.unpack_answers(answer), ranks)
+        except CodecError as error:
+            raise self._none_of_ours(error) from error
 
     async def finish(self, *, deadline: float) -> None:
         await self._in_session(orders.Finish(), deadline, "finish")

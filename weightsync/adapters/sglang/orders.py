@@ -30,6 +30,7 @@ __all__ = [
     "Finish",
     "Load",
     "Order",
+    "Places",
     "State",
     "Sums",
     "decode",
@@ -38,7 +39,7 @@ __all__ = [
     "unpack_answers",
 ]
 
-PROTOCOL = 3
+PROTOCOL = 4
 PREFIX = f"weightsync{PROTOCOL}:"
 
 Target = Annotated[str, Meta(pattern="^(all|target|draft)$")]
@@ -88,6 +89,14 @@ class Draw(Order, frozen=True, tag="draw"):
     seconds: Seconds
 
 
+class Places(Order, frozen=True, tag="places"):
+    """Instead of all buckets: where may others write what is needed? Answered by every rank's `Shown`, see
+    `adapters/places.py`.
+    """
+
+    known: tuple[bytes, ...]  # digests of places that were told before
+
+
 class Finish(Order, frozen=True, tag="finish"):
     """The last bucket was loaded: end the update."""
 
@@ -118,7 +127,7 @@ class Accepted(msgspec.Struct, frozen=True):
     refused: str = ""
 
 
-AnyOrder: TypeAlias = Accept | Begin | Draw | Load | Finish | Sums | Boxes | State
+AnyOrder: TypeAlias = Accept | Begin | Draw | Places | Load | Finish | Sums | Boxes | State
 
 
 def encode(order: Order) -> str:

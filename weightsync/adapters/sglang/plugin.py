@@ -27,6 +27,7 @@ import torch
 import torch.distributed
 
 from weightsync.adapters.held import packed_boxes, sums_of
+from weightsync.adapters.places import shown
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.derived import forget_embeddings, why_not_updated
 from weightsync.adapters.sglang.names import look_up
@@ -41,6 +42,7 @@ from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from weightsync.plan.draws import Wants
     from weightsync.replay.bucket import Named
 
 __all__ = ["register"]
@@ -80,6 +82,8 @@ class _Worker:
                 return self._begin(_models(manager, order.target), order, rank, experts_move=_experts_move(manager))
             case orders.Draw():
                 return self._draw(order)
+            case orders.Places():
+                return self._places(order)
             case orders.Load():
                 return self._load(order, rank)
             case orders.Finish():
@@ -143,14 +147,21 @@ class _Worker:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
         exposures = self._exposures.of(order.exposures)
-        replay = self._replays[self._models[0]]
-        wants = replay.wants() if self._pull else None
+        wants = self._wants()
         if wants is None:
             return NOT_WHOLE.encode()
-        why_not = self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds)
-        if not why_not:
-            replay.drawn()
-        return why_not.encode()
+        return self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds).encode()
+
+    def _places(self, order: orders.Places) -> bytes:
+        if self._slots is None or not self._models:
+            raise LocalProtocolError("no update is open", hint="begin first")
+        wants = self._wants()
+        found = shown(NOT_WHOLE, ()) if wants is None else self._slots.places(wants, order.known)
+        return found.pack()
+
+    def _wants(self) -> Wants | None:
+        """What the open update comes to without buckets; None where a loader has to see some."""
+        return self._replays[self._models[0]].wants() if self._pull else None
 
     def _load(self, order: orders.Load, rank: int) -> str:
         if self._slots is None or not self._models:
@@ -178,7 +189,8 @@ class _Worker:
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
         models, self._models = self._models, []
-        self._slots.finish()
+        if self._slots.finish():
+            self._replays[models[0]].drawn()
         for requantiser in self._requantisers:
             requantiser.finish()
         for model in models:

@@ -164,7 +164,7 @@ class VLLMAdapter(EngineAdapter):
         await self._probed()[0].load_several(first, tickets, deadline=deadline)
 
     def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what is drawn is not checked, so it has to be compared afterwards."""
+        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
         return isinstance(self._path, ExtensionPath) and self._compares and self._held.covers(manifest)
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
@@ -175,6 +175,15 @@ class VLLMAdapter(EngineAdapter):
             why_not = await path.draw(exposures, deadline=deadline)
         self._drawn = not why_not
         return why_not
+
+    async def places(self, *, deadline: float) -> Exposures | str:
+        path, _ = self._probed()
+        if not isinstance(path, ExtensionPath):
+            return await super().places(deadline=deadline)
+        with self._held.unless_it_fails():
+            found = await path.places(deadline=deadline)
+        self._drawn = not isinstance(found, str)
+        return found
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()

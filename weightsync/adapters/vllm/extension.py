@@ -35,10 +35,11 @@ class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
     bucket: int = 0
     tickets: list[list[str]] = []  # for each of the buckets from `bucket` on
     exposures: str = ""  # as the manifest
+    known: list[str] = []  # digests of places that were told before
     pull: bool = False  # what is loaded will be compared, so that buckets need not be
     anew: bool = False  # what was learnt of the loader led to something wrong
     seconds: float = 0.0
-    update: str = ""  # drawn for each begin, and said by load, draw and finish
+    update: str = ""  # drawn for each begin, and said by load, draw, places and finish
     draft: bool = False
 
 
@@ -86,6 +87,9 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
         case "draw":
             state.check_open(asked.update)
             return {"why_not": state.draw(b64decode(asked.exposures), asked.seconds)}
+        case "places":
+            state.check_open(asked.update)
+            return {"shown": b64encode(state.places([b64decode(one) for one in asked.known]).pack()).decode()}
         case "finish":
             state.check_open(asked.update)
             state.close(model, model_config)

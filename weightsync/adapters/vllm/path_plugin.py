@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
@@ -45,7 +46,7 @@ class ExtensionPath(EnginePath):
 
     def __init__(self, server: Server, *, draft: bool) -> None:
         super().__init__(server, draft=draft)
-        self._told, self._shown = ToldManifests(), ToldExposures()
+        self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
         self._token = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
     async def incarnation(self, *, deadline: float) -> str:
@@ -104,6 +105,13 @@ class ExtensionPath(EnginePath):
         with self._shown.unless_it_fails():
             answers = await self.server.workers("draw", deadline=deadline, exposures=shown, seconds=seconds, **of)
         return next((str(why) for answer in answers if (why := answer.get("why_not", NOT_WHOLE))), "")
+
+    async def places(self, *, deadline: float) -> Exposures | str:
+        """Where all workers have places for what they need; or why one has none."""
+        of = {"update": self._token, **({"draft": True} if self.draft else {})}
+        known = [_text(digest) for digest in self._places.known]
+        answers = await self.server.workers("places", deadline=deadline, known=known, **of)
+        return self._places.of([_bytes(one, "shown", self) for one in answers], self.server.world)
 
     async def finish(self, version: int, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft, update=self._token)

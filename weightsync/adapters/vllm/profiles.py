@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["DEV_ROUTES", "MARK", "PROFILES", "PROTOCOL", "Choice", "Profile", "choose", "release"]
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Of the calls to our own plugin: the same in the daemon and in the engine, or no push is begun."""
 
 MARK = "weightsync_is_here"  # attribute of what holds a worker, where our plugin is: listed by its `__dir__`

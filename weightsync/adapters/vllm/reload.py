@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from weightsync.adapters.held import packed_boxes, sums_of
+from weightsync.adapters.places import shown
 from weightsync.adapters.versions import serving, updating
 from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
@@ -29,9 +30,11 @@ from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Collection, Iterator, Sequence
 
     from weightsync.adapters.held import HeldSums
+    from weightsync.adapters.places import Shown
+    from weightsync.plan.draws import Wants
     from weightsync.replay.bucket import Named
 
 __all__ = ["WeightReload", "worker_index"]
@@ -171,13 +174,21 @@ class WeightReload:
         nothing read, why it cannot.
         """
         seen = self._exposures.of(exposures)
-        wants = self._replay.wants() if self._replay is not None and self._pull else None
-        if self._replay is None or wants is None:
+        wants = self._wants()
+        if wants is None:
             return NOT_WHOLE
-        why_not = self._slots.draw(seen, wants, deadline=monotonic() + seconds)
-        if not why_not:
-            self._replay.drawn()
-        return why_not
+        return self._slots.draw(seen, wants, deadline=monotonic() + seconds)
+
+    def places(self, known: Collection[bytes]) -> Shown:
+        """Where others may write what the open update needs, instead of all buckets; the daemon knows places of these
+        digests already.
+        """
+        wants = self._wants()
+        return shown(NOT_WHOLE, ()) if wants is None else self._slots.places(wants, known)
+
+    def _wants(self) -> Wants | None:
+        """What the open update comes to without buckets; None where a loader has to see some."""
+        return self._replay.wants() if self._replay is not None and self._pull else None
 
     def load(
         self,
@@ -240,9 +251,11 @@ class WeightReload:
 
     def close(self, model: torch.nn.Module, model_config: Any) -> None:
         """Check that everything came, and complete the reload."""
-        self._slots.finish()
+        replay, whole = self._replay, self._slots.finish()
+        if whole and replay is not None:
+            replay.drawn()
         finalize = import_module(_RELOAD).finalize_layerwise_reload
-        replay, self._replay = self._replay, None
+        self._replay = None
         with self._as_vllm():
             if replay is None:
                 finalize(model, model_config)

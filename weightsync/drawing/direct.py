@@ -1,0 +1,72 @@
+"""What a worker gets without slots: what it draws itself, or what others write into places that it shows.
+
+direct = Direct(gpu)
+direct.begin(deadline=...)
+why_not = direct.draw(exposures, wants, manifest, deadline=...)     or  shown = direct.places(wants, manifest)
+direct.finish()          True: nothing else is needed
+direct.give_up()         instead of that, where buckets come after all
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.drawing.drawer import Drawer
+from weightsync.drawing.places import Places
+
+if TYPE_CHECKING:
+    from weightsync.plan.draws import Wants
+    from weightsync.plan.exposure import Exposure, Exposures
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["Direct"]
+
+
+class Direct:
+    """Of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
+
+    def __init__(self, gpu: int | None) -> None:
+        self._drawer, self._places = Drawer(gpu), Places(gpu)
+        self._drawn = False  # all of the update came out of the trainer's memory …
+        self._shown: Wants | None = None  # … or is written by others, into the places of these
+
+    def begin(self, *, deadline: float) -> None:
+        """An update begins, of which nothing has come. Raises as `settle`."""
+        self._drawn, self._shown = False, None
+        self.settle(deadline=deadline)
+
+    def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> str:
+        """As `Drawer.draw`."""
+        self._places.release()
+        self._drawn, self._shown = False, None
+        why_not = self._drawer.draw(exposures, wants, manifest, deadline=deadline)
+        self._drawn = not why_not
+        return why_not
+
+    def places(self, wants: Wants, manifest: Manifest) -> Exposure | str:
+        """Where others may write all that is wanted of the manifest's tensors; or why they cannot."""
+        self._drawer.release()
+        self._drawn = False
+        shown = self._places.show(wants, manifest.tensors.width)
+        self._shown = None if isinstance(shown, str) else wants
+        return shown
+
+    def finish(self) -> bool:
+        """The update ends; others have written all that they were to write. Whether it came whole in one of these ways:
+        then it lies in the parameters now.
+        """
+        if self._shown is not None:
+            self._places.land(self._shown)
+        whole = self._drawn or self._shown is not None
+        self._drawn, self._shown = False, None
+        return whole
+
+    def give_up(self) -> None:
+        """Buckets come: the trainer's memory is its own again, and nothing counts that others have written."""
+        self._drawn, self._shown = False, None
+        self._drawer.release()
+        self._places.release()
+
+    def settle(self, *, deadline: float) -> None:
+        """Return when nothing that `draw` has queued is under way any more. Raises `TransportTimeout`."""
+        self._drawer.settle(deadline=deadline)
