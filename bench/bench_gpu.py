@@ -161,7 +161,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
         used = [users.get(bridge.pid or 0, 0) - bridge.slots * bridge.slot_bytes / 2**20 for bridge in bridges]
     first = ranks[0]["pushes"][2:]
     if arguments.in_place and not all(engine["drawn"] for row in first for engine in row["engines"]):
-        raise SystemExit("an engine read slots after all")
+        raise SystemExit(f"an engine read slots after all: {daemon.tail(20)}")
     if arguments.retain and kept != ranks[0]["pushes"][-1]["version"]:
         raise SystemExit(f"the last push was not kept, but {kept}")
     if not all(row["complete"] for row in first):

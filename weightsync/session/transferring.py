@@ -105,8 +105,8 @@ class Transferring(Committing):
         if engine is None:  # it has left; others may have waited for the slots
             self._go_on(now, out)
             return
-        if event.problem:  # buckets bring every byte of it again
-            engine.draws = False
+        if event.problem:  # buckets bring every byte of it again, out of arenas of which one may be another by now
+            engine.stage, engine.draws = EngineStage.PAUSED, False
         else:
             engine.next_bucket = engine.loaded = len(self.buckets)
         self._go_on(now, out)
