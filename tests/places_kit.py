@@ -60,7 +60,7 @@ def write(ranks: Sequence[bytes], manifest: Manifest, tensors: Tensors, gpu: int
     regions.release()
 
 
-def _write_on(gpu: int, copies: list[Draw], sources: list[np.ndarray], targets: list[int]) -> None:  # type: ignore[type-arg]
+def _write_on(gpu: int, copies: list[Draw], sources: list[np.ndarray], targets: list[int]) -> None:
     import torch
 
     from weightsync.drawing.device import DeviceCopies

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import json
-from pathlib import Path
 
 import pytest
 
 from tests.e2e.conftest import TINY, Node
 from tests.e2e.test_push import push
 from weightsync.adapters.reference.checkpoint import random_checkpoint
-from weightsync.errors import PushAborted
 from weightsync.fleet import Fleet
 
 pytestmark = pytest.mark.e2e

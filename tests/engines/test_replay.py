@@ -7,7 +7,9 @@ are loaded, and all replay; vLLM gives all but the norms to oneDNN in a form of 
 
 from __future__ import annotations
 
+import asyncio
 import io
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -15,6 +17,8 @@ import pytest
 from rich.console import Console
 
 from tests.engines.yard import Need
+from tests.hand_push import HandPush, as_bytes, connected, sent, soon
+from tests.places_kit import write
 from weightsync.replay.facts import LAYOUTS
 from weightsync.testing import eventually
 from weightsync.views import replay_details
@@ -76,6 +80,40 @@ def in_place(node: Any, *tags: str) -> None:
         node.check(tag)
 
 
+def written_by_others(node: Any, *tags: str) -> None:
+    """It can be written where the engine shows its places, too: by hand, once this hand's pushes have been replayed."""
+
+    more = {"api_key": None, "ca_file": None, "path": node.need.path, "gpus": (), "target": "all"}
+    spec: Any = SimpleNamespace(name="engine", kind=node.need.kind, url=node.engine.url, **more)
+
+    async def push() -> None:
+        with HandPush(slot_bytes=256 << 10) as hand:
+            async with connected(spec) as hands:
+                for tag in tags[:1] * 3:
+                    await hand.push(hands, next(node.versions), as_bytes(node.weights(tag).items()))
+                digests = set()
+                for tag in tags:
+                    tensors, version = as_bytes(node.weights(tag).items()), next(node.versions)
+                    manifest = hand.manifest(tensors)
+                    info = await hands.probe(deadline=soon())
+                    assert hands.draws(manifest)
+                    await hands.pause("keep", deadline=soon())
+                    await hands.begin(version, manifest, hand.offers("engine", info.tp_size), deadline=soon())
+                    found = await hands.places(deadline=soon())
+                    assert not isinstance(found, str), found
+                    assert len(found.ranks) == info.tp_size
+                    digests.add(found.digest)
+                    await asyncio.to_thread(write, found.ranks, manifest, tensors)
+                    await hands.finish(version, deadline=soon())
+                    checked = await hands.verify(manifest, sent(manifest, tensors), deadline=soon())
+                    assert checked == len(tensors)
+                    await hands.resume(deadline=soon())
+                    await asyncio.to_thread(node.check, tag)
+                assert len(digests) == 1
+
+    asyncio.run(push())
+
+
 def shown(node: Any) -> str:
     console = Console(width=160, file=io.StringIO())
     console.print(replay_details(msgspec.to_builtins([node.engine_status()])))
@@ -91,6 +129,7 @@ def test_sglang_replays_all(node):
     assert (found.replayed, found.by_loader, found.why) == (len(weights), 0, {})
     assert found.replayed_bytes == sum(w.nbytes for w in weights.values())
     in_place(node, "pert", "base", "pert")
+    written_by_others(node, "pert", "base")
     node.push("base")
     node.check("base")
 
@@ -139,3 +178,4 @@ def test_two_ranks(node):
     found = up_to_replay(node, "pert", "base", "pert", "base")
     assert (found.by_loader, found.why) == (0, {})
     in_place(node, "pert", "base")
+    written_by_others(node, "pert", "base")

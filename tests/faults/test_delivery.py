@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -52,10 +52,8 @@ def delivering(couple):
         couple.wait_waiting_for("away (deliver)")
         yield rank
     finally:
-        try:
+        with suppress(ProcessLookupError):  # it was the one to go
             os.kill(held, signal.SIGCONT)
-        except ProcessLookupError:
-            pass  # it was the one to go
 
 
 def drawn(report):

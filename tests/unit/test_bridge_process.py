@@ -400,7 +400,8 @@ def test_it_dies_with_the_daemon_even_inside_a_collective(two):
     assert second.arenas() == []
 
 
-def test_frames_are_bounded_and_validated():
+def test_frames_are_bounded_and_validated(monkeypatch):
+    monkeypatch.setattr(frames, "MAX_FRAME", 2**20)
     for length in (0, frames.MAX_FRAME + 1):
         with pytest.raises(CodecError):
             frames.frame_length(struct.pack("<I", length))
@@ -437,6 +438,13 @@ def test_every_command_survives_the_pipe(kind):
         "readers": ("e/0", "e/1"),
         "peers": ("b/0",),
         "generation": 4,
+        "piece": 4096,
+        "turn": 1,
+        "turns": 2,
+        "manifest": b"m" * 16,
+        "places": b"p" * 16,
+        "exposures": b"x" * 16,
+        "ranks": (0, 3),
         "host": "127.0.0.1",
         "rank": 0,
         "world": 2,

@@ -15,7 +15,7 @@ import torch
 from tests.hand_push import HandPush, Tensors, as_bytes, soon
 from tests.places_kit import write, write_elsewhere
 from weightsync.adapters.worker import SlotReader
-from weightsync.drawing import landing, places
+from weightsync.drawing import landing
 from weightsync.drawing.places import Places
 from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.ipc import allocations
@@ -239,4 +239,3 @@ def test_memory_of_a_gpu_that_cannot_be_shared_is_not_tried_again(monkeypatch):
     assert gpu.shared == [1024]
     gpu.refuses = False
     assert isinstance(shows.show(Wants(model.boxes, [2048, 2048, 2048]), 2), Exposure)
-    assert places.located is allocations.located

@@ -21,6 +21,7 @@ from weightsync.adapters.sglang.ordered import PluginPath
 from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of
+from weightsync.replay.facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -197,7 +198,7 @@ def path_to(scheduler: Scheduler) -> PluginPath:
 
 
 def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Scheduler) -> None:
-    path, why_not, seen = path_to(scheduler), plugin.NOT_WHOLE, set()
+    path, seen = path_to(scheduler), set()
     with HandPush(slot_bytes=1024) as hand:
         manifest = hand.manifest(TENSORS)
         assert "begin first" in scheduler.ask(orders.Places(known=())).message
@@ -209,7 +210,7 @@ def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Schedul
             found = asyncio.run(path.places(1, deadline=soon()))
             assert isinstance(found, str) == (number < 2), found
             if isinstance(found, str):
-                assert found == f"tp rank 0: {why_not}"
+                assert found == f"tp rank 0: {NOT_WHOLE}"
             else:
                 seen.add(found.digest)
             if by_buckets:
@@ -230,7 +231,7 @@ def test_places_are_not_shown_to_a_daemon_that_will_not_compare(scheduler: Sched
         manifest = hand.manifest(TENSORS)
         for _ in range(3):
             scheduler.ask(begin(hand))
-            assert asyncio.run(path.places(1, deadline=soon())) == f"tp rank 0: {plugin.NOT_WHOLE}"
+            assert asyncio.run(path.places(1, deadline=soon())) == f"tp rank 0: {NOT_WHOLE}"
             for bucket in range(manifest.buckets):
                 scheduler.ask(load(hand, bucket))
             scheduler.ask(orders.Finish())

@@ -29,7 +29,7 @@ __all__ = [
     "frame_length",
 ]
 
-MAX_FRAME = 2**29  # bytes; a `Deliver` tells once where each tensor of a model lies, of which there may be 100,000
+MAX_FRAME = 2**28  # bytes; a `Deliver` tells once where each tensor of a model lies, of which there may be 100,000
 HEADER = struct.Struct("<I")
 
 

@@ -28,6 +28,8 @@ _STEPS: dict[type[do.Instruction], str] = {
     do.PauseEngine: "pause",
     do.BeginEngine: "begin",
     do.DrawWeights: "draw",
+    do.ShowPlaces: "show",
+    do.DeliverWeights: "deliver",
     do.FinishEngine: "finish",
     do.VerifyEngine: "verify",
     do.ResumeEngine: "resume",
@@ -38,6 +40,8 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EnginePaused: "pause",
     ev.EngineBegun: "begin",
     ev.WeightsDrawn: "draw",
+    ev.PlacesShown: "show",
+    ev.WeightsDelivered: "deliver",
     ev.EngineFinished: "finish",
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
@@ -210,7 +214,7 @@ class _Reading:
                 if not self._fail(lambda span: span.process == event.node and span.lane.startswith(lane), now, gone):
                     self._beyond(Span(event.node, lane.rstrip(":"), "lost", "lost", now), gone)
             case _ if type(event) in _ENDS:
-                self._end((_ENDS[type(event)], getattr(event, "engine", "")), now)
+                self._end((_ENDS[type(event)], getattr(event, "engine", "")), now, getattr(event, "problem", ""))
 
     def _opened(self, event: ev.RankOpened, now: float) -> None:
         lane, rank = f"rank {event.rank}", event.rank
