@@ -18,6 +18,7 @@ _OURS = (
     "extension",
     "plugin in place",
     "extension in place",
+    "plugin delivered",
 )  # ways through our plugin, by which the others of their engine are measured
 _LEAST = 0.0095  # seconds of a phase that is worth its place
 
@@ -89,6 +90,8 @@ def name(way: dict[str, Any]) -> str:
         return str(way["way"])
     if way["way"].endswith("in place"):
         return "weightsync, our plugin, in place"
+    if way["way"].endswith("delivered"):
+        return "weightsync, our plugin, delivered between two nodes"
     return "weightsync, our plugin" if way["way"] in _OURS else f"weightsync, stock server (`{way['way']}`)"
 
 

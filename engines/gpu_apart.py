@@ -1,14 +1,16 @@
-"""gpu_apart.py: pushes into real vLLM servers on GPUs of their own, ours beside those of vLLM's own `nccl` trainer.
+"""gpu_apart.py: pushes into real vLLM, and SGLang, on GPUs of their own, ours beside those of vLLM's `nccl` trainer.
 
     python -m engines.gpu_apart --model DIR --plugins DIR --vllm vllm --vllm-python vllm-python --json apart.json
+    python -m engines.gpu_apart … --sglang "python -m sglang.launch_server"          # and into SGLang
 
 DIR holds a config.json and tokenizer files. One half of this machine's GPUs is the trainer's, with FSDP2 shards of a
 rank on each (with two GPUs: one rank, whole tensors), the other half is the servers', each of a TP of all of it. A
-server takes one backend, and workers of a stock one are in one group for as long as they live, so there are three,
+server takes one backend, and workers of a stock one are in one group for as long as they live, so there are several,
 which are up at the same time. Weights are dummies, random ones are pushed, one way after the other:
 
     plugin            our plugin, by slots on all GPUs: engines read over NVLink what CUDA IPC maps
     plugin in place   the same, out of the trainer's memory
+    plugin delivered  as two nodes, a weightsyncd on each half: from the trainer's memory over NCCL into the engine's
     group             a stock server and a weightsyncd on the trainer's GPUs, joined by NCCL
     vllm-nccl         a stock server and vLLM's trainer API (`engines/peer_vllm_nccl.py`), joined by NCCL
 
@@ -37,7 +39,7 @@ from bench.loaders import loaders
 from bench.table import table
 from engines import peers
 from engines.gpu_servers import Case, Server
-from engines.gpu_speed import IN_PLACE, push
+from engines.gpu_speed import DELIVERED, IN_PLACE, push
 from weightsync.adapters.reference.config import read_config
 from weightsync.adapters.reference.sharding import checkpoint_tensors
 from weightsync.errors import WeightSyncError
@@ -46,9 +48,15 @@ from weightsync.fleet import Fleet
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-# path of a server → ways into it
-SERVERS = {"plugin": ("plugin", f"plugin{IN_PLACE}"), "group": ("group",), "nccl": (peers.APART.name,)}
-FLAGS = ("--load-format", "dummy", "--kv-cache-memory-bytes", str(2 << 30))
+# kind and path of a server → ways into it
+SERVERS = {
+    ("vllm", "plugin"): ("plugin", f"plugin{IN_PLACE}", f"plugin{DELIVERED}"),
+    ("sglang", "plugin"): ("plugin", f"plugin{IN_PLACE}", f"plugin{DELIVERED}"),
+    ("vllm", "group"): ("group",),
+    ("vllm", "nccl"): (peers.APART.name,),
+}
+FLAGS: dict[str, tuple[str, ...]] = {"sglang": ("--load-format", "dummy")}
+FLAGS["vllm"] = (*FLAGS["sglang"], "--kv-cache-memory-bytes", str(2 << 30))
 BUCKET = 1 << 30  # bytes, of the broadcasts
 
 
@@ -56,9 +64,10 @@ def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", type=Path, required=True, help="folder with config.json")
     p.add_argument("--plugins", type=Path, required=True, help="folder that makes weightsync's plugins known")
-    p.add_argument("--vllm", required=True, help="starts vLLM")
-    p.add_argument("--vllm-python", required=True, help="runs Python where vLLM can be imported")
-    every = [way for ways in SERVERS.values() for way in ways]
+    p.add_argument("--vllm", default="", help="starts vLLM")
+    p.add_argument("--vllm-python", default="", help="runs Python where vLLM can be imported")
+    p.add_argument("--sglang", default="", help="starts SGLang")
+    every = list(dict.fromkeys(way for ways in SERVERS.values() for way in ways))
     p.add_argument("--ways", nargs="+", choices=every, default=every)
     p.add_argument("--pushes", type=int, default=9, help="through the plugin, four of which warm up")
     p.add_argument("--stock", type=int, default=6, help="into each stock server, one of which warms up")
@@ -106,29 +115,35 @@ def main() -> int:
 
 def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
     """Start the servers, side by side, and push every way, vLLM's own last."""
-    wanted = {path: [way for way in ways if way in options.ways] for path, ways in SERVERS.items()}
+    wanted = {
+        which: [way for way in ways if way in options.ways]
+        for which, ways in SERVERS.items()
+        if getattr(options, which[0])
+    }
     theirs = ",".join(map(str, range(options.tp, 2 * options.tp)))
     with ExitStack() as stack:
-        servers: dict[str, Server] = {}
-        for number, path in enumerate(path for path, ways in wanted.items() if ways):
-            case = Case("vllm", path, tp=options.tp)
-            servers[path] = Server(case, options.model, 36000 + 100 * number, theirs, options, FLAGS)
-            stack.callback(servers[path].stop)
+        servers: dict[tuple[str, str], Server] = {}
+        for number, which in enumerate(which for which, ways in wanted.items() if ways):
+            (kind, path), port = which, 36000 + 100 * number
+            servers[which] = Server(Case(kind, path, tp=options.tp), options.model, port, theirs, options, FLAGS[kind])
+            stack.callback(servers[which].stop)
         up = []
-        for path, server in servers.items():
+        for which, server in servers.items():
             if problem := server.wait():
-                keep(*(failed(way, problem) for way in wanted[path]))
+                keep(*(failed(which[0], way, problem) for way in wanted[which]))
             else:
-                up += [(way, server) for way in wanted[path]]
+                up += [(way, server) for way in wanted[which]]
         print(f"servers are ready for {', '.join(way for way, _ in up) or 'nothing'}", flush=True)
-        first, engine = 1, "vllm"
+        first, software = 1, {"vllm": "vllm", "sglang": "sglang"}
         for way, server in up:
+            kind = server.case.kind
             try:
-                done = one(way, server, first, engine, options)
+                done = one(way, server, first, software[kind], options)
             except WeightSyncError as error:  # of the daemon or the trainer: the others have their own
-                done = failed(way, str(error), server.tail())
+                done = failed(kind, way, str(error), server.tail())
             keep(done)
-            engine, first = done["engine"] if done["good"] else engine, first + options.pushes + options.stock
+            software[kind] = done["engine"] if done["good"] else software[kind]
+            first += options.pushes + options.stock
 
 
 def one(way: str, server: Server, first: int, engine: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -139,13 +154,16 @@ def one(way: str, server: Server, first: int, engine: str, options: argparse.Nam
         more: Any = {"logs": options.logs, "engine": engine, "ranks": options.tp, "tp": options.tp}
         with Fleet() as fleet:
             return peers.run(fleet, peers.APART, options.vllm_python, arguments, **more)
-    mine, gpus = argparse.Namespace(**vars(options)), []
+    mine, gpus, far = argparse.Namespace(**vars(options)), [], []
+    uuids = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(2 * options.tp)]
     if way == "group":
         config = read_config(options.model)
         mine.slot = whole(options.slot, checkpoint_tensors(config).values(), getattr(torch, config.dtype).itemsize)
-        gpus = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(options.tp)]
+        gpus = uuids[: options.tp]
+    if way.endswith(DELIVERED):
+        gpus, far = uuids[: options.tp], uuids[options.tp :]
     pushes = options.stock if way == "group" else options.pushes
-    done = push("vllm", server, way, first, pushes, mine, ranks=options.tp, gpus=gpus)
+    done = push(server.case.kind, server, way, first, pushes, mine, ranks=options.tp, gpus=gpus, far=far)
     return done | {"slots": f"{mine.slots} × {mine.slot}"}
 
 
@@ -155,8 +173,8 @@ def whole(slot: str, shapes: Iterable[tuple[int, ...]], itemsize: int) -> str:
     return slot if size(slot) >= largest else f"{-(-largest // 2**20)}MiB"
 
 
-def failed(way: str, *why: str) -> dict[str, Any]:
-    return {"engine": "vllm", "way": way, "peer": way == peers.APART.name, "good": False, "log": list(why)}
+def failed(kind: str, way: str, *why: str) -> dict[str, Any]:
+    return {"engine": kind, "way": way, "peer": way == peers.APART.name, "good": False, "log": list(why)}
 
 
 if __name__ == "__main__":

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
 IN_PLACE = " in place"  # of a way: engines read the trainer's memory
-_WARM = {way + place: 4 for way in ("plugin", "extension") for place in ("", IN_PLACE)}  # pushes that do not count
+DELIVERED = " delivered"  # of a way: the engine's GPUs are another node's, whose bridges write into its parameters
+_WARM = {
+    way + place: 4 for way in ("plugin", "extension") for place in ("", IN_PLACE, DELIVERED)
+}  # pushes that do not count
 
 
 def main() -> int:
@@ -157,24 +160,27 @@ def push(
     *,
     ranks: int = 0,
     gpus: Sequence[str] = (),
+    far: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Pushes one way, from a daemon and trainer ranks of their own: so many `ranks`, on the first GPUs, and a daemon on
-    the `gpus` with these UUIDs; both on all of them by default.
+    the `gpus` with these UUIDs; both on all of them by default. The server's GPUs are `far` if it has a daemon to
+    itself.
     """
     ranks = ranks or torch.cuda.device_count()
     with Fleet() as fleet:
-        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=way.removesuffix(IN_PLACE))
+        path = way.removesuffix(IN_PLACE).removesuffix(DELIVERED)
+        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=path)
         sections: Any = {
-            "node": {"gpus": gpus},
             "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
             "timeouts": {"operation": 240.0, "probe": 30.0},
             "log": {"trace_dir": str(options.traces or "")},
         }
-        daemon = fleet.start_daemon("speed", **sections)
-        change_engines(daemon.endpoint, add=[engine])
+        others = [fleet.start_daemon("far", node={"gpus": far}, **sections)] if far else []
+        daemon = fleet.start_daemon("speed", peers=others, node={"gpus": gpus}, **sections)
+        change_engines((others or [daemon])[0].endpoint, add=[engine])
         arguments = ["--model", str(options.model), "--daemon", daemon.endpoint, "--out", str(fleet.root)]
         arguments += ["--pushes", str(pushes), "--first", str(first)]
-        arguments += ["--in-place"] if way.endswith(IN_PLACE) else []
+        arguments += ["--in-place"] if way.endswith((IN_PLACE, DELIVERED)) else []
         trainer = fleet.torchrun("trainer", _TRAINER, ranks, arguments)
         status = trainer.wait(400)
         print(f"{kind} {way}\n{trainer.tail(40)}", flush=True)

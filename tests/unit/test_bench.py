@@ -305,7 +305,7 @@ def test_a_peer_is_one_row_of_all_its_ranks():
 def test_pushes_to_gpus_of_their_own_are_measured_by_a_broadcast_of_the_same_run():
     broadcasts = {"NCCL broadcast, buckets": 2**31 / 1e9, "NCCL broadcast, tensor by tensor": 1.0}
     ways = [loading("a", "plugin", [9, 8, 7, 6, 0.5], checked=[9]), loading("a", "group", [9.0, 2.0])]
-    ways += [gpu_apart.failed("vllm-nccl", "it refused")]
+    ways += [gpu_apart.failed("vllm", "vllm-nccl", "it refused")]
     document = {"gpu": "G", "torch": "2", "command": "x", "ways": ways, "broadcasts": broadcasts}
     lines = loaders(document, table.table)
     assert lines[2].endswith("| bytes a second | of an NCCL broadcast |")
