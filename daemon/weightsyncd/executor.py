@@ -183,7 +183,7 @@ class NodeExecutor:
             case do.ShowPlaces():
                 shown = await hand.places(deadline=deadline)
                 if isinstance(shown, str):
-                    logger.warning("[engine=%s v=%d] reads slots: %s", name, context.version, shown)
+                    logger.warning("[engine=%s v=%d] is given buckets: %s", name, context.version, shown)
                     return ev.PlacesShown(engine=name, problem=shown)
                 context.shown[name] = shown
                 return ev.PlacesShown(engine=name)
