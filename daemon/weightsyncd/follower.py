@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
-from weightsync.nccl_bridge import commands
 from weightsync.plan.manifest import Manifest
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -30,6 +29,7 @@ from weightsyncd.context import PushContext
 from weightsyncd.holding import Held, Working
 from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
+from weightsyncd.rail_work import RailWork
 from weightsyncd.rails import leave
 
 if TYPE_CHECKING:
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
     from weightsyncd.joining import Takers
+    from weightsyncd.rail_work import AtRail
     from weightsyncd.waiting import Call
 
 __all__ = ["Follower"]
 
 logger = logging.getLogger(__name__)
 
-Rail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Collect  # what comes for a bridge
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
 
 
@@ -84,6 +84,7 @@ class Follower:
         self._wind_up = wind_up
         self._on_free = on_free
         self._joining = Joining(config, bridges, rails)
+        self._rail_work = RailWork(config, executor, bridges)
         self._send = send
         self._on_missed, self._on_late = on_missed, on_late
         self.calls = Calls()
@@ -225,52 +226,27 @@ class Follower:
             event=plain(event) if event is not None else {}, places=None if shown is None or told else shown.pack()
         )
 
-    async def at_rail(self, identity: bytes, message: Rail) -> msg.Message:
+    async def at_rail(self, identity: bytes, message: AtRail) -> msg.Message:
         """Something for a bridge."""
-        if message.rail >= len(self._bridges):
-            raise RemoteProtocolError(f"node {self._config.node.name} has no bridge {message.rail}")
-        match message:
-            case msg.JoinRail():
-                until = self._until(message.timeout)
-                if self._busy():
-                    await self._wind_up(until)
-                if self._held is not None and self._held.end is not None:
-                    await self._let_go(self._held, None)  # its `Leave` must not come after our `Join`
-                node = self._nodes.get(identity, "")
-                await self._joining.join(node, message, lambda: self._check_free(identity), until=until)
-                if self._held is not None:  # what was under way in the last communicator is over
-                    self._held.rails = {(rail, task) for rail, task in self._held.rails if rail != message.rail}
-            case msg.Receive():
-                until = self._until(message.timeout)
-                slot = do.Slot(self._config.node.name, message.rail, message.slot)
-                self._check_slot(slot)
-                held = await self._hold(identity, message.push)
-                with Working(held, message.rail):
-                    await self._executor.wire.receive(held.context, message.bucket, slot, message.ticket, until)
-            case msg.Exchange():
-                until = self._until(message.timeout)
-                self._check_slot(do.Slot(self._config.node.name, message.rail, message.slot))
-                held = await self._hold(identity, message.push)
-                bridge = self._bridges[message.rail]
-                if held.branch is not None:
-                    held.branch.check_arena(message.rail)
-                held.context.arenas[message.bucket] = bridge.incarnation
-                if message.checksum is not None:
-                    held.context.sums[message.bucket] = message.checksum
-                command = commands.Exchange(
-                    slot=message.slot,
-                    generation=message.generation,
-                    token=message.token,
-                    parts=message.parts,
-                )
-                with Working(held, message.rail):
-                    await bridge.call(command, deadline=until)
-            case msg.Collect():
-                until = self._until(message.timeout)
-                held = await self._hold(identity, message.push)
-                with Working(held, message.rail):
-                    await self._executor.deliveries.collect(held.context, self._bridges[message.rail], message, until)
+        self._rail_work.check(message)
+        until = self._until(message.timeout)
+        if isinstance(message, msg.JoinRail):
+            await self._join(identity, message, until)
+        else:
+            held = await self._hold(identity, message.push)
+            with Working(held, message.rail):
+                await self._rail_work.do(held, message, until)
         return msg.Executed(event={})
+
+    async def _join(self, identity: bytes, message: msg.JoinRail, until: float) -> None:
+        if self._busy():
+            await self._wind_up(until)
+        if self._held is not None and self._held.end is not None:
+            await self._let_go(self._held, None)  # its `Leave` must not come after our `Join`
+        node = self._nodes.get(identity, "")
+        await self._joining.join(node, message, lambda: self._check_free(identity), until=until)
+        if self._held is not None:  # what was under way in the last communicator is over
+            self._held.rails = {(rail, task) for rail, task in self._held.rails if rail != message.rail}
 
     async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:
         """The coordinator is done with the push, which has failed if there is an error."""
@@ -370,12 +346,8 @@ class Follower:
     def _check_places(self, instruction: do.Instruction) -> None:
         match instruction:
             case do.ExportBucket(slot=slot):
-                self._check_slot(slot)
+                self._rail_work.check_slot(slot)
             case do.RetireBridge(bridge=bridge):
-                self._check_slot(do.Slot(self._config.node.name, bridge, 0))
+                self._rail_work.check_slot(do.Slot(self._config.node.name, bridge, 0))
             case _ if not hasattr(instruction, "engine"):
                 raise RemoteProtocolError(f"a follower does not carry out {type(instruction).__name__}")
-
-    def _check_slot(self, slot: do.Slot) -> None:
-        if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._config.arena.slots):
-            raise RemoteProtocolError(f"node {self._config.node.name} has no slot {slot.bridge}/{slot.index}")

@@ -22,6 +22,7 @@ from weightsync.transports.torch_shm import TorchShmSender
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+UPDATE = "0123456789abcdef"
 TENSORS: Tensors = {
     "model.embed_tokens.weight": ("bfloat16", (5, 8), bytes(range(80))),
     "model.norm.weight": ("float32", (4,), np.arange(4, dtype=np.float32).tobytes()),
@@ -116,9 +117,9 @@ def test_every_global_is_one_that_sglang_lets_through(ticket: bytes) -> None:
     "order",
     [
         orders.Accept(manifest=b"m" * 300, target="all"),
-        orders.Begin(manifest=b"m", target="draft", offers=((b"a", b"b"), ()), seconds=3.5),
-        orders.Load(bucket=2, tickets=((b"t", b"u"), (b"v", b"w")), seconds=0.5),
-        orders.Finish(),
+        orders.Begin(update=UPDATE, manifest=b"m", target="draft", offers=((b"a", b"b"), ()), seconds=3.5),
+        orders.Load(update=UPDATE, bucket=2, tickets=((b"t", b"u"), (b"v", b"w")), seconds=0.5),
+        orders.Finish(update=UPDATE),
     ],
 )
 def test_orders_travel(order: orders.Order) -> None:
@@ -138,7 +139,7 @@ def test_sglangs_own_actions_are_left_alone(action: str) -> None:
         orders.PREFIX,
         orders.PREFIX + "é",
         orders.PREFIX + "AAAA=",
-        orders.PREFIX + orders.encode(orders.Finish())[:-4],
+        orders.PREFIX + orders.encode(orders.Finish(update=UPDATE))[:-4],
         "weightsync7:gaA=",
     ],
 )

@@ -26,6 +26,7 @@ from weightsync.replay.facts import NOT_WHOLE
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+UPDATE = "0123456789abcdef"
 TENSORS: Tensors = {
     "proj.weight": ("float32", (64, 8), np.arange(512, dtype=np.float32).tobytes()),
     "norm.weight": ("float32", (8,), np.ones(8, np.float32).tobytes()),
@@ -89,13 +90,13 @@ def scheduler(monkeypatch: pytest.MonkeyPatch) -> Iterator[Scheduler]:
 def begin(hand: HandPush, target: str = "all", pull: bool = False) -> orders.Begin:
     offers = tuple(tuple(rank) for rank in hand.offers("e", 1))
     manifest = hand.manifest(TENSORS).pack()
-    return orders.Begin(manifest=manifest, target=target, offers=offers, seconds=10.0, pull=pull)
+    return orders.Begin(update=UPDATE, manifest=manifest, target=target, offers=offers, seconds=10.0, pull=pull)
 
 
 def load(hand: HandPush, bucket: int, count: int = 1) -> orders.Load:
     manifest = hand.manifest(TENSORS)
     tickets = [tuple(hand.tickets(manifest, b, TENSORS, "e", 1)) for b in range(bucket, bucket + count)]
-    return orders.Load(bucket=bucket, tickets=tuple(tickets), seconds=10.0)
+    return orders.Load(update=UPDATE, bucket=bucket, tickets=tuple(tickets), seconds=10.0)
 
 
 def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
@@ -105,7 +106,7 @@ def test_tensors_cut_over_buckets_arrive_whole(scheduler: Scheduler) -> None:
         assert buckets > 1
         for bucket in range(buckets):
             assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
-        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+        assert scheduler.ask(orders.Finish(update=UPDATE)) == Reply(True, "finished")
     for name, parameter in scheduler.model.named_parameters():
         assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
 
@@ -123,9 +124,25 @@ def test_several_buckets_of_one_order_are_loaded_one_after_the_other(scheduler: 
             for bucket in range(0, manifest.buckets, 2):
                 several = load(hand, bucket, min(2, manifest.buckets - bucket))
                 assert scheduler.ask(several) == Reply(True, "loaded")
-            assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+            assert scheduler.ask(orders.Finish(update=UPDATE)) == Reply(True, "finished")
             for name, parameter in scheduler.model.named_parameters():
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
+
+
+def test_steps_of_another_daemons_update_are_refused(scheduler: Scheduler) -> None:
+    """Two of one layout: whose finish comes first would commit what lies there of the other's."""
+    with HandPush(slot_bytes=1024) as hand:
+        assert scheduler.ask(begin(hand)).message == "begun"
+        other = UPDATE.upper()
+        assert scheduler.ask(msgspec.structs.replace(begin(hand), update=other)).message == "begun"
+        draw = orders.Draw(update=UPDATE, exposures=b"", seconds=10.0)
+        buckets = load(hand, 0)
+        mine = [buckets, draw, orders.Places(update=UPDATE, known=()), orders.Finish(update=UPDATE)]
+        for step in mine:
+            answer = scheduler.ask(step)
+            assert not answer.success
+            assert "another update has begun" in answer.message
+        assert scheduler.ask(msgspec.structs.replace(buckets, update=other)) == Reply(True, "loaded")
 
 
 def test_steps_that_a_gpu_has_queued_end_before_anything_begins(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +181,7 @@ def test_what_lies_in_the_model_is_told_once_it_is_proved(scheduler: Scheduler) 
             scheduler.ask(begin(hand))
             for bucket in range(manifest.buckets):
                 scheduler.ask(load(hand, bucket))
-            scheduler.ask(orders.Finish())
+            scheduler.ask(orders.Finish(update=UPDATE))
             (sums,), (boxes,) = (orders.unpack_answers(scheduler.ask(order).message) for order in asked)
             held = msgspec.msgpack.decode(sums, type=HeldSums)
             assert len(held.sums) == 8 * told
@@ -180,7 +197,7 @@ def test_buckets_are_taken_out_of_their_slots_once_no_loader_needs_them(schedule
             scheduler.ask(begin(hand, pull=True))
             for bucket in range(buckets):
                 assert scheduler.ask(load(hand, bucket)) == Reply(True, "loaded")
-            scheduler.ask(orders.Finish())
+            scheduler.ask(orders.Finish(update=UPDATE))
             assert plugin._worker._replays[scheduler.model].pulled == pulled
             for name, parameter in scheduler.model.named_parameters():
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
@@ -194,14 +211,16 @@ def path_to(scheduler: Scheduler) -> PluginPath:
 
     server: Any = SimpleNamespace(engine="e", call=call)
     profile: Any = SimpleNamespace(sessions=False)
-    return PluginPath(server, profile, "all")
+    path = PluginPath(server, profile, "all")
+    path._update = UPDATE  # as it is drawn when the update begins, which is ordered by hand here
+    return path
 
 
 def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Scheduler) -> None:
     path, seen = path_to(scheduler), set()
     with HandPush(slot_bytes=1024) as hand:
         manifest = hand.manifest(TENSORS)
-        assert "begin first" in scheduler.ask(orders.Places(known=())).message
+        assert "begin first" in scheduler.ask(orders.Places(update=UPDATE, known=())).message
         for number in range(6):
             by_buckets = number in (0, 1, 3)  # in the fourth push they come after all
             with torch.no_grad():
@@ -218,7 +237,7 @@ def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Schedul
                     scheduler.ask(load(hand, bucket))
             elif not isinstance(found, str):
                 write(found.ranks, manifest, TENSORS)
-            assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+            assert scheduler.ask(orders.Finish(update=UPDATE)) == Reply(True, "finished")
             assert plugin._worker._replays[scheduler.model].pulled == (0 if number < 2 else manifest.buckets)
             for name, parameter in scheduler.model.named_parameters():
                 assert parameter.detach().numpy().tobytes() == TENSORS[name][2]
@@ -234,11 +253,11 @@ def test_places_are_not_shown_to_a_daemon_that_will_not_compare(scheduler: Sched
             assert asyncio.run(path.places(1, deadline=soon())) == f"tp rank 0: {NOT_WHOLE}"
             for bucket in range(manifest.buckets):
                 scheduler.ask(load(hand, bucket))
-            scheduler.ask(orders.Finish())
+            scheduler.ask(orders.Finish(update=UPDATE))
 
 
 def test_an_older_plugin_is_told_nothing_that_it_does_not_know() -> None:
-    order = orders.Begin(manifest=b"", target="all", offers=(), seconds=1.0)
+    order = orders.Begin(update=UPDATE, manifest=b"", target="all", offers=(), seconds=1.0)
     assert not any(word in msgspec.msgpack.encode(order) for word in (b"pull", b"anew"))
 
 
@@ -269,7 +288,7 @@ def test_names_are_judged_before_anything_is_loaded(scheduler: Scheduler) -> Non
 
 
 def test_failures_are_answers(scheduler: Scheduler, caplog: pytest.LogCaptureFixture) -> None:
-    assert "begin first" in scheduler.ask(orders.Finish()).message
+    assert "begin first" in scheduler.ask(orders.Finish(update=UPDATE)).message
     assert not scheduler.ask("weightsync1:!").success
     assert "another protocol" in scheduler.ask("weightsync9:gaA=").message
     scheduler.model.proj = torch.nn.Linear(4, 4, bias=False)
@@ -281,13 +300,13 @@ def test_failures_are_answers(scheduler: Scheduler, caplog: pytest.LogCaptureFix
         scheduler.model.proj = torch.nn.Linear(8, 64, bias=False)
         assert scheduler.ask(begin(hand)).success  # the next push
         assert scheduler.ask(load(hand, 0)).success
-        assert scheduler.ask(orders.Finish()).success
+        assert scheduler.ask(orders.Finish(update=UPDATE)).success
 
 
 def test_an_update_that_is_not_complete_does_not_finish(scheduler: Scheduler) -> None:
     with HandPush(slot_bytes=1024) as hand:
         assert scheduler.ask(begin(hand)).success
-        answer = scheduler.ask(orders.Finish())
+        answer = scheduler.ask(orders.Finish(update=UPDATE))
     assert not answer.success
     assert "did not come whole" in answer.message
 
@@ -321,12 +340,12 @@ def test_embeddings_of_images_by_the_old_weights_are_forgotten(
         scheduler.ask(begin(hand))
         scheduler.ask(load(hand, 0))
         assert module.embedding_cache
-        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+        assert scheduler.ask(orders.Finish(update=UPDATE)) == Reply(True, "finished")
         assert not module.embedding_cache
         module.embedding_cache = None  # type: ignore[attr-defined]  # a model without images has none
         scheduler.ask(begin(hand))
         scheduler.ask(load(hand, 0))
-        assert scheduler.ask(orders.Finish()) == Reply(True, "finished")
+        assert scheduler.ask(orders.Finish(update=UPDATE)) == Reply(True, "finished")
 
 
 def test_actions_of_sglang_itself_go_on_to_it(scheduler: Scheduler) -> None:

@@ -288,14 +288,15 @@ class Transferring(Committing):
 
     def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
         """Begin the engine at its first bucket, then load what has been exported, several buckets in one call: it costs
-        a real engine as much as a small bucket. Half of the slots at most, so that the other half is filled meanwhile.
+        a real engine as much as a small bucket. Half of the slots at most, the larger half of an odd number of them: the
+        rest is filled meanwhile.
         """
         if engine.asked is not None:
             return
         if engine.draws:
             self._draw(engine, now, out)
             return
-        there = self._exported(engine, most=min(max(1, self._slots_of(engine.node) // 2), do.MOST_LOADED))
+        there = self._exported(engine, most=min((self._slots_of(engine.node) + 1) // 2, do.MOST_LOADED))
         if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
             self._begin_engine(engine, now, out)
         elif engine.stage is EngineStage.LOADING and there:

@@ -6,6 +6,7 @@ the model does not know are refused before anything is touched, and a failure of
 
 from __future__ import annotations
 
+from secrets import token_hex
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -43,6 +44,7 @@ class PluginPath(LoadPath):
         self._session = Session(server, profile, target)
         self._target = SELECTORS[target]
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
+        self._update = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         self._told.forget()  # so that it is told whole
@@ -80,7 +82,9 @@ class PluginPath(LoadPath):
     ) -> None:
         """See the base class; `pull` and `anew` as in `orders.Begin`."""
         await self._session.open(deadline=deadline)
+        self._update = token_hex(16)
         order = orders.Begin(
+            update=self._update,
             manifest=self._told.tell(manifest),
             target=self._target,
             offers=tuple(tuple(rank) for rank in offers),
@@ -96,12 +100,14 @@ class PluginPath(LoadPath):
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class; in one call."""
-        order = orders.Load(bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline))
+        order = orders.Load(
+            update=self._update, bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline)
+        )
         await self._in_session(order, deadline, "load")
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """Have all ranks read what they need out of the trainer's memory; why one cannot, or ""."""
-        order = orders.Draw(exposures=self._shown.tell(exposures), seconds=_seconds(deadline))
+        order = orders.Draw(update=self._update, exposures=self._shown.tell(exposures), seconds=_seconds(deadline))
         with self._shown.unless_it_fails():
             answer = await self._in_session(order, deadline, "draw")
             try:
@@ -111,14 +117,15 @@ class PluginPath(LoadPath):
 
     async def places(self, ranks: int, *, deadline: float) -> Exposures | str:
         """Where so many ranks have places for what they need; or why one has none."""
-        answer = await self._in_session(orders.Places(known=tuple(self._places.known)), deadline, "places")
+        order = orders.Places(update=self._update, known=tuple(self._places.known))
+        answer = await self._in_session(order, deadline, "places")
         try:
             return self._places.of(orders.unpack_answers(answer), ranks)
         except CodecError as error:
             raise self._none_of_ours(error) from error
 
     async def finish(self, *, deadline: float) -> None:
-        await self._in_session(orders.Finish(), deadline, "finish")
+        await self._in_session(orders.Finish(update=self._update), deadline, "finish")
         await self._session.end(deadline=deadline)
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:

@@ -32,6 +32,7 @@ __all__ = [
     "Order",
     "Places",
     "State",
+    "Step",
     "Sums",
     "decode",
     "encode",
@@ -57,7 +58,13 @@ class Accept(Order, frozen=True, tag="accept"):
     target: Target
 
 
-class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
+class Step(Order, frozen=True):
+    """A part of an update. `update` tells it from those of any other, such as another daemon's."""
+
+    update: Annotated[str, Meta(min_length=16, max_length=64)]
+
+
+class Begin(Step, frozen=True, tag="begin", omit_defaults=True):
     """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
     loaded will be compared, so that buckets need not be. `anew`: what was learnt of the loader led to something wrong.
     """
@@ -70,7 +77,7 @@ class Begin(Order, frozen=True, tag="begin", omit_defaults=True):
     anew: bool = False
 
 
-class Load(Order, frozen=True, tag="load"):
+class Load(Step, frozen=True, tag="load"):
     """Load the buckets from `bucket` on, for each of which `tickets` has an entry; `[tp_rank]` of that is that rank's
     own ticket.
     """
@@ -80,7 +87,7 @@ class Load(Order, frozen=True, tag="load"):
     seconds: Seconds
 
 
-class Draw(Order, frozen=True, tag="draw"):
+class Draw(Step, frozen=True, tag="draw"):
     """Instead of all buckets: read what is needed out of the trainer's memory. Answered by every rank, see
     `pack_answers`: by nothing, or by why it cannot.
     """
@@ -89,7 +96,7 @@ class Draw(Order, frozen=True, tag="draw"):
     seconds: Seconds
 
 
-class Places(Order, frozen=True, tag="places"):
+class Places(Step, frozen=True, tag="places"):
     """Instead of all buckets: where may others write what is needed? Answered by every rank's `Shown`, see
     `adapters/places.py`.
     """
@@ -97,7 +104,7 @@ class Places(Order, frozen=True, tag="places"):
     known: tuple[bytes, ...]  # digests of places that were told before
 
 
-class Finish(Order, frozen=True, tag="finish"):
+class Finish(Step, frozen=True, tag="finish"):
     """The last bucket was loaded: end the update."""
 
 

@@ -67,6 +67,7 @@ class _Worker:
         self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._models: list[Any] = []
         self._pull = False
+        self._update = ""  # what tells the update that is open from another daemon's
         self._requantisers: list[Requantiser] = []
         self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
@@ -87,7 +88,7 @@ class _Worker:
             case orders.Load():
                 return self._load(order, rank)
             case orders.Finish():
-                return self._finish()
+                return self._finish(order)
             case orders.Sums():
                 model = _models(manager, order.target)[0]
                 return msgspec.msgpack.encode(
@@ -141,22 +142,30 @@ class _Worker:
             replay.begin(manifest, model)
         # what is compared afterwards is the first model alone
         self._models, self._pull = models, order.pull and len(models) == 1
+        self._update = order.update
         return "begun"
 
-    def _draw(self, order: orders.Draw) -> bytes:
+    def _open(self, step: orders.Step) -> SlotReader:
+        """The reader of the update that is open, which the step is of. Raises `LocalProtocolError`."""
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
+        if step.update != self._update:
+            raise LocalProtocolError(
+                "another update has begun in this worker since", hint="no more than one weightsyncd may name an engine"
+            )
+        return self._slots
+
+    def _draw(self, order: orders.Draw) -> bytes:
+        slots = self._open(order)
         exposures = self._exposures.of(order.exposures)
         wants = self._wants()
         if wants is None:
             return NOT_WHOLE.encode()
-        return self._slots.draw(exposures, wants, deadline=monotonic() + order.seconds).encode()
+        return slots.draw(exposures, wants, deadline=monotonic() + order.seconds).encode()
 
     def _places(self, order: orders.Places) -> bytes:
-        if self._slots is None or not self._models:
-            raise LocalProtocolError("no update is open", hint="begin first")
-        wants = self._wants()
-        found = shown(NOT_WHOLE, ()) if wants is None else self._slots.places(wants, order.known)
+        slots, wants = self._open(order), self._wants()
+        found = shown(NOT_WHOLE, ()) if wants is None else slots.places(wants, order.known)
         return found.pack()
 
     def _wants(self) -> Wants | None:
@@ -164,11 +173,9 @@ class _Worker:
         return self._replays[self._models[0]].wants() if self._pull else None
 
     def _load(self, order: orders.Load, rank: int) -> str:
-        if self._slots is None or not self._models:
-            raise LocalProtocolError("no update is open", hint="begin first")
-        deadline = monotonic() + order.seconds
+        slots, deadline = self._open(order), monotonic() + order.seconds
         for bucket, tickets in enumerate(order.tickets, order.bucket):
-            self._load_bucket(self._slots, bucket, tickets[rank], deadline)
+            self._load_bucket(slots, bucket, tickets[rank], deadline)
         return "loaded"
 
     def _load_bucket(self, slots: SlotReader, number: int, ticket: bytes, deadline: float) -> None:
@@ -185,11 +192,10 @@ class _Worker:
 
             replay.load(bucket, load)
 
-    def _finish(self) -> str:
-        if self._slots is None or not self._models:
-            raise LocalProtocolError("no update is open", hint="begin first")
+    def _finish(self, order: orders.Finish) -> str:
+        slots = self._open(order)
         models, self._models = self._models, []
-        if self._slots.finish():
+        if slots.finish():
             self._replays[models[0]].drawn()
         for requantiser in self._requantisers:
             requantiser.finish()

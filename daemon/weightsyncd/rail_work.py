@@ -1,0 +1,67 @@
+"""What this node's bridges do on rails for a push that another daemon coordinates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.errors import RemoteProtocolError
+from weightsync.nccl_bridge import commands
+from weightsync.session import instructions as do
+from weightsync.wire import messages as msg
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from weightsync.config import NodeConfig
+    from weightsyncd.bridges import Bridge
+    from weightsyncd.executor import NodeExecutor
+    from weightsyncd.holding import Held
+
+__all__ = ["AtRail", "RailWork"]
+
+AtRail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Collect
+"""What comes for a bridge."""
+
+
+class RailWork:
+    """Of one node."""
+
+    def __init__(self, config: NodeConfig, executor: NodeExecutor, bridges: Sequence[Bridge]) -> None:
+        self._node, self._slots = config.node.name, config.arena.slots
+        self._executor = executor
+        self._bridges = bridges
+
+    def check(self, message: AtRail) -> None:
+        """Raise `RemoteProtocolError` for a bridge or a slot that there is not."""
+        if message.rail >= len(self._bridges):
+            raise RemoteProtocolError(f"node {self._node} has no bridge {message.rail}")
+        if isinstance(message, msg.Receive | msg.Exchange):
+            self.check_slot(do.Slot(self._node, message.rail, message.slot))
+
+    def check_slot(self, slot: do.Slot) -> None:
+        """The same for a slot that an instruction names."""
+        if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._slots):
+            raise RemoteProtocolError(f"node {self._node} has no slot {slot.bridge}/{slot.index}")
+
+    async def do(self, held: Held, message: msg.Receive | msg.Exchange | msg.Collect, until: float) -> None:
+        """Take part, for the push that holds this node. Raises `TransportError`."""
+        bridge, context = self._bridges[message.rail], held.context
+        match message:
+            case msg.Receive():
+                slot = do.Slot(self._node, message.rail, message.slot)
+                await self._executor.wire.receive(context, message.bucket, slot, message.ticket, until)
+            case msg.Exchange():
+                if held.branch is not None:
+                    held.branch.check_arena(message.rail)
+                context.arenas[message.bucket] = bridge.incarnation
+                if message.checksum is not None:
+                    context.sums[message.bucket] = message.checksum
+                command = commands.Exchange(
+                    slot=message.slot,
+                    generation=message.generation,
+                    token=message.token,
+                    parts=message.parts,
+                )
+                await bridge.call(command, deadline=until)
+            case msg.Collect():
+                await self._executor.deliveries.collect(context, bridge, message, until)
