@@ -212,7 +212,7 @@ def test_a_daemon_killed_during_a_push(node):
     node.check("pert")
 
 
-@ways(*SGLANG, *VLLM, slow=(IPC, SGLANG[-1], VLLM[1]))
+@ways(*SGLANG, *VLLM, slow=(SGLANG[0], IPC, SGLANG[-1], VLLM[1]))
 def test_an_engine_killed_during_a_push(node):
     node.push("pert")
     with CheckpointSource(node.folder("base")) as source, pytest.raises(WeightSyncError):
@@ -240,7 +240,7 @@ def test_experts(node):
         node.check(tag)
 
 
-@ways(*TIED)
+@ways(*TIED, slow=tuple(need for need in TIED if need.kind == "vllm"))
 def test_tied_embeddings(node):
     node.push("base")
     for prompt, exact in oracle("tied_base").said.items():
