@@ -368,6 +368,68 @@ def test_a_bridge_that_ends_or_stands_still_in_a_push(nodes, whose, by):
     nodes.assert_hold("A")
 
 
+def delivered(report):
+    return [engine.drawn for engine in report.engines]
+
+
+def test_weights_go_straight_into_the_engine_of_the_other_node(nodes):
+    for name in "BAB":
+        report = nodes.push(name, in_place=True)
+        assert report.complete, f"{report}\n{nodes.logs()}"
+        assert delivered(report) == [True, True], nodes.logs()
+        nodes.assert_hold(name)
+
+
+def test_no_bytes_are_left_on_a_gpu_by_deliveries(nodes):
+    weights = {key: tensor.cuda(0) for key, tensor in nodes.weights("A").items()}
+    for times in (3, 10):
+        for _ in range(times):
+            nodes.version = next(nodes.versions)
+            options = {"version": nodes.version, "daemon": nodes.daemons[0].endpoint, "timeout": 60}
+            assert delivered(push_weights(weights, in_place=True, **options)) == [True, True]
+        if times == 3:
+            before = gpu_users()
+    assert gpu_users() == before
+
+
+@pytest.mark.parametrize("by", ["SIGKILL", "SIGSTOP"])
+@pytest.mark.parametrize("whose", ["home", "away"])
+def test_a_bridge_that_ends_or_stands_still_in_a_delivery(nodes, whose, by):
+    """The engine elsewhere is given buckets, or misses the push; nothing is written into it later."""
+    assert delivered(nodes.push("A", in_place=True)) == [True, True], nodes.logs()
+    held, victim = nodes.bridge(1), nodes.bridge(0 if whose == "home" else 1)
+    os.kill(held, signal.SIGSTOP)  # so that the delivery does not end meanwhile
+    with ThreadPoolExecutor(1) as pool:
+        pushing = pool.submit(nodes.push, "B", timeout=20, in_place=True)
+
+        def delivering() -> bool:
+            push = fetch_status(nodes.daemons[0].endpoint).push
+            return push is not None and "(deliver)" in push.waiting_for
+
+        assert eventually(delivering, seconds=15), nodes.logs()
+        os.kill(victim, getattr(signal, by))
+        if victim != held:
+            os.kill(held, signal.SIGCONT)
+        error = pushing.exception(30)
+    name = nodes.daemons[0 if whose == "home" else 1].name
+    if error is not None:
+        assert isinstance(error, WeightSyncError)
+        assert name in str(error), f"{error}\n{nodes.logs()}"
+    else:
+        outcomes = {engine.node: engine.outcome for engine in pushing.result().engines}
+        assert outcomes.pop(nodes.daemons[0].name) == "committed", nodes.logs()
+    assert eventually(lambda: not Path(f"/proc/{victim}").exists(), seconds=20), "it was not replaced"
+
+    def again() -> bool:
+        try:
+            return bool(nodes.push("A", in_place=True).complete)
+        except WeightSyncError:
+            return False
+
+    assert eventually(again, seconds=60), nodes.logs()
+    nodes.assert_hold("A")
+
+
 def test_a_trainer_with_collectives_of_its_own_is_not_disturbed(nodes, tmp_path):
     """Its NCCL works on the same GPUs all the while: no deadlock, and both go on."""
     first, nodes.version = next(nodes.versions), max(next(nodes.versions) for _ in range(29))
