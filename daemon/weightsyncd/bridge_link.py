@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -118,7 +119,11 @@ class BridgeLink:
         if left <= 0:
             raise TransportTimeout(f"{_what(command)} of bridge {self.config.name}: its deadline passed")
         number, self._next_id = self._next_id, self._next_id + 1
-        frame = _frame(number, left - min(_MARGIN, left / 10), command)
+        make = partial(_frame, number, left - min(_MARGIN, left / 10), command)
+        # one with a model's worth of numbers takes tenths of a second, in which nobody else would be heard
+        frame = await asyncio.to_thread(make) if isinstance(command, c.Prepare) else make()
+        if self.ended.done():
+            raise self._lost(self.ended.result())
         answer: asyncio.Future[frames.Response] = asyncio.get_running_loop().create_future()
         answer.add_done_callback(lambda _: self._waiting.pop(number, None))
         self._waiting[number] = answer

@@ -37,7 +37,7 @@ class PushContext:
     exposures: Exposures | None = None  # where that lies, once all ranks have said
     shown: dict[str, Exposures] = field(default_factory=dict)  # engine → its places, by tp rank
     drawn: set[str] = field(default_factory=set)  # engines that have read it there, or had it delivered
-    places: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
+    slots: dict[int, tuple[do.Slot, int]] = field(default_factory=dict)  # bucket → its slot here and its sequence
     arenas: dict[int, str | None] = field(default_factory=dict)  # bucket from elsewhere → incarnation of its bridge
     tickets: dict[tuple[str, int], tuple[bytes, ...]] = field(default_factory=dict)  # (engine, bucket) → by tp rank
     incarnations: dict[str, str] = field(default_factory=dict)  # engine → what it was when it was probed

@@ -163,6 +163,7 @@ class NodeExecutor:
             case do.BeginEngine():
                 manifest, offers = context.known_manifest(), await self.wire.offers_for(engine, deadline)
                 await self._check_unchanged(context, engine, deadline)
+                context.shown.pop(name, None)  # what it showed before counts no more
                 context.begun.add(name)
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 begin = hand.begin(context.version, manifest, offers, deadline=deadline)

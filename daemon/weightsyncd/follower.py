@@ -198,7 +198,7 @@ class Follower:
         if kind is None:
             raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
         instruction = structured({**message.instruction, "deadline": self._until(message.timeout)}, kind)
-        self._check_places(instruction)
+        self._check_slots(instruction)
         if self._busy():
             await self._wind_up(instruction.deadline)
         held = await self._hold(identity, message.push, message.model, message.version)
@@ -229,11 +229,13 @@ class Follower:
     async def at_rail(self, identity: bytes, message: AtRail) -> msg.Message:
         """Something for a bridge."""
         self._rail_work.check(message)
-        until = self._until(message.timeout)
         if isinstance(message, msg.JoinRail):
-            await self._join(identity, message, until)
+            await self._join(identity, message, self._until(message.timeout))
         else:
             held = await self._hold(identity, message.push)
+            # of a delivery it is the whole model: it has more time than a single bucket
+            manifest = held.context.manifest if isinstance(message, msg.Collect) else None
+            until = self._until(message.timeout, manifest.nbytes if manifest is not None else 0)
             with Working(held, message.rail):
                 await self._rail_work.do(held, message, until)
         return msg.Executed(event={})
@@ -339,11 +341,11 @@ class Follower:
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 
-    def _until(self, timeout: float) -> float:
+    def _until(self, timeout: float, nbytes: int = 0) -> float:
         """Nobody elsewhere keeps an engine or a bridge of this node busy for longer than its own config allows."""
-        return time.monotonic() + min(timeout, self._config.timeouts.operation)
+        return time.monotonic() + min(timeout, self._config.timeouts.operation + nbytes / do.SLOWEST)
 
-    def _check_places(self, instruction: do.Instruction) -> None:
+    def _check_slots(self, instruction: do.Instruction) -> None:
         match instruction:
             case do.ExportBucket(slot=slot):
                 self._rail_work.check_slot(slot)

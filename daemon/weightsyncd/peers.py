@@ -219,7 +219,7 @@ class Peer:
                 raise ProtocolError(f"node {self.name} answered Execute with {type(answer).__name__}")
             if send and manifest is not None:
                 self._known.add((incarnation, manifest.digest))
-            return self._event_of(answer, context)
+            return self._event_of(answer, instruction, context)
         except WeightSyncError as error:
             if manifest is not None and not send and error.phase == MANIFEST_UNKNOWN:
                 self._known.discard((incarnation, manifest.digest))  # it keeps only so many: send it again
@@ -230,17 +230,19 @@ class Peer:
                 return ev.EngineFailed(engine=engine, phase=phase_of(instruction), error=error.record(), lost=lost)
             return ev.NodeLost(node=self.name, error=error.record())
 
-    def _event_of(self, answer: msg.Executed, context: PushContext) -> ev.Event | None:
+    def _event_of(self, answer: msg.Executed, instruction: do.Instruction, context: PushContext) -> ev.Event | None:
         """What has come of an instruction. Raises `CodecError`, and `ProtocolError` for half an answer."""
         if not answer.event:
             return None
         event = structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))
-        if isinstance(event, ev.PlacesShown) and not event.problem:
+        if isinstance(instruction, do.ShowPlaces) and isinstance(event, ev.PlacesShown) and not event.problem:
+            engine = instruction.engine
             if answer.places is not None:
-                self._shown[event.engine] = Exposures.unpack(answer.places)
-            if event.engine not in self._shown:
-                raise ProtocolError(f"node {self.name} has not told the places that engine {event.engine} shows")
-            context.shown[event.engine] = self._shown[event.engine]
+                self._shown = {e.name: self._shown[e.name] for e in self.engines if e.name in self._shown}
+                self._shown[engine] = Exposures.unpack(answer.places)
+            if engine not in self._shown:
+                raise ProtocolError(f"node {self.name} has not told the places that engine {engine} shows")
+            context.shown[engine] = self._shown[engine]
         return event
 
 

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["AtRail", "RailWork"]
 
-AtRail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Collect
+AtRail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
 """What comes for a bridge."""
+Work = msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
 
 
 class RailWork:
@@ -43,7 +44,7 @@ class RailWork:
         if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._slots):
             raise RemoteProtocolError(f"node {self._node} has no slot {slot.bridge}/{slot.index}")
 
-    async def do(self, held: Held, message: msg.Receive | msg.Exchange | msg.Collect, until: float) -> None:
+    async def do(self, held: Held, message: Work, until: float) -> None:
         """Take part, for the push that holds this node. Raises `TransportError`."""
         bridge, context = self._bridges[message.rail], held.context
         match message:
@@ -63,5 +64,8 @@ class RailWork:
                     parts=message.parts,
                 )
                 await bridge.call(command, deadline=until)
+            case msg.Prepare():
+                await self._executor.deliveries.prepare_to_collect(context, bridge, message, until)
             case msg.Collect():
-                await self._executor.deliveries.collect(context, bridge, message, until)
+                collect = commands.Collect(generation=message.generation, token=message.token)
+                await bridge.call(collect, deadline=until)

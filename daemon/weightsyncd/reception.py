@@ -37,6 +37,7 @@ _FROM_AFAR = (
     msg.JoinRail,
     msg.Receive,
     msg.Exchange,
+    msg.Prepare,
     msg.Collect,
     msg.Gather,
     msg.TellRank,
@@ -127,7 +128,7 @@ class Reception:
                 self._answer(identity, message, server.follower.attach(identity, message))
             case msg.Execute():
                 self._answer(identity, message, server.follower.execute(identity, message))
-            case msg.JoinRail() | msg.Receive() | msg.Exchange() | msg.Collect():
+            case msg.JoinRail() | msg.Receive() | msg.Exchange() | msg.Prepare() | msg.Collect():
                 self._answer(identity, message, server.follower.at_rail(identity, message))
             case msg.PushLora():
                 if message.forward and from_afar:

@@ -117,7 +117,7 @@ def slots_taken(server: Server, bridge: int) -> int:
     context = server.follower.context
     if context is None:
         return 0
-    slots = {context.places[bucket][0] for _, bucket in context.held if bucket in context.places}
+    slots = {context.slots[bucket][0] for _, bucket in context.held if bucket in context.slots}
     return sum(slot.bridge == bridge for slot in slots)
 
 

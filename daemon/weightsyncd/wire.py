@@ -121,7 +121,7 @@ class NodeWire:
         """
         manifest = context.known_manifest()
         for bucket, of_bucket in enumerate(tickets, first):
-            slot, _ = context.places[bucket]
+            slot, _ = context.slots[bucket]
             pieces = slice(manifest.bucket_pieces(bucket).start, manifest.bucket_pieces(bucket).stop)
             pairs = np.stack([manifest.piece_offset[pieces], manifest.piece_nbytes[pieces]], axis=1).astype("<i8")
             command = commands.SendGroup(
@@ -222,9 +222,9 @@ class NodeWire:
 
     def sequence_of(self, context: PushContext, bucket: int, slot: do.Slot) -> int:
         """The number under which this bucket's bytes in this slot are exported; new for every filling of a slot."""
-        place = context.places.get(bucket)
+        place = context.slots.get(bucket)
         if place is None or place[0] != slot:
-            place = context.places[bucket] = (slot, next(self._sequences))
+            place = context.slots[bucket] = (slot, next(self._sequences))
         return place[1]
 
     async def receive(self, context: PushContext, bucket: int, slot: do.Slot, ticket: bytes, deadline: float) -> None:
@@ -235,11 +235,11 @@ class NodeWire:
         bridge = self.bridges[slot.bridge]
         context.arenas[bucket] = bridge.incarnation
         await bridge.call(receive, deadline=deadline)
-        context.places[bucket] = (slot, sequence)
+        context.slots[bucket] = (slot, sequence)
 
     async def await_release(self, context: PushContext, instruction: do.AwaitRelease) -> ev.Event:
         engine, bucket = instruction.engine, instruction.bucket
-        place = context.places.get(bucket)
+        place = context.slots.get(bucket)
         released = ev.BucketReleased(engine=engine, bucket=bucket)
         if place is None:
             return released
@@ -264,7 +264,7 @@ class NodeWire:
         context.tickets.pop((engine, bucket), None)
         held = (engine, bucket) in context.held
         context.held.discard((engine, bucket))
-        place = context.places.get(bucket)
+        place = context.slots.get(bucket)
         if place is None or engine not in self.engines:
             return
         slot = place[0]

@@ -218,7 +218,7 @@ def test_several_buckets_go_to_a_group_in_one_call(refuses):
         context.manifest = manifest_of({f"t{i}": ("uint8", (64,), bytes(64)) for i in range(8)}, slot_bytes=64)
         for bucket in range(8):
             context.tickets["e", bucket] = (GroupTicket(group="g", sequence=bucket).pack(),)
-            context.places[bucket] = (do.Slot("n", 0, 10 + bucket), bucket)
+            context.slots[bucket] = (do.Slot("n", 0, 10 + bucket), bucket)
         event = await executor.execute(context, load(4, 3))
         await asyncio.sleep(0)  # what goes on behind has been asked
         return event, bridge.asked

@@ -19,6 +19,7 @@ from weightsync.drawing import landing
 from weightsync.drawing.places import Places
 from weightsync.errors import LocalProtocolError, TransportBroken
 from weightsync.ipc import allocations
+from weightsync.ipc.memfile import MemoryFile
 from weightsync.plan.draws import Wanted, Wants
 from weightsync.plan.exposure import Exposure, Region
 from weightsync.plan.packing import DIGEST_BYTES
@@ -163,8 +164,9 @@ def test_places_of_an_update_that_was_given_up_are_not_read(slots, hand):
     assert not any(array.any() for array in model.arrays)
 
 
-def test_no_room_is_a_reason_and_not_tried_again(slots, hand, monkeypatch, caplog):
+def test_no_room_is_a_reason_and_another_time_there_may_be_some(slots, hand, monkeypatch, caplog):
     asked: list[int] = []
+    made = MemoryFile
 
     def full(nbytes: int) -> None:
         asked.append(nbytes)
@@ -176,10 +178,13 @@ def test_no_room_is_a_reason_and_not_tried_again(slots, hand, monkeypatch, caplo
     for _ in range(2):
         told = slots.places(model.wants, ())
         assert (told.places, "of host memory: No space left" in told.why_not) == (b"", True)
-    assert len(asked) == 1
+    assert len(asked) == 2
     assert "has no places to show" in caplog.text
     with pytest.raises(LocalProtocolError, match="did not come whole"):
         slots.finish()
+    monkeypatch.setattr(landing, "MemoryFile", made)
+    begun(slots, hand, 1)
+    assert slots.places(model.wants, ()).places
 
 
 def test_nothing_that_is_wanted_has_no_regions():
@@ -196,6 +201,7 @@ class Gpu:
         self.shared: list[int] = []
         self.refuses = False
         monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(synchronize=lambda: None))
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="the-gpu"))
         monkeypatch.setattr(allocations, "range_of", lambda at: (at // 1024 * 1024, 1024))
         monkeypatch.setattr(allocations, "serial_of", lambda at: self.serials.setdefault(at, 7))

@@ -16,20 +16,24 @@ from weightsync.device.waiting import await_events
 from weightsync.drawing.device import DeviceStaged
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightsync.plan.boxes import Ints
     from weightsync.plan.delivery import Staged
 
 __all__ = ["Conveyor", "device_staged"]
 
-_SETTLES = 5.0  # seconds for a GPU to end what was queued when a delivery has failed
+_SETTLES = 600.0  # seconds for a GPU to end what was queued: whoever waits for this bridge kills it long before
 
 
-def device_staged(gpu: int, pieces: Sequence[Sequence[Staged]], *, packing: bool) -> DeviceStaged:
-    """Copies on this process's GPU `gpu`. Raises `TransportBroken` where there is no room for their tables."""
+def device_staged(
+    gpu: int, pieces: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
+) -> DeviceStaged:
+    """Copies on this process's GPU `gpu`. Raises `TransportBroken` where there is no room for their tables, and what
+    `check` raises, which is called before each.
+    """
     device = torch.device("cuda", gpu)
-    return DeviceStaged(BoxKernel(device), device, pieces, packing=packing)
+    return DeviceStaged(BoxKernel(device), device, pieces, packing=packing, check=check)
 
 
 class Conveyor:
@@ -74,7 +78,7 @@ class Conveyor:
         return bool(self._stream.query())
 
     def settle(self) -> None:
-        """Return when nothing is read or written any more. Raises `TransportTimeout`."""
+        """Return when nothing is read or written any more, and not before."""
         await_events([self._stream], "a delivery that has failed", deadline=time.monotonic() + _SETTLES)
 
     def _wire(self, address: int) -> Any:

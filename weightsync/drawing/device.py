@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from weightsync.device.launch import COPY, BoxKernel
+from weightsync.device.launch import COPY, BoxKernel, Table
 from weightsync.device.table import SLOT, Place, box_items, joined
 from weightsync.device.waiting import await_events
 from weightsync.errors import TransportBroken
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from weightsync.device.table import Items
     from weightsync.plan.boxes import Ints
@@ -90,14 +90,23 @@ class DeviceStaged:
     """
 
     def __init__(
-        self, kernel: Launcher, device: torch.device, pieces: Sequence[Sequence[Staged]], *, packing: bool
+        self,
+        kernel: Launcher,
+        device: torch.device,
+        pieces: Sequence[Sequence[Staged]],
+        *,
+        packing: bool,
+        check: Callable[[], object] = lambda: None,
     ) -> None:
-        """Raises `TransportBroken` where there is no room for the tables."""
+        """`check` is called before each table. Raises `TransportBroken` where there is no room for them."""
         self._kernel, self._device = kernel, device
         self._addresses: Ints = np.empty(0, dtype=np.int64)
         self._bases: torch.Tensor | None = None
+        self._tables: list[Table] = []
         try:
-            self._tables = [kernel.table(joined([_items(one, packing) for one in piece])) for piece in pieces]
+            for piece in pieces:
+                check()
+                self._tables.append(kernel.table(joined([_items(one, packing) for one in piece])))
         except torch.OutOfMemoryError as error:
             raise TransportBroken(f"this GPU has no room for the tables of {len(pieces)} pieces: {error}") from error
 

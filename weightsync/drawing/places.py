@@ -56,7 +56,8 @@ class Places:
             shown = self._kept.show(wants.targets)
         except TransportBroken as error:
             logger.warning("weightsync: this worker has no places to show: %s", error)
-            self._refused = list(wants.targets), str(error)
+            if self._kept is not None:  # its memory cannot be shared; for a landing there may be room another time
+                self._refused = list(wants.targets), str(error)
             return str(error)
         self._refused = None
         return shown
@@ -97,6 +98,7 @@ class _InPlace:
         import torch
 
         with torch.cuda.device(self._device):
+            torch.cuda.current_stream().synchronize()  # what is queued here must not come after what others write
             if self._found is not None and self._found.current and self._targets == targets:
                 return self._exposure
             begins = np.array([*targets, 0], dtype=np.uint64).view(np.int64)

@@ -55,6 +55,7 @@ __all__ = [
     "Offered",
     "Pending",
     "PendingReaders",
+    "Prepare",
     "Ready",
     "Receive",
     "Received",
@@ -246,32 +247,39 @@ class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
     parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
 
 
-class _Delivery(Command[Done], frozen=True, kw_only=True):
-    """One end of a delivery, see `weightsync.nccl_bridge.delivery`. Both are told the same of these fields."""
+class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
+    """Get ready for one end of a delivery, see `weightsync.nccl_bridge.carrier`: the first time for a layout it takes
+    seconds. Both ends are told the same, but for `exposures`.
+    """
 
     reply = Done
-    generation: Natural
     token: Natural  # that no other delivery has
     piece: Annotated[int, Meta(ge=64, lt=2**40)]  # bytes
     turn: Natural  # of the …
     turns: Annotated[int, Meta(ge=1, le=4096)]  # deliveries that are under way side by side
     manifest: Bulk
-    places: Bulk  # what all ranks of the engine have shown
-    ranks: Annotated[tuple[Natural, ...], Meta(max_length=4096)]  # those to which this one goes
+    places: Bulk  # what the ranks of the engine have shown to which this one goes
+    exposures: Bulk | None = None  # at the sending end: what the trainer's ranks expose
 
 
-class Deliver(_Delivery, frozen=True, kw_only=True, tag="deliver"):
-    """Send to the other member of the communicator what ranks of an engine there have places for, out of the memory
-    that a trainer exposes here; answers when it has left. All slots are used.
+class Deliver(Command[Done], frozen=True, kw_only=True, tag="deliver"):
+    """Send what was prepared under the token to the other member of the communicator; answers when it has left. Slots
+    are used for it. Whatever the answer, nothing is read any more when it comes.
     """
 
-    exposures: Bulk
+    reply = Done
+    generation: Natural
+    token: Natural
 
 
-class Collect(_Delivery, frozen=True, kw_only=True, tag="collect"):
-    """Take that into these places; answers when it is there. After an error nothing is written there any more, unless
-    it is `TransportTimeout`.
+class Collect(Command[Done], frozen=True, kw_only=True, tag="collect"):
+    """Take that into the places it was prepared for; answers when it is there. Whatever the answer, nothing is written
+    any more when it comes.
     """
+
+    reply = Done
+    generation: Natural
+    token: Natural
 
 
 class Stop(Command[Done], frozen=True, kw_only=True, tag="stop"):
@@ -299,6 +307,7 @@ AnyCommand = (
     | Receive
     | SendGroup
     | Exchange
+    | Prepare
     | Deliver
     | Collect
     | Stop

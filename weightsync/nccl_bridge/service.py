@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.ipc.ledger import Ledger
 from weightsync.nccl_bridge import commands as c
-from weightsync.nccl_bridge.delivery import Deliveries
+from weightsync.nccl_bridge.carrier import Carrier
 from weightsync.nccl_bridge.groups import Groups
 from weightsync.nccl_bridge.member import Member, new_member
 from weightsync.nccl_bridge.rendezvous import Rendezvous, load
@@ -48,7 +48,7 @@ class Lane(Enum):
     LOCAL = "behind other exports: a checksum, or a copy, takes its time"
     WIRE = "behind other operations of the communicator: these wait for peers"
     FENCE = "in the thread that watches fences"
-    GROUP = "in a thread of its own: each waits for an engine, or for torch to load, and none for another"
+    GROUP = "in a thread of its own: each waits for an engine, for torch to load or for what is worked out"
 
 
 _LANES: dict[type[c.AnyCommand], Lane] = {
@@ -63,6 +63,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
     c.Collect: Lane.WIRE,
     c.AwaitReleased: Lane.FENCE,
     c.Warm: Lane.GROUP,
+    c.Prepare: Lane.GROUP,
     c.OfferGroup: Lane.GROUP,
     c.JoinGroup: Lane.GROUP,
     c.SendGroup: Lane.GROUP,
@@ -85,7 +86,7 @@ class BridgeService:
             "torch-shm": TorchShmSender(arena, **books),
             "torch-cuda": TorchCudaSender(arena, **books),
         }
-        self._deliveries = Deliveries(arena, slots)
+        self._carrier = Carrier(arena, slots)
         self._one_by_one = threading.Lock()
         self._groups = Groups(name, arena, slots, **books, one_by_one=self._one_by_one)
         self._transports: dict[str, str] = {}  # reader → the transport that it was offered last
@@ -158,11 +159,11 @@ class BridgeService:
                 return c.Done()
             case c.Deliver():
                 self._check_generation(member, command.generation)
-                self._deliveries.send(member.communicator, command, self._idle_slots(), deadline=deadline)
+                self._carry(member, command.token, deadline, packing=True)
                 return c.Done()
             case c.Collect():
                 self._check_generation(member, command.generation)
-                self._deliveries.collect(member.communicator, command, self._idle_slots(), deadline=deadline)
+                self._carry(member, command.token, deadline, packing=False)
                 return c.Done()
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
@@ -173,6 +174,9 @@ class BridgeService:
                 load()
                 if self._slots is not None:
                     nccl()
+                return c.Done()
+            case c.Prepare():
+                self._carrier.prepare(command, deadline=deadline)
                 return c.Done()
             case c.OfferGroup():
                 offer = self._groups.offer(command, deadline=deadline)
@@ -259,6 +263,7 @@ class BridgeService:
             sender.close()
 
     def _export(self, command: c.Export) -> c.Exported:
+        self._carrier.release()  # weights take slots again
         slot, nbytes, sequence = command.slot, command.nbytes, command.sequence
         if self._sequences.get(slot) != sequence:
             self._check_idle(slot)
@@ -295,12 +300,11 @@ class BridgeService:
         if (joined := member.communicator.generation) != generation:
             raise LocalProtocolError(f"bridge {self.name} has joined generation {joined} since")
 
-    def _idle_slots(self) -> list[int]:
-        """Those that nobody reads. Raises `TransportBroken` where there is none."""
+    def _carry(self, member: Member, token: int, deadline: float, *, packing: bool) -> None:
         idle = [slot for slot in range(self.arena.slots) if not self.pending(slot)]
         if not idle:
             raise TransportBroken(f"all slots of bridge {self.name} are still held")
-        return idle
+        self._carrier.run(member.communicator, token, idle, packing=packing, deadline=deadline)
 
     def _revoke(self, command: c.Revoke) -> c.Done:
         member = self._member
@@ -321,6 +325,7 @@ class BridgeService:
             return self._member
 
     def _receive(self, member: Member, command: c.Receive, deadline: float) -> c.Received:
+        self._carrier.release()
         self._check_idle(command.slot)
         start = time.perf_counter()
         arrival = member.receiver.receive_into(command.ticket, command.slot, deadline=deadline)

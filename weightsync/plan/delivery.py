@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from weightsync.errors import LocalProtocolError
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.draws import Wanted, draws, interleaved
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from weightsync.plan.draws import Draw
     from weightsync.plan.exposure import Exposure
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 __all__ = ["Piece", "Placed", "Staged", "incoming", "outgoing", "pieces_of"]
 
 _ALIGN = 64  # bytes
+_OFTEN = 1024  # boxes between two checks
+
+T = TypeVar("T")
 
 
 class Placed(NamedTuple):
@@ -60,17 +63,24 @@ class Staged(NamedTuple):
 
 
 def pieces_of(
-    places: Sequence[Exposure], tensors: TensorTable, most: int, *, turn: int = 0, turns: int = 1
+    places: Sequence[Exposure],
+    tensors: TensorTable,
+    most: int,
+    *,
+    turn: int = 0,
+    turns: int = 1,
+    check: Callable[[], object] = lambda: None,
 ) -> list[Piece]:
     """What these ranks of an engine have places for, in pieces of at most `most` bytes (64 at least).
 
     Of `turns` that are delivered at a time each begins elsewhere in the model, so that trainers whose ranks have a part
-    of the layers each send all the time.
+    of the layers each send all the time. `check` is called now and then: all of this takes seconds where there are many
+    tensors, and it raises when nobody waits any more.
     """
     most = most // _ALIGN * _ALIGN
     if not most:
         raise LocalProtocolError(f"a piece has {_ALIGN} bytes at least")
-    boxes = sorted(_boxes(places, tensors, most), key=lambda box: box.tensor)  # of each rank they come in its own order
+    boxes = sorted(_watched(_boxes(places, tensors, most), check), key=lambda box: box.tensor)
     first = len(boxes) * turn // turns
     found, current, end = [], list[Placed](), 0
     for box in boxes[first:] + boxes[:first]:
@@ -85,7 +95,12 @@ def pieces_of(
     return found
 
 
-def outgoing(pieces: Sequence[Piece], exposures: Sequence[Exposure], tensors: TensorTable) -> list[list[Staged]]:
+def outgoing(
+    pieces: Sequence[Piece],
+    exposures: Sequence[Exposure],
+    tensors: TensorTable,
+    check: Callable[[], object] = lambda: None,
+) -> list[list[Staged]]:
     """By piece, the copies that fill it out of what the trainer's ranks expose, ranks in turn; bases are the parts of
     all ranks, one after the other. Raises `LocalProtocolError` naming the first tensor of which something is needed
     that nobody exposes.
@@ -96,7 +111,7 @@ def outgoing(pieces: Sequence[Piece], exposures: Sequence[Exposure], tensors: Te
         for box in piece.boxes
     )
     by_piece: list[list[Draw]] = [[] for _ in pieces]
-    for draw in draws(wanted, exposures, tensors):
+    for draw in draws(_watched(wanted, check), exposures, tensors):
         by_piece[draw.target].append(draw)
     firsts = [0, *accumulate(map(len, exposures))]
     return [
@@ -133,6 +148,13 @@ def incoming(pieces: Sequence[Piece]) -> list[list[Staged]]:
         ]
         for piece in pieces
     ]
+
+
+def _watched(each: Iterable[T], check: Callable[[], object]) -> Iterator[T]:
+    for number, one in enumerate(each):
+        if number % _OFTEN == 0:
+            check()
+        yield one
 
 
 def _boxes(places: Sequence[Exposure], tensors: TensorTable, most: int) -> Iterator[Placed]:

@@ -124,6 +124,12 @@ class Exposure:
         """16 bytes that say which parts there are, and how their elements lie; not where."""
         return digest_of(b"".join(one.tobytes() for one in (self.tensor, self.offset, self.shape, self.strides)))
 
+    @cached_property
+    def parts_digest(self) -> bytes:
+        """16 bytes that say which parts there are, and where in which region; not what the regions are."""
+        columns = (self.tensor, self.region, self.at, self.offset, self.shape, self.strides)
+        return digest_of(b"".join(one.tobytes() for one in columns))
+
     def addresses(self, regions: Ints) -> Ints:
         """Where each part begins, [n], if regions begin at these addresses, int64 [regions]."""
         found: Ints = regions[self.region] + self.at

@@ -8,6 +8,7 @@ a push fails and the next tells the whole.
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
@@ -54,7 +55,7 @@ class _Seen(Generic[T]):
             found = self._kept.get(told)
             if found is None:
                 raise LocalProtocolError(
-                    f"this worker does not remember that {self._what}", hint="the next push tells it all"
+                    f"process {os.getpid()} does not remember that {self._what}", hint="the next push tells it all"
                 )
         else:
             found = self._unpack(told)
@@ -64,21 +65,21 @@ class _Seen(Generic[T]):
 
 
 class SeenManifests(_Seen[Manifest]):
-    """In a worker."""
+    """In a worker, or a bridge, which one daemon alone speaks to."""
 
-    def __init__(self) -> None:
-        super().__init__("manifest", Manifest.unpack, LAYOUTS * _SEVERAL)
+    def __init__(self, most: int = LAYOUTS * _SEVERAL) -> None:
+        super().__init__("manifest", Manifest.unpack, most)
 
 
 class SeenExposures(_Seen[Exposures]):
-    """In a worker."""
+    """Likewise."""
 
-    def __init__(self) -> None:
-        super().__init__("exposure", Exposures.unpack, LAYOUTS * _SEVERAL)
+    def __init__(self, most: int = LAYOUTS * _SEVERAL) -> None:
+        super().__init__("exposure", Exposures.unpack, most)
 
 
 class _Told(Generic[T]):
-    """In the daemon, of the workers of one engine."""
+    """In the daemon, of the workers of one engine, or of one bridge."""
 
     def __init__(self) -> None:
         self._told: dict[bytes, T] = {}
@@ -104,11 +105,11 @@ class _Told(Generic[T]):
 
 
 class ToldManifests(_Told[Manifest]):
-    """In the daemon, of the workers of one engine."""
+    """See the base class."""
 
 
 class ToldExposures(_Told[Exposures]):
-    """In the daemon, of the workers of one engine."""
+    """See the base class."""
 
 
 def _note(kept: dict[bytes, T], one: T, most: int) -> None:

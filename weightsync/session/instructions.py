@@ -13,8 +13,10 @@ import msgspec
 from weightsync.errors import ErrorRecord
 
 MOST_LOADED = 8  # buckets in one call, which has the time of one operation
+SLOWEST = 1e9  # bytes a second: a delivery, which is of a whole model, is given so much time, and slower wires buckets
 __all__ = [
     "MOST_LOADED",
+    "SLOWEST",
     "AcceptEngine",
     "AnnouncePlan",
     "AskLayout",

@@ -20,6 +20,7 @@ __all__ = [
     "Executed",
     "Gather",
     "JoinRail",
+    "Prepare",
     "RankSays",
     "Receive",
     "Register",
@@ -111,20 +112,29 @@ class Exchange(Message, frozen=True, tag="exchange"):
     checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, as the trainer's ranks made it
 
 
-class Collect(Message, frozen=True, tag="collect"):
-    """Take what is delivered to ranks of an engine, into the places that it has shown in this push. Answered by
-    `Executed` once it is there.
+class Prepare(Message, frozen=True, tag="prepare"):
+    """Get ready to take what is delivered to ranks of an engine, into the places that it has shown in this push.
+    Answered by `Executed`.
     """
 
     push: Name
     rail: Natural
     engine: Name
-    ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]
-    generation: Natural
+    ranks: Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=4096)]
     token: Natural  # that no other delivery has
     piece: Natural  # bytes
     turn: Natural  # of the …
     turns: Natural  # deliveries that are under way side by side
+    timeout: Seconds
+
+
+class Collect(Message, frozen=True, tag="collect"):
+    """Take the delivery that was prepared. Answered by `Executed` once it is there."""
+
+    push: Name
+    rail: Natural
+    generation: Natural
+    token: Natural
     timeout: Seconds
 
 

@@ -7,8 +7,8 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     daemon → rank      Welcome, AskDescription, Planned, Lease, AskExposure, Drawn, Ended, Heartbeat, LoraPushed
     operator → daemon  StatusRequest, TraceRequest, ChangeEngines
     daemon → operator  Status, Traced, Changed
-    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Collect, Gather, TellRank, Release, Register,
-                       Heartbeat, PushLora
+    daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Prepare, Collect, Gather, TellRank,
+                       Release, Register, Heartbeat, PushLora
                        Attached, Executed, RankSays, Registered, LoraPushed
     anyone             ErrorReply
 
@@ -27,6 +27,7 @@ from weightsync.wire.daemon_messages import (
     Executed,
     Gather,
     JoinRail,
+    Prepare,
     RankSays,
     Receive,
     Register,
@@ -111,6 +112,7 @@ __all__ = [
     "Open",
     "PeerStatus",
     "Planned",
+    "Prepare",
     "PushLora",
     "PushOutcome",
     "PushStatus",
@@ -174,6 +176,7 @@ MESSAGES: tuple[type[Message], ...] = (
     LoraPushed,
     TraceRequest,
     Traced,
+    Prepare,
     Collect,
 )
 LARGE: frozenset[type[Message]] = frozenset(

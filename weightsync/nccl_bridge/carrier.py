@@ -1,0 +1,190 @@
+"""Slices of weights from one node straight into an engine of another: out of the memory that a trainer exposes there,
+through the bridges' communicator, into the places that the engine shows here.
+
+A delivery is prepared first, at both ends and on no wire: what is in which piece, by what the engine has shown; the
+copies that fill or empty each; the memory, mapped. That takes seconds the first time, and next to nothing as long as
+the layout stays. The sending bridge then packs a piece while the last one is on the wire, and the other takes pieces
+out while the next arrives. Nothing is checked here but that both are in the same delivery of the same pieces: what lies
+in the engine afterwards is compared, tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import numpy as np
+
+from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
+from weightsync.ipc.regions import RegionMap
+from weightsync.nccl_bridge.delivery import DeviceWay, HostWay, Load, Way
+from weightsync.plan.delivery import incoming, outgoing, pieces_of
+from weightsync.plan.exposure import Exposure
+from weightsync.plan.packing import digest_of
+from weightsync.plan.told import SeenExposures, SeenManifests
+from weightsync.replay.facts import LAYOUTS
+from weightsync.transports.base import seconds_left
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Hashable, Iterator, Sequence
+
+    from weightsync.drawing.device import DeviceStaged
+    from weightsync.drawing.host import HostStaged
+    from weightsync.ipc.arena import Arena
+    from weightsync.ipc.cuda import DeviceSlots
+    from weightsync.nccl_bridge.commands import Prepare
+    from weightsync.nccl_bridge.gloo import GlooCommunicator
+    from weightsync.nccl_bridge.nccl import NcclCommunicator
+    from weightsync.plan.exposure import Exposures
+    from weightsync.plan.manifest import Manifest
+
+__all__ = ["Carrier"]
+
+T = TypeVar("T")
+
+
+class _Plan(NamedTuple):
+    """What was worked out for a layout."""
+
+    sizes: Sequence[int]
+    copies: HostStaged | DeviceStaged
+
+
+class _Prepared(NamedTuple):
+    """The delivery that comes next."""
+
+    token: int
+    seal: int  # the token, and what the pieces are
+    plan: _Plan
+    most: int
+    shown: tuple[Exposure, ...]  # what is read at the sending end, what is written at the other
+    packing: bool
+
+
+class Carrier:
+    """One bridge's part in deliveries. What was worked out is kept, and what is mapped stays so until `release`."""
+
+    def __init__(self, arena: Arena, slots: DeviceSlots | None) -> None:
+        gpu = slots.device if slots is not None else None
+        self._way: Way = HostWay(arena) if slots is None else DeviceWay(slots, arena.slot_bytes)
+        self._slot_bytes = arena.slot_bytes
+        self._sources, self._targets = RegionMap(gpu), RegionMap(gpu, writable=True)
+        self._manifests = SeenManifests(LAYOUTS)
+        self._exposures, self._places = SeenExposures(LAYOUTS), SeenExposures(LAYOUTS)
+        self._read: dict[Hashable, tuple[Exposure, ...]] = {}  # the latest last, as plans
+        self._plans: dict[Hashable, _Plan] = {}
+        self._prepared: _Prepared | None = None
+        self._wanted = 0  # token of the delivery that was asked for last
+        self._busy = threading.Lock()
+
+    def prepare(self, command: Prepare, *, deadline: float) -> None:
+        """Get ready for the delivery of the command's token, in place of any other. Raises `TransportError` for memory
+        that cannot be mapped and `LocalProtocolError` for what cannot be delivered.
+        """
+        self._wanted = command.token
+
+        def check() -> None:
+            seconds_left(deadline, "preparing a delivery")
+            if self._wanted != command.token:
+                raise TransportClosed("another delivery is prepared instead")
+
+        if command.piece > self._slot_bytes or command.turn >= command.turns:
+            raise LocalProtocolError(
+                f"pieces of {command.piece} bytes, turn {command.turn} of {command.turns}: slots have "
+                f"{self._slot_bytes} bytes, and turns count from 0"
+            )
+        with self._alone(deadline, "preparing a delivery"):
+            self._prepared = None
+            manifest = self._manifests.of(command.manifest)
+            places = self._unpacked(self._places.of(command.places), manifest)
+            sources = None
+            if command.exposures:
+                sources = self._unpacked(self._exposures.of(command.exposures), manifest)
+            turns = command.piece, command.turn, command.turns
+            pieces = manifest.digest, tuple(one.parts_digest for one in places), turns
+            key = pieces, tuple(one.shapes_digest for one in sources or ())
+
+            def work_out() -> _Plan:
+                found = pieces_of(
+                    places, manifest.tensors, command.piece, turn=command.turn, turns=command.turns, check=check
+                )
+                copies = incoming(found) if sources is None else outgoing(found, sources, manifest.tensors, check)
+                return _Plan(
+                    [piece.nbytes for piece in found],
+                    self._way.staged(copies, packing=sources is not None, check=check),
+                )
+
+            plan = _kept(self._plans, key, work_out)
+            seal = command.token ^ int.from_bytes(digest_of(repr(pieces).encode())[:7], "little")
+            ours = _Prepared(command.token, seal, plan, command.piece, sources or places, sources is not None)
+            with self._regions(ours).mapped(ours.shown):
+                self._prepared = ours
+
+    def run(
+        self,
+        communicator: GlooCommunicator | NcclCommunicator,
+        token: int,
+        slots: Sequence[int],
+        *,
+        packing: bool,
+        deadline: float,
+    ) -> None:
+        """Send, or take, the delivery that was prepared under this token; `slots` are used by nothing else. Raises
+        `TransportError`; nothing of it is under way then.
+        """
+        with self._alone(deadline, "a delivery"):
+            ours, self._prepared = self._prepared, None
+            if ours is None or (ours.token, ours.packing) != (token, packing):
+                raise LocalProtocolError("this delivery was not prepared here")
+            with self._regions(ours).mapped(ours.shown) as begins:
+                if packing:
+                    bases = np.concatenate(
+                        [one.addresses(begin) for one, begin in zip(ours.shown, begins, strict=True)]
+                    )
+                else:
+                    bases = np.concatenate(begins)
+                load = Load(ours.plan.sizes, ours.most, ours.plan.copies, bases, slots, ours.seal, packing)
+                self._way.run(communicator, load, deadline=deadline)
+
+    def release(self) -> None:
+        """Let go of what is mapped, unless a delivery is under way: weights take another way now, and whoever has
+        shown memory wants it back.
+        """
+        if self._busy.acquire(blocking=False):
+            try:
+                self._prepared = None
+                self._sources.release()
+                self._targets.release()
+            finally:
+                self._busy.release()
+
+    def _regions(self, prepared: _Prepared) -> RegionMap:
+        return self._sources if prepared.packing else self._targets
+
+    def _unpacked(self, told: Exposures, manifest: Manifest) -> tuple[Exposure, ...]:
+        """The same object each time, so that what is mapped is found again."""
+        return _kept(
+            self._read,
+            (told.digest, manifest.digest),
+            lambda: tuple(Exposure.unpack(rank, manifest.tensors) for rank in told.ranks),
+        )
+
+    @contextmanager
+    def _alone(self, deadline: float, what: str) -> Iterator[None]:
+        if not self._busy.acquire(timeout=max(0.0, deadline - time.monotonic())):
+            raise TransportTimeout(f"{what}: another one was under way until the deadline")
+        try:
+            yield
+        finally:
+            self._busy.release()
+
+
+def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
+    """What was made for this key, of the last few."""
+    found = kept.pop(key) if key in kept else make()
+    kept[key] = found
+    for old in list(kept)[:-LAYOUTS]:
+        del kept[old]
+    return found
