@@ -1,7 +1,5 @@
-"""Weights into an engine of another node without slots: this node's bridges pack what it has places for out of the
-memory that trainer ranks expose, and that node's write it there.
-
-Every rank of the engine is served by the rail whose bridge is nearest to it, all at the same time.
+"""Weights into engines of other nodes without slots: this node's bridges pack them out of the memory that trainer ranks
+expose, and those nodes' write them into the engines' places, on all rails at the same time.
 """
 
 from __future__ import annotations
@@ -11,6 +9,8 @@ import logging
 import secrets
 import time
 from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from weightsync.errors import LocalProtocolError, WeightSyncError
 from weightsync.nccl_bridge import commands
@@ -47,11 +47,12 @@ class _Told(NamedTuple):
 
 
 class _Deal(NamedTuple):
-    """One rail's share of a delivery."""
+    """One rail's part of a delivery."""
 
     rail: int
-    ranks: tuple[int, ...]  # of the engine
-    turn: int
+    turn: int  # of the …
+    turns: int  # deals
+    ranks: tuple[int, ...] = ()  # of the one engine; none: its share of the model, for any number of engines
 
 
 class Deliveries:
@@ -59,78 +60,89 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._told: dict[str, _Told] = {}  # by bridge
-        self._refused: dict[str, tuple[tuple[object, ...], str]] = {}  # engine → what cannot be delivered, and why
+        self._refused: tuple[tuple[object, ...], str] | None = None  # what could not be prepared last, and why
 
     async def deliver(self, rails: Rails, context: PushContext, instruction: do.DeliverWeights) -> ev.WeightsDelivered:
-        """Bring an engine elsewhere what it has places for. Where that fails, buckets bring everything."""
-        engine = instruction.engine
+        """Bring engines elsewhere what they have places for. Where that fails, buckets bring everything."""
+        engines = instruction.engines
         try:
             problem = await self._deliver(rails, context, instruction)
         except WeightSyncError as error:
             problem = error.message
         if problem:
-            logger.warning("[engine=%s v=%d] is given buckets: %s", engine, context.version, problem)
+            words = ", ".join(engines)
+            logger.warning("[v=%d] %s: given buckets, nothing was delivered: %s", context.version, words, problem)
         else:
-            context.drawn.add(engine)
-        return ev.WeightsDelivered(engine=engine, problem=problem)
+            context.drawn.update(engines)
+        return ev.WeightsDelivered(engines=engines, problem=problem)
 
     async def prepare_to_collect(
         self, context: PushContext, bridge: Bridge, message: msg.Prepare, until: float
     ) -> None:
-        """Get ready for what a coordinator delivers to an engine of this node. Raises `TransportError`."""
-        shown = context.shown.get(message.engine)
-        if shown is None:
-            raise LocalProtocolError("it has not shown its places in this push", engine=message.engine)
-        await self._prepare(context, bridge, message, _those(shown, message.ranks), None, until)
+        """Get ready for what a coordinator delivers to engines of this node. Raises `TransportError`."""
+        if missing := [name for name in message.engines if name not in context.shown]:
+            raise LocalProtocolError("it has not shown its places in this push", engine=missing[0])
+        shown = [context.shown[name] for name in message.engines]
+        await self._prepare(context, bridge, message, places=_together(shown, message.ranks), until=until)
 
     async def _deliver(self, rails: Rails, context: PushContext, instruction: do.DeliverWeights) -> str:
         """Why it was not, or ""."""
-        engine, node, until = instruction.engine, instruction.node, instruction.deadline
-        info = rails.peer(node).info
-        shown, exposures = context.shown.get(engine), context.exposures
-        if shown is None or exposures is None or info is None:
-            raise LocalProtocolError("places and weights are shown first", engine=engine)
-        bridges = tuple(bridge.incarnation for bridge in rails.bridges)
-        key = shown.digest, exposures.digest, info.incarnation, bridges
-        known = self._refused.get(engine)
-        if known is not None and known[0] == key:
-            return known[1]
-        served = _served(shown, info.gpus, rails.count([node]))
-        deals = [_Deal(rail, ranks, turn) for turn, (rail, ranks) in enumerate(sorted(served.items()))]
+        until, names = instruction.deadline, sorted(set(instruction.nodes))
+        exposures, shown = context.exposures, [context.shown[name] for name in instruction.engines]
+        infos = [info for node in names if (info := rails.peer(node).info) is not None]
+        if exposures is None:
+            raise LocalProtocolError("no trainer exposes its weights on this node")
+        alive = [bridge.incarnation for bridge in rails.bridges] + [info.incarnation for info in infos]
+        key = exposures.digest, *(one.digest for one in shown), *alive
+        if self._refused is not None and self._refused[0] == key:
+            return self._refused[1]
+        slot_bytes = min([rails.bridges[0].config.slot_bytes, *(info.slot_bytes for info in infos)])
+        deals = _dealt(shown, infos[0].gpus if infos else (), rails.count(names))
         token = secrets.randbits(59)
-        failed = await self._prepare_all(rails, context, instruction, deals, token)
+        failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PIECE))
         if failed:
             if not any(error.kind in _PASSING for error in failed.values()):
-                self._refused[engine] = key, sentences(failed)
+                self._refused = key, sentences(failed)
             return sentences(failed)
-        failed = {} if rails.stands([node]) else await rails.form([node], until)
-        return sentences(failed or await _carry(rails, context, node, deals, token, until))
+        failed = {} if rails.stands(names) else await rails.form(names, until)
+        return sentences(failed or await _carry(rails, context, names, deals, token, until))
 
     async def _prepare_all(
-        self, rails: Rails, context: PushContext, instruction: do.DeliverWeights, deals: Sequence[_Deal], token: int
+        self,
+        rails: Rails,
+        context: PushContext,
+        instruction: do.DeliverWeights,
+        deals: Sequence[_Deal],
+        token: int,
+        piece: int,
     ) -> dict[str, ErrorRecord]:
-        """Have both ends of every rail get ready. Returns the nodes that cannot, and why."""
-        node, until = instruction.node, instruction.deadline
-        info = rails.peer(node).info
-        shown, exposures = context.shown[instruction.engine], context.exposures
-        slot_bytes = min(rails.bridges[0].config.slot_bytes, info.slot_bytes if info is not None else _PIECE)
+        """Have all ends of every rail get ready. Returns the nodes that cannot, and why."""
+        until = instruction.deadline
+        by_node: dict[str, tuple[str, ...]] = {}
+        for engine, node in zip(instruction.engines, instruction.nodes, strict=True):
+            by_node[node] = (*by_node.get(node, ()), engine)
+        shown = [context.shown[name] for name in instruction.engines]
         works: dict[asyncio.Task[object], str] = {}  # → the node that it is done on
         for deal in deals:
             question = msg.Prepare(
                 push=context.push,
                 rail=deal.rail,
-                engine=instruction.engine,
+                engines=instruction.engines,
                 ranks=deal.ranks,
                 token=token,
-                piece=min(slot_bytes, _PIECE) // 256 * 256,
+                piece=piece // 256 * 256,
                 turn=deal.turn,
-                turns=len(deals),
+                turns=deal.turns,
                 timeout=max(0.0, until - time.monotonic()),
             )
-            places = _those(shown, deal.ranks)
-            here = self._prepare(context, rails.bridges[deal.rail], question, places, exposures, until)
+            places = _together(shown, deal.ranks) if deal.ranks else None
+            here = self._prepare(
+                context, rails.bridges[deal.rail], question, places=places, exposures=context.exposures, until=until
+            )
             works[asyncio.create_task(here)] = rails.home
-            works[asyncio.create_task(rails.peer(node).ask(question, until + MOMENT))] = node
+            for node, engines in by_node.items():
+                there = rails.peer(node).ask(msgspec.structs.replace(question, engines=engines), until + MOMENT)
+                works[asyncio.create_task(there)] = node
         try:
             await asyncio.wait(works, return_when=asyncio.FIRST_EXCEPTION)
         finally:
@@ -150,8 +162,9 @@ class Deliveries:
         context: PushContext,
         bridge: Bridge,
         terms: msg.Prepare,
-        places: Exposures,
-        exposures: Exposures | None,
+        *,
+        places: Exposures | None,
+        exposures: Exposures | None = None,
         until: float,
     ) -> None:
         told = self._told_to(bridge)
@@ -161,8 +174,9 @@ class Deliveries:
                 piece=terms.piece,
                 turn=terms.turn,
                 turns=terms.turns,
+                whole=not terms.ranks,
                 manifest=told.manifests.tell(context.known_manifest()),
-                places=told.places.tell(places),
+                places=told.places.tell(places) if places is not None else None,
                 exposures=told.exposures.tell(exposures) if exposures is not None else None,
             )
             await bridge.call(command, deadline=until)
@@ -176,7 +190,7 @@ class Deliveries:
 
 
 async def _carry(
-    rails: Rails, context: PushContext, node: str, deals: Sequence[_Deal], token: int, until: float
+    rails: Rails, context: PushContext, nodes: Sequence[str], deals: Sequence[_Deal], token: int, until: float
 ) -> dict[str, ErrorRecord]:
     """What was prepared, on all rails at a time. Returns the node that broke it, and how; nothing where all is there.
     One that fails breaks the communicators, whoever broke it.
@@ -189,7 +203,7 @@ async def _carry(
             broken[who] = problem
             await asyncio.gather(*(rails.give_up(rails.bridges[deal.rail], generation) for deal in deals))
 
-    async def take(rail: int) -> None:
+    async def take(node: str, rail: int) -> None:
         timeout = max(0.0, until - time.monotonic())
         question = msg.Collect(push=context.push, rail=rail, generation=generation, token=token, timeout=timeout)
         try:
@@ -205,25 +219,34 @@ async def _carry(
 
     async with asyncio.TaskGroup() as group:
         for deal in deals:
-            group.create_task(take(deal.rail))
+            for node in nodes:
+                group.create_task(take(node, deal.rail))
             group.create_task(send(deal.rail))
     if broken:
         rails.break_up(generation)
     return broken
 
 
-def _those(shown: Exposures, ranks: Sequence[int]) -> Exposures:
-    """The places of these ranks of an engine. Raises `LocalProtocolError` for one that it has not."""
-    if any(rank >= len(shown.ranks) for rank in ranks):
-        raise LocalProtocolError(f"rank {max(ranks)} of an engine of {len(shown.ranks)} is to be delivered to")
-    return Exposures(tuple(shown.ranks[rank] for rank in ranks), tuple(shown.digests[rank] for rank in ranks))
-
-
-def _served(shown: Exposures, gpus: Sequence[str], rails: int) -> dict[int, tuple[int, ...]]:
-    """By rail, the ranks of the engine: each by the bridge on its own GPU, as far as rails go."""
+def _dealt(shown: Sequence[Exposures], gpus: Sequence[str], rails: int) -> list[_Deal]:
+    """What each rail brings: to a single engine, to each of its ranks what it has places for, by the bridge on its own
+    GPU as far as rails go; to several engines, a share of the model.
+    """
+    if len(shown) > 1:
+        return [_Deal(rail, rail, rails) for rail in range(rails)]
     served: dict[int, tuple[int, ...]] = {}
-    for rank, packed in enumerate(shown.ranks):
+    for rank, packed in enumerate(shown[0].ranks):
         gpu = gpu_of(packed)
         rail = (gpus.index(gpu) if gpu in gpus else rank) % rails
         served[rail] = (*served.get(rail, ()), rank)
-    return served
+    return [_Deal(rail, turn, len(served), ranks) for turn, (rail, ranks) in enumerate(sorted(served.items()))]
+
+
+def _together(shown: Sequence[Exposures], ranks: Sequence[int]) -> Exposures:
+    """The places of engines, or of these ranks of the one. Raises `LocalProtocolError` for ranks that it has not."""
+    every = [one for engine in shown for one in zip(engine.ranks, engine.digests, strict=True)]
+    if any(rank >= len(every) for rank in ranks) or (ranks and len(shown) > 1):
+        raise LocalProtocolError(
+            f"ranks {', '.join(map(str, ranks))} of engines of {len(every)} are to be delivered to"
+        )
+    mine = [every[rank] for rank in ranks] or every
+    return Exposures(tuple(packed for packed, _ in mine), tuple(digest for _, digest in mine))

@@ -26,12 +26,13 @@ from tests.gpu.test_push import MODELS, gpu_users
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.oracle import expected_checksums
+from weightsync.config import EngineConfig
 from weightsync.device.buckets import copied
 from weightsync.errors import ConfigError, TransportBroken, TransportClosed, TransportTimeout, WeightSyncError
 from weightsync.fleet import Daemon, Engine, Fleet
 from weightsync.nccl_bridge.nccl import NcclCommunicator
 from weightsync.nccl_bridge.rendezvous import Rendezvous
-from weightsync.operator import fetch_status
+from weightsync.operator import change_engines, fetch_status
 from weightsync.testing import check_transport, eventually, transport_checks
 from weightsync.transports.nccl import NcclReceiver, NcclSender, Piece
 
@@ -378,6 +379,22 @@ def test_weights_go_straight_into_the_engine_of_the_other_node(nodes):
         assert report.complete, f"{report}\n{nodes.logs()}"
         assert delivered(report) == [True, True], nodes.logs()
         nodes.assert_hold(name)
+
+
+def test_several_engines_of_the_other_node_share_what_travels(nodes):
+    other = nodes.fleet.start_engine("e2", nodes.fleet.root / "A", device="cuda", env={"CUDA_VISIBLE_DEVICES": "1"})
+    change_engines(nodes.daemons[1].endpoint, add=[EngineConfig(name="e2", kind="reference", url=other.url)])
+    home = nodes.daemons[0].endpoint
+    assert eventually(lambda: "e2" in {engine.name for engine in fetch_status(home).engines})
+    try:
+        for name in "BAB":
+            report = nodes.push(name, in_place=True)
+            assert delivered(report) == [True, True, True], f"{report}\n{nodes.logs()}"
+            nodes.assert_hold(name, [*nodes.engines, other])
+    finally:
+        change_engines(nodes.daemons[1].endpoint, remove=["e2"])
+        nodes.fleet.end(other)
+    assert eventually(lambda: "e2" not in {engine.name for engine in fetch_status(home).engines})
 
 
 def test_no_bytes_are_left_on_a_gpu_by_deliveries(nodes):

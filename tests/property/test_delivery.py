@@ -16,7 +16,7 @@ from tests.property.test_draws import cases, kernel  # noqa: F401 (a fixture)
 from weightsync.drawing.device import DeviceStaged
 from weightsync.drawing.host import HostStaged
 from weightsync.errors import LocalProtocolError
-from weightsync.plan.delivery import incoming, outgoing, pieces_of
+from weightsync.plan.delivery import boxes_of, incoming, outgoing, pieces_of, share_of
 from weightsync.plan.exposure import Exposure, Part, Region
 from weightsync.plan.table import TensorTable
 
@@ -35,30 +35,39 @@ def bases_of(case, ranks):
     return np.concatenate(parts), np.array([case.targets.ctypes.data] * ranks, dtype=np.uint64).view(np.int64)
 
 
-@given(case=cases, ranks=st.integers(1, 3), turns=st.integers(1, 3), data=st.data())
-def test_what_is_delivered_is_what_is_held(case, ranks, turns, data):
-    turn = data.draw(st.integers(0, turns - 1))
-    pieces = pieces_of(places_of(case, ranks), case.table, MOST, turn=turn, turns=turns)
-    assert all(0 < piece.nbytes <= MOST for piece in pieces)
-    sources, places = bases_of(case, ranks)
-    fill = HostStaged(outgoing(pieces, case.exposures, case.table), packing=True)
-    empty = HostStaged(incoming(pieces), packing=False)
-    for at, piece in enumerate(pieces):
-        buffer = np.full(piece.nbytes, 0xEE, dtype=np.uint8)
-        fill.run(at, sources, buffer.ctypes.data)
-        empty.run(at, places, buffer.ctypes.data)
+def boxes_for(case, places, whole, turn=0, turns=1):
+    if whole:
+        return share_of(case.table, turn=turn, turns=turns)
+    return boxes_of(places, case.table, turn=turn, turns=turns)
+
+
+@given(case=cases, ranks=st.integers(1, 3), turns=st.integers(1, 3), whole=st.booleans())
+def test_what_is_delivered_is_what_is_held(case, ranks, turns, whole):
+    """In one delivery of what was asked for, or in several of a share of the model each."""
+    places = places_of(case, ranks)
+    sources, regions = bases_of(case, ranks)
+    for turn in range(turns) if whole else (turns - 1,):
+        pieces = pieces_of(boxes_for(case, places, whole, turn, turns), case.table, MOST)
+        assert all(0 < piece.nbytes <= MOST for piece in pieces)
+        fill = HostStaged(outgoing(pieces, case.exposures, case.table), packing=True)
+        empty = HostStaged(incoming(pieces, places, case.table), packing=False)
+        for at, piece in enumerate(pieces):
+            buffer = np.full(piece.nbytes, 0xEE, dtype=np.uint8)
+            fill.run(at, sources, buffer.ctypes.data)
+            empty.run(at, regions, buffer.ctypes.data)
     case.check()
 
 
-@given(case=cases, ranks=st.integers(1, 3))
-def test_and_so_it_is_on_a_gpu(case, ranks, kernel):  # noqa: F811
-    pieces = pieces_of(places_of(case, ranks), case.table, MOST)
-    sources, places = bases_of(case, ranks)
+@given(case=cases, ranks=st.integers(1, 3), whole=st.booleans())
+def test_and_so_it_is_on_a_gpu(case, ranks, whole, kernel):  # noqa: F811
+    places = places_of(case, ranks)
+    pieces = pieces_of(boxes_for(case, places, whole), case.table, MOST)
+    sources, regions = bases_of(case, ranks)
     device, stream = torch.device("cpu"), cast("torch.cuda.Stream", None)
     fill = DeviceStaged(kernel, device, outgoing(pieces, case.exposures, case.table), packing=True)
-    empty = DeviceStaged(kernel, device, incoming(pieces), packing=False)
+    empty = DeviceStaged(kernel, device, incoming(pieces, places, case.table), packing=False)
     fill.begin(sources)
-    empty.begin(places)
+    empty.begin(regions)
     for at, piece in enumerate(pieces):
         buffer = np.full(piece.nbytes, 0xEE, dtype=np.uint8)
         fill.launch(at, buffer.ctypes.data, stream)
@@ -68,14 +77,26 @@ def test_and_so_it_is_on_a_gpu(case, ranks, kernel):  # noqa: F811
 
 @given(case=cases, turns=st.integers(2, 4))
 def test_turns_begin_elsewhere_and_bring_the_same(case, turns):
-    def brought(turn):
-        pieces = pieces_of(places_of(case, 2), case.table, MOST, turn=turn, turns=turns)
-        return [box._replace(begin=0) for piece in pieces for box in piece.boxes]
-
-    first = brought(0)
+    first = boxes_of(places_of(case, 2), case.table)
     for turn in range(turns):
         cut = len(first) * turn // turns
-        assert brought(turn) == first[cut:] + first[:cut]
+        assert boxes_of(places_of(case, 2), case.table, turn=turn, turns=turns) == first[cut:] + first[:cut]
+
+
+@given(case=cases, turns=st.integers(1, 5))
+def test_shares_are_of_each_tensor_once(case, turns):
+    shared = [box for turn in range(turns) for box in share_of(case.table, turn=turn, turns=turns)]
+    assert shared == share_of(case.table)
+    assert [box.tensor for box in shared] == list(range(len(case.table)))
+
+
+def test_what_several_ranks_have_travels_once():
+    table = TensorTable(names=("w",), dtypes=("float32",), shapes=((4, 4),), aliases=())
+    region = Region(nbytes=64, name="y", fd=4)
+    both = [Exposure.of(8, "1", [region], [Part(0, (0, 0), (4, 4), 0, 0, (16, 4))], 2)] * 2
+    (piece,) = pieces_of(boxes_of(both, table), table, MOST)
+    assert piece.nbytes == 64
+    assert [staged.base for staged in incoming([piece], both, table)[0]] == [0, 1]
 
 
 def test_a_piece_without_room_is_refused():

@@ -442,6 +442,7 @@ def test_every_command_survives_the_pipe(kind):
         "turn": 1,
         "turns": 2,
         "manifest": b"m" * 16,
+        "whole": True,
         "places": b"p" * 16,
         "exposures": b"x" * 16,
         "ranks": (0, 3),

@@ -63,7 +63,8 @@ class Ends:
 
     def prepare(self, token: int, *, sending: bool, **terms: Any) -> c.Prepare:
         own: dict[str, Any] = {"piece": 1024, "turn": 0, "turns": 1, "manifest": self.manifest.pack()}
-        own |= {"places": self.exposed(self.target), "exposures": self.exposed(self.source) if sending else None}
+        own |= {"whole": False, "places": self.exposed(self.target)}
+        own["exposures"] = self.exposed(self.source) if sending else None
         return c.Prepare(token=token, **{**own, **terms})
 
     def carry(self, token: int) -> None:
@@ -104,6 +105,15 @@ def test_what_was_prepared_is_carried_again_and_again(ends):
         ends.taking.prepare(ends.prepare(token, sending=False), deadline=soon())
         ends.carry(token)
         assert bytes(ends.target.memory) == ends.values.tobytes()
+
+
+def test_shares_of_the_model_go_wherever_there_is_room(ends):
+    for turn in range(2):
+        terms = {"whole": True, "turn": turn, "turns": 2}
+        ends.sending.prepare(ends.prepare(turn, sending=True, places=None, **terms), deadline=soon())
+        ends.taking.prepare(ends.prepare(turn, sending=False, **terms), deadline=soon())
+        ends.carry(turn)
+    assert bytes(ends.target.memory) == ends.values.tobytes()
 
 
 def test_what_was_worked_out_serves_every_delivery_of_a_layout(ends, monkeypatch):

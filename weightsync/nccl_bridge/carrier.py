@@ -1,11 +1,11 @@
-"""Slices of weights from one node straight into an engine of another: out of the memory that a trainer exposes there,
-through the bridges' communicator, into the places that the engine shows here.
+"""Weights from one node straight into engines of others: out of the memory that a trainer exposes there, through the
+bridges' communicator, into the places that engines show here.
 
-A delivery is prepared first, at both ends and on no wire: what is in which piece, by what the engine has shown; the
-copies that fill or empty each; the memory, mapped. That takes seconds the first time, and next to nothing as long as
-the layout stays. The sending bridge then packs a piece while the last one is on the wire, and the other takes pieces
-out while the next arrives. Nothing is checked here but that both are in the same delivery of the same pieces: what lies
-in the engine afterwards is compared, tensor by tensor.
+A delivery is prepared first, at all ends and on no wire: what is in which piece; the copies that fill or empty each;
+the memory, mapped. That takes seconds the first time, and next to nothing as long as the layout stays. The sending
+bridge then packs a piece while the last one is on the wire, and the others take pieces out while the next arrives.
+Nothing is checked here but that all are in the same delivery of the same pieces: what lies in engines afterwards is
+compared, tensor by tensor.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
 from weightsync.ipc.regions import RegionMap
 from weightsync.nccl_bridge.delivery import DeviceWay, HostWay, Load, Way
-from weightsync.plan.delivery import incoming, outgoing, pieces_of
+from weightsync.plan.delivery import boxes_of, incoming, outgoing, pieces_of, share_of
 from weightsync.plan.exposure import Exposure
 from weightsync.plan.packing import digest_of
 from weightsync.plan.told import SeenExposures, SeenManifests
@@ -98,27 +98,28 @@ class Carrier:
         with self._alone(deadline, "preparing a delivery"):
             self._prepared = None
             manifest = self._manifests.of(command.manifest)
-            places = self._unpacked(self._places.of(command.places), manifest)
-            sources = None
-            if command.exposures:
-                sources = self._unpacked(self._exposures.of(command.exposures), manifest)
-            turns = command.piece, command.turn, command.turns
-            pieces = manifest.digest, tuple(one.parts_digest for one in places), turns
-            key = pieces, tuple(one.shapes_digest for one in sources or ())
+            tensors, packing = manifest.tensors, command.exposures is not None
+            places: tuple[Exposure, ...] = ()
+            if command.places is not None:
+                places = self._unpacked(self._places.of(command.places), manifest)
+            shown = places
+            if command.exposures is not None:
+                shown = self._unpacked(self._exposures.of(command.exposures), manifest)
+            turns = {"turn": command.turn, "turns": command.turns}
+            of = () if command.whole else tuple(one.parts_digest for one in places)
+            pieces = manifest.digest, command.piece, *turns.values(), command.whole, of
+            mine = tuple(one.shapes_digest if packing else one.parts_digest for one in shown)
 
             def work_out() -> _Plan:
-                found = pieces_of(
-                    places, manifest.tensors, command.piece, turn=command.turn, turns=command.turns, check=check
-                )
-                copies = incoming(found) if sources is None else outgoing(found, sources, manifest.tensors, check)
-                return _Plan(
-                    [piece.nbytes for piece in found],
-                    self._way.staged(copies, packing=sources is not None, check=check),
-                )
+                boxes = share_of(tensors, **turns) if command.whole else boxes_of(places, tensors, **turns)
+                found = pieces_of(boxes, tensors, command.piece, check=check)
+                copies = outgoing if packing else incoming
+                staged = self._way.staged(copies(found, shown, tensors, check), packing=packing, check=check)
+                return _Plan([piece.nbytes for piece in found], staged)
 
-            plan = _kept(self._plans, key, work_out)
+            plan = _kept(self._plans, (pieces, mine, packing), work_out)
             seal = command.token ^ int.from_bytes(digest_of(repr(pieces).encode())[:7], "little")
-            ours = _Prepared(command.token, seal, plan, command.piece, sources or places, sources is not None)
+            ours = _Prepared(command.token, seal, plan, command.piece, shown, packing)
             with self._regions(ours).mapped(ours.shown):
                 self._prepared = ours
 

@@ -249,7 +249,7 @@ class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
 
 class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
     """Get ready for one end of a delivery, see `weightsync.nccl_bridge.carrier`: the first time for a layout it takes
-    seconds. Both ends are told the same, but for `exposures`.
+    seconds. All ends are told the same, but for `places` and `exposures`.
     """
 
     reply = Done
@@ -258,12 +258,13 @@ class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
     turn: Natural  # of the …
     turns: Annotated[int, Meta(ge=1, le=4096)]  # deliveries that are under way side by side
     manifest: Bulk
-    places: Bulk  # what the ranks of the engine have shown to which this one goes
+    whole: bool  # pieces are of a share of the whole model, and not of what one engine has places for
+    places: Bulk | None = None  # of the engine's ranks to which this goes; at the sending end, unless it is whole
     exposures: Bulk | None = None  # at the sending end: what the trainer's ranks expose
 
 
 class Deliver(Command[Done], frozen=True, kw_only=True, tag="deliver"):
-    """Send what was prepared under the token to the other member of the communicator; answers when it has left. Slots
+    """Send what was prepared under the token to the other members of the communicator; answers when it has left. Slots
     are used for it. Whatever the answer, nothing is read any more when it comes.
     """
 

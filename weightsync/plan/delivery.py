@@ -1,8 +1,9 @@
-"""What goes from a trainer's memory to places in an engine of another node, and in which pieces. Pure.
+"""What goes from a trainer's memory to places in engines of other nodes, and in which pieces. Pure.
 
-Both ends work out the same pieces from what the engine has shown: which boxes of which tensors its ranks have places
-for. A piece is a stretch of staging memory in which boxes lie one after the other, row by row. The sending end fills it
-out of what the trainer's ranks expose, the other empties it into the engine's parameters.
+Both ends work out the same pieces: stretches of staging memory in which boxes of tensors lie one after the other, row
+by row. They are of what one engine has shown, so that each of its ranks gets its own by the nearest way; or of a share
+of the whole model, for any number of engines. The sending end fills a piece out of what the trainer's ranks expose, the
+others empty it into the places of all ranks that have room for some of it.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from weightsync.errors import LocalProtocolError
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.draws import Wanted, draws, interleaved
+from weightsync.plan.exposure import Exposure, Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
     from weightsync.plan.draws import Draw
-    from weightsync.plan.exposure import Exposure
     from weightsync.plan.table import TensorTable
 
-__all__ = ["Piece", "Placed", "Staged", "incoming", "outgoing", "pieces_of"]
+__all__ = ["Box", "Piece", "Placed", "Staged", "boxes_of", "incoming", "outgoing", "pieces_of", "share_of"]
 
 _ALIGN = 64  # bytes
 _OFTEN = 1024  # boxes between two checks
@@ -30,17 +31,20 @@ _OFTEN = 1024  # boxes between two checks
 T = TypeVar("T")
 
 
-class Placed(NamedTuple):
-    """A box of a tensor, where it lies in its piece, and the place it is for."""
+class Box(NamedTuple):
+    """Of a tensor of the manifest."""
 
-    tensor: int  # of the manifest
+    tensor: int
     offset: tuple[int, ...]  # in the tensor, in elements
     shape: tuple[int, ...]
+
+
+class Placed(NamedTuple):
+    """A box, and where it lies in its piece."""
+
+    box: Box
     itemsize: int
     begin: int  # byte of the piece
-    region: int  # of all regions of the ranks, in their order
-    at: int  # byte of that
-    strides: tuple[int, ...]  # bytes
 
 
 class Piece(NamedTuple):
@@ -62,34 +66,46 @@ class Staged(NamedTuple):
     itemsize: int
 
 
-def pieces_of(
-    places: Sequence[Exposure],
-    tensors: TensorTable,
-    most: int,
-    *,
-    turn: int = 0,
-    turns: int = 1,
-    check: Callable[[], object] = lambda: None,
-) -> list[Piece]:
-    """What these ranks of an engine have places for, in pieces of at most `most` bytes (64 at least).
+def boxes_of(places: Sequence[Exposure], tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box]:
+    """What these ranks of an engine have places for, each box once, in the order of the manifest. Of `turns` that are
+    delivered at a time each begins elsewhere in the model, so that trainers whose ranks have a part of the layers each
+    send all the time.
+    """
+    found = {Box(part.tensor, part.offset, part.shape) for one in places for part in one.parts(tensors)}
+    boxes = sorted(found)
+    first = len(boxes) * turn // turns
+    return boxes[first:] + boxes[:first]
 
-    Of `turns` that are delivered at a time each begins elsewhere in the model, so that trainers whose ranks have a part
-    of the layers each send all the time. `check` is called now and then: all of this takes seconds where there are many
-    tensors, and it raises when nobody waits any more.
+
+def share_of(tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box]:
+    """The tensors whose first byte lies in one of `turns` stretches of the model, all of the same length."""
+    sizes = tensors.sizes.tolist()
+    total = sum(sizes)
+    begins = accumulate(sizes[:-1], initial=0)
+    mine = [index for index, begin in enumerate(begins) if sizes[index] and begin * turns // total == turn]
+    return [Box(index, (0,) * len(tensors.shapes[index]), tensors.shapes[index]) for index in mine]
+
+
+def pieces_of(
+    boxes: Iterable[Box], tensors: TensorTable, most: int, check: Callable[[], object] = lambda: None
+) -> list[Piece]:
+    """These boxes, in pieces of at most `most` bytes (64 at least). `check` is called now and then: all of this takes
+    seconds where there are many tensors, and it raises when nobody waits any more.
     """
     most = most // _ALIGN * _ALIGN
     if not most:
         raise LocalProtocolError(f"a piece has {_ALIGN} bytes at least")
-    boxes = sorted(_watched(_boxes(places, tensors, most), check), key=lambda box: box.tensor)
-    first = len(boxes) * turn // turns
+    itemsizes = tensors.itemsizes.tolist()
     found, current, end = [], list[Placed](), 0
-    for box in boxes[first:] + boxes[:first]:
-        nbytes = math.prod(box.shape) * box.itemsize
-        if current and end + nbytes > most:
-            found.append(Piece(end, tuple(current)))
-            current, end = [], 0
-        current.append(box._replace(begin=end))
-        end += -(-nbytes // _ALIGN) * _ALIGN
+    for tensor, offset, shape in _watched(boxes, check):
+        itemsize = itemsizes[tensor]
+        for origin, size in _cut(offset, shape, itemsize, most):
+            nbytes = math.prod(size) * itemsize
+            if current and end + nbytes > most:
+                found.append(Piece(end, tuple(current)))
+                current, end = [], 0
+            current.append(Placed(Box(tensor, origin, size), itemsize, end))
+            end += -(-nbytes // _ALIGN) * _ALIGN
     if current:
         found.append(Piece(end, tuple(current)))
     return found
@@ -106,9 +122,9 @@ def outgoing(
     that nobody exposes.
     """
     wanted = (
-        Wanted(box.tensor, box.offset, box.shape, box.itemsize, at, box.begin, packed_strides(box.shape, box.itemsize))
+        Wanted(*box, itemsize, at, begin, packed_strides(box.shape, itemsize))
         for at, piece in enumerate(pieces)
-        for box in piece.boxes
+        for box, itemsize, begin in piece.boxes
     )
     by_piece: list[list[Draw]] = [[] for _ in pieces]
     for draw in draws(_watched(wanted, check), exposures, tensors):
@@ -131,23 +147,34 @@ def outgoing(
     ]
 
 
-def incoming(pieces: Sequence[Piece]) -> list[list[Staged]]:
-    """By piece, the copies that empty it into the places; bases are the regions of all ranks, one after the other."""
-    return [
-        [
-            Staged(
-                box.begin,
-                packed_strides(box.shape, box.itemsize),
-                box.region,
-                box.at,
-                box.strides,
-                box.shape,
-                box.itemsize,
-            )
-            for box in piece.boxes
-        ]
-        for piece in pieces
-    ]
+def incoming(
+    pieces: Sequence[Piece],
+    places: Sequence[Exposure],
+    tensors: TensorTable,
+    check: Callable[[], object] = lambda: None,
+) -> list[list[Staged]]:
+    """By piece, the copies that empty it into the places of these ranks, which may have room for some of it only; bases
+    are the regions of all ranks, one after the other.
+    """
+    every = [(at, placed) for at, piece in enumerate(pieces) for placed in piece.boxes]
+    parts = [Part(*box, at, begin, packed_strides(box.shape, size)) for at, (box, size, begin) in every]
+    travelling = Exposure.of(0, "", [], parts, tensors.width)
+    found: list[list[Staged]] = [[] for _ in pieces]
+    for draw in draws(_watched(_wanted(places, tensors), check), [travelling], tensors, all_of_it=False):
+        at, placed = every[draw.part]
+        begin = placed.begin + draw.source
+        staged = Staged(begin, draw.source_strides, draw.target, draw.at, draw.strides, draw.shape, draw.itemsize)
+        found[at].append(staged)
+    return found
+
+
+def _wanted(places: Sequence[Exposure], tensors: TensorTable) -> Iterator[Wanted]:
+    first = 0
+    for one in places:
+        itemsizes = tensors.itemsizes[one.tensor].tolist()
+        for part, itemsize in zip(one.parts(tensors), itemsizes, strict=True):
+            yield Wanted(part.tensor, part.offset, part.shape, itemsize, first + part.region, part.at, part.strides)
+        first += len(one.regions)
 
 
 def _watched(each: Iterable[T], check: Callable[[], object]) -> Iterator[T]:
@@ -155,18 +182,6 @@ def _watched(each: Iterable[T], check: Callable[[], object]) -> Iterator[T]:
         if number % _OFTEN == 0:
             check()
         yield one
-
-
-def _boxes(places: Sequence[Exposure], tensors: TensorTable, most: int) -> Iterator[Placed]:
-    first = 0
-    for one in places:
-        itemsizes = tensors.itemsizes[one.tensor].tolist()
-        for part, itemsize in zip(one.parts(tensors), itemsizes, strict=True):
-            for offset, shape in _cut(part.offset, part.shape, itemsize, most):
-                steps = zip(offset, part.offset, part.strides, strict=True)
-                at = part.at + sum((now - origin) * step for now, origin, step in steps)
-                yield Placed(part.tensor, offset, shape, itemsize, 0, first + part.region, at, part.strides)
-        first += len(one.regions)
 
 
 def _cut(

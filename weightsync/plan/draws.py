@@ -53,9 +53,12 @@ class Draw(NamedTuple):
         return math.prod(self.shape) * self.itemsize
 
 
-def draws(wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: TensorTable) -> list[Draw]:
+def draws(
+    wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: TensorTable, *, all_of_it: bool = True
+) -> list[Draw]:
     """What has to be copied for all that is wanted, out of what the ranks of a trainer expose, of which no byte is
-    exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes.
+    exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes,
+    unless that is not `all_of_it`.
     """
     shown: dict[int, list[tuple[int, int, Part]]] = {}
     for rank, exposure in enumerate(exposures):
@@ -75,7 +78,7 @@ def draws(wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: Tens
             onto = want.at + _inner(low, want.offset, want.strides)
             found.append(Draw(rank, at, source, part.strides, want.target, onto, want.strides, size, want.itemsize))
             missing -= math.prod(size)
-        if missing:
+        if missing and all_of_it:
             raise LocalProtocolError(f"{missing} elements of {tensors.names[want.tensor]!r} are exposed by no rank")
     return found
 

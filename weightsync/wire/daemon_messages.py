@@ -113,14 +113,14 @@ class Exchange(Message, frozen=True, tag="exchange"):
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
-    """Get ready to take what is delivered to ranks of an engine, into the places that it has shown in this push.
-    Answered by `Executed`.
+    """Get ready to take what is delivered to engines, into the places that they have shown in this push. Answered by
+    `Executed`.
     """
 
     push: Name
     rail: Natural
-    engine: Name
-    ranks: Annotated[tuple[Rank, ...], Meta(min_length=1, max_length=4096)]
+    engines: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=4096)]
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]  # of the one engine; none: a share of the model for all
     token: Natural  # that no other delivery has
     piece: Natural  # bytes
     turn: Natural  # of the …
