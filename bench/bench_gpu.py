@@ -48,7 +48,11 @@ def main() -> None:
         "away, of another, joined by NCCL",
     )
     parser.add_argument("--pushes", type=int, default=10, help="measured pushes, after 2 that warm up")
-    parser.add_argument("--in-place", action="store_true", help="engines read the trainer's memory, and no slots")
+    parser.add_argument(
+        "--in-place",
+        action="store_true",
+        help="weights are read where the trainer has them, and no slots; away: delivered",
+    )
     parser.add_argument("--retain", action="store_true", help='node.retain = "host"; takes twice the model on the host')
     parser.add_argument("--slots", type=int, default=3)
     parser.add_argument("--slot", default="1GiB", help="arena.slot_bytes")
@@ -66,6 +70,7 @@ def main() -> None:
         gpus //= 2
     into_each = figures["bytes"] / (1 if arguments.engines == "replicas" else gpus)
     rate = into_each / figures["seconds"] / 1e9
+    delivered = arguments.in_place and arguments.engines == "away"
     rows = [
         ["model", f"{arguments.shape}, {figures['bytes'] / 1e9:.1f} GB, {figures['tensors']} tensors"],
         ["GPUs, trainer ranks, engines", f"{gpus}, {arguments.ranks}, {arguments.engines}"],
@@ -83,11 +88,16 @@ def main() -> None:
         ["  weights read until (trainer free)", f"{figures['until_filled']:.4f} s"],
         *([f"  {name}", f"{seconds * 1e3:.1f} ms"] for name, seconds in figures["phases"].items()),
         ["fill, into each GPU", f"{figures['bytes'] / gpus / figures['phases']['fill'] / 1e9:.0f} GB/s"],
-        ["load, into each GPU", f"{into_each / figures['phases']['load'] / 1e9:.0f} GB/s"],
+        *(
+            [["on the wire, into each GPU", f"{into_each / figures['phases']['wire'] / 1e9:.0f} GB/s"]]
+            if delivered
+            else [["load, into each GPU", f"{into_each / figures['phases']['load'] / 1e9:.0f} GB/s"]]
+        ),
         ["whole push, into each GPU", f"{rate:.0f} GB/s"],
         *([name, f"{value:.0f} GB/s"] for name, value in ceilings.items()),
         *([f"whole push / {name}", f"{rate / value:.2f}"] for name, value in plain.items()),
-        ["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"],
+        # of one that delivers what it has mapped counts as its own
+        *([] if delivered else [["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"]]),
     ]
     figures["gpu"] = {"name": torch.cuda.get_device_name(0), "count": gpus, "torch": torch.__version__}
     report("pushes between GPUs", ("what", "figure"), rows, figures, arguments.json)
