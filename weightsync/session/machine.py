@@ -21,7 +21,7 @@ and the slots are free for the next push.
 
 The rules are in one module for each part of a push, each a class on top of what it builds on:
 
-    state → ending → committing → transferring → opening → failing → PushSession
+    state → ending → committing → transferring → drawing → opening → failing → PushSession
 """
 
 from __future__ import annotations

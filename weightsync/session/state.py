@@ -1,7 +1,7 @@
 """What a session knows of its push, what it is asked about it, and what must always hold.
 
-The rules that change it are in `opening`, `transferring`, `committing`, `ending` and `failing`, each a class on top of
-the one it uses; `machine` puts them together.
+The rules that change it are in `opening`, `drawing`, `transferring`, `committing`, `ending` and `failing`, each a class
+on top of the one it uses; `machine` puts them together.
 """
 
 from __future__ import annotations

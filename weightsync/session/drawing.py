@@ -1,0 +1,119 @@
+"""Weights without buckets.
+
+An engine beside the trainer draws them: it reads the memory that ranks of its node expose. To one on another node
+bridges deliver what it has places for out of that memory. Who cannot after all is given buckets.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from weightsync.session import instructions as do
+from weightsync.session.tracks import EngineStage, EngineTrack
+from weightsync.session.transferring import Transferring
+
+if TYPE_CHECKING:
+    from weightsync.session import events as ev
+    from weightsync.session.instructions import Instruction
+
+__all__ = ["Drawing"]
+
+
+class Drawing(Transferring):
+    """Rules of the state TRANSFERRING for engines that take no buckets."""
+
+    def _begin_transfer(self, now: float, out: list[Instruction]) -> None:
+        self._choose_who_draws(now)
+        super()._begin_transfer(now, out)
+
+    def _choose_who_draws(self, now: float) -> None:
+        """Engines beside which all of the trainer's ranks are, if these offer their weights in place; and one on
+        another node. For several there a broadcast of buckets is less on the wire: it carries each byte once.
+        """
+        offered = len(self._in_place) == self.world and set(self._rank_nodes.values()) == {self.home}
+        away = sum(engine.node != self.home for engine in self._live())
+        for engine in self._live():
+            engine.draws = engine.draws and offered and (engine.node == self.home or away == 1)
+        if any(engine.draws for engine in self._live()):
+            self._unexposed, self._unmeasured = set(range(self.world)), set(range(self.world))
+            self.phases.start("fill", now)
+
+    def _on_rank_exposed(self, event: ev.RankExposed, now: float, out: list[Instruction]) -> None:
+        if event.rank not in self._unexposed:
+            return
+        self._unexposed.discard(event.rank)
+        if event.problem:  # then all of it goes through slots
+            self._unexposed.clear()
+            self._unmeasured.clear()
+            self.phases.stop("fill", now)
+            for engine in self.engines.values():
+                engine.draws = False
+        self._go_on(now, out)
+
+    def _on_rank_measured(self, event: ev.RankMeasured, now: float, out: list[Instruction]) -> None:
+        if event.rank not in self._unmeasured:
+            return
+        self._unmeasured.discard(event.rank)
+        if all(engine.draws for engine in self._live()):  # else what is filled is counted
+            self.filled_bytes += event.nbytes
+        if not self._unmeasured:
+            self.phases.stop("fill", now)
+        self._go_on(now, out)
+
+    def _on_weights_drawn(self, event: ev.WeightsDrawn, now: float, out: list[Instruction]) -> None:
+        engine = self._succeeded(event.engine, "draw", "load", now, out)
+        if engine is None:
+            return
+        if event.drawn:
+            engine.next_bucket = engine.loaded = len(self.buckets)
+        else:
+            engine.draws = False
+        self._go_on(now, out)
+
+    def _on_places_shown(self, event: ev.PlacesShown, now: float, out: list[Instruction]) -> None:
+        engine = self._succeeded(event.engine, "show", "load", now, out)
+        if engine is None:
+            return
+        engine.shown, engine.draws = not event.problem, not event.problem
+        self._go_on(now, out)
+
+    def _on_weights_delivered(self, event: ev.WeightsDelivered, now: float, out: list[Instruction]) -> None:
+        self._delivering = False
+        engine = self._succeeded(event.engine, "deliver", "wire", now, out)
+        if engine is None:  # it has left; others may have waited for the slots
+            self._go_on(now, out)
+            return
+        if event.problem:  # buckets bring every byte of it again, out of arenas of which one may be another by now
+            engine.stage, engine.draws = EngineStage.PAUSED, False
+        else:
+            engine.next_bucket = engine.loaded = len(self.buckets)
+        self._go_on(now, out)
+
+    # --- going on ---------------------------------------------------------------------------------------------------
+
+    def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        if not engine.draws:
+            super()._advance(engine, now, out)
+        elif engine.asked is None:
+            self._draw(engine, now, out)
+
+    def _draw(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
+        """Once every rank has said where its weights lie: begin one that draws or is delivered to, then have it so."""
+        if self._unexposed:
+            return
+        if engine.stage is EngineStage.PAUSED:
+            self._begin_engine(engine, now, out)
+        elif engine.stage is not EngineStage.LOADING or self._all_loaded(engine):
+            return
+        elif engine.node == self.home:
+            engine.asked = "draw"
+            self.phases.start("load", now)
+            out.append(do.DrawWeights(engine=engine.name, deadline=self._until(now)))
+        elif not engine.shown:
+            engine.asked = "show"
+            self.phases.start("load", now)
+            out.append(do.ShowPlaces(engine=engine.name, deadline=self._until(now)))
+        else:
+            engine.asked, self._delivering = "deliver", True
+            self.phases.start("wire", now)
+            out.append(do.DeliverWeights(engine=engine.name, node=engine.node, deadline=self._until(now)))
