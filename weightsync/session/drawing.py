@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Drawing"]
 
+_SLOWEST = 1e9  # bytes a second of a delivery; over a slower wire it is given up, and buckets do no worse
+
 
 class Drawing(Transferring):
     """Rules of the state TRANSFERRING for engines that take no buckets."""
@@ -61,7 +63,7 @@ class Drawing(Transferring):
         self._go_on(now, out)
 
     def _on_weights_drawn(self, event: ev.WeightsDrawn, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "draw", "load", now, out)
+        engine = self._succeeded(event.engine, "draw", now, out)
         if engine is None:
             return
         if event.drawn:
@@ -71,15 +73,15 @@ class Drawing(Transferring):
         self._go_on(now, out)
 
     def _on_places_shown(self, event: ev.PlacesShown, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "show", "load", now, out)
+        engine = self._succeeded(event.engine, "show", now, out)
         if engine is None:
             return
         engine.shown, engine.draws = not event.problem, not event.problem
         self._go_on(now, out)
 
     def _on_weights_delivered(self, event: ev.WeightsDelivered, now: float, out: list[Instruction]) -> None:
-        self._delivering = False
-        engine = self._succeeded(event.engine, "deliver", "wire", now, out)
+        self._delivering = None
+        engine = self._succeeded(event.engine, "deliver", now, out)
         if engine is None:  # it has left; others may have waited for the slots
             self._go_on(now, out)
             return
@@ -106,14 +108,15 @@ class Drawing(Transferring):
         elif engine.stage is not EngineStage.LOADING or self._all_loaded(engine):
             return
         elif engine.node == self.home:
-            engine.asked = "draw"
-            self.phases.start("load", now)
+            self._ask(engine, "draw", now)
             out.append(do.DrawWeights(engine=engine.name, deadline=self._until(now)))
         elif not engine.shown:
-            engine.asked = "show"
-            self.phases.start("load", now)
+            self._ask(engine, "show", now)
             out.append(do.ShowPlaces(engine=engine.name, deadline=self._until(now)))
         else:
-            engine.asked, self._delivering = "deliver", True
-            self.phases.start("wire", now)
-            out.append(do.DeliverWeights(engine=engine.name, node=engine.node, deadline=self._until(now)))
+            self._delivering = engine.node
+            self._ask(engine, "deliver", now)
+            # one call for the whole model, so its time grows with that; half of the push is left to buckets
+            usual = self.operation_timeout / 2 + self.nbytes / _SLOWEST
+            until = now + min((self.push_deadline - now) / 2, usual)
+            out.append(do.DeliverWeights(engine=engine.name, node=engine.node, deadline=until))

@@ -28,7 +28,8 @@ class Transferring(Committing):
         self.state = State.TRANSFERRING
         out.append(do.AnnouncePlan(expose=bool(self._unexposed)))
         for engine in self._live():  # with "none" too: what comes nearest to it is the engine's own affair
-            engine.stage, engine.asked, engine.paused_by_us = EngineStage.PAUSING, "pause", True
+            engine.stage, engine.paused_by_us = EngineStage.PAUSING, True
+            self._ask(engine, "pause", now)
             self._begun_at[engine.name] = now
             out.append(do.PauseEngine(engine=engine.name, mode=self.pause, deadline=self._until(now)))
         self._go_on(now, out)
@@ -94,7 +95,7 @@ class Transferring(Committing):
         known = self.engines.get(event.engine)
         if known is None or known.next_bucket != event.bucket:
             return
-        engine = self._succeeded(event.engine, "load", "load", now, out)
+        engine = self._succeeded(event.engine, "load", now, out)
         if engine is None:
             return
         for bucket in range(event.bucket, event.bucket + event.count):
@@ -117,13 +118,14 @@ class Transferring(Committing):
             self._end_when_all_ended(now, out)
             return
         drawing = any(engine.draws and not self._all_loaded(engine) for engine in live)
-        if not (drawing or self._delivering or all(engine.draws for engine in live)):
+        if not (drawing or self._delivering is not None or all(engine.draws for engine in live)):
             self._grant(now, out)  # not before: an engine that finds that it cannot draw needs every bucket
         self._relay(now, out)
         for engine in live:
             self._advance(engine, now, out)
         loaded = all(e.stage is EngineStage.LOADING and self._all_loaded(e) for e in live)
-        if loaded and not (self._unmeasured and any(engine.draws for engine in live)):
+        measured = not (self._unmeasured and any(engine.draws for engine in live))
+        if loaded and measured and self._delivering is None:  # a delivery to one that was lost reads the weights still
             self._begin_commit(now, out)
 
     def _all_loaded(self, engine: EngineTrack) -> bool:
@@ -176,7 +178,7 @@ class Transferring(Committing):
         while another is under way, so that no wire waits for daemons; an exchange is not, since who breaks one that
         follows a broken one is not to blame.
         """
-        remote = self._remote_nodes()
+        remote = self._receivers()
         if not remote:
             return
         for rail, waiting in self._unrelayed.items():
@@ -231,14 +233,15 @@ class Transferring(Committing):
         if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
             self._begin_engine(engine, now, out)
         elif engine.stage is EngineStage.LOADING and there:
-            engine.asked, engine.loading = "load", there
-            self.phases.start("load", now)
+            engine.loading = there
+            self._ask(engine, "load", now)
             out.append(
                 do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=self._until(now))
             )
 
     def _begin_engine(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
+        engine.stage, engine.touched = EngineStage.BEGINNING, True
+        self._ask(engine, "begin", now)
         self._begun_at.setdefault(engine.name, now)
         out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
 
