@@ -763,6 +763,53 @@ def test_a_delivery_has_time_for_the_size_of_the_model_and_leaves_half_of_the_pu
     assert least <= deliver.deadline - world.now <= most
 
 
+def after_the_last_load(release_of: str = "a", **terms: Any) -> tuple[World, do.AwaitRelease]:
+    """A push of which all has ended well that can, but one release."""
+    world = World(**{"engines": HOME, **terms})
+    world.open_all()
+    release = world.run_until(do.AwaitRelease, engine=release_of, bucket=3)
+    assert isinstance(release, do.AwaitRelease)
+    while any(i is not release for i in world.pending) or world.leases:
+        world.run_some(lambda i: i is not release)
+    return world, release
+
+
+def test_an_engine_whose_bytes_may_yet_prove_damaged_is_not_resumed():
+    world, release = after_the_last_load()
+    assert not any(m.serving for m in world.models.values())
+    assert "engine a to release bucket 3" in world.session.waiting_for()
+    world.fail(release, lost=True)
+    world.run()
+    assert outcomes(world) == {"a": "torn", "b": "committed"}
+    assert not world.models["a"].serving
+
+
+@pytest.mark.parametrize("keepers", [(), ("b",)])
+def test_engines_resume_once_the_last_bucket_is_given_back(keepers):
+    world, release = after_the_last_load("b", keepers=keepers)
+    world.succeed(release)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "committed"}
+    assert world.session.done
+
+
+@pytest.mark.parametrize("keepers", [(), ("b",)])
+def test_a_bucket_that_is_never_given_back_costs_the_others_no_more_than_its_time(keepers):
+    world, release = after_the_last_load("b", keepers=keepers)
+    assert release.deadline <= world.now + 10.0, "the time of one operation"
+    world.fail(release)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "torn"}
+
+
+def test_with_its_bridge_goes_what_was_waited_for_before_engines_resume():
+    world, release = after_the_last_load()
+    world.pending.remove(release)
+    world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "committed"}
+
+
 def test_an_engine_elsewhere_reads_buckets_once_those_beside_the_trainer_have_drawn():
     world = World(engines=REMOTE, draws=("a",))
     world.open_all()

@@ -46,9 +46,12 @@ class Committing(Ending):
     def _resume_when_verified(self, now: float, out: list[Instruction]) -> None:
         """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
         can. Also those that this push did not pause: an earlier one may have left them so, or they paused themselves.
+        None before all have released what they read, long before in most pushes: one that has read other bytes than
+        were sent is found out then, and may not be resumed. One that never releases is evicted within the time of an
+        operation after it has loaded.
         """
         live = self._live()
-        if any(e.stage is not EngineStage.VERIFIED for e in live):
+        if any(e.stage is not EngineStage.VERIFIED for e in live) or self._held():
             return
         for engine in live:
             if not engine.keeper:

@@ -111,7 +111,7 @@ class Failing(Opening):
         elif self.state is State.TRANSFERRING:
             self._drop_node(event.node, event.error, "wire", now=now, out=out)
             self._go_on_without(now, out)
-        self._free_slots()
+        self._go_on(now, out)
 
     # --- trainer ranks --------------------------------------------------------------------------------------------
 

@@ -168,6 +168,10 @@ class SessionState:
             return f"engine {words}", fields
         if self.state is State.OPENING:
             return "the plan", {"phase": "plan"}
+        held = sorted(self._held())
+        if self.state is State.COMMITTING and held:
+            name, bucket = held[0]
+            return f"engine {name} to release bucket {bucket}", {"engine": name, "bucket": bucket, "phase": "load"}
         if self._unmeasured:
             ranks = sorted(self._unmeasured)
             return f"the fingerprints of rank {listed(ranks)}", {"rank": ranks[0], "phase": "fill"}
@@ -193,6 +197,7 @@ class SessionState:
                 assert not engine.touched, f"{engine.name} was touched and counts as untouched"
             if engine.touched and engine.stage is EngineStage.RESUMING:
                 assert engine.loaded == len(self.buckets), f"{engine.name} is resumed with a mixture"
+                assert not any(e == engine.name for e, _ in self._held()), f"{engine.name} may yet turn out damaged"
             if engine.asked == "draw":
                 assert engine.touched, f"{engine.name} draws and was not begun"
                 assert engine.node == self.home, f"{engine.name} draws from another node"
@@ -240,6 +245,10 @@ class SessionState:
         """
         taken = self._spread or any(e.node != self.home and not e.draws for e in self._live())
         return self._remote_nodes() if taken else []
+
+    def _held(self) -> set[tuple[str, int]]:
+        """Engines and the buckets of which they have not said yet that they let go of them whole."""
+        return {(e, i) for i in self._active for copy in self.buckets[i].copies.values() for e in copy.readers}
 
     def _ranks_on(self, node: str) -> list[int]:
         return sorted(rank for rank, place in self._rank_nodes.items() if place == node)

@@ -111,6 +111,8 @@ class Transferring(Committing):
         engine.
         """
         self._free_slots()
+        if self.state is State.COMMITTING:
+            self._resume_when_verified(now, out)
         if self.state is not State.TRANSFERRING:
             return
         live = self._live()
