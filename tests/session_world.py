@@ -16,6 +16,7 @@ from weightsync.session.machine import PushSession
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from random import Random
 
 ERROR = ErrorRecord(kind="EngineError", message="made to fail")
 REFUSAL = ErrorRecord(kind="EngineRefused", message="made to refuse")
@@ -32,6 +33,7 @@ class EngineModel:
     loaded: list[int] = field(default_factory=list)
     begun: bool = False
     finished: bool = False
+    spoilt: bool = False  # some of it was written past its buckets, and who knows what: it has to begin anew
     serving: bool = True
     deaf: bool = False  # a pause or resume of it failed, or its outcome was lost: it may not be as it was told to be
 
@@ -70,17 +72,20 @@ class World:
         self.placed: set[str] = set()  # engines that have shown where to deliver to
         self.drawing: set[str] = set()  # engines that may be reading there
         self.drawn: set[str] = set()
+        self.delivering: dict[str, str] = {}  # engines that bridges may be delivering to, and their nodes
+        self.retired: set[tuple[str, int]] = set()  # bridges
         self.released = False  # ranks may change their weights
         self.engines = engines if engines is not None else {"a": "home", "b": "home"}
         self.places = (*places, *["home"] * (world - len(places)))[:world]
         nodes = {"home", *self.engines.values(), *self.places}
+        self.slots = {(node, owner): slots for node in nodes for owner in range(owners)}
         self.session = PushSession(
             model="default",
             version=2,
             world=world,
             home="home",
             engines=self.engines,
-            slots={(node, owner): slots for node in nodes for owner in range(owners)},
+            slots=self.slots,
             pause=pause,
             deadline=100.0,
             operation_timeout=10.0,
@@ -153,8 +158,7 @@ class World:
             match instruction:
                 case do.GrantLease():
                     slot = instruction.slot
-                    delivering = [i for i in self.pending if isinstance(i, do.DeliverWeights)]
-                    assert not delivering, f"{slot} is leased while a bridge has another use for it"
+                    assert not self.delivering, f"{slot} is leased while a bridge has another use for it"
                     assert {self.places[rank] for rank in instruction.ranks} == {slot.node}, "a rank of another node"
                     assert slot not in self.writing.values(), f"{slot} is leased while a rank may write into it"
                     exchanged = [s for i in self.pending if isinstance(i, do.ExchangeBucket) for s in i.slots]
@@ -173,6 +177,7 @@ class World:
                     self.evicted.add(instruction.engine)
                 case do.RetireBridge():
                     self._forget_arena(instruction.node, instruction.bridge)
+                    self.retired.add((instruction.node, instruction.bridge))
                 case do.AnnouncePlan(expose=expose):
                     if expose:
                         assert set(self.places) == {"home"}, "a rank of another node is asked for its weights"
@@ -180,24 +185,39 @@ class World:
                         self.to_say = [(r, kind) for r in ranks for kind in (ev.RankExposed, ev.RankMeasured)]
                 case do.ReleaseWeights():
                     assert self.drawing <= self.evicted, f"weights may change while {self.drawing} read them"
+                    assert not self.delivering, "weights may change while bridges read them"
                     self.released = True
                 case do.DrawWeights(engine=name):
                     assert self.shown == set(range(self.session.world)), "weights are drawn that nobody has shown"
                     assert name in self.draws, f"{name} is to draw, and has not said that it can"
                     assert not self.released
+                    self._spoil(name)
                     self.drawing.add(name)
                     self.pending.append(instruction)
                 case do.ShowPlaces(engine=name):
                     assert name in self.draws, f"{name} is to show its places, and has not said that it can"
                     self.pending.append(instruction)
-                case do.DeliverWeights(engine=name, node=node):
+                case do.DeliverWeights(engines=names, nodes=nodes):
                     assert self.shown == set(range(self.session.world)), "weights are delivered that nobody has shown"
-                    assert self.engines[name] == node != "home"
-                    assert name in self.placed, f"{name} has not shown its places"
                     assert not self.released
-                    busy = [s for s in (*self.writing.values(), *self.holds.values()) if s.node in ("home", node)]
-                    assert not busy, f"{busy} are in use, and a bridge needs all its slots"
-                    self.drawing.add(name)
+                    assert not self.delivering
+                    busy = [s for s in (*self.writing.values(), *self.holds.values()) if s.node in ("home", *nodes)]
+                    assert not busy, f"{busy} are in use, and bridges need all their slots"
+                    for name, node in zip(names, nodes, strict=True):
+                        assert self.engines[name] == node != "home"
+                        assert name in self.placed, f"{name} has not shown its places"
+                        self._spoil(name)
+                        self.delivering[name] = node
+                    self.pending.append(instruction)
+                case do.RelayBucket(targets=targets):
+                    # some node of them needs it; those of which the engines have left stay in the communicator, which
+                    # another would have to be formed for under broadcasts that are on their way
+                    there = {target.node for target in targets}
+                    takers = [e for e in self.session.engines.values() if e.node in there and not e.stage.ended]
+                    assert any(e.name not in self.drawn for e in takers), f"{instruction} is for nobody"
+                    self.pending.append(instruction)
+                case do.FinishEngine(engine=name):
+                    assert not self.models[name].spoilt, f"{name} finishes with a mixture"
                     self.pending.append(instruction)
                 case do.ExportBucket(slot=slot):
                     held = [key for key, place in self.holds.items() if place == slot]
@@ -212,12 +232,18 @@ class World:
                     assert self.measured == set(range(self.session.world)), "there is nothing to compare with"
                     self.pending.append(instruction)
                 case do.LoadBucket(bucket=first, count=count):
+                    assert not self.models[instruction.engine].spoilt, f"{instruction.engine} was not begun anew"
                     node = self.engines[instruction.engine]
                     for bucket in range(first, first + count):
                         self.reading[instruction.engine, bucket] = self.exported[node, bucket]
                     self.pending.append(instruction)
                 case _:
                     self.pending.append(instruction)
+
+    def _spoil(self, name: str) -> None:
+        model = self.models[name]
+        assert model.begun, f"{name} is written into and was not begun"
+        model.spoilt, model.loaded = True, []
 
     def succeed(self, instruction: do.Instruction) -> None:
         """The instruction ends well."""
@@ -245,7 +271,8 @@ class World:
             case do.BeginEngine(engine=name):
                 model = self.models[name]
                 assert not model.serving or self.session.pause == "none", f"{name} serves while it is loaded"
-                model.begun = True
+                model.begun, model.spoilt = True, False
+                model.loaded.clear()
                 return ev.EngineBegun(engine=name)
             case do.ExportBucket(bucket=bucket, slot=slot, engines=names):
                 self.exported[slot.node, bucket] = slot
@@ -266,6 +293,7 @@ class World:
             case do.DrawWeights(engine=name):
                 assert not self.models[name].serving or self.session.pause == "none", f"{name} serves while it draws"
                 self.drawing.discard(name)
+                self.models[name].spoilt = False  # who is unable has read nothing
                 if name in self.unable:
                     return ev.WeightsDrawn(engine=name, drawn=False)
                 self.models[name].loaded = list(range(len(self.plan)))
@@ -276,12 +304,14 @@ class World:
                     return ev.PlacesShown(engine=name, problem="its memory cannot be shared")
                 self.placed.add(name)
                 return ev.PlacesShown(engine=name)
-            case do.DeliverWeights(engine=name):
-                assert not self.models[name].serving or self.session.pause == "none", f"{name} serves as it is loaded"
-                self.drawing.discard(name)
-                self.models[name].loaded = list(range(len(self.plan)))
-                self.drawn.add(name)
-                return ev.WeightsDelivered(engine=name)
+            case do.DeliverWeights(engines=names):
+                self.delivering.clear()
+                for name in names:
+                    model = self.models[name]
+                    assert not model.serving or self.session.pause == "none", f"{name} serves as it is loaded"
+                    model.spoilt, model.loaded = False, list(range(len(self.plan)))
+                    self.drawn.add(name)
+                return ev.WeightsDelivered(engines=names)
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)
@@ -318,9 +348,9 @@ class World:
                 self.reading.pop((name, bucket), None)
                 self.holds.pop((name, bucket), None)  # revoked by whoever waited
                 self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=not lost, damaged=lost))
-            case do.DeliverWeights(engine=name):
-                self.drawing.discard(name)
-                self.hear(ev.WeightsDelivered(engine=name, problem="the wire broke"))
+            case do.DeliverWeights(engines=engines):
+                self.delivering.clear()
+                self.hear(ev.WeightsDelivered(engines=engines, problem="the wire broke"))
             case do.AskLayout(rank=rank):
                 self.hear(ev.RankFailed(rank=rank, error=ERROR))
             case _:
@@ -342,6 +372,8 @@ class World:
         session = self.session
         assert not self.holds, f"slots are held after the end: {self.holds}"
         assert not self.writing, f"ranks may write after the end: {self.writing}"
+        places = [place for place in self.slots if place[0] in ("home", *self.delivering.values())]
+        assert not self.delivering or self.retired.issuperset(places), "a delivery may still write into slots"
         unanswered = {getattr(instruction, "engine", "") for instruction in self.pending}
         for name, model in self.models.items():
             track = session.engines[name]
@@ -402,6 +434,19 @@ class World:
                 self.say()
             elif self.leases:
                 self.fill(*self.leases[0])
+            else:
+                return
+
+    def run_mixed(self, steps: int, chance: Random) -> None:
+        """Everything ends well, in an order of chance: instructions, ranks' words and fills."""
+        for _ in range(steps):
+            which = chance.randrange(3)
+            if self.pending and (which == 0 or not (self.to_say or self.leases)):
+                self.succeed(chance.choice(self.pending))
+            elif self.to_say and (which == 1 or not self.leases):
+                self.say(chance.randrange(len(self.to_say)))
+            elif self.leases:
+                self.fill(*chance.choice(self.leases))
             else:
                 return
 

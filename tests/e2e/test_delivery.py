@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
@@ -44,7 +45,7 @@ def away():
         engines = [fleet.start_engine(name, fleet.root / "A", tp=tp, wait=False) for name, tp in sizes.items()]
         for engine in engines:
             fleet.wait_engine(engine)
-        terms = {"arena": ARENA, "node": {"bridges": 2}}
+        terms: Any = {"arena": ARENA, "node": {"bridges": 2}}
         others = [fleet.start_daemon("node1", engines[1:2], **terms), fleet.start_daemon("node2", **terms)]
         home = fleet.start_daemon("node0", engines[:1], peers=others, **terms)
         yield Away(fleet, home, engines[:2], TINY, itertools.count(1), others, engines[2:])

@@ -636,13 +636,37 @@ def test_an_engine_that_nothing_can_be_delivered_to_is_given_buckets(how):
     assert [e.draws for e in world.session.fleet] == [True, False]
 
 
-def test_several_engines_elsewhere_are_broadcast_to():
-    engines = {"a": "home", "b": "away", "c": "away"}
-    world = World(engines=engines, draws=("a", "b", "c"))
+SEVERAL = {"a": "home", "b": "away", "c": "away", "d": "away2"}
+
+
+def test_to_all_engines_elsewhere_it_is_delivered_at_once():
+    world = World(engines=SEVERAL, draws=tuple(SEVERAL))
+    world.open_all()
+    deliver = world.run_until(do.DeliverWeights)
+    assert isinstance(deliver, do.DeliverWeights)
+    assert (deliver.engines, deliver.nodes) == (("b", "c", "d"), ("away", "away", "away2"))
+    world.run()
+    assert outcomes(world) == dict.fromkeys(SEVERAL, "committed")
+    assert world.drawn == set(SEVERAL)
+
+
+@pytest.mark.parametrize("terms", [{"draws": ("a", "b", "c")}, {"draws": tuple(SEVERAL), "unable": ("d",)}])
+def test_where_one_elsewhere_needs_buckets_all_do(terms):
+    world = World(engines=SEVERAL, **terms)
     world.open_all()
     world.run()
-    assert outcomes(world) == dict.fromkeys(engines, "committed")
+    assert outcomes(world) == dict.fromkeys(SEVERAL, "committed")
     assert world.drawn == {"a"}
+
+
+@pytest.mark.parametrize("kind", [do.ShowPlaces, do.BeginEngine])
+def test_one_elsewhere_that_fails_before_the_delivery_is_out_alone(kind):
+    world = World(engines=SEVERAL, draws=tuple(SEVERAL))
+    world.open_all()
+    world.fail(world.run_until(kind, engine="c"))
+    world.run()
+    assert outcomes(world) == {**dict.fromkeys(SEVERAL, "committed"), "c": "torn"}
+    assert world.drawn == {"a", "b", "d"}
 
 
 def test_slots_are_not_leased_while_a_delivery_to_a_node_that_is_gone_still_uses_them():
@@ -657,6 +681,157 @@ def test_slots_are_not_leased_while_a_delivery_to_a_node_that_is_gone_still_uses
     world.fail(deliver)
     world.run()
     assert outcomes(world) == {"a": "committed", "b": "lost"}
+
+
+def instructions_of(world: World) -> list[do.Instruction]:
+    """What the session asks for from here on, as it comes."""
+    seen: list[do.Instruction] = []
+    take = world._take
+
+    def noting(instructions: list[do.Instruction]) -> None:
+        seen.extend(instructions)
+        take(instructions)
+
+    world._take = noting  # type: ignore[method-assign]
+    return seen
+
+
+@pytest.mark.parametrize("who", ["a keeper", "an engine that cannot draw"])
+def test_what_was_delivered_is_not_broadcast_for_those_at_home_that_take_buckets(who):
+    engines = {"a": "home", "k": "home", "b": "away"}
+    keeper = who == "a keeper"
+    world = World(
+        engines=engines, draws=("a", "k", "b"), keepers=("k",) if keeper else (), unable=() if keeper else ("k",)
+    )
+    seen = instructions_of(world)
+    world.open_all()
+    world.run()
+    assert outcomes(world) == dict.fromkeys(engines, "committed")
+    assert world.drawn == {"a", "b"}
+    assert sorted(world.models["k"].loaded) == [0, 1, 2, 3]
+    assert not any(isinstance(i, do.RelayBucket) for i in seen)
+
+
+def test_an_engine_that_was_delivered_to_leaves_with_its_node():
+    world = World(engines=REMOTE, draws=("a", "b"), unable=("a",))
+    world.open_all()
+    world.run_until(do.LoadBucket, engine="a")
+    assert world.drawn == {"b"}
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "lost"}
+
+
+def test_weights_may_not_change_while_a_delivery_to_a_node_that_is_gone_still_reads_them():
+    world = World(engines=REMOTE, draws=("a", "b"))
+    world.open_all()
+    deliver = world.run_until(do.DeliverWeights)
+    world.hear(ev.NodeLost(node="away", error=ERROR))
+    while world.run_some(lambda i: i is not deliver):
+        pass
+    assert not world.released
+    assert world.session.state is State.TRANSFERRING
+    world.fail(deliver)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "lost"}
+    assert world.released
+
+
+def test_a_delivery_that_is_given_up_may_still_write_so_all_its_arenas_are_replaced():
+    world = World(engines=REMOTE, draws=("a", "b"), owners=2)
+    world.open_all()
+    world.run_until(do.DeliverWeights)
+    world.hear(ev.RankFailed(rank=0, error=ERROR))
+    seen = instructions_of(world)
+    world.now = 1000.0
+    world.hear(ev.Tick())
+    assert world.session.done
+    retired = [(i.node, i.bridge) for i in seen if isinstance(i, do.RetireBridge)]
+    assert sorted(retired) == [("away", 0), ("away", 1), ("home", 0), ("home", 1)]
+
+
+@pytest.mark.parametrize("kind", [do.ShowPlaces, do.DeliverWeights, do.LoadBucket, do.ExportBucket])
+def test_work_of_a_node_that_is_lost_counts_no_longer_as_under_way(kind):
+    world = World(engines=REMOTE, draws=("a", "b") if kind in (do.ShowPlaces, do.DeliverWeights) else ())
+    world.open_all()
+    if kind is do.ExportBucket:
+        while not any(isinstance(i, kind) and i.slot.node == "away" for i in world.pending):
+            world.succeed(world.pending[0]) if world.pending else world.fill(*world.leases[0])
+    else:
+        world.run_until(kind, **({} if kind is do.DeliverWeights else {"engine": "b"}))
+    world.hear(ev.NodeLost(node="away", error=ERROR))  # `validate` has the rest
+
+
+def test_an_engine_that_is_evicted_while_it_loads_is_counted_as_loading_until_it_answers():
+    world = World(engines=HOME)
+    world.open_all()
+    release = world.run_until(do.AwaitRelease, engine="a", bucket=0)
+    load = None
+    while load is None:
+        world.run_some(lambda i: i is not release)
+        load = next((i for i in world.pending if isinstance(i, do.LoadBucket) and i.engine == "a"), None)
+    world.fail(release, lost=True)
+    assert load in world.pending
+    world.succeed(load)
+    world.run()
+    assert outcomes(world) == {"a": "torn", "b": "committed"}
+
+
+@pytest.mark.parametrize(("model", "least", "most"), [(1e9, 6.0, 6.0), (400e9, 45.0, 50.0)])
+def test_a_delivery_has_time_for_the_size_of_the_model_and_leaves_half_of_the_push(model, least, most):
+    world = World(engines=REMOTE, draws=("b",))
+    world.plan = tuple(ev.BucketPlan(int(model / 4), 0, (0,)) for _ in range(4))
+    world.open_all()
+    deliver = world.run_until(do.DeliverWeights)
+    assert isinstance(deliver, do.DeliverWeights)
+    assert least <= deliver.deadline - world.now <= most
+
+
+def after_the_last_load(release_of: str = "a", **terms: Any) -> tuple[World, do.AwaitRelease]:
+    """A push of which all has ended well that can, but one release."""
+    world = World(**{"engines": HOME, **terms})
+    world.open_all()
+    release = world.run_until(do.AwaitRelease, engine=release_of, bucket=3)
+    assert isinstance(release, do.AwaitRelease)
+    while any(i is not release for i in world.pending) or world.leases:
+        world.run_some(lambda i: i is not release)
+    return world, release
+
+
+def test_an_engine_whose_bytes_may_yet_prove_damaged_is_not_resumed():
+    world, release = after_the_last_load()
+    assert not any(m.serving for m in world.models.values())
+    assert "engine a to release bucket 3" in world.session.waiting_for()
+    world.fail(release, lost=True)
+    world.run()
+    assert outcomes(world) == {"a": "torn", "b": "committed"}
+    assert not world.models["a"].serving
+
+
+@pytest.mark.parametrize("keepers", [(), ("b",)])
+def test_engines_resume_once_the_last_bucket_is_given_back(keepers):
+    world, release = after_the_last_load("b", keepers=keepers)
+    world.succeed(release)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "committed"}
+    assert world.session.done
+
+
+@pytest.mark.parametrize("keepers", [(), ("b",)])
+def test_a_bucket_that_is_never_given_back_costs_the_others_no_more_than_its_time(keepers):
+    world, release = after_the_last_load("b", keepers=keepers)
+    assert release.deadline <= world.now + 10.0, "the time of one operation"
+    world.fail(release)
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "torn"}
+
+
+def test_with_its_bridge_goes_what_was_waited_for_before_engines_resume():
+    world, release = after_the_last_load()
+    world.pending.remove(release)
+    world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
+    world.run()
+    assert outcomes(world) == {"a": "committed", "b": "committed"}
 
 
 def test_an_engine_elsewhere_reads_buckets_once_those_beside_the_trainer_have_drawn():

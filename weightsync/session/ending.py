@@ -28,31 +28,51 @@ SETTLED: dict[type[Event], str] = {
 }
 """Successes of engines that change nothing after the end, and the instruction that each answers."""
 
+_PHASES = {
+    "load": "load",
+    "draw": "load",
+    "show": "load",
+    "deliver": "wire",
+    "finish": "finalise",
+    "resume": "finalise",
+    "verify": "verify",
+}
+"""Those of a report that work of an engine counts as, by instruction."""
+
 
 class Ending(SessionState):
     """Rules for what leaves and ends."""
 
     # --- engines ------------------------------------------------------------------------------------------------
 
+    def _ask(self, engine: EngineTrack, what: str, now: float) -> None:
+        """Something is under way at the engine from now on. What it is asked once it has left counts as no phase."""
+        engine.asked, engine.phase = what, _PHASES.get(what)
+        if engine.phase is not None:
+            self.phases.start(engine.phase, now)
+
+    def _nothing_asked(self, engine: EngineTrack, now: float) -> None:
+        """Nothing is under way at it any more, or nobody waits for it."""
+        if engine.phase is not None:
+            self.phases.stop(engine.phase, now)
+        engine.asked = engine.phase = None
+
     def _answered(self, name: str, phase: str, now: float, out: list[Instruction]) -> EngineTrack | None:
         """The engine whose instruction `phase` has just ended, or None when that is of no consequence any more."""
         engine = self.engines.get(name)
         if engine is None or engine.asked != phase:
             return None
-        engine.asked = None
+        self._nothing_asked(engine, now)
         if engine.stage.ended:  # it was evicted meanwhile, and this was its last answer
             self._let_rest(engine, now, out)
             return None
         return engine
 
-    def _succeeded(self, name: str, asked: str, phase: str, now: float, out: list[Instruction]) -> EngineTrack | None:
-        """As `_answered`, for work that counts as a phase of the report; done after the push has ended it is too late,
-        and its engine leaves.
-        """
+    def _succeeded(self, name: str, asked: str, now: float, out: list[Instruction]) -> EngineTrack | None:
+        """As `_answered`, for work on weights: done after the push has ended it is too late, and its engine leaves."""
         engine = self._answered(name, asked, now, out)
         if engine is None:
             return None
-        self.phases.stop(phase, now)
         if self.ended:
             self._evict_late(engine, now, out)
             return None
@@ -71,7 +91,8 @@ class Ending(SessionState):
                 copy.readers.discard(engine.name)
                 self._revoke(engine.name, index, now, out)
         if lost:
-            engine.stage, engine.asked = EngineStage.LOST, None
+            engine.stage = EngineStage.LOST
+            self._nothing_asked(engine, now)
             self._let_rest(engine, now, out)
         else:
             self._tear(engine, now, out)
@@ -201,10 +222,11 @@ class Ending(SessionState):
         error = self._record("PushTimeout", f"no answer within the grace period; waited for {self.waiting_for()}")
         for engine in self.engines.values():
             if engine.asked is not None:
-                engine.asked = None
+                self._nothing_asked(engine, now)
                 if not engine.stage.ended:
                     self._evict(engine, error, lost=True, now=now, out=out)
-        suspects = set()
+        staging = {self.home, *self._delivering} if self._delivering else set()
+        suspects = {place for place in self._capacity if place[0] in staging}
         for index, bucket in enumerate(self.buckets):
             for node, copy in bucket.copies.items():
                 for name in sorted(copy.readers):

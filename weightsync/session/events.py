@@ -267,9 +267,9 @@ class BucketRelayed(Event, frozen=True):
 
 
 class WeightsDelivered(Event, frozen=True):
-    """The bridges have brought all that the engine needs, and write no more."""
+    """The bridges have brought all that these engines need, and write no more."""
 
-    engine: str
+    engines: tuple[str, ...]
     problem: str = ""  # why not; some of it may have been written
 
 

@@ -13,15 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Failing"]
 
-_PHASES = {
-    "load": "load",
-    "draw": "load",
-    "show": "load",
-    "finish": "finalise",
-    "resume": "finalise",
-    "verify": "verify",
-}  # of a report, by instruction
-
 
 class Failing(Opening):
     """Rules for failures, whenever they come."""
@@ -32,9 +23,6 @@ class Failing(Opening):
         engine = self._answered(event.engine, event.phase, now, out)
         if engine is None:
             return
-        phase = _PHASES.get(event.phase)
-        if phase is not None:
-            self.phases.stop(phase, now)
         self._evict(engine, event.error, lost=event.lost, now=now, out=out)
         if (
             event.error.kind == "EngineRefused" and not engine.keeper and not self.ended
@@ -98,9 +86,9 @@ class Failing(Opening):
         self._drop_node(event.node, event.error, "node", lost=True, now=now, out=out)
         for engine in self.engines.values():
             if engine.node == event.node:
-                engine.asked = None
-        for bucket in self.buckets if event.node != self.home else ():
-            bucket.copies.pop(event.node, None)  # nor is an export heard of that was under way when it was dropped
+                self._nothing_asked(engine, now)
+        for index in range(len(self.buckets)) if event.node != self.home else ():
+            self._lose_copy(index, event.node, now)  # nor is an export heard of that was under way when it was dropped
         self._go_on_without(now, out)
 
     # --- bridges --------------------------------------------------------------------------------------------------
@@ -113,7 +101,7 @@ class Failing(Opening):
             copy = bucket.copies.get(event.node)
             if copy is not None and copy.slot.bridge == event.bridge:
                 bucket.unfilled.difference_update(self._ranks_on(event.node))
-                del bucket.copies[event.node]
+                self._lose_copy(index, event.node, now)
         if place in self._capacity:
             self._free[place] = list(range(self._capacity[place]))
         if self.state is State.OPENING and event.node == self.home:
@@ -123,7 +111,7 @@ class Failing(Opening):
         elif self.state is State.TRANSFERRING:
             self._drop_node(event.node, event.error, "wire", now=now, out=out)
             self._go_on_without(now, out)
-        self._free_slots()
+        self._go_on(now, out)
 
     # --- trainer ranks --------------------------------------------------------------------------------------------
 

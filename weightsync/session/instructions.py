@@ -220,12 +220,12 @@ class ExchangeBucket(Instruction, frozen=True):
 
 
 class DeliverWeights(Instruction, frozen=True):
-    """Have the bridges bring what the engine on `node` has places for out of the memory that the trainer's ranks expose
-    straight into these places. Ends in `WeightsDelivered`.
+    """Have the bridges bring what these engines have places for, each on its node of `nodes`, out of the memory that
+    the trainer's ranks expose straight into these places. Ends in `WeightsDelivered`.
     """
 
-    engine: str
-    node: str
+    engines: tuple[str, ...]
+    nodes: tuple[str, ...]
 
 
 class RevokeBucket(Instruction, frozen=True):

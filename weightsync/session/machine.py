@@ -6,7 +6,7 @@ which rule decides and which states may follow; the diagram in docs/ is drawn fr
 
     OPENING        ranks arrive, engines are probed, the plan is made, every engine accepts the manifest
     TRANSFERRING   engines are paused, slots leased, filled, exported, relayed and loaded
-    COMMITTING     everything is loaded: engines finish, verify, and, when all have, resume together
+    COMMITTING     everything is loaded: engines finish, verify, let go of slots, and, when all have, resume together
     COMMITTED      every engine that was not evicted on the way serves the new version
     ABORTED        ended with no engine touched
     TORN           ended with at least one engine touched; `torn` lists those that are left so
@@ -21,7 +21,7 @@ and the slots are free for the next push.
 
 The rules are in one module for each part of a push, each a class on top of what it builds on:
 
-    state → ending → committing → transferring → opening → failing → PushSession
+    state → ending → committing → transferring → drawing → opening → failing → PushSession
 """
 
 from __future__ import annotations

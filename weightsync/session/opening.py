@@ -6,9 +6,9 @@ from collections import deque
 from typing import TYPE_CHECKING
 
 from weightsync.session import instructions as do
+from weightsync.session.drawing import Drawing
 from weightsync.session.state import State
 from weightsync.session.tracks import BucketTrack, EngineStage
-from weightsync.session.transferring import Transferring
 
 if TYPE_CHECKING:
     from weightsync.session import events as ev
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["Opening"]
 
 
-class Opening(Transferring):
+class Opening(Drawing):
     """Rules of the state OPENING."""
 
     def start(self, now: float) -> list[Instruction]:

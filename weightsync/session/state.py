@@ -1,11 +1,12 @@
 """What a session knows of its push, what it is asked about it, and what must always hold.
 
-The rules that change it are in `opening`, `transferring`, `committing`, `ending` and `failing`, each a class on top of
-the one it uses; `machine` puts them together.
+The rules that change it are in `opening`, `drawing`, `transferring`, `committing`, `ending` and `failing`, each a class
+on top of the one it uses; `machine` puts them together.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -87,7 +88,7 @@ class SessionState:
         self._in_place: set[int] = set()  # ranks whose weights may be read where they lie
         self._unexposed: set[int] = set()  # ranks that were asked where that is, and have not said
         self._unmeasured: set[int] = set()  # ranks of which the fingerprints of that have not come
-        self._delivering = False  # bridges use all slots of theirs for it
+        self._delivering: frozenset[str] = frozenset()  # nodes to which bridges do, which use all slots there and here
         self._spread = False  # ranks of several nodes write: every node gets every bucket by an exchange
         self._ungranted: dict[int, deque[int]] = {}  # by bridge: buckets that wait for a slot, in order
         self._unrelayed: dict[int, deque[int]] = {}  # by bridge: buckets that wait for their broadcast, in order
@@ -167,6 +168,10 @@ class SessionState:
             return f"engine {words}", fields
         if self.state is State.OPENING:
             return "the plan", {"phase": "plan"}
+        held = sorted(self._held())
+        if self.state is State.COMMITTING and held:
+            name, bucket = held[0]
+            return f"engine {name} to release bucket {bucket}", {"engine": name, "bucket": bucket, "phase": "load"}
         if self._unmeasured:
             ranks = sorted(self._unmeasured)
             return f"the fingerprints of rank {listed(ranks)}", {"rank": ranks[0], "phase": "fill"}
@@ -192,6 +197,7 @@ class SessionState:
                 assert not engine.touched, f"{engine.name} was touched and counts as untouched"
             if engine.touched and engine.stage is EngineStage.RESUMING:
                 assert engine.loaded == len(self.buckets), f"{engine.name} is resumed with a mixture"
+                assert not any(e == engine.name for e, _ in self._held()), f"{engine.name} may yet turn out damaged"
             if engine.asked == "draw":
                 assert engine.touched, f"{engine.name} draws and was not begun"
                 assert engine.node == self.home, f"{engine.name} draws from another node"
@@ -200,6 +206,13 @@ class SessionState:
                 assert engine.node != self.home, f"{engine.name} has its own node deliver"
             if engine.asked == "resume" and engine.touched:
                 assert engine.stage is EngineStage.RESUMING, f"{engine.name} is torn and is being resumed"
+        if not self.ended:
+            counted = Counter(engine.phase for engine in self.engines.values())
+            for bucket in self.buckets:
+                copies = bucket.copies.values()
+                counted["wire"] += sum(copy.exporting for copy in copies) + any(copy.relaying for copy in copies)
+            for phase in ("wire", "load", "finalise", "verify"):
+                assert self.phases.active[phase] == counted[phase], f"{phase} counts as under way, and is not"
         if self.state is State.ABORTED:
             assert not any(e.touched for e in self.fleet), "aborted, yet an engine was touched"
         if self.ended:
@@ -226,6 +239,17 @@ class SessionState:
     def _remote_nodes(self) -> list[str]:
         return sorted(self._nodes - {self.home})
 
+    def _receivers(self) -> list[str]:
+        """Nodes that buckets are sent to: every other node, so that communicators stay as they are, or none once no
+        engine there takes buckets.
+        """
+        taken = self._spread or any(e.node != self.home and not e.draws for e in self._live())
+        return self._remote_nodes() if taken else []
+
+    def _held(self) -> set[tuple[str, int]]:
+        """Engines and the buckets of which they have not said yet that they let go of them whole."""
+        return {(e, i) for i in self._active for copy in self.buckets[i].copies.values() for e in copy.readers}
+
     def _ranks_on(self, node: str) -> list[int]:
         return sorted(rank for rank, place in self._rank_nodes.items() if place == node)
 
@@ -233,11 +257,11 @@ class SessionState:
         return self.buckets[bucket].copies.get(node) if 0 <= bucket < len(self.buckets) else None
 
     def _outstanding(self) -> bool:
-        return bool(self._active) or self._delivering or any(e.asked for e in self.engines.values())
+        return bool(self._active) or bool(self._delivering) or any(e.asked for e in self.engines.values())
 
     def _free_slots(self) -> None:
         """Take back each copy that nobody writes, sends or reads any more."""
-        remote = self._remote_nodes()
+        remote = self._receivers()
         for index in list(self._active):
             bucket = self.buckets[index]
             for node, copy in list(bucket.copies.items()):
@@ -248,6 +272,13 @@ class SessionState:
                     self._free.setdefault((node, copy.slot.bridge), []).append(copy.slot.index)
             if not bucket.copies:
                 self._active.discard(index)
+
+    def _lose_copy(self, index: int, node: str, now: float) -> None:
+        """Its arena is gone, or nobody will be heard of it any more."""
+        copies = self.buckets[index].copies
+        copy = copies.pop(node, None)
+        if copy is not None and (copy.exporting or (copy.relaying and not any(c.relaying for c in copies.values()))):
+            self.phases.stop("wire", now)
 
     def _phase(self) -> str:
         return {State.OPENING: "open", State.TRANSFERRING: "transfer"}.get(self.state, "finalise")

@@ -29,7 +29,6 @@ _STEPS: dict[type[do.Instruction], str] = {
     do.BeginEngine: "begin",
     do.DrawWeights: "draw",
     do.ShowPlaces: "show",
-    do.DeliverWeights: "deliver",
     do.FinishEngine: "finish",
     do.VerifyEngine: "verify",
     do.ResumeEngine: "resume",
@@ -41,7 +40,6 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EngineBegun: "begin",
     ev.WeightsDrawn: "draw",
     ev.PlacesShown: "show",
-    ev.WeightsDelivered: "deliver",
     ev.EngineFinished: "finish",
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
@@ -188,6 +186,9 @@ class _Reading:
                 span.nbytes = getattr(event, "nbytes", 0)
                 span.failed = getattr(event, "problem", "")
                 self.spans.append(span)
+            case ev.WeightsDelivered():
+                for engine in event.engines:
+                    self._end(("deliver", engine), now, event.problem)
             case ev.PlanMade():
                 self._sizes = tuple(bucket.nbytes for bucket in event.buckets)
                 self._end(("plan",), now)
@@ -244,6 +245,9 @@ class _Reading:
                 span = Span(self._home, f"bridge {slots[0].bridge}: wire", "wire", f"exchange {bucket}", now)
                 span.bucket = bucket
                 yield ("wire", bucket), span
+            case do.DeliverWeights():
+                for engine in instruction.engines:
+                    yield ("deliver", engine), self._of(engine, "deliver", now)
             case do.LoadBucket(engine=engine, bucket=bucket):
                 yield ("load", engine, bucket), self._of(engine, "load", now, bucket, instruction.count)
             case do.AwaitRelease(engine=engine, bucket=bucket):

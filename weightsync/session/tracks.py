@@ -54,6 +54,7 @@ class EngineTrack:
     keeper: bool = False  # serves nobody: it takes what is pushed to push it again, and decides nothing
     stage: EngineStage = EngineStage.PROBING
     asked: str | None = "probe"  # the one instruction under way at this engine, by phase
+    phase: str | None = None  # of the report, that it counts as
     touched: bool = False  # True from the moment BeginEngine was issued
     was_paused: bool = False  # before this push
     was_torn: bool = False
@@ -101,22 +102,22 @@ class PhaseClock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._active: dict[str, int] = dict.fromkeys(PHASES, 0)
+        self.active: dict[str, int] = dict.fromkeys(PHASES, 0)  # pieces of work that are under way
         self._since: dict[str, float] = {}
 
     def start(self, phase: str, now: float) -> None:
-        if self._active[phase] == 0:
+        if self.active[phase] == 0:
             self._since[phase] = now
-        self._active[phase] += 1
+        self.active[phase] += 1
 
     def stop(self, phase: str, now: float) -> None:
-        if self._active[phase] == 0:
+        if self.active[phase] == 0:
             return
-        self._active[phase] -= 1
-        if self._active[phase] == 0:
+        self.active[phase] -= 1
+        if self.active[phase] == 0:
             self.seconds[phase] += now - self._since.pop(phase)
 
     def stop_all(self, now: float) -> None:
         for phase in PHASES:
-            while self._active[phase]:
+            while self.active[phase]:
                 self.stop(phase, now)

@@ -1,8 +1,6 @@
-"""Weights on their way.
+"""Weights by buckets: slots are leased and filled, exported, relayed to other nodes, loaded, and free again.
 
-By buckets: slots are leased and filled, exported, relayed to other nodes, loaded, and free again. Or an engine draws
-them: it reads the memory that ranks of its node expose. To one on another node bridges deliver what it has places for
-out of that memory. Engines of all kinds may be in one push; where none takes buckets, no slot is leased.
+Engines that take none (see `drawing`) may be in the same push; where none takes buckets, no slot is leased.
 """
 
 from __future__ import annotations
@@ -28,10 +26,10 @@ class Transferring(Committing):
 
     def _begin_transfer(self, now: float, out: list[Instruction]) -> None:
         self.state = State.TRANSFERRING
-        self._choose_who_draws(now)
         out.append(do.AnnouncePlan(expose=bool(self._unexposed)))
         for engine in self._live():  # with "none" too: what comes nearest to it is the engine's own affair
-            engine.stage, engine.asked, engine.paused_by_us = EngineStage.PAUSING, "pause", True
+            engine.stage, engine.paused_by_us = EngineStage.PAUSING, True
+            self._ask(engine, "pause", now)
             self._begun_at[engine.name] = now
             out.append(do.PauseEngine(engine=engine.name, mode=self.pause, deadline=self._until(now)))
         self._go_on(now, out)
@@ -47,69 +45,6 @@ class Transferring(Committing):
         if engine is not None:
             engine.stage = EngineStage.LOADING
             self._go_on(now, out)
-
-    def _choose_who_draws(self, now: float) -> None:
-        """Engines beside which all of the trainer's ranks are, if these offer their weights in place; and one on
-        another node. For several there a broadcast of buckets is less on the wire: it carries each byte once.
-        """
-        offered = len(self._in_place) == self.world and set(self._rank_nodes.values()) == {self.home}
-        away = sum(engine.node != self.home for engine in self._live())
-        for engine in self._live():
-            engine.draws = engine.draws and offered and (engine.node == self.home or away == 1)
-        if any(engine.draws for engine in self._live()):
-            self._unexposed, self._unmeasured = set(range(self.world)), set(range(self.world))
-            self.phases.start("fill", now)
-
-    def _on_rank_exposed(self, event: ev.RankExposed, now: float, out: list[Instruction]) -> None:
-        if event.rank not in self._unexposed:
-            return
-        self._unexposed.discard(event.rank)
-        if event.problem:  # then all of it goes through slots
-            self._unexposed.clear()
-            self._unmeasured.clear()
-            self.phases.stop("fill", now)
-            for engine in self.engines.values():
-                engine.draws = False
-        self._go_on(now, out)
-
-    def _on_rank_measured(self, event: ev.RankMeasured, now: float, out: list[Instruction]) -> None:
-        if event.rank not in self._unmeasured:
-            return
-        self._unmeasured.discard(event.rank)
-        if all(engine.draws for engine in self._live()):  # else what is filled is counted
-            self.filled_bytes += event.nbytes
-        if not self._unmeasured:
-            self.phases.stop("fill", now)
-        self._go_on(now, out)
-
-    def _on_weights_drawn(self, event: ev.WeightsDrawn, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "draw", "load", now, out)
-        if engine is None:
-            return
-        if event.drawn:
-            engine.next_bucket = engine.loaded = len(self.buckets)
-        else:
-            engine.draws = False
-        self._go_on(now, out)
-
-    def _on_places_shown(self, event: ev.PlacesShown, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "show", "load", now, out)
-        if engine is None:
-            return
-        engine.shown, engine.draws = not event.problem, not event.problem
-        self._go_on(now, out)
-
-    def _on_weights_delivered(self, event: ev.WeightsDelivered, now: float, out: list[Instruction]) -> None:
-        self._delivering = False
-        engine = self._succeeded(event.engine, "deliver", "wire", now, out)
-        if engine is None:  # it has left; others may have waited for the slots
-            self._go_on(now, out)
-            return
-        if event.problem:  # buckets bring every byte of it again, out of arenas of which one may be another by now
-            engine.stage, engine.draws = EngineStage.PAUSED, False
-        else:
-            engine.next_bucket = engine.loaded = len(self.buckets)
-        self._go_on(now, out)
 
     def _on_rank_filled(self, event: ev.RankFilled, now: float, out: list[Instruction]) -> None:
         if not 0 <= event.bucket < len(self.buckets):
@@ -160,7 +95,7 @@ class Transferring(Committing):
         known = self.engines.get(event.engine)
         if known is None or known.next_bucket != event.bucket:
             return
-        engine = self._succeeded(event.engine, "load", "load", now, out)
+        engine = self._succeeded(event.engine, "load", now, out)
         if engine is None:
             return
         for bucket in range(event.bucket, event.bucket + event.count):
@@ -176,6 +111,8 @@ class Transferring(Committing):
         engine.
         """
         self._free_slots()
+        if self.state is State.COMMITTING:
+            self._resume_when_verified(now, out)
         if self.state is not State.TRANSFERRING:
             return
         live = self._live()
@@ -189,7 +126,8 @@ class Transferring(Committing):
         for engine in live:
             self._advance(engine, now, out)
         loaded = all(e.stage is EngineStage.LOADING and self._all_loaded(e) for e in live)
-        if loaded and not (self._unmeasured and any(engine.draws for engine in live)):
+        measured = not (self._unmeasured and any(engine.draws for engine in live))
+        if loaded and measured and not self._delivering:  # a delivery to one that was lost reads the weights still
             self._begin_commit(now, out)
 
     def _all_loaded(self, engine: EngineTrack) -> bool:
@@ -242,7 +180,7 @@ class Transferring(Committing):
         while another is under way, so that no wire waits for daemons; an exchange is not, since who breaks one that
         follows a broken one is not to blame.
         """
-        remote = self._remote_nodes()
+        remote = self._receivers()
         if not remote:
             return
         for rail, waiting in self._unrelayed.items():
@@ -288,47 +226,24 @@ class Transferring(Committing):
 
     def _advance(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
         """Begin the engine at its first bucket, then load what has been exported, several buckets in one call: it costs
-        a real engine as much as a small bucket. Half of the slots at most, the larger half of an odd number of them: the
-        rest is filled meanwhile.
+        a real engine as much as a small bucket. Half of the slots at most, the larger half of an odd number of them:
+        the rest is filled meanwhile.
         """
         if engine.asked is not None:
-            return
-        if engine.draws:
-            self._draw(engine, now, out)
             return
         there = self._exported(engine, most=min((self._slots_of(engine.node) + 1) // 2, do.MOST_LOADED))
         if engine.stage is EngineStage.PAUSED and (there or not self.buckets):
             self._begin_engine(engine, now, out)
         elif engine.stage is EngineStage.LOADING and there:
-            engine.asked, engine.loading = "load", there
-            self.phases.start("load", now)
+            engine.loading = there
+            self._ask(engine, "load", now)
             out.append(
                 do.LoadBucket(engine=engine.name, bucket=engine.next_bucket, count=there, deadline=self._until(now))
             )
 
-    def _draw(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        """The same for one that draws, or is delivered to: once every rank has said where its weights lie."""
-        if self._unexposed:
-            return
-        if engine.stage is EngineStage.PAUSED:
-            self._begin_engine(engine, now, out)
-        elif engine.stage is not EngineStage.LOADING or self._all_loaded(engine):
-            return
-        elif engine.node == self.home:
-            engine.asked = "draw"
-            self.phases.start("load", now)
-            out.append(do.DrawWeights(engine=engine.name, deadline=self._until(now)))
-        elif not engine.shown:
-            engine.asked = "show"
-            self.phases.start("load", now)
-            out.append(do.ShowPlaces(engine=engine.name, deadline=self._until(now)))
-        else:
-            engine.asked, self._delivering = "deliver", True
-            self.phases.start("wire", now)
-            out.append(do.DeliverWeights(engine=engine.name, node=engine.node, deadline=self._until(now)))
-
     def _begin_engine(self, engine: EngineTrack, now: float, out: list[Instruction]) -> None:
-        engine.stage, engine.asked, engine.touched = EngineStage.BEGINNING, "begin", True
+        engine.stage, engine.touched = EngineStage.BEGINNING, True
+        self._ask(engine, "begin", now)
         self._begun_at.setdefault(engine.name, now)
         out.append(do.BeginEngine(engine=engine.name, deadline=self._until(now)))
 
