@@ -275,7 +275,6 @@ def test_ranks_of_two_nodes_fill_slots_of_their_own_and_every_node_gets_all(engi
     world = spread(engines, buckets=7, owners=2)
     world.open_all()
     exchange = world.run_until(do.ExchangeBucket)
-    assert isinstance(exchange, do.ExchangeBucket)
     assert [slot.node for slot in exchange.slots] == sorted({"home", "away", *engines.values()})
     world.run()
     assert world.session.state is State.COMMITTED
@@ -349,11 +348,30 @@ def test_a_node_with_ranks_that_no_exchange_reaches_ends_the_push():
     world = spread({"a": "home"})
     world.open_all()
     exchange = world.run_until(do.ExchangeBucket)
-    assert isinstance(exchange, do.ExchangeBucket)
     world.pending.remove(exchange)
     world.hear(ev.BucketRelayed(bucket=exchange.bucket, nodes=(), failed=(("away", ERROR),)))
     assert world.session.ended
     assert "node away" in str(world.ended[0].error)
+
+
+def test_a_rank_of_a_node_that_no_exchange_reaches_writes_until_it_has_stopped():
+    world = spread(REMOTE, buckets=2, owners=2)
+    world.open_all()
+    while not world.leases:
+        world.succeed(world.pending[0])
+    for lease in [lease for lease in world.leases if lease[1] == 0]:
+        world.fill(*lease)
+    assert list(world.writing) == [(1, 1)]
+    exchange = next(i for i in world.pending if isinstance(i, do.ExchangeBucket))
+    world.hear(ev.BridgeLost(node="home", bridge=1, error=ERROR))  # with its slot of bucket 1, not with theirs
+    world.pending.remove(exchange)
+    world.hear(ev.BucketRelayed(bucket=0, nodes=(), failed=(("away", ERROR),)))
+    assert world.session.ended
+    while world.pending:
+        world.succeed(world.pending[0])
+    assert not world.session.done
+    world.hear(ev.RankStopped(rank=1))
+    assert world.session.done
 
 
 def test_a_rank_elsewhere_that_is_lost_has_its_own_arena_replaced():
