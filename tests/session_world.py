@@ -60,12 +60,13 @@ class World:
         keepers: tuple[str, ...] = (),
         draws: tuple[str, ...] = (),
         unable: tuple[str, ...] = (),
+        frail: tuple[str, ...] = (),
     ) -> None:
         """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
         for those that are left out. `draws` are engines that would read weights in place, which ranks then offer;
-        those of them that are `unable` find that out when they are asked to.
+        those of them that are `unable` find that out when they are asked to. A delivery to one that is `frail` breaks.
         """
-        self.draws, self.unable = draws, unable
+        self.draws, self.unable, self.frail = draws, unable, frail
         self.to_say: list[tuple[int, type[ev.Event]]] = []  # what ranks have to say of their weights in place
         self.shown: set[int] = set()  # ranks that have exposed their weights
         self.measured: set[int] = set()
@@ -100,6 +101,7 @@ class World:
         self.models = {name: EngineModel(serving=name != torn) for name in self.engines}
         self.torn = torn
         self.pending: list[do.Instruction] = []
+        self.unheard: list[do.Instruction] = []  # never to be answered
         self.leases: list[tuple[int, int]] = []  # (rank, bucket) to fill
         self.reading: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot it may be reading
         self.exported: dict[tuple[str, int], do.Slot] = {}  # (node, bucket)
@@ -274,7 +276,7 @@ class World:
                 return ev.EngineBegun(engine=name)
             case do.ExportBucket(bucket=bucket, slot=slot, engines=names):
                 self.exported[slot.node, bucket] = slot
-                if id(instruction) not in self.void:
+                if id(instruction) not in self.void and slot.node not in self.gone:  # a lost node sweeps its own slots
                     self.holds.update({(name, bucket): slot for name in names})
                 return ev.BucketExported(bucket=bucket, node=slot.node)
             case do.ExchangeBucket(bucket=bucket, slots=slots):
@@ -305,6 +307,8 @@ class World:
             case do.DeliverWeights(engine=name):
                 assert not self.models[name].serving or self.session.pause == "none", f"{name} serves as it is loaded"
                 del self.delivering[name]
+                if name in self.frail:
+                    return ev.WeightsDelivered(engine=name, problem="the wire broke")
                 self.models[name].spoilt = False
                 self.models[name].loaded = list(range(len(self.plan)))
                 self.drawn.add(name)
@@ -360,6 +364,7 @@ class World:
     def lose(self, instruction: do.Instruction) -> None:
         """Its outcome never comes."""
         self.pending.remove(instruction)
+        self.unheard.append(instruction)
         name = getattr(instruction, "engine", "")
         if name in self.models:
             self.models[name].deaf = True
@@ -378,8 +383,8 @@ class World:
                 continue
             if str(track.stage) == "committed":
                 assert model.serving, f"{name} is committed, and does not serve"
-            elif model.mixed or name == self.torn:
-                assert not model.serving, f"{name} serves a mixture"
+            elif model.mixed or name == self.torn or str(track.stage) == "torn":
+                assert not model.serving, f"{name} serves a mixture, or what is not known to be none"
             elif not model.begun:
                 assert model.serving, f"{name} was not touched, and does not serve"
 
