@@ -127,6 +127,8 @@ class World:
                 self._forget_arena(node, bridge)
             case ev.NodeLost(node=node):
                 self.gone.add(node)
+                for name in (n for n, where in self.engines.items() if where == node):
+                    self.models[name].deaf = True  # there is nobody to tell that it has to pause
                 self.writing = {k: s for k, s in self.writing.items() if s.node != node}
                 self.leases = [lease for lease in self.leases if self.places[lease[0]] != node]
                 self.holds = {k: s for k, s in self.holds.items() if s.node != node}

@@ -74,6 +74,15 @@ class AnyOrder(RuleBasedStateMachine):
             if self.world.pending:
                 self.world.succeed(self.world.pending[0])
 
+    @rule(count=st.integers(1, 40), chance=st.integers(0, 2**16))
+    def all_goes_well_for_a_while(self, count, chance):
+        self.world.run_mixed(count, Random(chance))
+
+    @precondition(lambda self: self.world.delivering)
+    @rule()
+    def a_node_dies_that_is_delivered_to(self):
+        self.world.hear(ev.NodeLost(node="away", error=ERROR))
+
     @precondition(lambda self: self.world.leases)
     @rule(data=st.data())
     def a_rank_fills(self, data):
@@ -197,5 +206,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=1200, stateful_step_count=16, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=1000, stateful_step_count=16, deadline=None)
 TestAnyOrder = AnyOrder.TestCase
