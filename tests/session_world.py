@@ -60,12 +60,13 @@ class World:
         keepers: tuple[str, ...] = (),
         draws: tuple[str, ...] = (),
         unable: tuple[str, ...] = (),
+        frail: tuple[str, ...] = (),
     ) -> None:
         """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
         for those that are left out. `draws` are engines that would read weights in place, which ranks then offer;
-        those of them that are `unable` find that out when they are asked to.
+        those of them that are `unable` find that out when they are asked to. A delivery to one that is `frail` breaks.
         """
-        self.draws, self.unable = draws, unable
+        self.draws, self.unable, self.frail = draws, unable, frail
         self.to_say: list[tuple[int, type[ev.Event]]] = []  # what ranks have to say of their weights in place
         self.shown: set[int] = set()  # ranks that have exposed their weights
         self.measured: set[int] = set()
@@ -100,6 +101,7 @@ class World:
         self.models = {name: EngineModel(serving=name != torn) for name in self.engines}
         self.torn = torn
         self.pending: list[do.Instruction] = []
+        self.unheard: list[do.Instruction] = []  # never to be answered
         self.leases: list[tuple[int, int]] = []  # (rank, bucket) to fill
         self.reading: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot it may be reading
         self.exported: dict[tuple[str, int], do.Slot] = {}  # (node, bucket)
@@ -125,6 +127,8 @@ class World:
                 self._forget_arena(node, bridge)
             case ev.NodeLost(node=node):
                 self.gone.add(node)
+                for name in (n for n, where in self.engines.items() if where == node):
+                    self.models[name].deaf = True  # there is nobody to tell that it has to pause
                 self.writing = {k: s for k, s in self.writing.items() if s.node != node}
                 self.leases = [lease for lease in self.leases if self.places[lease[0]] != node]
                 self.holds = {k: s for k, s in self.holds.items() if s.node != node}
@@ -276,7 +280,7 @@ class World:
                 return ev.EngineBegun(engine=name)
             case do.ExportBucket(bucket=bucket, slot=slot, engines=names):
                 self.exported[slot.node, bucket] = slot
-                if id(instruction) not in self.void:
+                if id(instruction) not in self.void and slot.node not in self.gone:  # a lost node sweeps its own slots
                     self.holds.update({(name, bucket): slot for name in names})
                 return ev.BucketExported(bucket=bucket, node=slot.node)
             case do.ExchangeBucket(bucket=bucket, slots=slots):
@@ -306,6 +310,8 @@ class World:
                 return ev.PlacesShown(engine=name)
             case do.DeliverWeights(engines=names):
                 self.delivering.clear()
+                if set(self.frail) & set(names):
+                    return ev.WeightsDelivered(engines=names, problem="the wire broke")
                 for name in names:
                     model = self.models[name]
                     assert not model.serving or self.session.pause == "none", f"{name} serves as it is loaded"
@@ -363,6 +369,7 @@ class World:
     def lose(self, instruction: do.Instruction) -> None:
         """Its outcome never comes."""
         self.pending.remove(instruction)
+        self.unheard.append(instruction)
         name = getattr(instruction, "engine", "")
         if name in self.models:
             self.models[name].deaf = True
@@ -381,8 +388,8 @@ class World:
                 continue
             if str(track.stage) == "committed":
                 assert model.serving, f"{name} is committed, and does not serve"
-            elif model.mixed or name == self.torn:
-                assert not model.serving, f"{name} serves a mixture"
+            elif model.mixed or name == self.torn or str(track.stage) == "torn":
+                assert not model.serving, f"{name} serves a mixture, or what is not known to be none"
             elif not model.begun:
                 assert model.serving, f"{name} was not touched, and does not serve"
 

@@ -40,6 +40,7 @@ class AnyOrder(RuleBasedStateMachine):
         keepers=KEEPERS,
         draws=st.sampled_from([(), ("a",), *[("a", "b"), ("a", "b", "c")] * 3]),
         unable=st.sampled_from([(), (), (), ("a",), ("b",)]),
+        frail=st.sampled_from([(), ("a", "b")]),
         places=st.sampled_from([*[()] * 9, ("home", "away"), ("home", "away", "away2"), ("home", "home", "away")]),
         steps=st.integers(0, 90),
         chance=st.none() | st.integers(0, 2**16),
@@ -72,6 +73,15 @@ class AnyOrder(RuleBasedStateMachine):
         for _ in range(count):
             if self.world.pending:
                 self.world.succeed(self.world.pending[0])
+
+    @rule(count=st.integers(1, 40), chance=st.integers(0, 2**16))
+    def all_goes_well_for_a_while(self, count, chance):
+        self.world.run_mixed(count, Random(chance))
+
+    @precondition(lambda self: self.world.delivering)
+    @rule()
+    def a_node_dies_that_is_delivered_to(self):
+        self.world.hear(ev.NodeLost(node="away", error=ERROR))
 
     @precondition(lambda self: self.world.leases)
     @rule(data=st.data())
@@ -152,7 +162,8 @@ class AnyOrder(RuleBasedStateMachine):
     @rule(engine=NAMES, bucket=st.integers(-1, 7), kind=st.sampled_from([ev.BucketLoaded, ev.BucketReleased]))
     def nonsense_about_a_bucket(self, engine, bucket, kind):
         busy = any(
-            getattr(i, "engine", "") == engine and getattr(i, "bucket", -1) == bucket for i in self.world.pending
+            getattr(i, "engine", "") == engine and getattr(i, "bucket", -1) == bucket
+            for i in (*self.world.pending, *self.world.unheard)
         )
         if not busy:  # a forged outcome of an instruction under way is no event that can happen
             before = self.world.session.engines[engine].loaded if engine in self.world.engines else 0
@@ -195,5 +206,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=900, stateful_step_count=40, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=1000, stateful_step_count=16, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

@@ -356,6 +356,26 @@ def test_a_node_with_ranks_that_no_exchange_reaches_ends_the_push():
     assert "node away" in str(world.ended[0].error)
 
 
+def test_a_rank_of_a_node_that_no_exchange_reaches_writes_until_it_has_stopped():
+    world = spread(REMOTE, buckets=2, owners=2)
+    world.open_all()
+    while not world.leases:
+        world.succeed(world.pending[0])
+    for lease in [lease for lease in world.leases if lease[1] == 0]:
+        world.fill(*lease)
+    assert list(world.writing) == [(1, 1)]
+    exchange = next(i for i in world.pending if isinstance(i, do.ExchangeBucket))
+    world.hear(ev.BridgeLost(node="home", bridge=1, error=ERROR))  # with its slot of bucket 1, not with theirs
+    world.pending.remove(exchange)
+    world.hear(ev.BucketRelayed(bucket=0, nodes=(), failed=(("away", ERROR),)))
+    assert world.session.ended
+    while world.pending:
+        world.succeed(world.pending[0])
+    assert not world.session.done
+    world.hear(ev.RankStopped(rank=1))
+    assert world.session.done
+
+
 def test_a_rank_elsewhere_that_is_lost_has_its_own_arena_replaced():
     world = spread({"a": "home"})
     world.open_all()

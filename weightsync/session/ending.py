@@ -139,11 +139,13 @@ class Ending(SessionState):
             if engine.node == node:
                 engine.at_rest = lost  # there is nobody to tell
                 self._evict(engine, about(error, engine=engine.name, phase=phase), lost=lost, now=now, out=out)
+        ranks = self._ranks_on(node)
         for bucket in self.buckets:
             copy = bucket.copies.get(node)
-            if copy is not None and not copy.exporting:  # what is exported just now has holds to be revoked
+            if copy is None or copy.exporting:  # what is exported just now has holds to be revoked
+                continue
+            if not (copy.relaying or bucket.unfilled.intersection(ranks)):  # nor may others have what is written to
                 del bucket.copies[node]
-        ranks = self._ranks_on(node)
         if ranks and self.state in (State.OPENING, State.TRANSFERRING):
             who = f"trainer rank{'s' if len(ranks) > 1 else ''} {listed(ranks)} of node {node}"
             message = f"{who} cannot go on: {error.message}"
