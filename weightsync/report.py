@@ -26,7 +26,7 @@ class EngineReport:
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
     untouched: int  # tensors of the engine that the push did not hold
     error: ErrorRecord | None
-    drawn: bool = False  # it read the trainer's memory where the weights lay, and no slots
+    drawn: bool = False  # its weights came from where the trainer has them, through no slots
 
 
 @dataclass(frozen=True)

@@ -70,8 +70,7 @@ class Deliveries:
         except WeightSyncError as error:
             problem = error.message
         if problem:
-            words = ", ".join(engines)
-            logger.warning("[v=%d] %s: given buckets, nothing was delivered: %s", context.version, words, problem)
+            logger.warning("[engine=%s v=%d] is given buckets: %s", ",".join(engines), context.version, problem)
         else:
             context.drawn.update(engines)
         return ev.WeightsDelivered(engines=engines, problem=problem)

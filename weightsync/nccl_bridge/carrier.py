@@ -106,8 +106,8 @@ class Carrier:
             if command.exposures is not None:
                 shown = self._unpacked(self._exposures.of(command.exposures), manifest)
             turns = {"turn": command.turn, "turns": command.turns}
-            of = () if command.whole else tuple(one.parts_digest for one in places)
-            pieces = manifest.digest, command.piece, *turns.values(), command.whole, of
+            asked = () if command.whole else tuple(one.parts_digest for one in places)
+            pieces = manifest.digest, command.piece, *turns.values(), command.whole, asked
             mine = tuple(one.shapes_digest if packing else one.parts_digest for one in shown)
 
             def work_out() -> _Plan:

@@ -152,7 +152,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float  # from pause to resume
     checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
     untouched: Natural = 0  # tensors of the engine that the push did not hold
-    drawn: bool = False  # it read the trainer's memory where the weights lay, and no slots
+    drawn: bool = False  # its weights came from where the trainer has them, through no slots
     error: ErrorRecord | None = None
 
 
