@@ -275,6 +275,7 @@ def test_ranks_of_two_nodes_fill_slots_of_their_own_and_every_node_gets_all(engi
     world = spread(engines, buckets=7, owners=2)
     world.open_all()
     exchange = world.run_until(do.ExchangeBucket)
+    assert isinstance(exchange, do.ExchangeBucket)
     assert [slot.node for slot in exchange.slots] == sorted({"home", "away", *engines.values()})
     world.run()
     assert world.session.state is State.COMMITTED
@@ -348,6 +349,7 @@ def test_a_node_with_ranks_that_no_exchange_reaches_ends_the_push():
     world = spread({"a": "home"})
     world.open_all()
     exchange = world.run_until(do.ExchangeBucket)
+    assert isinstance(exchange, do.ExchangeBucket)
     world.pending.remove(exchange)
     world.hear(ev.BucketRelayed(bucket=exchange.bucket, nodes=(), failed=(("away", ERROR),)))
     assert world.session.ended
