@@ -207,5 +207,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=1500, stateful_step_count=16, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=1200, stateful_step_count=16, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

@@ -225,7 +225,9 @@ class Ending(SessionState):
         for engine in self.engines.values():
             if engine.asked is not None:
                 self._nothing_asked(engine, now)
-                if not engine.stage.ended:
+                if engine.stage.ended:  # it left while that was under way, and has not been told to rest
+                    self._let_rest(engine, now, out)
+                else:
                     self._evict(engine, error, lost=True, now=now, out=out)
         suspects = {place for place in self._capacity if self._delivering and place[0] in (self.home, self._delivering)}
         for index, bucket in enumerate(self.buckets):
