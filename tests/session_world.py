@@ -444,12 +444,13 @@ class World:
             else:
                 return
 
-    def run_mixed(self, steps: int, chance: Random) -> None:
-        """Everything ends well, in an order of chance: instructions, ranks' words and fills."""
+    def run_mixed(self, steps: int, chance: Random, hung: type[do.Instruction] | None = None) -> None:
+        """Everything ends well, in an order of chance: instructions, but of one kind, ranks' words and fills."""
         for _ in range(steps):
             which = chance.randrange(3)
-            if self.pending and (which == 0 or not (self.to_say or self.leases)):
-                self.succeed(chance.choice(self.pending))
+            ready = [i for i in self.pending if hung is None or not isinstance(i, hung)]
+            if ready and (which == 0 or not (self.to_say or self.leases)):
+                self.succeed(chance.choice(ready))
             elif self.to_say and (which == 1 or not self.leases):
                 self.say(chance.randrange(len(self.to_say)))
             elif self.leases:

@@ -44,10 +44,11 @@ class AnyOrder(RuleBasedStateMachine):
         places=st.sampled_from([*[()] * 9, ("home", "away"), ("home", "away", "away2"), ("home", "home", "away")]),
         steps=st.integers(0, 90),
         chance=st.none() | st.integers(0, 2**16),
+        hung=st.booleans(),
     )
-    def begin(self, steps, chance, **terms):
+    def begin(self, steps, chance, hung, **terms):
         """In the middle of a push in which all has gone well so far: left to itself, chance hardly ever comes further
-        than that all ranks have called.
+        than that all ranks have called. Where deliveries are `hung`, they last longer than that.
         """
         self.world = World(**terms)
         if steps:
@@ -55,7 +56,7 @@ class AnyOrder(RuleBasedStateMachine):
         if chance is None:
             self.world.run(steps)
         else:
-            self.world.run_mixed(steps, Random(chance))
+            self.world.run_mixed(steps, Random(chance), hung=do.DeliverWeights if hung else None)
 
     @rule(data=st.data())
     def open_a_rank(self, data):
@@ -206,5 +207,5 @@ class AnyOrder(RuleBasedStateMachine):
         assert not any(isinstance(i, do.GrantLease) for i in self.world.pending)
 
 
-AnyOrder.TestCase.settings = settings(max_examples=1000, stateful_step_count=16, deadline=None)
+AnyOrder.TestCase.settings = settings(max_examples=1200, stateful_step_count=16, deadline=None)
 TestAnyOrder = AnyOrder.TestCase

@@ -255,6 +255,19 @@ def test_a_silent_engine_does_not_keep_the_session_from_being_done():
     assert world.session.done
 
 
+def test_an_engine_that_left_torn_and_never_answers_is_told_to_pause_all_the_same():
+    world = World(engines=REMOTE, pause="none")
+    world.open_all()
+    load = world.run_until(do.LoadBucket, engine="b")
+    world.hear(ev.BridgeLost(node="away", bridge=0, error=ERROR))
+    assert outcomes(world)["b"] == "torn"
+    world.hear(ev.StopRequested(reason="stopping"))
+    world.lose(load)
+    world.hear(ev.StopRequested(reason="stopping"))
+    assert world.session.done
+    assert any(isinstance(i, do.PauseEngine) and i.engine == "b" for i in world.pending)
+
+
 def test_the_home_bridge_that_dies_ends_the_push():
     world = World()
     world.open_all()

@@ -225,7 +225,9 @@ class Ending(SessionState):
         for engine in self.engines.values():
             if engine.asked is not None:
                 self._nothing_asked(engine, now)
-                if not engine.stage.ended:
+                if engine.stage.ended:  # it left while that was under way, and has not been told to rest
+                    self._let_rest(engine, now, out)
+                else:
                     self._evict(engine, error, lost=True, now=now, out=out)
         staging = {self.home, *self._delivering} if self._delivering else set()
         suspects = {place for place in self._capacity if place[0] in staging}
