@@ -177,15 +177,19 @@ class Bridge:
                 return
 
     async def warm(self, *, longest: float, deadline: float) -> None:
-        """Have it load what communicators need, and wait for it until `deadline`. It has `longest` seconds, so that one
-        that loads slowly is not taken for wedged. Raises `TransportError`.
+        """Have it load what communicators need. As `work`."""
+        await self.work(Warm(), "loading", longest=longest, deadline=deadline)
+
+    async def work(self, command: Command[R], what: str, *, longest: float, deadline: float) -> R:
+        """Have it do what is on no wire, and wait for it until `deadline`. It has `longest` seconds, so that one that
+        is slow is not taken for wedged, and goes on when nobody waits any more. Raises `TransportError`.
         """
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self.call(Warm(), deadline=time.monotonic() + longest)
+                return await self.call(command, deadline=time.monotonic() + longest)
         except TimeoutError:
             raise TransportTimeout(
-                f"bridge {self.name} is still loading", hint="it is ready for the next push"
+                f"bridge {self.name} is still {what}", hint="it is ready for the next push"
             ) from None
 
     def retire(self, reason: str) -> None:

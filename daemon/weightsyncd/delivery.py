@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from weightsync.errors import LocalProtocolError, WeightSyncError
+from weightsync.errors import LocalProtocolError, PushAborted, WeightSyncError
 from weightsync.nccl_bridge import commands
+from weightsync.nccl_bridge.replies import NEVER
 from weightsync.plan.exposure import Exposures, gpu_of
 from weightsync.plan.told import ToldExposures, ToldManifests
 from weightsync.session import events as ev
@@ -21,7 +22,7 @@ from weightsync.wire import messages as msg
 from weightsyncd.rails import MOMENT, quietly, sentences
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Coroutine, Sequence
 
     from weightsync.errors import ErrorRecord
     from weightsync.session import instructions as do
@@ -34,7 +35,8 @@ __all__ = ["Deliveries"]
 logger = logging.getLogger(__name__)
 
 _PIECE = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
-_PASSING = ("TransportTimeout", "TransportClosed", "DaemonLost")  # kinds of errors that the next push may not meet
+_LONGEST = 300.0  # seconds that a bridge may work out a layout, for a later push if this one does not wait
+_REMEMBERED = 600.0  # seconds for which what cannot be delivered is not tried again
 
 
 class _Told(NamedTuple):
@@ -60,25 +62,42 @@ class Deliveries:
 
     def __init__(self) -> None:
         self._told: dict[str, _Told] = {}  # by bridge
-        self._refused: tuple[tuple[object, ...], str] | None = None  # what could not be prepared last, and why
+        self._refused: tuple[tuple[object, ...], float, str] | None = None  # what could not be, until when, and why
+        self._ended = asyncio.Event()  # the push of the delivery that is under way; replaced with each
 
     async def deliver(self, rails: Rails, context: PushContext, instruction: do.DeliverWeights) -> ev.WeightsDelivered:
         """Bring engines elsewhere what they have places for. Where that fails, buckets bring everything."""
-        engines = instruction.engines
+        engines, self._ended = instruction.engines, asyncio.Event()
         try:
-            problem = await self._deliver(rails, context, instruction)
+            problem = await self._unless_it_ends(self._deliver(rails, context, instruction))
         except WeightSyncError as error:
             problem = error.message
-        if problem:
+        if problem and not self._ended.is_set():
             logger.warning("[engine=%s v=%d] is given buckets: %s", ",".join(engines), context.version, problem)
-        else:
+        if not problem:
             context.drawn.update(engines)
         return ev.WeightsDelivered(engines=engines, problem=problem)
+
+    def stop(self) -> None:
+        """The push has ended, and nobody needs what is being delivered for it, if something is."""
+        self._ended.set()
+
+    async def _unless_it_ends(self, delivery: Coroutine[None, None, str]) -> str:
+        work, end = asyncio.ensure_future(delivery), asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise PushAborted("its push has ended")
+            return work.result()
+        finally:
+            end.cancel()
+            work.cancel()
+            await asyncio.gather(work, end, return_exceptions=True)  # bridges have let go of it
 
     async def prepare_to_collect(
         self, context: PushContext, bridge: Bridge, message: msg.Prepare, until: float
     ) -> None:
-        """Get ready for what a coordinator delivers to engines of this node. Raises `TransportError`."""
+        """Get ready for what a coordinator delivers to engines of this node. Raises `WeightSyncError`."""
         if missing := [name for name in message.engines if name not in context.shown]:
             raise LocalProtocolError("it has not shown its places in this push", engine=missing[0])
         shown = [context.shown[name] for name in message.engines]
@@ -92,16 +111,16 @@ class Deliveries:
         if exposures is None:
             raise LocalProtocolError("no trainer exposes its weights on this node")
         alive = [bridge.incarnation for bridge in rails.bridges] + [info.incarnation for info in infos]
-        key = exposures.digest, *(one.digest for one in shown), *alive
-        if self._refused is not None and self._refused[0] == key:
-            return self._refused[1]
+        key = exposures.digest, *instruction.engines, *alive
+        if self._refused is not None and self._refused[0] == key and time.monotonic() < self._refused[1]:
+            return self._refused[2]
         slot_bytes = min([rails.bridges[0].config.slot_bytes, *(info.slot_bytes for info in infos)])
         deals = _dealt(shown, infos[0].gpus if infos else (), rails.count(names))
         token = secrets.randbits(59)
         failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PIECE))
         if failed:
-            if not any(error.kind in _PASSING for error in failed.values()):
-                self._refused = key, sentences(failed)
+            if any(error.phase == NEVER for error in failed.values()):
+                self._refused = key, time.monotonic() + _REMEMBERED, sentences(failed)
             return sentences(failed)
         failed = {} if rails.stands(names) else await rails.form(names, until)
         return sentences(failed or await _carry(rails, context, names, deals, token, until))
@@ -178,7 +197,7 @@ class Deliveries:
                 places=told.places.tell(places) if places is not None else None,
                 exposures=told.exposures.tell(exposures) if exposures is not None else None,
             )
-            await bridge.call(command, deadline=until)
+            await bridge.work(command, "preparing a delivery", longest=_LONGEST, deadline=until)
 
     def _told_to(self, bridge: Bridge) -> _Told:
         known = self._told.get(bridge.name)
@@ -216,13 +235,18 @@ async def _carry(
         if problem is not None:
             await give_up(rails.home, problem)
 
-    async with asyncio.TaskGroup() as group:
-        for deal in deals:
-            for node in nodes:
-                group.create_task(take(node, deal.rail))
-            group.create_task(send(deal.rail))
-    if broken:
-        rails.break_up(generation)
+    try:
+        async with asyncio.TaskGroup() as group:
+            for deal in deals:
+                for node in nodes:
+                    group.create_task(take(node, deal.rail))
+                group.create_task(send(deal.rail))
+    except asyncio.CancelledError:  # nobody wants it any more: nothing of it is read here after this
+        await give_up(rails.home, PushAborted("its push has ended").record())
+        raise
+    finally:
+        if broken:
+            rails.break_up(generation)
     return broken
 
 

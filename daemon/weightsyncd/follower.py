@@ -236,7 +236,7 @@ class Follower:
             # of a delivery it is the whole model: it has more time than a single bucket
             manifest = held.context.manifest if isinstance(message, msg.Collect) else None
             until = self._until(message.timeout, manifest.nbytes if manifest is not None else 0)
-            with Working(held, message.rail):
+            with Working(held, None if isinstance(message, msg.Prepare) else message.rail):  # that is on no wire
                 await self._rail_work.do(held, message, until)
         return msg.Executed(event={})
 

@@ -295,6 +295,7 @@ class Push:
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session
+        self._services.executor.deliveries.stop()
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
             refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything

@@ -14,12 +14,19 @@ import numpy as np
 import pytest
 
 from tests.hand_push import manifest_of
-from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
+from weightsync.errors import (
+    LocalProtocolError,
+    TransportBroken,
+    TransportClosed,
+    TransportTimeout,
+    WeightSyncError,
+)
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.memfile import MemoryFile
 from weightsync.nccl_bridge import carrier as carrier_module
 from weightsync.nccl_bridge import commands as c
 from weightsync.nccl_bridge.carrier import Carrier
+from weightsync.nccl_bridge.replies import NEVER
 from weightsync.plan import delivery
 from weightsync.plan.boxes import packed_strides
 from weightsync.plan.exposure import Exposure, Exposures, Part
@@ -94,8 +101,10 @@ def ends():
     made.close()
 
 
-def mapped() -> int:
-    return Path("/proc/self/maps").read_text().count("/memfd:weightsync-")
+def mapped(ends: Ends) -> int:
+    """How often the memory of these ends is mapped here."""
+    maps = Path("/proc/self/maps").read_text()
+    return sum(maps.count(f"/memfd:{file.region.name}") for file in (ends.source, ends.target))
 
 
 def test_what_was_prepared_is_carried_again_and_again(ends):
@@ -171,12 +180,42 @@ def test_working_out_ends_when_another_delivery_is_asked_for(ends, monkeypatch):
     ends.carry(2)
 
 
+def test_what_is_prepared_when_buckets_come_maps_nothing(ends, monkeypatch):
+    before = mapped(ends)
+    pieces_of = delivery.pieces_of
+
+    def late(boxes: Any, tensors: Any, most: int, *, check: Any) -> Any:
+        ends.sending.release()
+        return pieces_of(boxes, tensors, most, check)
+
+    monkeypatch.setattr(carrier_module, "pieces_of", late)
+    with pytest.raises(TransportClosed, match="nobody waits"):
+        ends.sending.prepare(ends.prepare(1, sending=True), deadline=soon())
+    assert mapped(ends) == before
+    monkeypatch.delattr(carrier_module, "pieces_of")
+    ends.sending.prepare(ends.prepare(2, sending=True), deadline=soon())  # what was worked out is there
+
+
+@pytest.mark.parametrize("how", ["mapped", "exposed"])
+def test_what_cannot_be_delivered_as_things_are_says_so(ends, how):
+    terms: dict[str, Any] = {}
+    if how == "mapped":
+        ends.source.close()
+    else:
+        part = Part(0, (0, 0), (1, COLUMNS), 0, 0, (4 * COLUMNS, 4))
+        one = Exposure.of(os.getpid(), started(os.getpid()), [ends.source.region], [part], 2)
+        terms["exposures"] = Exposures.of([one.packed]).pack()
+    with pytest.raises(WeightSyncError, match=f"cannot be {how}|is not the memory|are {how} by no rank") as raised:
+        ends.sending.prepare(ends.prepare(1, sending=True, **terms), deadline=soon())
+    assert raised.value.phase == NEVER
+
+
 def test_what_is_mapped_is_let_go(ends):
-    before = mapped()
+    before = mapped(ends)
     ends.sending.prepare(ends.prepare(1, sending=True), deadline=soon())
     ends.taking.prepare(ends.prepare(1, sending=False), deadline=soon())
     ends.carry(1)
-    assert mapped() == before + 2, "for the next push"
+    assert mapped(ends) == before + 2, "for the next push"
     ends.sending.release()
     ends.taking.release()
-    assert mapped() == before
+    assert mapped(ends) == before

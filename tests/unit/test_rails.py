@@ -11,10 +11,11 @@ import msgspec
 import pytest
 
 from weightsync.config import parse_node_config
-from weightsync.errors import PushRefused, TransportClosed, TransportTimeout
+from weightsync.errors import LocalProtocolError, PushRefused, TransportClosed, TransportTimeout
 from weightsync.nccl_bridge import commands
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
+from weightsyncd.delivery import Deliveries
 from weightsyncd.follower import Follower
 from weightsyncd.holding import Held, Working
 from weightsyncd.rails import Rails, leave
@@ -145,7 +146,7 @@ def following(bridge, *, busy=lambda: False, may=True):
     async def let_go(context, until):
         pass
 
-    executor: Any = SimpleNamespace(engines=[], let_go=let_go)
+    executor: Any = SimpleNamespace(engines=[], let_go=let_go, deliveries=Deliveries())
     follower = Follower(
         parse_node_config('[node]\nname = "n1"\n'),
         "incarnation",
@@ -191,6 +192,25 @@ def test_a_bridge_joins_once_the_last_push_has_left():
         return bridge.commands
 
     assert asyncio.run(main())[-1] == "Join"
+
+
+@pytest.mark.timeout(10)
+def test_a_delivery_that_cannot_be_prepared_breaks_no_communicator():
+    """The coordinator believes that it stands, and would have a broadcast meet a bridge that has left."""
+
+    async def main():
+        bridge = Recorder()
+        follower = following(bridge)
+        follower._held.rails.clear()
+        prepare = msg.Prepare(
+            push="p", rail=0, engines=("e",), ranks=(), token=1, piece=256, turn=0, turns=1, timeout=5.0
+        )
+        with pytest.raises(LocalProtocolError, match="has not shown its places"):
+            await follower.at_rail(b"identity", prepare)
+        await follower.release(b"identity", "p", None)
+        return bridge.commands
+
+    assert "Leave" not in asyncio.run(main())
 
 
 @pytest.mark.timeout(10)

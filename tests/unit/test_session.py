@@ -669,6 +669,19 @@ def test_an_engine_that_nothing_can_be_delivered_to_is_given_buckets(how):
     assert [e.draws for e in world.session.fleet] == [True, False]
 
 
+def test_what_is_filled_after_a_delivery_that_failed_is_counted_once():
+    world = World(engines={"b": "away"}, draws=("b",))
+    world.open_all()
+    deliver = world.run_until(do.DeliverWeights)
+    while world.to_say:
+        world.say()
+    assert world.session.filled_bytes == 200
+    world.fail(deliver)
+    assert world.session.filled_bytes == 0
+    world.run()
+    assert world.session.filled_bytes == sum(100 * len(bucket.fillers) for bucket in world.plan)
+
+
 SEVERAL = {"a": "home", "b": "away", "c": "away", "d": "away2"}
 
 

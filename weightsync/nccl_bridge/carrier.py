@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
-from weightsync.errors import LocalProtocolError, TransportClosed, TransportTimeout
+from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 from weightsync.ipc.regions import RegionMap
 from weightsync.nccl_bridge.delivery import DeviceWay, HostWay, Load, Way
+from weightsync.nccl_bridge.replies import NEVER
 from weightsync.plan.delivery import boxes_of, incoming, outgoing, pieces_of, share_of
 from weightsync.plan.exposure import Exposure
 from weightsync.plan.packing import digest_of
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     from weightsync.drawing.device import DeviceStaged
     from weightsync.drawing.host import HostStaged
+    from weightsync.errors import WeightSyncError
     from weightsync.ipc.arena import Arena
     from weightsync.ipc.cuda import DeviceSlots
     from weightsync.nccl_bridge.commands import Prepare
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["Carrier"]
+
+_NONE = -1  # no delivery's token
 
 T = TypeVar("T")
 
@@ -76,18 +80,18 @@ class Carrier:
         self._read: dict[Hashable, tuple[Exposure, ...]] = {}  # the latest last, as plans
         self._plans: dict[Hashable, _Plan] = {}
         self._prepared: _Prepared | None = None
-        self._wanted = 0  # token of the delivery that was asked for last
+        self._wanted = _NONE  # token of the delivery that was asked for last
         self._busy = threading.Lock()
 
     def prepare(self, command: Prepare, *, deadline: float) -> None:
-        """Get ready for the delivery of the command's token, in place of any other. Raises `TransportError` for memory
-        that cannot be mapped and `LocalProtocolError` for what cannot be delivered.
+        """Get ready for the delivery of the command's token, in place of any other. Raises `TransportError`, and
+        `LocalProtocolError` for what cannot be delivered; in the phase `NEVER` where another attempt ends likewise.
         """
         self._wanted = command.token
 
         def check() -> None:
             seconds_left(deadline, "preparing a delivery")
-            if self._wanted != command.token:
+            if self._wanted not in (command.token, _NONE):
                 raise TransportClosed("another delivery is prepared instead")
 
         if command.piece > self._slot_bytes or command.turn >= command.turns:
@@ -96,32 +100,41 @@ class Carrier:
                 f"{self._slot_bytes} bytes, and turns count from 0"
             )
         with self._alone(deadline, "preparing a delivery"):
+            check()
             self._prepared = None
-            manifest = self._manifests.of(command.manifest)
-            tensors, packing = manifest.tensors, command.exposures is not None
-            places: tuple[Exposure, ...] = ()
-            if command.places is not None:
-                places = self._unpacked(self._places.of(command.places), manifest)
-            shown = places
-            if command.exposures is not None:
-                shown = self._unpacked(self._exposures.of(command.exposures), manifest)
-            turns = {"turn": command.turn, "turns": command.turns}
-            asked = () if command.whole else tuple(one.parts_digest for one in places)
-            pieces = manifest.digest, command.piece, *turns.values(), command.whole, asked
-            mine = tuple(one.shapes_digest if packing else one.parts_digest for one in shown)
+            prepared = self._worked_out(command, check)
+            check()
+            if self._wanted == _NONE:  # weights have gone another way since; what was worked out is kept
+                raise TransportClosed("nobody waits for this delivery any more")
+            with _for_good(TransportBroken), self._regions(prepared).mapped(prepared.shown):
+                self._prepared = prepared
 
-            def work_out() -> _Plan:
-                boxes = share_of(tensors, **turns) if command.whole else boxes_of(places, tensors, **turns)
-                found = pieces_of(boxes, tensors, command.piece, check=check)
-                copies = outgoing if packing else incoming
-                staged = self._way.staged(copies(found, shown, tensors, check), packing=packing, check=check)
-                return _Plan([piece.nbytes for piece in found], staged)
+    def _worked_out(self, command: Prepare, check: Callable[[], None]) -> _Prepared:
+        manifest = self._manifests.of(command.manifest)
+        tensors, packing = manifest.tensors, command.exposures is not None
+        places: tuple[Exposure, ...] = ()
+        if command.places is not None:
+            places = self._unpacked(self._places.of(command.places), manifest)
+        shown = places
+        if command.exposures is not None:
+            shown = self._unpacked(self._exposures.of(command.exposures), manifest)
+        turns = {"turn": command.turn, "turns": command.turns}
+        asked = () if command.whole else tuple(one.parts_digest for one in places)
+        pieces = manifest.digest, command.piece, *turns.values(), command.whole, asked
+        # where the trainer's parts are changes from push to push, and is looked up in each
+        mine = tuple(one.shapes_digest if packing else (one.parts_digest, len(one.regions)) for one in shown)
 
-            plan = _kept(self._plans, (pieces, mine, packing), work_out)
-            seal = command.token ^ int.from_bytes(digest_of(repr(pieces).encode())[:7], "little")
-            ours = _Prepared(command.token, seal, plan, command.piece, shown, packing)
-            with self._regions(ours).mapped(ours.shown):
-                self._prepared = ours
+        def work_out() -> _Plan:
+            boxes = share_of(tensors, **turns) if command.whole else boxes_of(places, tensors, **turns)
+            found = pieces_of(boxes, tensors, command.piece, check=check)
+            with _for_good(LocalProtocolError):
+                copies = (outgoing if packing else incoming)(found, shown, tensors, check)
+            staged = self._way.staged(copies, packing=packing, check=check)
+            return _Plan([piece.nbytes for piece in found], staged)
+
+        plan = _kept(self._plans, (pieces, mine, packing), work_out)
+        seal = command.token ^ int.from_bytes(digest_of(repr(pieces).encode())[:7], "little")
+        return _Prepared(command.token, seal, plan, command.piece, shown, packing)
 
     def run(
         self,
@@ -151,8 +164,9 @@ class Carrier:
 
     def release(self) -> None:
         """Let go of what is mapped, unless a delivery is under way: weights take another way now, and whoever has
-        shown memory wants it back.
+        shown memory wants it back. One that is being prepared maps nothing.
         """
+        self._wanted = _NONE
         if self._busy.acquire(blocking=False):
             try:
                 self._prepared = None
@@ -182,10 +196,20 @@ class Carrier:
             self._busy.release()
 
 
+@contextmanager
+def _for_good(kind: type[WeightSyncError]) -> Iterator[None]:
+    """What is raised in here comes again with the next attempt, as long as all is as it is."""
+    try:
+        yield
+    except kind as error:
+        error.phase = NEVER
+        raise
+
+
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """What was made for this key, of the last few."""
+    """What was made for this key, of the last few: places and exposures of each layout, at most."""
     found = kept.pop(key) if key in kept else make()
     kept[key] = found
-    for old in list(kept)[:-LAYOUTS]:
+    for old in list(kept)[: -2 * LAYOUTS]:
         del kept[old]
     return found

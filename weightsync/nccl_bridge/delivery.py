@@ -32,7 +32,7 @@ class Load(NamedTuple):
     copies: HostStaged | DeviceStaged
     bases: Ints
     slots: Sequence[int]  # that nothing else uses
-    token: int
+    seal: int  # which delivery it is, and of which pieces
     packing: bool
 
 
@@ -59,7 +59,7 @@ class HostWay:
 
     def run(self, communicator: Any, load: Load, *, deadline: float) -> None:
         assert isinstance(load.copies, HostStaged), "slots are in host memory"
-        _agree(communicator, load.token, deadline)
+        _check_seal(communicator, load.seal, deadline)
         memory = np.frombuffer(self._arena.slot(load.slots[0]), dtype=np.uint8)
         address = int(memory.ctypes.data)
         for number, nbytes in enumerate(load.sizes):
@@ -70,11 +70,11 @@ class HostWay:
                 load.copies.run(number, load.bases, address)
 
 
-def _agree(communicator: GlooCommunicator, token: int, deadline: float) -> None:
+def _check_seal(communicator: GlooCommunicator, seal: int, deadline: float) -> None:
     """Raise `TransportBroken` where the sending end is in another delivery."""
-    seal = np.array([token], dtype=np.uint64)
-    communicator.broadcast(seal.view(np.uint8).data, _ROOT, deadline=deadline)
-    if int(seal[0]) != token:
+    theirs = np.array([seal], dtype=np.uint64)
+    communicator.broadcast(theirs.view(np.uint8).data, _ROOT, deadline=deadline)
+    if int(theirs[0]) != seal:
         raise TransportBroken("the other end is in another delivery, or takes this one for something else")
 
 
@@ -102,7 +102,7 @@ class DeviceWay:
         try:
             communicator.stream(
                 [(conveyor.buffer(number), nbytes) for number, nbytes in enumerate(load.sizes)],
-                load.token,
+                load.seal,
                 _ROOT,
                 before=conveyor.before,
                 after=conveyor.after,

@@ -1,8 +1,8 @@
 """The bridge process: reads commands from its pipe, runs each in its lane, answers, and does not outlive the daemon.
 
 Threads: the main one reads the pipe and answers what needs no waiting; `local` exports; `wire` works with the
-communicator; `fences` watches slots that somebody waits for; each command for a group has one of its own, and so has
-loading torch. Answers come in the order in which work ends; ids match them to requests.
+communicator; `fences` watches slots that somebody waits for; each command for a group has one of its own, and so have
+loading torch and preparing a delivery. Answers come in the order in which work ends; ids match them to requests.
 
 When the pipe ends, for whatever reason, the daemon is gone: the arena is removed and the process exits, without asking
 threads that may be stuck in a collective; at once, unless a stock engine is about to open what it was given. `Stop`

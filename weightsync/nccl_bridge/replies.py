@@ -11,6 +11,7 @@ from weightsync.ipc.descriptors import Algorithm
 from weightsync.ipc.ledger import Account
 
 __all__ = [
+    "NEVER",
     "AnyReply",
     "Blob",
     "Bulk",
@@ -29,6 +30,8 @@ __all__ = [
     "Text",
     "Tickets",
 ]
+
+NEVER = "never"  # the phase of an error about a delivery that cannot be prepared as things are
 
 Natural = Annotated[int, Meta(ge=0, lt=2**60)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]

@@ -153,6 +153,7 @@ class BridgeService:
             case c.Receive():
                 return self._receive(member, command, deadline)
             case c.Exchange():
+                self._carrier.release()
                 self._check_idle(command.slot)
                 self._check_generation(member, command.generation)
                 member.exchange.run(command.slot, command.token, command.parts, deadline=deadline)

@@ -57,8 +57,8 @@ def draws(
     wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: TensorTable, *, all_of_it: bool = True
 ) -> list[Draw]:
     """What has to be copied for all that is wanted, out of what the ranks of a trainer expose, of which no byte is
-    exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes,
-    unless that is not `all_of_it`.
+    exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes.
+    Where not `all_of_it` has to be there, bytes may be there twice, too, and are copied so.
     """
     shown: dict[int, list[tuple[int, int, Part]]] = {}
     for rank, exposure in enumerate(exposures):

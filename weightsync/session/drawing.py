@@ -47,7 +47,7 @@ class Drawing(Transferring):
             self._unmeasured.clear()
             self.phases.stop("fill", now)
             for engine in self.engines.values():
-                engine.draws = False
+                self._takes_buckets(engine)
         self._go_on(now, out)
 
     def _on_rank_measured(self, event: ev.RankMeasured, now: float, out: list[Instruction]) -> None:
@@ -67,7 +67,7 @@ class Drawing(Transferring):
         if event.drawn:
             engine.next_bucket = engine.loaded = len(self.buckets)
         else:
-            engine.draws = False
+            self._takes_buckets(engine)
         self._go_on(now, out)
 
     def _on_places_shown(self, event: ev.PlacesShown, now: float, out: list[Instruction]) -> None:
@@ -77,7 +77,7 @@ class Drawing(Transferring):
         engine.shown = not event.problem
         if event.problem:
             for one in self._away():
-                one.draws = False
+                self._takes_buckets(one)
         self._go_on(now, out)
 
     def _on_weights_delivered(self, event: ev.WeightsDelivered, now: float, out: list[Instruction]) -> None:
@@ -87,7 +87,8 @@ class Drawing(Transferring):
             if engine is None:  # it has left
                 continue
             if event.problem:  # buckets bring every byte of it again, out of arenas of which one may be another by now
-                engine.stage, engine.draws = EngineStage.PAUSED, False
+                engine.stage = EngineStage.PAUSED
+                self._takes_buckets(engine)
             else:
                 engine.next_bucket = engine.loaded = len(self.buckets)
         self._go_on(now, out)
@@ -130,6 +131,10 @@ class Drawing(Transferring):
         until = now + min((self.push_deadline - now) / 2, usual)
         names, nodes = (tuple(getattr(engine, of) for engine in away) for of in ("name", "node"))
         out.append(do.DeliverWeights(engines=names, nodes=nodes, deadline=until))
+
+    def _takes_buckets(self, engine: EngineTrack) -> None:
+        """After all. What is filled is counted from here on: no slot is leased before all have drawn."""
+        engine.draws, self.filled_bytes = False, 0
 
     def _away(self) -> list[EngineTrack]:
         """Engines that are on other nodes than the trainer."""
