@@ -63,36 +63,23 @@ class Deliveries:
     def __init__(self) -> None:
         self._told: dict[str, _Told] = {}  # by bridge
         self._refused: tuple[tuple[object, ...], float, str] | None = None  # what could not be, until when, and why
-        self._ended = asyncio.Event()  # the push of the delivery that is under way; replaced with each
 
-    async def deliver(self, rails: Rails, context: PushContext, instruction: do.DeliverWeights) -> ev.WeightsDelivered:
-        """Bring engines elsewhere what they have places for. Where that fails, buckets bring everything."""
-        engines, self._ended = instruction.engines, asyncio.Event()
+    async def deliver(
+        self, rails: Rails, context: PushContext, instruction: do.DeliverWeights, ended: asyncio.Event
+    ) -> ev.WeightsDelivered:
+        """Bring engines elsewhere what they have places for. Where that fails, buckets bring everything. It is given up
+        when the push has `ended`.
+        """
+        engines = instruction.engines
         try:
-            problem = await self._unless_it_ends(self._deliver(rails, context, instruction))
+            problem = await _unless(ended, self._deliver(rails, context, instruction))
         except WeightSyncError as error:
             problem = error.message
-        if problem and not self._ended.is_set():
+        if problem and not ended.is_set():
             logger.warning("[engine=%s v=%d] is given buckets: %s", ",".join(engines), context.version, problem)
         if not problem:
             context.drawn.update(engines)
         return ev.WeightsDelivered(engines=engines, problem=problem)
-
-    def stop(self) -> None:
-        """The push has ended, and nobody needs what is being delivered for it, if something is."""
-        self._ended.set()
-
-    async def _unless_it_ends(self, delivery: Coroutine[None, None, str]) -> str:
-        work, end = asyncio.ensure_future(delivery), asyncio.ensure_future(self._ended.wait())
-        try:
-            await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                raise PushAborted("its push has ended")
-            return work.result()
-        finally:
-            end.cancel()
-            work.cancel()
-            await asyncio.gather(work, end, return_exceptions=True)  # bridges have let go of it
 
     async def prepare_to_collect(
         self, context: PushContext, bridge: Bridge, message: msg.Prepare, until: float
@@ -205,6 +192,19 @@ class Deliveries:
             known = _Told(bridge.incarnation, ToldManifests(), ToldExposures(), ToldExposures())
             self._told[bridge.name] = known
         return known
+
+
+async def _unless(ended: asyncio.Event, delivery: Coroutine[None, None, str]) -> str:
+    work, end = asyncio.ensure_future(delivery), asyncio.ensure_future(ended.wait())
+    try:
+        await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise PushAborted("its push has ended")
+        return work.result()
+    finally:
+        end.cancel()
+        work.cancel()
+        await asyncio.gather(work, end, return_exceptions=True)  # bridges have let go of it
 
 
 async def _carry(

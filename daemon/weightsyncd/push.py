@@ -78,6 +78,7 @@ class Push:
         now = time.monotonic()
         self.repeat = bool(first.engines)  # of what a keeper has kept
         self.done = asyncio.Event()
+        self._ended = asyncio.Event()  # its outcome is decided
         self.outcome: msg.PushOutcome | None = None
         self._services = services
         self._on_failed = on_failed
@@ -237,7 +238,7 @@ class Push:
                 self._start(self._exchange(instruction))
             case do.DeliverWeights():
                 deliver = self._services.executor.deliveries.deliver
-                self._start(deliver(self._services.rails, self.context, instruction))
+                self._start(deliver(self._services.rails, self.context, instruction, self._ended))
             case do.RevokeBucket() | do.RetireBridge():
                 self._start(self._at_node(instruction), self._chores)
             case _:
@@ -295,7 +296,7 @@ class Push:
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session
-        self._services.executor.deliveries.stop()
+        self._ended.set()
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
             refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything
