@@ -157,7 +157,7 @@ def test_what_engines_read_in_place_is_kept_through_slots(late):
     late.push_all([rank], version, in_place=True)
     report = rank.report()
     assert report["complete"]
-    assert {e["engine"]: e["drawn"] for e in report["engines"]} == {"home": True, "away": False}
+    assert {e["engine"]: e["drawn"] for e in report["engines"]} == {"home": True, "away": True}
     until(lambda: late.kept == version, "it is kept")
     late.restart(late.engines[0])
     late.everybody_serves("C", version)
