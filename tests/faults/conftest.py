@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -57,26 +58,33 @@ def _one_node() -> Iterator[Node]:
         engines, trainer = populated(fleet, e1=1, e2=2)
         daemon = fleet.start_daemon(named("fault0"), engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
         yield Node(fleet, daemon, engines, trainer)
-        _no_surprises(daemon)
+        no_surprises(daemon)
     assert not segments(daemon.name)
+
+
+@contextmanager
+def two_nodes(ours: str, theirs: str, **sizes: int) -> Iterator[Node]:
+    """Daemons `ours`, which has the first engine and the trainer, and `theirs`, which has the other engines."""
+    with Fleet() as fleet:
+        engines, trainer = populated(fleet, **sizes)
+        # half of an operation is what a push gives a bridge to load torch: two seconds or more beside another test
+        timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
+        away = fleet.start_daemon(named(theirs), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
+        home = fleet.start_daemon(named(ours), engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
+        node = Node(fleet, home, engines, trainer, [away])
+        node.wait_attached()
+        yield node
+        no_surprises(home, away)
+    assert not segments(home.name) | segments(away.name)
 
 
 @pytest.fixture(scope="session")
 def _two_nodes() -> Iterator[Node]:
-    with Fleet() as fleet:
-        engines, trainer = populated(fleet, home=1, away1=1, away2=2)
-        # half of an operation is what a push gives a bridge to load torch: two seconds or more beside another test
-        timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
-        away = fleet.start_daemon(named("fault2"), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
-        home = fleet.start_daemon(named("fault1"), engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
-        node = Node(fleet, home, engines, trainer, [away])
-        node.wait_attached()
+    with two_nodes("fault1", "fault2", home=1, away1=1, away2=2) as node:
         yield node
-        _no_surprises(home, away)
-    assert not segments(home.name) | segments(away.name)
 
 
-def _no_surprises(*daemons: Daemon) -> None:
+def no_surprises(*daemons: Daemon) -> None:
     """Nothing happened that nobody had thought of."""
     for daemon in daemons:
         words = daemon.log.read_text()
@@ -89,16 +97,17 @@ def pair(_two_nodes: Node) -> Iterator[Node]:
     """Two nodes: the engine `home` where the trainer is, and `away1` and `away2` reached through another daemon. As
     `node` otherwise.
     """
-    yield from _tried(_two_nodes)
+    yield from tried(_two_nodes)
 
 
 @pytest.fixture
 def node(_one_node: Node) -> Iterator[Node]:
     """One node, whose two engines serve checkpoint `node.before`; whatever a test does to it, the next push mends."""
-    yield from _tried(_one_node)
+    yield from tried(_one_node)
 
 
-def _tried(node: Node) -> Iterator[Node]:
+def tried(node: Node) -> Iterator[Node]:
+    """The node with its engines as the last push left them, before the test and after it."""
     if not node.before:
         node.check()
     yield node

@@ -8,11 +8,9 @@ from contextlib import contextmanager, suppress
 
 import pytest
 
-from tests.faults.conftest import _no_surprises, _tried, populated
-from tests.faults.kit import ARENA, TIMEOUTS, Node, engine_processes, segments
+from tests.faults.conftest import tried, two_nodes
+from tests.faults.kit import engine_processes
 from tests.faults.test_two_nodes import engine, errors, outcomes, start
-from tests.own import named
-from weightsync.fleet import Fleet
 
 pytestmark = pytest.mark.faults
 
@@ -21,22 +19,14 @@ BOTH = {"home", "away"}
 
 @pytest.fixture(scope="module")
 def _couple():
-    with Fleet() as fleet:
-        engines, trainer = populated(fleet, home=1, away=2)
-        timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
-        other = fleet.start_daemon(named("fault4"), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
-        home = fleet.start_daemon(named("fault3"), engines[:1], peers=[other], arena=ARENA, timeouts=timeouts, log=log)
-        node = Node(fleet, home, engines, trainer, [other])
-        node.wait_attached()
+    with two_nodes("fault3", "fault4", home=1, away=2) as node:
         yield node
-        _no_surprises(home, other)
-    assert not segments(home.name) | segments(other.name)
 
 
 @pytest.fixture
 def couple(_couple):
     """Two nodes, an engine each: weights in place are drawn by `home`, and delivered to `away`."""
-    yield from _tried(_couple)
+    yield from tried(_couple)
 
 
 @contextmanager
@@ -108,9 +98,9 @@ def test_a_worker_of_the_engine_that_is_delivered_to(couple):
     one = engine(couple, "away")
     with delivering(couple) as rank:
         engine_processes(one)[2].kill()
+        one.process.wait(10)  # an engine that is ending may still answer, and is torn then
     report = rank.report()
     assert outcomes(report) == {"home": "committed", "away": "lost"}
-    one.process.wait(10)
     couple.fleet.restart_engine(one)
 
 
