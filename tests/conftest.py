@@ -51,9 +51,9 @@ def _segments() -> set[str]:
     return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith("weightsync-")}
 
 
-def _left(before: set[str]) -> set[str]:
-    new = _segments() - before
-    return new - foreign_segments(new)
+def _left(made: set[str]) -> set[str]:
+    there = made & _segments()
+    return there - foreign_segments(there)
 
 
 @pytest.fixture
@@ -69,14 +69,16 @@ def no_leaks():
     new_threads = {t.name for t in set(threading.enumerate()) - threads if t.is_alive()}
     new_children = [c for c in psutil.Process().children(recursive=True) if c.pid not in children]
     assert not new_children, f"left processes: {new_children}"
-    # What another process of these tests has just left to its successor goes by itself; a leak stays.
-    eventually(lambda: not _left(segments), seconds=10)
-    assert not _left(segments), f"left shared memory: {_left(segments)}"
+    # A leak stays. What other processes of these tests make is held by nobody at times; what comes now is theirs.
+    made = _segments() - segments
+    assert eventually(lambda: not _left(made), seconds=10), f"left shared memory: {_left(made)}"
     assert not new_threads, f"left threads: {new_threads}"
+
+    def new_fds() -> dict[str, str]:
+        return {fd: what for fd, what in _open_fds().items() if fd not in fds}
+
     # An idle line to a daemon that has ended, of some earlier test, tries now and then to reach it.
-    eventually(lambda: not _open_fds().keys() - fds.keys(), seconds=10)
-    new_fds = {fd: what for fd, what in _open_fds().items() if fd not in fds}
-    assert not new_fds, f"left file descriptors: {new_fds}"
+    assert eventually(lambda: not new_fds(), seconds=10), f"left file descriptors: {new_fds()}"
 
 
 @pytest.fixture
