@@ -19,7 +19,7 @@ from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 OFFER = [[b"offer" * 20]]
 TICKET = [b"ticket" * 20]
@@ -628,7 +628,7 @@ async def test_examining_a_server_without_anything():
     server = Server(backend=None, plugin=False)
     found = judged(await adapter(server.transport()).examine(deadline=soon()))
     assert [level for level, _ in found] == ["warn", "fail"]
-    assert "pip install weightsync" in found[0][1]
+    assert PLUGIN_HINT in found[0][1]
     assert '{"backend": "weightsync"}' in found[1][1]
 
 

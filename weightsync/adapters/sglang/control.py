@@ -28,7 +28,7 @@ from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import SGLangServer
 from weightsync.adapters.sglang.tensor import TensorPath
 from weightsync.adapters.versions import check_marked, read, serving, updating
-from weightsync.errors import EngineError, EngineRefused
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineRefused
 from weightsync.pickling import dumps
 
 if TYPE_CHECKING:
@@ -308,8 +308,7 @@ class SGLangAdapter(EngineAdapter):
                 f'path = "plugin" is asked for, and {found} answers',
                 engine=self.name,
                 phase="probe",
-                hint="pip install weightsync in the engine's environment (SGLang 0.5.12 or later), and let "
-                "SGLANG_PLUGINS, if it is set, name weightsync",
+                hint=f"{PLUGIN_HINT}; SGLang 0.5.12 or later; SGLANG_PLUGINS, if it is set, must name weightsync",
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
             return PluginPath(self._server, profile, self._target), "our plugin answers"

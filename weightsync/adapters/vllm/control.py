@@ -25,7 +25,7 @@ from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.server import Server, configured, field, has_connector
-from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,10 +46,7 @@ _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _SLEEPS = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="(\w+)"[^}]*\} (\d+(?:\.\d+)?)$', re.MULTILINE)
 _STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
-_PLUGIN_HINT = (
-    "install weightsync in the engine's environment and start it with --weight-transfer-config "
-    """'{"backend": "weightsync"}'"""
-)
+_INSTALL = f"""{PLUGIN_HINT}; then start it with --weight-transfer-config '{{"backend": "weightsync"}}'"""
 
 
 class VLLMAdapter(EngineAdapter):
@@ -273,7 +270,7 @@ class VLLMAdapter(EngineAdapter):
         if not stock:
             hello = await server.plugin(deadline=deadline)
             if hello is None and wanted != "auto":
-                raise EngineError("our plugin is not in its workers", engine=self.name, hint=_PLUGIN_HINT)
+                raise EngineError("our plugin is not in its workers", engine=self.name, hint=_INSTALL)
         if wanted == "auto":
             wanted, why = await self._best(server, hello, deadline=deadline)
         path: EnginePath
@@ -308,7 +305,7 @@ class VLLMAdapter(EngineAdapter):
             f"there is no way into it: no plugin answered, and its weight-transfer backend is {backend}",
             engine=self.name,
             phase="probe",
-            hint=_PLUGIN_HINT,
+            hint=_INSTALL,
         )
 
     async def _serve(self, version: int, deadline: float) -> None:
