@@ -91,6 +91,7 @@ class World:
             deadline=100.0,
             operation_timeout=10.0,
             grace=5.0,
+            last_version=None,
             keepers=keepers,
         )
         self.now = 0.0
@@ -268,7 +269,7 @@ class World:
             case do.FormGroup(nodes=nodes, number=number):
                 return ev.GroupFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
-                return ev.EngineAccepted(engine=name, draws=name in self.draws, shows=name in self.draws)
+                return ev.EngineAccepted(engine=name, draws=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
                 self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)

@@ -152,7 +152,7 @@ class NodeExecutor:
                 if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
                     untouched = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
                 draws = hand.draws(manifest)  # and who can copy it can show where to
-                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=draws, shows=draws)
+                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=draws)
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True

@@ -169,8 +169,7 @@ class EngineAccepted(Event, frozen=True):
 
     engine: str
     untouched: int = 0
-    draws: bool = False  # it can read these weights where ranks of its node expose them
-    shows: bool = False  # it can show bridges of its node where to write them
+    draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 
 class EnginePaused(Event, frozen=True):

@@ -116,8 +116,7 @@ class Opening(Drawing):
         if engine is None:
             return
         engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
-        here = engine.node == self.home
-        engine.draws = (event.draws if here else event.shows) and not engine.keeper
+        engine.draws = event.draws and not engine.keeper
         self._open_on(now, out)
 
     def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:

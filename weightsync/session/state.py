@@ -53,12 +53,12 @@ class SessionState:
         home: str,
         engines: Mapping[str, str],
         slots: Mapping[tuple[str, int], int],
-        pause: str = "keep",
+        pause: str,
         deadline: float,
-        operation_timeout: float = 60.0,
-        grace: float = 10.0,
-        last_version: int | None = None,
-        keepers: Container[str] = (),
+        operation_timeout: float,
+        grace: float,
+        last_version: int | None,
+        keepers: Container[str],
     ) -> None:
         """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at
         least. `keepers` are those engines that only keep what is pushed: without an engine that serves it, nothing is.

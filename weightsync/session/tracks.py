@@ -28,7 +28,6 @@ class EngineStage(StrEnum):
     BEGINNING = "beginning"
     LOADING = "loading"
     FINISHING = "finishing"
-    FINISHED = "finished"
     VERIFYING = "verifying"
     VERIFIED = "verified"
     RESUMING = "resuming"
