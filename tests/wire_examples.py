@@ -28,7 +28,7 @@ ENGINE = msg.EngineStatus(
 OUTCOME = msg.PushOutcome(
     model="default", version=3, nbytes=1000, tensors=2, buckets=1, seconds=0.5, phases={"fill": 0.25},
     engines=(
-        msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=3, seconds=0.5, checked=2, untouched=1),
+        msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=3, seconds=0.5, checked=2, not_pushed=1),
         msg.EngineOutcome(engine="e1", node="n1", outcome="torn", version=None, seconds=0.0, error=ERROR),
     ),
 )  # fmt: skip

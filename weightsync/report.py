@@ -24,7 +24,7 @@ class EngineReport:
     version: int | None  # what it serves now; None: nothing that was pushed
     seconds: float  # from its pause to its resume
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
-    untouched: int  # tensors of the engine that the push did not hold
+    not_pushed: int  # tensors of the engine that the push did not hold
     error: ErrorRecord | None
     drawn: bool = False  # its weights came from where the trainer has them, through no slots
 

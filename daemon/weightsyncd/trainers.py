@@ -227,7 +227,7 @@ class Trainers:
         keeper = self._services.executor.engines.keepers.get(session.model)
         if keeper is not None and not push.repeat:
             until = time.monotonic() + self._services.config.timeouts.grace
-            whole = session.committed and not any(e.untouched for e in session.fleet)
+            whole = session.committed and not any(e.not_pushed for e in session.fleet)
             await keeper.settle(whole=session.version if whole else None, deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))

@@ -108,7 +108,7 @@ def test_a_part_of_the_weights_leaves_the_rest(node):
     changed = {"model.norm.weight": torch.full((64,), 2.0)}
     version, report = push(node, changed)
     node.assert_holds({**node.weights("A"), **changed}, version)
-    assert all(e.untouched == len(node.weights("A")) - 1 for e in report.engines)
+    assert all(e.not_pushed == len(node.weights("A")) - 1 for e in report.engines)
 
 
 @pytest.mark.parametrize("nothing", [{}, {"model.norm.weight": torch.empty(0), "lm_head.weight": torch.empty(0, 64)}])

@@ -165,10 +165,10 @@ class EngineProbed(Event, frozen=True):
 
 
 class EngineAccepted(Event, frozen=True):
-    """The engine can take every tensor of the manifest; `untouched` of its own tensors are not in it."""
+    """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it."""
 
     engine: str
-    untouched: int = 0
+    not_pushed: int = msgspec.field(default=0, name="untouched")
     draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 

@@ -115,7 +115,7 @@ class Opening(Drawing):
         engine = self._answered(event.engine, "accept", now, out)
         if engine is None:
             return
-        engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
+        engine.stage, engine.not_pushed = EngineStage.ACCEPTED, event.not_pushed
         engine.draws = event.draws and not engine.keeper
         self._open_on(now, out)
 
