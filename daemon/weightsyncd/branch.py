@@ -121,7 +121,9 @@ class Branch:
         for number, rank in self.ranks.items():
             if is_lost(now - rank.heard, liveness, rank.call.message):
                 rank.heard = float("inf")
-                logger.warning("[push=%s] rank %d has not been heard", self.call.push, number, extra={"rank": number})
+                extra = {"rank": number, "push": self.call.push}
+                words = (self.call.model, self.call.version, number)
+                logger.warning("[model=%s v=%d] rank %d has not been heard", *words, extra=extra)
                 self._forward(
                     msg.RankSays(push=self.call.push, rank=number, lost=f"it has not been heard for {liveness:g} s")
                 )

@@ -317,7 +317,8 @@ class Follower:
         if held.end is None:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
-                logger.warning("[push=%s] is let go: %s", held.context.push, why)
+                words, extra = (held.context.model, held.context.version, why), {"push": held.context.push}
+                logger.warning("[model=%s v=%d] is let go: %s", *words, extra=extra)
             held.end = asyncio.create_task(self._end(held, why, error))
         return held.end
 

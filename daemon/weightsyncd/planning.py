@@ -101,6 +101,6 @@ class Planning:
         alone = [e.name for e in here if e.info is not None and e.info.transport in ONE_SENDER and e.state != "lost"]
         if alone and owners > 1:
             words = (self._context.model, self._context.version, alone[0], owners)
-            logger.info("[push=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
+            logger.info("[model=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
             return 1
         return owners

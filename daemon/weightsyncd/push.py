@@ -115,7 +115,7 @@ class Push:
         self._lines = self.context.lines()
         self.ranks.call_on_nodes()
         with self._lines:
-            logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+            logger.debug("[model=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
             self._carry_out(self.session.start(now), now)
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Push:
         with self._lines:
             instructions = self.session.handle(event, now)
             if (after := self.session.state) is not before:
-                logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
+                logger.debug("[model=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
             self._carry_out(instructions, now)
 
     def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
@@ -154,7 +154,7 @@ class Push:
     def _finish(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
+        logger.debug("[model=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
 
     # --- trainer ranks ----------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class Push:
         if not self.session.ended:
             self.ranks.call_on_nodes()
         for rank in self.ranks.silent(liveness):
-            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
+            logger.warning("[model=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
             self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
@@ -256,7 +256,7 @@ class Push:
         try:
             event = await work
         except Exception as error:
-            logger.exception("[push=%s v=%d] unexpected failure", self.session.model, self.session.version)
+            logger.exception("[model=%s v=%d] unexpected failure", self.session.model, self.session.version)
             event = ev.StopRequested(reason=f"weightsyncd failed: {type(error).__name__}: {error}")
         if event is not None:
             self.hear(event)
@@ -302,10 +302,10 @@ class Push:
             refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything
             words = (session.model, session.version, "refused" if refused else session.state, error.message)
             level = logging.WARNING if refused else logging.ERROR
-            logger.log(level, "[push=%s v=%d] %s: %s", *words, extra=of_error(error))
+            logger.log(level, "[model=%s v=%d] %s: %s", *words, extra=of_error(error))
         else:
             logger.info(
-                "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
+                "[model=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
                 session.model,
                 session.version,
                 len(session.committed),

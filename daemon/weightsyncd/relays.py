@@ -45,7 +45,7 @@ async def relay(rails: Rails, context: PushContext, instruction: do.RelayBucket,
             failed.pop(node, None)
         if not errors:
             break
-        logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, sentences(errors))
+        logger.warning("[model=%s v=%d bucket=%d] relay.failed: %s", *context.at(instruction.bucket), sentences(errors))
         targets = {node: targets[node] for node in errors}
     reached = tuple(sorted({target.node for target in instruction.targets} - set(failed)))
     return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
@@ -91,7 +91,9 @@ async def _broadcast(
     async def send() -> ErrorRecord | None:
         problem = await quietly(bridge.call(commands.Send(slot=slot, sequence=sequence), deadline=until))
         if problem is not None and not failed:
-            logger.warning("[v=%d bucket=%d] send.failed: %s", context.version, instruction.bucket, problem.message)
+            logger.warning(
+                "[model=%s v=%d bucket=%d] send.failed: %s", *context.at(instruction.bucket), problem.message
+            )
             await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
         return problem
 

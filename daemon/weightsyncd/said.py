@@ -93,7 +93,7 @@ class Said:
         if message.problem:
             words = (model, version, rank, message.problem)
             logger.warning(
-                "[push=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
+                "[model=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
             )
         else:
             if message.exposure is not None and self._known.learn(message.exposure) != message.digest:

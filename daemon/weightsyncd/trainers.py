@@ -110,7 +110,7 @@ class Trainers:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
         words = (message.model, message.version, message.rank)
-        logger.debug("[push=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
+        logger.debug("[model=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
         self.waiting.add(call)
         self._failures.tries_again(message)
 
@@ -145,7 +145,7 @@ class Trainers:
     def _refuse(self, call: Call, reason: str, hint: str | None) -> None:
         message = call.message
         words = (message.model, message.version, reason)
-        logger.warning("[push=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
+        logger.warning("[model=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
         self._end(call, error.record())
 
@@ -318,7 +318,7 @@ class Trainers:
         """A call is dropped whose rank is gone, by all signs: a push that began with it would find nobody."""
         message, reason = call.message, f"it was not heard for {liveness:g} s while it waited for the node to be free"
         model, version, rank = message.model, message.version, message.rank
-        logger.warning("[push=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
+        logger.warning("[model=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
         error = PushAborted(reason, model=model, version=version, rank=rank, phase="open").record()
         self._siblings_hear(call, error)
         self._end(call, error)

@@ -193,7 +193,7 @@ class NodeWire:
                         await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except (TransportError, LocalProtocolError) as error:
-            logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
+            logger.warning("[model=%s v=%d bucket=%d] export.failed: %s", *context.at(bucket), error.message)
             return self.bridge_lost(slot.bridge, incarnation, error, bucket)
         for name, ranks in readers.items():
             context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
@@ -248,7 +248,7 @@ class NodeWire:
         try:
             reply = await self.bridges[slot.bridge].call(wait, deadline=instruction.deadline)
         except TransportTimeout as error:
-            logger.error("[v=%d bucket=%d] never given back: %s", context.version, bucket, error.message)  # noqa: TRY400
+            logger.error("[model=%s v=%d bucket=%d] never given back: %s", *context.at(bucket), error.message)  # noqa: TRY400
             self.leaks += 1
             await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
             return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
@@ -257,7 +257,7 @@ class NodeWire:
             return released
         context.held.discard((engine, bucket))
         if reply.damaged:
-            logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, reply.damaged)
+            logger.error("[model=%s v=%d bucket=%d] %s read back other bytes", *context.at(bucket), reply.damaged)
         return msgspec.structs.replace(released, damaged=bool(reply.damaged))
 
     async def revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:
