@@ -146,7 +146,9 @@ class Branch:
             case msg.Planned():
                 offers = [bridge.offer for bridge in self._bridges if bridge.offer is not None]
                 if len(offers) < len(self._bridges):
-                    error = TransportBroken("a bridge of its node is being restarted", rank=message.rank)
+                    error = TransportBroken(
+                        f"a bridge of the node of rank {message.rank} is being restarted", rank=message.rank
+                    )
                     self._say(message.rank, msg.Failed(id=rank.number, error=error.record()))
                     return
                 self._arenas = tuple(bridge.incarnation for bridge in self._bridges)

@@ -86,7 +86,7 @@ class Deliveries:
     ) -> None:
         """Get ready for what a coordinator delivers to engines of this node. Raises `WeightSyncError`."""
         if missing := [name for name in message.engines if name not in context.shown]:
-            raise LocalProtocolError("it has not shown its places in this push", engine=missing[0])
+            raise LocalProtocolError(f"engine {missing[0]} has not shown its places in this push", engine=missing[0])
         shown = [context.shown[name] for name in message.engines]
         await self._prepare(context, bridge, message, places=_together(shown, message.ranks), until=until)
 
@@ -199,7 +199,7 @@ async def _unless(ended: asyncio.Event, delivery: Coroutine[None, None, str]) ->
     try:
         await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise PushAborted("its push has ended")
+            raise PushAborted("the push of this delivery has ended")
         return work.result()
     finally:
         end.cancel()
@@ -242,7 +242,7 @@ async def _carry(
                     group.create_task(take(node, deal.rail))
                 group.create_task(send(deal.rail))
     except asyncio.CancelledError:  # nobody wants it any more: nothing of it is read here after this
-        await give_up(rails.home, PushAborted("its push has ended").record())
+        await give_up(rails.home, PushAborted("the push of this delivery has ended").record())
         raise
     finally:
         if broken:

@@ -94,12 +94,14 @@ class NodeExecutor:
                     engine.done_to_at = time.monotonic()
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
-            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._hint(name))
+            error: WeightSyncError = EngineLost(
+                f"engine {name} did not answer {phase!r} before its deadline", hint=self._hint(name)
+            )
         except WeightSyncError as caught:
             error = caught
         except Exception as caught:
             logger.exception("[engine=%s v=%d] %s failed in an unexpected way", *words, extra=extra)
-            error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
+            error = EngineError(f"unexpected {type(caught).__name__} in the adapter of engine {name}: {caught}")
         else:
             logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, first, extra=extra)
             return event
@@ -253,7 +255,9 @@ class NodeExecutor:
             return
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):
-            raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")
+            raise EngineLost(
+                f"engine {engine.name} was restarted during the push", hint="the next push brings it up to date"
+            )
         mode = context.modes.get(engine.name)
         if mode not in (None, "none") and not info.paused:
             logger.warning("[engine=%s v=%d] was resumed by somebody else; pausing it", engine.name, context.version)

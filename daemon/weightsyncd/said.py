@@ -136,5 +136,5 @@ class Said:
         return tensors, sums
 
     def _confused(self, rank: int, why: str) -> None:
-        error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
+        error = RemoteProtocolError(f"rank {rank} sent a message that makes no sense here: {why}", rank=rank)
         self._hear(ev.RankFailed(rank=rank, error=error.record()))

@@ -154,7 +154,7 @@ class Trainers:
         what = f"push {following} of another node" if following is not None else "the node to be free"
         if following is None and self.push is None and not self._leads(message):
             what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
-        reason = f"it did not begin in {message.timeout:g} s: it was waiting for {what}"
+        reason = f"the push did not start within {message.timeout:g} s; it was waiting for {what}"
         error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
         self._end(call, error.record())
 

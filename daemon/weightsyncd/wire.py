@@ -153,7 +153,7 @@ class NodeWire:
     def _readers(engine: Engine) -> dict[str, str]:
         """The readers of an engine, by tp rank, and the transport of each."""
         if engine.info is None:
-            raise EngineLost("it has not been probed", engine=engine.name)
+            raise EngineLost(f"engine {engine.name} has not been probed", engine=engine.name)
         return {f"{engine.name}/{rank}": engine.info.transport for rank in range(engine.info.tp_size)}
 
     async def export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:

@@ -22,7 +22,8 @@ def rank_said(push: Push, rank: int, message: msg.RankWords, plans: Plans) -> No
         case msg.Describe():
             digest = plans.learn(message.layout, push.ranks.world)
             if digest != push.ranks[rank].layout:
-                error = RemoteProtocolError("it described another layout than it opened with", rank=rank)
+                words = f"rank {rank} sent a layout whose digest differs from the one it announced"
+                error = RemoteProtocolError(words, rank=rank)
                 push.hear(ev.RankFailed(rank=rank, error=error.record()))
             else:
                 push.hear(ev.LayoutReceived(rank=rank))

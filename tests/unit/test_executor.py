@@ -155,7 +155,7 @@ def test_a_silent_engine_that_an_update_was_begun_in_over_a_group_has_to_be_rest
 
     failed = asyncio.run(run())
     assert isinstance(failed, ev.EngineFailed)
-    assert failed.error.message == "did not answer 'probe' before its deadline"
+    assert failed.error.message == "engine e did not answer 'probe' before its deadline"
     assert ("restart it" in (failed.error.hint or "")) == begun
 
 
@@ -358,5 +358,5 @@ def test_only_an_engine_that_draws_and_was_just_asked_is_not_looked_at_again(mon
         assert begun == ev.EngineBegun(engine="e")
     else:
         assert isinstance(begun, ev.EngineFailed)
-        assert begun.error.message == "it was restarted during the push"
+        assert begun.error.message == "engine e was restarted during the push"
     assert hand.asked == (1 if in_place and draws and not late else 2)

@@ -122,7 +122,10 @@ def test_a_call_that_came_to_no_push_is_told_of_beside_the_last_push():
     """What an alert on failed calls is about may be no push at all."""
     refused = msgspec.structs.replace(ERROR, message="no engine serves model 'typo'", model="typo", version=7)
     text = " ".join(shown(msgspec.structs.replace(STATUS, refused=refused, refused_ago=200.0)).split())
-    assert "last call that came to no push, 3 min ago: version 7 of typo: no engine serves model 'typo'" in text
+    assert (
+        "last push_weights call refused before it started, 3 min ago: version 7 of typo: no engine serves model 'typo'"
+        in text
+    )
     assert "hint: yes" in text
     assert "last push, 65 s ago: version 41 of policy: 61.00 GB" in text
 
