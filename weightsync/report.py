@@ -40,7 +40,7 @@ class PushReport:
     buckets: int
     seconds: float  # from the first rank's call until every engine served again
     blocked_seconds: float  # of that, how long this rank was busy describing and filling (differs by rank)
-    phases: dict[str, float]  # seconds with the phase under way: describe plan fill wire load finalise verify
+    phases: dict[str, float]  # seconds with the phase under way: describe plan fill export wire load finalise verify
     engines: tuple[EngineReport, ...]
 
     @classmethod

@@ -276,12 +276,12 @@ class Push:
 
     async def _relay(self, instruction: do.RelayBucket) -> ev.Event:
         executor, index = self._services.executor, instruction.slot.bridge
-        sequence = executor.wire.sequence_of(self.context, instruction.bucket, instruction.slot)
-        incarnation = executor.wire.bridges[index].incarnation
+        sequence = executor.exports.sequence_of(self.context, instruction.bucket, instruction.slot)
+        incarnation = executor.exports.bridges[index].incarnation
         try:
             return await relay(self._services.rails, self.context, instruction, sequence)
         except TransportError as error:
-            return executor.wire.bridge_lost(index, incarnation, error, instruction.bucket)
+            return executor.exports.bridge_lost(index, incarnation, error, instruction.bucket)
 
     async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
         runs = self._planning.runs(instruction.bucket)
@@ -341,7 +341,7 @@ class Push:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._services.executor.wire.sweep(self.context)
+        await self._services.executor.exports.sweep(self.context)
         trace = self.trace()
         if not self.repeat:
             self._services.traces.keep(trace, failed=self.session.error is not None)

@@ -50,7 +50,7 @@ class RailWork:
         match message:
             case msg.Receive():
                 slot = do.Slot(self._node, message.rail, message.slot)
-                await self._executor.wire.receive(context, message.bucket, slot, message.ticket, until)
+                await self._executor.exports.receive(context, message.bucket, slot, message.ticket, until)
             case msg.Exchange():
                 if held.branch is not None:
                     held.branch.check_arena(message.rail)

@@ -312,7 +312,7 @@ async def leave(bridge: Bridge) -> None:
     incarnation = bridge.incarnation
     problem = await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
     if problem is not None and bridge.incarnation == incarnation:
-        bridge.retire(f"bridge {bridge.name} does not leave its communicator: {problem.message}")
+        bridge.retire(f"it does not leave its communicator: {problem.message}")
 
 
 async def quietly(call: Awaitable[object]) -> ErrorRecord | None:

@@ -11,8 +11,8 @@ from weightsync.errors import ErrorRecord, ProtocolError, TransportClosed, Weigh
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
+from weightsyncd.exports import NodeExports
 from weightsyncd.rails import MOMENT, quietly, sentences
-from weightsyncd.wire import NodeWire
 
 if TYPE_CHECKING:
     from weightsync.session import instructions as do
@@ -64,7 +64,7 @@ async def _broadcast(
     readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
     peers = tuple(sorted(readers.values()))
     slot, nbytes = instruction.slot.index, instruction.nbytes
-    checksum = NodeWire.checksum_of(context, instruction.bucket, bridge)
+    checksum = NodeExports.checksum_of(context, instruction.bucket, bridge)
     export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers, checksum=checksum)
     try:
         reply = await bridge.call(export, deadline=until)

@@ -213,7 +213,7 @@ def test_several_buckets_go_to_a_group_in_one_call(refuses):
         engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
         engine.learned(INFO)
         executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), cast("Any", [bridge]))
-        executor.wire._grouped.add("e")
+        executor.exports._grouped.add("e")
         context = PushContext(push="p", model="m", version=3)
         context.manifest = manifest_of({f"t{i}": ("uint8", (64,), bytes(64)) for i in range(8)}, slot_bytes=64)
         for bucket in range(8):

@@ -14,7 +14,10 @@ from weightsync.wire import messages as msg
 
 OUTCOME = msg.PushOutcome(
     model="policy", version=41, nbytes=61_000_000_000, tensors=18867, buckets=120, seconds=1.25,
-    phases={"describe": 0.01, "plan": 0.0, "fill": 0.5, "wire": 0.25, "load": 1.0, "finalise": 0.1, "verify": 0.05},
+    phases={
+        "describe": 0.01, "plan": 0.0, "fill": 0.5, "export": 0.02, "wire": 0.25, "load": 1.0, "finalise": 0.1,
+        "verify": 0.05,
+    },
     engines=(
         msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=41, seconds=1.2),
         msg.EngineOutcome(engine="e1", node="n1", outcome="torn", version=None, seconds=1.2, error=ERROR),

@@ -175,6 +175,9 @@ class SessionState:
         if self._unmeasured:
             ranks = sorted(self._unmeasured)
             return f"the fingerprints of rank {listed(ranks)}", {"rank": ranks[0], "phase": "fill"}
+        if self.phases.active["export"] and not self.phases.active["wire"]:
+            bucket = min(i for i in self._active if any(c.exporting for c in self.buckets[i].copies.values()))
+            return f"a bridge to export bucket {bucket}", {"bucket": bucket, "phase": "export"}
         return "the wire", {"phase": "wire"}
 
     def validate(self) -> None:
@@ -210,8 +213,9 @@ class SessionState:
             counted = Counter(engine.phase for engine in self.engines.values())
             for bucket in self.buckets:
                 copies = bucket.copies.values()
-                counted["wire"] += sum(copy.exporting for copy in copies) + any(copy.relaying for copy in copies)
-            for phase in ("wire", "load", "finalise", "verify"):
+                counted["export"] += sum(copy.exporting for copy in copies)
+                counted["wire"] += any(copy.relaying for copy in copies)
+            for phase in ("export", "wire", "load", "finalise", "verify"):
                 assert self.phases.active[phase] == counted[phase], f"{phase} counts as under way, and is not"
         if self.state is State.ABORTED:
             assert not any(e.touched for e in self.fleet), "aborted, yet an engine was touched"
@@ -277,7 +281,9 @@ class SessionState:
         """Its arena is gone, or nobody will be heard of it any more."""
         copies = self.buckets[index].copies
         copy = copies.pop(node, None)
-        if copy is not None and (copy.exporting or (copy.relaying and not any(c.relaying for c in copies.values()))):
+        if copy is not None and copy.exporting:
+            self.phases.stop("export", now)
+        if copy is not None and copy.relaying and not any(c.relaying for c in copies.values()):
             self.phases.stop("wire", now)
 
     def _phase(self) -> str:

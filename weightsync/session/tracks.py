@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PHASES", "BucketTrack", "Copy", "EngineStage", "EngineTrack", "PhaseClock"]
 
-PHASES = ("describe", "plan", "fill", "wire", "load", "finalise", "verify")
+PHASES = ("describe", "plan", "fill", "export", "wire", "load", "finalise", "verify")
 """The phases of a report, in order. They overlap; each counts the seconds in which it was under way at all."""
 
 

@@ -1,4 +1,4 @@
-"""This node's slots on their way to its engines: offers, exports, fences, and what is taken away in the end."""
+"""This node's slots as its engines are given them: offers, exports, fences, and what is taken away in the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.engines import Engine, Engines
 
-__all__ = ["NodeWire", "joins_group"]
+__all__ = ["NodeExports", "joins_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def joins_group(engine: Engine) -> bool:
     return engine.info is not None and engine.info.transport in HELPERS
 
 
-class NodeWire:
+class NodeExports:
     """This node's bridges, as the engines that read from them see them."""
 
     def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
