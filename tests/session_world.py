@@ -266,8 +266,8 @@ class World:
                 return ev.LayoutReceived(rank=rank)
             case do.MakePlan():
                 return ev.PlanMade(buckets=self.plan)
-            case do.FormGroup(nodes=nodes, number=number):
-                return ev.GroupFormed(nodes=nodes, number=number)
+            case do.FormRails(nodes=nodes, number=number):
+                return ev.RailsFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
                 return ev.EngineAccepted(engine=name, draws=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
@@ -344,8 +344,8 @@ class World:
         match instruction:
             case do.MakePlan():
                 self.hear(ev.PlanFailed(error=ERROR))
-            case do.FormGroup(nodes=nodes, number=number):
-                self.hear(ev.GroupFormed(nodes=(), number=number, failed=tuple((n, ERROR) for n in nodes)))
+            case do.FormRails(nodes=nodes, number=number):
+                self.hear(ev.RailsFormed(nodes=(), number=number, failed=tuple((n, ERROR) for n in nodes)))
             case do.ExchangeBucket(slots=slots):
                 failed = tuple((slot.node, ERROR) for slot in slots[:1])
                 self.hear(ev.BucketRelayed(bucket=instruction.bucket, nodes=(), failed=failed))

@@ -115,7 +115,7 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.TraceRequest(id=19, model="default", failed=True),
     msg.Traced(id=19, model="default", version=3, document=b"{}"),
     msg.Prepare(
-        id=20, push="p", rail=1, engines=("e0",), ranks=(0, 2), token=77, piece=65536, turn=1, turns=2, timeout=5.0,
+        id=20, push="p", rail=1, engines=("e0",), ranks=(0, 2), token=77, parcel=65536, turn=1, turns=2, timeout=5.0,
     ),
     msg.Collect(id=20, push="p", rail=1, generation=3, token=77, timeout=5.0),
 )  # fmt: skip

@@ -34,7 +34,7 @@ __all__ = ["Deliveries"]
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
+_PARCEL = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
 _LONGEST = 300.0  # seconds that a bridge may work out a layout, for a later push if this one does not wait
 _REMEMBERED = 600.0  # seconds for which what cannot be delivered is not tried again
 
@@ -104,7 +104,7 @@ class Deliveries:
         slot_bytes = min([rails.bridges[0].config.slot_bytes, *(info.slot_bytes for info in infos)])
         deals = _dealt(shown, infos[0].gpus if infos else (), rails.count(names))
         token = secrets.randbits(59)
-        failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PIECE))
+        failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PARCEL))
         if failed:
             if any(error.phase == NEVER for error in failed.values()):
                 self._refused = key, time.monotonic() + _REMEMBERED, sentences(failed)
@@ -119,7 +119,7 @@ class Deliveries:
         instruction: do.DeliverWeights,
         deals: Sequence[_Deal],
         token: int,
-        piece: int,
+        parcel: int,
     ) -> dict[str, ErrorRecord]:
         """Have all ends of every rail get ready. Returns the nodes that cannot, and why."""
         until = instruction.deadline
@@ -135,7 +135,7 @@ class Deliveries:
                 engines=instruction.engines,
                 ranks=deal.ranks,
                 token=token,
-                piece=piece // 256 * 256,
+                parcel=parcel // 256 * 256,
                 turn=deal.turn,
                 turns=deal.turns,
                 timeout=max(0.0, until - time.monotonic()),
@@ -176,7 +176,7 @@ class Deliveries:
         with told.manifests.unless_it_fails(), told.places.unless_it_fails(), told.exposures.unless_it_fails():
             command = commands.Prepare(
                 token=terms.token,
-                piece=terms.piece,
+                parcel=terms.parcel,
                 turn=terms.turn,
                 turns=terms.turns,
                 whole=not terms.ranks,

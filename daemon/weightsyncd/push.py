@@ -230,8 +230,8 @@ class Push:
                 pass
             case do.MakePlan():
                 self._start(self._planning.make(self.session.push_deadline))
-            case do.FormGroup():
-                self._start(self._form_group(instruction))
+            case do.FormRails():
+                self._start(self._form_rails(instruction))
             case do.RelayBucket():
                 self._start(self._relay(instruction))
             case do.ExchangeBucket():
@@ -289,10 +289,10 @@ class Push:
         self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
         return await exchange(self._services.rails, self.context, instruction, runs)
 
-    async def _form_group(self, instruction: do.FormGroup) -> ev.Event:
+    async def _form_rails(self, instruction: do.FormRails) -> ev.Event:
         failed = await self._services.rails.use(instruction.nodes, instruction.deadline)
         reached = tuple(node for node in instruction.nodes if node not in failed)
-        return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
+        return ev.RailsFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session

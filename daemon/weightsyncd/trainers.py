@@ -27,7 +27,7 @@ from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
-from weightsyncd.targets import engines_of, targets
+from weightsyncd.push_engines import engines_for, engines_of
 from weightsyncd.waiting import Call, Waiting
 from weightsyncd.words import passed_on, rank_said
 
@@ -184,7 +184,7 @@ class Trainers:
             self._time_is_up(call)
             return
         try:
-            engines = targets(self._services, message, self.newest.get(message.model))
+            engines = engines_for(self._services, message, self.newest.get(message.model))
         except PushRefused as error:
             self._refuse(call, error.message, error.hint)
             return

@@ -203,7 +203,7 @@ def test_a_delivery_that_cannot_be_prepared_breaks_no_communicator():
         follower = following(bridge)
         follower._held.rails.clear()
         prepare = msg.Prepare(
-            push="p", rail=0, engines=("e",), ranks=(), token=1, piece=256, turn=0, turns=1, timeout=5.0
+            push="p", rail=0, engines=("e",), ranks=(), token=1, parcel=256, turn=0, turns=1, timeout=5.0
         )
         with pytest.raises(LocalProtocolError, match="has not shown its places"):
             await follower.at_rail(b"identity", prepare)

@@ -27,13 +27,13 @@ __all__ = [
     "EngineResumed",
     "EngineVerified",
     "Event",
-    "GroupFormed",
     "LayoutReceived",
     "LayoutsMissing",
     "NodeLost",
     "PlacesShown",
     "PlanFailed",
     "PlanMade",
+    "RailsFormed",
     "RankExposed",
     "RankFailed",
     "RankFilled",
@@ -143,7 +143,7 @@ class PlanFailed(Event, frozen=True):
     error: ErrorRecord
 
 
-class GroupFormed(Event, frozen=True):
+class RailsFormed(Event, frozen=True):
     """The communicator reaches `nodes`. `failed` nodes are out of this push."""
 
     number: int  # of the instruction

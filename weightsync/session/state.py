@@ -81,8 +81,8 @@ class SessionState:
         self._layouts: dict[int, bytes] = {}
         self._awaited_layouts: set[int] = set()
         self._planning = self._planned = False
-        self._group_ready = False
-        self._groups = 0  # number of the one that is waited for
+        self._rails_ready = False
+        self._rails_number = 0  # number of the one that is waited for
         self._nodes: set[str] = {home, *engines.values()}  # and those of the ranks; without what has left
         self._rank_nodes: dict[int, str] = {}
         self._in_place: set[int] = set()  # ranks whose weights may be read where they lie
@@ -147,7 +147,7 @@ class SessionState:
             if self._awaited_layouts:
                 ranks = sorted(self._awaited_layouts)
                 return f"the layout of rank {listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
-            if self._planned and not self._group_ready:
+            if self._planned and not self._rails_ready:
                 return f"the communicator to {', '.join(self._remote_nodes())}", {"phase": "open"}
         if self._unexposed:
             ranks = sorted(self._unexposed)
