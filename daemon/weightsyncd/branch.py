@@ -16,7 +16,7 @@ import msgspec
 from weightsync.errors import CodecError, PushAborted, PushRefused, TransportBroken
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
-from weightsyncd.silence import is_lost
+from weightsyncd.ranks import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

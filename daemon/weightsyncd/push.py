@@ -25,9 +25,9 @@ from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.outcomes import account_of, outcome_of, status_of_push
 from weightsyncd.planning import Planning
+from weightsyncd.rank_weights import KnownExposures, RankWeights
 from weightsyncd.ranks import Rank, Ranks
 from weightsyncd.relays import relay
-from weightsyncd.said import KnownExposures, Said
 from weightsyncd.traces import PushTrace, Traces
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class Push:
             keepers=() if keeper is None else (keeper,),
         )
         self._planning = Planning(services, self.context, ranks, engines)
-        self.said = Said(self.context, self.session, ranks, services.exposures, self.hear)
+        self.weights = RankWeights(self.context, self.session, ranks, services.exposures, self.hear)
         self._trace = Trace(self._home, engines, now)
         self._began = time.time()
         self._lines = self.context.lines()

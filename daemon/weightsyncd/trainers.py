@@ -28,8 +28,8 @@ from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
 from weightsyncd.push_engines import engines_for, engines_of
+from weightsyncd.rank_messages import passed_on, rank_said
 from weightsyncd.waiting import Call, Waiting
-from weightsyncd.words import passed_on, rank_said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

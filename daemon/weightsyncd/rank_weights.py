@@ -1,4 +1,4 @@
-"""What trainer ranks say of their bytes in a push: fingerprints of what they wrote, and where their weights lie."""
+"""What trainer ranks tell of their weights in a push: fingerprints of what they wrote, and where they lie."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.ranks import Ranks
 
-__all__ = ["KnownExposures", "Said"]
+__all__ = ["KnownExposures", "RankWeights"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class KnownExposures:
         return self._packed[digest]
 
 
-class Said:
+class RankWeights:
     """In one push."""
 
     def __init__(
