@@ -159,7 +159,9 @@ class PushHandle:
 
     def wait_filled(self, timeout: float | None = None) -> None:
         """Return when this rank's weights have been read and may change. Raises the push's error if it failed."""
-        self._wait_until(self._push.filled, timeout, "to read this rank's weights")
+        limit = self._limit(timeout)
+        if not self._push.filled.wait(limit):
+            raise PushTimeout(f"this rank's weights were not read within {limit:.1f} s", version=self._push.version)
         if self._error is not None:
             raise self._error
 
@@ -180,11 +182,6 @@ class PushHandle:
 
     def _limit(self, timeout: float | None) -> float:
         return timeout if timeout is not None else max(0.0, self._push.deadline - time.monotonic()) + 60.0
-
-    def _wait_until(self, event: threading.Event, timeout: float | None, what: str) -> None:
-        limit = self._limit(timeout)
-        if not event.wait(limit):
-            raise PushTimeout(f"it took longer than {limit:.1f} s {what}", version=self._push.version)
 
 
 class _Weights(NamedTuple):

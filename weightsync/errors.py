@@ -79,6 +79,10 @@ class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     phase: str | None = None
     hint: str | None = None
 
+    def of_engine(self, name: str) -> str:
+        """The sentence, among those of several engines: with the engine's name before it, unless that is in it."""
+        return self.message if name in self.message.split() else f"{name}: {self.message}"
+
     def error(self) -> WeightSyncError:
         """The exception this record describes; an unknown `kind` becomes the root of the tree."""
         return _KINDS.get(self.kind, WeightSyncError)(

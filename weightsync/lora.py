@@ -92,7 +92,8 @@ def push_lora(
     version, keep = whole_number("version", version), whole_number("keep", keep)
     model, timeout = checked_model(model), checked_timeout(timeout)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise SourceError(f"name = {name!r} will not do", hint="up to 64 letters, digits, dots, dashes and underscores")
+        hint = "up to 64 letters, digits, dots, dashes and underscores"
+        raise SourceError(f"name = {name!r} is not a valid adapter name", hint=hint)
     first = trainer_place(process_group).rank == 0
     if not first and not gather:
         return None
@@ -127,6 +128,6 @@ def push_lora(
         engines=tuple(LoraEngineReport(e.engine, e.node, e.outcome, e.error) for e in answer.engines),
     )
     if not any(engine.outcome == "loaded" for engine in report.engines):
-        errors = "; ".join(f"{e.engine}: {e.error.message}" for e in report.engines if e.error is not None)
+        errors = "; ".join(e.error.of_engine(e.engine) for e in report.engines if e.error is not None)
         raise PushAborted(f"no engine has loaded {report.served}: {errors}", model=model, version=version)
     return report

@@ -24,7 +24,7 @@ class EngineReport:
     version: int | None  # what it serves now; None: nothing that was ever pushed
     seconds: float  # from its pause to its resume
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
-    untouched: int  # tensors of the engine that the push did not contain
+    not_pushed: int  # tensors of the engine that the push did not contain
     error: ErrorRecord | None
     drawn: bool = False  # it read the trainer's memory in place, not slots
 
@@ -40,7 +40,7 @@ class PushReport:
     buckets: int
     seconds: float  # from the first rank's call until every engine served again
     blocked_seconds: float  # of those, how long this rank described and filled (differs between ranks)
-    phases: dict[str, float]  # seconds in which each was under way: describe plan fill wire load finalise verify
+    phases: dict[str, float]  # seconds in which each was under way: describe plan fill export wire load finalise verify
     engines: tuple[EngineReport, ...]
 
     @classmethod

@@ -25,7 +25,7 @@ from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.integrations.outcome import noted
 from weightsync.integrations.router import Router
-from weightsync.integrations.shares import place, share
+from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions, endpoint_of
 from weightsync.operator import change_engines, fetch_status
 
@@ -87,7 +87,7 @@ class UpdateWeightFromWeightsync:
         self._options = options
         self._model, self._daemon = options.get("model", "default"), options.get("daemon")
         self._versions = Versions(options)
-        self._router = Router(router) if router and place()[0] == 0 else None
+        self._router = Router(router) if router and rank_and_world()[0] == 0 else None
         self._weights_getter = weights_getter
         self._chunks = _iterator(args)(
             args=args, model=model, model_name=model_name, quantization_config=quantization_config
@@ -99,7 +99,7 @@ class UpdateWeightFromWeightsync:
         An engine whose URL the daemon or one of its peers already has is left alone; with
         `weightsync: {register: false}` all are. Raises `ConfigError`, `PushRefused` and `DaemonLost`.
         """
-        if not self._register or place()[0] != 0:
+        if not self._register or rank_and_world()[0] != 0:
             return
         ray: Any = import_module("ray")
         hosts = ray.get([engine.get_server_host.remote() for engine in rollout_engines])
@@ -126,7 +126,7 @@ class UpdateWeightFromWeightsync:
         Raises what `push_weights` raises.
         """
         version = self._versions.of(self.weight_version + 1)
-        rank, world = place()
+        rank, world = rank_and_world()
         try:
             mine = dict(share(self._named(), rank, world))
             self.report = noted(push_weights(mine, version=version, **self._options))

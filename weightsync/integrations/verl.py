@@ -18,7 +18,7 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 from weightsync.client import push_weights_async
 from weightsync.config import EngineConfig
 from weightsync.integrations.outcome import noted
-from weightsync.integrations.shares import place, share
+from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Pusher:
         """Push as version `step`, or a higher one if need be. Raises what `push_weights` raises."""
         version = self._versions.of(self._pushes if step is None else step)
         self._pushes += 1
-        mine = dict(share(weights, *place()))
+        mine = dict(share(weights, *rank_and_world()))
         # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
         handle = push_weights_async(mine, version=version, **self._options)
         return noted(await asyncio.to_thread(handle.result))

@@ -316,7 +316,7 @@ class VLLMAdapter(EngineAdapter):
             started, _ = await self._metrics(deadline=deadline)
             if started and self._began_in and started != self._began_in:
                 raise EngineLost(
-                    "it was restarted during the push",
+                    f"engine {self.name} was restarted during the push",
                     engine=self.name,
                     phase="resume",
                     hint="the next push brings it up to date",
@@ -339,6 +339,8 @@ class VLLMAdapter(EngineAdapter):
         )
         # before /reset_prefix_cache had a body, 200 was all it said
         if isinstance(answer, dict) and answer.get("success") is False and not kept:
-            raise EngineError("its prefix cache could not be reset", engine=self.name, phase="finish")
+            raise EngineError(
+                f"the prefix cache of engine {self.name} could not be reset", engine=self.name, phase="finish"
+            )
         if "/reset_encoder_cache" in server.routes:
             await self._http.post("/reset_encoder_cache", deadline=deadline)
