@@ -18,6 +18,7 @@ from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
+from weightsync.adapters.vllm.server import ticket_seconds
 from weightsync.config import EngineConfig
 from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefused, LocalProtocolError
 
@@ -752,3 +753,8 @@ async def test_several_stock_workers_one_of_which_failed_have_to_be_restarted(wo
         server.answers.clear()
         await hand.probe(deadline=soon())
         await hand.accept(manifest(), deadline=soon())
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(29.2, 30.0), (30.0, 30.0), (0.01, 1.0), (-3.0, 1.0)])
+def test_a_worker_is_given_whole_seconds_and_never_none(left, seconds):
+    assert ticket_seconds(100.0 + left, 100.0) == seconds
