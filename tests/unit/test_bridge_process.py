@@ -438,7 +438,7 @@ def test_every_command_survives_the_pipe(kind):
         "readers": ("e/0", "e/1"),
         "peers": ("b/0",),
         "generation": 4,
-        "piece": 4096,
+        "parcel": 4096,
         "turn": 1,
         "turns": 2,
         "manifest": b"m" * 16,
