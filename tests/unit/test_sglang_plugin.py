@@ -21,7 +21,7 @@ from weightsync.adapters.sglang.ordered import PluginPath
 from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of
-from weightsync.replay.facts import NOT_WHOLE
+from weightsync.plan.replay_facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

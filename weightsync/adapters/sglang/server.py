@@ -19,7 +19,7 @@ from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.profiles import Surface, surface_of
 from weightsync.errors import EngineError
-from weightsync.replay.facts import ReplayFacts
+from weightsync.plan.replay_facts import ReplayFacts
 
 if TYPE_CHECKING:
     from weightsync.adapters.http import EngineHttp

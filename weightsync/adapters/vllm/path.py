@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
-    from weightsync.replay.facts import ReplayFacts
+    from weightsync.plan.replay_facts import ReplayFacts
 
 __all__ = ["EnginePath", "torn_text"]
 

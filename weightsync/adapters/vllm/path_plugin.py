@@ -13,8 +13,8 @@ from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
+from weightsync.plan.replay_facts import NOT_WHOLE
 from weightsync.plan.told import ToldExposures, ToldManifests
-from weightsync.replay.facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
