@@ -17,7 +17,7 @@ from tests.hand_push import HandPush, Tensors, soon
 from tests.places_kit import write
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
-from weightsync.adapters.sglang.ordered import PluginPath
+from weightsync.adapters.sglang.path_plugin import PluginPath
 from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of

@@ -21,14 +21,14 @@ from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
-from weightsync.adapters.sglang.group import GroupPath
-from weightsync.adapters.sglang.ordered import PluginPath
-from weightsync.adapters.sglang.paths import refuse_server
+from weightsync.adapters.sglang.path import refuse_server
+from weightsync.adapters.sglang.path_group import GroupPath
+from weightsync.adapters.sglang.path_plugin import PluginPath
+from weightsync.adapters.sglang.path_tensor import TensorPath
 from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import SGLangServer
-from weightsync.adapters.sglang.tensor import TensorPath
 from weightsync.adapters.versions import check_marked, read, serving, updating
-from weightsync.errors import EngineError, EngineRefused
+from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
 from weightsync.pickling import dumps
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import Finding, PauseMode
-    from weightsync.adapters.sglang.paths import LoadPath
+    from weightsync.adapters.sglang.path import EnginePath
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import PluginState, ServerFacts
     from weightsync.plan.boxes import Words
@@ -56,7 +56,7 @@ class _Server(NamedTuple):
     profile: Profile
     why: str
     says_ready: bool
-    path: LoadPath
+    path: EnginePath
     checkpoint: CheckpointCheck
 
 
@@ -100,7 +100,7 @@ class SGLangAdapter(EngineAdapter):
         if self._known is not None:
             await self._known.path.close()
         elif self._way == "ipc":
-            from weightsync.adapters.sglang.checkpoint_engine import end_abandoned
+            from weightsync.adapters.sglang.path_ipc import end_abandoned
 
             await end_abandoned(self._http.url, deadline=deadline)
         known, state = await self._again(deadline) or await self._anew(deadline)
@@ -128,7 +128,7 @@ class SGLangAdapter(EngineAdapter):
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
-        known = await self._met(deadline)
+        known = self._probed()
         plugin = isinstance(known.path, PluginPath)
         refuse_server(known.facts, known.profile, self._target, self.name, plugin=plugin)
         quantised = plugin and known.facts.quantization is not None  # its layers are loaded as wholes
@@ -151,7 +151,7 @@ class SGLangAdapter(EngineAdapter):
         requests end that have begun; the few that begin between their end and the pause are kept, or on those versions
         aborted. none freezes requests where they are, and they go on with the keys and values they have.
         """
-        known = await self._met(deadline)
+        known = self._probed()
         self._loaded = None  # whatever an earlier push loaded has come to nothing
         queued = known.profile.flushes_queued
         if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
@@ -163,7 +163,7 @@ class SGLangAdapter(EngineAdapter):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
-        known = await self._met(deadline)
+        known = self._probed()
         self._loaded, self._drawn = None, False
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
@@ -176,10 +176,10 @@ class SGLangAdapter(EngineAdapter):
             await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
+        await self._probed().path.load(bucket, tickets, deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        await (await self._met(deadline)).path.load_several(first, tickets, deadline=deadline)
+        await self._probed().path.load_several(first, tickets, deadline=deadline)
 
     def draws(self, manifest: Manifest) -> bool:
         """See the base class: what comes so is not checked, so it has to be compared afterwards."""
@@ -187,7 +187,7 @@ class SGLangAdapter(EngineAdapter):
         return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        path = (await self._met(deadline)).path
+        path = self._probed().path
         if not isinstance(path, PluginPath):
             return await super().draw(exposures, deadline=deadline)
         with self._held.unless_it_fails():
@@ -196,7 +196,7 @@ class SGLangAdapter(EngineAdapter):
         return why_not
 
     async def places(self, *, deadline: float) -> Exposures | str:
-        known = await self._met(deadline)
+        known = self._probed()
         if not isinstance(known.path, PluginPath):
             return await super().places(deadline=deadline)
         with self._held.unless_it_fails():
@@ -205,14 +205,14 @@ class SGLangAdapter(EngineAdapter):
         return found
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        known = await self._met(deadline)
+        known = self._probed()
         await known.path.finish(deadline=deadline)
         await self._flush(known.facts, deadline)
         self._loaded = version
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
         """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
-        known = await self._met(deadline)
+        known = self._probed()
         path = known.path
         if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
             return None
@@ -229,7 +229,8 @@ class SGLangAdapter(EngineAdapter):
         self._mode = None
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:
-        known = await self._met(deadline)
+        await self.probe(deadline=deadline)
+        known = self._probed()
         return await examine(
             self._server,
             known.facts,
@@ -246,10 +247,9 @@ class SGLangAdapter(EngineAdapter):
             await self._known.path.close()
         await self._http.close()
 
-    async def _met(self, deadline: float) -> _Server:
+    def _probed(self) -> _Server:
         if self._known is None:
-            await self.probe(deadline=deadline)
-        assert self._known is not None
+            raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
         return self._known
 
     async def _again(self, deadline: float) -> tuple[_Server, _State] | None:
@@ -291,7 +291,7 @@ class SGLangAdapter(EngineAdapter):
             await self._known.path.close()
         surface = await self._server.surface(deadline=deadline)
         chosen = choose(facts.version, surface)
-        path, reason = await self._path(facts, chosen.profile)
+        path, reason = await self._find_path(facts, chosen.profile)
         why = f"{chosen.why}, path {path.name}: {reason}"
         self._mode = None
         alone = facts.speculative_algorithm is None  # a draft has names of its own
@@ -299,7 +299,7 @@ class SGLangAdapter(EngineAdapter):
         self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
 
-    async def _path(self, facts: ServerFacts, profile: Profile) -> tuple[LoadPath, str]:
+    async def _find_path(self, facts: ServerFacts, profile: Profile) -> tuple[EnginePath, str]:
         plugin = facts.plugin
         usable = plugin is not None and plugin.protocol == orders.PROTOCOL
         if self._way == "plugin" and not usable:
@@ -317,9 +317,9 @@ class SGLangAdapter(EngineAdapter):
             return GroupPath(self._server, profile, self._target), "asked for"
         gpus = await self._gpus(facts)
         if self._way == "ipc":
-            from weightsync.adapters.sglang.checkpoint_engine import CheckpointEnginePath
+            from weightsync.adapters.sglang.path_ipc import IpcPath
 
-            return CheckpointEnginePath(self._server, facts, gpus), "asked for"
+            return IpcPath(self._server, facts, gpus), "asked for"
         reason = "asked for" if self._way == "tensor" else "no plugin answers" if plugin is None else "another plugin"
         return TensorPath(self._server, profile, self._target, gpus), reason
 

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
-from weightsync.adapters.sglang.paths import refuse_server
+from weightsync.adapters.sglang.path import refuse_server
 from weightsync.errors import EngineRefused
 
 if TYPE_CHECKING:

@@ -133,7 +133,7 @@ class VLLMAdapter(EngineAdapter):
             self._checkpoint = CheckpointCheck(model, self.name)
         whole = "it is torn" if info.torn else "it sleeps" if info.asleep else ""
         await self._checkpoint.refuse(manifest, whole=whole)
-        return await path.check(manifest, whole=info.torn or info.asleep, deadline=deadline)
+        return await path.accept(manifest, whole=info.torn or info.asleep, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
@@ -187,7 +187,7 @@ class VLLMAdapter(EngineAdapter):
 
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
-        await path.finish(version, deadline=deadline)
+        await path.finish(deadline=deadline)
         await self._flush(path.server, deadline=deadline)
         self._loaded = version
 

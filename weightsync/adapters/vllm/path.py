@@ -53,7 +53,7 @@ class EnginePath(ABC):
         return ""
 
     @abstractmethod
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """See `EngineAdapter.accept`; `whole`: nothing may be left as it is."""
 
     @abstractmethod
@@ -72,7 +72,7 @@ class EnginePath(ABC):
             await self.load(bucket, of_bucket, deadline=deadline)
 
     @abstractmethod
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         """Close the update; what the server says of its version comes afterwards."""
 
     async def start(self, *, deadline: float) -> None:

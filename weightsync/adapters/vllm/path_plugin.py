@@ -59,7 +59,7 @@ class ExtensionPath(EnginePath):
         said = {worker.weight_version for worker in await self.server.hello(deadline=deadline)}
         return said.pop() if len(said) == 1 else next((text for text in said if ">" in text), "default")
 
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The workers compare every name with the model they hold."""
         self._told.forget()  # so that it is told whole
         self._shown.forget()
@@ -113,7 +113,7 @@ class ExtensionPath(EnginePath):
         answers = await self.server.workers("places", deadline=deadline, known=known, **of)
         return self._places.of([_bytes(one, "shown", self) for one in answers], self.server.world)
 
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft, update=self._token)
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
@@ -186,7 +186,7 @@ class PluginPath(ExtensionPath):
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         await self._update({"do": "load", **self._load(first, tickets, deadline)}, deadline=deadline)
 
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         if not self.server.profile.engine_reloads:
             await self._update({"do": "check-whole"}, deadline=deadline)
         await self.server.http.post("/finish_weight_update", None, deadline=deadline)

@@ -16,7 +16,7 @@ from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.sglang import orders
-from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
+from weightsync.adapters.sglang.path import SELECTORS, EnginePath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
 from weightsync.plan.told import ToldExposures, ToldManifests
 
@@ -33,7 +33,7 @@ __all__ = ["PluginPath"]
 _SHOWN = 5
 
 
-class PluginPath(LoadPath):
+class PluginPath(EnginePath):
     """Talks to the `plugin.py` of this folder, inside the scheduler of every rank."""
 
     name = "plugin"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.sglang.paths import StockPath
+from weightsync.adapters.sglang.path_stock import StockPath
 from weightsync.errors import EngineRefused
 from weightsync.transports.group import GroupOffer, GroupTicket
 

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 import zmq
 import zmq.asyncio
 
-from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
+from weightsync.adapters.sglang.path import EnginePath
+from weightsync.adapters.sglang.path_stock import refuse_stock
 from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
 from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["CheckpointEnginePath", "end_abandoned"]
+__all__ = ["IpcPath", "end_abandoned"]
 
 _ON_CPU = (0, 5, 20)  # the first that was run on a CPU; 0.5.15.post1 and 0.5.17 fail there
 _LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
@@ -167,7 +168,7 @@ async def _exchange(socket: zmq.asyncio.Socket, message: bytes) -> bytes:
     return answer
 
 
-class CheckpointEnginePath(LoadPath):
+class IpcPath(EnginePath):
     """Buckets as checkpoint-engine's buffers."""
 
     name = "ipc"

@@ -14,7 +14,7 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import TYPE_CHECKING
 
-from weightsync.adapters.sglang.paths import StockPath
+from weightsync.adapters.sglang.path_stock import StockPath
 from weightsync.adapters.sglang.payloads import flattened_bucket
 
 if TYPE_CHECKING:
