@@ -620,7 +620,7 @@ def test_weights_that_sglang_does_not_update_are_refused_in_its_words() -> None:
 
     server: Any = SimpleNamespace(engine="sgl", call=call)
     profile: Any = SimpleNamespace(sessions=True)
-    path = PluginPath(server, profile, "all")
+    path = PluginPath(server, profile, "all", 1)
     with pytest.raises(EngineRefused, match=r"SGLang cannot take weights: captured graphs retain a copy"):
         asyncio.run(path.accept(MANIFEST, deadline=soon()))
 

@@ -13,12 +13,12 @@ import asyncio
 from base64 import b64encode
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.base import EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
-from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
+from weightsync.adapters.replaying import ReplayingAdapter
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
 from weightsync.adapters.sglang.path import refuse_server
@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.path import EnginePath
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import PluginState, ServerFacts
-    from weightsync.plan.boxes import Words
-    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["SGLangAdapter"]
@@ -68,12 +66,12 @@ class _State(NamedTuple):
     paused: bool | None  # None: it does not say
 
 
-class SGLangAdapter(EngineAdapter):
+class SGLangAdapter(ReplayingAdapter):
     """One SGLang HTTP server."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         """Connects to nothing yet. `transport` replaces the network in tests."""
-        self.name = spec.name
+        super().__init__(spec.name)
         self._way, self._target = spec.path, spec.target
         self._named_gpus = spec.gpus
         self._keyed = spec.api_key is not None
@@ -84,8 +82,6 @@ class SGLangAdapter(EngineAdapter):
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
-        self._drawn = False  # the last push, and not through buckets
-        self._held, self._compares = HeldCheck(spec.name), False
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
@@ -107,7 +103,7 @@ class SGLangAdapter(EngineAdapter):
         plugin, weights = state.plugin, read(state.weight_version)
         self._version = weights.version
         self._asleep = plugin.asleep if plugin else ()
-        self._compares = plugin is not None and plugin.replay is not None and plugin.replay.compares
+        known.path.replay = plugin.replay if plugin else None
         released = "its weights are released" if "weights" in self._asleep else ""
         self._incomplete = "it is torn" if weights.torn else released
         paused = state.paused
@@ -123,7 +119,7 @@ class SGLangAdapter(EngineAdapter):
             transport=known.path.transport,
             incarnation=known.incarnation,
             asleep="weights" in self._asleep,
-            replay=plugin.replay if plugin else None,
+            replay=known.path.replay,
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
@@ -164,14 +160,14 @@ class SGLangAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         known = self._probed()
-        self._loaded, self._drawn = None, False
+        self._loaded = None
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        if isinstance(known.path, PluginPath) and self._compares:
-            pull, anew = self._held.covers(manifest), self._held.doubtful
-            await known.path.begin(manifest, offers, deadline=deadline, pull=pull, anew=anew)
+        pull, anew = self._unchecked(manifest)
+        if (path := self._replaying()) is not None:
+            await path.begin(manifest, offers, pull=pull, anew=anew, deadline=deadline)
         else:
             await known.path.begin(manifest, offers, deadline=deadline)
 
@@ -181,42 +177,11 @@ class SGLangAdapter(EngineAdapter):
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         await self._probed().path.load_several(first, tickets, deadline=deadline)
 
-    def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
-        path = self._known.path if self._known is not None else None
-        return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
-
-    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        path = self._probed().path
-        if not isinstance(path, PluginPath):
-            return await super().draw(exposures, deadline=deadline)
-        with self._held.unless_it_fails():
-            why_not = await path.draw(exposures, deadline=deadline)
-        self._drawn = not why_not
-        return why_not
-
-    async def places(self, *, deadline: float) -> Exposures | str:
-        known = self._probed()
-        if not isinstance(known.path, PluginPath):
-            return await super().places(deadline=deadline)
-        with self._held.unless_it_fails():
-            found = await known.path.places(known.facts.tp_size, deadline=deadline)
-        self._drawn = not isinstance(found, str)
-        return found
-
     async def finish(self, version: int, *, deadline: float) -> None:
         known = self._probed()
         await known.path.finish(deadline=deadline)
         await self._flush(known.facts, deadline)
         self._loaded = version
-
-    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
-        known = self._probed()
-        path = known.path
-        if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
-            return None
-        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
@@ -246,6 +211,10 @@ class SGLangAdapter(EngineAdapter):
         if self._known is not None:
             await self._known.path.close()
         await self._http.close()
+
+    def _replaying(self) -> PluginPath | None:
+        path = self._known.path if self._known is not None else None
+        return path if isinstance(path, PluginPath) else None
 
     def _probed(self) -> _Server:
         if self._known is None:
@@ -312,7 +281,7 @@ class SGLangAdapter(EngineAdapter):
                 "SGLANG_PLUGINS, if it is set, name weightsync",
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
-            return PluginPath(self._server, profile, self._target), "our plugin answers"
+            return PluginPath(self._server, profile, self._target, facts.tp_size), "our plugin answers"
         if self._way == "group":
             return GroupPath(self._server, profile, self._target), "asked for"
         gpus = await self._gpus(facts)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
     from weightsync.plan.manifest import Manifest
+    from weightsync.plan.replay_facts import ReplayFacts
 
 __all__ = ["SELECTORS", "EnginePath", "Session", "refuse_server"]
 
@@ -31,6 +32,7 @@ class EnginePath(ABC):
 
     name: ClassVar[str]
     transport: str  # whose tickets it takes
+    replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:

@@ -39,10 +39,10 @@ class PluginPath(EnginePath):
     name = "plugin"
     transport = "mapped"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: SGLangServer, profile: Profile, target: str, ranks: int) -> None:
         self._server = server
         self._session = Session(server, profile, target)
-        self._target = SELECTORS[target]
+        self._target, self._ranks = SELECTORS[target], ranks
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
         self._update = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
@@ -76,9 +76,9 @@ class PluginPath(EnginePath):
         manifest: Manifest,
         offers: Sequence[Sequence[bytes]],
         *,
-        deadline: float,
         pull: bool = False,
         anew: bool = False,
+        deadline: float,
     ) -> None:
         """See the base class; `pull` and `anew` as in `orders.Begin`."""
         await self._session.open(deadline=deadline)
@@ -115,12 +115,12 @@ class PluginPath(EnginePath):
             except CodecError as error:
                 raise self._none_of_ours(error) from error
 
-    async def places(self, ranks: int, *, deadline: float) -> Exposures | str:
-        """Where so many ranks have places for what they need; or why one has none."""
+    async def places(self, *, deadline: float) -> Exposures | str:
+        """Where all ranks have places for what they need; or why one has none."""
         order = orders.Places(update=self._update, known=tuple(self._places.known))
         answer = await self._in_session(order, deadline, "places")
         try:
-            return self._places.of(orders.unpack_answers(answer), ranks)
+            return self._places.of(orders.unpack_answers(answer), self._ranks)
         except CodecError as error:
             raise self._none_of_ours(error) from error
 

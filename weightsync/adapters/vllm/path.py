@@ -31,8 +31,6 @@ class EnginePath(ABC):
         self.server = server
         self.draft = draft
         self._remembered = "default"
-        self.pull = False  # what the next update loads will be compared, so that buckets need not be
-        self.anew = False  # what was learnt of the loader led to something wrong
         self.replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     async def weight_version(self, *, deadline: float) -> str:
