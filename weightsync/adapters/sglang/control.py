@@ -26,7 +26,7 @@ from weightsync.adapters.sglang.path_group import GroupPath
 from weightsync.adapters.sglang.path_plugin import PluginPath
 from weightsync.adapters.sglang.path_tensor import TensorPath
 from weightsync.adapters.sglang.profiles import choose
-from weightsync.adapters.sglang.server import SGLangServer
+from weightsync.adapters.sglang.server import Server
 from weightsync.adapters.versions import check_marked, read, serving, updating
 from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
 from weightsync.pickling import dumps
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 __all__ = ["SGLangAdapter"]
 
 
-class _Server(NamedTuple):
+class _Known(NamedTuple):
     """What is known of one incarnation."""
 
     incarnation: str
@@ -77,8 +77,8 @@ class SGLangAdapter(ReplayingAdapter):
         self._keyed = spec.api_key is not None
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "", "with --enable-lora")
-        self._server = SGLangServer(self._http)
-        self._known: _Server | None = None
+        self._server = Server(self._http)
+        self._known: _Known | None = None
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
@@ -216,12 +216,12 @@ class SGLangAdapter(ReplayingAdapter):
         path = self._known.path if self._known is not None else None
         return path if isinstance(path, PluginPath) else None
 
-    def _probed(self) -> _Server:
+    def _probed(self) -> _Known:
         if self._known is None:
             raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
         return self._known
 
-    async def _again(self, deadline: float) -> tuple[_Server, _State] | None:
+    async def _again(self, deadline: float) -> tuple[_Known, _State] | None:
         """The state of the server that is known, in short answers. None where only `_anew` will do: it may be
         another by now, or has no plugin that would tell.
         """
@@ -240,7 +240,7 @@ class SGLangAdapter(ReplayingAdapter):
             return None
         return known, _State(plugin, version, paused)
 
-    async def _anew(self, deadline: float) -> tuple[_Server, _State]:
+    async def _anew(self, deadline: float) -> tuple[_Known, _State]:
         """Who it is, and its state."""
         facts = await self._server.facts(deadline=deadline)
         incarnation, known = self._server.incarnation(facts), self._known
@@ -251,10 +251,10 @@ class SGLangAdapter(ReplayingAdapter):
         )
         return known, _State(facts.plugin, version, paused)
 
-    async def _says_paused(self, known: _Server, deadline: float) -> bool | None:
+    async def _says_paused(self, known: _Known, deadline: float) -> bool | None:
         return await self._server.paused(deadline=deadline) if known.says_ready else None
 
-    async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Server:
+    async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Known:
         """Choose dialect and path for a server that was not known, or has restarted."""
         if self._known is not None:
             await self._known.path.close()
@@ -265,7 +265,7 @@ class SGLangAdapter(ReplayingAdapter):
         self._mode = None
         alone = facts.speculative_algorithm is None  # a draft has names of its own
         checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name, silent=True)
-        self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
+        self._known = _Known(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
 
     async def _find_path(self, facts: ServerFacts, profile: Profile) -> tuple[EnginePath, str]:
@@ -300,7 +300,7 @@ class SGLangAdapter(ReplayingAdapter):
         found = await asyncio.to_thread(reader_gpus, url, facts.ordinals, named=named, engine=self.name)
         return list(found)
 
-    async def _drain(self, known: _Server, deadline: float) -> None:
+    async def _drain(self, known: _Known, deadline: float) -> None:
         """Wait until the requests that run now have ended.
 
         An update that is not paused waits for them, and keeps new ones waiting: this one has nothing in it, and outside

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.adapters.sglang.server import Server, ServerFacts
     from weightsync.plan.manifest import Manifest
     from weightsync.plan.replay_facts import ReplayFacts
 
@@ -65,7 +65,7 @@ class Session:
     Servers before have none, and nothing happens.
     """
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str) -> None:
         self._server = server
         self._needed = profile.sessions
         self._selector = SELECTORS[target]

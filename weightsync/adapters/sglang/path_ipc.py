@@ -39,7 +39,7 @@ from weightsync.ipc.segments import DIRECTORY
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.adapters.sglang.server import Server, ServerFacts
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["IpcPath", "end_abandoned"]
@@ -54,7 +54,7 @@ _RECONNECT = 3.0  # seconds for a worker that waits to find the socket again; it
 class _Update:
     """An update under way: sockets in a directory that nobody else may enter, and the call that lasts as long."""
 
-    def __init__(self, server: SGLangServer, keys: Sequence[str], manifest: Manifest) -> None:
+    def __init__(self, server: Server, keys: Sequence[str], manifest: Manifest) -> None:
         self.manifest = manifest
         self._engine = server.engine
         self._directory = tempfile.mkdtemp(prefix=_prefix(server.http.url), dir=DIRECTORY)
@@ -173,7 +173,7 @@ class IpcPath(EnginePath):
 
     name = "ipc"
 
-    def __init__(self, server: SGLangServer, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
+    def __init__(self, server: Server, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
         """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
         self._server = server
         self._facts = facts

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.adapters.sglang.server import Server
     from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
@@ -39,7 +39,7 @@ class PluginPath(EnginePath):
     name = "plugin"
     transport = "mapped"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str, ranks: int) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str, ranks: int) -> None:
         self._server = server
         self._session = Session(server, profile, target)
         self._target, self._ranks = SELECTORS[target], ranks

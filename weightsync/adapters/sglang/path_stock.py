@@ -10,7 +10,7 @@ from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProto
 
 if TYPE_CHECKING:
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.adapters.sglang.server import Server
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["StockPath", "refuse_stock"]
@@ -19,7 +19,7 @@ __all__ = ["StockPath", "refuse_stock"]
 class StockPath(EnginePath):
     """One of the ways that need nothing of ours: a call for each bucket, within a session."""
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str) -> None:
         self._server = server
         self._session = Session(server, profile, target)
         self._manifest: Manifest | None = None

@@ -20,7 +20,6 @@ from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
 from weightsync.adapters.replaying import ReplayingAdapter
 from weightsync.adapters.vllm import doctor
-from weightsync.adapters.vllm.path import torn_text
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
@@ -143,17 +142,18 @@ class VLLMAdapter(ReplayingAdapter):
     ) -> None:
         path, info = self._probed()
         self._loaded, self._began_in = None, self._started
-        before, self._version = self._version, torn_text(self._version, version)
+        before = versions.read(self._version)
+        self._version = versions.updating(before.version, version)
         await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
-        torn, (pull, anew) = versions.read(before).torn, self._unchecked(manifest)
+        pull, anew = self._unchecked(manifest)
         if (ours := self._replaying()) is not None:
-            await ours.begin(version, manifest, offers, torn=torn, pull=pull, anew=anew, deadline=deadline)
+            await ours.begin(version, manifest, offers, torn=before.torn, pull=pull, anew=anew, deadline=deadline)
         else:
-            await path.begin(version, manifest, offers, torn=torn, deadline=deadline)
+            await path.begin(version, manifest, offers, torn=before.torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from weightsync.adapters import versions
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.server import field
 from weightsync.errors import EngineRefused
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from weightsync.plan.manifest import Manifest
     from weightsync.plan.replay_facts import ReplayFacts
 
-__all__ = ["EnginePath", "torn_text"]
+__all__ = ["EnginePath"]
 
 
 class EnginePath(ABC):
@@ -89,8 +88,3 @@ class EnginePath(ABC):
     def refused(self, why: str, hint: str | None = None) -> EngineRefused:
         """The error for `accept` to raise."""
         return EngineRefused(why, engine=self.server.engine, phase="accept", hint=hint)
-
-
-def torn_text(current: str, version: int) -> str:
-    """What the weight version becomes while an update from `current` to `version` runs."""
-    return versions.updating(versions.read(current).version, version)
