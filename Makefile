@@ -1,5 +1,5 @@
 # make setup   a virtual environment with everything (first run: a few minutes, most of it torch)
-# make demo    the main job, shown: FSDP2 ranks push through weightsyncd into three engines
+# make demo    end-to-end demo: FSDP2 ranks push through weightsyncd into three engines
 # make bench   benchmarks of this machine; make bench-pure  planning, codec, session beside their baseline
 # make test    CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
 # make test-all  those and the slow ones: more cells of the fault matrices, sizes and numbers of ranks

@@ -1,4 +1,4 @@
-"""Writes the diagrams of docs/session.md and docs/concepts.md, and the former's table, from
+"""Writes the diagrams of docs/session.md and docs/concepts.md, and the former's tables, from
 `weightsync.session.machine.TRANSITIONS`.
 
 python docs/make_state_diagram.py            write
@@ -37,19 +37,48 @@ def diagram(*, events: bool) -> str:
     return "\n".join([*lines, "```"])
 
 
-def table() -> str:
-    """What each event means in each state."""
-    rows = ["| state | event | decided by | may lead to |", "|---|---|---|---|"]
-    for (state, event), (method, follows) in TRANSITIONS.items():
-        if method.__name__ != "_ignore":
-            after = ", ".join(str(s) for s in dict.fromkeys(follows)) or "–"
-            rows.append(f"| {state} | `{event.__name__}` | `{method.__name__.removeprefix('_')}` | {after} |")
-    return "\n".join(rows)
+def rows(state: State) -> list[tuple[str, str, str]]:
+    """What each event means in a state: the event, the method that decides, the states that may follow."""
+    return [
+        (
+            f"`{event.__name__}`",
+            f"`{method.__name__.removeprefix('_')}`",
+            ", ".join(str(s) for s in dict.fromkeys(follows)),
+        )
+        for (of, event), (method, follows) in TRANSITIONS.items()
+        if of is state and method.__name__ != "_ignore"
+    ]
+
+
+def folded(title: str, lines: list[str]) -> list[str]:
+    """A table behind a line that opens it."""
+    return ["", f"<details markdown><summary>{title}</summary>", "", *lines, "", "</details>"]
+
+
+def tables() -> str:
+    """What leads from one state to another; folded, what leads nowhere, and what ended pushes still hear."""
+    moving = ["| state | event | decided by | may lead to |", "|---|---|---|---|"]
+    staying = ["| state | event | decided by |", "|---|---|---|"]
+    for state in (s for s in State if not s.ended):
+        for event, method, after in rows(state):
+            line = f"| {state} | {event} | {method} |"
+            (moving if after else staying).append(f"{line} {after} |" if after else line)
+    ends = [state for state in State if state.ended]
+    if any(rows(state) != rows(ends[0]) for state in ends):
+        raise SystemExit("the states that end a push differ in what they hear: give each a table of its own")
+    ended = ["| event | decided by |", "|---|---|", *(f"| {event} | {method} |" for event, method, _ in rows(ends[0]))]
+    last = ", ".join(ends[:-1]) + f" or {ends[-1]}"
+    lines = [
+        *moving,
+        *folded("Events that change what the session knows, but not its state", staying),
+        *folded(f"Events of a push that has ended ({last})", ended),
+    ]
+    return "\n".join(lines)
 
 
 def main() -> int:
     pages = {
-        HERE / "session.md": f"{diagram(events=True)}\n\n{table()}",
+        HERE / "session.md": f"{diagram(events=True)}\n\n{tables()}",
         HERE / "concepts.md": diagram(events=False),
     }
     stale = 0

@@ -1,4 +1,4 @@
-"""The GPU's kernel run by this machine's processor: `boxes.cu` compiled by a C++ compiler, one thread a block."""
+"""The GPU's kernel run by this machine's processor: `boxes.cu` compiled by a C++ compiler, a thread at a time."""
 
 from __future__ import annotations
 
@@ -23,30 +23,40 @@ HEAD = """
 struct Index { unsigned x; };
 static Index blockIdx{0}, blockDim{1}, gridDim{1}, threadIdx{0};
 """
+TAIL = """
+extern "C" void launch(
+    const Item* items, u32 count, const u64* bases, u64 slot, u64* totals, u32 mode, u32 threads) {
+  blockDim.x = threads;
+  for (threadIdx.x = 0; threadIdx.x < threads; ++threadIdx.x) boxes(items, count, bases, slot, totals, mode);
+}
+"""
 
 
 @cache
 def library(directory: Path) -> ctypes.CDLL:
     assert COMPILER is not None
     source, made = directory / "boxes.cc", directory / "boxes.so"
-    source.write_text(HEAD + SOURCE.read_text())
+    source.write_text(HEAD + SOURCE.read_text() + TAIL)
     options = ["-O1", "-shared", "-fPIC", "-w", "-fsanitize=undefined", "-fno-sanitize-recover", "-std=c++17"]
     subprocess.run([COMPILER, *options, "-o", str(made), str(source)], check=True, capture_output=True, text=True)
     return ctypes.CDLL(str(made))
 
 
-def run(library: ctypes.CDLL, items: Any, bases: list[int], totals: int, mode: int, slot: int = 0) -> list[int]:
-    """The sums after one launch; what was copied lies in memory."""
+def run(
+    library: ctypes.CDLL, items: Any, bases: list[int], totals: int, mode: int, slot: int = 0, threads: int = 1
+) -> list[int]:
+    """The sums after one launch of one block; what was copied lies in memory."""
     table = np.ascontiguousarray(items)
     addresses = np.array(bases or [0], dtype=np.uint64)
     sums = np.zeros(max(1, totals), dtype=np.uint64)
-    library.boxes(
+    library.launch(
         ctypes.c_void_p(table.ctypes.data),
         ctypes.c_uint32(len(table)),
         ctypes.c_void_p(addresses.ctypes.data),
         ctypes.c_uint64(slot),
         ctypes.c_void_p(sums.ctypes.data),
         ctypes.c_uint32(mode),
+        ctypes.c_uint32(threads),
     )
     return [int(value) for value in sums]
 

@@ -91,6 +91,7 @@ class World:
             deadline=100.0,
             operation_timeout=10.0,
             grace=5.0,
+            last_version=None,
             keepers=keepers,
         )
         self.now = 0.0
@@ -265,10 +266,10 @@ class World:
                 return ev.LayoutReceived(rank=rank)
             case do.MakePlan():
                 return ev.PlanMade(buckets=self.plan)
-            case do.FormGroup(nodes=nodes, number=number):
-                return ev.GroupFormed(nodes=nodes, number=number)
+            case do.FormRails(nodes=nodes, number=number):
+                return ev.RailsFormed(nodes=nodes, number=number)
             case do.AcceptEngine(engine=name):
-                return ev.EngineAccepted(engine=name, draws=name in self.draws, shows=name in self.draws)
+                return ev.EngineAccepted(engine=name, draws=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
                 self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)
@@ -343,8 +344,8 @@ class World:
         match instruction:
             case do.MakePlan():
                 self.hear(ev.PlanFailed(error=ERROR))
-            case do.FormGroup(nodes=nodes, number=number):
-                self.hear(ev.GroupFormed(nodes=(), number=number, failed=tuple((n, ERROR) for n in nodes)))
+            case do.FormRails(nodes=nodes, number=number):
+                self.hear(ev.RailsFormed(nodes=(), number=number, failed=tuple((n, ERROR) for n in nodes)))
             case do.ExchangeBucket(slots=slots):
                 failed = tuple((slot.node, ERROR) for slot in slots[:1])
                 self.hear(ev.BucketRelayed(bucket=instruction.bucket, nodes=(), failed=failed))

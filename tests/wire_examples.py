@@ -28,7 +28,7 @@ ENGINE = msg.EngineStatus(
 OUTCOME = msg.PushOutcome(
     model="default", version=3, nbytes=1000, tensors=2, buckets=1, seconds=0.5, phases={"fill": 0.25},
     engines=(
-        msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=3, seconds=0.5, checked=2, untouched=1),
+        msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=3, seconds=0.5, checked=2, not_pushed=1),
         msg.EngineOutcome(engine="e1", node="n1", outcome="torn", version=None, seconds=0.0, error=ERROR),
     ),
 )  # fmt: skip
@@ -115,7 +115,7 @@ EXAMPLES: tuple[msg.Message, ...] = (
     msg.TraceRequest(id=19, model="default", failed=True),
     msg.Traced(id=19, model="default", version=3, document=b"{}"),
     msg.Prepare(
-        id=20, push="p", rail=1, engines=("e0",), ranks=(0, 2), token=77, piece=65536, turn=1, turns=2, timeout=5.0,
+        id=20, push="p", rail=1, engines=("e0",), ranks=(0, 2), token=77, parcel=65536, turn=1, turns=2, timeout=5.0,
     ),
     msg.Collect(id=20, push="p", rail=1, generation=3, token=77, timeout=5.0),
 )  # fmt: skip

@@ -1,10 +1,10 @@
-"""New policy weights from an RL trainer into every inference engine, at the speed of the wires.
+"""Moves new policy weights from an RL trainer into every inference engine.
 
     from weightsync import push_weights
     report = push_weights(model, version=step)
 
-`push_weights` runs inside the trainer's ranks and talks to `weightsyncd`, the service of the node, which hands the
-bytes to the engines. Importing this package loads nothing heavy: torch, ZeroMQ and the rest come with the first push.
+`push_weights` runs in the trainer's ranks and talks to `weightsyncd`, the node's service, which leads the push and
+speaks to the engines. Importing this package loads nothing heavy: torch, ZeroMQ and the rest come with the first push.
 """
 
 from __future__ import annotations

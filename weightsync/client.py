@@ -1,4 +1,4 @@
-"""`push_weights`: the trainer's side, as its users see it. What a rank does during a push is in `weightsync.rank`."""
+"""`push_weights` and its kin: the trainer's side, as users see it. `weightsync.rank` has what a rank does in a push."""
 
 from __future__ import annotations
 
@@ -44,41 +44,47 @@ def push_weights(
 ) -> PushReport:
     """Hand `weights` to every engine of `model`, and return when they serve them.
 
-    Call it on every trainer rank that takes part, with what that rank holds; each gets the same report, or the same
-    error. No collective is used, so it may be called where ranks are at slightly different places.
+    Call it on every trainer rank that takes part, with what that rank holds. All ranks get the same report, or the
+    same error. No collective is used unless you ask for one (`Fp8(all_reduce=True)`, `LoraSource(gather=True)`), so
+    ranks need not call at the same point of their program.
 
-    weights: an `nn.Module` (plain, or of FSDP2 or FSDP1, of which each rank writes its own shards; wrappers such as
-        DDP's and those of torch.compile do not show in names), a mapping or iterable of (checkpoint name, tensor), or
-        an object of `weightsync.sources`. Names are those of the Hugging Face checkpoint. An iterable is read to its
-        end before anything is sent. Nothing is gathered and no weight is changed; what FSDP2 has gathered and kept is
-        freed first.
-    version: must be above every version that an engine of the model serves.
-    model: which engines; the `model` key of `[[engines]]` in the node config.
-    daemon: endpoint of the node's weightsyncd; default `$WEIGHTSYNC_DAEMON`, else the user's own socket.
-    process_group: the ranks that take part; default all of `torch.distributed`, or just this process without it.
-    pause: what happens to requests in flight: "keep" them and go on with them on the new weights, "wait" for them to
-        end, "abort" them, or "none": do not even pause (in-flight update).
+    weights: an `nn.Module`, a mapping or iterable of (checkpoint name, tensor), or an object of `weightsync.sources`.
+        Names are those of the Hugging Face checkpoint. Of an FSDP1 or FSDP2 module each rank sends its own shards;
+        wrappers such as DDP and torch.compile do not show in names. Nothing is gathered and no weight is changed.
+        Parameters that FSDP2 has gathered and kept are freed first. An iterable is read to its end before anything
+        is sent.
+    version: must be higher than every version that an engine of the model serves.
+    model: which engines, by the `model` key of `[[engines]]` in the node config.
+    daemon: endpoint of the node's weightsyncd. Default: `$WEIGHTSYNC_DAEMON`, else the user's own socket.
+    process_group: the ranks that take part. Default: all of `torch.distributed`, or only this process without it.
+    pause: what happens to requests in flight: "keep" continues them on the new weights, "wait" lets them end first,
+        "abort" ends them, "none" keeps them and the keys and values that they have computed (docs/tuning.md).
     timeout: seconds for the whole push.
-    dtype: as what floating-point weights are sent, a torch.dtype or its name ("bfloat16"); default as they are held.
-        Integers and float8 always stay as they are.
-    only: which tensors are sent: names and shell patterns ("model.layers.*"; one, or several), or a function that is
-        given a name. Names are the weights' own, before `rename`. Default: all.
-    rename: under which names: {own name: checkpoint name}, in which others stay as they are, or a function that makes
-        one of the other.
-    buffers: also send a module's persistent buffers, those in its `state_dict`; of ranks that all have them, one sends.
+    dtype: type in which floating-point weights are sent: a torch.dtype or its name ("bfloat16"). Default: the type
+        they have. Integers and float8 are never converted.
+    only: which tensors are sent: a name or shell pattern ("model.layers.*"), several of them, or a function of a name
+        that says whether. Names are the weights' own, before `rename`. Default: all tensors.
+    rename: a mapping {own name: checkpoint name} (names not listed are kept), or a function from one to the other.
+    buffers: also send persistent buffers (those in `state_dict`). If several ranks hold one, one of them sends it.
     quantise: for engines that serve an fp8 checkpoint: its directory, or a `weightsync.sources.Fp8` that says which
-        matrices become float8 with scales beside them (docs/trainers-quantise.md). After `only`, `rename` and `dtype`.
-    in_place: engines of this node may read the weights where they lie, without slots, once they have learnt how
-        (docs/tuning.md). They keep that memory mapped until the next push of other memory or without `in_place`, or
-        until this process ends: weights that are freed or offloaded in between stay on their GPU until then.
+        matrices become float8 with scales (docs/trainers-quantise.md). Applied after `only`, `rename` and `dtype`.
+    in_place: let engines read the weights directly from this rank's memory, without slots, once they have learnt the
+        layout (docs/tuning.md). On other nodes, bridges write them straight into the engines' parameters. The weights
+        must not change until every engine has read them, not merely until slots are full. Engines and bridges keep
+        this memory mapped until a push of other memory, a push without `in_place`, or the end of this process, so
+        weights freed in between still occupy the GPU.
 
-    `only`, `rename` and `quantise` must say the same on every rank. One engine that fails is evicted and the others go
-    on: look at `report.complete` and `report.engines`.
-    Raises `SourceError` for weights that cannot be described, for what `only` names and is not there, and for two
-    tensors that `rename` gives one name (of several ranks all raise `PushAborted` then, which names the one and says
-    why); `PushRefused` before anything was touched,
-    `PushAborted` or `PushTimeout` when the push failed as a whole (the error names engines left torn), and
-    `DaemonLost`.
+    `only`, `rename` and `quantise` must be the same on every rank. An engine that fails is left out and the others
+    carry on: look at `report.complete` and `report.engines`.
+
+    Raises:
+        `SourceError`: the weights cannot be described, `only` matches nothing, or `rename` maps two tensors to one
+            name. With several ranks, every rank gets `PushAborted` naming the rank and cause instead. Also for an
+            argument that is wrong in itself.
+        `ConfigError`: `daemon` is no endpoint.
+        `PushRefused`: the request is invalid, or another trainer is pushing; no engine was touched.
+        `PushAborted`, `PushTimeout`: the push failed as a whole; the error names the engines left torn.
+        `DaemonLost`: weightsyncd cannot be reached, or stopped answering.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
     return _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place).run()
@@ -100,10 +106,11 @@ def push_weights_async(
     quantise: Fp8 | str | os.PathLike[str] | None = None,
     in_place: bool = False,
 ) -> PushHandle:
-    """As `push_weights`, in a thread: returns at once a handle, so that the trainer goes on meanwhile.
+    """Start `push_weights` in a thread and return a handle at once, so that the trainer can go on.
 
-    The weights must not change until `handle.wait_filled()` returns; after that they may, while engines still load.
-    What `push_weights` would raise the handle does, but for arguments, and weights of a lone rank, that are wrong.
+    The weights must not change until `handle.wait_filled()` returns. After that they may, while engines still load.
+    Wrong arguments are raised here, and so is `SourceError` where one rank pushes alone. Everything else is raised by
+    the handle.
     """
     what = _Weights(weights, dtype, only, rename, buffers, quantise)
     return PushHandle(_rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place))
@@ -123,8 +130,8 @@ def push_source(
     in_place: bool = False,
     on_progress: Callable[[int], None] | None = None,
 ) -> PushReport:
-    """As `push_weights`; `on_progress(bytes written by this rank so far)` is called after each bucket, in this
-    thread.
+    """`push_weights` with `on_progress`, which is called in this thread after each bucket with the bytes that this
+    rank has written so far.
     """
     what = _Weights(source, dtype, quantise=quantise)
     push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
@@ -151,17 +158,19 @@ class PushHandle:
             self._push.filled.set()
 
     def wait_filled(self, timeout: float | None = None) -> None:
-        """Return when this rank's weights have been read and may change. Raises what the push failed with."""
-        self._wait_until(self._push.filled, timeout, "to read this rank's weights")
+        """Return when this rank's weights have been read and may change. Raises the push's error if it failed."""
+        limit = self._limit(timeout)
+        if not self._push.filled.wait(limit):
+            raise PushTimeout(f"this rank's weights were not read within {limit:.1f} s", version=self._push.version)
         if self._error is not None:
             raise self._error
 
     def done(self) -> bool:
-        """The push has ended, well or not."""
+        """Whether the push has ended, successfully or not."""
         return not self._thread.is_alive()
 
     def result(self, timeout: float | None = None) -> PushReport:
-        """Wait for the end. Returns the report, or raises what `push_weights` would raise."""
+        """Wait for the push to end. Returns its report, or raises what `push_weights` would raise."""
         limit = self._limit(timeout)
         self._thread.join(limit)
         if self._thread.is_alive():
@@ -173,11 +182,6 @@ class PushHandle:
 
     def _limit(self, timeout: float | None) -> float:
         return timeout if timeout is not None else max(0.0, self._push.deadline - time.monotonic()) + 60.0
-
-    def _wait_until(self, event: threading.Event, timeout: float | None, what: str) -> None:
-        limit = self._limit(timeout)
-        if not event.wait(limit):
-            raise PushTimeout(f"it took longer than {limit:.1f} s {what}", version=self._push.version)
 
 
 class _Weights(NamedTuple):

@@ -2,7 +2,7 @@
 
     WeightSyncError
     ├── ConfigError            a config file, flag or environment variable is wrong; nothing was started
-    ├── SourceError            the weights given to push_weights cannot be described; nothing was sent
+    ├── SourceError            the weights, or an argument, given to push_weights are wrong; nothing was sent
     ├── ProtocolError          two peers disagree about the conversation
     │   ├── LocalProtocolError     this side used an object in an order it does not allow
     │   └── RemoteProtocolError    the other side sent something it must not send
@@ -12,18 +12,18 @@
     │   ├── TransportBroken        the world broke it: a peer died, a checksum differs
     │   └── TransportTimeout       its deadline passed
     ├── EngineError            one engine failed
-    │   ├── EngineRefused          it says beforehand that it cannot take these weights; it was not touched
-    │   └── EngineLost             it does not answer any more
+    │   ├── EngineRefused          it said beforehand that it cannot take these weights; it was not touched
+    │   └── EngineLost             it no longer answers
     ├── PushError              a push as a whole did not succeed
-    │   ├── PushRefused            before any engine was touched, because of what was asked
-    │   ├── PushAborted            under way, because a participant failed; the error names the torn engines, if any
+    │   ├── PushRefused            what was asked for cannot be done; no engine was touched
+    │   ├── PushAborted            a participant failed during the push; the error names the torn engines, if any
     │   └── PushTimeout            its deadline passed
     └── DaemonError            the conversation with weightsyncd failed
         └── DaemonLost             it cannot be reached, or stopped answering
 
-An error is a record: beside its sentence it carries who and where (`model`, `version`, `rank`, `engine`, `bucket`,
-`phase`) and, where there is one, a `hint` that says what would be right. `ErrorRecord` is the same as plain data, so
-that an error raised in the daemon is raised again, alike, on every trainer rank.
+Besides its sentence an error carries who and where (`model`, `version`, `rank`, `engine`, `bucket`, `phase`), and often
+a `hint` that says how to put it right. `ErrorRecord` is the same as plain data, so that an error raised in the daemon
+is raised again, unchanged, on every trainer rank.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from __future__ import annotations
 import msgspec
 
 __all__ = [
+    "PLUGIN_HINT",
     "CodecError",
     "ConfigError",
     "DaemonError",
@@ -52,7 +53,17 @@ __all__ = [
     "TransportError",
     "TransportTimeout",
     "WeightSyncError",
+    "install_hint",
 ]
+
+
+def install_hint(extra: str = "") -> str:
+    """How to install weightsync, for hints: it is on no package index. `extra` as pyproject.toml names it: "cuda13"."""
+    what = f'".[{extra}]"' if extra else "."
+    return f"pip install {what} in a clone of weightsync"
+
+
+PLUGIN_HINT = f"""{install_hint()}, with the engine's own pip (".[cuda13]" or ".[cuda12]" where slots lie on GPUs)"""
 
 
 class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -67,6 +78,10 @@ class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     bucket: int | None = None
     phase: str | None = None
     hint: str | None = None
+
+    def of_engine(self, name: str) -> str:
+        """The sentence, among those of several engines: with the engine's name before it, unless that is in it."""
+        return self.message if name in self.message.split() else f"{name}: {self.message}"
 
     def error(self) -> WeightSyncError:
         """The exception this record describes; an unknown `kind` becomes the root of the tree."""
@@ -143,7 +158,7 @@ class ConfigError(WeightSyncError):
 
 
 class SourceError(WeightSyncError):
-    """The weights given to `push_weights` cannot be described; nothing was sent."""
+    """The weights, or an argument, given to `push_weights` are wrong; nothing was sent."""
 
 
 class ProtocolError(WeightSyncError):
@@ -183,11 +198,11 @@ class EngineError(WeightSyncError):
 
 
 class EngineRefused(EngineError):
-    """The engine says beforehand that it cannot take these weights; it was not touched."""
+    """The engine said beforehand that it cannot take these weights; it was not touched."""
 
 
 class EngineLost(EngineError):
-    """The engine does not answer any more."""
+    """The engine no longer answers."""
 
 
 class PushError(WeightSyncError):
@@ -195,11 +210,11 @@ class PushError(WeightSyncError):
 
 
 class PushRefused(PushError):
-    """Refused before any engine was touched, because of what was asked."""
+    """What was asked for cannot be done; no engine was touched."""
 
 
 class PushAborted(PushError):
-    """Ended under way because a participant failed; the sentence names the engines left torn, if any."""
+    """A participant failed during the push; the sentence names the engines left torn, if any."""
 
 
 class PushTimeout(PushError):

@@ -97,7 +97,7 @@ def _nvidia_smi(*arguments: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"GPUs cannot be asked about: {error}", hint="nvidia-smi has to work") from error
+        raise ConfigError(f"cannot query the GPUs: {error}", hint="nvidia-smi has to work") from error
     if _NO_DEVICES in done.stdout:
         return ""
     if done.returncode:

@@ -2,8 +2,8 @@
 
 What a line is about is a field of its own in JSON. It comes from three places: from the line's own format string, where
 `bucket=%d` names what it fills in (so that text and JSON cannot differ); from `extra=`; and from `about`, for all lines
-of a push. In text a push goes by its model and version, `[push=MODEL v=VERSION]`; in JSON these are `model` and
-`version`, and `push` is the name that nodes have for this one attempt.
+of a push. A push goes by its model and version, `[model=MODEL v=VERSION]`; in JSON `v` is `version`, and `push` is the
+name that nodes have for this one attempt.
 """
 
 from __future__ import annotations
@@ -100,8 +100,6 @@ def _names(template: str) -> tuple[str, ...]:
     found = [match[1] or "" for match in _CONVERSION.finditer(template) if match[2] != "%"]
     if "*" in template:  # a width among the arguments: which is which cannot be told
         return ()
-    if "v" in found and "push" in found:
-        found[found.index("push")] = "model"
     return tuple("version" if name == "v" else name for name in found)
 
 

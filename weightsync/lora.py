@@ -25,11 +25,11 @@ _PATIENCE = 15.0  # seconds beyond the timeout for the daemon's word
 
 @dataclass(frozen=True)
 class LoraEngineReport:
-    """What the push came to on one engine."""
+    """How the push ended on one engine."""
 
     engine: str
     node: str
-    outcome: str  # loaded | failed (goes on with what it had) | lost (does not answer)
+    outcome: str  # loaded | failed (keeps what it had) | lost (does not answer)
     error: ErrorRecord | None
 
 
@@ -65,19 +65,25 @@ def push_lora(
 ) -> LoraReport | None:
     """Have every engine of `model` load a LoRA adapter as `name@version`, and unload those of lower versions.
 
-    Engines must serve LoRA (docs/trainers-lora.md). Call it on rank 0 alone, or on all ranks: the first sends, to its
-    daemon, which tells each engine once; the others return None at once. Only with `gather` do all have to call.
+    Engines must serve LoRA (docs/trainers-lora.md). Call it on rank 0 alone, or on all ranks. Rank 0 sends the adapter
+    to its daemon, which tells each engine once; the other ranks return None at once. With `gather` all must call.
 
-    lora: a `PeftModel`, whose active adapter is sent; or a mapping of names to tensors as peft saves them, with
-        `config`, peft's `LoraConfig` or a mapping.
-    version: must be above every version of the name that an engine has loaded.
-    keep: how many of the versions before stay loaded, for clients that still ask for them.
-    gather: gather matrices that are sharded (FSDP2): a collective over them.
-    timeout: seconds, until all engines have loaded it. The old ones are unloaded after that.
+    lora: a `PeftModel`, whose active adapter is sent; or a mapping from names to tensors, as peft saves them, with
+        `config`.
+    version: must be higher than every version of `name` that an engine has loaded.
+    config: for a mapping: peft's `LoraConfig`, or a mapping of the same.
+    keep: how many earlier versions stay loaded, for clients that still ask for them.
+    gather: gather sharded matrices (FSDP2). This is a collective.
+    timeout: seconds until all engines have loaded it. The old versions are unloaded after that.
 
-    An engine that fails goes on with what it had: look at `report.complete`. Raises `SourceError` for an adapter that
-    engines would not compute as the trainer does, `PushRefused` before any engine was touched, `PushAborted` when none
-    has loaded it, `PushTimeout` when what is under way on the node does not end in time, and `DaemonLost`.
+    An engine that fails keeps what it had: look at `report.complete`.
+
+    Raises:
+        `SourceError`: engines would not compute the adapter as the trainer does, or an argument is wrong.
+        `PushRefused`: the request is invalid; no engine was touched.
+        `PushAborted`: no engine has loaded it.
+        `PushTimeout`: the node was busy for the whole time.
+        `DaemonLost`: weightsyncd cannot be reached, or stopped answering.
     """
     from weightsync.operator import ask
     from weightsync.sources.lora_files import adapter_files
@@ -86,7 +92,8 @@ def push_lora(
     version, keep = whole_number("version", version), whole_number("keep", keep)
     model, timeout = checked_model(model), checked_timeout(timeout)
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
-        raise SourceError(f"name = {name!r} will not do", hint="up to 64 letters, digits, dots, dashes and underscores")
+        hint = "up to 64 letters, digits, dots, dashes and underscores"
+        raise SourceError(f"name = {name!r} is not a valid adapter name", hint=hint)
     first = trainer_place(process_group).rank == 0
     if not first and not gather:
         return None
@@ -121,6 +128,6 @@ def push_lora(
         engines=tuple(LoraEngineReport(e.engine, e.node, e.outcome, e.error) for e in answer.engines),
     )
     if not any(engine.outcome == "loaded" for engine in report.engines):
-        errors = "; ".join(f"{e.engine}: {e.error.message}" for e in report.engines if e.error is not None)
+        errors = "; ".join(e.error.of_engine(e.engine) for e in report.engines if e.error is not None)
         raise PushAborted(f"no engine has loaded {report.served}: {errors}", model=model, version=version)
     return report

@@ -29,9 +29,9 @@ M = TypeVar("M", bound=msg.Message)
 
 
 def fetch_status(endpoint: str, *, timeout: float = 5.0, fresh: bool = False) -> msg.Status:
-    """How the daemon at `endpoint` is: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE` names, the
-    `cluster.listen` of any. `fresh`: engines as they are now, not as they were last seen. Raises `DaemonLost` when it
-    does not answer within `timeout` seconds.
+    """The status of the daemon at `endpoint`: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE`
+    names, the `cluster.listen` of any node. `fresh`: engines as they are now, not as they were last seen. Raises
+    `DaemonLost` if it does not answer within `timeout` seconds.
     """
     return ask(endpoint, msg.StatusRequest(id=1, fresh=fresh), msg.Status, timeout)
 
@@ -46,11 +46,11 @@ def fetch_trace(endpoint: str, *, model: str = "", failed: bool = False, timeout
 def change_engines(
     endpoint: str, *, add: Sequence[EngineConfig] = (), remove: Sequence[str] = (), timeout: float = 120.0
 ) -> tuple[msg.EngineStatus, ...]:
-    """Have the daemon at a node's own socket take some engines and leave others, as soon as no push is under way.
+    """Add engines to the daemon at a node's own socket and remove others, as soon as no push is under way.
 
-    Returns the new ones as it found them. What is changed so lasts until the daemon is restarted, or told by SIGHUP to
-    read its config again. Raises `ConfigError` for engines that cannot be, `PushRefused` where a push does not end, and
-    `DaemonLost`.
+    Returns the status of the new ones. The change lasts until the daemon is restarted, or told by SIGHUP to read its
+    config again. Raises `ConfigError` for engines that cannot be added or removed, `PushRefused` if a push does not
+    end, and `DaemonLost`.
     """
     question = msg.ChangeEngines(id=1, timeout=timeout, add=tuple(add), remove=tuple(remove))
     return ask(endpoint, question, msg.Changed, timeout + _PROBE).engines

@@ -1,4 +1,4 @@
-"""What `push_weights` returns: the same on every rank."""
+"""What `push_weights` returns, the same on every rank but for `blocked_seconds`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ __all__ = ["EngineReport", "PushReport"]
 
 @dataclass(frozen=True)
 class EngineReport:
-    """What the push came to on one engine."""
+    """How the push ended on one engine."""
 
     engine: str
     node: str
     outcome: str  # committed | skipped (untouched) | torn (paused until repaired) | lost (does not answer)
-    version: int | None  # what it serves now; None: nothing that was pushed
+    version: int | None  # what it serves now; None: nothing that was ever pushed
     seconds: float  # from its pause to its resume
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
-    untouched: int  # tensors of the engine that the push did not hold
+    not_pushed: int  # tensors of the engine that the push did not contain
     error: ErrorRecord | None
-    drawn: bool = False  # its weights came from where the trainer has them, through no slots
+    drawn: bool = False  # it read the trainer's memory in place, not slots
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class PushReport:
 
     model: str
     version: int
-    bytes: int  # of the tensors, once
+    bytes: int  # of all tensors, each counted once
     tensors: int
     buckets: int
     seconds: float  # from the first rank's call until every engine served again
-    blocked_seconds: float  # of that, how long this rank was busy describing and filling (differs by rank)
-    phases: dict[str, float]  # seconds with the phase under way: describe plan fill wire load finalise verify
+    blocked_seconds: float  # of those, how long this rank described and filled (differs between ranks)
+    phases: dict[str, float]  # seconds in which each was under way: describe plan fill export wire load finalise verify
     engines: tuple[EngineReport, ...]
 
     @classmethod
     def of(cls, outcome: PushOutcome, blocked_seconds: float) -> PushReport:
-        """The report of an outcome told by the daemon."""
+        """The report of an outcome that the daemon sent."""
         return cls(
             model=outcome.model,
             version=outcome.version,
@@ -62,12 +62,12 @@ class PushReport:
 
     @property
     def complete(self) -> bool:
-        """Every engine of the model serves the new version."""
+        """Whether every engine of the model serves the new version."""
         return all(e.outcome == "committed" for e in self.engines)
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Bytes once, over the whole push."""
+        """`bytes` divided by the seconds of the whole push."""
         return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:

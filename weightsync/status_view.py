@@ -133,7 +133,12 @@ def _refused(status: dict[str, Any]) -> list[Text]:
         return []
     ago, what = _lasting(status["refused_ago"]), f"version {error['version']} of {error['model']}"
     hint = [Text(f"  hint: {error['hint']}")] if error.get("hint") else []
-    return [Text(f"last call that came to no push, {ago} ago: {what}: {error['message']}", style="yellow"), *hint]
+    return [
+        Text(
+            f"last push_weights call refused before it started, {ago} ago: {what}: {error['message']}", style="yellow"
+        ),
+        *hint,
+    ]
 
 
 def _lasting(seconds: float) -> str:

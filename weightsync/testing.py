@@ -1,10 +1,10 @@
-"""What is public for tests, here and in other projects: clocks to turn by hand, leak checks, conformance suites.
+"""Public helpers for tests, here and in other projects: a manual clock, leak checks, the suite for transports.
 
-Nothing in this module or in what it runs needs pytest. A transport of your own is checked with
+Nothing here needs pytest. To check a transport of your own, call
 
     check_transport(make_pair)
 
-where `make_pair(readers, slots, slot_bytes)` is a context manager that gives a `TransportPair`.
+where `make_pair(readers, slots, slot_bytes)` is a context manager that yields a `TransportPair`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ LEAK_SECONDS = 5.0  # that a thread or a socket has to end after it was told to
 
 
 class ManualClock:
-    """A clock that only moves when told to; call it like `time.monotonic`."""
+    """A clock that moves only when told to. Call it like `time.monotonic`."""
 
     def __init__(self, now: float = 0.0) -> None:
         self.now = now  # seconds
@@ -46,7 +46,7 @@ class ManualClock:
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
-    """Whether `condition` becomes true within `seconds`: for what another process or thread does in its own time."""
+    """Whether `condition` becomes true within `seconds`; it is asked every 5 ms."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while not condition():
@@ -58,8 +58,9 @@ def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
 
 @contextmanager
 def no_leaks(*, directory: str = DIRECTORY) -> Iterator[None]:
-    """Raise `AssertionError` if, `LEAK_SECONDS` after the block, this process has file descriptors or threads, or
-    `directory` has arenas, that were not there before it. Run what loads modules or starts pools once beforehand."""
+    """Raise `AssertionError` if the block leaves behind file descriptors or threads of this process, or arenas in
+    `directory`. They have `LEAK_SECONDS` to go away. What loads modules or starts pools should have run once before.
+    """
     files, threads, arenas = _files(), _threads(), _arenas(directory)
     yield
 

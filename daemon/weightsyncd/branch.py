@@ -16,7 +16,7 @@ import msgspec
 from weightsync.errors import CodecError, PushAborted, PushRefused, TransportBroken
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import decode_untrusted, encode
-from weightsyncd.silence import is_lost
+from weightsyncd.ranks import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -121,7 +121,9 @@ class Branch:
         for number, rank in self.ranks.items():
             if is_lost(now - rank.heard, liveness, rank.call.message):
                 rank.heard = float("inf")
-                logger.warning("[push=%s] rank %d has not been heard", self.call.push, number, extra={"rank": number})
+                extra = {"rank": number, "push": self.call.push}
+                words = (self.call.model, self.call.version, number)
+                logger.warning("[model=%s v=%d] rank %d has not been heard", *words, extra=extra)
                 self._forward(
                     msg.RankSays(push=self.call.push, rank=number, lost=f"it has not been heard for {liveness:g} s")
                 )
@@ -144,7 +146,9 @@ class Branch:
             case msg.Planned():
                 offers = [bridge.offer for bridge in self._bridges if bridge.offer is not None]
                 if len(offers) < len(self._bridges):
-                    error = TransportBroken("a bridge of its node is being restarted", rank=message.rank)
+                    error = TransportBroken(
+                        f"a bridge of the node of rank {message.rank} is being restarted", rank=message.rank
+                    )
                     self._say(message.rank, msg.Failed(id=rank.number, error=error.record()))
                     return
                 self._arenas = tuple(bridge.incarnation for bridge in self._bridges)

@@ -52,6 +52,10 @@ class PushContext:
         """For a block whose log lines are about this push."""
         return about(push=self.push, model=self.model, version=self.version)
 
+    def at(self, bucket: int) -> tuple[str, int, int]:
+        """For a log line: `[model=%s v=%d bucket=%d]`."""
+        return self.model, self.version, bucket
+
     def expected_of(self, engine: str) -> npt.NDArray[np.uint64] | None:
         """What the engine has to hold: a fingerprint of each tensor."""
         return self.measured if engine in self.drawn else self.expected

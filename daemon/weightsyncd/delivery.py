@@ -34,7 +34,7 @@ __all__ = ["Deliveries"]
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
+_PARCEL = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
 _LONGEST = 300.0  # seconds that a bridge may work out a layout, for a later push if this one does not wait
 _REMEMBERED = 600.0  # seconds for which what cannot be delivered is not tried again
 
@@ -86,7 +86,7 @@ class Deliveries:
     ) -> None:
         """Get ready for what a coordinator delivers to engines of this node. Raises `WeightSyncError`."""
         if missing := [name for name in message.engines if name not in context.shown]:
-            raise LocalProtocolError("it has not shown its places in this push", engine=missing[0])
+            raise LocalProtocolError(f"engine {missing[0]} has not shown its places in this push", engine=missing[0])
         shown = [context.shown[name] for name in message.engines]
         await self._prepare(context, bridge, message, places=_together(shown, message.ranks), until=until)
 
@@ -104,7 +104,7 @@ class Deliveries:
         slot_bytes = min([rails.bridges[0].config.slot_bytes, *(info.slot_bytes for info in infos)])
         deals = _dealt(shown, infos[0].gpus if infos else (), rails.count(names))
         token = secrets.randbits(59)
-        failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PIECE))
+        failed = await self._prepare_all(rails, context, instruction, deals, token, min(slot_bytes, _PARCEL))
         if failed:
             if any(error.phase == NEVER for error in failed.values()):
                 self._refused = key, time.monotonic() + _REMEMBERED, sentences(failed)
@@ -119,7 +119,7 @@ class Deliveries:
         instruction: do.DeliverWeights,
         deals: Sequence[_Deal],
         token: int,
-        piece: int,
+        parcel: int,
     ) -> dict[str, ErrorRecord]:
         """Have all ends of every rail get ready. Returns the nodes that cannot, and why."""
         until = instruction.deadline
@@ -135,7 +135,7 @@ class Deliveries:
                 engines=instruction.engines,
                 ranks=deal.ranks,
                 token=token,
-                piece=piece // 256 * 256,
+                parcel=parcel // 256 * 256,
                 turn=deal.turn,
                 turns=deal.turns,
                 timeout=max(0.0, until - time.monotonic()),
@@ -176,7 +176,7 @@ class Deliveries:
         with told.manifests.unless_it_fails(), told.places.unless_it_fails(), told.exposures.unless_it_fails():
             command = commands.Prepare(
                 token=terms.token,
-                piece=terms.piece,
+                parcel=terms.parcel,
                 turn=terms.turn,
                 turns=terms.turns,
                 whole=not terms.ranks,
@@ -199,7 +199,7 @@ async def _unless(ended: asyncio.Event, delivery: Coroutine[None, None, str]) ->
     try:
         await asyncio.wait([work, end], return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
-            raise PushAborted("its push has ended")
+            raise PushAborted("the push of this delivery has ended")
         return work.result()
     finally:
         end.cancel()
@@ -242,7 +242,7 @@ async def _carry(
                     group.create_task(take(node, deal.rail))
                 group.create_task(send(deal.rail))
     except asyncio.CancelledError:  # nobody wants it any more: nothing of it is read here after this
-        await give_up(rails.home, PushAborted("its push has ended").record())
+        await give_up(rails.home, PushAborted("the push of this delivery has ended").record())
         raise
     finally:
         if broken:

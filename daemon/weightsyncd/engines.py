@@ -111,9 +111,10 @@ class Engine:
             raise
         except Exception as error:  # the seam: an engine's strange answer costs that engine, not this daemon
             if self.gone:  # its adapter was closed meanwhile
-                raise EngineLost("it is an engine of this node no longer", engine=self.name) from error
+                raise EngineLost(f"engine {self.name} is not one of this node any more", engine=self.name) from error
             logger.exception("[engine=%s] probe failed in an unexpected way", self.name)
-            strange = EngineError(f"unexpected {type(error).__name__} in its adapter: {error}", engine=self.name)
+            words = f"unexpected {type(error).__name__} in the adapter of engine {self.name}: {error}"
+            strange = EngineError(words, engine=self.name)
             self.lost(strange)
             raise strange from error
         self.learned(info)

@@ -50,10 +50,11 @@ async def exchange(
         if slots.keys() == {rails.home}:
             return _relayed(instruction, slots, failed)  # what it has written is the bucket
         broken = await _attempt(rails, context, instruction.bucket, slots, runs, until)
+        where = context.at(instruction.bucket)
         if not broken:
-            logger.debug("[v=%d bucket=%d] exchange.complete nodes=%d", context.version, instruction.bucket, len(slots))
+            logger.debug("[model=%s v=%d bucket=%d] exchange.complete nodes=%d", *where, len(slots))
             return _relayed(instruction, slots, failed)
-        logger.warning("[v=%d bucket=%d] exchange.failed: %s", context.version, instruction.bucket, sentences(broken))
+        logger.warning("[model=%s v=%d bucket=%d] exchange.failed: %s", *where, sentences(broken))
         needed = broken.keys() & {*runs, rails.home}
         if needed and not again:
             return _relayed(instruction, (), failed | broken)

@@ -20,7 +20,7 @@ from weightsync.session import instructions as do
 from weightsync.session.state import buckets
 from weightsyncd.delivery import Deliveries
 from weightsyncd.engines import SOON
-from weightsyncd.wire import NodeWire, joins_group
+from weightsyncd.exports import NodeExports, joins_group
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -49,15 +49,15 @@ def phase_of(instruction: do.Instruction) -> str:
         do.FinishEngine: "finish",
         do.VerifyEngine: "verify",
         do.ResumeEngine: "resume",
-    }.get(type(instruction), "wire")
+    }.get(type(instruction), "")
 
 
 class NodeExecutor:
-    """This node's engines, and by `wire` its bridges, as instructions see them."""
+    """This node's engines, and by `exports` its bridges, as instructions see them."""
 
     def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
         self.engines = engines
-        self.wire = NodeWire(node, address, engines, bridges)
+        self.exports = NodeExports(node, address, engines, bridges)
         self.deliveries = Deliveries()
         self._letting_go: set[asyncio.Task[ev.Event]] = set()
 
@@ -65,14 +65,14 @@ class NodeExecutor:
         """Carry out one instruction. None for the kinds that end in no event."""
         match instruction:
             case do.ExportBucket():
-                return await self.wire.export(context, instruction)
+                return await self.exports.export(context, instruction)
             case do.AwaitRelease():
-                return await self.wire.await_release(context, instruction)
+                return await self.exports.await_release(context, instruction)
             case do.RevokeBucket():
-                await self.wire.revoke(context, instruction.engine, instruction.bucket, instruction.deadline)
+                await self.exports.revoke(context, instruction.engine, instruction.bucket, instruction.deadline)
                 return None
             case do.RetireBridge():
-                self.wire.retire(instruction)
+                self.exports.retire(instruction)
                 return None
             case _:
                 return await self._at_engine(context, instruction)
@@ -94,12 +94,14 @@ class NodeExecutor:
                     engine.done_to_at = time.monotonic()
                 event = await self._ask(context, engine, instruction)
         except TimeoutError:
-            error: WeightSyncError = EngineLost(f"did not answer {phase!r} before its deadline", hint=self._hint(name))
+            error: WeightSyncError = EngineLost(
+                f"engine {name} did not answer {phase!r} before its deadline", hint=self._hint(name)
+            )
         except WeightSyncError as caught:
             error = caught
         except Exception as caught:
             logger.exception("[engine=%s v=%d] %s failed in an unexpected way", *words, extra=extra)
-            error = EngineError(f"unexpected {type(caught).__name__} in its adapter: {caught}")
+            error = EngineError(f"unexpected {type(caught).__name__} in the adapter of engine {name}: {caught}")
         else:
             logger.debug("[engine=%s v=%d] %s.complete bucket=%s", *words, first, extra=extra)
             return event
@@ -145,14 +147,14 @@ class NodeExecutor:
             case do.AcceptEngine():
                 manifest = context.known_manifest()
                 if joins_group(engine):
-                    await self.wire.offers_for(engine, deadline)  # or tell what is wrong with the config
+                    await self.exports.offers_for(engine, deadline)  # or tell what is wrong with the config
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 known = manifest.digest, broken
-                untouched = engine.accepted.get(known)
-                if untouched is None or (broken and untouched):  # it needs every tensor: let it say so
-                    untouched = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
+                not_pushed = engine.accepted.get(known)
+                if not_pushed is None or (broken and not_pushed):  # it needs every tensor: let it say so
+                    not_pushed = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
                 draws = hand.draws(manifest)  # and who can copy it can show where to
-                return ev.EngineAccepted(engine=name, untouched=len(untouched), draws=draws, shows=draws)
+                return ev.EngineAccepted(engine=name, not_pushed=len(not_pushed), draws=draws)
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True
@@ -161,14 +163,14 @@ class NodeExecutor:
                 await hand.pause(instruction.mode, deadline=deadline)  # type: ignore[arg-type]
                 return ev.EnginePaused(engine=name)
             case do.BeginEngine():
-                manifest, offers = context.known_manifest(), await self.wire.offers_for(engine, deadline)
+                manifest, offers = context.known_manifest(), await self.exports.offers_for(engine, deadline)
                 await self._check_unchanged(context, engine, deadline)
                 context.shown.pop(name, None)  # what it showed before counts no more
                 context.begun.add(name)
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 begin = hand.begin(context.version, manifest, offers, deadline=deadline)
                 if joins_group(engine):
-                    await self._together(engine, begin, self.wire.join_groups(engine, deadline))
+                    await self._together(engine, begin, self.exports.join_groups(engine, deadline))
                 else:
                     await begin
                 return ev.EngineBegun(engine=name)
@@ -221,7 +223,7 @@ class NodeExecutor:
     ) -> None:
         load = engine.adapter.load_several(first, tickets, deadline=deadline)
         if joins_group(engine):
-            await self._together(engine, load, self.wire.send_to_group(context, engine, first, tickets, deadline))
+            await self._together(engine, load, self.exports.send_to_group(context, engine, first, tickets, deadline))
         else:
             await load
 
@@ -233,7 +235,7 @@ class NodeExecutor:
         try:
             await asyncio.gather(*works)
         except BaseException:
-            self.wire.leave_groups(engine.name)
+            self.exports.leave_groups(engine.name)
             raise
         finally:
             for work in works:
@@ -253,7 +255,9 @@ class NodeExecutor:
             return
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):
-            raise EngineLost("it was restarted during the push", hint="the next push brings it up to date")
+            raise EngineLost(
+                f"engine {engine.name} was restarted during the push", hint="the next push brings it up to date"
+            )
         mode = context.modes.get(engine.name)
         if mode not in (None, "none") and not info.paused:
             logger.warning("[engine=%s v=%d] was resumed by somebody else; pausing it", engine.name, context.version)
@@ -265,7 +269,7 @@ class NodeExecutor:
         """Nobody drives the push any more: engines that it paused and never touched are resumed, and those that it has
         touched are left torn, and paused. Returns when that is on its way, and before anything that comes later.
         """
-        await self.wire.sweep(context)
+        await self.exports.sweep(context)
         ends: list[do.Instruction] = [
             do.ResumeEngine(engine=name, deadline=deadline)
             for name in sorted(set(context.modes) - context.begun)

@@ -24,13 +24,13 @@ from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import plain, structured
 from weightsyncd.branch import Branch
-from weightsyncd.calls import Calls
 from weightsyncd.context import PushContext
-from weightsyncd.holding import Held, Working
+from weightsyncd.follower_rails import FollowerRails
+from weightsyncd.held_push import HeldPush, Working
 from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
-from weightsyncd.rail_work import RailWork
 from weightsyncd.rails import leave
+from weightsyncd.remote_calls import RemoteCalls
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Collection, Sequence
@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
+    from weightsyncd.follower_rails import AtRail
     from weightsyncd.joining import Takers
-    from weightsyncd.rail_work import AtRail
     from weightsyncd.waiting import Call
 
 __all__ = ["Follower"]
@@ -84,11 +84,11 @@ class Follower:
         self._wind_up = wind_up
         self._on_free = on_free
         self._joining = Joining(config, bridges, rails)
-        self._rail_work = RailWork(config, executor, bridges)
+        self._own_rails = FollowerRails(config, executor, bridges)
         self._send = send
         self._on_missed, self._on_late = on_missed, on_late
-        self.calls = Calls()
-        self._held: Held | None = None
+        self.calls = RemoteCalls()
+        self._held: HeldPush | None = None
         self._free = asyncio.Event()
         self._free.set()
         self._stopping = False
@@ -228,7 +228,7 @@ class Follower:
 
     async def at_rail(self, identity: bytes, message: AtRail) -> msg.Message:
         """Something for a bridge."""
-        self._rail_work.check(message)
+        self._own_rails.check(message)
         if isinstance(message, msg.JoinRail):
             await self._join(identity, message, self._until(message.timeout))
         else:
@@ -237,7 +237,7 @@ class Follower:
             manifest = held.context.manifest if isinstance(message, msg.Collect) else None
             until = self._until(message.timeout, manifest.nbytes if manifest is not None else 0)
             with Working(held, None if isinstance(message, msg.Prepare) else message.rail):  # that is on no wire
-                await self._rail_work.do(held, message, until)
+                await self._own_rails.do(held, message, until)
         return msg.Executed(event={})
 
     async def _join(self, identity: bytes, message: msg.JoinRail, until: float) -> None:
@@ -280,7 +280,7 @@ class Follower:
         if self._held is not None:
             await self._let_go(self._held, "weightsyncd is stopping")
 
-    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> Held:
+    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> HeldPush:
         """The push's place here, taken at its first instruction. Raises `PushRefused` while another holds it."""
         node = self._config.node.name
         while True:
@@ -297,9 +297,9 @@ class Follower:
                 return held
             await self._let_go(held, "its coordinator has gone on")
 
-    def _take(self, identity: bytes, context: PushContext) -> Held:
+    def _take(self, identity: bytes, context: PushContext) -> HeldPush:
         self._free.clear()
-        self._held = Held(identity, context, time.monotonic())
+        self._held = HeldPush(identity, context, time.monotonic())
         return self._held
 
     def _check_free(self, identity: bytes) -> None:
@@ -310,18 +310,19 @@ class Follower:
         if self._held is not None and self._held.identity != identity:
             raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
 
-    async def _let_go(self, held: Held, why: str | None, error: ErrorRecord | None = None) -> None:
+    async def _let_go(self, held: HeldPush, why: str | None, error: ErrorRecord | None = None) -> None:
         await asyncio.shield(self._letting_go(held, why, error))
 
-    def _letting_go(self, held: Held, why: str | None, error: ErrorRecord | None = None) -> asyncio.Task[None]:
+    def _letting_go(self, held: HeldPush, why: str | None, error: ErrorRecord | None = None) -> asyncio.Task[None]:
         if held.end is None:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
-                logger.warning("[push=%s] is let go: %s", held.context.push, why)
+                words, extra = (held.context.model, held.context.version, why), {"push": held.context.push}
+                logger.warning("[model=%s v=%d] is let go: %s", *words, extra=extra)
             held.end = asyncio.create_task(self._end(held, why, error))
         return held.end
 
-    async def _end(self, held: Held, why: str | None, error: ErrorRecord | None) -> None:
+    async def _end(self, held: HeldPush, why: str | None, error: ErrorRecord | None) -> None:
         for task in held.tasks:
             task.cancel()
         await asyncio.gather(*held.tasks, return_exceptions=True)
@@ -348,8 +349,8 @@ class Follower:
     def _check_slots(self, instruction: do.Instruction) -> None:
         match instruction:
             case do.ExportBucket(slot=slot):
-                self._rail_work.check_slot(slot)
+                self._own_rails.check_slot(slot)
             case do.RetireBridge(bridge=bridge):
-                self._rail_work.check_slot(do.Slot(self._config.node.name, bridge, 0))
+                self._own_rails.check_slot(do.Slot(self._config.node.name, bridge, 0))
             case _ if not hasattr(instruction, "engine"):
                 raise RemoteProtocolError(f"a follower does not carry out {type(instruction).__name__}")

@@ -72,7 +72,7 @@ async def measure_node(server: Server) -> None:
         metrics.engine_replayed.labels(engine.name).set(replayed)
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
-    metrics.exports_leaked.set(server.executor.wire.leaks)
+    metrics.exports_leaked.set(server.executor.exports.leaks)
     _measure_pushes(server)
     for gone in metrics.peers - server.peers.keys():
         metrics.peer_connected.remove(gone)

@@ -263,7 +263,7 @@ async def _said(running: _Process, command: c.Command) -> c.Reply:
     await running.writer.drain()
     (size,) = HEADER.unpack(await running.reader.readexactly(HEADER.size))
     if size > MAX_FRAME:
-        raise EOFError(f"it announces {size} bytes")
+        raise EOFError(f"an answer of {size} bytes was announced")
     return msgspec.msgpack.decode(await running.reader.readexactly(size), type=c.Reply)
 
 

@@ -133,7 +133,7 @@ class Loras:
             try:
                 return engine.name, await _routes(engine).names(deadline=soon)
             except EngineRefused as error:
-                raise _refused(message, f"engine {engine.name}: {error.message}", hint=error.hint) from error
+                raise _refused(message, error.message, hint=error.hint) from error
             except WeightSyncError as error:
                 return engine.name, error
 
@@ -160,7 +160,9 @@ class Loras:
                     raise EngineError("a push of weights began meanwhile", engine=engine.name)
                 await _routes(engine).load(served, str(path), deadline=until)
         except TimeoutError:
-            error: WeightSyncError = EngineLost("it was not free before the deadline", engine=engine.name)
+            error: WeightSyncError = EngineLost(
+                f"engine {engine.name} was not free before the deadline", engine=engine.name
+            )
         except WeightSyncError as failure:
             error = failure
         else:

@@ -33,7 +33,7 @@ def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutco
                 version=session.version if e.stage.value == "committed" else None if e.touched else e.version,
                 seconds=e.seconds,
                 checked=e.checked,
-                untouched=e.untouched,
+                not_pushed=e.not_pushed,
                 drawn=e.draws and e.stage.value == "committed",
                 error=e.error,
             )

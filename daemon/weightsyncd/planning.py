@@ -51,7 +51,7 @@ class Planning:
         try:
             self._plan = await plans.plan(digests, owners, nodes)
             await self._services.rails.overrule()  # what engines join in their groups would wait for it, too
-            await self._services.executor.wire.prompt(until)
+            await self._services.executor.exports.prompt(until)
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest
@@ -66,7 +66,7 @@ class Planning:
     def announce(self, *, expose: bool) -> None:
         """Tell every rank the plan, unless it knows it, and the arenas of its node."""
         plan = self._made()
-        offers = tuple(bridge.offer for bridge in self._services.executor.wire.bridges)
+        offers = tuple(bridge.offer for bridge in self._services.executor.exports.bridges)
         self.announced = None not in offers
         if not self.announced:
             return  # a bridge has just ended: `BridgeLost` is on its way to the session
@@ -101,6 +101,6 @@ class Planning:
         alone = [e.name for e in here if e.info is not None and e.info.transport in ONE_SENDER and e.state != "lost"]
         if alone and owners > 1:
             words = (self._context.model, self._context.version, alone[0], owners)
-            logger.info("[push=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
+            logger.info("[model=%s v=%d engine=%s] takes weights from one bridge, and so all do, of %d", *words)
             return 1
         return owners

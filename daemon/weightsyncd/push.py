@@ -25,9 +25,9 @@ from weightsyncd.context import PushContext
 from weightsyncd.exchanges import exchange
 from weightsyncd.outcomes import account_of, outcome_of, status_of_push
 from weightsyncd.planning import Planning
+from weightsyncd.rank_weights import KnownExposures, RankWeights
 from weightsyncd.ranks import Rank, Ranks
 from weightsyncd.relays import relay
-from weightsyncd.said import KnownExposures, Said
 from weightsyncd.traces import PushTrace, Traces
 
 if TYPE_CHECKING:
@@ -109,13 +109,13 @@ class Push:
             keepers=() if keeper is None else (keeper,),
         )
         self._planning = Planning(services, self.context, ranks, engines)
-        self.said = Said(self.context, self.session, ranks, services.exposures, self.hear)
+        self.weights = RankWeights(self.context, self.session, ranks, services.exposures, self.hear)
         self._trace = Trace(self._home, engines, now)
         self._began = time.time()
         self._lines = self.context.lines()
         self.ranks.call_on_nodes()
         with self._lines:
-            logger.debug("[push=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
+            logger.debug("[model=%s v=%d] opened by %s, %d ranks", first.model, first.version, first.group, first.world)
             self._carry_out(self.session.start(now), now)
 
     # --- what is heard ----------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Push:
         with self._lines:
             instructions = self.session.handle(event, now)
             if (after := self.session.state) is not before:
-                logger.debug("[push=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
+                logger.debug("[model=%s v=%d] %s → %s", self.session.model, self.session.version, before, after)
             self._carry_out(instructions, now)
 
     def _carry_out(self, instructions: list[do.Instruction], now: float) -> None:
@@ -154,7 +154,7 @@ class Push:
     def _finish(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        logger.debug("[push=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
+        logger.debug("[model=%s v=%d] done, %s", self.session.model, self.session.version, self.session.state)
         self.done.set()
 
     # --- trainer ranks ----------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ class Push:
         if not self.session.ended:
             self.ranks.call_on_nodes()
         for rank in self.ranks.silent(liveness):
-            logger.warning("[push=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
+            logger.warning("[model=%s v=%d] rank %d has not been heard", model, version, rank, extra={"rank": rank})
             self.hear(ev.RankLost(rank=rank, reason=f"it has not been heard for {liveness:g} s"))
 
     # --- instructions -----------------------------------------------------------------------------------------------
@@ -230,8 +230,8 @@ class Push:
                 pass
             case do.MakePlan():
                 self._start(self._planning.make(self.session.push_deadline))
-            case do.FormGroup():
-                self._start(self._form_group(instruction))
+            case do.FormRails():
+                self._start(self._form_rails(instruction))
             case do.RelayBucket():
                 self._start(self._relay(instruction))
             case do.ExchangeBucket():
@@ -256,7 +256,7 @@ class Push:
         try:
             event = await work
         except Exception as error:
-            logger.exception("[push=%s v=%d] unexpected failure", self.session.model, self.session.version)
+            logger.exception("[model=%s v=%d] unexpected failure", self.session.model, self.session.version)
             event = ev.StopRequested(reason=f"weightsyncd failed: {type(error).__name__}: {error}")
         if event is not None:
             self.hear(event)
@@ -276,12 +276,12 @@ class Push:
 
     async def _relay(self, instruction: do.RelayBucket) -> ev.Event:
         executor, index = self._services.executor, instruction.slot.bridge
-        sequence = executor.wire.sequence_of(self.context, instruction.bucket, instruction.slot)
-        incarnation = executor.wire.bridges[index].incarnation
+        sequence = executor.exports.sequence_of(self.context, instruction.bucket, instruction.slot)
+        incarnation = executor.exports.bridges[index].incarnation
         try:
             return await relay(self._services.rails, self.context, instruction, sequence)
         except TransportError as error:
-            return executor.wire.bridge_lost(index, incarnation, error, instruction.bucket)
+            return executor.exports.bridge_lost(index, incarnation, error, instruction.bucket)
 
     async def _exchange(self, instruction: do.ExchangeBucket) -> ev.Event:
         runs = self._planning.runs(instruction.bucket)
@@ -289,10 +289,10 @@ class Push:
         self.context.arenas[instruction.bucket] = self._services.rails.bridges[own.bridge].incarnation
         return await exchange(self._services.rails, self.context, instruction, runs)
 
-    async def _form_group(self, instruction: do.FormGroup) -> ev.Event:
+    async def _form_rails(self, instruction: do.FormRails) -> ev.Event:
         failed = await self._services.rails.use(instruction.nodes, instruction.deadline)
         reached = tuple(node for node in instruction.nodes if node not in failed)
-        return ev.GroupFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
+        return ev.RailsFormed(number=instruction.number, nodes=reached, failed=tuple(sorted(failed.items())))
 
     def _end(self, error: ErrorRecord | None) -> None:
         session = self.session
@@ -302,10 +302,10 @@ class Push:
             refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything
             words = (session.model, session.version, "refused" if refused else session.state, error.message)
             level = logging.WARNING if refused else logging.ERROR
-            logger.log(level, "[push=%s v=%d] %s: %s", *words, extra=of_error(error))
+            logger.log(level, "[model=%s v=%d] %s: %s", *words, extra=of_error(error))
         else:
             logger.info(
-                "[push=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
+                "[model=%s v=%d] committed on %d of %d engines: %.1f MB in %.3f s",
                 session.model,
                 session.version,
                 len(session.committed),
@@ -341,7 +341,7 @@ class Push:
         for task in left:
             task.cancel()
         await asyncio.gather(*left, return_exceptions=True)
-        await self._services.executor.wire.sweep(self.context)
+        await self._services.executor.exports.sweep(self.context)
         trace = self.trace()
         if not self.repeat:
             self._services.traces.keep(trace, failed=self.session.error is not None)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from weightsync.processes import at_work
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import encode
-from weightsyncd.silence import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -19,9 +19,21 @@ if TYPE_CHECKING:
     from weightsync.errors import ErrorRecord
     from weightsyncd.peers import Peer
 
-__all__ = ["Rank", "Ranks"]
+__all__ = ["Rank", "Ranks", "is_lost"]
 
 logger = logging.getLogger(__name__)
+
+_BUSY = 3  # times `timeouts.liveness` for one that is there
+
+
+def is_lost(silent: float, liveness: float, call: msg.Open) -> bool:
+    """Whether the rank of this node that made this call is lost, not heard for `silent` seconds. One whose process is
+    there, and was not stopped, is held up in something that keeps Python's other threads from running, such as a
+    library that comes from a slow disk: it has longer. Where the process is not to be seen, silence is all that tells.
+    """
+    if silent <= liveness:
+        return False
+    return silent > _BUSY * liveness or not at_work(call.pid, call.started)
 
 
 @dataclass

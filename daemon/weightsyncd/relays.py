@@ -11,8 +11,8 @@ from weightsync.errors import ErrorRecord, ProtocolError, TransportClosed, Weigh
 from weightsync.nccl_bridge import commands
 from weightsync.session import events as ev
 from weightsync.wire import messages as msg
+from weightsyncd.exports import NodeExports
 from weightsyncd.rails import MOMENT, quietly, sentences
-from weightsyncd.wire import NodeWire
 
 if TYPE_CHECKING:
     from weightsync.session import instructions as do
@@ -45,7 +45,7 @@ async def relay(rails: Rails, context: PushContext, instruction: do.RelayBucket,
             failed.pop(node, None)
         if not errors:
             break
-        logger.warning("[v=%d bucket=%d] relay.failed: %s", context.version, instruction.bucket, sentences(errors))
+        logger.warning("[model=%s v=%d bucket=%d] relay.failed: %s", *context.at(instruction.bucket), sentences(errors))
         targets = {node: targets[node] for node in errors}
     reached = tuple(sorted({target.node for target in instruction.targets} - set(failed)))
     return ev.BucketRelayed(bucket=instruction.bucket, nodes=reached, failed=tuple(sorted(failed.items())))
@@ -64,7 +64,7 @@ async def _broadcast(
     readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
     peers = tuple(sorted(readers.values()))
     slot, nbytes = instruction.slot.index, instruction.nbytes
-    checksum = NodeWire.checksum_of(context, instruction.bucket, bridge)
+    checksum = NodeExports.checksum_of(context, instruction.bucket, bridge)
     export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers, checksum=checksum)
     try:
         reply = await bridge.call(export, deadline=until)
@@ -91,7 +91,9 @@ async def _broadcast(
     async def send() -> ErrorRecord | None:
         problem = await quietly(bridge.call(commands.Send(slot=slot, sequence=sequence), deadline=until))
         if problem is not None and not failed:
-            logger.warning("[v=%d bucket=%d] send.failed: %s", context.version, instruction.bucket, problem.message)
+            logger.warning(
+                "[model=%s v=%d bucket=%d] send.failed: %s", *context.at(instruction.bucket), problem.message
+            )
             await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
         return problem
 

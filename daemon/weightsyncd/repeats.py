@@ -93,7 +93,7 @@ class Repeats:
             return
         # one that refuses ends the push for all: those that have failed are tried one by one
         late = [name for name in late if name not in self._failures] or late[:1]
-        logger.info("[push=%s v=%d] repeat.started engines=%s", model, version, ",".join(late))
+        logger.info("[model=%s v=%d] repeat.started engines=%s", model, version, ",".join(late))
         try:
             await self._repeat(keeper, late)
         except WeightSyncError as error:
@@ -102,9 +102,9 @@ class Repeats:
                 pause = min(_PATIENCE, self._timeouts.probe_every * 2**times)
                 pause *= 1 + random.random()  # two nodes in each other's way are not so again
                 self._failures[name] = times, time.monotonic() + pause
-            logger.warning("[push=%s v=%d] repeat.failed: %s", model, version, error.message)
+            logger.warning("[model=%s v=%d] repeat.failed: %s", model, version, error.message)
         else:
-            logger.info("[push=%s v=%d] repeat.complete engines=%s", model, version, ",".join(late))
+            logger.info("[model=%s v=%d] repeat.complete engines=%s", model, version, ",".join(late))
 
     async def _repeat(self, keeper: KeeperAdapter, engines: list[str]) -> None:
         """Raises what the push failed with; a keeper that does not answer when it has ended is wedged, and replaced."""

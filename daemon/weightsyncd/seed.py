@@ -115,7 +115,7 @@ class Seeker:
             self._link = PeerLink(self._config.cluster.seed, patience=patience, key=self._key)
         answer = await self._link.ask(self._register(), deadline=time.monotonic() + patience)
         if not isinstance(answer, msg.Registered):
-            raise DaemonLost(f"it answers Register with {type(answer).__name__}")
+            raise DaemonLost(f"the seed answers Register with {type(answer).__name__}")
         others = {name: endpoint for name, endpoint in answer.nodes.items() if name != self._config.node.name}
         for name, endpoint in others.items():
             check_endpoint(endpoint, f"the endpoint of node {name}", keys=self._key is not None)

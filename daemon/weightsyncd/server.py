@@ -87,7 +87,7 @@ class Server:
                 taken=lambda node, names: self.changes.names_taken(node, names),
             ),
             spawn=self.reception.spawn,
-            on_gone=self.executor.wire.forget,
+            on_gone=self.executor.exports.forget,
             on_change=lambda: self.rails.break_up(),
         )
         self.changes = Changes(config, self.members, self.engines, self.peers, self.reception.spawn)

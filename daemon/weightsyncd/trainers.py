@@ -27,9 +27,9 @@ from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.push import Push, Services
-from weightsyncd.targets import engines_of, targets
+from weightsyncd.push_engines import engines_for, engines_of
+from weightsyncd.rank_messages import passed_on, rank_said
 from weightsyncd.waiting import Call, Waiting
-from weightsyncd.words import passed_on, rank_said
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -110,7 +110,7 @@ class Trainers:
             self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
         words = (message.model, message.version, message.rank)
-        logger.debug("[push=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
+        logger.debug("[model=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
         self.waiting.add(call)
         self._failures.tries_again(message)
 
@@ -145,7 +145,7 @@ class Trainers:
     def _refuse(self, call: Call, reason: str, hint: str | None) -> None:
         message = call.message
         words = (message.model, message.version, reason)
-        logger.warning("[push=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
+        logger.warning("[model=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
         error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
         self._end(call, error.record())
 
@@ -154,7 +154,7 @@ class Trainers:
         what = f"push {following} of another node" if following is not None else "the node to be free"
         if following is None and self.push is None and not self._leads(message):
             what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
-        reason = f"it did not begin in {message.timeout:g} s: it was waiting for {what}"
+        reason = f"the push did not start within {message.timeout:g} s; it was waiting for {what}"
         error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
         self._end(call, error.record())
 
@@ -184,7 +184,7 @@ class Trainers:
             self._time_is_up(call)
             return
         try:
-            engines = targets(self._services, message, self.newest.get(message.model))
+            engines = engines_for(self._services, message, self.newest.get(message.model))
         except PushRefused as error:
             self._refuse(call, error.message, error.hint)
             return
@@ -227,7 +227,7 @@ class Trainers:
         keeper = self._services.executor.engines.keepers.get(session.model)
         if keeper is not None and not push.repeat:
             until = time.monotonic() + self._services.config.timeouts.grace
-            whole = session.committed and not any(e.untouched for e in session.fleet)
+            whole = session.committed and not any(e.not_pushed for e in session.fleet)
             await keeper.settle(whole=session.version if whole else None, deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))
@@ -318,7 +318,7 @@ class Trainers:
         """A call is dropped whose rank is gone, by all signs: a push that began with it would find nobody."""
         message, reason = call.message, f"it was not heard for {liveness:g} s while it waited for the node to be free"
         model, version, rank = message.model, message.version, message.rank
-        logger.warning("[push=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
+        logger.warning("[model=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
         error = PushAborted(reason, model=model, version=version, rank=rank, phase="open").record()
         self._siblings_hear(call, error)
         self._end(call, error)

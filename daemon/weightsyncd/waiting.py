@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsyncd.silence import is_lost
+from weightsyncd.ranks import is_lost
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -154,7 +154,7 @@ def _start_engine(fleet: Fleet, kind: str, checkpoint: Path) -> str:
         "DO_NOT_TRACK": "1",
         "OMP_NUM_THREADS": "1",
         "PATH": f"{python.parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(ENGINES / "plugins"),  # what `pip install weightsync` in the engine's environment does
+        "PYTHONPATH": str(ENGINES / "plugins"),  # what installing weightsync in the engine's environment does
         **ENVIRONMENT[kind],
     }
     log = fleet.root / "engine.log"

@@ -130,7 +130,7 @@ def test_what_cannot_be_is_said_and_changes_nothing(site):
     for words, said in (
         (["add", "e0", "--kind", "reference", "--url", url], "has it already"),
         (["add", "e2", "--kind", "refrence", "--url", url], "one of reference, sglang, vllm"),
-        (["add", "e 2", "--kind", "reference", "--url", url], "no such engine can be"),
+        (["add", "e 2", "--kind", "reference", "--url", url], "invalid engine: "),
         (["add", "e2", "--kind", "reference", "--url", url, "--api-key-env", "NOT_SET"], "NOT_SET is not set"),
         (["remove", "e7"], "no engine called 'e7'\n  hint: it has e0"),
     ):

@@ -64,7 +64,7 @@ def test_a_killed_bridge_is_replaced(node, stage):
     if stage.startswith("filling"):
         rank.go()
     error = rank.error()
-    assert (error["kind"], error["phase"]) == ("PushAborted", "wire")
+    assert (error["kind"], error["phase"]) == ("PushAborted", "transfer")
     assert f"bridge {node.daemon.name}/0" in error["message"]
     assert "killed by signal 9" in error["message"]
     torn = node.torn_or_whole(node.before)
@@ -80,7 +80,7 @@ def test_a_stopped_bridge_is_found_out_killed_and_replaced(node, stage):
     if stage.startswith("filling"):
         rank.go()
     error = rank.error()
-    assert (error["kind"], error["phase"]) == ("PushAborted", "wire")
+    assert (error["kind"], error["phase"]) == ("PushAborted", "transfer")
     assert f"bridge {node.daemon.name}/0" in error["message"]
     assert error["seconds"] < 2 * TIMEOUTS["operation"] + 3
     until(lambda: not psutil.pid_exists(pid), "it is killed")

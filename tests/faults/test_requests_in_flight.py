@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -9,13 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.faults.kit import PROMPT, until
+from tests.faults.kit import PROMPT, engine_processes, until
 from weightsync.adapters.reference.model import load_checkpoint
 
 pytestmark = pytest.mark.faults
 
 LONG = {1: 3000, 2: 500}  # by tensor-parallel size; tokens: two seconds or more of decoding, on an idle machine
-ENDING = {1: 1000, 2: 160}  # tokens whose end a push can wait for within its time for an operation
 TAIL = 8  # tokens
 SHORT = {1: TAIL, 2: TAIL}
 CLOSE = 1e-4  # the most by which the logit of a greedy token may miss the highest, between two ways of adding up
@@ -100,17 +100,39 @@ def whole(node, flights):
     return found
 
 
-def push_to(node, read, **terms):
-    """A push of checkpoint C by one rank, which stands before this read; None: which it does not."""
+def begin_push(node, read, **terms):
+    """A push of checkpoint C by one rank, which will stand before this read; None: which it will not."""
     (rank,) = node.start_ranks(1)
     gate = {} if read is None else {"gate": ["read", read]}
-    rank.push(**node.terms(0, 1, version=node.next_version(), **gate, **terms))
+    rank.push(**node.terms(0, 1, **{"version": node.next_version(), **gate, **terms}))
+    return rank
+
+
+def push_to(node, read, **terms):
+    """The same, once it stands there and engines are as it leaves them until then."""
+    rank = begin_push(node, read, **terms)
     if read is not None:
         rank.wait_at("read")
-        what = "torn" if read else "paused"
         if read or terms.get("pause") != "none":
-            until(lambda: all(node.info(engine)[what] for engine in node.engines), f"both engines are {what}")
+            wait_all(node, "torn" if read else "paused")
     return rank
+
+
+def wait_all(node, what):
+    until(lambda: all(node.info(engine)[what] for engine in node.engines), f"both engines are {what}")
+
+
+@contextlib.contextmanager
+def standing(node):
+    """One worker of each engine stands still: its requests run on afterwards, and end in their own time."""
+    workers = [engine_processes(engine)[1] for engine in node.engines]
+    for worker in workers:
+        worker.suspend()
+    try:
+        yield
+    finally:
+        for worker in workers:
+            worker.resume()
 
 
 @pytest.mark.parametrize("read", [0, 9])
@@ -130,12 +152,19 @@ def test_keep_holds_requests_and_they_go_on_with_the_new_weights(node, flights, 
 
 
 def test_wait_lets_requests_end_first(node, flights):
-    running = flights.start_all(ENDING)
-    rank = push_to(node, 0, pause="wait")
+    with standing(node):
+        running = flights.start_all(SHORT)
+        version = node.next_version()
+        rank = begin_push(node, 0, version=version, pause="wait")
+        for engine in node.engines:
+            node.wait_log(f"[engine={engine.name} v={version}] pause.started")
+        assert not any(flight.done() for flight in running)
+    rank.wait_at("read")
+    wait_all(node, "paused")
     for engine, flight in zip(node.engines, running, strict=True):
         assert node.info(engine)["running"] == 0
         tokens = landed(flight)
-        assert len(tokens) == ENDING[engine.tp]
+        assert len(tokens) == SHORT[engine.tp]
         assert all_of(node, node.before, tokens)
         refused = node.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": 1})
         assert (refused.status_code, refused.json()["error"]) == (503, "the engine is paused")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.errors import TransportClosed, WeightSyncError
 from weightsync.transports.base import BucketReceiver, Lease
-from weightsync.transports.cuda_ipc import CAPABILITIES, CudaIpcReceiver
+from weightsync.transports.cuda_ipc import CudaIpcReceiver
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -61,8 +61,6 @@ def serve(pipe: Connection, device: int) -> None:
 
 class FarReceiver(BucketReceiver):
     """The near side: a `BucketReceiver` as far as the checks can tell."""
-
-    capabilities = CAPABILITIES
 
     def __init__(self, rank: int, device: int) -> None:
         super().__init__()

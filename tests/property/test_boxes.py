@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.skipif(box_emulation.COMPILER is None, reason="no C++ compiler to run the kernel with")
 COPY, SUM = 1, 2
+THREADS = [1, 3, 32, 512]  # of a block
 
 
 @pytest.fixture(scope="module")
@@ -47,9 +48,14 @@ def _place(base: int, tensor: torch.Tensor, whole: torch.Tensor) -> Place:
     return Place(base, tensor.data_ptr() - whole.data_ptr(), tuple(s * size for s in tensor.stride()))
 
 
-@given(data=st.data(), itemsize=st.sampled_from([1, 2, 4, 8]), transposed=st.booleans())
+@given(
+    data=st.data(),
+    itemsize=st.sampled_from([1, 2, 4, 8]),
+    transposed=st.booleans(),
+    threads=st.sampled_from(THREADS),
+)
 @settings(deadline=None, max_examples=200)
-def test_a_box_is_copied_and_summed_as_numpy_does(kernel, data, itemsize, transposed):
+def test_a_box_is_copied_and_summed_as_numpy_does(kernel, data, itemsize, transposed, threads):
     shape, low, size = data.draw(boxes())
     dtype = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]
     numel = int(np.prod(shape))
@@ -65,19 +71,19 @@ def test_a_box_is_copied_and_summed_as_numpy_does(kernel, data, itemsize, transp
     items = box_items(
         size, itemsize, _place(0, box, tensor), Place(SLOT, pad, strides), tensor_shape=shape, offset=low, total=1
     )
-    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 2, COPY | SUM, slot.data_ptr())
+    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 2, COPY | SUM, slot.data_ptr(), threads)
     assert torch.equal(slot[pad : pad + box.numel() * itemsize], torch.from_numpy(_bytes(box)))
     assert bool((slot[:pad] == 0xAA).all()), "bytes before the box were written"
     assert bool((slot[pad + box.numel() * itemsize :] == 0xAA).all()), "bytes after the box were written"
     wanted = fingerprint(_bytes(box), itemsize=itemsize, global_shape=shape, offset=low, shape=size)
     assert sums == [0, wanted]
     only = box_items(size, itemsize, _place(0, box, tensor), None, tensor_shape=shape, offset=low)
-    assert box_emulation.run(kernel, only, [tensor.data_ptr()], 1, SUM) == [wanted]
+    assert box_emulation.run(kernel, only, [tensor.data_ptr()], 1, SUM, threads=threads) == [wanted]
 
 
-@given(data=st.data())
+@given(data=st.data(), threads=st.sampled_from(THREADS))
 @settings(deadline=None, max_examples=60)
-def test_float32_is_rounded_to_bfloat16_as_torch_does(kernel, data):
+def test_float32_is_rounded_to_bfloat16_as_torch_does(kernel, data, threads):
     shape, low, size = data.draw(boxes())
     numel = int(np.prod(shape))
     bits = np.random.default_rng(numel).integers(0, 2**32, numel, dtype=np.uint32)
@@ -89,7 +95,7 @@ def test_float32_is_rounded_to_bfloat16_as_torch_does(kernel, data):
     out = torch.zeros(size, dtype=torch.bfloat16)
     place = Place(SLOT, 0, tuple(2 * s for s in out.stride()))
     items = box_items(size, 2, _place(0, box, tensor), place, tensor_shape=shape, offset=low, op=F32_TO_BF16)
-    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 1, COPY | SUM, out.data_ptr())
+    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 1, COPY | SUM, out.data_ptr(), threads)
     assert torch.equal(out.view(torch.int16), wanted.view(torch.int16))
     assert sums == [fingerprint(_bytes(wanted), itemsize=2, global_shape=shape, offset=low, shape=size)]
 
@@ -104,10 +110,20 @@ def test_a_nan_stays_one(kernel):
     assert bool(out.isnan().all())
 
 
+@pytest.mark.parametrize("threads", [1, 512])
 @pytest.mark.parametrize(
-    ("shape", "low", "size"), [((3 * CHUNK,), (5,), (2 * CHUNK,)), ((3, 2 * CHUNK), (1, 3), (2, CHUNK + 7))]
+    ("shape", "low", "size"),
+    [
+        ((3 * CHUNK,), (5,), (2 * CHUNK,)),
+        ((3, 2 * CHUNK), (1, 3), (2, CHUNK + 7)),
+        ((40, 12_288), (3, 0), (37, 12_288)),  # what engines have: whole rows of a matrix
+        ((40, 12_288), (3, 4096), (37, 2_056)),
+        ((16, 12, 1024), (0, 0, 0), (16, 12, 1024)),
+        ((9, 300, 64), (2, 8, 0), (7, 200, 64)),
+        ((2000, 64), (5, 0), (1995, 64)),  # several rows at a time
+    ],
 )
-def test_long_runs_are_cut(kernel, shape, low, size):
+def test_long_runs_are_cut(kernel, shape, low, size, threads):
     tensor = torch.arange(int(np.prod(shape)), dtype=torch.int64).to(torch.int16).view(shape)
     box = tensor[tuple(slice(a, a + n) for a, n in zip(low, size, strict=True))]
     out = torch.zeros(size, dtype=torch.int16)
@@ -115,7 +131,7 @@ def test_long_runs_are_cut(kernel, shape, low, size):
     items = box_items(size, 2, _place(0, box, tensor), place, tensor_shape=shape, offset=low)
     assert int((items["row_bytes"].astype(np.int64) * items["rows"]).max()) <= CHUNK
     assert len(items) > 1
-    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 1, COPY | SUM, out.data_ptr())
+    sums = box_emulation.run(kernel, items, [tensor.data_ptr()], 1, COPY | SUM, out.data_ptr(), threads)
     assert torch.equal(out, box)
     assert sums == [fingerprint(_bytes(box), itemsize=2, global_shape=shape, offset=low, shape=size)]
 

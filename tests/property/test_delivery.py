@@ -1,4 +1,4 @@
-"""Whatever ranks expose and an engine has places for: what was packed into pieces at one end and taken out of them at
+"""Whatever ranks expose and an engine has places for: what was packed into parcels at one end and taken out of them at
 the other is what the tensors hold there.
 """
 
@@ -16,11 +16,11 @@ from tests.property.test_draws import cases, kernel  # noqa: F401 (a fixture)
 from weightsync.drawing.device import DeviceStaged
 from weightsync.drawing.host import HostStaged
 from weightsync.errors import LocalProtocolError
-from weightsync.plan.delivery import boxes_of, incoming, outgoing, pieces_of, share_of
+from weightsync.plan.delivery import boxes_of, incoming, outgoing, parcels_of, share_of
 from weightsync.plan.exposure import Exposure, Part, Region
 from weightsync.plan.table import TensorTable
 
-MOST = 256  # bytes of a piece: most tensors are cut
+MOST = 256  # bytes of a parcel: most tensors are cut
 
 
 def places_of(case, ranks):
@@ -47,12 +47,12 @@ def test_what_is_delivered_is_what_is_held(case, ranks, turns, whole):
     places = places_of(case, ranks)
     sources, regions = bases_of(case, ranks)
     for turn in range(turns) if whole else (turns - 1,):
-        pieces = pieces_of(boxes_for(case, places, whole, turn, turns), case.table, MOST)
-        assert all(0 < piece.nbytes <= MOST for piece in pieces)
-        fill = HostStaged(outgoing(pieces, case.exposures, case.table), packing=True)
-        empty = HostStaged(incoming(pieces, places, case.table), packing=False)
-        for at, piece in enumerate(pieces):
-            buffer = np.full(piece.nbytes, 0xEE, dtype=np.uint8)
+        parcels = parcels_of(boxes_for(case, places, whole, turn, turns), case.table, MOST)
+        assert all(0 < parcel.nbytes <= MOST for parcel in parcels)
+        fill = HostStaged(outgoing(parcels, case.exposures, case.table), packing=True)
+        empty = HostStaged(incoming(parcels, places, case.table), packing=False)
+        for at, parcel in enumerate(parcels):
+            buffer = np.full(parcel.nbytes, 0xEE, dtype=np.uint8)
             fill.run(at, sources, buffer.ctypes.data)
             empty.run(at, regions, buffer.ctypes.data)
     case.check()
@@ -61,15 +61,15 @@ def test_what_is_delivered_is_what_is_held(case, ranks, turns, whole):
 @given(case=cases, ranks=st.integers(1, 3), whole=st.booleans())
 def test_and_so_it_is_on_a_gpu(case, ranks, whole, kernel):  # noqa: F811
     places = places_of(case, ranks)
-    pieces = pieces_of(boxes_for(case, places, whole), case.table, MOST)
+    parcels = parcels_of(boxes_for(case, places, whole), case.table, MOST)
     sources, regions = bases_of(case, ranks)
     device, stream = torch.device("cpu"), cast("torch.cuda.Stream", None)
-    fill = DeviceStaged(kernel, device, outgoing(pieces, case.exposures, case.table), packing=True)
-    empty = DeviceStaged(kernel, device, incoming(pieces, places, case.table), packing=False)
+    fill = DeviceStaged(kernel, device, outgoing(parcels, case.exposures, case.table), packing=True)
+    empty = DeviceStaged(kernel, device, incoming(parcels, places, case.table), packing=False)
     fill.begin(sources)
     empty.begin(regions)
-    for at, piece in enumerate(pieces):
-        buffer = np.full(piece.nbytes, 0xEE, dtype=np.uint8)
+    for at, parcel in enumerate(parcels):
+        buffer = np.full(parcel.nbytes, 0xEE, dtype=np.uint8)
         fill.launch(at, buffer.ctypes.data, stream)
         empty.launch(at, buffer.ctypes.data, stream)
     case.check()
@@ -94,12 +94,12 @@ def test_what_several_ranks_have_travels_once():
     table = TensorTable(names=("w",), dtypes=("float32",), shapes=((4, 4),), aliases=())
     region = Region(nbytes=64, name="y", fd=4)
     both = [Exposure.of(8, "1", [region], [Part(0, (0, 0), (4, 4), 0, 0, (16, 4))], 2)] * 2
-    (piece,) = pieces_of(boxes_of(both, table), table, MOST)
-    assert piece.nbytes == 64
-    assert [staged.base for staged in incoming([piece], both, table)[0]] == [0, 1]
+    (parcel,) = parcels_of(boxes_of(both, table), table, MOST)
+    assert parcel.nbytes == 64
+    assert [staged.base for staged in incoming([parcel], both, table)[0]] == [0, 1]
 
 
 def test_a_piece_without_room_is_refused():
     table = TensorTable(names=("w",), dtypes=("float32",), shapes=((4, 4),), aliases=())
     with pytest.raises(LocalProtocolError, match="64 bytes at least"):
-        pieces_of([], table, 63)
+        parcels_of([], table, 63)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.plan_kit import filled, raw_dtype, read_back, window
 from weightsync.errors import CodecError, PushRefused
 from weightsync.plan.buckets import plan_push
-from weightsync.plan.groups import group_key
+from weightsync.plan.fused import group_key
 from weightsync.plan.manifest import Layout, Manifest, Shard, TensorTable
 from weightsync.plan.parts import parts_by_bucket
 

@@ -48,9 +48,9 @@ def test_the_reason_of_one_rank_is_that_of_all():
 @pytest.mark.parametrize(
     ("answers", "why"),
     [
-        ([Shown(bytes(DIGEST_BYTES)).pack()], "tp rank 0 speaks of places that it never told: 0000"),
-        ([b"\xc1"], "tp rank 0 answered in a way that is none of ours"),
-        ([], "0 of its 1 tp ranks say where"),
+        ([Shown(bytes(DIGEST_BYTES)).pack()], "tp rank 0 of engine e speaks of places that it never told: 0000"),
+        ([b"\xc1"], "tp rank 0 of engine e answered in a way that is none of ours"),
+        ([], "0 of the 1 tp ranks of engine e say where"),
     ],
 )
 def test_what_is_no_answer_names_its_rank(answers, why):

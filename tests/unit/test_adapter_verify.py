@@ -91,9 +91,9 @@ def test_replicas_that_differ_are_named_with_their_ranks_and_box(weights: list[n
 
 
 def test_a_tensor_of_which_elements_are_missing_is_named() -> None:
-    with pytest.raises(EngineError, match="its ranks hold 12 of the 24 elements of 'a'"):
+    with pytest.raises(EngineError, match="the engine's ranks hold 12 of the 24 elements of 'a'"):
         Verifier(boxes_of([SHARDED[0], SHARDED[1][2:]]), TABLE)
-    with pytest.raises(EngineError, match="its ranks hold 10 of the 8 elements of 'b'"):
+    with pytest.raises(EngineError, match="the engine's ranks hold 10 of the 8 elements of 'b'"):
         Verifier(boxes_of([[(1, (0,), (5,))], [(1, (3,), (5,))]]), TABLE)
 
 
@@ -109,7 +109,7 @@ def test_a_tensor_of_which_a_part_is_shown_may_be_left_out(weights: list[np.ndar
 
 
 def test_boxes_that_overlap_and_leave_as_much_out_are_no_tiling() -> None:
-    with pytest.raises(EngineError, match="boxes that its ranks hold of 'b' overlap"):
+    with pytest.raises(EngineError, match="boxes that the engine's ranks hold of 'b' overlap"):
         Verifier(boxes_of([[(1, (0,), (4,))], [(1, (2,), (4,))]]), TABLE)
 
 
@@ -129,8 +129,8 @@ def test_scalars_alone_have_no_dimensions() -> None:
 @pytest.mark.parametrize(
     ("fingerprints", "words"),
     [
-        ([], "0 of its 2 ranks answered"),
-        ([b"\0" * 16], "1 of its 2 ranks answered"),
+        ([], "0 of the engine's 2 ranks answered"),
+        ([b"\0" * 16], "1 of the engine's 2 ranks answered"),
         ([b"\0" * 16, b"\0" * 16], "tp rank 1 holds 3 boxes and sent 16 bytes of fingerprints, not 24"),
         ([b"\0" * 15, b"\0" * 24], "tp rank 0 holds 2 boxes and sent 15 bytes"),
     ],

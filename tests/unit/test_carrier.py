@@ -69,7 +69,7 @@ class Ends:
         return Exposures.of([Exposure.of(pid, started(pid), [file.region], [part], 2).packed]).pack()
 
     def prepare(self, token: int, *, sending: bool, **terms: Any) -> c.Prepare:
-        own: dict[str, Any] = {"piece": 1024, "turn": 0, "turns": 1, "manifest": self.manifest.pack()}
+        own: dict[str, Any] = {"parcel": 1024, "turn": 0, "turns": 1, "manifest": self.manifest.pack()}
         own |= {"whole": False, "places": self.exposed(self.target)}
         own["exposures"] = self.exposed(self.source) if sending else None
         return c.Prepare(token=token, **{**own, **terms})
@@ -127,19 +127,19 @@ def test_shares_of_the_model_go_wherever_there_is_room(ends):
 
 def test_what_was_worked_out_serves_every_delivery_of_a_layout(ends, monkeypatch):
     ends.sending.prepare(ends.prepare(1, sending=True), deadline=soon())
-    monkeypatch.delattr(carrier_module, "pieces_of")
+    monkeypatch.delattr(carrier_module, "parcels_of")
     ends.sending.prepare(ends.prepare(2, sending=True), deadline=soon())
 
 
 def test_ends_that_do_not_mean_the_same_pieces_find_it_out(ends):
     ends.sending.prepare(ends.prepare(1, sending=True), deadline=soon())
-    ends.taking.prepare(ends.prepare(1, sending=False, piece=2048), deadline=soon())
+    ends.taking.prepare(ends.prepare(1, sending=False, parcel=2048), deadline=soon())
     with pytest.raises(TransportBroken, match="takes this one for something else"):
         ends.carry(1)
     assert not any(bytes(ends.target.memory)), "nothing was written"
 
 
-@pytest.mark.parametrize("terms", [{"piece": SLOT + 64}, {"turn": 2, "turns": 2}])
+@pytest.mark.parametrize("terms", [{"parcel": SLOT + 64}, {"turn": 2, "turns": 2}])
 def test_terms_that_make_no_sense_are_refused(ends, terms):
     with pytest.raises(LocalProtocolError, match="turns count from 0"):
         ends.taking.prepare(ends.prepare(1, sending=False, **terms), deadline=soon())
@@ -160,16 +160,16 @@ def test_working_out_ends_at_the_deadline(ends):
 
 def test_working_out_ends_when_another_delivery_is_asked_for(ends, monkeypatch):
     begun = threading.Event()
-    pieces_of = delivery.pieces_of
+    parcels_of = delivery.parcels_of
 
     def slow(boxes: Any, tensors: Any, most: int, *, check: Any) -> Any:
         if begun.is_set():
-            return pieces_of(boxes, tensors, most, check)
+            return parcels_of(boxes, tensors, most, check)
         begun.set()
         while True:
             check()
 
-    monkeypatch.setattr(carrier_module, "pieces_of", slow)
+    monkeypatch.setattr(carrier_module, "parcels_of", slow)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(ends.sending.prepare, ends.prepare(1, sending=True), deadline=soon())
         assert begun.wait(20)
@@ -182,17 +182,17 @@ def test_working_out_ends_when_another_delivery_is_asked_for(ends, monkeypatch):
 
 def test_what_is_prepared_when_buckets_come_maps_nothing(ends, monkeypatch):
     before = mapped(ends)
-    pieces_of = delivery.pieces_of
+    parcels_of = delivery.parcels_of
 
     def late(boxes: Any, tensors: Any, most: int, *, check: Any) -> Any:
         ends.sending.release()
-        return pieces_of(boxes, tensors, most, check)
+        return parcels_of(boxes, tensors, most, check)
 
-    monkeypatch.setattr(carrier_module, "pieces_of", late)
+    monkeypatch.setattr(carrier_module, "parcels_of", late)
     with pytest.raises(TransportClosed, match="nobody waits"):
         ends.sending.prepare(ends.prepare(1, sending=True), deadline=soon())
     assert mapped(ends) == before
-    monkeypatch.delattr(carrier_module, "pieces_of")
+    monkeypatch.delattr(carrier_module, "parcels_of")
     ends.sending.prepare(ends.prepare(2, sending=True), deadline=soon())  # what was worked out is there
 
 

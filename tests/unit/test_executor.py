@@ -155,7 +155,7 @@ def test_a_silent_engine_that_an_update_was_begun_in_over_a_group_has_to_be_rest
 
     failed = asyncio.run(run())
     assert isinstance(failed, ev.EngineFailed)
-    assert failed.error.message == "did not answer 'probe' before its deadline"
+    assert failed.error.message == "engine e did not answer 'probe' before its deadline"
     assert ("restart it" in (failed.error.hint or "")) == begun
 
 
@@ -213,7 +213,7 @@ def test_several_buckets_go_to_a_group_in_one_call(refuses):
         engine = Engine(EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:1"), cast("Any", hand))
         engine.learned(INFO)
         executor = NodeExecutor("n", "127.0.0.1", cast("Any", {"e": engine}), cast("Any", [bridge]))
-        executor.wire._grouped.add("e")
+        executor.exports._grouped.add("e")
         context = PushContext(push="p", model="m", version=3)
         context.manifest = manifest_of({f"t{i}": ("uint8", (64,), bytes(64)) for i in range(8)}, slot_bytes=64)
         for bucket in range(8):
@@ -262,7 +262,7 @@ def test_what_an_engine_took_before_it_is_asked_anew_while_it_is_not_whole(chang
         for info in (plain, plain, other, other):
             engine.learned(info)
             accepted = await executor.execute(context, do.AcceptEngine(engine="e", deadline=soon()))
-            assert accepted == ev.EngineAccepted(engine="e", untouched=0, draws=False)
+            assert accepted == ev.EngineAccepted(engine="e", not_pushed=0, draws=False)
 
     asyncio.run(run())
     assert hand.asked == (2 if changes else 1)
@@ -358,5 +358,5 @@ def test_only_an_engine_that_draws_and_was_just_asked_is_not_looked_at_again(mon
         assert begun == ev.EngineBegun(engine="e")
     else:
         assert isinstance(begun, ev.EngineFailed)
-        assert begun.error.message == "it was restarted during the push"
+        assert begun.error.message == "engine e was restarted during the push"
     assert hand.asked == (1 if in_place and draws and not late else 2)

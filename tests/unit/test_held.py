@@ -150,7 +150,7 @@ def test_what_was_pulled_has_to_be_compared(engine):
     engine.push(4, fewer, pull=True)
     engine.replays[1].turn_off("as was asked")
     with pytest.raises(
-        EngineError, match=r"it pulled its weights unchecked.* cannot tell what lies in its memory"
+        EngineError, match=r"pulled its weights unchecked.* cannot tell what lies in its memory"
     ) as told:
         engine.verify()
     assert "read and checked bucket by bucket" in str(told.value.hint)
@@ -211,8 +211,8 @@ def test_parameters_that_moved_since_are_not_spoken_of(engine):
 @pytest.mark.parametrize(
     ("boxes", "why"),
     [
-        (lambda *worker: packed_boxes(*worker) + b"?", "say what they hold, and then something else"),
-        (lambda *worker: b"", "say what they hold, and then something else"),
+        (lambda *worker: packed_boxes(*worker) + b"?", "contradict themselves about what they hold"),
+        (lambda *worker: b"", "contradict themselves about what they hold"),
     ],
 )
 def test_answers_that_do_not_belong_together(engine, boxes, why):

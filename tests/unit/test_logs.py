@@ -57,10 +57,10 @@ def test_what_the_text_names_is_a_field(written):
     }  # fmt: skip
 
 
-def test_the_push_of_the_text_is_its_model(written):
+def test_a_push_goes_by_its_model_and_has_a_name_of_its_own(written):
     context = PushContext("n0-abcd", "policy", 7)
     with context.lines():
-        written[0].info("[push=%s v=%d] committed", "policy", 7)
+        written[0].info("[model=%s v=%d] committed", "policy", 7)
     fields = said(written)
     assert (fields["push"], fields["model"], fields["version"]) == ("n0-abcd", "policy", 7)
 

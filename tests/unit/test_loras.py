@@ -226,7 +226,7 @@ async def test_what_is_refused_touches_no_engine():
     with pytest.raises(PushRefused, match="no engine serves model 'draft'"):
         await node.push(6, model="draft")
     servers["e1"].takes = False
-    with pytest.raises(PushRefused, match="engine e1: it takes no LoRA adapters") as caught:
+    with pytest.raises(PushRefused, match="engine e1 takes no LoRA adapters") as caught:
         await node.push(6)
     assert "--enable-lora" in str(caught.value.hint)
     assert not servers["e0"].posts

@@ -174,7 +174,7 @@ def node(tmp_path) -> Any:
         peers={"n1": away},
         trainers=SimpleNamespace(push=None, newest={"policy": 7}),
         follower=SimpleNamespace(context=None),
-        executor=SimpleNamespace(wire=SimpleNamespace(leaks=2)),
+        executor=SimpleNamespace(exports=SimpleNamespace(leaks=2)),
         bridges=[FakeBridge(0, books[0]), FakeBridge(1, books[1])],
     )
 

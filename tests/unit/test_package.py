@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import weightsync
+import weightsyncd
 from weightsync import errors
 
 HEAVY = ("torch", "zmq", "cupy", "sglang", "vllm", "numpy", "httpx", "rich", "xxhash", "prometheus_client")
@@ -33,6 +36,13 @@ def test_a_daemon_loads_no_torch():
 
 def test_a_bridge_loads_no_torch_before_it_joins():
     assert "torch" not in loaded_by("import weightsync.nccl_bridge.process")
+
+
+def test_every_module_of_the_daemon_is_in_its_map_and_nothing_else():
+    mapped = re.findall(r"^    (\w+)  ", weightsyncd.__doc__ or "", re.MULTILINE)
+    there = {file.stem for file in Path(weightsyncd.__file__).parent.glob("*.py")} - {"__init__"}
+    assert len(mapped) == len(set(mapped))
+    assert set(mapped) == there
 
 
 def test_every_exported_name_is_there():

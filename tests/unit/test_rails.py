@@ -17,7 +17,7 @@ from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.delivery import Deliveries
 from weightsyncd.follower import Follower
-from weightsyncd.holding import Held, Working
+from weightsyncd.held_push import HeldPush, Working
 from weightsyncd.rails import Rails, leave
 
 
@@ -83,7 +83,7 @@ def test_a_change_of_members_ends_whichever_stands(rails):
 
 def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
     async def main():
-        held = Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        held = HeldPush(b"identity", PushContext("p", "m", 1), time.monotonic())
         done, never = asyncio.Event(), asyncio.Event()
 
         async def work(until):
@@ -103,7 +103,7 @@ def test_a_rail_with_two_broadcasts_is_at_work_until_both_are_done():
 
 def test_a_rail_whose_broadcasts_are_done_is_at_rest():
     async def main():
-        held = Held(b"identity", PushContext("p", "m", 1), time.monotonic())
+        held = HeldPush(b"identity", PushContext("p", "m", 1), time.monotonic())
         for _ in range(2):
             with Working(held, 0):
                 pass
@@ -203,7 +203,7 @@ def test_a_delivery_that_cannot_be_prepared_breaks_no_communicator():
         follower = following(bridge)
         follower._held.rails.clear()
         prepare = msg.Prepare(
-            push="p", rail=0, engines=("e",), ranks=(), token=1, piece=256, turn=0, turns=1, timeout=5.0
+            push="p", rail=0, engines=("e",), ranks=(), token=1, parcel=256, turn=0, turns=1, timeout=5.0
         )
         with pytest.raises(LocalProtocolError, match="has not shown its places"):
             await follower.at_rail(b"identity", prepare)

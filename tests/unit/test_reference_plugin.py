@@ -104,7 +104,7 @@ class Rank:
 
     def load_all(self, manifest: Manifest) -> None:
         self.loader.begin(manifest.digest, [b"offer"], deadline=0)
-        for bucket in reversed(range(manifest.buckets)):  # the order does not matter to a handoff
+        for bucket in reversed(range(manifest.buckets)):  # the order does not matter where slots are mapped
             self.loader.load(bucket, str(bucket).encode(), deadline=0)
         self.loader.finish(deadline=0)
         assert self.receiver.open == 0

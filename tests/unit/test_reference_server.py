@@ -270,7 +270,7 @@ def test_residents_that_make_no_sense(
     ("answer", "words"),
     [
         (b"\xc1", "none of a reference engine"),
-        (msgspec.msgpack.encode([b"", b"", b""]), "3 of its 2 ranks answered"),
+        (msgspec.msgpack.encode([b"", b"", b""]), "3 of the engine's 2 ranks answered"),
         (msgspec.msgpack.encode([SUMS.tobytes(), SUMS.tobytes()[1:]]), "tp rank 1 holds .* boxes and sent"),
         (msgspec.msgpack.encode([SUMS.tobytes(), SUMS[::-1].tobytes()]), "tp ranks 0 and 1 hold different bytes"),
     ],

@@ -302,10 +302,10 @@ def test_replicas_elsewhere_that_write_nothing_need_no_communicator():
     world.open_all()
     world.run()
     assert world.session.state is State.COMMITTED
-    assert not any(isinstance(event, ev.GroupFormed | ev.BucketRelayed) for event in world.history)
+    assert not any(isinstance(event, ev.RailsFormed | ev.BucketRelayed) for event in world.history)
 
 
-@pytest.mark.parametrize("kind", [do.ProbeEngine, do.FormGroup, do.LoadBucket])
+@pytest.mark.parametrize("kind", [do.ProbeEngine, do.FormRails, do.LoadBucket])
 def test_a_node_with_ranks_that_is_lost_ends_the_push(kind):
     world = spread({"a": "home", "b": "away"})
     world.open_all()
@@ -350,7 +350,7 @@ def test_a_communicator_that_was_asked_for_anew_is_waited_for():
     """The bridge at home has died while it was formed: that it failed then says nothing of the nodes."""
     world = spread({"a": "home", "b": "away"})
     world.open_all()
-    old = world.run_until(do.FormGroup)
+    old = world.run_until(do.FormRails)
     world.hear(ev.BridgeLost(node="home", bridge=0, error=ERROR))
     world.fail(old)
     world.run()

@@ -340,7 +340,7 @@ def test_stock_servers_on_gpus_take_handles_for_their_own_gpus(path: str) -> Non
         assert (await hand.probe(deadline=soon())).transport == "torch-cuda"
         await hand.close()
         blind = SGLangAdapter(spec(path, url="http://127.0.0.1:1"), transport=Server(device="cuda"))
-        with pytest.raises(EngineError, match="cannot be told on which GPUs"):
+        with pytest.raises(EngineError, match="cannot determine which GPUs"):
             await blind.probe(deadline=soon())
         await blind.close()
 

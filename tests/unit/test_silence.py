@@ -14,7 +14,7 @@ from tests.wire_examples import EXAMPLES
 from weightsync.processes import started
 from weightsync.testing import eventually
 from weightsync.wire import messages as msg
-from weightsyncd.silence import is_lost
+from weightsyncd.ranks import is_lost
 
 
 def call(pid: int, since: str) -> msg.Open:

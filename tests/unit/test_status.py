@@ -48,7 +48,7 @@ def node(tmp_path, pid: int | None = 4712) -> Any:
         bridges=[Bridge(pid)],
         engines=Engines(),
         peers={},
-        executor=SimpleNamespace(wire=SimpleNamespace(leaks=0)),
+        executor=SimpleNamespace(exports=SimpleNamespace(leaks=0)),
         follower=SimpleNamespace(context=None),
         trainers=SimpleNamespace(
             push=None, last=None, last_error=None, last_at=None, newest={}, refused=None, refused_at=0.0, waiting=[]

@@ -14,7 +14,10 @@ from weightsync.wire import messages as msg
 
 OUTCOME = msg.PushOutcome(
     model="policy", version=41, nbytes=61_000_000_000, tensors=18867, buckets=120, seconds=1.25,
-    phases={"describe": 0.01, "plan": 0.0, "fill": 0.5, "wire": 0.25, "load": 1.0, "finalise": 0.1, "verify": 0.05},
+    phases={
+        "describe": 0.01, "plan": 0.0, "fill": 0.5, "export": 0.02, "wire": 0.25, "load": 1.0, "finalise": 0.1,
+        "verify": 0.05,
+    },
     engines=(
         msg.EngineOutcome(engine="e0", node="n0", outcome="committed", version=41, seconds=1.2),
         msg.EngineOutcome(engine="e1", node="n1", outcome="torn", version=None, seconds=1.2, error=ERROR),
@@ -122,7 +125,10 @@ def test_a_call_that_came_to_no_push_is_told_of_beside_the_last_push():
     """What an alert on failed calls is about may be no push at all."""
     refused = msgspec.structs.replace(ERROR, message="no engine serves model 'typo'", model="typo", version=7)
     text = " ".join(shown(msgspec.structs.replace(STATUS, refused=refused, refused_ago=200.0)).split())
-    assert "last call that came to no push, 3 min ago: version 7 of typo: no engine serves model 'typo'" in text
+    assert (
+        "last push_weights call refused before it started, 3 min ago: version 7 of typo: no engine serves model 'typo'"
+        in text
+    )
     assert "hint: yes" in text
     assert "last push, 65 s ago: version 41 of policy: 61.00 GB" in text
 

@@ -18,8 +18,9 @@ from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.profiles import MARK
+from weightsync.adapters.vllm.server import ticket_seconds
 from weightsync.config import EngineConfig
-from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 OFFER = [[b"offer" * 20]]
 TICKET = [b"ticket" * 20]
@@ -472,7 +473,7 @@ async def test_a_cache_that_was_not_reset_leaves_the_server_torn():
     hand, _ = await way(server)
     await hand.begin(5, manifest(), OFFER, deadline=soon())
     server.answers["/reset_prefix_cache"] = (200, {"success": False})
-    with pytest.raises(EngineError, match="prefix cache could not be reset"):
+    with pytest.raises(EngineError, match=r"prefix cache of engine .* could not be reset"):
         await hand.finish(5, deadline=soon())
     assert (await hand.probe(deadline=soon())).torn
     await hand.pause("none", deadline=soon())
@@ -628,7 +629,7 @@ async def test_examining_a_server_without_anything():
     server = Server(backend=None, plugin=False)
     found = judged(await adapter(server.transport()).examine(deadline=soon()))
     assert [level for level, _ in found] == ["warn", "fail"]
-    assert "pip install weightsync" in found[0][1]
+    assert PLUGIN_HINT in found[0][1]
     assert '{"backend": "weightsync"}' in found[1][1]
 
 
@@ -752,3 +753,8 @@ async def test_several_stock_workers_one_of_which_failed_have_to_be_restarted(wo
         server.answers.clear()
         await hand.probe(deadline=soon())
         await hand.accept(manifest(), deadline=soon())
+
+
+@pytest.mark.parametrize(("left", "seconds"), [(29.2, 30.0), (30.0, 30.0), (0.01, 1.0), (-3.0, 1.0)])
+def test_a_worker_is_given_whole_seconds_and_never_none(left, seconds):
+    assert ticket_seconds(100.0 + left, 100.0) == seconds

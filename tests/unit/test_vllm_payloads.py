@@ -182,14 +182,14 @@ def test_a_torn_server_is_opened_and_closed_once_first():
 
 
 def nobody():
-    raise EngineError("it cannot be told on which GPUs its ranks are", hint="name them")
+    raise EngineError("cannot determine which GPUs its ranks use", hint="name them")
 
 
 @pytest.mark.parametrize(
     ("name", "gpus", "shapes", "match"),
     [
         ("vllm-0.21", list, ((128,),), "takes no packed buffers"),
-        ("vllm-0.29", nobody, ((128,),), "cannot be told on which GPUs"),
+        ("vllm-0.29", nobody, ((128,),), "cannot determine which GPUs"),
         ("vllm-0.29", list, ((3,), (128,)), "starts 250 bytes behind"),
         ("vllm-0.27", lambda: ["a", "a"], ((128,),), "several of its workers share a GPU"),
     ],

@@ -112,13 +112,15 @@ class HeldCheck:
             packed = await workers.boxes(manifest, deadline=deadline)
             if [digest_of(one) for one in packed] != [one.boxes for one in told]:
                 raise EngineError(
-                    "its workers say what they hold, and then something else", engine=self._engine, phase="verify"
+                    f"the workers of {self._engine} contradict themselves about what they hold",
+                    engine=self._engine,
+                    phase="verify",
                 )
             try:
                 ranks = [ResidentBoxes.unpack(one, manifest.tensors) for one in packed]
             except CodecError as error:
                 raise EngineError(
-                    f"what its workers say they hold cannot be read: {error.message}",
+                    f"what the workers of {self._engine} say they hold cannot be read: {error.message}",
                     engine=self._engine,
                     phase="verify",
                 ) from error
@@ -140,6 +142,10 @@ class HeldCheck:
         return compared
 
     def _uncompared(self, why: str) -> EngineError:
-        words = f"it pulled its weights unchecked, because after the last push all could be compared, and now {why}"
-        hint = "the next push is read and checked bucket by bucket"
-        return EngineError(words, engine=self._engine, phase="verify", hint=hint)
+        return EngineError(
+            f"engine {self._engine} pulled its weights unchecked, because after the last push all could be compared, "
+            f"and now {why}",
+            engine=self._engine,
+            phase="verify",
+            hint="the next push is read and checked bucket by bucket",
+        )

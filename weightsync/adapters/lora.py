@@ -29,7 +29,8 @@ class LoraRoutes:
     async def names(self, *, deadline: float) -> list[str]:
         """Those that are loaded. Raises `EngineRefused` for a server that takes none."""
         if not await self._http.has("POST", f"{self._prefix}/load_lora_adapter", deadline=deadline):
-            raise EngineRefused("it takes no LoRA adapters", engine=self._http.engine, hint=f"start it {self._flags}")
+            what = f"engine {self._http.engine} takes no LoRA adapters"
+            raise EngineRefused(what, engine=self._http.engine, hint=f"start it {self._flags}")
         answer = await self._http.get("/v1/models", deadline=deadline)
         cards = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(cards, list):
@@ -42,7 +43,8 @@ class LoraRoutes:
             f"{self._prefix}/load_lora_adapter", {"lora_name": name, "lora_path": path}, deadline=deadline
         )
         if name not in await self.names(deadline=deadline):
-            raise EngineError(f"it does not list {name!r} after it has loaded it", engine=self._http.engine)
+            what = f"engine {self._http.engine} does not list {name!r} after it has loaded it"
+            raise EngineError(what, engine=self._http.engine)
 
     async def unload(self, name: str, *, deadline: float) -> None:
         """Have it forget `name`."""

@@ -58,7 +58,9 @@ class ToldPlaces:
         `EngineError` for what is no answer.
         """
         if len(answers) != ranks:
-            raise self._wrong(f"{len(answers)} of its {ranks} tp ranks say where they have places")
+            raise self._wrong(
+                f"{len(answers)} of the {ranks} tp ranks of engine {self._engine} say where they have places"
+            )
         told = [self._unpacked(rank, answer) for rank, answer in enumerate(answers)]
         why_not = next((f"tp rank {rank}: {one.why_not}" for rank, one in enumerate(told) if one.why_not), "")
         if why_not:
@@ -71,7 +73,8 @@ class ToldPlaces:
         try:
             return msgspec.msgpack.decode(answer, type=Shown)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-            raise self._wrong(f"its tp rank {rank} answered in a way that is none of ours: {error}") from error
+            what = f"tp rank {rank} of engine {self._engine} answered in a way that is none of ours: {error}"
+            raise self._wrong(what) from error
 
     def _noted(self, rank: int, places: bytes) -> tuple[bytes, bytes]:
         """Digest and whole of what a rank told, remembered."""
@@ -81,7 +84,8 @@ class ToldPlaces:
         elif places in kept:
             digest, whole = places, kept.pop(places)
         else:
-            raise self._wrong(f"its tp rank {rank} speaks of places that it never told: {places.hex()}")
+            who = f"tp rank {rank} of engine {self._engine}"
+            raise self._wrong(f"{who} speaks of places that it never told: {places.hex()}")
         kept.pop(digest, None)
         kept[digest] = whole
         while len(kept) > LAYOUTS:

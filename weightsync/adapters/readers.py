@@ -24,7 +24,7 @@ def reader_gpus(url: str, ordinals: Sequence[int], *, named: Sequence[str], engi
     if named:
         if len(named) != len(ordinals):
             raise EngineError(
-                f"its config names {len(named)} GPUs, and it has {len(ordinals)} ranks",
+                f"the config of engine {engine} names {len(named)} GPUs, and it has {len(ordinals)} ranks",
                 engine=engine,
                 hint="gpus has one UUID for each tensor-parallel rank, in their order",
             )
@@ -34,7 +34,7 @@ def reader_gpus(url: str, ordinals: Sequence[int], *, named: Sequence[str], engi
     seen = seen_by(environment(pid), all_gpus()) if pid is not None else []
     if any(at >= len(seen) for at in ordinals):
         raise EngineError(
-            f"it cannot be told on which GPUs its {len(ordinals)} ranks are: "
+            f"cannot determine which GPUs engine {engine}'s {len(ordinals)} ranks use: "
             + (f"its process ({pid}) sees {len(seen)}" if pid is not None else f"nobody is seen to listen at {url}"),
             engine=engine,
             hint='name them in its config: gpus = ["GPU-…", …], by tensor-parallel rank (nvidia-smi -L lists them)',

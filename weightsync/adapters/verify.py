@@ -89,7 +89,7 @@ class Verifier:
 
     def _values(self, fingerprints: Sequence[bytes]) -> Words:
         if len(fingerprints) != len(self._counts):
-            raise EngineError(f"{len(fingerprints)} of its {len(self._counts)} ranks answered", phase="verify")
+            raise EngineError(f"{len(fingerprints)} of the engine's {len(self._counts)} ranks answered", phase="verify")
         for rank, (data, count) in enumerate(zip(fingerprints, self._counts, strict=True)):
             if len(data) != 8 * count:
                 raise EngineError(
@@ -113,8 +113,8 @@ class Verifier:
     def _tell_untiled(self, at: int, held: Ints) -> None:
         name, whole = self._name(self._shown[at]), self._tensors.numels[self._shown[at]]
         if held[at] == whole:
-            raise EngineError(f"boxes that its ranks hold of {name} overlap", phase="verify")
-        raise EngineError(f"its ranks hold {held[at]} of the {whole} elements of {name}", phase="verify")
+            raise EngineError(f"boxes that the engine's ranks hold of {name} overlap", phase="verify")
+        raise EngineError(f"the engine's ranks hold {held[at]} of the {whole} elements of {name}", phase="verify")
 
     def _tell_replicas(self, differ: Ints) -> None:
         """Raise the `EngineError` for the first of these copies; they stand in the order of tensors and boxes."""

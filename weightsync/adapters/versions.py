@@ -42,7 +42,7 @@ def check_marked(text: object, version: int, engine: str) -> None:
     found = _UPDATING.fullmatch(text) if isinstance(text, str) else None
     if found is None or int(found[1]) != version:
         raise EngineLost(
-            f"it was restarted during the push: its weight version is {text!r}, not the mark of {version}",
+            f"engine {engine} was restarted during the push: its weight version is {text!r}, not the mark of {version}",
             engine=engine,
             phase="resume",
             hint="the next push brings it up to date; if it was not restarted, let nobody else set its weight version",

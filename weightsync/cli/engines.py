@@ -67,7 +67,7 @@ def add(
         more = {"api_key_env": api_key_env, "ca_file": ca_file, "frozen": frozen}
         engine = msgspec.convert(fields | more, EngineConfig)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"no such engine can be: {error}") from error
+        raise ConfigError(f"invalid engine: {error}") from error
     found = change_engines(daemon or context.obj, add=[engine])
     _show_engines(msgspec.to_builtins(found), as_json=as_json)
 

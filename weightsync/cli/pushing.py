@@ -21,7 +21,7 @@ def demo(
     steps: Annotated[int, typer.Option(min=1, max=1000, help="Optimiser steps, with a push after each.")] = 5,
     as_json: JsonOption = False,
 ) -> None:
-    """Show the main job on this machine: two FSDP2 ranks train and push into three engines on two nodes.
+    """Show the whole thing on this machine: two FSDP2 ranks train and push into three engines on two nodes.
 
     Builds a small dense and a small mixture-of-experts model, starts real daemons and engines (tensor parallel 1 and
     2, and 2 on a second node), and after each step compares every engine with the trainer: checksums of what lies in

@@ -1,3 +1,3 @@
-"""`weightsync demo`: the main job, shown on this machine with real processes. `show.py` runs it, `trainer.py` is a
+"""`weightsync demo`: an end-to-end demo on this machine, with real processes. `show.py` runs it, `trainer.py` is a
 rank.
 """

@@ -5,7 +5,8 @@
 // table itself stays where it is. Fingerprints are those of weightsync/fingerprint.py.
 //
 // An item is worked on by one block, sixteen bytes a thread where addresses allow, else by the largest power of two that
-// divides all of them. Compiled by NVRTC, and by a C++ compiler for tests on machines without a GPU.
+// divides all of them. A coefficient takes as long to work out as it takes memory to bring the bytes, so it is worked out
+// once for all rows where that can be. Compiled by NVRTC, and by a C++ compiler for tests on machines without a GPU.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -58,8 +59,45 @@ static __device__ Vec take(const Item& it, const u8* src) {
   return out;
 }
 
+static __device__ u64 low(const Vec& data) { return data.x | (u64)data.y << 32; }
+static __device__ u64 high(const Vec& data) { return data.z | (u64)data.w << 32; }
+
+// Many rows at the same columns: each thread goes down its own columns.
+static __device__ u64 tall(const Item& it, const u8* src, u8* dst, u32 mode, u32 across, u32 down) {
+  const u32 vectors = it.row_bytes >> 4, scale = it.op == BYTES ? 4 : 5;
+  const u32 first = threadIdx.x / across;
+  if (first >= down) return 0;
+  u64 sum = 0;
+  for (u32 v = threadIdx.x - first * across; v < vectors; v += across) {
+    u64 even = 0, odd = 0;
+    for (u32 top = first; top < it.rows; top += 4 * down) {
+      Vec data[4];
+#pragma unroll
+      for (u32 j = 0; j < 4; ++j) {
+        const u32 r = top + j * down;
+        if (r >= it.rows) break;
+        data[j] = take(it, src + (i64)r * it.src_pitch + ((u64)v << scale));
+      }
+#pragma unroll
+      for (u32 j = 0; j < 4; ++j) {
+        const u32 r = top + j * down;
+        if (r >= it.rows) break;
+        if (mode & COPY) *(Vec*)(dst + (i64)r * it.dst_pitch + ((u64)v << 4)) = data[j];
+        const u64 weight = line(it.row + (u64)r * it.row_step);
+        even += weight * low(data[j]);
+        odd += weight * high(data[j]);
+      }
+    }
+    const u64 word = (it.col >> 3) + 2 * v;
+    sum += column(word) * even + column(word + 1) * odd;
+  }
+  return sum;
+}
+
 static __device__ u64 wide(const Item& it, const u8* src, u8* dst, u32 mode) {
   const u32 vectors = it.row_bytes >> 4, all = vectors * it.rows, scale = it.op == BYTES ? 4 : 5;
+  const u32 across = vectors < blockDim.x ? vectors : blockDim.x, down = blockDim.x / across;
+  if (mode & SUM && !it.col_step && it.rows >= 4 * down) return tall(it, src, dst, mode, across, down);
   u64 sum = 0;
   for (u32 first = threadIdx.x; first < all; first += 4 * blockDim.x) {
     Vec data[4];
@@ -78,8 +116,7 @@ static __device__ u64 wide(const Item& it, const u8* src, u8* dst, u32 mode) {
       if (mode & COPY) *(Vec*)(dst + (i64)r * it.dst_pitch + ((u64)v << 4)) = data[j];
       if (mode & SUM) {
         const u64 word = ((it.col + (i64)r * it.col_step) >> 3) + 2 * v;
-        const u64 low = data[j].x | (u64)data[j].y << 32, high = data[j].z | (u64)data[j].w << 32;
-        sum += (column(word) * low + column(word + 1) * high) * line(it.row + (u64)r * it.row_step);
+        sum += (column(word) * low(data[j]) + column(word + 1) * high(data[j])) * line(it.row + (u64)r * it.row_step);
       }
     }
   }

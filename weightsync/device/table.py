@@ -3,7 +3,8 @@
 A box is moved from one place to another, both given by a base (an index, whose address is known at the launch), an
 offset and strides. It becomes runs that are contiguous on both sides and within a row of the tensor, and the runs
 become items of at most `CHUNK` bytes: enough of them to keep every multiprocessor busy, each long enough to be worth a
-block.
+block. Of long runs an item has a stretch of several rather than one from end to end: so what depends on the column
+alone is worked out once for all of its rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["BYTES", "CHUNK", "F32_TO_BF16", "ITEM", "SLOT", "Place", "box_items", "joined"]
 
 CHUNK = 128 * 1024  # bytes of an item
+_STRETCH = 8 * 1024  # bytes that a block's threads take at a time, 16 each
+_ALIGN = 256  # bytes: cuts are no reason to take less than a whole line of memory
 SLOT = 0xFFFFFFFF  # the base that a launch is given by itself
 BYTES, F32_TO_BF16 = 0, 1  # what happens to each element on its way
 
@@ -93,20 +96,14 @@ def box_items(
     for dim in dims:
         starts = _spread(starts, dim, np.arange(dim.length))
     run_bytes = run * itemsize
-    if run_bytes > CHUNK:
-        starts = _spread(starts, rows, np.arange(rows.length))
-        cuts = np.arange(0, run_bytes, CHUNK)
-        starts = _spread(starts, _Dim(0, wide_src, itemsize, itemsize, 0), cuts // itemsize)
-        lengths = np.minimum(CHUNK, run_bytes - cuts)
-        row_bytes, counts = np.tile(lengths, len(starts) // len(cuts)), np.ones(len(starts), dtype=np.int64)
-        rows = _Dim(1, 0, 0, 0, 0)
-    else:
-        several = min(rows.length, max(1, CHUNK // run_bytes))
-        firsts = np.arange(0, rows.length, several)
-        groups = np.minimum(several, rows.length - firsts)
-        starts = _spread(starts, rows, firsts)
-        counts = np.tile(groups, len(starts) // len(firsts))
-        row_bytes = np.full(len(starts), run_bytes)
+    width = _width(run_bytes, rows.length)
+    several = CHUNK // width
+    firsts, cuts = np.arange(0, rows.length, several), np.arange(0, run_bytes, width)
+    starts = _spread(starts, rows, firsts)
+    starts = _spread(starts, _Dim(0, wide_src, itemsize, itemsize, 0), cuts // itemsize)
+    boxes = len(starts) // (len(firsts) * len(cuts))
+    counts = np.tile(np.repeat(np.minimum(several, rows.length - firsts), len(cuts)), boxes)
+    row_bytes = np.tile(np.minimum(width, run_bytes - cuts), boxes * len(firsts))
     items = np.zeros(len(starts), dtype=ITEM)
     items["src"], items["dst"], items["col"], items["row"] = starts.T
     items["src_pitch"], items["dst_pitch"] = rows.src, rows.dst
@@ -116,6 +113,14 @@ def box_items(
     items["row_bytes"], items["rows"] = row_bytes, counts
     items["total"], items["op"] = total, op
     return items
+
+
+def _width(run_bytes: int, rows: int) -> int:
+    """Bytes of each run that an item has: parts of about the same length where that is not all of them."""
+    if run_bytes <= _STRETCH:
+        return run_bytes
+    pieces = -(-run_bytes // max(_STRETCH, CHUNK // rows))
+    return -(-run_bytes // (pieces * _ALIGN)) * _ALIGN
 
 
 def joined(parts: Sequence[Items]) -> Items:

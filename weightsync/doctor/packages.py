@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from weightsync.adapters.base import Finding
-from weightsync.errors import ConfigError
+from weightsync.errors import ConfigError, install_hint
 from weightsync.gpus import driver_cuda
 
 __all__ = ["Cupy", "Torch", "examine_packages", "judge_packages"]
@@ -48,7 +48,7 @@ def examine_packages() -> list[Finding]:
 def judge_packages(cupys: list[Cupy], torch: Torch | None, driver: tuple[int, int] | None) -> list[Finding]:
     """What is wrong with them, or that nothing is. `driver` is the latest CUDA that it runs, None if unknown."""
     where = f"for {sys.executable}"
-    extra = f'pip install "weightsync[cuda{_best(torch, driver)}]"'
+    extra = install_hint(f"cuda{_best(torch, driver)}")
     found = _judge_torch(torch, driver)
     if not cupys:
         return [*found, Finding(level="fail", what=f"slots lie on GPUs, and no cupy is installed {where}", fix=extra)]

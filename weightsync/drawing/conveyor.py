@@ -1,6 +1,6 @@
-"""Pieces that are packed, or taken out, on one stream while others travel on another: the host only queues.
+"""Parcels that are packed, or taken out, on one stream while others travel on another: the host only queues.
 
-A buffer of staging memory is used by every n-th piece. At the sending end it is filled again when the wire is past it,
+A buffer of staging memory is used by every n-th parcel. At the sending end it is filled again when the wire is past it,
 at the other the wire may have it again when it was emptied; the GPU itself waits for that.
 """
 
@@ -27,17 +27,17 @@ _SETTLES = 600.0  # seconds for a GPU to end what was queued: whoever waits for 
 
 
 def device_staged(
-    gpu: int, pieces: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
+    gpu: int, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
 ) -> DeviceStaged:
     """Copies on this process's GPU `gpu`. Raises `TransportBroken` where there is no room for their tables, and what
     `check` raises, which is called before each.
     """
     device = torch.device("cuda", gpu)
-    return DeviceStaged(BoxKernel(device), device, pieces, packing=packing, check=check)
+    return DeviceStaged(BoxKernel(device), device, parcels, packing=packing, check=check)
 
 
 class Conveyor:
-    """One delivery at one end, on the GPU `gpu`. A `wire` is the address of the stream on which pieces travel."""
+    """One delivery at one end, on the GPU `gpu`. A `wire` is the address of the stream on which parcels travel."""
 
     def __init__(self, gpu: int, copies: DeviceStaged, bases: Ints, buffers: Sequence[int], *, packing: bool) -> None:
         self._copies, self._buffers, self._packing = copies, buffers, packing
@@ -49,11 +49,11 @@ class Conveyor:
         self._free: list[Any] = [None] * len(buffers)  # past what used each buffer last
 
     def buffer(self, number: int) -> int:
-        """The address at which a piece lies."""
+        """The address at which a parcel lies."""
         return self._buffers[number % len(self._buffers)]
 
     def before(self, number: int, wire: int) -> None:
-        """A piece is about to travel."""
+        """A parcel is about to travel."""
         past = self._free[number % len(self._buffers)]
         if not self._packing:
             if past is not None:

@@ -85,7 +85,7 @@ class DeviceCopies:
 
 
 class DeviceStaged:
-    """Copies between memory at bases and a staging buffer, piece by piece (`weightsync/plan/delivery.py`), one launch
+    """Copies between memory at bases and a staging buffer, parcel by parcel (`weightsync/plan/delivery.py`), one launch
     each. `packing`: into the buffer; else out of it. The bases are kept on the GPU until they change.
     """
 
@@ -93,7 +93,7 @@ class DeviceStaged:
         self,
         kernel: Launcher,
         device: torch.device,
-        pieces: Sequence[Sequence[Staged]],
+        parcels: Sequence[Sequence[Staged]],
         *,
         packing: bool,
         check: Callable[[], object] = lambda: None,
@@ -104,20 +104,20 @@ class DeviceStaged:
         self._bases: torch.Tensor | None = None
         self._tables: list[Table] = []
         try:
-            for piece in pieces:
+            for parcel in parcels:
                 check()
-                self._tables.append(kernel.table(joined([_items(one, packing) for one in piece])))
+                self._tables.append(kernel.table(joined([_items(one, packing) for one in parcel])))
         except torch.OutOfMemoryError as error:
-            raise TransportBroken(f"this GPU has no room for the tables of {len(pieces)} pieces: {error}") from error
+            raise TransportBroken(f"this GPU has no room for the tables of {len(parcels)} parcels: {error}") from error
 
     def begin(self, bases: Ints) -> None:
         """What is mapped begins at these addresses. Nothing that was launched before is under way."""
         if self._bases is None or not np.array_equal(bases, self._addresses):
             self._bases, self._addresses = torch.from_numpy(bases).to(self._device), bases.copy()
 
-    def launch(self, piece: int, buffer: int, stream: torch.cuda.Stream) -> None:
-        """Copy one piece, from or to the staging memory at the address `buffer`, on `stream`."""
-        self._kernel.launch(self._tables[piece], COPY, stream=stream, bases=self._bases, slot=buffer, share=_SHARE)
+    def launch(self, parcel: int, buffer: int, stream: torch.cuda.Stream) -> None:
+        """Copy one parcel, from or to the staging memory at the address `buffer`, on `stream`."""
+        self._kernel.launch(self._tables[parcel], COPY, stream=stream, bases=self._bases, slot=buffer, share=_SHARE)
 
 
 def _items(one: Staged, packing: bool) -> Items:

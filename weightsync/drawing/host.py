@@ -1,4 +1,4 @@
-"""Draws in host memory, and pieces of a delivery: numpy copies between views of addresses."""
+"""Draws in host memory, and parcels of a delivery: numpy copies between views of addresses."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ class HostCopies:
 
 
 class HostStaged:
-    """Copies between memory at bases and a staging buffer, piece by piece (`weightsync/plan/delivery.py`). `packing`:
+    """Copies between memory at bases and a staging buffer, parcel by parcel (`weightsync/plan/delivery.py`). `packing`:
     into the buffer; else out of it.
     """
 
-    def __init__(self, pieces: Sequence[Sequence[Staged]], *, packing: bool) -> None:
-        self._pieces, self._packing = pieces, packing
+    def __init__(self, parcels: Sequence[Sequence[Staged]], *, packing: bool) -> None:
+        self._parcels, self._packing = parcels, packing
 
-    def run(self, piece: int, bases: Ints, buffer: int) -> None:
-        """Copy one piece, from or to the staging memory at the address `buffer`."""
-        for one in self._pieces[piece]:
+    def run(self, parcel: int, bases: Ints, buffer: int) -> None:
+        """Copy one parcel, from or to the staging memory at the address `buffer`."""
+        for one in self._parcels[parcel]:
             there = int(bases[one.base]) + one.at, one.strides
             here = buffer + one.begin, one.packed
             source, target = (there, here) if self._packing else (here, there)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
-from weightsync.integrations.shares import place
+from weightsync.integrations.shares import rank_and_world
 
 if TYPE_CHECKING:
     from weightsync.report import PushReport
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 def noted(report: PushReport) -> PushReport:
     """Warn, on rank 0, of every engine that did not commit; a torn one answers no request until a push repairs it."""
-    if place()[0] == 0:
+    if rank_and_world()[0] == 0:
         for engine in report.engines:
             if engine.outcome != "committed":
                 said = engine.error.message if engine.error is not None else "no error"

@@ -1,8 +1,8 @@
-"""SGLang's router is shown those engines that answer and serve the latest version, and no others of weightsyncd's.
+"""Gives SGLang's router those of weightsyncd's engines that answer and serve the latest version, and no others.
 
-Its API as sglang_router 0.3.2 answers (run): `GET /workers` lists `{"workers": [{"id", "url", "is_healthy", …}]}`;
-`POST /workers` with `{"url", "worker_type"}` and `DELETE /workers/{id}` answer 202 before anything is done, and what
-was asked for may fail unseen: a worker that does not answer is accepted and never listed. So both are waited for here.
+The router's API, as run with sglang_router 0.3.2: `GET /workers` lists `{"workers": [{"id", "url", "is_healthy", …}]}`.
+`POST /workers` with `{"url", "worker_type"}` and `DELETE /workers/{id}` answer 202 before anything is done, and may
+then fail silently: a worker that does not answer is accepted and never listed. So both are waited for here.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOOK = 0.1  # seconds between looks at whether the router has done what it was 
 
 
 def up_to_date(engines: Iterable[EngineStatus]) -> list[EngineStatus]:
-    """Those that serve the highest version that any of them serves; one that was never pushed to is not among them."""
+    """The engines that serve the highest version served by any. One that was never pushed to is not among them."""
     serving = [e for e in engines if e.state == "serving" and e.version is not None]
     latest = max((e.version for e in serving if e.version is not None), default=None)
     return [e for e in serving if e.version == latest]
@@ -46,7 +46,7 @@ class Router:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def workers(self) -> dict[str, str]:
-        """Of the workers it has: url → id. Raises `RemoteProtocolError` for an answer that is none of a router's."""
+        """Its workers: url → id. Raises `RemoteProtocolError` for an answer that is not a router's."""
         answer = self._ask("GET", "/workers")
         try:
             return {str(w["url"]).rstrip("/"): str(w["id"]) for w in answer["workers"]}
@@ -56,10 +56,10 @@ class Router:
             ) from error
 
     def show(self, engines: Iterable[EngineStatus]) -> None:
-        """Have it pass requests to those of `engines` that are up to date and answer, and to none of the others.
+        """Make it pass requests to those of `engines` that are up to date and answer, and not to the rest of them.
 
-        Workers that are not among `engines` stay as they are. The others are taken out first. Raises `EngineError`
-        naming each engine that is not as it should be, when all others are.
+        Engines that it must not use are removed first. Workers that are not among `engines` stay as they are. Raises
+        `EngineError` at the end, naming each engine for which this failed.
         """
         engines = list(engines)
         wanted = [e for e in up_to_date(engines) if self._answers(e)]

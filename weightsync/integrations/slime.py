@@ -1,16 +1,16 @@
-"""slime: its weight updater pushes through weightsyncd.
+"""slime: a weight updater that pushes through weightsyncd.
 
     --custom-megatron-init-path weightsync.integrations.slime.install
 
-slime chooses among its `UpdateWeight*` classes by what is sent how, and has no flag for another; `install` runs in each
-training actor before it chooses, and has it choose `UpdateWeightFromWeightsync`. Options are `args.weightsync`, a
-mapping that `--custom-config-path FILE.yaml` sets:
+slime has a fixed set of `UpdateWeight*` classes and no flag to add another. `install` runs in each training actor
+before it chooses one, and makes it choose `UpdateWeightFromWeightsync`. Options are in `args.weightsync`, a mapping
+that `--custom-config-path FILE.yaml` sets:
 
     weightsync: {model: policy, pause: abort, timeout: 600, router: "http://10.0.0.1:30000"}
 
-slime is not on PyPI; this follows its sources as read, not run: `slime/backends/megatron_utils/actor.py` (028e290),
-`…/initialize.py` (1d907a2), `…/update_weight/update_weight_from_disk.py` (5a3552f), `…/hf_weight_iterator_direct.py`
-(102a6b3) and `slime/backends/sglang_utils/sglang_engine.py` (03b32d8).
+slime is not on PyPI. This was written from its sources and not run with them: `slime/backends/megatron_utils/actor.py`
+(028e290), `…/initialize.py` (1d907a2), `…/update_weight/update_weight_from_disk.py` (5a3552f),
+`…/hf_weight_iterator_direct.py` (102a6b3) and `slime/backends/sglang_utils/sglang_engine.py` (03b32d8).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.integrations.outcome import noted
 from weightsync.integrations.router import Router
-from weightsync.integrations.shares import place, share
+from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions, endpoint_of
 from weightsync.operator import change_engines, fetch_status
 
@@ -48,9 +48,9 @@ _PREFIX = "slime-"  # of the names of engines that slime made known here
 
 
 def install(args: Any) -> None:
-    """Have slime's training actor in this process make `UpdateWeightFromWeightsync`, whichever it would choose.
+    """Make slime's training actor in this process use `UpdateWeightFromWeightsync`, whichever it would have chosen.
 
-    Raises `ConfigError` where slime looks otherwise than it did.
+    Raises `ConfigError` if slime no longer looks as it did.
     """
     actor = import_module(_ACTOR)
     found = [name for name in _CHOICES if hasattr(actor, name)]
@@ -61,11 +61,11 @@ def install(args: Any) -> None:
 
 
 class UpdateWeightFromWeightsync:
-    """A weight updater of slime's training actors; its arguments and methods are theirs.
+    """A weight updater for slime's training actors, with the arguments and methods of slime's own.
 
-    slime makes every tensor whole on every rank, a few at a time, under its Hugging Face name; each rank keeps its
-    share of them and all push together. The lock that slime hands around is not taken: no two pushes of a model run at
-    once, and the communicators are the daemon's.
+    slime gathers every tensor on every rank, a few at a time, under its Hugging Face name. Each rank keeps its share of
+    them, and all push together. The lock that slime passes is not taken: two pushes of a model never run at once, and
+    the communicators are the daemon's.
     """
 
     def __init__(
@@ -87,20 +87,19 @@ class UpdateWeightFromWeightsync:
         self._options = options
         self._model, self._daemon = options.get("model", "default"), options.get("daemon")
         self._versions = Versions(options)
-        self._router = Router(router) if router and place()[0] == 0 else None
+        self._router = Router(router) if router and rank_and_world()[0] == 0 else None
         self._weights_getter = weights_getter
         self._chunks = _iterator(args)(
             args=args, model=model, model_name=model_name, quantization_config=quantization_config
         )
 
     def connect_rollout_engines(self, rollout_engines: Sequence[Any], rollout_engine_lock: Any, **_: Any) -> None:
-        """Make slime's engines known to rank 0's daemon, which looks at each; forget those that slime has replaced.
+        """Add slime's engines to rank 0's daemon, which looks at each, and remove those that slime has replaced.
 
-        An engine that the daemon or a peer of its names already, by its URL, is left to them. With
-        `weightsync: {register: false}` all are. Nothing is reserved for engines that others started, and none of
-        their flags must agree with this job's. Raises `ConfigError`, `PushRefused` and `DaemonLost`.
+        An engine whose URL the daemon or one of its peers already has is left alone; with
+        `weightsync: {register: false}` all are. Raises `ConfigError`, `PushRefused` and `DaemonLost`.
         """
-        if not self._register or place()[0] != 0:
+        if not self._register or rank_and_world()[0] != 0:
             return
         ray: Any = import_module("ray")
         hosts = ray.get([engine.get_server_host.remote() for engine in rollout_engines])
@@ -118,16 +117,16 @@ class UpdateWeightFromWeightsync:
             change_engines(endpoint_of(self._daemon), add=added, remove=gone)
 
     def disconnect_rollout_engines(self) -> None:
-        """Nothing joins this process and an engine."""
+        """Do nothing: this process shares no group with an engine."""
 
     def update_weights(self) -> None:
-        """Push. All ranks call it. Afterwards, with a `router`, it is shown the engines that have what was pushed: what
-        goes wrong there is logged, and tried again at the next push.
+        """Push; all ranks call it. Then tell the `router`, if there is one, which engines have the new version. If that
+        fails it is logged, and tried again after the next push.
 
         Raises what `push_weights` raises.
         """
         version = self._versions.of(self.weight_version + 1)
-        rank, world = place()
+        rank, world = rank_and_world()
         try:
             mine = dict(share(self._named(), rank, world))
             self.report = noted(push_weights(mine, version=version, **self._options))
@@ -147,7 +146,7 @@ class UpdateWeightFromWeightsync:
             logger.exception("the router does not pass requests as it should")
 
     def pop_metrics(self) -> dict[str, float]:
-        """What slime logs of the last update; empty until the next one."""
+        """What slime logs about the last update. Empty on a second call, until the next update."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 

@@ -1,8 +1,8 @@
-"""TRL, and any trainer of transformers: each optimiser step's weights are pushed by a callback.
+"""TRL, and any trainer of transformers: a callback pushes the weights after each optimiser step.
 
     trainer = GRPOTrainer(..., callbacks=[PushCallback()])
 
-`WeightTransfer` is for `AsyncGRPOTrainer(weight_transfer=…)`, and `push_to_vllm_server` for what has
+`WeightTransfer` is for `AsyncGRPOTrainer(weight_transfer=…)`, and `push_to_vllm_server` for trainers with
 `use_vllm=True, vllm_mode="server"`. Read and tested with trl 1.16.0 and transformers 5.
 """
 
@@ -31,9 +31,9 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
     every: optimiser steps from one push to the next.
     options: those of `push_weights`: `model`, `daemon`, `pause`, `timeout`, `dtype` and the like.
 
-    It runs on every rank, each of which pushes what it holds: FSDP's shards are not gathered. The version is the
-    global step, moved up where engines already serve later versions. `report` is that of the last push. What
-    `push_weights` raises ends the training.
+    It runs on every rank, and each rank pushes what it holds; FSDP shards are not gathered. The version is the global
+    step, or higher if engines already serve a later version. `report` is the last push's. An error of `push_weights`
+    ends the training.
     """
 
     def __init__(self, *, every: int = 1, **options: Any) -> None:
@@ -45,7 +45,7 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
         self._pushed: int | None = None  # the global step
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
-        """Engines start with what training starts with, be it a checkpoint that is resumed."""
+        """Give the engines the weights that training starts from, which may be a resumed checkpoint."""
         self._push(state.global_step, objects["model"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **objects: Any) -> None:
@@ -64,8 +64,8 @@ class PushCallback(TrainerCallback):  # type: ignore[misc]  # transformers has n
 class WeightTransfer:
     """`AsyncGRPOTrainer(weight_transfer=WeightTransfer())`: takes what TRL gathers on rank 0, and pushes it from there.
 
-    TRL makes every sharded tensor whole on rank 0, and all of them are held until the push has ended. Methods as
-    `trl.experimental.async_grpo.async_grpo_trainer.WeightTransferProtocol` has them.
+    TRL gathers every sharded tensor on rank 0, which holds all of them until the push has ended. The methods are those
+    of `trl.experimental.async_grpo.async_grpo_trainer.WeightTransferProtocol`.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -75,7 +75,7 @@ class WeightTransfer:
         self._syncs = 0
 
     def init_weight_transfer(self) -> None:
-        """Called on rank 0 only: it pushes in a process group of its own."""
+        """Called on rank 0 alone, which therefore pushes in a process group of its own."""
         dist: Any = sys.modules.get("torch.distributed")
         if dist is not None and dist.is_available() and dist.is_initialized():
             alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, backend="gloo")
@@ -83,25 +83,25 @@ class WeightTransfer:
             self._versions = Versions(self._options)
 
     def pause(self) -> None:
-        """Nothing: a push pauses engines itself, and for less long."""
+        """Do nothing: a push pauses engines itself, and for less time."""
 
     def send_weights(self, iterator: Iterable[tuple[str, Any]]) -> None:
-        """Push them. Raises what `push_weights` raises."""
+        """Push the weights. Raises what `push_weights` raises."""
         self._syncs += 1
         self.report = noted(push_weights(iterator, version=self._versions.of(self._syncs), **self._options))
 
     def resume(self) -> None:
-        """Nothing: engines that committed have gone on."""
+        """Do nothing: the push has resumed the engines that committed."""
 
     def destroy(self) -> None:
-        """Nothing is held between pushes."""
+        """Do nothing: nothing is held between pushes."""
 
 
 def push_to_vllm_server(**options: Any) -> None:
-    """Have TRL's trainers push where they would sync: with `use_vllm=True, vllm_mode="server"`.
+    """Make TRL's trainers with `use_vllm=True, vllm_mode="server"` push where they would sync.
 
-    Call it before the trainer is made. TRL goes on to generate through its vLLM server, which is an engine of the
-    node's weightsyncd; it syncs before it generates, once per step, from all ranks. TRL has no hook for this, so two
+    Call it before the trainer is made. TRL still generates through its vLLM server, which must be an engine of the
+    node's weightsyncd. TRL syncs before it generates, once per step, from all ranks. It has no hook for this, so two
     of its methods are replaced: `VLLMClient.init_communicator`, which would open a NCCL group with the server, and
     `VLLMGeneration.sync_weights`.
     """
@@ -122,7 +122,7 @@ def push_to_vllm_server(**options: Any) -> None:
         self.weightsync_report = noted(push_weights(self.model, version=version, **options))
 
     def init_communicator(self: Any, device: Any = 0) -> None:
-        """There is no communicator: weightsync moves the bytes."""
+        """Do nothing: weightsync moves the bytes, without a communicator of TRL's."""
 
     VLLMClient.init_communicator = init_communicator
     VLLMGeneration.sync_weights = sync_weights

@@ -18,7 +18,7 @@ from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegist
 from weightsync.client import push_weights_async
 from weightsync.config import EngineConfig
 from weightsync.integrations.outcome import noted
-from weightsync.integrations.shares import place, share
+from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions
 
 if TYPE_CHECKING:
@@ -30,11 +30,11 @@ __all__ = ["PushEngine", "Pusher", "engines_of"]
 
 
 class Pusher:
-    """Pushes what verl hands out, on all actor ranks together.
+    """Pushes the tensors that verl gives every actor rank, on all of those ranks together.
 
-    verl makes every tensor whole on every actor rank, one after the other. Each rank keeps its share of them, about as
-    many bytes as the others, and drops the rest, so a rank holds the model's size divided by the ranks besides its
-    own shards; all ranks write at once.
+    verl gathers every tensor on every actor rank, one after the other. Each rank keeps an equal share of the bytes
+    and drops the rest. So besides its own shards a rank holds the model's size divided by the number of ranks, and all
+    ranks write at once.
     """
 
     def __init__(self, options: Mapping[str, Any]) -> None:
@@ -44,10 +44,10 @@ class Pusher:
         self._pushes = 0
 
     async def push(self, weights: Iterable[tuple[str, Any]], step: int | None) -> PushReport:
-        """Push as version `step`, or above. Raises what `push_weights` raises."""
+        """Push as version `step`, or a higher one if need be. Raises what `push_weights` raises."""
         version = self._versions.of(self._pushes if step is None else step)
         self._pushes += 1
-        mine = dict(share(weights, *place()))
+        mine = dict(share(weights, *rank_and_world()))
         # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
         handle = push_weights_async(mine, version=version, **self._options)
         return noted(await asyncio.to_thread(handle.result))
@@ -55,39 +55,39 @@ class Pusher:
 
 @CheckpointEngineRegistry.register("weightsync")
 class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
-    """What `send_weights` is given is pushed to the engines of the node's weightsyncd, and to those of its peers."""
+    """Pushes what `send_weights` is given to the engines of the node's weightsyncd and of its peers."""
 
     # Weights never pass through verl's rollout workers. Of its two formats this is the one in which a stream may be
     # empty: their adapters then set the server's step, and leave its weights alone.
     wire_format: ClassVar[str] = "delta_flush"
 
     def __init__(self, bucket_size: int, is_master: bool = False, **options: Any) -> None:
-        """bucket_size, is_master: verl's; the first is of no use here: buckets are the size of the daemon's slots.
+        """bucket_size, is_master: verl's, not used here (buckets are as large as the daemon's slots).
         options: those of `push_weights`.
         """
         self._pusher = Pusher(options)
 
     def prepare(self) -> dict[str, Any]:
-        """Nothing is allocated, and nothing has to be known elsewhere."""
+        """Do nothing: nothing is allocated, and other workers need to know nothing."""
         return {}
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """No group joins actors and rollout workers: no keyword arguments for `init_process_group` on either side."""
+        """No arguments for `init_process_group` on either side: no group joins actors and rollout workers."""
         return {}, {}
 
     def init_process_group(self, **kwargs: Any) -> None:
-        """There is none to make."""
+        """Do nothing: there is no group."""
 
     def finalize(self) -> None:
-        """Nothing is held between pushes."""
+        """Do nothing: nothing is held between pushes."""
 
     async def send_weights(
         self, weights: Iterable[tuple[str, Any]], global_steps: int | None = None
     ) -> dict[str, float] | None:
-        """Push, as version `global_steps` or above. Every actor rank calls it; each returns verl's metrics of the sync.
+        """Push as version `global_steps`, or a higher one if need be; every actor rank calls it. Returns metrics.
 
         Raises what `push_weights` raises.
         """
@@ -95,7 +95,7 @@ class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
         return {"weightsync/version": float(report.version), "weightsync/seconds": report.seconds}
 
     def receive_weights(self, global_steps: int | None = None) -> Iterator[Any]:
-        """On rollout workers: nothing; their servers take the push from weightsync."""
+        """Yield nothing on rollout workers: their servers take the push from weightsync."""
         return iter(())
 
 

@@ -1,4 +1,4 @@
-"""verl where actor and rollout share their GPUs ("hybrid"): its server adapters push instead.
+"""verl with actor and rollout on the same GPUs ("hybrid"): its server adapters push through weightsyncd.
 
     actor_rollout_ref.model.external_lib=weightsync.integrations.verl_hybrid
 
@@ -30,7 +30,7 @@ _PARENTS = {
 
 
 class PushAdapter:
-    """Mixed into one of verl's server adapters: full weights are pushed; all else is as it was."""
+    """Mixed into one of verl's server adapters: pushes full weights, and leaves everything else as it was."""
 
     config: Any  # verl's RolloutConfig
     _pusher: Pusher | None = None
@@ -42,7 +42,7 @@ class PushAdapter:
         global_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """Push, and have verl's adapter set the server's step. Every actor rank calls it.
+        """Push, then let verl's adapter set the server's step. Every actor rank calls it.
 
         Raises `SourceError` for a LoRA adapter alone, and what `push_weights` raises.
         """

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any, Self
 
-from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, TransportClosed
+from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, TransportClosed, install_hint
 from weightsync.ipc.arena import DeviceMemory, stride
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def cupy() -> Any:
     except ImportError as error:
         raise ConfigError(
             f"GPUs are driven through cupy, which this Python does not have ({error})",
-            hint='pip install "weightsync[cuda13]", or [cuda12] for CUDA 12; or set arena.device = "cpu"',
+            hint=install_hint("cuda13") + ', or ".[cuda12]" for CUDA 12; or set arena.device = "cpu"',
         ) from error
     return cupy
 

@@ -1,10 +1,10 @@
 """Weights from one node straight into engines of others: out of the memory that a trainer exposes there, through the
 bridges' communicator, into the places that engines show here.
 
-A delivery is prepared first, at all ends and on no wire: what is in which piece; the copies that fill or empty each;
+A delivery is prepared first, at all ends and on no wire: what is in which parcel; the copies that fill or empty each;
 the memory, mapped. That takes seconds the first time, and next to nothing as long as the layout stays. The sending
-bridge then packs a piece while the last one is on the wire, and the others take pieces out while the next arrives.
-Nothing is checked here but that all are in the same delivery of the same pieces: what lies in engines afterwards is
+bridge then packs a parcel while the last one is on the wire, and the others take parcels out while the next arrives.
+Nothing is checked here but that all are in the same delivery of the same parcels: what lies in engines afterwards is
 compared, tensor by tensor.
 """
 
@@ -21,7 +21,7 @@ from weightsync.errors import LocalProtocolError, TransportBroken, TransportClos
 from weightsync.ipc.regions import RegionMap
 from weightsync.nccl_bridge.delivery import DeviceWay, HostWay, Load, Way
 from weightsync.nccl_bridge.replies import NEVER
-from weightsync.plan.delivery import boxes_of, incoming, outgoing, pieces_of, share_of
+from weightsync.plan.delivery import boxes_of, incoming, outgoing, parcels_of, share_of
 from weightsync.plan.exposure import Exposure
 from weightsync.plan.packing import digest_of
 from weightsync.plan.replay_facts import LAYOUTS
@@ -60,7 +60,7 @@ class _Prepared(NamedTuple):
     """The delivery that comes next."""
 
     token: int
-    seal: int  # the token, and what the pieces are
+    seal: int  # the token, and what the parcels are
     plan: _Plan
     most: int
     shown: tuple[Exposure, ...]  # what is read at the sending end, what is written at the other
@@ -94,9 +94,9 @@ class Carrier:
             if self._wanted not in (command.token, _NONE):
                 raise TransportClosed("another delivery is prepared instead")
 
-        if command.piece > self._slot_bytes or command.turn >= command.turns:
+        if command.parcel > self._slot_bytes or command.turn >= command.turns:
             raise LocalProtocolError(
-                f"pieces of {command.piece} bytes, turn {command.turn} of {command.turns}: slots have "
+                f"parcels of {command.parcel} bytes, turn {command.turn} of {command.turns}: slots have "
                 f"{self._slot_bytes} bytes, and turns count from 0"
             )
         with self._alone(deadline, "preparing a delivery"):
@@ -120,21 +120,21 @@ class Carrier:
             shown = self._unpacked(self._exposures.of(command.exposures), manifest)
         turns = {"turn": command.turn, "turns": command.turns}
         asked = () if command.whole else tuple(one.parts_digest for one in places)
-        pieces = manifest.digest, command.piece, *turns.values(), command.whole, asked
+        parcels = manifest.digest, command.parcel, *turns.values(), command.whole, asked
         # where the trainer's parts are changes from push to push, and is looked up in each
         mine = tuple(one.shapes_digest if packing else (one.parts_digest, len(one.regions)) for one in shown)
 
         def work_out() -> _Plan:
             boxes = share_of(tensors, **turns) if command.whole else boxes_of(places, tensors, **turns)
-            found = pieces_of(boxes, tensors, command.piece, check=check)
+            found = parcels_of(boxes, tensors, command.parcel, check=check)
             with _for_good(LocalProtocolError):
                 copies = (outgoing if packing else incoming)(found, shown, tensors, check)
             staged = self._way.staged(copies, packing=packing, check=check)
-            return _Plan([piece.nbytes for piece in found], staged)
+            return _Plan([parcel.nbytes for parcel in found], staged)
 
-        plan = _kept(self._plans, (pieces, mine, packing), work_out)
-        seal = command.token ^ int.from_bytes(digest_of(repr(pieces).encode())[:7], "little")
-        return _Prepared(command.token, seal, plan, command.piece, shown, packing)
+        plan = _kept(self._plans, (parcels, mine, packing), work_out)
+        seal = command.token ^ int.from_bytes(digest_of(repr(parcels).encode())[:7], "little")
+        return _Prepared(command.token, seal, plan, command.parcel, shown, packing)
 
     def run(
         self,

@@ -254,11 +254,11 @@ class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
 
     reply = Done
     token: Natural  # that no other delivery has
-    piece: Annotated[int, Meta(ge=64, lt=2**40)]  # bytes
+    parcel: Annotated[int, Meta(ge=64, lt=2**40)]  # bytes at most
     turn: Natural  # of the …
     turns: Annotated[int, Meta(ge=1, le=4096)]  # deliveries that are under way side by side
     manifest: Bulk
-    whole: bool  # pieces are of a share of the whole model, and not of what one engine has places for
+    whole: bool  # parcels are of a share of the whole model, and not of what one engine has places for
     places: Bulk | None = None  # of the engine's ranks to which this goes; at the sending end, unless it is whole
     exposures: Bulk | None = None  # at the sending end: what the trainer's ranks expose
 

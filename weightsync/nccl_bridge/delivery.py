@@ -1,4 +1,4 @@
-"""How pieces of a delivery travel, at either end: out of this bridge's staging memory or into it."""
+"""How parcels of a delivery travel, at either end: out of this bridge's staging memory or into it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _ROOT = 0  # of every communicator: the bridge of the node that coordinates
 class Load(NamedTuple):
     """What one end packs, or takes out, and where it may be staged."""
 
-    sizes: Sequence[int]  # bytes of the pieces
+    sizes: Sequence[int]  # bytes of the parcels
     most: int  # bytes that each has at most
     copies: HostStaged | DeviceStaged
     bases: Ints
     slots: Sequence[int]  # that nothing else uses
-    seal: int  # which delivery it is, and of which pieces
+    seal: int  # which delivery it is, and of which parcels
     packing: bool
 
 
@@ -40,22 +40,22 @@ class Way(Protocol):
     """In host memory, or on a GPU."""
 
     def staged(
-        self, pieces: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
+        self, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
     ) -> HostStaged | DeviceStaged:
         """Copies, worked out once; `check` is called now and then and raises when there is no point in going on."""
 
     def run(self, communicator: Any, load: Load, *, deadline: float) -> None:
-        """Send all pieces, or take them. Nothing is read or written any more when it returns or raises."""
+        """Send all parcels, or take them. Nothing is read or written any more when it returns or raises."""
 
 
 class HostWay:
-    """One piece after the other, in one slot."""
+    """One parcel after the other, in one slot."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
 
-    def staged(self, pieces: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]) -> HostStaged:
-        return HostStaged(pieces, packing=packing)
+    def staged(self, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]) -> HostStaged:
+        return HostStaged(parcels, packing=packing)
 
     def run(self, communicator: Any, load: Load, *, deadline: float) -> None:
         assert isinstance(load.copies, HostStaged), "slots are in host memory"
@@ -84,10 +84,12 @@ class DeviceWay:
     def __init__(self, slots: DeviceSlots, slot_bytes: int) -> None:
         self._slots, self._slot_bytes = slots, slot_bytes
 
-    def staged(self, pieces: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]) -> DeviceStaged:
+    def staged(
+        self, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
+    ) -> DeviceStaged:
         from weightsync.drawing.conveyor import device_staged
 
-        return device_staged(self._slots.device, pieces, packing=packing, check=check)
+        return device_staged(self._slots.device, parcels, packing=packing, check=check)
 
     def run(self, communicator: Any, load: Load, *, deadline: float) -> None:
         from weightsync.drawing.conveyor import Conveyor

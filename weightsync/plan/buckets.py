@@ -19,7 +19,7 @@ import numpy as np
 from weightsync.errors import PushRefused
 from weightsync.plan.boxes import Ints, row_strides
 from weightsync.plan.coverage import assign_fills
-from weightsync.plan.groups import layer_key
+from weightsync.plan.fused import layer_key
 from weightsync.plan.manifest import MAX_PIECES, Layout, Manifest, TensorTable
 from weightsync.plan.merge import merge_layouts
 from weightsync.plan.parts import Overlaps, overlaps

@@ -1,9 +1,9 @@
-"""What goes from a trainer's memory to places in engines of other nodes, and in which pieces. Pure.
+"""What goes from a trainer's memory to places in engines of other nodes, and in which parcels. Pure.
 
-Both ends work out the same pieces: stretches of staging memory in which boxes of tensors lie one after the other, row
+Both ends work out the same parcels: stretches of staging memory in which boxes of tensors lie one after the other, row
 by row. They are of what one engine has shown, so that each of its ranks gets its own by the nearest way; or of a share
-of the whole model, for any number of engines. The sending end fills a piece out of what the trainer's ranks expose, the
-others empty it into the places of all ranks that have room for some of it.
+of the whole model, for any number of engines. The sending end fills a parcel out of what the trainer's ranks expose,
+the others empty it into the places of all ranks that have room for some of it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from weightsync.plan.draws import Draw
     from weightsync.plan.table import TensorTable
 
-__all__ = ["Box", "Piece", "Placed", "Staged", "boxes_of", "incoming", "outgoing", "pieces_of", "share_of"]
+__all__ = ["Box", "Parcel", "Placed", "Staged", "boxes_of", "incoming", "outgoing", "parcels_of", "share_of"]
 
 _ALIGN = 64  # bytes
 _OFTEN = 1024  # boxes between two checks
@@ -40,14 +40,14 @@ class Box(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """A box, and where it lies in its piece."""
+    """A box, and where it lies in its parcel."""
 
     box: Box
     itemsize: int
-    begin: int  # byte of the piece
+    begin: int  # byte of the parcel
 
 
-class Piece(NamedTuple):
+class Parcel(NamedTuple):
     """Boxes that travel together."""
 
     nbytes: int
@@ -55,9 +55,9 @@ class Piece(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """A copy between a piece in staging memory and memory that is mapped."""
+    """A copy between a parcel in staging memory and memory that is mapped."""
 
-    begin: int  # byte of the piece
+    begin: int  # byte of the parcel
     packed: tuple[int, ...]  # strides there, in bytes, as all are
     base: int  # which of what is mapped
     at: int  # byte of that
@@ -86,15 +86,15 @@ def share_of(tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box
     return [Box(index, (0,) * len(tensors.shapes[index]), tensors.shapes[index]) for index in mine]
 
 
-def pieces_of(
+def parcels_of(
     boxes: Iterable[Box], tensors: TensorTable, most: int, check: Callable[[], object] = lambda: None
-) -> list[Piece]:
-    """These boxes, in pieces of at most `most` bytes (64 at least). `check` is called now and then: all of this takes
+) -> list[Parcel]:
+    """These boxes, in parcels of at most `most` bytes (64 at least). `check` is called now and then: all of this takes
     seconds where there are many tensors, and it raises when nobody waits any more.
     """
     most = most // _ALIGN * _ALIGN
     if not most:
-        raise LocalProtocolError(f"a piece has {_ALIGN} bytes at least")
+        raise LocalProtocolError(f"a parcel has {_ALIGN} bytes at least")
     itemsizes = tensors.itemsizes.tolist()
     found, current, end = [], list[Placed](), 0
     for tensor, offset, shape in _watched(boxes, check):
@@ -102,33 +102,33 @@ def pieces_of(
         for origin, size in _cut(offset, shape, itemsize, most):
             nbytes = math.prod(size) * itemsize
             if current and end + nbytes > most:
-                found.append(Piece(end, tuple(current)))
+                found.append(Parcel(end, tuple(current)))
                 current, end = [], 0
             current.append(Placed(Box(tensor, origin, size), itemsize, end))
             end += -(-nbytes // _ALIGN) * _ALIGN
     if current:
-        found.append(Piece(end, tuple(current)))
+        found.append(Parcel(end, tuple(current)))
     return found
 
 
 def outgoing(
-    pieces: Sequence[Piece],
+    parcels: Sequence[Parcel],
     exposures: Sequence[Exposure],
     tensors: TensorTable,
     check: Callable[[], object] = lambda: None,
 ) -> list[list[Staged]]:
-    """By piece, the copies that fill it out of what the trainer's ranks expose, ranks in turn; bases are the parts of
+    """By parcel, the copies that fill it out of what the trainer's ranks expose, ranks in turn; bases are the parts of
     all ranks, one after the other. Raises `LocalProtocolError` naming the first tensor of which something is needed
     that nobody exposes.
     """
     wanted = (
         Wanted(*box, itemsize, at, begin, packed_strides(box.shape, itemsize))
-        for at, piece in enumerate(pieces)
-        for box, itemsize, begin in piece.boxes
+        for at, parcel in enumerate(parcels)
+        for box, itemsize, begin in parcel.boxes
     )
-    by_piece: list[list[Draw]] = [[] for _ in pieces]
+    by_parcel: list[list[Draw]] = [[] for _ in parcels]
     for draw in draws(_watched(wanted, check), exposures, tensors):
-        by_piece[draw.target].append(draw)
+        by_parcel[draw.target].append(draw)
     firsts = [0, *accumulate(map(len, exposures))]
     return [
         [
@@ -143,23 +143,23 @@ def outgoing(
             )
             for draw in interleaved(several)
         ]
-        for several in by_piece
+        for several in by_parcel
     ]
 
 
 def incoming(
-    pieces: Sequence[Piece],
+    parcels: Sequence[Parcel],
     places: Sequence[Exposure],
     tensors: TensorTable,
     check: Callable[[], object] = lambda: None,
 ) -> list[list[Staged]]:
-    """By piece, the copies that empty it into the places of these ranks, which may have room for some of it only; bases
-    are the regions of all ranks, one after the other.
+    """By parcel, the copies that empty it into the places of these ranks, which may have room for some of it only;
+    bases are the regions of all ranks, one after the other.
     """
-    every = [(at, placed) for at, piece in enumerate(pieces) for placed in piece.boxes]
+    every = [(at, placed) for at, parcel in enumerate(parcels) for placed in parcel.boxes]
     parts = [Part(*box, at, begin, packed_strides(box.shape, size)) for at, (box, size, begin) in every]
     travelling = Exposure.of(0, "", [], parts, tensors.width)
-    found: list[list[Staged]] = [[] for _ in pieces]
+    found: list[list[Staged]] = [[] for _ in parcels]
     for draw in draws(_watched(_wanted(places, tensors), check), [travelling], tensors, all_of_it=False):
         at, placed = every[draw.part]
         begin = placed.begin + draw.source

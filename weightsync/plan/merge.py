@@ -9,7 +9,7 @@ import numpy as np
 
 from weightsync.errors import PushRefused
 from weightsync.plan.boxes import Ints, padded_width
-from weightsync.plan.groups import canonical_order, natural_key
+from weightsync.plan.fused import canonical_order, natural_key
 from weightsync.plan.manifest import MAX_TENSORS, MAX_TOTAL_BYTES, Layout, TensorTable
 
 if TYPE_CHECKING:

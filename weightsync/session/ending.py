@@ -166,7 +166,7 @@ class Ending(SessionState):
         self._fail(self._record("PushRefused", message, hint=hint), now, out)
 
     def _fail_without_engines(self, now: float, out: list[Instruction]) -> None:
-        reasons = "; ".join(f"{e.name}: {e.error.message}" for e in self.fleet if e.error is not None)
+        reasons = "; ".join(e.error.of_engine(e.name) for e in self.fleet if e.error is not None)
         first = next((e for e in self.fleet if e.error is not None), None)
         message = f"no engine of model {self.model!r} is left to push to ({reasons or 'none is configured'})"
         error = self._record("PushAborted", message)

@@ -27,13 +27,13 @@ __all__ = [
     "EngineResumed",
     "EngineVerified",
     "Event",
-    "GroupFormed",
     "LayoutReceived",
     "LayoutsMissing",
     "NodeLost",
     "PlacesShown",
     "PlanFailed",
     "PlanMade",
+    "RailsFormed",
     "RankExposed",
     "RankFailed",
     "RankFilled",
@@ -143,7 +143,7 @@ class PlanFailed(Event, frozen=True):
     error: ErrorRecord
 
 
-class GroupFormed(Event, frozen=True):
+class RailsFormed(Event, frozen=True):
     """The communicator reaches `nodes`. `failed` nodes are out of this push."""
 
     number: int  # of the instruction
@@ -165,12 +165,11 @@ class EngineProbed(Event, frozen=True):
 
 
 class EngineAccepted(Event, frozen=True):
-    """The engine can take every tensor of the manifest; `untouched` of its own tensors are not in it."""
+    """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it."""
 
     engine: str
-    untouched: int = 0
-    draws: bool = False  # it can read these weights where ranks of its node expose them
-    shows: bool = False  # it can show bridges of its node where to write them
+    not_pushed: int = msgspec.field(default=0, name="untouched")
+    draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 
 class EnginePaused(Event, frozen=True):

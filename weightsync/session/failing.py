@@ -107,7 +107,7 @@ class Failing(Opening):
         if self.state is State.OPENING and event.node == self.home:
             self._home_bridge_lost(now, out)
         elif self.state is State.TRANSFERRING and event.node == self.home:
-            self._fail(about(event.error, phase="wire"), now, out)
+            self._fail(about(event.error, phase="wire" if self._remote_nodes() else self._phase()), now, out)
         elif self.state is State.TRANSFERRING:
             self._drop_node(event.node, event.error, "wire", now=now, out=out)
             self._go_on_without(now, out)

@@ -28,7 +28,7 @@ __all__ = [
     "ExchangeBucket",
     "ExportBucket",
     "FinishEngine",
-    "FormGroup",
+    "FormRails",
     "GrantLease",
     "Instruction",
     "LoadBucket",
@@ -102,8 +102,8 @@ class MakePlan(Instruction, frozen=True):
     """Plan the layouts of all ranks. Ends in `PlanMade`, `PlanFailed` or `LayoutsMissing`."""
 
 
-class FormGroup(Instruction, frozen=True):
-    """See that the communicator reaches `nodes`. Ends in `GroupFormed` of the same number."""
+class FormRails(Instruction, frozen=True):
+    """See that the communicator reaches `nodes`. Ends in `RailsFormed` of the same number."""
 
     nodes: tuple[str, ...]
     number: int

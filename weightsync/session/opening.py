@@ -26,7 +26,7 @@ class Opening(Drawing):
         until = self._until(now)
         return [do.ProbeEngine(engine=e.name, deadline=until) for e in self.engines.values()]
 
-    def _form_group(self, now: float, out: list[Instruction]) -> None:
+    def _form_rails(self, now: float, out: list[Instruction]) -> None:
         """Of nodes with engines, and with ranks that write: replicas elsewhere need not be reached."""
         writers = {self._rank_nodes[rank] for rank in frozenset[int]().union(*(b.fillers for b in self.buckets))}
         self._spread = bool(writers - {self.home})
@@ -37,10 +37,10 @@ class Opening(Drawing):
         if self.ended:
             return
         remote = self._remote_nodes()
-        self._groups += 1
-        self._group_ready = not remote
+        self._rails_number += 1
+        self._rails_ready = not remote
         if remote:
-            out.append(do.FormGroup(nodes=tuple(remote), number=self._groups, deadline=self._until(now)))
+            out.append(do.FormRails(nodes=tuple(remote), number=self._rails_number, deadline=self._until(now)))
 
     def _on_rank_opened(self, event: ev.RankOpened, now: float, out: list[Instruction]) -> None:
         if event.rank in self._layouts:
@@ -88,17 +88,17 @@ class Opening(Drawing):
         for index, bucket in enumerate(self.buckets):
             self._ungranted.setdefault(bucket.owner, deque()).append(index)
             self._unrelayed.setdefault(bucket.owner, deque()).append(index)
-        self._form_group(now, out)
+        self._form_rails(now, out)
         self._open_on(now, out)
 
     def _on_plan_failed(self, event: ev.PlanFailed, now: float, out: list[Instruction]) -> None:
         if self._planning and not self._planned:
             self._fail(event.error, now, out)
 
-    def _on_group_formed(self, event: ev.GroupFormed, now: float, out: list[Instruction]) -> None:
-        if self._group_ready or event.number != self._groups:  # asked for once more since
+    def _on_rails_formed(self, event: ev.RailsFormed, now: float, out: list[Instruction]) -> None:
+        if self._rails_ready or event.number != self._rails_number:  # asked for once more since
             return
-        self._group_ready = True
+        self._rails_ready = True
         for node, error in event.failed:
             self._drop_node(node, error, "open", now=now, out=out)
         self._open_on(now, out)
@@ -115,26 +115,25 @@ class Opening(Drawing):
         engine = self._answered(event.engine, "accept", now, out)
         if engine is None:
             return
-        engine.stage, engine.untouched = EngineStage.ACCEPTED, event.untouched
-        here = engine.node == self.home
-        engine.draws = (event.draws if here else event.shows) and not engine.keeper
+        engine.stage, engine.not_pushed = EngineStage.ACCEPTED, event.not_pushed
+        engine.draws = event.draws and not engine.keeper
         self._open_on(now, out)
 
     def _home_bridge_lost(self, now: float, out: list[Instruction]) -> None:
-        """Nothing was leased yet: its successor will do, once the plan and the group stand on it."""
+        """Nothing was leased yet: its successor will do, once the plan and the rails stand on it."""
         if self._planned:
-            self._planned = self._group_ready = False
-            self._groups += 1  # what is being formed stands on the old one
+            self._planned = self._rails_ready = False
+            self._rails_number += 1  # what is being formed stands on the old one
             self.phases.start("plan", now)
             out.append(do.MakePlan(deadline=self._until(now)))
 
     # --- going on ---------------------------------------------------------------------------------------------------
 
     def _open_on(self, now: float, out: list[Instruction]) -> None:
-        """Once the plan is made and the group stands: show the plan to every engine that has answered its probe; once
+        """Once the plan is made and the rails stand: show the plan to every engine that has answered its probe; once
         all have accepted it, begin.
         """
-        if self.state is not State.OPENING or not (self._planned and self._group_ready):
+        if self.state is not State.OPENING or not (self._planned and self._rails_ready):
             return
         live = self._live()
         if not self._worth_it():

@@ -53,12 +53,12 @@ class SessionState:
         home: str,
         engines: Mapping[str, str],
         slots: Mapping[tuple[str, int], int],
-        pause: str = "keep",
+        pause: str,
         deadline: float,
-        operation_timeout: float = 60.0,
-        grace: float = 10.0,
-        last_version: int | None = None,
-        keepers: Container[str] = (),
+        operation_timeout: float,
+        grace: float,
+        last_version: int | None,
+        keepers: Container[str],
     ) -> None:
         """`engines` maps name to node; `slots` maps (node, bridge) to how many slots it has, the home node's at
         least. `keepers` are those engines that only keep what is pushed: without an engine that serves it, nothing is.
@@ -81,8 +81,8 @@ class SessionState:
         self._layouts: dict[int, bytes] = {}
         self._awaited_layouts: set[int] = set()
         self._planning = self._planned = False
-        self._group_ready = False
-        self._groups = 0  # number of the one that is waited for
+        self._rails_ready = False
+        self._rails_number = 0  # number of the one that is waited for
         self._nodes: set[str] = {home, *engines.values()}  # and those of the ranks; without what has left
         self._rank_nodes: dict[int, str] = {}
         self._in_place: set[int] = set()  # ranks whose weights may be read where they lie
@@ -147,7 +147,7 @@ class SessionState:
             if self._awaited_layouts:
                 ranks = sorted(self._awaited_layouts)
                 return f"the layout of rank {listed(ranks)}", {"rank": ranks[0], "phase": "plan"}
-            if self._planned and not self._group_ready:
+            if self._planned and not self._rails_ready:
                 return f"the communicator to {', '.join(self._remote_nodes())}", {"phase": "open"}
         if self._unexposed:
             ranks = sorted(self._unexposed)
@@ -175,6 +175,9 @@ class SessionState:
         if self._unmeasured:
             ranks = sorted(self._unmeasured)
             return f"the fingerprints of rank {listed(ranks)}", {"rank": ranks[0], "phase": "fill"}
+        if self.phases.active["export"] and not self.phases.active["wire"]:
+            bucket = min(i for i in self._active if any(c.exporting for c in self.buckets[i].copies.values()))
+            return f"a bridge to export bucket {bucket}", {"bucket": bucket, "phase": "export"}
         return "the wire", {"phase": "wire"}
 
     def validate(self) -> None:
@@ -210,8 +213,9 @@ class SessionState:
             counted = Counter(engine.phase for engine in self.engines.values())
             for bucket in self.buckets:
                 copies = bucket.copies.values()
-                counted["wire"] += sum(copy.exporting for copy in copies) + any(copy.relaying for copy in copies)
-            for phase in ("wire", "load", "finalise", "verify"):
+                counted["export"] += sum(copy.exporting for copy in copies)
+                counted["wire"] += any(copy.relaying for copy in copies)
+            for phase in ("export", "wire", "load", "finalise", "verify"):
                 assert self.phases.active[phase] == counted[phase], f"{phase} counts as under way, and is not"
         if self.state is State.ABORTED:
             assert not any(e.touched for e in self.fleet), "aborted, yet an engine was touched"
@@ -277,7 +281,9 @@ class SessionState:
         """Its arena is gone, or nobody will be heard of it any more."""
         copies = self.buckets[index].copies
         copy = copies.pop(node, None)
-        if copy is not None and (copy.exporting or (copy.relaying and not any(c.relaying for c in copies.values()))):
+        if copy is not None and copy.exporting:
+            self.phases.stop("export", now)
+        if copy is not None and copy.relaying and not any(c.relaying for c in copies.values()):
             self.phases.stop("wire", now)
 
     def _phase(self) -> str:

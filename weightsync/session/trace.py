@@ -196,8 +196,8 @@ class _Reading:
                 self._end(("plan",), now, event.error.message)
             case ev.LayoutsMissing():
                 self._end(("plan",), now)
-            case ev.GroupFormed():
-                self._end(("group", event.number), now, "; ".join(f"{n}: {e.message}" for n, e in event.failed))
+            case ev.RailsFormed():
+                self._end(("rails", event.number), now, "; ".join(f"{n}: {e.message}" for n, e in event.failed))
             case ev.EngineFailed():
                 why = event.error.message
                 if not self._fail(lambda span: span.engine == event.engine, now, why):
@@ -256,8 +256,8 @@ class _Reading:
                 self._announced = now
             case do.MakePlan():
                 yield ("plan",), Span(self._home, "plan", "plan", "plan", now)
-            case do.FormGroup():
-                yield ("group", instruction.number), Span(self._home, "communicators", "form", "form", now)
+            case do.FormRails():
+                yield ("rails", instruction.number), Span(self._home, "communicators", "form", "form", now)
             case _ if type(instruction) in _STEPS:
                 engine, step = getattr(instruction, "engine", ""), _STEPS[type(instruction)]
                 yield (step, engine), self._of(engine, step, now)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PHASES", "BucketTrack", "Copy", "EngineStage", "EngineTrack", "PhaseClock"]
 
-PHASES = ("describe", "plan", "fill", "wire", "load", "finalise", "verify")
+PHASES = ("describe", "plan", "fill", "export", "wire", "load", "finalise", "verify")
 """The phases of a report, in order. They overlap; each counts the seconds in which it was under way at all."""
 
 
@@ -28,7 +28,6 @@ class EngineStage(StrEnum):
     BEGINNING = "beginning"
     LOADING = "loading"
     FINISHING = "finishing"
-    FINISHED = "finished"
     VERIFYING = "verifying"
     VERIFIED = "verified"
     RESUMING = "resuming"
@@ -65,7 +64,7 @@ class EngineTrack:
     loading: int = 0  # how many it was asked to load in the call that is under way, or was last
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
-    untouched: int = 0  # tensors it holds that this push leaves as they are
+    not_pushed: int = 0  # tensors it holds that this push leaves as they are
     draws: bool = False  # it reads the trainer's memory, or has it delivered, and no buckets
     shown: bool = False  # bridges know where to deliver it
     error: ErrorRecord | None = None

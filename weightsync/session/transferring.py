@@ -66,7 +66,7 @@ class Transferring(Committing):
         if copy is None or not copy.exporting:
             return
         copy.exporting, copy.exported = False, True
-        self.phases.stop("wire", now)
+        self.phases.stop("export", now)
         for name in sorted(copy.named - copy.readers):  # evicted meanwhile: only now is there a hold to revoke
             self._revoke(name, event.bucket, now, out)
         self._go_on(now, out)
@@ -164,7 +164,7 @@ class Transferring(Committing):
             copy.exported = True  # to nobody: it was only on its way
             return
         copy.exporting = True
-        self.phases.start("wire", now)
+        self.phases.start("export", now)
         out.append(
             do.ExportBucket(
                 bucket=index,

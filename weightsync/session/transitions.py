@@ -29,7 +29,7 @@ _OPENING: dict[type[ev.Event], Row] = {
     ev.LayoutReceived: (Rules._on_layout_received, ()),
     ev.PlanMade: (Rules._on_plan_made, (_T, _ABORT)),
     ev.PlanFailed: (Rules._on_plan_failed, (_ABORT,)),
-    ev.GroupFormed: (Rules._on_group_formed, (_T, _ABORT)),
+    ev.RailsFormed: (Rules._on_rails_formed, (_T, _ABORT)),
     ev.EngineProbed: (Rules._on_engine_probed, (_ABORT,)),
     ev.EngineAccepted: (Rules._on_engine_accepted, (_T,)),
     ev.EngineFailed: (Rules._on_engine_failed, (_T, _ABORT)),

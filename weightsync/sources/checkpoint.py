@@ -26,15 +26,16 @@ _DIRECT = 1 << 16  # bytes: runs of at least this are worth a system call each
 
 
 class CheckpointSource:
-    """All tensors of a safetensors checkpoint: `model.safetensors`, or what `model.safetensors.index.json` lists.
+    """All tensors of a safetensors checkpoint: those of `model.safetensors`, or those that the index lists.
 
     `path` is the directory, or a single `.safetensors` file. Files are opened and their headers checked at once, so
-    that a damaged checkpoint is refused before anything is sent; tensors that an index does not list are left out.
+    that a damaged checkpoint is refused before anything is sent. Tensors that `model.safetensors.index.json` does not
+    list are left out.
     Close it, or use it as a context manager.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises `SourceError` naming file and tensor when the checkpoint is not whole."""
+        """Raises `SourceError` naming file and tensor if the checkpoint is incomplete."""
         self._files: list[int] = []  # descriptors
         self._paths: list[Path] = []
         self._stored: list[tuple[int, StoredTensor]] = []  # file and place, per shard

@@ -1,4 +1,4 @@
-"""Which tensors are sent as float8_e4m3fn, with how many scales: said by rules, or read from a quantised checkpoint."""
+"""Which tensors are sent as float8_e4m3fn, and with which scales: by rules, or as a quantised checkpoint has them."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _SCALES = ("float32", "bfloat16", "float16")  # of a checkpoint; engines hold fl
 
 @dataclass(frozen=True)
 class Fp8:
-    """bfloat16, float16 and float32 weights as float8_e4m3fn, and beside each a float32 tensor of its scales.
+    """Sends bfloat16, float16 and float32 weights as float8_e4m3fn, each with a float32 tensor of its scales.
 
-    block: rows and columns that share a scale, which travels as `….weight_scale_inv`; None: one scale for a whole
+    block: rows and columns that share a scale, which is sent as `….weight_scale_inv`; None: one scale for a whole
         matrix, `….weight_scale`.
-    keep: modules and tensors that stay as they are, by name or shell pattern. All others are sent as float8 if they are
-        matrices called `….weight`, or stacks of matrices of experts.
+    keep: modules and tensors that are not quantised, by name or shell pattern. Of the others, matrices called
+        `….weight` and stacks of expert matrices are sent as float8.
     ue8m0: scales are rounded up to powers of two (`"scale_fmt": "ue8m0"` in a checkpoint's config.json).
-    all_reduce: where several ranks have elements of what shares a scale, let the ranks of the push take the greatest
-        in a collective. Without, such a rank refuses, and ranks do not talk to each other.
+    all_reduce: if several ranks hold elements that share a scale, find their maximum in a collective over the ranks
+        of the push. Without it such weights are refused, and no collective runs.
     """
 
     block: tuple[int, int] | None = (128, 128)
@@ -59,10 +59,10 @@ class Fp8:
 
     @classmethod
     def like(cls, checkpoint: str | os.PathLike[str], *, all_reduce: bool = False) -> Fp8:
-        """As a checkpoint on disk is: what it has scales for is quantised, with its blocks, and nothing else.
+        """Quantise like a checkpoint on disk: exactly the tensors that it has scales for, with its blocks.
 
         checkpoint: the directory that engines were started on, with `config.json` and safetensors files, of which the
-        headers alone are read. Raises `SourceError` where it is not quantised in a way that is known here.
+        headers alone are read. Raises `SourceError` if it is quantised in a way that is not supported.
         """
         directory = Path(checkpoint)
         files = [directory / name for name in ("config.json", "model.safetensors.index.json", "model.safetensors")]

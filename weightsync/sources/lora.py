@@ -1,4 +1,4 @@
-"""Modules with LoRA adapters of peft, sent as the model that they compute: merged on the way into slots."""
+"""Modules with peft's LoRA adapters, which are merged on their way into slots."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ __all__ = ["LoraSource"]
 
 
 class LoraSource:
-    """The parameters of the model under the adapters, by its own names; adapted ones with their active adapters merged.
+    """The parameters of the base model, under its own names, with the active adapters merged into those they adapt.
 
-    A merged tensor lies nowhere: each box of it is computed into the slot that it goes to, with peft's own operations
-    in peft's order (see `_Term`), so that engines get what `merge_and_unload()` would give. The model is not changed.
+    A merged tensor is never stored: each box of it is computed into the slot that it goes to, with peft's own
+    operations in peft's order (see `_Term`), so that engines get what `merge_and_unload()` would give. The model is not
+    changed.
 
-    module: a `PeftModel`, or any module that peft has put LoRA layers into. What is described is how it is now: make a
-    new source when adapters were added, switched or merged.
-    gather: for LoRA matrices that FSDP2 has cut where a rank needs them whole: gather a copy of all of them, now. That
-    is a collective, the only one here: construct the source on all ranks at the same place, and a new one for each
-    push, since the copy is of the values of this moment.
+    module: a `PeftModel`, or any module into which peft has put LoRA layers. It is described as it is now: make a new
+        source after adapters were added, switched or merged.
+    gather: gather a copy of all LoRA matrices now, if FSDP2 has sharded some that a rank needs whole. This is a
+        collective, so construct the source at the same point on all ranks. Make a new one for each push, since the
+        copy has the values of this moment.
     """
 
     def __init__(self, module: nn.Module, *, gather: bool = False) -> None:

@@ -23,11 +23,11 @@ __all__ = ["ModuleSource"]
 
 
 class ModuleSource(TensorSource):
-    """All parameters of a module, tied ones once; with `buffers` also the buffers that its checkpoint has.
+    """All parameters of a module, tied ones once; with `buffers` also its persistent buffers.
 
-    Names are the module's own, which must be those of the checkpoint that engines read; what wraps modules (DDP, FSDP1,
-    torch.compile, checkpointing of activations) does not show in them. Of what FSDP1 has flattened, this rank's stretch
-    is cut into boxes.
+    Names are the module's own, which must be those of the checkpoint that engines read; wrappers (DDP, FSDP1,
+    torch.compile, checkpointing of activations) do not show in them. This rank's stretch of an FSDP1 flat parameter is
+    cut into boxes.
     """
 
     def __init__(self, module: nn.Module, *, buffers: bool = False) -> None:

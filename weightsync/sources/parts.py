@@ -1,4 +1,4 @@
-"""Parts of tensors, said one by one: for trainers that cut their weights in a way of their own."""
+"""Parts of tensors, given one by one: for trainers that shard in their own way."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ class Part(NamedTuple):
 
 
 class PartSource(TensorSource):
-    """Parts of checkpoint tensors, each where it lies on this rank: nothing is gathered, and nothing is copied but into
-    slots. All ranks' parts together must be all of each tensor; what several ranks hold is sent by one of them.
+    """Parts of checkpoint tensors, in this rank's memory. Nothing is gathered, and nothing copied except into slots.
+    Together, the parts of all ranks must make up each tensor. A part that several ranks hold is sent by one of them.
 
     `aliases` are pairs of a tied tensor's name and the name under which it is sent.
     """
 
     def __init__(self, parts: Iterable[Part], aliases: Iterable[tuple[str, str]] = ()) -> None:
-        """Raises `SourceError` naming the first tensor of which a part cannot be pushed."""
+        """Raises `SourceError` naming the first tensor with a part that cannot be pushed."""
         held = list(parts)
         for part in held:
             if not isinstance(part.data, torch.Tensor):

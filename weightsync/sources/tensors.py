@@ -24,8 +24,8 @@ __all__ = ["TensorSource", "named"]
 class TensorSource:
     """A mapping, or pairs, of names and tensors. Tied tensors (the same memory) are sent once, under the first name.
 
-    The tensors are held and must stay as they are until a push of them is over; an iterable is read to its end at once.
-    Changed values are what the next read sees; for tensors that were replaced, make a new source.
+    The source keeps the tensors, which must not change until a push of them is over. An iterable is read to its end at
+    once. The next push reads the values that they have then; if tensors were replaced, make a new source.
     """
 
     _names: tuple[str, ...] | None = None

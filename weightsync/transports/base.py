@@ -8,16 +8,16 @@ One bucket, step by step (`slot` is an index into the sender's arena, every `dea
     (somebody fills the slot)
     export(slot, nbytes, sequence, readers)
       └─ one ticket for each reader ────────────────▶ receive(ticket) → lease  at most once for each ticket
-    send(slot)        moves the bytes (collective)    (… reads lease.view …)
+    send(slot)        moves the bytes (broadcast)     (… reads lease.view …)
     wait_released(slot) ◀── fence ─────────────────── lease.release()
     (the slot may be filled again)
 
-Two families share it, told apart by `Capabilities` and never by class:
+Two families share it, told apart by `BucketSender.mapped` and never by class:
 
-* *handoff* (shm, CUDA IPC): the reader maps the sender's memory, `send` has nothing to do, and a reader is pending
-  until it released its lease;
-* *collective* (gloo, NCCL): the reader owns a slot of its own and `receive` blocks until the sender is inside `send`;
-  a reader is pending until `send` ended, and its lease is of its own slot. Sender and readers must take the buckets of
+* *mapped* (shm, CUDA IPC): the reader maps the sender's memory, `send` has nothing to do, and a reader is pending until
+  it released its lease;
+* *broadcast* (gloo, NCCL): the reader owns a slot of its own and `receive` blocks until the sender is inside `send`; a
+  reader is pending until `send` ended, and its lease is of its own slot. Sender and readers must take the buckets of
   one group in the same order.
 
 Offers and tickets are carried by control messages and are therefore bytes from outside: `accept` and `receive` raise
@@ -33,7 +33,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from weightsync.errors import LocalProtocolError, TransportBroken, TransportClosed, TransportTimeout
 
@@ -41,20 +41,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
-__all__ = ["NO_ZERO", "BucketReceiver", "BucketSender", "Capabilities", "Lease", "damaged", "seconds_left"]
+__all__ = ["NO_ZERO", "BucketReceiver", "BucketSender", "Lease", "damaged", "seconds_left"]
 
 NO_ZERO = 1  # what a checksum of 0 is told as in a fence, where 0 means that nobody looked
 _POLL_FIRST = 50e-6  # seconds; a reader that only copies a small bucket is done by then
 _LONGEST = 1e6  # seconds; what is waited for longer may as well time out, and no timer overflows
 _POLL_LAST = 2e-3  # seconds; keeps a fence that stays closed for minutes at well under 1 % of a core
-
-
-class Capabilities(NamedTuple):
-    """What a transport can do; whoever plans chooses by these properties."""
-
-    device: Literal["cpu", "cuda"]  # where slots and leases lie
-    scope: Literal["node", "cluster"]  # how far apart sender and reader may be
-    collective: bool  # all readers take part in `send`, in one order
 
 
 def seconds_left(deadline: float, what: str) -> float:
@@ -170,7 +162,7 @@ class _End:
 class BucketSender(_End, ABC):
     """The side that holds the bucket. Methods may be called from several threads; `export` serialises itself."""
 
-    capabilities: Capabilities
+    mapped: ClassVar[bool]  # readers map the sender's memory; else all of them take part in `send`, in one order
 
     @abstractmethod
     def offer(self, reader: str) -> bytes:
@@ -187,8 +179,8 @@ class BucketSender(_End, ABC):
 
     @abstractmethod
     def send(self, slot: int, *, deadline: float) -> None:
-        """Move the exported bytes of `slot`. Blocks until all readers of a collective took part; a handoff returns at
-        once. Raises `TransportTimeout`, or `TransportBroken` when a peer is gone."""
+        """Move the exported bytes of `slot`. Blocks until all readers of a broadcast took part; where they map it,
+        returns at once. Raises `TransportTimeout`, or `TransportBroken` when a peer is gone."""
 
     @abstractmethod
     def pending(self, slot: int) -> tuple[str, ...]:
@@ -200,8 +192,9 @@ class BucketSender(_End, ABC):
 
     @abstractmethod
     def revoke(self, slot: int, reader: str) -> None:
-        """Stop waiting for `reader`, which is lost; one that has nothing of this slot is ignored. A handoff also makes
-        its ticket worthless if it was not opened; a collective still needs it to take part, and is ended by `abort`."""
+        """Stop waiting for `reader`, which is lost; one that has nothing of this slot is ignored. Where it maps the
+        slot, its ticket is also made worthless if it was not opened; a broadcast still needs it to take part, and is
+        ended by `abort`."""
 
     def wait_released(self, slot: int, *, deadline: float) -> None:
         """Return when no reader of `slot` is pending. Raises `TransportTimeout` naming those that are."""
@@ -224,8 +217,6 @@ class BucketSender(_End, ABC):
 
 class BucketReceiver(_End, ABC):
     """The side that reads the bucket. Methods may be called from several threads."""
-
-    capabilities: Capabilities
 
     @abstractmethod
     def accept(self, offer: bytes, *, deadline: float) -> None:

@@ -74,6 +74,8 @@ class Arrival(NamedTuple):
 class BroadcastSender(BucketSender):
     """The root. Its readers are the other members, each by one name."""
 
+    mapped = False
+
     def __init__(
         self, communicator: Member, arena: Arena, checksums: Checksums, *, ledger: Ledger | None = None
     ) -> None:

@@ -1,8 +1,8 @@
 """What every transport must do, as checks that know only the interface. Run them by `weightsync.testing`.
 
-A check takes `make_pair` and makes the pairs it needs. Where handoffs and collectives differ by their nature it asks
-`Capabilities`. The receivers of a pair may be proxies of other processes: nothing here looks at memory except through
-`fill` and `read`.
+A check takes `make_pair` and makes the pairs it needs. Where mapped and broadcast transports differ by their nature it
+asks `BucketSender.mapped`. The receivers of a pair may be proxies of other processes: nothing here looks at memory
+except through `fill` and `read`.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def held_leases(make_pair: MakePair) -> None:
             pair.sender.wait_released(0, deadline=time.monotonic() + SHORT)
         assert all(reader in str(caught[0]) for reader in pair.readers), caught[0]
         first, second = leased(deliver(pair, 0, tickets))
-        if not pair.sender.capabilities.collective:
+        if pair.sender.mapped:
             assert pair.sender.pending(0) == tuple(pair.readers)
             first.release()
             assert pair.sender.pending(0) == (pair.readers[1],)
@@ -145,14 +145,14 @@ def stale_release(make_pair: MakePair) -> None:
         assert pair.sender.pending(0) == tuple(pair.readers), "an old release let go of a new export"
         (lease,) = leased(deliver(pair, 0, tickets))
         old.release()
-        if not pair.sender.capabilities.collective:
+        if pair.sender.mapped:
             assert pair.sender.pending(0) == tuple(pair.readers), "an old release let go of a new export"
         lease.release()
         pair.sender.wait_released(0, deadline=soon())
 
 
 def revocation(make_pair: MakePair) -> None:
-    """A revoked reader is not waited for; the others are. In a handoff its ticket is worthless."""
+    """A revoked reader is not waited for; the others are. Where it maps the slot, its ticket is worthless."""
     with attached(make_pair, 2, 1, 1000) as pair:
         pair.fill(0, made_bytes(1, 1000))
         tickets = pair.sender.export(0, 1000, 1, pair.readers)
@@ -160,7 +160,7 @@ def revocation(make_pair: MakePair) -> None:
         pair.sender.revoke(0, pair.readers[0])
         pair.sender.revoke(0, "nobody/0")
         assert pair.sender.pending(0) == (pair.readers[1],)
-        if not pair.sender.capabilities.collective:
+        if pair.sender.mapped:
             with raises(TransportBroken):
                 pair.receivers[0].receive(tickets[pair.readers[0]], deadline=soon())
             pair.receivers[1].receive(tickets[pair.readers[1]], deadline=soon()).release()
@@ -218,7 +218,7 @@ def misuse(make_pair: MakePair) -> None:
                 sender.export(slot, nbytes, sequence, names)
         assert sender.pending(0) == (readers[0],)
         assert sender.pending(1) == ()
-        if not sender.capabilities.collective:
+        if sender.mapped:
             pair.receivers[0].receive(tickets[readers[0]], deadline=soon()).release()
             sender.wait_released(0, deadline=soon())
 
@@ -278,7 +278,7 @@ def abort_unblocks_sender(make_pair: MakePair) -> None:
         pair.fill(0, made_bytes(1, 1000))
         pair.sender.export(0, 1000, 1, pair.readers)
         calls = [Call(lambda: pair.sender.wait_released(0, deadline=soon()))]
-        if pair.sender.capabilities.collective:
+        if not pair.sender.mapped:
             calls.append(Call(lambda: pair.sender.send(0, deadline=soon())))
         pause(SHORT)
         assert not any(call.done for call in calls), "nothing to abort: it did not wait"
@@ -297,7 +297,7 @@ def abort_unblocks_receiver(make_pair: MakePair) -> None:
         tickets = pair.sender.export(0, 1000, 1, pair.readers)
         receiver, ticket = pair.receivers[0], tickets[pair.readers[0]]
         call = None
-        if pair.sender.capabilities.collective:
+        if not pair.sender.mapped:
             call = Call(lambda: receiver.receive(ticket, deadline=soon()))
             pause(SHORT)
             assert not call.done, "nothing to abort: it did not wait"
@@ -315,10 +315,10 @@ def leases_outlive_abort(make_pair: MakePair) -> None:
         (lease,) = send(pair, 0, 1, data)
         pair.receivers[0].abort()
         assert pair.read(lease) == data
-        if not pair.sender.capabilities.collective:
+        if pair.sender.mapped:
             assert pair.sender.pending(0) == tuple(pair.readers)
         lease.release()
-        if not pair.sender.capabilities.collective:
+        if pair.sender.mapped:
             pair.sender.wait_released(0, deadline=soon())
 
 

@@ -1,7 +1,7 @@
 """What the conformance checks of transports are made with: the pair that is checked, and hands to use it.
 
-A bucket is moved by `deliver`, which runs `send` and each `receive` at the same time, so that it holds for handoffs and
-collectives alike.
+A bucket is moved by `deliver`, which runs `send` and each `receive` at the same time, so that it holds for mapped
+and broadcast transports alike.
 """
 
 from __future__ import annotations

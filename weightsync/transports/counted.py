@@ -45,6 +45,8 @@ class Counted(Protocol):
 class CountedSender(BucketSender):
     """Exports slots of `arena`, which the caller owns and closes."""
 
+    mapped = True
+
     def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums | None = None) -> None:
         super().__init__()
         self._arena = arena

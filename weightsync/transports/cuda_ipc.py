@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.cuda import DeviceSlots
 from weightsync.ipc.gone import Lookout
-from weightsync.transports.base import Capabilities, damaged
+from weightsync.transports.base import damaged
 from weightsync.transports.exports import Checksum, Checksums
 from weightsync.transports.mapped import MappedReceiver, MappedSender
 
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from weightsync.transports.mapped import MappedTicket
 
 __all__ = ["CudaIpcReceiver", "CudaIpcSender", "DeviceChecksums"]
-
-CAPABILITIES = Capabilities(device="cuda", scope="node", collective=False)
 
 
 def _flat_sum(address: int, nbytes: int, device: int) -> int:
@@ -55,8 +53,6 @@ class DeviceChecksums(Checksums):
 
 class CudaIpcSender(MappedSender):
     """Exports slots of an arena on this process's GPU. The caller owns and closes both `arena` and `slots`."""
-
-    capabilities = CAPABILITIES
 
     def __init__(
         self,
@@ -108,8 +104,6 @@ class _DeviceMapping:
 
 class CudaIpcReceiver(MappedReceiver):
     """Reads slots on GPUs, by kernels on `device` of this process: the GPU that the reader itself works on."""
-
-    capabilities = CAPABILITIES
 
     def __init__(self, device: int) -> None:
         super().__init__()

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Protocol
 
 from weightsync.errors import TransportBroken
 from weightsync.ipc.descriptors import ALGORITHM, checksum
-from weightsync.transports.base import Capabilities
 from weightsync.transports.broadcast import BroadcastReceiver, BroadcastSender, Member
 from weightsync.transports.exports import Checksums
 
@@ -16,8 +15,6 @@ if TYPE_CHECKING:
     from weightsync.transports.broadcast import BroadcastTicket
 
 __all__ = ["GlooReceiver", "GlooSender", "HostMember"]
-
-CAPABILITIES = Capabilities(device="cpu", scope="cluster", collective=True)
 
 
 class HostMember(Member, Protocol):
@@ -29,8 +26,6 @@ class HostMember(Member, Protocol):
 
 class GlooSender(BroadcastSender):
     """See the base class."""
-
-    capabilities = CAPABILITIES
 
     def __init__(
         self,
@@ -49,8 +44,6 @@ class GlooSender(BroadcastSender):
 
 class GlooReceiver(BroadcastReceiver):
     """See the base class. Everything that comes is verified."""
-
-    capabilities = CAPABILITIES
 
     def __init__(self, communicator: HostMember, arena: Arena, reader: str) -> None:
         super().__init__(communicator, arena, reader)

@@ -20,7 +20,6 @@ from msgspec import Meta
 
 from weightsync.errors import LocalProtocolError
 from weightsync.ipc.descriptors import Natural, seal, unseal
-from weightsync.transports.base import Capabilities
 from weightsync.transports.broadcast import BroadcastSender, Member
 
 if TYPE_CHECKING:
@@ -166,8 +165,6 @@ class GroupSender(BroadcastSender):
 class HostGroupSender(GroupSender):
     """Over gloo."""
 
-    capabilities = Capabilities(device="cpu", scope="cluster", collective=True)
-
     def __init__(
         self, communicator: HostMember, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
     ) -> None:
@@ -182,8 +179,6 @@ class HostGroupSender(GroupSender):
 
 class DeviceGroupSender(GroupSender):
     """Over NCCL."""
-
-    capabilities = Capabilities(device="cuda", scope="cluster", collective=True)
 
     def __init__(
         self,

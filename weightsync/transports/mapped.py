@@ -64,6 +64,8 @@ class Attached(Protocol):
 class MappedSender(BucketSender):
     """Exports slots of `arena`, which the caller owns and closes."""
 
+    mapped = True
+
     def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums) -> None:
         super().__init__()
         self._arena = arena

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from weightsync.transports.base import Capabilities, damaged
+from weightsync.transports.base import damaged
 from weightsync.transports.broadcast import BroadcastReceiver, BroadcastSender, Member
 from weightsync.transports.cuda_ipc import DeviceChecksums
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from weightsync.transports.exports import Checksums
 
 __all__ = ["DeviceMember", "NcclReceiver", "NcclSender", "Piece"]
-
-CAPABILITIES = Capabilities(device="cuda", scope="cluster", collective=True)
 
 
 class Piece(NamedTuple):
@@ -44,8 +42,6 @@ class DeviceMember(Member, Protocol):
 
 class NcclSender(BroadcastSender):
     """See the base class."""
-
-    capabilities = CAPABILITIES
 
     def __init__(
         self,
@@ -68,8 +64,6 @@ class NcclSender(BroadcastSender):
 
 class NcclReceiver(BroadcastReceiver):
     """See the base class."""
-
-    capabilities = CAPABILITIES
 
     def __init__(self, communicator: DeviceMember, arena: Arena, slots: DeviceSlots, reader: str) -> None:
         super().__init__(communicator, arena, reader)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from weightsync.errors import TransportBroken
 from weightsync.ipc.arena import Arena
 from weightsync.ipc.descriptors import checksum
-from weightsync.transports.base import Capabilities, damaged
+from weightsync.transports.base import damaged
 from weightsync.transports.exports import Checksums
 from weightsync.transports.mapped import MappedReceiver, MappedSender
 
@@ -20,13 +20,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ShmReceiver", "ShmSender"]
 
-CAPABILITIES = Capabilities(device="cpu", scope="node", collective=False)
-
 
 class ShmSender(MappedSender):
     """Exports slots of an arena in host memory."""
-
-    capabilities = CAPABILITIES
 
     def __init__(self, arena: Arena, *, ledger: Ledger | None = None, checksums: Checksums | None = None) -> None:
         super().__init__(arena, ledger=ledger, checksums=checksums if checksums is not None else Checksums(arena))
@@ -50,8 +46,6 @@ class _HostMapping:
 
 class ShmReceiver(MappedReceiver):
     """Reads slots in host memory."""
-
-    capabilities = CAPABILITIES
 
     def _map(self, offer: ArenaOffer) -> _HostMapping:
         if offer.memory is not None:

@@ -31,7 +31,6 @@ from msgspec import Meta
 from weightsync.errors import LocalProtocolError, TransportError
 from weightsync.ipc.descriptors import Natural, ReaderName, seal, unseal
 from weightsync.ipc.segments import DIRECTORY
-from weightsync.transports.base import Capabilities
 from weightsync.transports.counted import CountedSender
 from weightsync.transports.torch_shm import HEADER_BYTES
 
@@ -144,8 +143,6 @@ class _Export:
 
 class TorchCudaSender(CountedSender):
     """Exports slots of an arena on a GPU."""
-
-    capabilities = Capabilities(device="cuda", scope="node", collective=False)
 
     def __init__(self, arena: Arena, **books: Any) -> None:
         super().__init__(arena, **books)

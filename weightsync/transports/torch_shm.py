@@ -25,7 +25,6 @@ from msgspec import Meta
 from weightsync.errors import LocalProtocolError, TransportError
 from weightsync.ipc.descriptors import Natural, ReaderName, seal, unseal
 from weightsync.ipc.segments import DIRECTORY
-from weightsync.transports.base import Capabilities
 from weightsync.transports.counted import CountedSender
 
 __all__ = ["HEADER_BYTES", "TorchShmSender", "TorchShmTicket"]
@@ -87,8 +86,6 @@ class _File:
 
 class TorchShmSender(CountedSender):
     """Exports copies in /dev/shm."""
-
-    capabilities = Capabilities(device="cpu", scope="node", collective=False)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
+import msgspec
 from msgspec import Meta
 
 from weightsync.errors import ErrorRecord
@@ -122,7 +123,7 @@ class Prepare(Message, frozen=True, tag="prepare"):
     engines: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=4096)]
     ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]  # of the one engine; none: a share of the model for all
     token: Natural  # that no other delivery has
-    piece: Natural  # bytes
+    parcel: Natural = msgspec.field(name="piece")  # bytes at most
     turn: Natural  # of the …
     turns: Natural  # deliveries that are under way side by side
     timeout: Seconds

@@ -151,7 +151,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None  # it serves after the push; None where it serves none
     seconds: float  # from pause to resume
     checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
-    untouched: Natural = 0  # tensors of the engine that the push did not hold
+    not_pushed: Natural = msgspec.field(default=0, name="untouched")  # tensors of the engine that the push did not hold
     drawn: bool = False  # its weights came from where the trainer has them, through no slots
     error: ErrorRecord | None = None
 

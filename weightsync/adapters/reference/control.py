@@ -96,7 +96,8 @@ class ReferenceAdapter(EngineAdapter):
     async def probe(self, *, deadline: float) -> EngineInfo:
         info = self._parse(await self._call("GET", "/info", deadline), _Info, "probe")
         if info.kind != "reference":
-            raise EngineError(f"this is a {info.kind!r} engine, not a reference one", engine=self.name, phase="probe")
+            what = f"engine {self.name} is of kind {info.kind!r}, not a reference engine"
+            raise EngineError(what, engine=self.name, phase="probe")
         self._info = EngineInfo(
             software=info.software,
             profile="reference: its own endpoints, the only protocol it has",
@@ -193,7 +194,9 @@ class ReferenceAdapter(EngineAdapter):
                 verifier = Verifier([ResidentBoxes.unpack(rank, manifest.tensors) for rank in ranks], manifest.tensors)
             except CodecError as error:
                 raise EngineError(
-                    f"what it says of its residents makes no sense: {error.message}", engine=self.name, phase="verify"
+                    f"what engine {self.name} says of its residents makes no sense: {error.message}",
+                    engine=self.name,
+                    phase="verify",
                 ) from error
         self._verifiers[key] = verifier  # last in line to be forgotten
         while len(self._verifiers) > MANIFESTS_KEPT:

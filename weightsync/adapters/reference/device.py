@@ -23,7 +23,7 @@ from weightsync.plan.draws import Wants
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from weightsync.adapters.reference.loading import Held, LoadingPlan
+    from weightsync.adapters.reference.loading import LoadedShard, LoadingPlan
     from weightsync.plan.boxes import Words
     from weightsync.plan.draws import Wanted
     from weightsync.transports.base import Lease
@@ -135,7 +135,7 @@ class DeviceParameters:
         """Wait for the GPU: parameters may go away after this."""
         torch.cuda.synchronize(self._device)
 
-    def _place(self, held: Held) -> Place:
+    def _place(self, held: LoadedShard) -> Place:
         return Place(self._bases[held.param], held.at, held.strides)
 
     def _copy(self, prepared: _Prepared, bucket: int, slot: int, stream: torch.cuda.Stream) -> None:

@@ -16,7 +16,7 @@ from weightsync.plan.draws import Wants
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from weightsync.adapters.reference.loading import Held, LoadingPlan
+    from weightsync.adapters.reference.loading import LoadedShard, LoadingPlan
     from weightsync.plan.boxes import Words
     from weightsync.plan.draws import Wanted
     from weightsync.transports.base import Lease
@@ -89,7 +89,7 @@ class HostParameters:
     def close(self) -> None:
         """Nothing is held."""
 
-    def _view(self, held: Held) -> Array:
+    def _view(self, held: LoadedShard) -> Array:
         dtype = np.dtype(f"u{held.itemsize}")
         shape, strides = held.shape or (1,), held.strides or (held.itemsize,)
         return np.ndarray(shape, dtype, self._arrays[held.param].data, held.at, strides)

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from weightsync.adapters.reference.sharding import RankLayout, Slice
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["Held", "LoadingPlan", "SlotBox", "plan_loading", "wanted"]
+__all__ = ["LoadedShard", "LoadingPlan", "SlotBox", "plan_loading", "wanted"]
 
 
-class Held(NamedTuple):
+class LoadedShard(NamedTuple):
     """A box of a pushed tensor, and its place in one of this rank's parameters. `at` and `strides` are in bytes."""
 
     tensor: int  # index in the manifest
@@ -33,7 +33,7 @@ class Held(NamedTuple):
 class SlotBox(NamedTuple):
     """A box that a bucket brings: where it goes, and where it lies in the slot, in bytes."""
 
-    held: Held
+    held: LoadedShard
     at: int
     strides: tuple[int, ...]
 
@@ -43,7 +43,7 @@ class LoadingPlan(NamedTuple):
 
     manifest: Manifest
     copies: tuple[tuple[SlotBox, ...], ...]  # per bucket
-    residents: tuple[Held, ...]  # what the rank holds of the manifest's tensors in the end
+    residents: tuple[LoadedShard, ...]  # what the rank holds of the manifest's tensors in the end
 
 
 def plan_loading(config: ModelConfig, layout: RankLayout, manifest: Manifest) -> LoadingPlan:
@@ -84,7 +84,7 @@ def wanted(plan: LoadingPlan, targets: Sequence[str]) -> tuple[Wanted, ...]:
 
 def _part(
     layout: RankLayout, tensor: int, itemsize: int, one: Slice, offset: Sequence[int], shape: Sequence[int]
-) -> Held | None:
+) -> LoadedShard | None:
     """What of a slice lies in the box `shape` at `offset` of its tensor; None if nothing does."""
     low = tuple(map(max, one.offset, offset))
     high = [min(a + n, b + m) for a, n, b, m in zip(one.offset, one.shape, offset, shape, strict=True)]
@@ -95,7 +95,7 @@ def _part(
     stacked = len(strides) - len(size)
     at = sum(index * step for index, step in zip(one.at, strides, strict=True))
     at += _inner(low, one.offset, strides[stacked:])
-    return Held(tensor, low, size, itemsize, one.param, at, strides[stacked:])
+    return LoadedShard(tensor, low, size, itemsize, one.param, at, strides[stacked:])
 
 
 def _inner(offset: Sequence[int], origin: Sequence[int], strides: Sequence[int]) -> int:

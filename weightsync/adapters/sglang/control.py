@@ -28,7 +28,7 @@ from weightsync.adapters.sglang.path_tensor import TensorPath
 from weightsync.adapters.sglang.profiles import choose
 from weightsync.adapters.sglang.server import Server
 from weightsync.adapters.versions import check_marked, read, serving, updating
-from weightsync.errors import EngineError, EngineRefused, LocalProtocolError
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineRefused, LocalProtocolError
 from weightsync.pickling import dumps
 
 if TYPE_CHECKING:
@@ -277,8 +277,7 @@ class SGLangAdapter(ReplayingAdapter):
                 f'path = "plugin" is asked for, and {found} answers',
                 engine=self.name,
                 phase="probe",
-                hint="pip install weightsync in the engine's environment (SGLang 0.5.12 or later), and let "
-                "SGLANG_PLUGINS, if it is set, name weightsync",
+                hint=f"{PLUGIN_HINT}; SGLang 0.5.12 or later; SGLANG_PLUGINS, if it is set, must name weightsync",
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
             return PluginPath(self._server, profile, self._target, facts.tp_size), "our plugin answers"

@@ -11,7 +11,7 @@ from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.path import refuse_server
-from weightsync.errors import EngineRefused
+from weightsync.errors import PLUGIN_HINT, EngineRefused
 
 if TYPE_CHECKING:
     from weightsync.adapters.sglang.profiles import Profile
@@ -80,7 +80,7 @@ def _plugin(facts: ServerFacts, profile: Profile) -> Finding:
             what=f"our plugin is loaded, and speaks protocol {plugin.protocol} instead of {orders.PROTOCOL}",
             fix="the same weightsync in the engine's environment as here",
         )
-    fix = "pip install weightsync in the engine's environment" if profile.plugins else "SGLang 0.5.12 or later"
+    fix = PLUGIN_HINT if profile.plugins else "SGLang 0.5.12 or later"
     return Finding(
         level="warn",
         what="our plugin is not loaded: pickles, whole tensors only, and a failed load ends the server",

@@ -78,7 +78,7 @@ class _Update:
         """Wait for the call to end. Raises what it failed with."""
         done, _ = await asyncio.wait({self._call}, timeout=max(deadline - monotonic(), 0))
         if not done:
-            raise EngineLost("its checkpoint-engine worker did not end in time", engine=self._engine)
+            raise EngineLost(f"the checkpoint-engine worker of {self._engine} did not end in time", engine=self._engine)
         self._call.result()
 
     async def close(self) -> None:
@@ -102,9 +102,10 @@ class _Update:
                 self._call.result()
                 await asyncio.wait({answer}, timeout=_OVERTAKEN)
             if not answer.done():
-                raise EngineLost("its checkpoint-engine worker does not answer", engine=self._engine)
+                raise EngineLost(f"the checkpoint-engine worker of {self._engine} does not answer", engine=self._engine)
             if text := answer.result():
-                raise EngineError(f"its checkpoint-engine worker says: {text[:600]!r}", engine=self._engine)
+                who = f"the checkpoint-engine worker of {self._engine}"
+                raise EngineError(f"{who} says: {text[:600]!r}", engine=self._engine)
         finally:
             answer.cancel()
 

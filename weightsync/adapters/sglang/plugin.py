@@ -207,7 +207,7 @@ class _Worker:
     def _state(self) -> dict[str, Any]:
         scheduler = self.scheduler
         if scheduler is None:
-            raise LocalProtocolError("its state was never asked for", hint="/server_info first")
+            raise LocalProtocolError("the scheduler was never asked for its state", hint="/server_info first")
         model = scheduler.tp_worker.model_runner.model
         replay = self._replays.get(model)
         return {

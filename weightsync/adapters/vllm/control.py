@@ -24,7 +24,7 @@ from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
 from weightsync.adapters.vllm.server import Server, configured, field, has_connector
-from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefused, LocalProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -43,10 +43,7 @@ _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _SLEEPS = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="(\w+)"[^}]*\} (\d+(?:\.\d+)?)$', re.MULTILINE)
 _STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
-_PLUGIN_HINT = (
-    "install weightsync in the engine's environment and start it with --weight-transfer-config "
-    """'{"backend": "weightsync"}'"""
-)
+_INSTALL = f"""{PLUGIN_HINT}; then start it with --weight-transfer-config '{{"backend": "weightsync"}}'"""
 
 
 class VLLMAdapter(ReplayingAdapter):
@@ -240,7 +237,7 @@ class VLLMAdapter(ReplayingAdapter):
         if not stock:
             hello = await server.plugin(deadline=deadline)
             if hello is None and wanted != "auto":
-                raise EngineError("our plugin is not in its workers", engine=self.name, hint=_PLUGIN_HINT)
+                raise EngineError("our plugin is not in its workers", engine=self.name, hint=_INSTALL)
         if wanted == "auto":
             wanted, why = await self._best(server, hello, deadline=deadline)
         path: EnginePath
@@ -275,7 +272,7 @@ class VLLMAdapter(ReplayingAdapter):
             f"there is no way into it: no plugin answered, and its weight-transfer backend is {backend}",
             engine=self.name,
             phase="probe",
-            hint=_PLUGIN_HINT,
+            hint=_INSTALL,
         )
 
     async def _serve(self, version: int, deadline: float) -> None:
@@ -286,7 +283,7 @@ class VLLMAdapter(ReplayingAdapter):
             started, _ = await self._metrics(deadline=deadline)
             if started and self._began_in and started != self._began_in:
                 raise EngineLost(
-                    "it was restarted during the push",
+                    f"engine {self.name} was restarted during the push",
                     engine=self.name,
                     phase="resume",
                     hint="the next push brings it up to date",
@@ -309,6 +306,8 @@ class VLLMAdapter(ReplayingAdapter):
         )
         # before /reset_prefix_cache had a body, 200 was all it said
         if isinstance(answer, dict) and answer.get("success") is False and not kept:
-            raise EngineError("its prefix cache could not be reset", engine=self.name, phase="finish")
+            raise EngineError(
+                f"the prefix cache of engine {self.name} could not be reset", engine=self.name, phase="finish"
+            )
         if "/reset_encoder_cache" in server.routes:
             await self._http.post("/reset_encoder_cache", deadline=deadline)

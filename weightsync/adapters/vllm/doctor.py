@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from weightsync.adapters.base import Finding
 from weightsync.adapters.vllm.profiles import DEV_ROUTES, Choice, choose, release
 from weightsync.adapters.vllm.server import Server, configured, field, find_routes, version_of
-from weightsync.errors import EngineError
+from weightsync.errors import PLUGIN_HINT, EngineError
 
 if TYPE_CHECKING:
     from weightsync.adapters.http import EngineHttp
@@ -19,7 +19,7 @@ __all__ = ["examine", "judge_address", "judge_backend"]
 
 _DEV = "VLLM_SERVER_DEV_MODE=1 in its environment"
 _FLAG = """--weight-transfer-config '{"backend": "weightsync"}'"""
-_INSTALL = "pip install weightsync in the engine's environment (vllm.general_plugins finds it), then restart it"
+_INSTALL = f"{PLUGIN_HINT}; then restart it: vllm.general_plugins finds weightsync"
 
 
 async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Finding]:

@@ -35,7 +35,8 @@ def _bytes(answer: dict[str, Any], key: str, path: EnginePath) -> bytes:
     try:
         return b64decode(answer[key], validate=True)
     except (KeyError, TypeError, ValueError) as error:
-        raise EngineError(f"its workers answered without {key!r}", engine=path.server.engine) from error
+        engine = path.server.engine
+        raise EngineError(f"the workers of {engine} answered without {key!r}", engine=engine) from error
 
 
 class ExtensionPath(EnginePath):

@@ -10,7 +10,7 @@ from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import OUT_OF_STEP, first_names
 from weightsync.errors import LocalProtocolError
-from weightsync.plan.groups import group_key
+from weightsync.plan.fused import group_key
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -121,7 +121,8 @@ class Server:
         answer = await self.http.post("/collective_rpc", body, deadline=deadline)
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list) or not results or not all(isinstance(one, dict) for one in results):
-            raise EngineError(f"its workers answered {do!r} in a way that is none of ours", engine=self.engine)
+            what = f"the workers of {self.engine} answered {do!r} in a way that is none of ours"
+            raise EngineError(what, engine=self.engine)
         return results
 
     async def plugin(self, *, deadline: float) -> list[Hello] | None:
@@ -147,14 +148,18 @@ class Server:
         try:
             workers = msgspec.convert(results, list[Hello])
         except msgspec.ValidationError as error:
-            raise EngineError(f"its workers speak another weightsync: {error}", engine=self.engine) from error
+            raise _other(self.engine, error) from error
         if other := [worker.protocol for worker in workers if worker.protocol != PROTOCOL]:
             raise EngineError(
-                f"the plugin in its workers speaks protocol {other[0]}, this daemon {PROTOCOL}",
+                f"the plugin in the workers of {self.engine} speaks protocol {other[0]}, this daemon {PROTOCOL}",
                 engine=self.engine,
                 hint="install the same weightsync in the engine's environment and here",
             )
         return workers
+
+
+def _other(engine: str, error: msgspec.ValidationError) -> EngineError:
+    return EngineError(f"the workers of {engine} speak another weightsync: {error}", engine=engine)
 
 
 def told_of_replay(answers: Sequence[dict[str, Any]], engine: str) -> ReplayFacts | None:
@@ -162,7 +167,7 @@ def told_of_replay(answers: Sequence[dict[str, Any]], engine: str) -> ReplayFact
     try:
         told = [msgspec.convert(answer["replay"], ReplayFacts) for answer in answers if answer.get("replay")]
     except msgspec.ValidationError as error:
-        raise EngineError(f"its workers speak another weightsync: {error}", engine=engine) from error
+        raise _other(engine, error) from error
     return least(told)
 
 
@@ -185,8 +190,8 @@ async def configured(
         return hello[0].backend, None
     if server.world > 1:
         raise EngineError(
-            "which weight-transfer backend it has cannot be asked: its /server_info fails, and its workers would have "
-            f"to refuse something. {OUT_OF_STEP}",
+            f"the weight-transfer backend of engine {server.engine} cannot be asked for: its /server_info fails, and "
+            f"its workers would have to refuse something. {OUT_OF_STEP}",
             engine=server.engine,
             phase="probe",
             hint='path = "ipc" in the node config if that is its backend, "group" if it is nccl, or our plugin in its '

@@ -40,9 +40,9 @@ _DTYPE, _SHAPE = attrgetter("dtype"), attrgetter("shape")
 class MegatronSource(PartSource):
     """The weights of a megatron-core model, under the names and in the layout of its Hugging Face checkpoint.
 
-    Make one on every rank for each push, with the model as the trainer has it: wrapped by DDP or not, a list where
-    there are virtual pipeline stages. Nothing is gathered and nothing copied, except what only a bridge can export
-    (`gathered`). Parameters are read while the push runs, and must stay as they are until it has read them.
+    Make one on every rank for each push. Pass the model as the trainer has it, wrapped by DDP or not; a list if there
+    are virtual pipeline stages. Nothing is gathered or copied, except what only a bridge can export (`gathered`).
+    Parameters are read during the push, and must not change until it has read them.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class MegatronSource(PartSource):
         rules: Mapping[str, Rule] | None = None,
         bridge: Any = None,
     ) -> None:
-        """Describe what this rank holds; again, in milliseconds, if the same model was described lately.
+        """Describe what this rank holds. A model that was described lately takes milliseconds.
 
         checkpoint: the directory with the checkpoint's `config.json`, or what is in it: a mapping, or a transformers
             configuration. Says family and vocab_size. Default: the bridge's.

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from weightsyncd.branch import Branch
     from weightsyncd.context import PushContext
 
-__all__ = ["Held", "Working"]
+__all__ = ["HeldPush", "Working"]
 
 
 @dataclass(eq=False)
-class Held:
+class HeldPush:
     """A push elsewhere that holds this node."""
 
     identity: bytes  # of the coordinator's connection
@@ -32,7 +32,7 @@ class Working:
     left at work.
     """
 
-    def __init__(self, held: Held, rail: int | None = None) -> None:
+    def __init__(self, held: HeldPush, rail: int | None = None) -> None:
         self._held = held
         self._rail = rail
         self._task: asyncio.Task[object] | None = asyncio.current_task()

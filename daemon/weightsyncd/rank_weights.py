@@ -1,4 +1,4 @@
-"""What trainer ranks say of their bytes in a push: fingerprints of what they wrote, and where their weights lie."""
+"""What trainer ranks tell of their weights in a push: fingerprints of what they wrote, and where they lie."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.ranks import Ranks
 
-__all__ = ["KnownExposures", "Said"]
+__all__ = ["KnownExposures", "RankWeights"]
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class KnownExposures:
         return self._packed[digest]
 
 
-class Said:
+class RankWeights:
     """In one push."""
 
     def __init__(
@@ -93,7 +93,7 @@ class Said:
         if message.problem:
             words = (model, version, rank, message.problem)
             logger.warning(
-                "[push=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
+                "[model=%s v=%d] rank %d cannot expose its weights, slots are used: %s", *words, extra={"rank": rank}
             )
         else:
             if message.exposure is not None and self._known.learn(message.exposure) != message.digest:
@@ -136,5 +136,5 @@ class Said:
         return tensors, sums
 
     def _confused(self, rank: int, why: str) -> None:
-        error = RemoteProtocolError(f"it sent a message that makes no sense here: {why}", rank=rank)
+        error = RemoteProtocolError(f"rank {rank} sent a message that makes no sense here: {why}", rank=rank)
         self._hear(ev.RankFailed(rank=rank, error=error.record()))

@@ -1,4 +1,4 @@
-"""This node's slots on their way to its engines: offers, exports, fences, and what is taken away in the end."""
+"""This node's slots as its engines are given them: offers, exports, fences, and what is taken away in the end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from weightsyncd.context import PushContext
     from weightsyncd.engines import Engine, Engines
 
-__all__ = ["NodeWire", "joins_group"]
+__all__ = ["NodeExports", "joins_group"]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def joins_group(engine: Engine) -> bool:
     return engine.info is not None and engine.info.transport in HELPERS
 
 
-class NodeWire:
+class NodeExports:
     """This node's bridges, as the engines that read from them see them."""
 
     def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
@@ -153,7 +153,7 @@ class NodeWire:
     def _readers(engine: Engine) -> dict[str, str]:
         """The readers of an engine, by tp rank, and the transport of each."""
         if engine.info is None:
-            raise EngineLost("it has not been probed", engine=engine.name)
+            raise EngineLost(f"engine {engine.name} has not been probed", engine=engine.name)
         return {f"{engine.name}/{rank}": engine.info.transport for rank in range(engine.info.tp_size)}
 
     async def export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
@@ -193,7 +193,7 @@ class NodeWire:
                         await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except (TransportError, LocalProtocolError) as error:
-            logger.warning("[v=%d bucket=%d] export.failed: %s", context.version, bucket, error.message)
+            logger.warning("[model=%s v=%d bucket=%d] export.failed: %s", *context.at(bucket), error.message)
             return self.bridge_lost(slot.bridge, incarnation, error, bucket)
         for name, ranks in readers.items():
             context.tickets[name, bucket] = tuple(reply.tickets[reader] for reader in ranks)
@@ -248,7 +248,7 @@ class NodeWire:
         try:
             reply = await self.bridges[slot.bridge].call(wait, deadline=instruction.deadline)
         except TransportTimeout as error:
-            logger.error("[v=%d bucket=%d] never given back: %s", context.version, bucket, error.message)  # noqa: TRY400
+            logger.error("[model=%s v=%d bucket=%d] never given back: %s", *context.at(bucket), error.message)  # noqa: TRY400
             self.leaks += 1
             await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
             return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
@@ -257,7 +257,7 @@ class NodeWire:
             return released
         context.held.discard((engine, bucket))
         if reply.damaged:
-            logger.error("[v=%d bucket=%d] %s read back other bytes", context.version, bucket, reply.damaged)
+            logger.error("[model=%s v=%d bucket=%d] %s read back other bytes", *context.at(bucket), reply.damaged)
         return msgspec.structs.replace(released, damaged=bool(reply.damaged))
 
     async def revoke(self, context: PushContext, engine: str, bucket: int, deadline: float) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from weightsync.plan.groups import canonical_order, group_key, layer_key, natural_key
+from weightsync.plan.fused import canonical_order, group_key, layer_key, natural_key
 
 
 def ordered(names: list[str]) -> list[list[str]]:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from weightsync.wire import messages as msg
 
-__all__ = ["Calls"]
+__all__ = ["RemoteCalls"]
 
 _MAX_CALLS = 64  # trainers whose ranks are called for
 
 
-class Calls:
+class RemoteCalls:
     """By trainer, the newest call for its ranks, and the connection that it came by."""
 
     def __init__(self) -> None:

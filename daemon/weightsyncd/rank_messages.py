@@ -1,4 +1,4 @@
-"""What the ranks of a trainer say in a push, as its session hears it."""
+"""Each message of a trainer rank in a push, from here or another node, and what the session hears of it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,17 @@ def rank_said(push: Push, rank: int, message: msg.RankWords, plans: Plans) -> No
         case msg.Describe():
             digest = plans.learn(message.layout, push.ranks.world)
             if digest != push.ranks[rank].layout:
-                error = RemoteProtocolError("it described another layout than it opened with", rank=rank)
+                words = f"rank {rank} sent a layout whose digest differs from the one it announced"
+                error = RemoteProtocolError(words, rank=rank)
                 push.hear(ev.RankFailed(rank=rank, error=error.record()))
             else:
                 push.hear(ev.LayoutReceived(rank=rank))
         case msg.Filled():
-            push.said.filled(rank, message)
+            push.weights.filled(rank, message)
         case msg.Exposed():
-            push.said.exposed(rank, message)
+            push.weights.exposed(rank, message)
         case msg.Measured():
-            push.said.measured(rank, message)
+            push.weights.measured(rank, message)
         case msg.Failed():
             push.hear(ev.RankFailed(rank=rank, error=message.error))
         case msg.Stopped():

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from weightsync.config import NodeConfig
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
-    from weightsyncd.holding import Held
+    from weightsyncd.held_push import HeldPush
 
-__all__ = ["AtRail", "RailWork"]
+__all__ = ["AtRail", "FollowerRails"]
 
 AtRail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
 """What comes for a bridge."""
 Work = msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
 
 
-class RailWork:
+class FollowerRails:
     """Of one node."""
 
     def __init__(self, config: NodeConfig, executor: NodeExecutor, bridges: Sequence[Bridge]) -> None:
@@ -44,13 +44,13 @@ class RailWork:
         if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._slots):
             raise RemoteProtocolError(f"node {self._node} has no slot {slot.bridge}/{slot.index}")
 
-    async def do(self, held: Held, message: Work, until: float) -> None:
+    async def do(self, held: HeldPush, message: Work, until: float) -> None:
         """Take part, for the push that holds this node. Raises `TransportError`."""
         bridge, context = self._bridges[message.rail], held.context
         match message:
             case msg.Receive():
                 slot = do.Slot(self._node, message.rail, message.slot)
-                await self._executor.wire.receive(context, message.bucket, slot, message.ticket, until)
+                await self._executor.exports.receive(context, message.bucket, slot, message.ticket, until)
             case msg.Exchange():
                 if held.branch is not None:
                     held.branch.check_arena(message.rail)

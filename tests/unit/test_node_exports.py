@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 
 from weightsync.errors import TransportTimeout
-from weightsyncd.wire import NodeWire
+from weightsyncd.exports import NodeExports
 
 
 class Bridge:
@@ -45,8 +45,8 @@ class Slow(Bridge):
 def prompted(ends: int, seconds: float) -> Bridge:
     async def run() -> Bridge:
         first = Bridge()
-        wire = NodeWire("n", "", cast("Any", {}), cast("Any", [first, Slow(first, ends)]))
-        await wire.prompt(time.monotonic() + seconds)
+        exports = NodeExports("n", "", cast("Any", {}), cast("Any", [first, Slow(first, ends)]))
+        await exports.prompt(time.monotonic() + seconds)
         return first
 
     return asyncio.run(run())

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from weightsync.wire import messages as msg
     from weightsyncd.push import Services
 
-__all__ = ["engines_of", "models_of", "targets"]
+__all__ = ["engines_for", "engines_of", "models_of"]
 
 
 def engines_of(services: Services, model: str) -> dict[str, str]:
@@ -29,7 +29,7 @@ def models_of(services: Services) -> list[str]:
     return sorted(taken | {f"{model} (frozen)" for model, _ in found if model not in taken})
 
 
-def targets(services: Services, message: msg.Open, newest: int | None) -> dict[str, str]:
+def engines_for(services: Services, message: msg.Open, newest: int | None) -> dict[str, str]:
     """Name → node of those that this call is for. Raises `PushRefused` where there are none."""
     engines = engines_of(services, message.model)
     if message.engines:
