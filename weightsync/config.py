@@ -25,7 +25,9 @@ from msgspec import Meta
 
 from weightsync.adapters import KINDS, PATHS
 from weightsync.endpoints import KEY_HINT, check_endpoint, default_endpoint, is_here, is_loopback, url_problems
+from weightsync.engine_config import EngineConfig, Name
 from weightsync.errors import ConfigError
+from weightsync.wire.keys import read_key_file
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,14 +47,13 @@ __all__ = [
 ]
 
 _ANYWHERE = ("*", "0.0.0.0", "::")
-Name = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$")]
 Size = Annotated[int, Meta(ge=0)]  # in TOML: 268435456 or "256MiB"
 Seconds = Annotated[float, Meta(gt=0, le=86400)]
 _UNITS = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 class _Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of all sections."""
+    """Base of all sections but [[engines]]."""
 
 
 class NodeSection(_Section, frozen=True):
@@ -95,26 +96,6 @@ class ClusterConfig(_Section, frozen=True):
     address: str = "127.0.0.1"  # this node's address for communicators
     peers: dict[str, str] = {}  # node name = endpoint
     seed: str = ""  # tcp://ADDRESS:PORT of one node, maybe this one, that tells the others of each other
-
-
-class EngineConfig(_Section, frozen=True):
-    """[[engines]]: one inference server on this node."""
-
-    name: Name
-    kind: str
-    url: str
-    model: Name = "default"
-    api_key_env: str | None = None  # environment variable that holds its bearer key
-    ca_file: str | None = None  # certificates (PEM) for an https URL, where the system's do not do
-    path: str = "auto"  # which way into the engine, see PATHS
-    target: Literal["all", "model", "draft"] = "all"  # which of its models takes what is pushed
-    gpus: tuple[str, ...] = ()  # UUIDs of its ranks' GPUs, where its process cannot be looked at
-    frozen: bool = False  # looked after, and never pushed to: a reference or a reward model
-
-    @property
-    def api_key(self) -> str | None:
-        """The key itself; read when needed, never stored."""
-        return os.environ.get(self.api_key_env) if self.api_key_env else None
 
 
 class HttpConfig(_Section, frozen=True):
@@ -218,7 +199,7 @@ def _engines(value: Any, problems: list[str]) -> tuple[EngineConfig, ...]:
     return tuple(engine for engine in found if engine is not None)
 
 
-S = TypeVar("S", bound=_Section)
+S = TypeVar("S", bound=msgspec.Struct)
 
 
 def _section(kind: type[S], table: dict[str, Any], path: str, problems: list[str]) -> S | None:
@@ -328,8 +309,6 @@ def _cluster_problems(config: NodeConfig) -> list[str]:
         except ConfigError as error:
             problems.append(error.message + (f"; {error.hint}" if error.hint else ""))
     if keys:
-        from weightsync.wire.keys import read_key_file
-
         try:
             read_key_file(cluster.key_file)
         except ConfigError as error:

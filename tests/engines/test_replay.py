@@ -19,7 +19,7 @@ from rich.console import Console
 from tests.engines.yard import Need
 from tests.hand_push import HandPush, as_bytes, connected, sent, soon
 from tests.places_kit import write
-from weightsync.replay.facts import LAYOUTS
+from weightsync.plan.replay_facts import LAYOUTS
 from weightsync.testing import eventually
 from weightsync.views import replay_details
 

@@ -10,7 +10,7 @@ from weightsync.adapters.places import Shown, ToldPlaces, shown
 from weightsync.errors import EngineError
 from weightsync.plan.exposure import Exposure, Exposures, Region
 from weightsync.plan.packing import DIGEST_BYTES
-from weightsync.replay.facts import LAYOUTS
+from weightsync.plan.replay_facts import LAYOUTS
 
 
 def places(rank: int, layout: int = 0) -> Exposure:

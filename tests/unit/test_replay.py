@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 
 from tests.replay_kit import Model, read_buckets, same
+from weightsync.plan.replay_facts import LAYOUTS, ReplayFacts, least
 from weightsync.replay import state
-from weightsync.replay.facts import LAYOUTS, ReplayFacts, least
 from weightsync.replay.kernel import HostMoves
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out

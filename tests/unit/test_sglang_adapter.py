@@ -17,7 +17,7 @@ from tests.hand_push import Tensors, manifest_of, soon
 from tests.recorded import FIXTURES, Replay
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.control import SGLangAdapter
-from weightsync.adapters.sglang.ordered import PluginPath
+from weightsync.adapters.sglang.path_plugin import PluginPath
 from weightsync.errors import EngineError, EngineLost, EngineRefused
 from weightsync.ipc.descriptors import seal
 from weightsync.transports.group import GroupOffer, GroupTicket
@@ -254,6 +254,7 @@ def test_pause_modes(version: str, mode: PauseMode, waits: bool, word: str) -> N
     async def run() -> Server:
         server = Server(version)
         hand = served(server)
+        await hand.probe(deadline=soon())
         await hand.pause(mode, deadline=soon())
         await hand.pause(mode, deadline=soon())  # waits for nobody: it is paused
         await hand.close()
@@ -272,6 +273,7 @@ def test_a_wait_outside_a_session_is_refused_after_the_wait_and_that_is_fine() -
 
     async def run() -> None:
         hand = served(server)
+        await hand.probe(deadline=soon())
         await hand.pause("wait", deadline=soon())
         await hand.close()
 
@@ -348,6 +350,7 @@ def test_stock_servers_on_gpus_take_handles_for_their_own_gpus(path: str) -> Non
 def test_stock_servers_refuse_parts() -> None:
     async def run() -> None:
         hand = served(Server())
+        await hand.probe(deadline=soon())
         big = manifest_of({"lm_head.weight": ("float32", (4, 128), bytes(2048))}, slot_bytes=1024)
         with pytest.raises(EngineRefused, match=r"whole ones only: 'lm_head\.weight'") as refusal:
             await hand.accept(big, deadline=soon())
@@ -406,6 +409,7 @@ def test_a_group_that_cannot_be_joined_leaves_nothing_open() -> None:
 def test_tensors_without_elements_cannot_be_broadcast() -> None:
     async def run() -> None:
         hand = served(Server(), path="group")
+        await hand.probe(deadline=soon())
         empty = manifest_of(
             {"model.bias": ("float32", (0, 4), b""), "model.weight": ("float32", (4,), bytes(16))}, slot_bytes=64
         )
@@ -616,7 +620,7 @@ def test_weights_that_sglang_does_not_update_are_refused_in_its_words() -> None:
 
     server: Any = SimpleNamespace(engine="sgl", call=call)
     profile: Any = SimpleNamespace(sessions=True)
-    path = PluginPath(server, profile, "all")
+    path = PluginPath(server, profile, "all", 1)
     with pytest.raises(EngineRefused, match=r"SGLang cannot take weights: captured graphs retain a copy"):
         asyncio.run(path.accept(MANIFEST, deadline=soon()))
 

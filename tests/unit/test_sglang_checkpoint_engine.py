@@ -15,7 +15,7 @@ import zmq
 
 from tests.hand_push import soon
 from tests.unit.test_sglang_adapter import MANIFEST, TICKET, Server, served
-from weightsync.adapters.sglang.checkpoint_engine import _abandoned
+from weightsync.adapters.sglang.path_ipc import _abandoned
 from weightsync.errors import EngineError, EngineLost
 from weightsync.testing import eventually
 
@@ -78,6 +78,7 @@ class _Names(pickle.Unpickler):
 
 
 async def half(hand: SGLangAdapter) -> None:
+    await hand.probe(deadline=soon())
     await hand.accept(MANIFEST, deadline=soon())
     await hand.pause("abort", deadline=soon())
     await hand.begin(2, MANIFEST, [[b""]], deadline=soon())

@@ -17,11 +17,11 @@ from tests.hand_push import HandPush, Tensors, soon
 from tests.places_kit import write
 from weightsync.adapters.held import HeldSums
 from weightsync.adapters.sglang import orders, plugin
-from weightsync.adapters.sglang.ordered import PluginPath
+from weightsync.adapters.sglang.path_plugin import PluginPath
 from weightsync.adapters.sglang.server import PluginState
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import digest_of
-from weightsync.replay.facts import NOT_WHOLE
+from weightsync.plan.replay_facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,7 +211,7 @@ def path_to(scheduler: Scheduler) -> PluginPath:
 
     server: Any = SimpleNamespace(engine="e", call=call)
     profile: Any = SimpleNamespace(sessions=False)
-    path = PluginPath(server, profile, "all")
+    path = PluginPath(server, profile, "all", 1)
     path._update = UPDATE  # as it is drawn when the update begins, which is ordered by hand here
     return path
 
@@ -226,7 +226,7 @@ def test_others_write_into_the_model_once_no_loader_is_needed(scheduler: Schedul
             with torch.no_grad():
                 scheduler.model.norm.weight.zero_()
             scheduler.ask(begin(hand, pull=True))
-            found = asyncio.run(path.places(1, deadline=soon()))
+            found = asyncio.run(path.places(deadline=soon()))
             assert isinstance(found, str) == (number < 2), found
             if isinstance(found, str):
                 assert found == f"tp rank 0: {NOT_WHOLE}"
@@ -250,7 +250,7 @@ def test_places_are_not_shown_to_a_daemon_that_will_not_compare(scheduler: Sched
         manifest = hand.manifest(TENSORS)
         for _ in range(3):
             scheduler.ask(begin(hand))
-            assert asyncio.run(path.places(1, deadline=soon())) == f"tp rank 0: {NOT_WHOLE}"
+            assert asyncio.run(path.places(deadline=soon())) == f"tp rank 0: {NOT_WHOLE}"
             for bucket in range(manifest.buckets):
                 scheduler.ask(load(hand, bucket))
             scheduler.ask(orders.Finish(update=UPDATE))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from tests.hand_push import as_bytes, manifest_of
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.packing import DIGEST_BYTES
+from weightsync.plan.replay_facts import LAYOUTS
 from weightsync.plan.told import SeenManifests, ToldManifests
-from weightsync.replay.facts import LAYOUTS
 
 MANIFESTS = [
     manifest_of(as_bytes([("w", torch.zeros(4)), ("v", torch.zeros(n + 1))]), slot_bytes=1024)

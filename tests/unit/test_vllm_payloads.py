@@ -139,10 +139,10 @@ def ipc_push(profile, *, torn=False):
     plan = manifest((4, 128), (128,))
 
     async def run():
-        assert await path.check(plan, whole=False, deadline=0) == ()
+        assert await path.accept(plan, whole=False, deadline=0) == ()
         await path.begin(3, plan, [[b""], [b""]], torn=torn, deadline=0)
         await path.load(0, [ticket("e/0"), ticket("e/1")], deadline=0)
-        await path.finish(3, deadline=0)
+        await path.finish(deadline=0)
 
     asyncio.run(run())
     return server.http.posted
@@ -198,7 +198,7 @@ def test_what_stock_ipc_cannot_take_is_refused(name, gpus, shapes, match):
     server: Any = StockServer(by_name(name))
     path = IpcPath(server, draft=False, gpus=gpus)
     with pytest.raises(EngineRefused, match=match):
-        asyncio.run(path.check(manifest(*shapes), whole=False, deadline=0))
+        asyncio.run(path.accept(manifest(*shapes), whole=False, deadline=0))
 
 
 def group_of(name):
@@ -213,10 +213,10 @@ def test_workers_join_a_group_once_and_take_each_bucket_from_it():
 
     async def push(version, group):
         server.http.posted.clear()
-        assert await path.check(plan, whole=False, deadline=0) == ()
+        assert await path.accept(plan, whole=False, deadline=0) == ()
         await path.begin(version, plan, group_of(group), torn=False, deadline=0)
         await path.load(0, tickets, deadline=0)
-        await path.finish(version, deadline=0)
+        await path.finish(deadline=0)
         return server.http.posted
 
     async def run():
@@ -264,7 +264,7 @@ def test_what_a_stock_group_cannot_take_is_refused(name, terms, shapes, match):
     server: Any = StockServer(by_name(name))
     path = GroupPath(server, draft=False)
     with pytest.raises(EngineRefused, match=match):
-        asyncio.run(path.check(manifest(*shapes, **terms), whole=False, deadline=0))
+        asyncio.run(path.accept(manifest(*shapes, **terms), whole=False, deadline=0))
 
 
 def test_hand_made_manifests_are_like_planned_ones():

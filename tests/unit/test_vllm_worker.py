@@ -20,7 +20,7 @@ from weightsync.adapters.vllm.path_plugin import ExtensionPath
 from weightsync.adapters.vllm.reload import WeightReload, worker_index
 from weightsync.errors import EngineError, LocalProtocolError
 from weightsync.plan.exposure import Exposures
-from weightsync.replay.facts import NOT_WHOLE
+from weightsync.plan.replay_facts import NOT_WHOLE
 
 RELOAD = "vllm.model_executor.model_loader.reload"
 

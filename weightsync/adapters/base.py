@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from weightsync.replay.facts import ReplayFacts
+from weightsync.plan.replay_facts import ReplayFacts
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -15,8 +15,8 @@ from msgspec import Meta
 from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, EngineError
 from weightsync.plan.packing import digest_of
+from weightsync.plan.replay_facts import LAYOUTS
 from weightsync.plan.residents import ResidentBoxes
-from weightsync.replay.facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

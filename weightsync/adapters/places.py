@@ -13,7 +13,7 @@ import msgspec
 from weightsync.errors import EngineError
 from weightsync.plan.exposure import Exposures
 from weightsync.plan.packing import DIGEST_BYTES, digest_of
-from weightsync.replay.facts import LAYOUTS
+from weightsync.plan.replay_facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence

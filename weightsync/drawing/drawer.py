@@ -18,7 +18,7 @@ from weightsync.errors import TransportTimeout, WeightSyncError
 from weightsync.ipc.regions import RegionMap
 from weightsync.plan.draws import draws, interleaved
 from weightsync.plan.exposure import Exposure
-from weightsync.replay.facts import LAYOUTS
+from weightsync.plan.replay_facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -24,8 +24,8 @@ from weightsync.nccl_bridge.replies import NEVER
 from weightsync.plan.delivery import boxes_of, incoming, outgoing, parcels_of, share_of
 from weightsync.plan.exposure import Exposure
 from weightsync.plan.packing import digest_of
+from weightsync.plan.replay_facts import LAYOUTS
 from weightsync.plan.told import SeenExposures, SeenManifests
-from weightsync.replay.facts import LAYOUTS
 from weightsync.transports.base import seconds_left
 
 if TYPE_CHECKING:

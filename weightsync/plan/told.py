@@ -16,7 +16,7 @@ from weightsync.errors import LocalProtocolError
 from weightsync.plan.exposure import Exposures
 from weightsync.plan.manifest import Manifest
 from weightsync.plan.packing import DIGEST_BYTES
-from weightsync.replay.facts import LAYOUTS
+from weightsync.plan.replay_facts import LAYOUTS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from weightsync.replay.facts import ReplayFacts
+from weightsync.plan.replay_facts import ReplayFacts
 from weightsync.replay.residents import Residents
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ import torch
 
 from weightsync.errors import LocalProtocolError
 from weightsync.plan.draws import Wants
-from weightsync.replay.facts import LAYOUTS, ReplayFacts
+from weightsync.plan.replay_facts import LAYOUTS, ReplayFacts
 from weightsync.replay.kernel import mover_for
 from weightsync.replay.known import Known
 from weightsync.replay.model import ModelState

@@ -6,9 +6,9 @@ from typing import Literal
 
 import msgspec
 
-from weightsync.config import EngineConfig
+from weightsync.engine_config import EngineConfig
 from weightsync.errors import ErrorRecord
-from weightsync.replay.facts import ReplayFacts
+from weightsync.plan.replay_facts import ReplayFacts
 from weightsync.wire.fields import Column, Message, Name, Natural, Seconds, Text
 from weightsync.wire.trainer_messages import PushOutcome
 

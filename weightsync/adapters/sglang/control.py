@@ -13,22 +13,22 @@ import asyncio
 from base64 import b64encode
 from typing import TYPE_CHECKING, NamedTuple
 
-from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.base import EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
-from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
+from weightsync.adapters.replaying import ReplayingAdapter
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.doctor import examine
-from weightsync.adapters.sglang.group import GroupPath
-from weightsync.adapters.sglang.ordered import PluginPath
-from weightsync.adapters.sglang.paths import refuse_server
+from weightsync.adapters.sglang.path import refuse_server
+from weightsync.adapters.sglang.path_group import GroupPath
+from weightsync.adapters.sglang.path_plugin import PluginPath
+from weightsync.adapters.sglang.path_tensor import TensorPath
 from weightsync.adapters.sglang.profiles import choose
-from weightsync.adapters.sglang.server import SGLangServer
-from weightsync.adapters.sglang.tensor import TensorPath
+from weightsync.adapters.sglang.server import Server
 from weightsync.adapters.versions import check_marked, read, serving, updating
-from weightsync.errors import PLUGIN_HINT, EngineError, EngineRefused
+from weightsync.errors import PLUGIN_HINT, EngineError, EngineRefused, LocalProtocolError
 from weightsync.pickling import dumps
 
 if TYPE_CHECKING:
@@ -38,17 +38,15 @@ if TYPE_CHECKING:
 
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import Finding, PauseMode
-    from weightsync.adapters.sglang.paths import LoadPath
+    from weightsync.adapters.sglang.path import EnginePath
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import PluginState, ServerFacts
-    from weightsync.plan.boxes import Words
-    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["SGLangAdapter"]
 
 
-class _Server(NamedTuple):
+class _Known(NamedTuple):
     """What is known of one incarnation."""
 
     incarnation: str
@@ -56,7 +54,7 @@ class _Server(NamedTuple):
     profile: Profile
     why: str
     says_ready: bool
-    path: LoadPath
+    path: EnginePath
     checkpoint: CheckpointCheck
 
 
@@ -68,24 +66,22 @@ class _State(NamedTuple):
     paused: bool | None  # None: it does not say
 
 
-class SGLangAdapter(EngineAdapter):
+class SGLangAdapter(ReplayingAdapter):
     """One SGLang HTTP server."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         """Connects to nothing yet. `transport` replaces the network in tests."""
-        self.name = spec.name
+        super().__init__(spec.name)
         self._way, self._target = spec.path, spec.target
         self._named_gpus = spec.gpus
         self._keyed = spec.api_key is not None
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "", "with --enable-lora")
-        self._server = SGLangServer(self._http)
-        self._known: _Server | None = None
+        self._server = Server(self._http)
+        self._known: _Known | None = None
         self._mode: PauseMode | None = None  # in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
-        self._drawn = False  # the last push, and not through buckets
-        self._held, self._compares = HeldCheck(spec.name), False
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._begun = False  # since it was last resumed
         self._incomplete = ""  # why a part of the weights will not do
@@ -100,14 +96,14 @@ class SGLangAdapter(EngineAdapter):
         if self._known is not None:
             await self._known.path.close()
         elif self._way == "ipc":
-            from weightsync.adapters.sglang.checkpoint_engine import end_abandoned
+            from weightsync.adapters.sglang.path_ipc import end_abandoned
 
             await end_abandoned(self._http.url, deadline=deadline)
         known, state = await self._again(deadline) or await self._anew(deadline)
         plugin, weights = state.plugin, read(state.weight_version)
         self._version = weights.version
         self._asleep = plugin.asleep if plugin else ()
-        self._compares = plugin is not None and plugin.replay is not None and plugin.replay.compares
+        known.path.replay = plugin.replay if plugin else None
         released = "its weights are released" if "weights" in self._asleep else ""
         self._incomplete = "it is torn" if weights.torn else released
         paused = state.paused
@@ -123,12 +119,12 @@ class SGLangAdapter(EngineAdapter):
             transport=known.path.transport,
             incarnation=known.incarnation,
             asleep="weights" in self._asleep,
-            replay=plugin.replay if plugin else None,
+            replay=known.path.replay,
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
         """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
-        known = await self._met(deadline)
+        known = self._probed()
         plugin = isinstance(known.path, PluginPath)
         refuse_server(known.facts, known.profile, self._target, self.name, plugin=plugin)
         quantised = plugin and known.facts.quantization is not None  # its layers are loaded as wholes
@@ -151,7 +147,7 @@ class SGLangAdapter(EngineAdapter):
         requests end that have begun; the few that begin between their end and the pause are kept, or on those versions
         aborted. none freezes requests where they are, and they go on with the keys and values they have.
         """
-        known = await self._met(deadline)
+        known = self._probed()
         self._loaded = None  # whatever an earlier push loaded has come to nothing
         queued = known.profile.flushes_queued
         if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
@@ -163,60 +159,29 @@ class SGLangAdapter(EngineAdapter):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
-        known = await self._met(deadline)
-        self._loaded, self._drawn = None, False
+        known = self._probed()
+        self._loaded = None
         await self._server.set_weight_version(updating(self._version, version), deadline=deadline)
         self._begun = True
         if "weights" in self._asleep:
             await self._wake(("weights",), deadline)
-        if isinstance(known.path, PluginPath) and self._compares:
-            pull, anew = self._held.covers(manifest), self._held.doubtful
-            await known.path.begin(manifest, offers, deadline=deadline, pull=pull, anew=anew)
+        pull, anew = self._unchecked(manifest)
+        if (path := self._replaying()) is not None:
+            await path.begin(manifest, offers, pull=pull, anew=anew, deadline=deadline)
         else:
             await known.path.begin(manifest, offers, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        await (await self._met(deadline)).path.load(bucket, tickets, deadline=deadline)
+        await self._probed().path.load(bucket, tickets, deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        await (await self._met(deadline)).path.load_several(first, tickets, deadline=deadline)
-
-    def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
-        path = self._known.path if self._known is not None else None
-        return isinstance(path, PluginPath) and self._compares and self._held.covers(manifest)
-
-    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        path = (await self._met(deadline)).path
-        if not isinstance(path, PluginPath):
-            return await super().draw(exposures, deadline=deadline)
-        with self._held.unless_it_fails():
-            why_not = await path.draw(exposures, deadline=deadline)
-        self._drawn = not why_not
-        return why_not
-
-    async def places(self, *, deadline: float) -> Exposures | str:
-        known = await self._met(deadline)
-        if not isinstance(known.path, PluginPath):
-            return await super().places(deadline=deadline)
-        with self._held.unless_it_fails():
-            found = await known.path.places(known.facts.tp_size, deadline=deadline)
-        self._drawn = not isinstance(found, str)
-        return found
+        await self._probed().path.load_several(first, tickets, deadline=deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        known = await self._met(deadline)
+        known = self._probed()
         await known.path.finish(deadline=deadline)
         await self._flush(known.facts, deadline)
         self._loaded = version
-
-    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None where our plugin cannot tell: SGLang keeps weights fused, and its own checksums are of that."""
-        known = await self._met(deadline)
-        path = known.path
-        if not isinstance(path, PluginPath) or not (self._compares or self._held.covers(manifest)):
-            return None
-        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
@@ -229,7 +194,8 @@ class SGLangAdapter(EngineAdapter):
         self._mode = None
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:
-        known = await self._met(deadline)
+        await self.probe(deadline=deadline)
+        known = self._probed()
         return await examine(
             self._server,
             known.facts,
@@ -246,13 +212,16 @@ class SGLangAdapter(EngineAdapter):
             await self._known.path.close()
         await self._http.close()
 
-    async def _met(self, deadline: float) -> _Server:
+    def _replaying(self) -> PluginPath | None:
+        path = self._known.path if self._known is not None else None
+        return path if isinstance(path, PluginPath) else None
+
+    def _probed(self) -> _Known:
         if self._known is None:
-            await self.probe(deadline=deadline)
-        assert self._known is not None
+            raise LocalProtocolError(f"engine {self.name!r} was not probed", engine=self.name)
         return self._known
 
-    async def _again(self, deadline: float) -> tuple[_Server, _State] | None:
+    async def _again(self, deadline: float) -> tuple[_Known, _State] | None:
         """The state of the server that is known, in short answers. None where only `_anew` will do: it may be
         another by now, or has no plugin that would tell.
         """
@@ -271,7 +240,7 @@ class SGLangAdapter(EngineAdapter):
             return None
         return known, _State(plugin, version, paused)
 
-    async def _anew(self, deadline: float) -> tuple[_Server, _State]:
+    async def _anew(self, deadline: float) -> tuple[_Known, _State]:
         """Who it is, and its state."""
         facts = await self._server.facts(deadline=deadline)
         incarnation, known = self._server.incarnation(facts), self._known
@@ -282,24 +251,24 @@ class SGLangAdapter(EngineAdapter):
         )
         return known, _State(facts.plugin, version, paused)
 
-    async def _says_paused(self, known: _Server, deadline: float) -> bool | None:
+    async def _says_paused(self, known: _Known, deadline: float) -> bool | None:
         return await self._server.paused(deadline=deadline) if known.says_ready else None
 
-    async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Server:
+    async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Known:
         """Choose dialect and path for a server that was not known, or has restarted."""
         if self._known is not None:
             await self._known.path.close()
         surface = await self._server.surface(deadline=deadline)
         chosen = choose(facts.version, surface)
-        path, reason = await self._path(facts, chosen.profile)
+        path, reason = await self._find_path(facts, chosen.profile)
         why = f"{chosen.why}, path {path.name}: {reason}"
         self._mode = None
         alone = facts.speculative_algorithm is None  # a draft has names of its own
         checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name, silent=True)
-        self._known = _Server(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
+        self._known = _Known(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
 
-    async def _path(self, facts: ServerFacts, profile: Profile) -> tuple[LoadPath, str]:
+    async def _find_path(self, facts: ServerFacts, profile: Profile) -> tuple[EnginePath, str]:
         plugin = facts.plugin
         usable = plugin is not None and plugin.protocol == orders.PROTOCOL
         if self._way == "plugin" and not usable:
@@ -311,14 +280,14 @@ class SGLangAdapter(EngineAdapter):
                 hint=f"{PLUGIN_HINT}; SGLang 0.5.12 or later; SGLANG_PLUGINS, if it is set, must name weightsync",
             )
         if self._way == "plugin" or (self._way == "auto" and usable):
-            return PluginPath(self._server, profile, self._target), "our plugin answers"
+            return PluginPath(self._server, profile, self._target, facts.tp_size), "our plugin answers"
         if self._way == "group":
             return GroupPath(self._server, profile, self._target), "asked for"
         gpus = await self._gpus(facts)
         if self._way == "ipc":
-            from weightsync.adapters.sglang.checkpoint_engine import CheckpointEnginePath
+            from weightsync.adapters.sglang.path_ipc import IpcPath
 
-            return CheckpointEnginePath(self._server, facts, gpus), "asked for"
+            return IpcPath(self._server, facts, gpus), "asked for"
         reason = "asked for" if self._way == "tensor" else "no plugin answers" if plugin is None else "another plugin"
         return TensorPath(self._server, profile, self._target, gpus), reason
 
@@ -330,7 +299,7 @@ class SGLangAdapter(EngineAdapter):
         found = await asyncio.to_thread(reader_gpus, url, facts.ordinals, named=named, engine=self.name)
         return list(found)
 
-    async def _drain(self, known: _Server, deadline: float) -> None:
+    async def _drain(self, known: _Known, deadline: float) -> None:
         """Wait until the requests that run now have ended.
 
         An update that is not paused waits for them, and keeps new ones waiting: this one has nothing in it, and outside

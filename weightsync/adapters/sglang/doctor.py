@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 from weightsync.adapters.base import Finding
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
-from weightsync.adapters.sglang.paths import refuse_server
+from weightsync.adapters.sglang.path import refuse_server
 from weightsync.errors import PLUGIN_HINT, EngineRefused
 
 if TYPE_CHECKING:
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.adapters.sglang.server import Server, ServerFacts
 
 __all__ = ["examine"]
 
@@ -23,7 +23,7 @@ _NO_MODE = "weightsync-doctor"  # a pause mode that there is not: whoever may pa
 
 
 async def examine(
-    server: SGLangServer,
+    server: Server,
     facts: ServerFacts,
     profile: Profile,
     why: str,
@@ -50,7 +50,7 @@ def _dialect(facts: ServerFacts, profile: Profile, why: str) -> Finding:
     return Finding(level="warn", what=what, fix="try one push in a test set-up, or use SGLang 0.5.23")
 
 
-async def _key(server: SGLangServer, keyed: bool, deadline: float) -> Finding:
+async def _key(server: Server, keyed: bool, deadline: float) -> Finding:
     """Whether we may call the endpoints that change weights, and whether everybody may."""
     try:
         await server.http.post("/pause_generation", {"mode": _NO_MODE}, deadline=deadline)

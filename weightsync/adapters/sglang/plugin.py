@@ -34,8 +34,8 @@ from weightsync.adapters.sglang.names import look_up
 from weightsync.adapters.sglang.requantise import HOOKED, Requantiser, quantise_once, remembered
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import CodecError, LocalProtocolError, WeightSyncError
+from weightsync.plan.replay_facts import NOT_WHOLE
 from weightsync.plan.told import SeenExposures, SeenManifests
-from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 

@@ -19,12 +19,12 @@ from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.profiles import Surface, surface_of
 from weightsync.errors import EngineError
-from weightsync.replay.facts import ReplayFacts
+from weightsync.plan.replay_facts import ReplayFacts
 
 if TYPE_CHECKING:
     from weightsync.adapters.http import EngineHttp
 
-__all__ = ["PluginState", "SGLangServer", "ServerFacts"]
+__all__ = ["PluginState", "Server", "ServerFacts"]
 
 _PROBED = (
     ("POST", "/begin_weight_update"),
@@ -90,7 +90,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
         return self.internal_states[0].weightsync if self.internal_states else None
 
 
-class SGLangServer:
+class Server:
     """One server. Raises as `EngineHttp` does, and `EngineError` for answers that are no success."""
 
     def __init__(self, http: EngineHttp) -> None:

@@ -13,14 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters import versions
-from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.base import EngineInfo
 from weightsync.adapters.checkpoint import CheckpointCheck
-from weightsync.adapters.held import HeldCheck
 from weightsync.adapters.http import EngineAnswer, EngineHttp, at_once
 from weightsync.adapters.lora import LoraRoutes
 from weightsync.adapters.readers import reader_gpus
+from weightsync.adapters.replaying import ReplayingAdapter
 from weightsync.adapters.vllm import doctor
-from weightsync.adapters.vllm.path import torn_text
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
 from weightsync.adapters.vllm.path_plugin import ExtensionPath, PluginPath
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
     from weightsync.adapters.base import Finding, PauseMode
     from weightsync.adapters.vllm.path import EnginePath
     from weightsync.adapters.vllm.server import Hello
-    from weightsync.plan.boxes import Words
-    from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["VLLMAdapter"]
@@ -49,23 +46,21 @@ _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
 _INSTALL = f"""{PLUGIN_HINT}; then start it with --weight-transfer-config '{{"backend": "weightsync"}}'"""
 
 
-class VLLMAdapter(EngineAdapter):
+class VLLMAdapter(ReplayingAdapter):
     """Talks to one vLLM server. `transport` replaces the network in tests."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        self.name = spec.name
+        super().__init__(spec.name)
         self._spec = spec
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
         self._started: str | None = None
         self._began_in: str | None = None  # the same, when the last update began
-        self._drawn = False  # the last update, and not through buckets
         self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None
         self._why = ""
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
-        self._held = HeldCheck(spec.name)
         self._version = "default"  # what it says, or was told to say since
         self._loaded: int | None = None  # a version that is loaded, and not served yet
         self._sleeps = self._released = False  # its weights, its cache: when last probed, and without a doubt
@@ -130,7 +125,7 @@ class VLLMAdapter(EngineAdapter):
             self._checkpoint = CheckpointCheck(model, self.name)
         whole = "it is torn" if info.torn else "it sleeps" if info.asleep else ""
         await self._checkpoint.refuse(manifest, whole=whole)
-        return await path.check(manifest, whole=info.torn or info.asleep, deadline=deadline)
+        return await path.accept(manifest, whole=info.torn or info.asleep, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
@@ -143,16 +138,19 @@ class VLLMAdapter(EngineAdapter):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         path, info = self._probed()
-        self._loaded, self._drawn, self._began_in = None, False, self._started
-        before, self._version = self._version, torn_text(self._version, version)
+        self._loaded, self._began_in = None, self._started
+        before = versions.read(self._version)
+        self._version = versions.updating(before.version, version)
         await path.set_weight_version(self._version, deadline=deadline)
         if info.asleep:  # waking the last that sleeps resumes it, too
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
-        compares = self._compares
-        path.pull, path.anew = compares and self._held.covers(manifest), compares and self._held.doubtful
-        await path.begin(version, manifest, offers, torn=versions.read(before).torn, deadline=deadline)
+        pull, anew = self._unchecked(manifest)
+        if (ours := self._replaying()) is not None:
+            await ours.begin(version, manifest, offers, torn=before.torn, pull=pull, anew=anew, deadline=deadline)
+        else:
+            await path.begin(version, manifest, offers, torn=before.torn, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self._probed()[0].load(bucket, tickets, deadline=deadline)
@@ -160,40 +158,11 @@ class VLLMAdapter(EngineAdapter):
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         await self._probed()[0].load_several(first, tickets, deadline=deadline)
 
-    def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
-        return isinstance(self._path, ExtensionPath) and self._compares and self._held.covers(manifest)
-
-    async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        path, _ = self._probed()
-        if not isinstance(path, ExtensionPath):
-            return await super().draw(exposures, deadline=deadline)
-        with self._held.unless_it_fails():
-            why_not = await path.draw(exposures, deadline=deadline)
-        self._drawn = not why_not
-        return why_not
-
-    async def places(self, *, deadline: float) -> Exposures | str:
-        path, _ = self._probed()
-        if not isinstance(path, ExtensionPath):
-            return await super().places(deadline=deadline)
-        with self._held.unless_it_fails():
-            found = await path.places(deadline=deadline)
-        self._drawn = not isinstance(found, str)
-        return found
-
     async def finish(self, version: int, *, deadline: float) -> None:
         path, _ = self._probed()
-        await path.finish(version, deadline=deadline)
+        await path.finish(deadline=deadline)
         await self._flush(path.server, deadline=deadline)
         self._loaded = version
-
-    async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None where our plugin cannot tell: what vLLM holds is fused, sharded and packed for its kernels."""
-        path, _ = self._probed()
-        if not isinstance(path, ExtensionPath) or not (path.pull or self._compares):
-            return None
-        return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 
     async def resume(self, *, deadline: float) -> None:
         """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One
@@ -214,10 +183,8 @@ class VLLMAdapter(EngineAdapter):
     async def close(self) -> None:
         await self._http.close()
 
-    @property
-    def _compares(self) -> bool:
-        """Whether its workers said, of the last push, that they can be asked what they hold."""
-        return self._path is not None and self._path.replay is not None and self._path.replay.compares
+    def _replaying(self) -> ExtensionPath | None:
+        return self._path if isinstance(self._path, ExtensionPath) else None
 
     def _probed(self) -> tuple[EnginePath, EngineInfo]:
         if self._path is None or self._info is None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from weightsync.adapters import versions
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.server import field
 from weightsync.errors import EngineRefused
@@ -15,9 +14,9 @@ if TYPE_CHECKING:
 
     from weightsync.adapters.vllm.server import Server
     from weightsync.plan.manifest import Manifest
-    from weightsync.replay.facts import ReplayFacts
+    from weightsync.plan.replay_facts import ReplayFacts
 
-__all__ = ["EnginePath", "torn_text"]
+__all__ = ["EnginePath"]
 
 
 class EnginePath(ABC):
@@ -31,8 +30,6 @@ class EnginePath(ABC):
         self.server = server
         self.draft = draft
         self._remembered = "default"
-        self.pull = False  # what the next update loads will be compared, so that buckets need not be
-        self.anew = False  # what was learnt of the loader led to something wrong
         self.replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     async def weight_version(self, *, deadline: float) -> str:
@@ -53,7 +50,7 @@ class EnginePath(ABC):
         return ""
 
     @abstractmethod
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """See `EngineAdapter.accept`; `whole`: nothing may be left as it is."""
 
     @abstractmethod
@@ -72,7 +69,7 @@ class EnginePath(ABC):
             await self.load(bucket, of_bucket, deadline=deadline)
 
     @abstractmethod
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         """Close the update; what the server says of its version comes afterwards."""
 
     async def start(self, *, deadline: float) -> None:
@@ -91,8 +88,3 @@ class EnginePath(ABC):
     def refused(self, why: str, hint: str | None = None) -> EngineRefused:
         """The error for `accept` to raise."""
         return EngineRefused(why, engine=self.server.engine, phase="accept", hint=hint)
-
-
-def torn_text(current: str, version: int) -> str:
-    """What the weight version becomes while an update from `current` to `version` runs."""
-    return versions.updating(versions.read(current).version, version)

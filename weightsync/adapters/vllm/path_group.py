@@ -40,13 +40,13 @@ class GroupPath(StockPath):
         super().__init__(server, draft=draft)
         self._joined = ""  # the group that its workers are in
 
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """See the base class."""
         if not self.server.profile.brackets:
             raise self.refused(
                 f"vllm {self.server.version} is not known to load so", "vllm 0.21 or later, or our plugin"
             )
-        untouched = await super().check(manifest, whole=whole, deadline=deadline)
+        untouched = await super().accept(manifest, whole=whole, deadline=deadline)
         table = manifest.tensors
         if len(senders := np.unique(manifest.bucket_owner)) > 1:
             raise self.refused(

@@ -81,13 +81,13 @@ class IpcPath(StockPath):
         self._find_gpus = gpus
         self._gpus: tuple[str, ...] = ()
 
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """See the base class."""
         if self.server.profile.packed is None:
             raise self.refused(
                 f"vllm {self.server.version} takes no packed buffers", "use our plugin, or vllm 0.22 or later"
             )
-        untouched = await super().check(manifest, whole=whole, deadline=deadline)
+        untouched = await super().accept(manifest, whole=whole, deadline=deadline)
         if found := misfits(manifest):
             raise self.refused(
                 f"stock ipc takes whole tensors back to back, and {first_names(found, len(found))}",

@@ -13,8 +13,8 @@ from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
 from weightsync.errors import EngineError
+from weightsync.plan.replay_facts import NOT_WHOLE
 from weightsync.plan.told import ToldExposures, ToldManifests
-from weightsync.replay.facts import NOT_WHOLE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,7 +60,7 @@ class ExtensionPath(EnginePath):
         said = {worker.weight_version for worker in await self.server.hello(deadline=deadline)}
         return said.pop() if len(said) == 1 else next((text for text in said if ">" in text), "default")
 
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The workers compare every name with the model they hold."""
         self._told.forget()  # so that it is told whole
         self._shown.forget()
@@ -87,17 +87,36 @@ class ExtensionPath(EnginePath):
         return tuple(untouched)
 
     async def begin(
-        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
+        self,
+        version: int,
+        manifest: Manifest,
+        offers: Sequence[Sequence[bytes]],
+        *,
+        torn: bool,
+        pull: bool = False,
+        anew: bool = False,
+        deadline: float,
     ) -> None:
+        """See the base class; `pull` and `anew` as in the `Request` of extension.py."""
+        await self._open(deadline=deadline)
+        self._token = token_hex(32)
         with self._told.unless_it_fails():
-            await self.server.workers("begin", deadline=deadline, **self._begin(version, manifest, offers, deadline))
+            asked = {
+                "version": version,
+                "manifest": _text(self._told.tell(manifest)),
+                "offers": [[_text(offer) for offer in worker] for worker in offers],
+                **({"pull": True} if pull else {}),
+                **({"anew": True} if anew else {}),
+            }
+            await self._step("begin", asked, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         await self.load_several(bucket, [tickets], deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class; in one call."""
-        await self.server.workers("load", deadline=deadline, **self._load(first, tickets, deadline))
+        asked = {"bucket": first, "tickets": [[_text(ticket) for ticket in of_bucket] for of_bucket in tickets]}
+        await self._step("load", asked, deadline=deadline)
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
         """Have all workers read what they need out of the trainer's memory; why one cannot, or ""."""
@@ -114,7 +133,7 @@ class ExtensionPath(EnginePath):
         answers = await self.server.workers("places", deadline=deadline, known=known, **of)
         return self._places.of([_bytes(one, "shown", self) for one in answers], self.server.world)
 
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         await self.server.workers("finish", deadline=deadline, draft=self.draft, update=self._token)
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
@@ -140,29 +159,15 @@ class ExtensionPath(EnginePath):
         draft = {"draft": True} if self.draft else {}
         return await self.server.workers(do, deadline=deadline, manifest=_text(manifest.digest), **draft)
 
-    def _begin(
-        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], deadline: float
-    ) -> dict[str, Any]:
-        self._token = token_hex(32)
-        return {
-            "version": version,
-            "manifest": _text(self._told.tell(manifest)),
-            "offers": [[_text(offer) for offer in worker] for worker in offers],
-            "seconds": ticket_seconds(deadline, monotonic()),
-            "update": self._token,
-            **({"draft": True} if self.draft else {}),
-            **({"pull": True} if self.pull else {}),
-            **({"anew": True} if self.anew else {}),
-        }
+    async def _open(self, *, deadline: float) -> None:
+        """The workers open an update themselves when it begins."""
 
-    def _load(self, first: int, tickets: Sequence[Sequence[bytes]], deadline: float) -> dict[str, Any]:
-        return {
-            "bucket": first,
-            "tickets": [[_text(ticket) for ticket in of_bucket] for of_bucket in tickets],
-            "seconds": ticket_seconds(deadline, monotonic()),
-            "update": self._token,
-            **({"draft": True} if self.draft else {}),
-        }
+    async def _step(self, do: str, asked: dict[str, Any], *, deadline: float) -> None:
+        draft = {"draft": True} if self.draft else {}
+        await self.server.workers(do, deadline=deadline, **asked, **self._terms(deadline), **draft)
+
+    def _terms(self, deadline: float) -> dict[str, Any]:
+        return {"seconds": ticket_seconds(deadline, monotonic()), "update": self._token}
 
 
 class PluginPath(ExtensionPath):
@@ -170,9 +175,7 @@ class PluginPath(ExtensionPath):
 
     name = "plugin"
 
-    async def begin(
-        self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
-    ) -> None:
+    async def _open(self, *, deadline: float) -> None:
         try:
             await self.start(deadline=deadline)
         except EngineAnswer as answer:
@@ -181,17 +184,15 @@ class PluginPath(ExtensionPath):
             await self.attempt("/update_weights", {"update_info": {"do": "abandon"}}, deadline=deadline)
             await self.attempt("/finish_weight_update", None, deadline=deadline)  # 0.22 does not close a failed one
             await self.start(deadline=deadline)
-        with self._told.unless_it_fails():
-            await self._update({"do": "begin", **self._begin(version, manifest, offers, deadline)}, deadline=deadline)
 
-    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        await self._update({"do": "load", **self._load(first, tickets, deadline)}, deadline=deadline)
-
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         if not self.server.profile.engine_reloads:
             await self._update({"do": "check-whole"}, deadline=deadline)
         await self.server.http.post("/finish_weight_update", None, deadline=deadline)
 
-    async def _update(self, step: dict[str, Any], *, deadline: float) -> None:
-        step.pop("draft", None)  # the start route said so
-        await self.server.http.post("/update_weights", {"update_info": step}, deadline=deadline)
+    async def _step(self, do: str, asked: dict[str, Any], *, deadline: float) -> None:
+        """Whether it is of the draft model, the start route said."""
+        await self._update({"do": do, **asked, **self._terms(deadline)}, deadline=deadline)
+
+    async def _update(self, info: dict[str, Any], *, deadline: float) -> None:
+        await self.server.http.post("/update_weights", {"update_info": info}, deadline=deadline)

@@ -54,7 +54,7 @@ class StockPath(EnginePath):
         self._opened = False  # by us, and not closed since
         self._out_of_step = ""  # the call that failed, and left workers' answers unread
 
-    async def check(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
         """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
         if self._out_of_step:
             raise self.refused(
@@ -87,7 +87,7 @@ class StockPath(EnginePath):
     async def _attach(self, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """Prepare its workers for what will be sent."""
 
-    async def finish(self, version: int, *, deadline: float) -> None:
+    async def finish(self, *, deadline: float) -> None:
         with self._watched():
             await self._close(deadline=deadline)
         self._manifest = None

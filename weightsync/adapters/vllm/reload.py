@@ -24,8 +24,8 @@ from weightsync.adapters.vllm import cpu_repairs
 from weightsync.adapters.vllm.names import Fit, ModelNames
 from weightsync.adapters.worker import SlotReader
 from weightsync.errors import EngineError, LocalProtocolError
+from weightsync.plan.replay_facts import NOT_WHOLE
 from weightsync.plan.told import SeenExposures, SeenManifests
-from weightsync.replay.facts import NOT_WHOLE
 from weightsync.replay.model import ModelState
 from weightsync.replay.state import EXPERTS_MOVE, ModelReplay
 

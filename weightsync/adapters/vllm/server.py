@@ -11,7 +11,7 @@ import msgspec
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.profiles import DEV_ROUTES, MARK, PROFILES, PROTOCOL, Choice, choose
 from weightsync.errors import EngineError
-from weightsync.replay.facts import ReplayFacts, least
+from weightsync.plan.replay_facts import ReplayFacts, least
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

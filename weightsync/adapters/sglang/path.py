@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.sglang.payloads import DTYPES
 from weightsync.adapters.sglang.profiles import numbers_of
-from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
+from weightsync.errors import EngineError, EngineRefused
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.adapters.sglang.server import Server, ServerFacts
     from weightsync.plan.manifest import Manifest
+    from weightsync.plan.replay_facts import ReplayFacts
 
-__all__ = ["LoadPath", "Session", "StockPath", "refuse_server", "refuse_stock"]
+__all__ = ["SELECTORS", "EnginePath", "Session", "refuse_server"]
 
 SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
 """`target` of an engine's configuration → SGLang's word for it."""
@@ -27,11 +27,12 @@ SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
 _REQUANTISES = (0, 5, 22)  # the first SGLang whose flash_rl loader shards, then quantises
 
 
-class LoadPath(ABC):
+class EnginePath(ABC):
     """One way into a server. An instance lives as long as the server does; updates follow one another."""
 
     name: ClassVar[str]
     transport: str  # whose tickets it takes
+    replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
@@ -64,7 +65,7 @@ class Session:
     Servers before have none, and nothing happens.
     """
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str) -> None:
         self._server = server
         self._needed = profile.sessions
         self._selector = SELECTORS[target]
@@ -91,51 +92,6 @@ class Session:
         """End the open one after a failure, whose error is the one to tell: there is no way to abort."""
         with suppress(EngineError):
             await self.end(deadline=deadline)
-
-
-class StockPath(LoadPath):
-    """One of the ways that need nothing of ours: a call for each bucket, within a session."""
-
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
-        self._server = server
-        self._session = Session(server, profile, target)
-        self._manifest: Manifest | None = None
-        self._models: dict[str, Any] = {}  # what says in a call which of the engine's models are meant
-        if profile.draft == "selector":
-            self._models = {"selector": SELECTORS[target]}
-        elif profile.draft == "disable_draft_model" and target == "model":
-            self._models = {"disable_draft_model": True}
-
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
-        refuse_stock(manifest, self._server.engine)
-        return ()
-
-    async def finish(self, *, deadline: float) -> None:
-        self._manifest = None
-        await self._session.end(deadline=deadline)
-
-    async def _open(self, manifest: Manifest, *, deadline: float) -> None:
-        self._manifest = None
-        await self._session.open(deadline=deadline)
-        self._manifest = manifest
-
-    def _opened(self) -> Manifest:
-        if self._manifest is None:
-            raise LocalProtocolError("no update is open", engine=self._server.engine, hint="begin first")
-        return self._manifest
-
-    async def _load(self, route: str, body: dict[str, Any], *, deadline: float) -> None:
-        """Have it load a bucket; no update is open after a failure."""
-        try:
-            await self._server.call(route, {**body, "flush_cache": False, **self._models}, deadline=deadline)
-        except EngineLost:
-            self._manifest = None
-            raise
-        except EngineError:
-            self._manifest = None
-            await self._session.abandon(deadline=deadline)
-            raise
 
 
 def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str, *, plugin: bool) -> None:
@@ -183,20 +139,3 @@ def _reloads(facts: ServerFacts, profile: Profile, *, plugin: bool) -> bool:
         numbers = numbers_of(facts.version)
         return facts.load_format == "flash_rl" and (numbers is None or numbers >= _REQUANTISES)
     return profile.sessions and facts.quantization == "compressed-tensors"
-
-
-def refuse_stock(manifest: Manifest, engine: str) -> None:
-    """Raise `EngineRefused` naming what a server without our plugin cannot be given: parts, and unknown dtypes."""
-    table = manifest.tensors
-    if cut := manifest.cut_tensors():
-        largest = int(table.sizes[cut].max())
-        names = ", ".join(repr(table.names[i]) for i in cut[:5])
-        raise EngineRefused(
-            f"{len(cut)} tensors are larger than a bucket, and stock SGLang takes whole ones only: {names}",
-            engine=engine,
-            phase="accept",
-            hint=f"arena.slot_bytes of at least {largest}, or the engine's plugin",
-        )
-    for name, dtype in zip(table.names, table.dtypes, strict=True):
-        if dtype not in DTYPES:
-            raise EngineRefused(f"stock SGLang takes no {dtype}, the dtype of {name!r}", engine=engine, phase="accept")

@@ -14,14 +14,14 @@ from __future__ import annotations
 from base64 import b64encode
 from typing import TYPE_CHECKING
 
-from weightsync.adapters.sglang.paths import StockPath
+from weightsync.adapters.sglang.path_stock import StockPath
 from weightsync.adapters.sglang.payloads import flattened_bucket
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.adapters.sglang.server import Server
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["TensorPath"]
@@ -32,7 +32,7 @@ class TensorPath(StockPath):
 
     name = "tensor"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str, gpus: Sequence[str | None]) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str, gpus: Sequence[str | None]) -> None:
         """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
         super().__init__(server, profile, target)
         self._gpus = gpus

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from weightsync.adapters.http import EngineAnswer
-from weightsync.adapters.sglang.paths import StockPath
+from weightsync.adapters.sglang.path_stock import StockPath
 from weightsync.errors import EngineRefused
 from weightsync.transports.group import GroupOffer, GroupTicket
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.adapters.sglang.server import Server
     from weightsync.plan.manifest import Manifest
 
 __all__ = ["GroupPath"]
@@ -34,7 +34,7 @@ class GroupPath(StockPath):
     name = "group"
     transport = "group"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str) -> None:
         super().__init__(server, profile, target)
         self._joined: dict[int, str] = {}  # index of a bridge → the group with it
 

@@ -29,7 +29,8 @@ from typing import TYPE_CHECKING
 import zmq
 import zmq.asyncio
 
-from weightsync.adapters.sglang.paths import LoadPath, refuse_stock
+from weightsync.adapters.sglang.path import EnginePath
+from weightsync.adapters.sglang.path_stock import refuse_stock
 from weightsync.adapters.sglang.payloads import close_buffer, end, open_buffer, tensor_list
 from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineLost, EngineRefused, LocalProtocolError
@@ -38,10 +39,10 @@ from weightsync.ipc.segments import DIRECTORY
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from weightsync.adapters.sglang.server import ServerFacts, SGLangServer
+    from weightsync.adapters.sglang.server import Server, ServerFacts
     from weightsync.plan.manifest import Manifest
 
-__all__ = ["CheckpointEnginePath", "end_abandoned"]
+__all__ = ["IpcPath", "end_abandoned"]
 
 _ON_CPU = (0, 5, 20)  # the first that was run on a CPU; 0.5.15.post1 and 0.5.17 fail there
 _LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
@@ -53,7 +54,7 @@ _RECONNECT = 3.0  # seconds for a worker that waits to find the socket again; it
 class _Update:
     """An update under way: sockets in a directory that nobody else may enter, and the call that lasts as long."""
 
-    def __init__(self, server: SGLangServer, keys: Sequence[str], manifest: Manifest) -> None:
+    def __init__(self, server: Server, keys: Sequence[str], manifest: Manifest) -> None:
         self.manifest = manifest
         self._engine = server.engine
         self._directory = tempfile.mkdtemp(prefix=_prefix(server.http.url), dir=DIRECTORY)
@@ -168,12 +169,12 @@ async def _exchange(socket: zmq.asyncio.Socket, message: bytes) -> bytes:
     return answer
 
 
-class CheckpointEnginePath(LoadPath):
+class IpcPath(EnginePath):
     """Buckets as checkpoint-engine's buffers."""
 
     name = "ipc"
 
-    def __init__(self, server: SGLangServer, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
+    def __init__(self, server: Server, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
         """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
         self._server = server
         self._facts = facts

@@ -16,7 +16,7 @@ from weightsync.adapters.held import HeldSums
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.sglang import orders
-from weightsync.adapters.sglang.paths import SELECTORS, LoadPath, Session
+from weightsync.adapters.sglang.path import SELECTORS, EnginePath, Session
 from weightsync.errors import CodecError, EngineError, EngineLost, EngineRefused
 from weightsync.plan.told import ToldExposures, ToldManifests
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from weightsync.adapters.sglang.profiles import Profile
-    from weightsync.adapters.sglang.server import SGLangServer
+    from weightsync.adapters.sglang.server import Server
     from weightsync.plan.exposure import Exposures
     from weightsync.plan.manifest import Manifest
 
@@ -33,16 +33,16 @@ __all__ = ["PluginPath"]
 _SHOWN = 5
 
 
-class PluginPath(LoadPath):
+class PluginPath(EnginePath):
     """Talks to the `plugin.py` of this folder, inside the scheduler of every rank."""
 
     name = "plugin"
     transport = "mapped"
 
-    def __init__(self, server: SGLangServer, profile: Profile, target: str) -> None:
+    def __init__(self, server: Server, profile: Profile, target: str, ranks: int) -> None:
         self._server = server
         self._session = Session(server, profile, target)
-        self._target = SELECTORS[target]
+        self._target, self._ranks = SELECTORS[target], ranks
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
         self._update = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
@@ -76,9 +76,9 @@ class PluginPath(LoadPath):
         manifest: Manifest,
         offers: Sequence[Sequence[bytes]],
         *,
-        deadline: float,
         pull: bool = False,
         anew: bool = False,
+        deadline: float,
     ) -> None:
         """See the base class; `pull` and `anew` as in `orders.Begin`."""
         await self._session.open(deadline=deadline)
@@ -115,12 +115,12 @@ class PluginPath(LoadPath):
             except CodecError as error:
                 raise self._none_of_ours(error) from error
 
-    async def places(self, ranks: int, *, deadline: float) -> Exposures | str:
-        """Where so many ranks have places for what they need; or why one has none."""
+    async def places(self, *, deadline: float) -> Exposures | str:
+        """Where all ranks have places for what they need; or why one has none."""
         order = orders.Places(update=self._update, known=tuple(self._places.known))
         answer = await self._in_session(order, deadline, "places")
         try:
-            return self._places.of(orders.unpack_answers(answer), ranks)
+            return self._places.of(orders.unpack_answers(answer), self._ranks)
         except CodecError as error:
             raise self._none_of_ours(error) from error
 
