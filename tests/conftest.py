@@ -30,6 +30,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+PROCESSES = [Path(__file__).with_name(name) for name in ("e2e", "faults")]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The limit of a test is there for one that hangs. Module fixtures count too: where they start engines and daemons,
+    and two of these processes share few cores, a first test may well take a minute.
+    """
+    for item in items:
+        if any(folder in item.path.parents for folder in PROCESSES) and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(300))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _guard():
     """Nothing that a test starts outlives the process that runs it."""

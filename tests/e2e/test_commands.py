@@ -21,7 +21,7 @@ from weightsync.testing import eventually
 pytestmark = pytest.mark.e2e
 
 
-def run(*arguments: str, node=None, timeout: float = 50) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, node=None, timeout: float = 150) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
     if node is not None:
         env["WEIGHTSYNC_DAEMON"] = node.daemon.endpoint
@@ -193,7 +193,6 @@ def test_a_second_daemon_of_the_same_node_is_refused(node):
     assert "another weightsyncd serves node 'node0'" in done.stderr
 
 
-@pytest.mark.timeout(240)
 def test_the_demo():
     done = run("weightsync", "demo", "--steps", "2", "--json", timeout=220)
     assert done.returncode == 0, done.stderr[-4000:]

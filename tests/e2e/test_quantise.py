@@ -119,7 +119,7 @@ def test_ranks_that_share_blocks(node, tmp_path):
     script = Path(__file__).with_name("quantise_push.py")
     arguments = [node.checkpoint("B"), node.checkpoint("A-fp8"), node.daemon.endpoint, str(version), str(tmp_path)]
     trainer = node.fleet.torchrun("fsdp2", script, 3, arguments)
-    assert trainer.wait(50) == 0, trainer.tail(60)
+    assert trainer.wait(150) == 0, trainer.tail(60)
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     for case, words in (("alone", "lie on several ranks"), ("nan", "up_proj.weight' has a NaN or an infinity")):
         assert {one[case][0] for one in told} == {"PushAborted"}, told

@@ -15,7 +15,7 @@ from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.sources import CheckpointSource
 
-pytestmark = [pytest.mark.e2e, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.e2e
 ARENA = {"slots": 3, "slot_bytes": "64KiB"}
 TIMEOUTS = {"liveness": 1.0, "operation": 20}  # half of which a bridge has to load torch, whatever else runs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -29,13 +30,15 @@ class Nodes:
         self.fleet = fleet
         for seed, name in enumerate("AB"):
             random_checkpoint(TINY, fleet.root / name, seed)
-        self.engines = []
+        start = functools.partial(fleet.start_engine, checkpoint=fleet.root / "A", wait=False)
+        of_nodes = [[start(f"e{number}{tp}", tp=tp) for tp in sizes] for number, sizes in enumerate(engines)]
+        self.engines = [engine for own in of_nodes for engine in own]
+        for engine in self.engines:
+            fleet.wait_engine(engine)
         self.daemons: list[Daemon] = []
-        for number, sizes in reversed(list(enumerate(engines))):
-            own = [fleet.start_engine(f"e{number}{tp}", fleet.root / "A", tp=tp) for tp in sizes]
+        for number, own in reversed(list(enumerate(of_nodes))):
             peers = self.daemons if number == 0 else []
             self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers, log=DEBUG), *self.daemons]
-            self.engines += own
         self.version = 1
 
     def push(self, checkpoint, ranks, *, daemons=None, mesh=()):
@@ -46,7 +49,7 @@ class Nodes:
         arguments = [str(self.fleet.root / checkpoint), endpoints, str(self.version), str(out), *mesh]
         trainer = self.fleet.torchrun(f"trainer{self.version}", SCRIPT, ranks, arguments)
         logs = "\n".join(daemon.tail(30) for daemon in self.daemons)
-        assert trainer.wait(50) == 0, f"{trainer.tail(60)}\n{logs}"
+        assert trainer.wait(150) == 0, f"{trainer.tail(60)}\n{logs}"
         self.version += 2
         told = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
         assert all(words == told[0] for words in told), "every rank gets the same report"
