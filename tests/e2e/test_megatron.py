@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import TINY, Node
 from tests.marks import slow
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.fleet import Fleet
@@ -44,7 +45,7 @@ def experts() -> Iterator[Node]:
         for seed, name in enumerate("AB"):
             random_checkpoint(MOE, fleet.root / name, seed)
         engine = fleet.start_engine("moe", fleet.root / "A", tp=2)
-        daemon = fleet.start_daemon("node-moe", [engine], arena={"slot_bytes": "256KiB", "slots": 2})
+        daemon = fleet.start_daemon(named("node-moe"), [engine], arena={"slot_bytes": "256KiB", "slots": 2})
         yield Node(fleet, daemon, [engine], MOE, itertools.count(1))
 
 

@@ -7,11 +7,11 @@ import json
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import TINY, get
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.oracle import expected_checksums
 from weightsync.fleet import Daemon, Fleet
@@ -38,7 +38,8 @@ class Nodes:
         self.daemons: list[Daemon] = []
         for number, own in reversed(list(enumerate(of_nodes))):
             peers = self.daemons if number == 0 else []
-            self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers, log=DEBUG), *self.daemons]
+            daemon = fleet.start_daemon(named(f"n{number}"), own, arena=ARENA, peers=peers, log=DEBUG)
+            self.daemons = [daemon, *self.daemons]
         self.version = 1
 
     def push(self, checkpoint, ranks, *, daemons=None, mesh=()):
@@ -62,9 +63,9 @@ class Nodes:
     def check(self, checkpoint):
         weights = load_file(self.fleet.root / checkpoint / "model.safetensors")
         for engine in self.engines:
-            found = httpx.get(f"{engine.url}/checksums", trust_env=False).raise_for_status().json()
+            found = get(f"{engine.url}/checksums").raise_for_status().json()
             assert found == expected_checksums(TINY, weights, engine.tp), engine.name
-            info = httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+            info = get(f"{engine.url}/info").raise_for_status().json()
             assert (info["weight_version"], info["paused"], info["torn"]) == (self.version - 1, False, False)
 
 
