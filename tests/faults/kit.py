@@ -176,12 +176,11 @@ class Node:
             rank.push(**self.terms(number, len(ranks), version=version, **{**more, **only.get(number, {})}))
 
     def push_once(self, ranks: list[Rank], **more: Any) -> None:
-        """An ordinary push by these ranks, before one with a short timeout: a fresh rank's first may stand still for
-        seconds, in what it has to load.
+        """An ordinary push by these ranks of what engines hold, before one with a short timeout: a fresh rank's first
+        may stand still for seconds, in what it has to load.
         """
-        self.push_all(ranks, self.next_version(), **more)
+        self.push_all(ranks, self.next_version(), checkpoint=self.checkpoint(self.before), **more)
         assert all(rank.report()["complete"] for rank in ranks)
-        self.before = "C"
 
     def status(self) -> Any:
         return fetch_status(self.daemon.endpoint)

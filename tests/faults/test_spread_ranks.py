@@ -40,9 +40,11 @@ def start(pair, **terms):
 
 
 def pushed_once(pair, count=WORLD):
-    """Ranks that have pushed before: a fresh one's first push may stand still for seconds, in what it has to load."""
+    """Ranks that have pushed before, what engines hold: a fresh one's first may stand still for seconds, in what it has
+    to load.
+    """
     ranks = pair.start_ranks(count)
-    call(pair, ranks, pair.next_version())
+    call(pair, ranks, pair.next_version(), checkpoint=pair.checkpoint(pair.before))
     assert all(rank.report()["complete"] for rank in ranks)
     return ranks
 
