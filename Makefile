@@ -2,7 +2,7 @@
 # make demo    end-to-end demo: FSDP2 ranks push through weightsyncd into three engines
 # make bench   benchmarks of this machine; make bench-pure  planning, codec, session beside their baseline
 # make test    CPU tests but those with real engines;  make test-engines  those;  make style types  style and types
-# make test-all  those and the slow ones: more cells of the fault matrices, sizes and numbers of ranks
+# make test-all  those and the slow ones: more cells of the fault matrices, sizes, numbers of ranks, and random seeds
 # make docs    the docs as a site
 PYTHON ?= python3
 VENV ?= .venv
@@ -37,7 +37,7 @@ test: setup
 	$(BIN)/python -m pytest -m "not slow" tests/faults -n 2 --dist loadfile
 
 test-all: setup
-	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadfile --ignore tests/faults
+	$(BIN)/python -m pytest -m "not gpu and not engines" -n 2 --dist loadfile --ignore tests/faults --hypothesis-profile=weightsync-random
 	$(BIN)/python -m pytest tests/faults -n 2 --dist loadfile
 
 style: setup

@@ -135,18 +135,26 @@ class Peer:
         if self._link is not None and (self.info is not None or lately):
             await self._attach(self._link)
 
-    async def _attach(self, link: PeerLink) -> None:
-        question = msg.Attach(node=self._config.node.name)
+    async def _attach(self, link: PeerLink, *, again: bool = False) -> None:
+        question, patience = msg.Attach(node=self._config.node.name), self._config.timeouts.liveness
+        asked, late = time.monotonic(), []  # whether this loop was itself far behind, half-way to the deadline
+        half = asyncio.get_running_loop().call_later(
+            patience / 2, lambda: late.append(time.monotonic() - asked > patience * 3 / 4)
+        )
         try:
-            answer = await link.ask(question, deadline=time.monotonic() + self._config.timeouts.liveness)
+            answer = await link.ask(question, deadline=asked + patience)
         except WeightSyncError as error:
             if link is not self._link or (self.info is not None and not link.silent):
                 return  # replaced meanwhile; or heard, if too late for this question
             if self.info is None:
                 self.problem = error.message + (f"; {error.hint}" if error.hint else "")
+            elif any(late) and not again:  # who was held up itself has heard nobody
+                await self._attach(link, again=True)
             else:
-                await self._lose(link, f"it has not been heard for {self._config.timeouts.liveness:g} s")
+                await self._lose(link, f"it has not been heard for {patience:g} s")
             return
+        finally:
+            half.cancel()
         if link is not self._link:
             return  # replaced meanwhile
         problem = self._problem_of(answer)

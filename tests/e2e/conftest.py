@@ -12,6 +12,7 @@ import pytest
 import torch  # noqa: TC002 - dataclass methods
 from safetensors.torch import load_file
 
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.oracle import expected_checksums
@@ -26,6 +27,11 @@ TINY = ModelConfig(
     num_key_value_heads=2,
     head_dim=16,
 )
+
+
+def get(url: str) -> httpx.Response:
+    """From a process that may have to wait for a core."""
+    return httpx.get(url, timeout=30, trust_env=False)
 
 
 @dataclass
@@ -45,13 +51,13 @@ class Node:
         return load_file(f"{self.checkpoint(name)}/model.safetensors")
 
     def info(self, engine: Engine) -> dict[str, Any]:
-        shown: dict[str, Any] = httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+        shown: dict[str, Any] = get(f"{engine.url}/info").raise_for_status().json()
         return shown
 
     def assert_holds(self, weights: dict[str, torch.Tensor], version: int) -> None:
         """Every rank of every engine holds exactly these weights and serves this version."""
         for engine in self.engines:
-            found = httpx.get(f"{engine.url}/checksums", trust_env=False).raise_for_status().json()
+            found = get(f"{engine.url}/checksums").raise_for_status().json()
             assert found == expected_checksums(self.config, weights, engine.tp), engine.name
             info = self.info(engine)
             assert (info["weight_version"], info["paused"], info["torn"]) == (version, False, False)
@@ -66,5 +72,5 @@ def node() -> Iterator[Node]:
         for engine in engines:
             fleet.wait_engine(engine)
         log = {"trace_dir": str(fleet.root / "traces")}
-        daemon = fleet.start_daemon("node0", engines, arena={"slot_bytes": "64KiB", "slots": 2}, log=log)
+        daemon = fleet.start_daemon(named("node0"), engines, arena={"slot_bytes": "64KiB", "slots": 2}, log=log)
         yield Node(fleet, daemon, engines, TINY, itertools.count(1))

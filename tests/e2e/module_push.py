@@ -56,7 +56,7 @@ def main(rank: int, arguments: list[str]) -> None:
         report = push_weights(model, version=int(version) + len(held), daemon=daemon, timeout=60, **how)
         held[case] = {}
         if rank == 0:
-            answers = [httpx.get(f"{engine}/checksums", trust_env=False).raise_for_status() for engine in engines]
+            answers = [httpx.get(f"{e}/checksums", timeout=30, trust_env=False).raise_for_status() for e in engines]
             held[case] = {"complete": report.complete, "sums": [answer.json() for answer in answers]}
 
     masters = load_checkpoint(second).double()  # wider than what the engines serve

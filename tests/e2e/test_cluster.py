@@ -11,7 +11,7 @@ import pytest
 
 from tests.e2e.conftest import TINY
 from tests.faults.kit import until
-from tests.own import free_port
+from tests.own import free_port, named
 from tests.wire_examples import EXAMPLES
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
@@ -24,6 +24,7 @@ from weightsync.wire.keys import read_key_file
 from weightsync.wire.trainer_link import TrainerLink
 
 COMMAND = Path(sys.executable).with_name("weightsync")
+N = [named(f"n{i}") for i in range(2)]
 ARENA = {"slots": 3, "slot_bytes": "64KiB"}
 
 
@@ -47,11 +48,11 @@ def cluster(checkpoints):
         listen = [f"tcp://127.0.0.1:{free_port()}" for _ in range(2)]
         daemons = [
             fleet.start_daemon(
-                f"n{i}",
+                N[i],
                 [engines[i]],
                 arena=ARENA,
                 cluster={"listen": listen[i], "key_file": key},
-                peers={f"n{1 - i}": listen[1 - i]},
+                peers={N[1 - i]: listen[1 - i]},
                 wait=False,
             )
             for i in range(2)
@@ -102,13 +103,13 @@ def test_a_node_without_the_key_is_told_why(cluster):
     other = fleet.root / "other.key"
     subprocess.run([COMMAND, "keygen", other], check=True, timeout=60)
     stranger = fleet.start_daemon(
-        "n9",
+        named("stranger"),
         arena=ARENA,
         timeouts={"liveness": 0.5},
         cluster={"key_file": other},
-        peers={"n0": daemons[0].listen},
+        peers={N[0]: daemons[0].listen},
         wait=False,
     )
     fleet.wait_daemon(stranger)
     words = "does not have this node's key; the file of [cluster] key_file must be the same on every node"
-    until(lambda: words in fetch_status(stranger.endpoint).peers["n0"], "it is told")
+    until(lambda: words in fetch_status(stranger.endpoint).peers[N[0]], "it is told")

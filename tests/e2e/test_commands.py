@@ -9,10 +9,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 
+from tests.e2e.conftest import get
+from tests.own import named
 from weightsync import push_weights
 from weightsync.errors import PushRefused
 from weightsync.operator import fetch_status
@@ -21,7 +22,7 @@ from weightsync.testing import eventually
 pytestmark = pytest.mark.e2e
 
 
-def run(*arguments: str, node=None, timeout: float = 50) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, node=None, timeout: float = 150) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "COLUMNS": "160", "NO_COLOR": "1"}
     if node is not None:
         env["WEIGHTSYNC_DAEMON"] = node.daemon.endpoint
@@ -89,7 +90,7 @@ def test_status_and_engines(node):
     version = next(node.versions)
     run("weightsync", "push", node.checkpoint("A"), "--version", str(version), node=node)
     status = json.loads(run("weightsync", "status", "--json", node=node).stdout)
-    assert status["node"] == "node0"
+    assert status["node"] == node.daemon.name
     assert {e["name"]: (e["state"], e["version"]) for e in status["engines"]} == {
         "e1": ("serving", version),
         "e2": ("serving", version),
@@ -161,18 +162,19 @@ def test_the_service_checks_its_config_and_lists_every_mistake(tmp_path):
 
 
 def test_metrics_and_health(node, unused_port):
+    metrics_node = named("metrics")
     daemon = node.fleet.start_daemon(
-        "metrics-node", [], http={"listen": f"127.0.0.1:{unused_port}"}, log={"format": "json"}
+        metrics_node, [], http={"listen": f"127.0.0.1:{unused_port}"}, log={"format": "json"}
     )
     try:
         url = f"http://127.0.0.1:{unused_port}"
-        assert httpx.get(f"{url}/healthz", trust_env=False).text == "ok\n"
-        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
-        assert 'weightsync_bridge_restarts{bridge="metrics-node/0"} 0.0' in metrics
-        assert httpx.get(f"{url}/other", trust_env=False).status_code == 404
+        assert get(f"{url}/healthz").text == "ok\n"
+        metrics = get(f"{url}/metrics").text
+        assert f'weightsync_bridge_restarts{{bridge="{metrics_node}/0"}} 0.0' in metrics
+        assert get(f"{url}/other").status_code == 404
         with pytest.raises(PushRefused, match="no engine serves model 'lost'"):
             push_weights({"w": torch.zeros(1)}, version=3, model="lost", daemon=daemon.endpoint)
-        metrics = httpx.get(f"{url}/metrics", trust_env=False).text
+        metrics = get(f"{url}/metrics").text
         assert 'weightsync_push_failures_total{kind="PushRefused",model="unknown"} 1.0' in metrics
         assert "weightsync_push_under_way_seconds 0.0" in metrics
     finally:
@@ -181,7 +183,7 @@ def test_metrics_and_health(node, unused_port):
     lines = [json.loads(line) for line in daemon.log.read_text().splitlines()]
     (refused,) = [line for line in lines if "refused" in line["message"]]
     assert (refused["level"], refused["model"], refused["version"], refused["rank"]) == ("warning", "lost", 3, 0)
-    assert any(line.get("bridge") == "metrics-node/0" for line in lines)
+    assert any(line.get("bridge") == f"{metrics_node}/0" for line in lines)
 
 
 def test_a_second_daemon_of_the_same_node_is_refused(node):
@@ -190,10 +192,9 @@ def test_a_second_daemon_of_the_same_node_is_refused(node):
         env=node.fleet.env, capture_output=True, text=True, timeout=30, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "another weightsyncd serves node 'node0'" in done.stderr
+    assert f"another weightsyncd serves node '{node.daemon.name}'" in done.stderr
 
 
-@pytest.mark.timeout(240)
 def test_the_demo():
     done = run("weightsync", "demo", "--steps", "2", "--json", timeout=220)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -10,6 +10,7 @@ import pytest
 
 from tests.e2e.conftest import TINY, Node
 from tests.e2e.test_push import push
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.config import EngineConfig
 from weightsync.fleet import Daemon, Engine, Fleet
@@ -46,8 +47,8 @@ def away():
         for engine in engines:
             fleet.wait_engine(engine)
         terms: Any = {"arena": ARENA, "node": {"bridges": 2}}
-        others = [fleet.start_daemon("node1", engines[1:2], **terms), fleet.start_daemon("node2", **terms)]
-        home = fleet.start_daemon("node0", engines[:1], peers=others, **terms)
+        others = [fleet.start_daemon(named(f"node{i}"), engines[1:2] if i == 1 else [], **terms) for i in (1, 2)]
+        home = fleet.start_daemon(named("node0"), engines[:1], peers=others, **terms)
         yield Away(fleet, home, engines[:2], TINY, itertools.count(1), others, engines[2:])
 
 

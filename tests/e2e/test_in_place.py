@@ -37,7 +37,7 @@ def test_shards_of_several_ranks_are_drawn(node, tmp_path):
     script = Path(__file__).with_name("fsdp2_push.py")
     versions = [next(node.versions) for _ in range(2)]
     arguments = (node.checkpoint("A"), node.daemon.endpoint, str(versions[0]), str(tmp_path), "3", "in-place")
-    assert node.fleet.torchrun("in-place", script, 3, arguments).wait(60) == 0
+    assert node.fleet.torchrun("in-place", script, 3, arguments).wait(150) == 0
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     assert reports[0] == reports[1] == reports[2]
     assert [[engine["drawn"] for engine in report["engines"]] for report in reports[0]] == [[True, True]] * 2
@@ -93,7 +93,7 @@ def test_memory_of_a_rank_that_has_ended_is_let_go(node, tmp_path):
     version = str(next(node.versions))
     next(node.versions)
     arguments = (node.checkpoint("A"), node.daemon.endpoint, version, str(tmp_path), "1", "in-place")
-    assert node.fleet.torchrun("gone", script, 1, arguments).wait(60) == 0
+    assert node.fleet.torchrun("gone", script, 1, arguments).wait(150) == 0
     workers = [pid for engine in node.engines for pid in node.info(engine)["worker_pids"]]
 
     def mapped():

@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from tests.engines.router import running_router
+from tests.own import named
 from weightsync.errors import ConfigError, EngineError
 from weightsync.fleet import Fleet
 from weightsync.integrations.router import Router
@@ -86,7 +87,7 @@ class Training:
 def site(node):
     """A daemon that knows no engine; the node's engines are slime's, or were started by others."""
     with Fleet() as fleet:
-        yield SimpleNamespace(node=node, fleet=fleet, daemon=fleet.start_daemon("slime0"))
+        yield SimpleNamespace(node=node, fleet=fleet, daemon=fleet.start_daemon(named("slime0")))
 
 
 def options(site, **more):

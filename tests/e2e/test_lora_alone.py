@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.own import named
 from weightsync import push_lora
 from weightsync.config import EngineConfig
 from weightsync.errors import PushAborted, PushRefused
@@ -85,8 +86,8 @@ def tensors(value: float) -> dict[str, torch.Tensor]:
 
 def test_engines_of_two_nodes_are_told_once_each(servers):
     with Fleet() as fleet:
-        far = fleet.start_daemon("lora-far")
-        near = fleet.start_daemon("lora-near", peers=[far])
+        far = fleet.start_daemon(named("lora-far"))
+        near = fleet.start_daemon(named("lora-near"), peers=[far])
         for daemon, server, name in ((near, servers[0], "e0"), (far, servers[1], "e1")):
             url = f"http://127.0.0.1:{server.server_address[1]}"
             change_engines(daemon.endpoint, add=[EngineConfig(name=name, kind="vllm", url=url)])
@@ -103,14 +104,14 @@ def test_engines_of_two_nodes_are_told_once_each(servers):
             return {engine.name for engine in fetch_status(near.endpoint).engines} == {"e0", "e1"}
 
         assert eventually(known, seconds=30)
-        assert push(7) == {"lora-near/e0": "loaded", "lora-far/e1": "loaded"}
+        assert push(7) == {f"{near.name}/e0": "loaded", f"{far.name}/e1": "loaded"}
         assert eventually(lambda: [list(server.loaded) for server in servers] == [["policy@7"]] * 2, seconds=10)
         for server in servers:
             assert server.calls.count(("load_lora_adapter", "policy@7")) == 1
             assert all(bool((tensor == 7).all()) for tensor in server.loaded["policy@7"].values())
 
         servers[1].refuses = True
-        assert push(8) == {"lora-near/e0": "loaded", "lora-far/e1": "failed"}
+        assert push(8) == {f"{near.name}/e0": "loaded", f"{far.name}/e1": "failed"}
         assert list(servers[1].loaded) == ["policy@7"]
         with pytest.raises(PushRefused, match="engine e0 has policy@8 loaded already"):
             push(8)

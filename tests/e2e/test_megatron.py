@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e.conftest import TINY, Node
 from tests.marks import slow
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.fleet import Fleet
@@ -44,7 +45,7 @@ def experts() -> Iterator[Node]:
         for seed, name in enumerate("AB"):
             random_checkpoint(MOE, fleet.root / name, seed)
         engine = fleet.start_engine("moe", fleet.root / "A", tp=2)
-        daemon = fleet.start_daemon("node-moe", [engine], arena={"slot_bytes": "256KiB", "slots": 2})
+        daemon = fleet.start_daemon(named("node-moe"), [engine], arena={"slot_bytes": "256KiB", "slots": 2})
         yield Node(fleet, daemon, [engine], MOE, itertools.count(1))
 
 
@@ -55,7 +56,7 @@ def push(node: Node, sizes: dict[str, int], ranks: int, out: Path) -> None:
     arguments = [node.checkpoint("B"), node.daemon.endpoint, str(first), str(out), json.dumps(sizes)]
     name = "megatron-" + "-".join(f"{cut}{size}" for cut, size in sizes.items())
     trainer = node.fleet.torchrun(name, script, ranks, arguments, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'daemon'}"})
-    assert trainer.wait(100) == 0, trainer.tail(60)
+    assert trainer.wait(150) == 0, trainer.tail(60)
     node.assert_holds({name: weight + 1 for name, weight in node.weights("B").items()}, second)
     told = [json.loads((out / f"rank{r}.json").read_text()) for r in range(ranks)]
     assert all(t == told[0] for t in told), "every rank gets the same report"
@@ -63,7 +64,6 @@ def push(node: Node, sizes: dict[str, int], ranks: int, out: Path) -> None:
     assert {e["checked"] for r in told[0] for e in r["engines"]} == {len(node.weights("B"))}
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize(
     ("sizes", "ranks"), [slow({"tp": 2}, 2), ({"tp": 2, "pp": 2}, 4)], ids=lambda value: json.dumps(value)
 )
@@ -72,6 +72,5 @@ def test_megatron_ranks_push_their_parts(node, sizes, ranks, tmp_path):
     push(node, sizes, ranks, tmp_path)
 
 
-@pytest.mark.timeout(120)
 def test_megatron_ranks_push_their_experts(experts, tmp_path):
     push(experts, {"tp": 2, "ep": 2}, 2, tmp_path)

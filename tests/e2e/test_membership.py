@@ -14,8 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import TINY, get
 from tests.faults.kit import until
+from tests.own import named
 from weightsync import push_weights, push_weights_async
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.errors import PushRefused
@@ -40,7 +41,7 @@ class Site:
             fleet.wait_engine(engine)
         timeouts = {"operation": 5.0, "probe_every": 0.5, "liveness": 2.0}
         self.here, self.there = (
-            fleet.start_daemon(f"m{i}", [self.engines[i]], arena=ARENA, timeouts=timeouts) for i in range(2)
+            fleet.start_daemon(named(f"m{i}"), [self.engines[i]], arena=ARENA, timeouts=timeouts) for i in range(2)
         )
         self.file = self.here.config.read_text()
 
@@ -95,6 +96,11 @@ def entry(engine) -> str:
     return f'[[engines]]\nname = "{engine.name}"\nkind = "reference"\nurl = "{engine.url}"\n'
 
 
+def as_peer(daemon) -> str:
+    """What makes it one, before the first engine."""
+    return f'[cluster.peers]\n{daemon.name} = "{daemon.endpoint}"\n[[engines]]'
+
+
 def test_an_engine_is_added_and_removed(site):
     assert site.push() == {"e0": "committed"}
     added = site.run("add", "e2", "--kind", "reference", "--url", site.engines[2].url, "--json")
@@ -105,7 +111,7 @@ def test_an_engine_is_added_and_removed(site):
     removed = site.run("remove", "e2")
     assert (removed.returncode, removed.stdout) == (0, "e2 is no longer an engine of this node\n")
     assert site.push() == {"e0": "committed"}
-    left = httpx.get(f"{site.engines[2].url}/info", trust_env=False).json()
+    left = get(f"{site.engines[2].url}/info").json()
     assert (left["paused"], left["torn"]) == (False, False)
 
 
@@ -115,9 +121,9 @@ def test_a_frozen_engine_takes_no_pushes(site):
     site.hup(f"{site.file}{entry(site.engines[2])}frozen = true\n")
     until(lambda: ("e2", "unknown") not in states(site) and site.names() == {"e0", "e2"}, "e2 was looked at")
     assert {engine.name for engine in fetch_status(site.here.endpoint).engines if engine.frozen} == {"e2"}
-    before = httpx.get(f"{site.engines[2].url}/info", trust_env=False).json()
+    before = get(f"{site.engines[2].url}/info").json()
     assert site.push() == {"e0": "committed"}
-    assert httpx.get(f"{site.engines[2].url}/info", trust_env=False).json() == before
+    assert get(f"{site.engines[2].url}/info").json() == before
     site.hup(f"{site.file}{judge}")
     until(lambda: {e.model for e in fetch_status(site.here.endpoint).engines} == {"default", "judge"}, "it judges")
     with CheckpointSource(site.fleet.root / "A") as source, pytest.raises(PushRefused, match="'judge'") as caught:
@@ -161,8 +167,8 @@ def test_nothing_changes_under_a_push(site):
 
 
 def test_a_push_that_does_not_end_keeps_the_engines_as_they_are(site):
-    for endpoint in ("/pause", "/finish"):
-        site.hold(endpoint, 3.0)  # six seconds together: longer than a change waits
+    for endpoint in ("/pause", "/begin", "/finish"):
+        site.hold(endpoint, 2.5)  # together longer than a change waits, and each half of what an engine has for it
     with CheckpointSource(site.fleet.root / "A") as source:
         handle = push_weights_async(source, version=next(VERSIONS), daemon=site.here.endpoint, timeout=60)
         until(lambda: state(site) == "transferring", "e0 is paused")
@@ -181,22 +187,21 @@ def test_sighup_has_the_file_read_again(site):
     site.hup(site.file + entry(site.engines[2]))
     until(lambda: site.names() == {"e0", "e2"}, "e2 is there")
     assert site.push() == {"e0": "committed", "e2": "committed"}
-    site.hup(site.file.replace("[[engines]]", f'[cluster.peers]\nm1 = "{site.there.endpoint}"\n[[engines]]'))
-    until(lambda: fetch_status(site.here.endpoint).peers == {"m1": "connected"}, "m1 is a peer")
+    site.hup(site.file.replace("[[engines]]", as_peer(site.there)))
+    until(lambda: fetch_status(site.here.endpoint).peers == {site.there.name: "connected"}, "it is a peer")
     assert site.push() == {"e0": "committed", "e1": "committed"}
 
 
 def test_a_name_that_a_peers_engine_has_is_refused(site):
     """Else the peer would be given up at its next heartbeat, all its engines with it."""
-    peer = f'[cluster.peers]\nm1 = "{site.there.endpoint}"\n[[engines]]'
-    site.hup(site.file.replace("[[engines]]", peer))
-    until(lambda: fetch_status(site.here.endpoint).peers == {"m1": "connected"}, "m1 is a peer")
+    site.hup(site.file.replace("[[engines]]", as_peer(site.there)))
+    until(lambda: fetch_status(site.here.endpoint).peers == {site.there.name: "connected"}, "it is a peer")
     refused = site.run("add", "e1", "--kind", "reference", "--url", site.engines[2].url)
     assert refused.returncode == 1
-    assert "an engine of node m1 is called 'e1' already" in refused.stderr
+    assert f"an engine of node {site.there.name} is called 'e1' already" in refused.stderr
     since = len(site.here.log.read_text())
     taken = entry(site.engines[2]).replace("e2", "e1")
-    site.hup(site.file.replace("[[engines]]", peer) + taken)
+    site.hup(site.file.replace("[[engines]]", as_peer(site.there)) + taken)
     until(lambda: "reload.failed" in site.here.log.read_text()[since:], "it says so")
     assert site.push() == {"e0": "committed", "e1": "committed"}
 

@@ -25,7 +25,7 @@ def test_fsdp1_hsdp_and_some_of_ddp(node):
     arguments = [a, b, node.daemon.endpoint, str(version), str(out), *urls]
     env = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": uuid4().hex}
     trainer = node.fleet.spawn("trainer", (str(SCRIPT), *arguments), env=env)
-    assert trainer.wait(50) == 0, f"{trainer.tail(60)}\n{node.daemon.tail(30)}"
+    assert trainer.wait(150) == 0, f"{trainer.tail(60)}\n{node.daemon.tail(30)}"
     held = json.loads((out / "held.json").read_text())
     one, other = node.weights("A"), node.weights("B")
     of_both = other | {name: tensor for name, tensor in one.items() if name.startswith("model.layers.0.")}

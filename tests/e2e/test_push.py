@@ -85,7 +85,7 @@ def test_fsdp2_ranks_push_their_shards(node, ranks, tmp_path):
     first, second = next(node.versions), next(node.versions)
     arguments = [node.checkpoint("B"), node.daemon.endpoint, str(first), str(tmp_path)]
     trainer = node.fleet.torchrun(f"fsdp2-{ranks}", script, ranks, arguments)
-    assert trainer.wait(50) == 0, trainer.tail(60)
+    assert trainer.wait(150) == 0, trainer.tail(60)
     node.assert_holds(node.weights("B"), second)
     told = [json.loads((tmp_path / f"rank{r}.json").read_text()) for r in range(ranks)]
     assert all(t == told[0] for t in told), "every rank gets the same report"

@@ -12,8 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.e2e.conftest import TINY, Node
+from tests.e2e.conftest import TINY, Node, get
 from tests.e2e.test_commands import run
+from tests.own import named
 from tests.quantise_kit import quantised_whole
 from weightsync import push_weights
 from weightsync.adapters.reference.checkpoint import random_checkpoint
@@ -48,7 +49,7 @@ def node():
         engines = [fleet.start_engine(f"e{tp}", served, tp=tp, wait=False) for tp in (1, 2)]
         for engine in engines:
             fleet.wait_engine(engine)
-        daemon = fleet.start_daemon("node0", engines, arena={"slot_bytes": "64KiB", "slots": 2})
+        daemon = fleet.start_daemon(named("node0"), engines, arena={"slot_bytes": "64KiB", "slots": 2})
         yield Node(fleet, daemon, engines, quantised, itertools.count(1))
 
 
@@ -64,7 +65,7 @@ def assert_serves(node, name: str, version: int) -> None:
     wanted = greedy(model, PROMPT, 8)
     for engine in node.engines:
         body = {"prompt_ids": PROMPT, "max_tokens": 8}
-        answer = httpx.post(f"{engine.url}/generate", json=body, trust_env=False).raise_for_status().json()
+        answer = httpx.post(f"{engine.url}/generate", json=body, timeout=30, trust_env=False).raise_for_status().json()
         assert answer["token_ids"] == wanted, engine.name
 
 
@@ -106,11 +107,11 @@ def test_a_number_that_is_none_is_refused_before_anything_is_touched(node):
     push_weights(
         weights, version=next(node.versions), daemon=node.daemon.endpoint, timeout=30, quantise=node.checkpoint("A-fp8")
     )
-    held = [httpx.get(f"{engine.url}/checksums", trust_env=False).json() for engine in node.engines]
+    held = [get(f"{engine.url}/checksums").json() for engine in node.engines]
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = float("inf")
     with pytest.raises(PushAborted, match=r"'model\.layers\.1\.mlp\.up_proj\.weight' has a NaN or an infinity"):
         push_weights(weights, version=99, daemon=node.daemon.endpoint, timeout=30, quantise=node.checkpoint("A-fp8"))
-    assert [httpx.get(f"{engine.url}/checksums", trust_env=False).json() for engine in node.engines] == held
+    assert [get(f"{engine.url}/checksums").json() for engine in node.engines] == held
     assert not any(node.info(engine)["torn"] for engine in node.engines)
 
 
@@ -119,7 +120,7 @@ def test_ranks_that_share_blocks(node, tmp_path):
     script = Path(__file__).with_name("quantise_push.py")
     arguments = [node.checkpoint("B"), node.checkpoint("A-fp8"), node.daemon.endpoint, str(version), str(tmp_path)]
     trainer = node.fleet.torchrun("fsdp2", script, 3, arguments)
-    assert trainer.wait(50) == 0, trainer.tail(60)
+    assert trainer.wait(150) == 0, trainer.tail(60)
     told = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(3)]
     for case, words in (("alone", "lie on several ranks"), ("nan", "up_proj.weight' has a NaN or an infinity")):
         assert {one[case][0] for one in told} == {"PushAborted"}, told

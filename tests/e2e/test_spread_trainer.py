@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from pathlib import Path
 
-import httpx
 import pytest
 from safetensors.torch import load_file
 
-from tests.e2e.conftest import TINY
+from tests.e2e.conftest import TINY, get
+from tests.own import named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.adapters.reference.oracle import expected_checksums
 from weightsync.fleet import Daemon, Fleet
@@ -29,13 +30,16 @@ class Nodes:
         self.fleet = fleet
         for seed, name in enumerate("AB"):
             random_checkpoint(TINY, fleet.root / name, seed)
-        self.engines = []
+        start = functools.partial(fleet.start_engine, checkpoint=fleet.root / "A", wait=False)
+        of_nodes = [[start(f"e{number}{tp}", tp=tp) for tp in sizes] for number, sizes in enumerate(engines)]
+        self.engines = [engine for own in of_nodes for engine in own]
+        for engine in self.engines:
+            fleet.wait_engine(engine)
         self.daemons: list[Daemon] = []
-        for number, sizes in reversed(list(enumerate(engines))):
-            own = [fleet.start_engine(f"e{number}{tp}", fleet.root / "A", tp=tp) for tp in sizes]
+        for number, own in reversed(list(enumerate(of_nodes))):
             peers = self.daemons if number == 0 else []
-            self.daemons = [fleet.start_daemon(f"n{number}", own, arena=ARENA, peers=peers, log=DEBUG), *self.daemons]
-            self.engines += own
+            daemon = fleet.start_daemon(named(f"n{number}"), own, arena=ARENA, peers=peers, log=DEBUG)
+            self.daemons = [daemon, *self.daemons]
         self.version = 1
 
     def push(self, checkpoint, ranks, *, daemons=None, mesh=()):
@@ -46,7 +50,7 @@ class Nodes:
         arguments = [str(self.fleet.root / checkpoint), endpoints, str(self.version), str(out), *mesh]
         trainer = self.fleet.torchrun(f"trainer{self.version}", SCRIPT, ranks, arguments)
         logs = "\n".join(daemon.tail(30) for daemon in self.daemons)
-        assert trainer.wait(50) == 0, f"{trainer.tail(60)}\n{logs}"
+        assert trainer.wait(150) == 0, f"{trainer.tail(60)}\n{logs}"
         self.version += 2
         told = [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
         assert all(words == told[0] for words in told), "every rank gets the same report"
@@ -59,9 +63,9 @@ class Nodes:
     def check(self, checkpoint):
         weights = load_file(self.fleet.root / checkpoint / "model.safetensors")
         for engine in self.engines:
-            found = httpx.get(f"{engine.url}/checksums", trust_env=False).raise_for_status().json()
+            found = get(f"{engine.url}/checksums").raise_for_status().json()
             assert found == expected_checksums(TINY, weights, engine.tp), engine.name
-            info = httpx.get(f"{engine.url}/info", trust_env=False).raise_for_status().json()
+            info = get(f"{engine.url}/info").raise_for_status().json()
             assert (info["weight_version"], info["paused"], info["torn"]) == (self.version - 1, False, False)
 
 

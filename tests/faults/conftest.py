@@ -56,7 +56,10 @@ def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
 def _one_node() -> Iterator[Node]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, e1=1, e2=2)
-        daemon = fleet.start_daemon(named("fault0"), engines, arena=ARENA, timeouts=TIMEOUTS, log={"level": "debug"})
+        # A rank that is gone is noticed long before what an engine was asked meanwhile is over (`operation`). It has no
+        # peers, and ranks that are at work have three times as long.
+        timeouts, log = {**TIMEOUTS, "liveness": 1.5}, {"level": "debug"}
+        daemon = fleet.start_daemon(named("fault0"), engines, arena=ARENA, timeouts=timeouts, log=log)
         yield Node(fleet, daemon, engines, trainer)
         no_surprises(daemon)
     assert not segments(daemon.name)

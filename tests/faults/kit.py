@@ -23,6 +23,7 @@ import psutil
 import torch  # noqa: TC002 - dataclass methods
 from safetensors.torch import load_file
 
+from tests.faults.stopwatch import Stopwatch
 from weightsync import push_weights
 from weightsync.adapters.reference.config import ModelConfig
 from weightsync.adapters.reference.model import greedy, load_checkpoint
@@ -32,7 +33,7 @@ from weightsync.fleet import Child, Daemon, Engine, Fleet  # noqa: TC001 - datac
 from weightsync.operator import fetch_status
 from weightsync.testing import eventually
 
-__all__ = ["AT_ONCE", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "segments", "until"]
+__all__ = ["AT_ONCE", "TIMEOUTS", "TINY", "Node", "Rank", "engine_processes", "kill_tree", "segments", "until"]
 
 TINY = ModelConfig(
     vocab_size=256,
@@ -44,7 +45,7 @@ TINY = ModelConfig(
     head_dim=16,
 )
 TIMEOUTS = {"liveness": 3, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
-AT_ONCE = 2.5  # seconds, on a machine that does much else: less than any of what is not waited for
+AT_ONCE = 2.5  # seconds of a `Stopwatch`, on a machine that does much else: less than any of what is not waited for
 ARENA = {"slot_bytes": "64KiB", "slots": 2}  # eight buckets in two slots
 PROMPT = [5, 17, 211, 3, 42]
 TRAINER = Path(__file__).with_name("trainer.py")
@@ -69,9 +70,12 @@ class Rank:
         self._socket.connect(str(path))
         self._line = self._socket.makefile("rw")
         self.pid: int = self._hear()["pid"]
+        self.seconds = 0.0  # that its last push took which failed
+        self._watch = Stopwatch()
 
     def push(self, **terms: Any) -> Rank:
         """Call push_weights; see `trainer.py` for the terms."""
+        self._watch = Stopwatch()
         self._say(terms)
         return self
 
@@ -89,10 +93,14 @@ class Rank:
         return self._hear()
 
     def error(self) -> dict[str, Any]:
-        """The fields of the error it raised, without those that are None; and how many seconds it took."""
+        """The fields of the error it raised, without those that are None; and how many seconds it took, without those
+        in which the machine stood still (with them: `seconds`).
+        """
         words = self._hear()
         assert "error" in words, words
-        return {k: v for k, v in words["error"].items() if v is not None} | {"seconds": words["seconds"]}
+        self.seconds = words["seconds"]
+        seconds = self.seconds - self._watch.stood_still
+        return {k: v for k, v in words["error"].items() if v is not None} | {"seconds": seconds}
 
     def report(self) -> dict[str, Any]:
         """The report it returned."""
@@ -166,6 +174,13 @@ class Node:
         only: dict[int, dict[str, Any]] = more.pop("only", {})
         for number, rank in enumerate(ranks):
             rank.push(**self.terms(number, len(ranks), version=version, **{**more, **only.get(number, {})}))
+
+    def push_once(self, ranks: list[Rank], **more: Any) -> None:
+        """An ordinary push by these ranks of what engines hold, before one with a short timeout: a fresh rank's first
+        may stand still for seconds, in what it has to load.
+        """
+        self.push_all(ranks, self.next_version(), checkpoint=self.checkpoint(self.before), **more)
+        assert all(rank.report()["complete"] for rank in ranks)
 
     def status(self) -> Any:
         return fetch_status(self.daemon.endpoint)
@@ -316,11 +331,14 @@ class Node:
         """After a push: no hold, no arena, no process and no descriptor more than there must be."""
         self.wait_idle()
         for daemon in [self.daemon, *self.others]:
-            eventually(functools.partial(self._is_tidy, daemon), seconds=10)
-            assert self._tidy(daemon) == "", daemon.name
+            problems = ""
 
-    def _is_tidy(self, daemon: Daemon) -> bool:
-        return not self._tidy(daemon)
+            def is_tidy(daemon: Daemon = daemon) -> bool:
+                nonlocal problems
+                problems = self._tidy(daemon)
+                return not problems
+
+            assert eventually(is_tidy, seconds=10), f"{daemon.name}: {problems}"
 
     def _tidy(self, daemon: Daemon) -> str:
         """What the daemon has too much of."""
@@ -351,7 +369,7 @@ class Node:
                 for process in engine_processes(engine):
                     process.resume()
             if not eventually(functools.partial(_healthy, engine), seconds=8):
-                _kill_tree(engine)
+                kill_tree(engine)
                 self.fleet.restart_engine(engine)
         self.clear()
         for daemon in [*self.others, self.daemon]:
@@ -370,7 +388,8 @@ def _healthy(engine: Engine) -> bool:
         return False
 
 
-def _kill_tree(engine: Engine) -> None:
+def kill_tree(engine: Engine) -> None:
+    """End an engine with its workers, which may end by themselves meanwhile."""
     if engine.process.poll() is None:
         for process in reversed(engine_processes(engine)):
             with contextlib.suppress(psutil.NoSuchProcess):

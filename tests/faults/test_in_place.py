@@ -106,6 +106,7 @@ def test_an_engine_slower_than_its_deadline_is_lost_and_draws_nothing_later(node
 
 def test_a_rank_that_is_slow_to_expose_is_named_when_time_is_up(node):
     ranks = node.start_ranks(2)
+    node.push_once(ranks, in_place=True)
     push_all(node, ranks, timeout=2.0, only={0: {"gate": ["read", 3]}})
     error = ranks[1].error()
     assert (error["kind"], error["rank"], error["phase"]) == ("PushTimeout", 0, "fill")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import populated
-from tests.faults.kit import ARENA, TIMEOUTS, Node, engine_processes, until
+from tests.faults.kit import ARENA, TIMEOUTS, Node, kill_tree, until
 from tests.own import named
 from weightsync.config import EngineConfig
 from weightsync.fleet import Fleet
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from weightsync.fleet import Engine
-
-pytestmark = pytest.mark.timeout(120)
 
 
 class Late(Node):
@@ -39,10 +38,17 @@ class Late(Node):
 
     def restart(self, engine: Engine) -> None:
         """The engine dies, and comes back with what it was started on."""
-        for process in reversed(engine_processes(engine)):
-            process.kill()
-        engine.process.wait(10)
+        kill_tree(engine)
         self.fleet.restart_engine(engine)
+
+    @contextlib.contextmanager
+    def standing(self) -> Iterator[None]:
+        """The daemon that would push again stands still: what the block has done is there when it looks."""
+        self.daemon.kill(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.daemon.kill(signal.SIGCONT)
 
     def wait_keeper(self) -> None:
         """Return once it runs: it is started anew where it was lost."""
@@ -139,8 +145,9 @@ def test_engines_that_a_failed_push_left_torn_go_back_to_what_was_pushed_last(la
 
 def test_a_push_that_is_called_during_a_repeat_waits_for_it(late):
     home = late.engines[0]
-    late.restart(home)
-    late.delay(home, "/finish")
+    with late.standing():
+        late.restart(home)
+        late.delay(home, "/finish")
     until(lambda: late.push_state() is not None, "it is pushed again")
     (rank,) = late.start_ranks(1)
     version = late.next_version()
@@ -195,8 +202,9 @@ def test_a_keeper_that_dies_between_pushes_is_started_anew(late):
 def test_a_repeat_that_fails_is_tried_again(late):
     version = late.kept
     home = late.engines[0]
-    late.restart(home)
-    late.order(home, fail={"endpoint": "/begin", "times": 1})
+    with late.standing():
+        late.restart(home)
+        late.order(home, fail={"endpoint": "/begin", "times": 1})
     late.wait_log("repeat.failed")
     late.everybody_serves("B", version)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +16,9 @@ from weightsync.adapters.reference.model import load_checkpoint
 
 pytestmark = pytest.mark.faults
 
-LONG = {1: 3000, 2: 500}  # by tensor-parallel size; tokens: two seconds or more of decoding, on an idle machine
+MOST = {1: 3000, 2: 500}  # by tensor-parallel size; tokens: two seconds or more of decoding, on an idle machine
+LONG: dict[int, int] = {}  # as many or, where decoding is slower, those of three seconds; see `how_long`
+LASTS = 120.0  # seconds, the most for one request
 TAIL = 8  # tokens
 SHORT = {1: TAIL, 2: TAIL}
 CLOSE = 1e-4  # the most by which the logit of a greedy token may miss the highest, between two ways of adding up
@@ -58,7 +61,7 @@ class Flights:
     def start(self, engine, max_tokens):
         body = {"prompt_ids": PROMPT, "max_tokens": max_tokens}
         others = self._begun.setdefault(engine.name, [])
-        flight = self._pool.submit(self._node.post, engine, "/generate", body, 40.0)
+        flight = self._pool.submit(self._node.post, engine, "/generate", body, LASTS)
 
         def runs():
             before = sum(not other.done() for other in others)  # counted first: one of them may just be ending
@@ -75,8 +78,20 @@ class Flights:
         return [begun[engine.name] for engine in self._node.engines]
 
 
+def how_long(node, engine):
+    """The quickest of some, since the machine may stand still in one of them."""
+    body, took = {"prompt_ids": PROMPT, "max_tokens": 64}, []
+    for _ in range(5):
+        start = time.monotonic()
+        node.post(engine, "/generate", body, LASTS).raise_for_status()
+        took.append(time.monotonic() - start)
+    return min(MOST[engine.tp], int(64 * 3.0 / min(took)))
+
+
 @pytest.fixture
 def flights(node):
+    if not LONG:
+        LONG.update({engine.tp: how_long(node, engine) for engine in node.engines})
     with ThreadPoolExecutor(8) as pool:
         yield Flights(node, pool)
         node.clear()
@@ -87,7 +102,7 @@ def flights(node):
 
 def landed(flight, reason="length"):
     """Its tokens, once it has ended for this reason."""
-    answer = flight.result(40).raise_for_status().json()
+    answer = flight.result(LASTS + 20).raise_for_status().json()
     assert answer["finish_reason"] == reason
     tokens: list[int] = answer["token_ids"]
     return tokens
@@ -277,7 +292,7 @@ def test_many_requests_and_many_pushes(node, flights):
         heard = []
         while not stop.is_set():
             body = {"prompt_ids": PROMPT, "max_tokens": 40}
-            heard.append(node.post(engine, "/generate", body, 40.0).raise_for_status().json())
+            heard.append(node.post(engine, "/generate", body, LASTS).raise_for_status().json())
         return heard
 
     with ThreadPoolExecutor(4) as pool:
@@ -286,7 +301,7 @@ def test_many_requests_and_many_pushes(node, flights):
             reports = [node.push(name) for name in ["C", "A", "B"] * 4]
         finally:
             stop.set()
-        answers = [answer for one in asking for answer in one.result(40)]
+        answers = [answer for one in asking for answer in one.result(LASTS + 20)]
     assert all(report.complete for report in reports)
     assert {len(answer["token_ids"]) for answer in answers} == {40}
     known = {report.version: name for report, name in zip(reports, ["C", "A", "B"] * 4, strict=True)}

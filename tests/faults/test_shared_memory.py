@@ -22,7 +22,6 @@ pytestmark = pytest.mark.faults
 
 ROOM = 1 << 20  # bytes of the file system that some of these tests mount
 NEEDED = 64 * 1024 + 64 * 1024 + 2 * 64 * 1024  # header, fences, two slots: the arena of `ARENA`
-SHORT = {**TIMEOUTS, "operation": 2.0}
 
 
 @pytest.fixture
@@ -48,7 +47,7 @@ def start(node):
     started = []
 
     def start(stem, **sections):
-        sections = {"timeouts": SHORT, "arena": ARENA, **sections}
+        sections = {"timeouts": TIMEOUTS, "arena": ARENA, **sections}
         started.append(node.fleet.start_daemon(named(stem), node.engines, **sections))
         return started[-1]
 

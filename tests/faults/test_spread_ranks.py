@@ -39,6 +39,16 @@ def start(pair, **terms):
     return ranks
 
 
+def pushed_once(pair, count=WORLD):
+    """Ranks that have pushed before, what engines hold: a fresh one's first may stand still for seconds, in what it has
+    to load.
+    """
+    ranks = pair.start_ranks(count)
+    call(pair, ranks, pair.next_version(), checkpoint=pair.checkpoint(pair.before))
+    assert all(rank.report()["complete"] for rank in ranks)
+    return ranks
+
+
 def filling(pair, number, read):
     """A push in which rank `number` stops before a read."""
     ranks = start(pair, only={number: {"gate": ["read", read]}})
@@ -71,7 +81,7 @@ def test_the_order_in_which_they_call_does_not_matter(pair, first):
 
 
 def test_a_rank_away_that_never_calls_is_named(pair):
-    ranks = pair.start_ranks(WORLD)
+    ranks = pushed_once(pair)
     call(pair, [ranks[0], ranks[1], None], pair.next_version(), timeout=2.0)
     for rank in ranks[:2]:
         error = rank.error()
@@ -81,7 +91,7 @@ def test_a_rank_away_that_never_calls_is_named(pair):
 
 
 def test_a_rank_0_that_never_calls_is_named(pair):
-    ranks = pair.start_ranks(WORLD)
+    ranks = pushed_once(pair)
     call(pair, [None, ranks[1], ranks[2]], pair.next_version(), timeout=1.0)
     for rank in ranks[1:]:
         error = rank.error()
@@ -92,7 +102,7 @@ def test_a_rank_0_that_never_calls_is_named(pair):
 
 def test_rank_0_on_the_node_that_knows_no_other(pair):
     """Its call does not reach the others', and both sides say for whom they waited."""
-    ranks = pair.start_ranks(2)
+    ranks = pushed_once(pair, 2)
     version = pair.next_version()
     for number, rank in enumerate(ranks):
         where = {"endpoint": away(pair).endpoint} if number == 0 else {}
@@ -102,7 +112,7 @@ def test_rank_0_on_the_node_that_knows_no_other(pair):
 
 
 def test_a_rank_that_calls_when_the_push_has_failed_is_told(pair):
-    ranks = pair.start_ranks(WORLD)
+    ranks = pushed_once(pair)
     version = pair.next_version()
     call(pair, [ranks[0], ranks[1], None], version, timeout=1.0)
     error = ranks[1].error()

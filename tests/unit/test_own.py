@@ -36,7 +36,13 @@ def other():
 
 
 def gone(pid):
-    return eventually(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    def ended():
+        try:
+            return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    return eventually(ended)
 
 
 def test_two_that_live_at_one_time_share_no_name_and_no_port(other):

@@ -280,14 +280,14 @@ def test_wait_that_takes_too_long_leaves_the_engine_serving(engine: Engine, work
     go_on = threading.Event()
 
     def slow(rank: int, command: Command) -> Reply:
-        go_on.wait(0.01)
+        go_on.wait(0.02)
         return Reply(token=1)
 
     workers.reply = slow
     request = Request(engine, 60)
     assert workers.stepping.acquire(timeout=20)
     with refused(504, "1 requests did not end in time"):
-        engine.pause("wait", deadline=soon(0.05))
+        engine.pause("wait", deadline=soon(1.0))
     go_on.set()
     assert request.result().finish_reason == "length"
     assert not engine.paused
