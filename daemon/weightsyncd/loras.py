@@ -213,7 +213,9 @@ def _routes(engine: Engine) -> LoraRoutes:
     routes = engine.adapter.loras
     if routes is None:
         raise EngineRefused(
-            f"an engine of kind {engine.config.kind} takes no LoRA adapters", engine=engine.name, hint="push it merged"
+            f"engine {engine.name} is of kind {engine.config.kind}, which takes no LoRA adapters",
+            engine=engine.name,
+            hint="push it merged",
         )
     return routes
 

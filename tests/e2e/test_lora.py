@@ -76,7 +76,7 @@ def test_fsdp2_ranks_push_a_fine_tune(node, ranks, tmp_path):
     assert alone[1:] == [["None", "None"]] * (ranks - 1)
     sharded, refused = alone[0]
     assert sharded.endswith("lora_A.weight' of the adapter is sharded")
-    assert refused == "engine e1: an engine of kind reference takes no LoRA adapters"
+    assert refused == "engine e1 is of kind reference, which takes no LoRA adapters"
     message, hint = told[0]["refused"]
     assert message.startswith("trainer rank ")
     assert message.endswith(
