@@ -28,6 +28,8 @@ is raised again, unchanged, on every trainer rank.
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 __all__ = [
@@ -80,8 +82,9 @@ class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     hint: str | None = None
 
     def of_engine(self, name: str) -> str:
-        """The sentence, among those of several engines: with the engine's name before it, unless that is in it."""
-        return self.message if name in self.message.split() else f"{name}: {self.message}"
+        """The sentence, among those of several engines: with the engine's name before it, unless it speaks of that."""
+        named = re.search(rf"\b(engine|of) {re.escape(name)}(?![\w.-])", self.message)
+        return self.message if named else f"{name}: {self.message}"
 
     def error(self) -> WeightSyncError:
         """The exception this record describes; an unknown `kind` becomes the root of the tree."""

@@ -317,8 +317,8 @@ class Follower:
         if held.end is None:
             self.calls.drop(held.identity, held.context.push)
             if why is not None:
-                words, extra = (held.context.model, held.context.version, why), {"push": held.context.push}
-                logger.warning("[model=%s v=%d] is let go: %s", *words, extra=extra)
+                words = held.context.model, held.context.version, held.context.push, why
+                logger.warning("[model=%s v=%d] push %s is let go: %s", *words, extra={"push": held.context.push})
             held.end = asyncio.create_task(self._end(held, why, error))
         return held.end
 

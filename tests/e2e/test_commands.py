@@ -96,6 +96,7 @@ def test_status_and_engines(node):
         "e2": ("serving", version),
     }
     assert status["last"]["version"] == version
+    assert {engine["not_pushed"] for engine in status["last"]["engines"]} == {0}
     assert [b["outstanding"] for b in status["bridges"]] == [0]
     table = run("weightsync", "status", node=node).stdout
     assert "serving" in table

@@ -61,6 +61,14 @@ def test_an_update_is_unchecked_where_all_was_compared(hand):
     assert (verify(hand), hand.asked) == (None, 0)
 
 
+def test_a_push_that_nobody_compared_is_followed_by_one_that_is_checked(hand):
+    replay, hand.way.replay = hand.way.replay, None
+    hand._unchecked(MANIFEST)
+    assert verify(hand) is None
+    hand.way.replay = replay  # its workers can tell by now, of what they loaded through their loader
+    assert not hand.draws(MANIFEST)
+
+
 def test_what_came_unchecked_is_asked_for_whatever_workers_say_by_then(hand):
     hand._unchecked(MANIFEST)
     hand.way.replay = None

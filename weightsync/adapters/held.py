@@ -83,6 +83,10 @@ class HeldCheck:
         """
         return manifest.digest in self._whole
 
+    def forget(self, manifest: Manifest) -> None:
+        """Its last push was not compared: the next is checked bucket by bucket."""
+        self._whole.discard(manifest.digest)
+
     @contextmanager
     def unless_it_fails(self) -> Iterator[None]:
         """For reading unchecked: after one that fails the next push of any layout is checked bucket by bucket."""
@@ -98,7 +102,7 @@ class HeldCheck:
         """How many tensors were compared, all equal; None where the workers cannot tell. Raises `EngineError` naming
         the first tensor that differs. `drawn`: nothing of the push was checked, whatever workers say of it by now.
         """
-        self._whole.discard(manifest.digest)
+        self.forget(manifest)
         self.doubtful = False
         told = await workers.sums(manifest, deadline=deadline)
         pulled = drawn or any(one.pulled for one in told)

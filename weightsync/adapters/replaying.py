@@ -82,6 +82,7 @@ class ReplayingAdapter(EngineAdapter):
         """
         path = self._replaying()
         if path is None or not (self._pull or self._drawn or self._compares):
+            self._held.forget(manifest)
             return None
         return await self._held.verify(path, manifest, expected, drawn=self._drawn, deadline=deadline)
 

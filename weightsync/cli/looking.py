@@ -93,6 +93,8 @@ def fetch(endpoint: str) -> dict[str, Any]:
     plain: dict[str, Any] = msgspec.to_builtins(fetch_status(endpoint))
     plain.pop("type", None)
     plain.pop("id", None)
+    for engine in (plain.get("last") or {}).get("engines", ()):
+        engine["not_pushed"] = engine.pop("untouched", 0)  # as in a report; on the wire it keeps its first name
     return plain
 
 

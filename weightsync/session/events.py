@@ -168,7 +168,7 @@ class EngineAccepted(Event, frozen=True):
     """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it."""
 
     engine: str
-    not_pushed: int = msgspec.field(default=0, name="untouched")
+    not_pushed: int = 0
     draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 
