@@ -126,14 +126,16 @@ def push_source(
     pause: str = "keep",
     timeout: float = 600.0,
     dtype: Any = None,
+    only: Only = None,
+    rename: Rename = None,
     quantise: Fp8 | str | os.PathLike[str] | None = None,
     in_place: bool = False,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> PushReport:
     """`push_weights` with `on_progress`, which is called in this thread after each bucket with the bytes that this
-    rank has written so far.
+    rank has written so far, and with all that it will.
     """
-    what = _Weights(source, dtype, quantise=quantise)
+    what = _Weights(source, dtype, only, rename, quantise=quantise)
     push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
     push.on_progress = on_progress
     return push.run()
@@ -231,6 +233,7 @@ def _rank_push(
         started=started,
         deadline=started + seconds,
         in_place=in_place,
+        partial=weights.only is not None,
     )
 
 

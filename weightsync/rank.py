@@ -74,18 +74,19 @@ class RankPush:
         started: float,
         deadline: float,
         in_place: bool = False,
+        partial: bool = False,
         engines: tuple[str, ...] = (),
     ) -> None:
-        """Describe the source. `in_place`: engines may read it where it lies. `engines`: push again, to those alone.
-        Raises `SourceError`.
+        """Describe the source. `in_place`: engines may read it where it lies. `partial`: tensors were left out of it.
+        `engines`: push again, to those alone. Raises `SourceError`.
         """
-        self.on_progress: Callable[[int], None] | None = None  # called with bytes written so far, after each bucket
+        self.on_progress: Callable[[int, int], None] | None = None  # after each bucket: bytes written so far, of all
         self.version = version
         self.deadline = deadline
         self.filled = threading.Event()  # this rank's weights have been read
         self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
         self._pause = pause
-        self._in_place, self._engines = in_place, engines
+        self._in_place, self._partial, self._engines = in_place, partial, engines
         self._layout = source.layout()
         self._flaw = _measured(source)  # why this rank cannot push, which all are told before anything is touched
         self._describe_seconds = time.monotonic() - started
@@ -165,6 +166,7 @@ class RankPush:
                 plan=plan,
                 describe_seconds=self._describe_seconds,
                 in_place=self._in_place,
+                partial=self._partial,
                 engines=self._engines,
                 pid=os.getpid(),
                 started=started(os.getpid()),
@@ -258,6 +260,7 @@ class RankPush:
         def tell(words: msg.Message) -> None:
             link.send(msgspec.structs.replace(words, id=self._number))
 
+        progress, nbytes = self.on_progress, self._layout.nbytes
         self._filling = RankFilling(
             self._source,
             program,
@@ -267,7 +270,7 @@ class RankPush:
             ready=self._ready,
             deadline=self.deadline,
             tell=tell,
-            on_progress=self.on_progress,
+            on_progress=None if progress is None else lambda written: progress(written, nbytes),
         )
         if not self._filling.left:
             self.filled.set()

@@ -24,7 +24,7 @@ class EngineReport:
     version: int | None  # what it serves now; None: nothing that was ever pushed
     seconds: float  # from its pause to its resume
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
-    not_pushed: int  # tensors of the engine that the push did not contain
+    not_pushed: int | None  # tensors of the engine that the push did not contain; None where it cannot tell (stock)
     error: ErrorRecord | None
     drawn: bool = False  # it read the trainer's memory in place, not slots
 

@@ -53,7 +53,7 @@ class Engine:
         self.info: EngineInfo | None = None
         self.error: ErrorRecord | None = None
         # (manifest digest, whether the engine was torn or asleep, and needed all) → names that are left alone
-        self.accepted: dict[tuple[bytes, bool], tuple[str, ...]] = {}
+        self.accepted: dict[tuple[bytes, bool], tuple[str, ...] | None] = {}
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
         self.begun = False  # an update of ours, which it has not been resumed from
         self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late

@@ -150,11 +150,10 @@ class NodeExecutor:
                     await self.exports.offers_for(engine, deadline)  # or tell what is wrong with the config
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 known = manifest.digest, broken
-                not_pushed = engine.accepted.get(known)
-                if not_pushed is None or (broken and not_pushed):  # it needs every tensor: let it say so
-                    not_pushed = engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
-                draws = hand.draws(manifest)  # and who can copy it can show where to
-                return ev.EngineAccepted(engine=name, not_pushed=len(not_pushed), draws=draws)
+                if known not in engine.accepted or (broken and engine.accepted[known]):  # it needs all: let it say so
+                    engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
+                names, draws = engine.accepted[known], hand.draws(manifest)  # who can copy it can show where to
+                return ev.EngineAccepted(engine=name, not_pushed=None if names is None else len(names), draws=draws)
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True

@@ -9,10 +9,21 @@ from typing import TYPE_CHECKING, Any
 from weightsync.wire import messages as msg
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from weightsync.plan.manifest import Manifest
     from weightsync.session.machine import PushSession
+    from weightsync.session.tracks import EngineTrack
 
-__all__ = ["account_of", "outcome_of", "status_of_push"]
+__all__ = ["account_of", "brought_all", "outcome_of", "status_of_push"]
+
+
+def brought_all(engines: Iterable[EngineTrack], *, partial: bool) -> bool:
+    """Whether a push brought all that these engines hold. Those that cannot tell are taken to hold what the trainer
+    does, of which a `partial` push left something out.
+    """
+    told = [engine.not_pushed for engine in engines]
+    return not any(told) and not (partial and None in told)
 
 
 def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutcome:

@@ -26,6 +26,7 @@ from weightsync.session.state import rank_failed
 from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
+from weightsyncd.outcomes import brought_all
 from weightsyncd.push import Push, Services
 from weightsyncd.push_engines import engines_for, engines_of
 from weightsyncd.rank_messages import passed_on, rank_said
@@ -227,7 +228,7 @@ class Trainers:
         keeper = self._services.executor.engines.keepers.get(session.model)
         if keeper is not None and not push.repeat:
             until = time.monotonic() + self._services.config.timeouts.grace
-            whole = session.committed and not any(e.not_pushed for e in session.fleet)
+            whole = session.committed and brought_all(session.fleet, partial=push.partial)
             await keeper.settle(whole=session.version if whole else None, deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))

@@ -54,6 +54,22 @@ def test_what_cannot_be_described_is_raised_here_or_by_the_push(options):
         source.measure()
 
 
+@pytest.mark.parametrize("options", [{}, {"only": "a"}, {"rename": {"a": "b"}}])
+def test_a_daemon_is_told_of_tensors_that_were_left_out(monkeypatch, options):
+    told = {}
+
+    class Push:
+        def __init__(self, source, **terms):
+            told.update(terms)
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr("weightsync.rank.RankPush", Push)
+    push_weights({"a": torch.zeros(2), "c": torch.zeros(2)}, version=1, daemon=NOWHERE, **options)
+    assert told["partial"] == ("only" in options)
+
+
 # --- who takes whom for a rank of the same trainer --------------------------------------------------------------------
 
 

@@ -100,6 +100,7 @@ async def plugin_story(hand: SGLangAdapter, offers: Sequence[Sequence[bytes]], t
     with pytest.raises(EngineRefused, match=r"no place for 'model\.layers\.0\.bogus\.weight'"):
         await hand.accept(ODD, deadline=soon())
     left = await hand.accept(MANIFEST, deadline=soon())
+    assert left is not None
     assert "model.layers.0.self_attn.qkv_proj.weight" in left
     assert "model.layers.0.input_layernorm.weight" not in left
     await hand.pause("none", deadline=soon())

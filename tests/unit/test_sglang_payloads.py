@@ -205,9 +205,9 @@ def test_a_name_that_leads_nowhere_is_found(odd: str) -> None:
 
 
 def test_a_model_that_renames_is_not_judged() -> None:
-    assert look_up(_model(), ["language_model." + name for name in NAMES]) == ([], [])
+    assert look_up(_model(), ["language_model." + name for name in NAMES]) == ([], None)
     model = _Module(hf_to_sglang_mapper=object())
-    assert look_up(model, ["anything"]) == ([], [])
+    assert look_up(model, ["anything"]) == ([], None)
 
 
 def test_an_answer_of_the_plugin() -> None:

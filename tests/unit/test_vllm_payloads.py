@@ -139,7 +139,7 @@ def ipc_push(profile, *, torn=False):
     plan = manifest((4, 128), (128,))
 
     async def run():
-        assert await path.accept(plan, whole=False, deadline=0) == ()
+        assert await path.accept(plan, whole=False, deadline=0) is None
         await path.begin(3, plan, [[b""], [b""]], torn=torn, deadline=0)
         await path.load(0, [ticket("e/0"), ticket("e/1")], deadline=0)
         await path.finish(deadline=0)
@@ -213,7 +213,7 @@ def test_workers_join_a_group_once_and_take_each_bucket_from_it():
 
     async def push(version, group):
         server.http.posted.clear()
-        assert await path.accept(plan, whole=False, deadline=0) == ()
+        assert await path.accept(plan, whole=False, deadline=0) is None
         await path.begin(version, plan, group_of(group), torn=False, deadline=0)
         await path.load(0, tickets, deadline=0)
         await path.finish(deadline=0)

@@ -74,12 +74,12 @@ class EngineAdapter(ABC):
         """
 
     @abstractmethod
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """Show the engine what would come. Raises `EngineRefused` naming each tensor it cannot take.
 
-        Returns the names the engine holds that this manifest would leave as they are. Not called again for a manifest
-        (by digest) that this incarnation of the engine has accepted; but once more if it is torn or asleep, and was not
-        then: a part of the model is no use to it.
+        Returns the names the engine holds that this manifest would leave as they are; None where it cannot tell. Not
+        called again for a manifest (by digest) that this incarnation of the engine has accepted; but once more if it is
+        torn or asleep, and was not then: a part of the model is no use to it.
         """
 
     @abstractmethod

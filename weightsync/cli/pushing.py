@@ -75,18 +75,13 @@ def push(
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
     from weightsync.client import push_source
-    from weightsync.sources import CheckpointSource, source_of
+    from weightsync.sources import CheckpointSource
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     try:
-        with CheckpointSource(checkpoint) as stored, Progress(*columns, console=console, transient=True) as progress:
-            source = source_of(stored, only=only or None, rename=_names_given(rename or []) or None)
-            if quantise is not None:
-                from weightsync.sources.quantised import quantised
-
-                source = quantised(source, quantise)
-            bar = progress.add_task("filling", total=source.nbytes)
+        with CheckpointSource(checkpoint) as source, Progress(*columns, console=console, transient=True) as progress:
+            bar = progress.add_task("filling", total=None)
             report: PushReport = push_source(
                 source,
                 version=version,
@@ -94,7 +89,12 @@ def push(
                 daemon=daemon,
                 pause=pause,
                 timeout=timeout,
-                on_progress=lambda done: progress.update(bar, completed=done, description=_stage(done, source.nbytes)),
+                only=only or None,
+                rename=_names_given(rename or []) or None,
+                quantise=quantise,
+                on_progress=lambda done, of: progress.update(
+                    bar, completed=done, total=of, description="filling" if done < of else "engines finish"
+                ),
             )
     except KeyboardInterrupt:
         typer.echo("weightsync: interrupted; the push is aborted, and `weightsync status` shows every engine", err=True)
@@ -113,10 +113,6 @@ def _names_given(pairs: list[str]) -> dict[str, str]:
             raise typer.BadParameter(f"{pair!r} {why}", param_hint="--rename")
         names[old] = new
     return names
-
-
-def _stage(done: int, total: int) -> str:
-    return "filling" if done < total else "engines finish"
 
 
 @app.command()

@@ -165,10 +165,12 @@ class EngineProbed(Event, frozen=True):
 
 
 class EngineAccepted(Event, frozen=True):
-    """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it."""
+    """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it, None where it
+    cannot tell.
+    """
 
     engine: str
-    not_pushed: int = 0
+    not_pushed: int | None = 0
     draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 

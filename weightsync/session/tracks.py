@@ -64,7 +64,7 @@ class EngineTrack:
     loading: int = 0  # how many it was asked to load in the call that is under way, or was last
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
-    not_pushed: int = 0  # tensors it holds that this push leaves as they are
+    not_pushed: int | None = 0  # tensors it holds that this push leaves as they are; None: it cannot tell
     draws: bool = False  # it reads the trainer's memory, or has it delivered, and no buckets
     shown: bool = False  # bridges know where to deliver it
     error: ErrorRecord | None = None

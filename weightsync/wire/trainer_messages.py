@@ -52,6 +52,7 @@ class Open(Message, frozen=True, tag="open"):
     engines: tuple[Name, ...] = ()  # those alone, which the version is new to: what was pushed before is pushed again
     pid: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of the rank
     started: Annotated[str, Meta(max_length=32)] = ""  # when that began, as `weightsync.processes` tells
+    partial: bool = False  # the trainer has more tensors, which it was told to leave out
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
@@ -151,7 +152,7 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     version: int | None  # it serves after the push; None where it serves none
     seconds: float  # from pause to resume
     checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
-    not_pushed: Natural = msgspec.field(default=0, name="untouched")  # tensors of the engine that the push did not hold
+    not_pushed: Natural | None = msgspec.field(default=0, name="untouched")  # its tensors that were not in the push
     drawn: bool = False  # its weights came from where the trainer has them, through no slots
     error: ErrorRecord | None = None
 

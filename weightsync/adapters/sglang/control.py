@@ -122,7 +122,7 @@ class SGLangAdapter(ReplayingAdapter):
             replay=known.path.replay,
         )
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
         known = self._probed()
         plugin = isinstance(known.path, PluginPath)

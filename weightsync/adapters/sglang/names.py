@@ -29,10 +29,12 @@ _MAPPERS = ("hf_to_sglang_mapper", "hf_to_vllm_mapper", "_weights_mapper")
 _WEIGHTS = ("weight", "bias", "w13_weight", "w2_weight", "w13_weight_bias", "w2_weight_bias")
 
 
-def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Names that lead nowhere in `model`, and its own parameters (weights, biases) that no name leads to."""
+def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
+    """Names that lead nowhere in `model`, and its own parameters (weights, biases) that no name leads to; None where
+    that cannot be told.
+    """
     if any(hasattr(model, mapper) for mapper in _MAPPERS):
-        return [], []
+        return [], None
     places = {id(parameter): name for name, parameter in model.named_parameters()}
     reached: set[int] = set()
     unknown = []
@@ -43,7 +45,7 @@ def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str]]:
         elif not name.endswith(_LEFT_OUT):
             unknown.append(name)
     if len(unknown) * 2 > len(names):
-        return [], []
+        return [], None
     untouched = [name for key, name in places.items() if key not in reached and name.rpartition(".")[2] in _WEIGHTS]
     return unknown, untouched
 

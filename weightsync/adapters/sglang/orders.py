@@ -130,7 +130,7 @@ class Accepted(msgspec.Struct, frozen=True):
     """What a model says of the names of a manifest; or, in SGLang's words, why it takes no weights at all."""
 
     unknown: tuple[str, ...] = ()
-    untouched: tuple[str, ...] = ()
+    untouched: tuple[str, ...] | None = ()  # None: it cannot tell
     refused: str = ""
 
 

@@ -35,7 +35,7 @@ class EnginePath(ABC):
     replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
 
     @abstractmethod
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """Refuse what cannot be loaded; the names that would be left as they are, as far as the server tells."""
 
     @abstractmethod

@@ -38,7 +38,7 @@ class GroupPath(StockPath):
         super().__init__(server, profile, target)
         self._joined: dict[int, str] = {}  # index of a bridge → the group with it
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """See the base class."""
         table = manifest.tensors
         empty = np.flatnonzero(table.sizes == 0)

@@ -183,7 +183,7 @@ class IpcPath(EnginePath):
         self._update: _Update | None = None
         self._closing: set[asyncio.Task[None]] = set()
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
         refuse_stock(manifest, self._server.engine)
         problem = hint = None
@@ -204,7 +204,7 @@ class IpcPath(EnginePath):
                 phase="accept",
                 hint=hint,
             )
-        return ()
+        return None
 
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
         """See the base class. There is nothing to attach to, and an update that failed has ended by itself."""

@@ -46,7 +46,7 @@ class PluginPath(EnginePath):
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
         self._update = ""  # drawn for each, so that workers take no step of another daemon's for one of it
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         self._told.forget()  # so that it is told whole
         self._shown.forget()
         order = orders.Accept(manifest=self._told.tell(manifest), target=self._target)

@@ -29,10 +29,10 @@ class StockPath(EnginePath):
         elif profile.draft == "disable_draft_model" and target == "model":
             self._models = {"disable_draft_model": True}
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
         refuse_stock(manifest, self._server.engine)
-        return ()
+        return None
 
     async def finish(self, *, deadline: float) -> None:
         self._manifest = None

@@ -110,13 +110,13 @@ class _Worker:
             return msgspec.json.encode(orders.Accepted(refused=refused)).decode()
         manifest = self._manifests.of(order.manifest)
         unknown: set[str] = set(manifest.tensors.names)
-        untouched: list[str] = []
-        for model in models:
-            nowhere, left = look_up(model, manifest.tensors.names)
+        looked_up = [look_up(model, manifest.tensors.names) for model in models]
+        for nowhere, _ in looked_up:
             unknown &= set(nowhere)  # a draft shares names with its target, and each has some of its own
-            untouched += left if model is models[0] else []
-        known = [name for name in manifest.tensors.names if name in unknown]
-        return msgspec.json.encode(orders.Accepted(unknown=tuple(known), untouched=tuple(untouched))).decode()
+        known = tuple(name for name in manifest.tensors.names if name in unknown)
+        left = looked_up[0][1]
+        untouched = None if left is None else tuple(left)
+        return msgspec.json.encode(orders.Accepted(unknown=known, untouched=untouched)).decode()
 
     def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
         if refused := why_not_updated(models):  # stock SGLang asks each time, too

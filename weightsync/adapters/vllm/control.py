@@ -109,7 +109,7 @@ class VLLMAdapter(ReplayingAdapter):
         )
         return self._info
 
-    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
         """See the base class. Stock servers cannot be asked for names: there, what they do not know fails to load."""
         path, info = self._probed()
         single = await self._http.get("/get_world_size", {"include_dp": "false"}, deadline=deadline)

@@ -50,7 +50,7 @@ class EnginePath(ABC):
         return ""
 
     @abstractmethod
-    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...] | None:
         """See `EngineAdapter.accept`; `whole`: nothing may be left as it is."""
 
     @abstractmethod

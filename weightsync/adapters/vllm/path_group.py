@@ -40,7 +40,7 @@ class GroupPath(StockPath):
         super().__init__(server, draft=draft)
         self._joined = ""  # the group that its workers are in
 
-    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...] | None:
         """See the base class."""
         if not self.server.profile.brackets:
             raise self.refused(

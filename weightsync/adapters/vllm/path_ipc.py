@@ -81,7 +81,7 @@ class IpcPath(StockPath):
         self._find_gpus = gpus
         self._gpus: tuple[str, ...] = ()
 
-    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...] | None:
         """See the base class."""
         if self.server.profile.packed is None:
             raise self.refused(

@@ -54,7 +54,7 @@ class StockPath(EnginePath):
         self._opened = False  # by us, and not closed since
         self._out_of_step = ""  # the call that failed, and left workers' answers unread
 
-    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
+    async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...] | None:
         """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
         if self._out_of_step:
             raise self.refused(
@@ -66,7 +66,7 @@ class StockPath(EnginePath):
                 first_names(broken, len(broken)),
                 "send fused groups whole: vllm would leave the rest of a layer uninitialised",
             )
-        return ()
+        return None
 
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
