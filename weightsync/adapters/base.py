@@ -61,7 +61,22 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
     fix: str = ""  # the flag or variable that mends it
 
 
-class EngineAdapter(ABC):
+class LoadsBuckets(ABC):
+    """An engine, or one way into it."""
+
+    @abstractmethod
+    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
+        """Load one bucket; `tickets[tp_rank]` is that rank's own export of the slot, to be opened once."""
+
+    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
+        """Load the buckets from `first` on, of which `tickets` has those of each. For engines that are told of one at a
+        time this is `load` again and again.
+        """
+        for bucket, of_bucket in enumerate(tickets, first):
+            await self.load(bucket, of_bucket, deadline=deadline)
+
+
+class EngineAdapter(LoadsBuckets):
     """The daemon's hand inside one engine. Instances are used from one asyncio loop."""
 
     loras: LoraRoutes | None = None
@@ -91,17 +106,6 @@ class EngineAdapter(ABC):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
         """Open an update to `version`. `offers[tp_rank]` holds one attach descriptor per arena it may read from."""
-
-    @abstractmethod
-    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        """Load one bucket; `tickets[tp_rank]` is that rank's own export of the slot, to be opened once."""
-
-    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """Load the buckets from `first` on, of which `tickets` has those of each. For engines that are told of one at a
-        time this is `load` again and again.
-        """
-        for bucket, of_bucket in enumerate(tickets, first):
-            await self.load(bucket, of_bucket, deadline=deadline)
 
     def draws(self, manifest: Manifest) -> bool:
         """Whether it can do without buckets of this manifest, which it has accepted: read the tensors where ranks of

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from contextlib import suppress
 from typing import TYPE_CHECKING, ClassVar
 
+from weightsync.adapters.base import LoadsBuckets
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.sglang.profiles import numbers_of
 from weightsync.errors import EngineError, EngineRefused
@@ -27,8 +28,10 @@ SELECTORS = {"all": "all", "model": "target", "draft": "draft"}
 _REQUANTISES = (0, 5, 22)  # the first SGLang whose flash_rl loader shards, then quantises
 
 
-class EnginePath(ABC):
-    """One way into a server. An instance lives as long as the server does; updates follow one another."""
+class EnginePath(LoadsBuckets):
+    """One way into a server. An instance lives as long as the server does; updates follow one another. After a `load`
+    that fails nothing is left open that would hinder the next `begin`.
+    """
 
     name: ClassVar[str]
     transport: str  # whose tickets it takes
@@ -43,19 +46,10 @@ class EnginePath(ABC):
         """Open an update. One that an earlier push left open is ended first."""
 
     @abstractmethod
-    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        """Load one bucket. After a failure nothing is left open that would hinder the next `begin`."""
-
-    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """The buckets from `first` on."""
-        for bucket, of_bucket in enumerate(tickets, first):
-            await self.load(bucket, of_bucket, deadline=deadline)
-
-    @abstractmethod
     async def finish(self, *, deadline: float) -> None:
         """Everything is loaded. Caches are flushed elsewhere."""
 
-    async def close(self) -> None:  # noqa: B027  (most hold nothing)
+    async def close(self) -> None:
         """Let go of what this side holds; an update that is open has been given up."""
 
 

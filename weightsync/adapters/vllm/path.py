@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any
 
+from weightsync.adapters.base import LoadsBuckets
 from weightsync.adapters.http import EngineAnswer
 from weightsync.adapters.vllm.server import field
 from weightsync.errors import EngineRefused
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["EnginePath"]
 
 
-class EnginePath(ABC):
+class EnginePath(LoadsBuckets):
     """One way into a server. Made anew for each incarnation of it."""
 
     name: str
@@ -58,15 +59,6 @@ class EnginePath(ABC):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
     ) -> None:
         """Open an update, whatever an earlier one left."""
-
-    @abstractmethod
-    async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        """Load one bucket."""
-
-    async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """The buckets from `first` on."""
-        for bucket, of_bucket in enumerate(tickets, first):
-            await self.load(bucket, of_bucket, deadline=deadline)
 
     @abstractmethod
     async def finish(self, *, deadline: float) -> None:
