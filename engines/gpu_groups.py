@@ -34,7 +34,7 @@ from weightsync.operator import fetch_status
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from weightsync.client import PushHandle
+    from weightsync.trainer.client import PushHandle
 
 _WARM = 5  # pushes, after which nothing is allocated for the first time
 

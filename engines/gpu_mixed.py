@@ -28,11 +28,11 @@ import torch
 from engines.gpu_servers import Case, Server, compare, gpu_memory
 from weightsync.adapters.reference.config import read_config
 from weightsync.adapters.reference.oracle import expected_checksums
-from weightsync.client import push_source
 from weightsync.errors import WeightSyncError
 from weightsync.fleet import Fleet
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
+from weightsync.trainer.client import push_source
 
 _WARM = 20  # pushes, after which nothing is allocated for the first time
 VLLM, SGLANG = Case("vllm", "plugin"), Case("sglang", "plugin")

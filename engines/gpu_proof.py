@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from engines.gpu_servers import Case, Server, compare, gpu_memory
-from weightsync.client import push_source
 from weightsync.errors import PushRefused, WeightSyncError
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
+from weightsync.trainer.client import push_source
 
 
 @dataclass

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from weightsync.errors import WeightSyncError
 
 if TYPE_CHECKING:
-    from weightsync.client import PushHandle, push_weights, push_weights_async
-    from weightsync.lora import LoraReport, push_lora
     from weightsync.report import EngineReport, PushReport
+    from weightsync.trainer.client import PushHandle, push_weights, push_weights_async
+    from weightsync.trainer.lora import LoraReport, push_lora
 
 __all__ = [
     "EngineReport",
@@ -35,12 +35,12 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "EngineReport": "weightsync.report",
-    "LoraReport": "weightsync.lora",
-    "PushHandle": "weightsync.client",
+    "LoraReport": "weightsync.trainer.lora",
+    "PushHandle": "weightsync.trainer.client",
     "PushReport": "weightsync.report",
-    "push_lora": "weightsync.lora",
-    "push_weights": "weightsync.client",
-    "push_weights_async": "weightsync.client",
+    "push_lora": "weightsync.trainer.lora",
+    "push_weights": "weightsync.trainer.client",
+    "push_weights_async": "weightsync.trainer.client",
 }
 
 

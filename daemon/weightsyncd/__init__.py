@@ -48,7 +48,8 @@ This node's engines and bridges
 
 Operating
     status          the answer to `weightsync status`
-    health          metrics, /metrics and /healthz
+    metrics         what Prometheus is told
+    health          how it is measured; /metrics and /healthz
     traces          traces of pushes, for `weightsync trace`
     changes         engines and peers as operators change them: a command, or an edited config
     membership      engines and nodes that come and go between pushes

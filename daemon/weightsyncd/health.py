@@ -21,9 +21,9 @@ from weightsyncd.status import accounts_of, slots_taken
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from weightsync.metrics import Metrics
     from weightsync.session.machine import PushSession
     from weightsync.wire import messages as msg
+    from weightsyncd.metrics import Metrics
     from weightsyncd.server import Server
 
 __all__ = ["HealthPage", "measure_node", "measure_push"]

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from weightsync.endpoints import check_endpoint, private_directory, runtime_dir
 from weightsync.errors import ConfigError, ErrorRecord, WeightSyncError
-from weightsync.metrics import Metrics
 from weightsync.placement import keeper_gpu
 from weightsync.session import events as ev
 from weightsync.wire.keys import read_key_file
@@ -32,6 +31,7 @@ from weightsyncd.health import HealthPage, measure_node
 from weightsyncd.keeper import KeeperAdapter
 from weightsyncd.loras import Loras
 from weightsyncd.membership import Membership
+from weightsyncd.metrics import Metrics
 from weightsyncd.peers import Peer
 from weightsyncd.plans import Plans
 from weightsyncd.push import Services

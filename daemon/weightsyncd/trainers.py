@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout, WeightSyncError
-from weightsync.metrics import UNKNOWN
 from weightsync.session import events as ev
 from weightsync.session.state import rank_failed
 from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
+from weightsyncd.metrics import UNKNOWN
 from weightsyncd.outcomes import brought_all
 from weightsyncd.push import Push, Services
 from weightsyncd.push_engines import engines_for, engines_of
@@ -35,8 +35,8 @@ from weightsyncd.waiting import Call, Waiting
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
-    from weightsync.metrics import Metrics
     from weightsyncd.follower import Follower
+    from weightsyncd.metrics import Metrics
 
 __all__ = ["Trainers"]
 

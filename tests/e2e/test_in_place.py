@@ -12,8 +12,8 @@ import torch
 from tests.e2e.test_push import push
 from weightsync import push_weights_async
 from weightsync.errors import PushAborted
-from weightsync.rank_memory import memory
 from weightsync.testing import eventually
+from weightsync.trainer.rank_memory import memory
 
 pytestmark = pytest.mark.e2e
 

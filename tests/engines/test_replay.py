@@ -19,9 +19,9 @@ from rich.console import Console
 from tests.engines.yard import Need
 from tests.hand_push import HandPush, as_bytes, connected, sent, soon
 from tests.places_kit import write
+from weightsync.cli.views import replay_details
 from weightsync.plan.replay_facts import LAYOUTS
 from weightsync.testing import eventually
-from weightsync.views import replay_details
 
 pytestmark = [pytest.mark.engines, pytest.mark.timeout(300)]
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 
 from tests.engines.kit import Oracle, RealEngine, Running, model, oracle
 from weightsync import push_weights
-from weightsync.client import PushHandle, push_weights_async
 from weightsync.fleet import Daemon, Fleet
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
 from weightsync.testing import eventually
+from weightsync.trainer.client import PushHandle, push_weights_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable

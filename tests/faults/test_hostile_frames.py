@@ -14,7 +14,7 @@ import psutil
 import pytest
 import zmq
 
-import weightsync.rank_memory
+import weightsync.trainer.rank_memory
 from tests.faults.kit import until
 from tests.marks import slow
 from tests.own import named
@@ -387,9 +387,9 @@ class ReopeningLink(TrainerLink):
 @pytest.fixture
 def speak(node, monkeypatch):
     """Sets the kind of link by which this process pushes."""
-    memory = weightsync.rank_memory.memory()
+    memory = weightsync.trainer.rank_memory.memory()
     memory.close_links()
-    yield lambda kind: monkeypatch.setattr(weightsync.rank_memory, "TrainerLink", kind)
+    yield lambda kind: monkeypatch.setattr(weightsync.trainer.rank_memory, "TrainerLink", kind)
     memory.close_links()
 
 

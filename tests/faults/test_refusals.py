@@ -11,10 +11,10 @@ from tests.faults.kit import AT_ONCE, until
 from tests.faults.stopwatch import Stopwatch
 from weightsync.errors import PushAborted, PushRefused, SourceError, WeightSyncError
 from weightsync.plan.layout import Layout, Shard
-from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
 from weightsync.sources.undescribed import Undescribed
-from weightsync.trainer_place import TrainerPlace
+from weightsync.trainer.place import TrainerPlace
+from weightsync.trainer.rank import RankPush
 
 pytestmark = pytest.mark.faults
 

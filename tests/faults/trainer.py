@@ -34,9 +34,9 @@ import weightsync.exposing.host
 import weightsync.filling.device  # noqa: F401 - with those above: what ranks would each load in their first push
 from weightsync.errors import WeightSyncError
 from weightsync.plan.layout import Layout
-from weightsync.rank import RankPush
 from weightsync.sources.tensors import TensorSource
-from weightsync.trainer_place import TrainerPlace
+from weightsync.trainer.place import TrainerPlace
+from weightsync.trainer.rank import RankPush
 
 DAWDLES = 2_500_000_000  # cycles of a GPU's clock, a second and a half about
 

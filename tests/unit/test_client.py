@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from weightsync import push_lora, push_weights
-from weightsync.arguments import checked_timeout, whole_number
-from weightsync.client import _described, _Weights
 from weightsync.errors import SourceError
 from weightsync.sources.undescribed import Undescribed
-from weightsync.trainer_place import trainer_place
+from weightsync.trainer.arguments import checked_timeout, whole_number
+from weightsync.trainer.client import _described, _Weights
+from weightsync.trainer.place import trainer_place
 
 NOWHERE = "ipc:///nonexistent/none.sock"
 
@@ -65,7 +65,7 @@ def test_a_daemon_is_told_of_tensors_that_were_left_out(monkeypatch, options):
         def run(self):
             pass
 
-    monkeypatch.setattr("weightsync.rank.RankPush", Push)
+    monkeypatch.setattr("weightsync.trainer.rank.RankPush", Push)
     push_weights({"a": torch.zeros(2), "c": torch.zeros(2)}, version=1, daemon=NOWHERE, **options)
     assert told["partial"] == ("only" in options)
 
@@ -102,7 +102,7 @@ def test_trainers_whose_masters_are_on_loopback_are_of_their_machine(monkeypatch
         monkeypatch.setenv(name, value)
     groups = []
     for host in ("a", "b"):
-        monkeypatch.setattr("weightsync.trainer_place.socket.gethostname", lambda host=host: host)
+        monkeypatch.setattr("weightsync.trainer.place.socket.gethostname", lambda host=host: host)
         groups.append(trainer_place().group)
     assert (groups[0] != groups[1]) == apart
 

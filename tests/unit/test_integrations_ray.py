@@ -15,7 +15,7 @@ import json, os, sys
 import torch.distributed as dist
 import torch.testing._internal.distributed.fake_pg
 from weightsync.errors import WeightSyncError
-from weightsync.trainer_place import trainer_place
+from weightsync.trainer.place import trainer_place
 
 rank, cases = int(sys.argv[1]), json.loads(sys.argv[2])
 told = {}

@@ -301,9 +301,9 @@ def test_arguments_are_checked_before_anything_is_sent(options, words):
 
 
 def test_ranks_beyond_the_first_send_nothing(monkeypatch):
-    from weightsync import trainer_place
+    from weightsync.trainer import place
 
-    monkeypatch.setattr(trainer_place, "trainer_place", lambda _: trainer_place.TrainerPlace("t", 1, 2))
+    monkeypatch.setattr(place, "trainer_place", lambda _: place.TrainerPlace("t", 1, 2))
     started = time.monotonic()
     assert push_lora(object(), version=1, daemon="ipc:///nowhere.sock") is None
     assert time.monotonic() - started < 5

@@ -17,11 +17,11 @@ from prometheus_client.metrics import MetricWrapperBase
 from weightsync.config import parse_node_config
 from weightsync.errors import ErrorRecord, TransportBroken
 from weightsync.ipc.ledger import Account
-from weightsync.metrics import Metrics
 from weightsync.nccl_bridge.commands import LedgerBooks
 from weightsync.wire import messages as msg
 from weightsyncd.context import PushContext
 from weightsyncd.health import measure_node, measure_push
+from weightsyncd.metrics import Metrics
 
 DEPLOY = Path(__file__).parent.parent.parent / "docs" / "deploy"
 LEFT_OUT: dict[str, str] = {}  # metrics that the dashboard does not show → why not

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from weightsync.errors import CodecError, PushAborted, SourceError, WeightSyncError
-from weightsync.rank import RankPush
-from weightsync.rank_memory import RankMemory
 from weightsync.sources.tensors import TensorSource
-from weightsync.trainer_place import TrainerPlace
+from weightsync.trainer.place import TrainerPlace
+from weightsync.trainer.rank import RankPush
+from weightsync.trainer.rank_memory import RankMemory
 from weightsync.wire import messages as msg
 
 
@@ -66,7 +66,7 @@ class Older(Daemon):
 def test_where_the_call_itself_is_refused_nothing_more_is_waited_for(monkeypatch):
     memory = RankMemory()
     memory.give_link(Older(answers=True))  # type: ignore[arg-type]
-    monkeypatch.setattr("weightsync.rank.memory", lambda: memory)
+    monkeypatch.setattr("weightsync.trainer.rank.memory", lambda: memory)
     with pytest.raises(CodecError, match="unknown field"):
         push_of(TensorSource({"a.weight": torch.ones(2, 2)})).run()
 
@@ -99,7 +99,7 @@ def push_of(source: TensorSource) -> RankPush:
 def test_what_fails_as_values_are_measured_is_told_to_all(monkeypatch, error, words, answers):
     memory, daemon = RankMemory(), Daemon(answers=answers)
     memory.give_link(daemon)  # type: ignore[arg-type]
-    monkeypatch.setattr("weightsync.rank.memory", lambda: memory)
+    monkeypatch.setattr("weightsync.trainer.rank.memory", lambda: memory)
     source = Unmeasurable({"a.weight": torch.ones(2, 2)})
     source.error = error
     push = push_of(source)

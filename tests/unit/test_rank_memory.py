@@ -12,8 +12,8 @@ import zmq
 from weightsync.ipc import gone
 from weightsync.ipc.arena import Arena, DeviceMemory
 from weightsync.ipc.cuda import DeviceSlots
-from weightsync.rank_memory import RankMemory, memory
 from weightsync.testing import eventually
+from weightsync.trainer.rank_memory import RankMemory, memory
 from weightsync.wire.codec import decode_untrusted
 from weightsync.wire.messages import Heartbeat
 

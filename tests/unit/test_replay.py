@@ -14,13 +14,13 @@ import torch
 from rich.console import Console
 
 from tests.replay_kit import Model, read_buckets, same
+from weightsync.cli.views import replay_details
 from weightsync.plan.replay_facts import LAYOUTS, ReplayFacts, least
 from weightsync.replay import state
 from weightsync.replay.kernel import HostMoves
 from weightsync.replay.model import ModelState
 from weightsync.replay.moves import lay_out
 from weightsync.replay.state import SWITCH, ModelReplay
-from weightsync.views import replay_details
 from weightsync.wire.codec import decode_untrusted, encode
 from weightsync.wire.messages import EngineStatus, Status
 

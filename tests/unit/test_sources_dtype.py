@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from weightsync.client import push_weights
 from weightsync.errors import SourceError
 from weightsync.plan.dtypes import BY_NAME
 from weightsync.plan.manifest import Shard
 from weightsync.sources import CheckpointSource, Source, TensorSource, source_of
 from weightsync.sources import converted as conversions
+from weightsync.trainer.client import push_weights
 
 
 def mixed() -> dict[str, torch.Tensor]:

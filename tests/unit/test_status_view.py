@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from tests.wire_examples import ERROR
-from weightsync.status_view import status_view
+from weightsync.cli.status_view import status_view
 from weightsync.wire import messages as msg
 
 OUTCOME = msg.PushOutcome(

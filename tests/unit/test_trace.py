@@ -13,11 +13,11 @@ import pytest
 
 from tests.session_world import ERROR, World
 from weightsync.chrome_trace import document
+from weightsync.cli.trace_summary import summarise
 from weightsync.errors import ConfigError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.trace import Trace
-from weightsync.trace_summary import summarise
 from weightsync.wire import messages as msg
 from weightsyncd.traces import PushTrace, Traces, write_trace
 

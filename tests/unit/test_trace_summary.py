@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from weightsync.chrome_trace import document
 from weightsync.cli import app
+from weightsync.cli.trace_summary import read_trace, summarise, summary_view
 from weightsync.errors import ConfigError, ErrorRecord
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
 from weightsync.session.trace import Trace
-from weightsync.trace_summary import read_trace, summarise, summary_view
 
 ABOUT = {
     "model": "policy", "version": 7, "state": "torn", "seconds": 4.0, "bytes": 2_000_000_000, "buckets": 2,

@@ -10,9 +10,9 @@ import pytest
 
 from tests.wire_examples import EXAMPLES
 from weightsync.config import parse_node_config
-from weightsync.metrics import Metrics
 from weightsync.wire import messages as msg
 from weightsyncd.engines import Engines
+from weightsyncd.metrics import Metrics
 from weightsyncd.trainers import Trainers
 
 CONFIG = parse_node_config(

@@ -5,6 +5,8 @@ looking     status, trace
 engines     engines, engines add, engines remove
 examining   doctor
 measuring   bench
+
+views, status_view, trace_summary: what they print, made from the plain data of `--json`
 """
 
 from __future__ import annotations

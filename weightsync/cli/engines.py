@@ -31,7 +31,7 @@ def engines(
     if context.invoked_subcommand is None and plan and not as_json:
         from rich.console import Console
 
-        from weightsync.views import replay_details
+        from weightsync.cli.views import replay_details
 
         Console(highlight=False).print(replay_details(fetch(context.obj)["engines"]))
     elif context.invoked_subcommand is None:
@@ -94,6 +94,6 @@ def _show_engines(found: list[dict[str, Any]], *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    from weightsync.views import engine_details
+    from weightsync.cli.views import engine_details
 
     Console(highlight=False).print(engine_details(found))

@@ -65,7 +65,7 @@ def doctor(
 def _show_findings(titles: dict[str, str], found: dict[str, list[dict[str, Any]]]) -> None:
     from rich.console import Console
 
-    from weightsync.views import findings_view
+    from weightsync.cli.views import findings_view
 
     console = Console(highlight=False, markup=False)  # fixes have words in square brackets
     for name, findings in found.items():

@@ -66,8 +66,8 @@ def trace(
     """
     from rich.console import Console
 
+    from weightsync.cli.trace_summary import read_trace, summarise, summary_view
     from weightsync.operator import fetch_trace
-    from weightsync.trace_summary import read_trace, summarise, summary_view
 
     try:
         text = file.read_bytes() if file is not None else None
@@ -99,7 +99,7 @@ def fetch(endpoint: str) -> dict[str, Any]:
 
 
 def _status_view(endpoint: str) -> Any:
-    from weightsync.status_view import status_view
+    from weightsync.cli.status_view import status_view
 
     return status_view(fetch(endpoint), time.strftime("%H:%M:%S"))
 

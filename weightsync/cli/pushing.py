@@ -74,8 +74,8 @@ def push(
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from weightsync.client import push_source
     from weightsync.sources import CheckpointSource
+    from weightsync.trainer.client import push_source
 
     console = Console(stderr=True, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

@@ -20,7 +20,6 @@ import re
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from weightsync.client import push_weights
 from weightsync.config import EngineConfig
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.integrations.outcome import noted
@@ -28,6 +27,7 @@ from weightsync.integrations.router import Router
 from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions, endpoint_of
 from weightsync.operator import change_engines, fetch_status
+from weightsync.trainer.client import push_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

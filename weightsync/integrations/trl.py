@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback
 
-from weightsync.client import push_weights
 from weightsync.integrations.outcome import noted
 from weightsync.integrations.versions import Versions
+from weightsync.trainer.client import push_weights
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from verl.checkpoint_engine.base import CheckpointEngine, CheckpointEngineRegistry
 
-from weightsync.client import push_weights_async
 from weightsync.config import EngineConfig
 from weightsync.integrations.outcome import noted
 from weightsync.integrations.shares import rank_and_world, share
 from weightsync.integrations.versions import Versions
+from weightsync.trainer.client import push_weights_async
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

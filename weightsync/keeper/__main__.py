@@ -15,8 +15,8 @@ from weightsync import logs
 from weightsync.errors import LocalProtocolError, PushAborted, TransportBroken, WeightSyncError
 from weightsync.keeper import commands as c
 from weightsync.keeper.store import Store
-from weightsync.rank import RankPush
-from weightsync.trainer_place import trainer_place
+from weightsync.trainer.place import trainer_place
+from weightsync.trainer.rank import RankPush
 from weightsync.wire.pipe import Pipe
 
 logger = logging.getLogger("weightsync.keeper")

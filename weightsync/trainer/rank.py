@@ -28,10 +28,10 @@ from weightsync.errors import (
 from weightsync.filling.program import compile_program
 from weightsync.plan.manifest import Manifest
 from weightsync.processes import started
-from weightsync.rank_exposing import RankExposing
-from weightsync.rank_filling import RankFilling
-from weightsync.rank_memory import memory
 from weightsync.report import PushReport
+from weightsync.trainer.rank_exposing import RankExposing
+from weightsync.trainer.rank_filling import RankFilling
+from weightsync.trainer.rank_memory import memory
 from weightsync.wire import messages as msg
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from weightsync.errors import ErrorRecord
     from weightsync.filling.local import LocalWeights
     from weightsync.sources.base import Source
-    from weightsync.trainer_place import TrainerPlace
+    from weightsync.trainer.place import TrainerPlace
     from weightsync.wire.trainer_link import TrainerLink
 
 __all__ = ["RankPush"]

@@ -9,7 +9,7 @@ import numpy as np
 
 from weightsync.errors import RemoteProtocolError
 from weightsync.filling.host import HostFill
-from weightsync.rank_memory import memory
+from weightsync.trainer.rank_memory import memory
 from weightsync.wire import messages as msg
 
 if TYPE_CHECKING:

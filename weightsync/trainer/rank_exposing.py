@@ -8,7 +8,7 @@ import numpy as np
 
 from weightsync.errors import ConfigError, WeightSyncError
 from weightsync.plan.packing import DIGEST_BYTES
-from weightsync.rank_memory import memory
+from weightsync.trainer.rank_memory import memory
 from weightsync.wire import messages as msg
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from weightsync.arguments import checked_model, checked_timeout, whole_number
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import PushAborted, SourceError
+from weightsync.trainer.arguments import checked_model, checked_timeout, whole_number
 from weightsync.wire import messages as msg
 from weightsync.wire.codec import MAX_FRAME
 
@@ -87,7 +87,7 @@ def push_lora(
     """
     from weightsync.operator import ask
     from weightsync.sources.lora_files import adapter_files
-    from weightsync.trainer_place import trainer_place
+    from weightsync.trainer.place import trainer_place
 
     version, keep = whole_number("version", version), whole_number("keep", keep)
     model, timeout = checked_model(model), checked_timeout(timeout)

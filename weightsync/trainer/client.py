@@ -1,4 +1,4 @@
-"""`push_weights` and its kin: the trainer's side, as users see it. `weightsync.rank` has what a rank does in a push."""
+"""`push_weights` and its kin: the trainer's side, as users see it. What a rank does in a push is in `rank`."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from weightsync.arguments import checked_model, checked_timeout, whole_number
 from weightsync.endpoints import default_endpoint
 from weightsync.errors import ConfigError, PushTimeout, SourceError
+from weightsync.trainer.arguments import checked_model, checked_timeout, whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from weightsync.adapters.base import PauseMode
-    from weightsync.rank import RankPush
     from weightsync.report import PushReport
     from weightsync.sources.base import Source
     from weightsync.sources.fp8 import Fp8
     from weightsync.sources.selected import Only, Rename
+    from weightsync.trainer.rank import RankPush
 
 __all__ = ["PushHandle", "push_source", "push_weights", "push_weights_async"]
 
@@ -216,9 +216,9 @@ def _rank_push(
     endpoint = daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
     if "://" not in endpoint:
         raise ConfigError(f"daemon = {endpoint!r} is no endpoint", hint="ipc:///path/to.sock or tcp://127.0.0.1:PORT")
-    from weightsync.rank import RankPush
-    from weightsync.rank_memory import memory
-    from weightsync.trainer_place import trainer_place
+    from weightsync.trainer.place import trainer_place
+    from weightsync.trainer.rank import RankPush
+    from weightsync.trainer.rank_memory import memory
 
     started = time.monotonic()
     place = trainer_place(process_group)

@@ -14,8 +14,8 @@ from msgspec import Meta
 from rich.console import Group
 from rich.text import Text
 
+from weightsync.cli.views import decimal_size, empty_table
 from weightsync.errors import ConfigError
-from weightsync.views import decimal_size, empty_table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

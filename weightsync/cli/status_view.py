@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Group
 from rich.text import Text
 
-from weightsync.views import coloured, decimal_size, empty_table, or_dash
+from weightsync.cli.views import coloured, decimal_size, empty_table, or_dash
 
 __all__ = ["status_view"]
 
