@@ -4,6 +4,8 @@ the other is what the tensors hold there.
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
 from typing import cast
 
 import numpy as np
@@ -88,6 +90,29 @@ def test_shares_are_of_each_tensor_once(case, turns):
     shared = [box for turn in range(turns) for box in share_of(case.table, turn=turn, turns=turns)]
     assert shared == share_of(case.table)
     assert [box.tensor for box in shared] == list(range(len(case.table)))
+
+
+@given(case=cases)
+def test_no_parcel_would_have_had_room_for_the_next_box(case):
+    parcels = parcels_of(share_of(case.table, turn=0, turns=1), case.table, MOST)
+    for parcel, following in pairwise(parcels):
+        first = following.boxes[0]
+        assert parcel.nbytes + math.prod(first.box.shape) * first.itemsize > MOST
+
+
+def test_parcels_are_filled_to_the_last_byte():
+    """Of a tensor with rows of 64 bytes a parcel takes four; what is left shares one with the next tensor."""
+    table = TensorTable(names=("w", "v"), dtypes=("float32",) * 2, shapes=((2, 9, 16), (2, 16)), aliases=())
+    parcels = parcels_of(share_of(table, turn=0, turns=1), table, MOST)
+    assert [[(placed.box.tensor, placed.box.offset, placed.box.shape) for placed in p.boxes] for p in parcels] == [
+        [(0, (0, 0, 0), (1, 4, 16))],
+        [(0, (0, 4, 0), (1, 4, 16))],
+        [(0, (0, 8, 0), (1, 1, 16))],
+        [(0, (1, 0, 0), (1, 4, 16))],
+        [(0, (1, 4, 0), (1, 4, 16))],
+        [(0, (1, 8, 0), (1, 1, 16)), (1, (0, 0), (2, 16))],
+    ]
+    assert [parcel.nbytes for parcel in parcels] == [256, 256, 64, 256, 256, 192]
 
 
 def test_what_several_ranks_have_travels_once():

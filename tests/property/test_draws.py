@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,7 @@ from weightsync.drawing.device import DeviceCopies
 from weightsync.drawing.host import HostCopies
 from weightsync.errors import CodecError, LocalProtocolError
 from weightsync.plan.boxes import packed_strides
-from weightsync.plan.draws import Wanted, draws, interleaved
+from weightsync.plan.draws import Draw, Wanted, draws, interleaved
 from weightsync.plan.exposure import Exposure, Exposures, Part, Region
 from weightsync.plan.table import TensorTable
 
@@ -134,6 +135,22 @@ def test_order_alone_is_what_interleaving_changes(case):
     assert sorted(several) == sorted(interleaved(several))
 
 
+def test_ranks_are_read_in_turn_by_bytes():
+    """After each copy every rank is as far through its bytes as the others, to within its own next copy."""
+
+    def draw(rank, elements):
+        return Draw(rank, 0, 0, (4,), 0, 0, (4,), (elements,), 4)
+
+    one, other, third = [draw(0, 10)] * 4, [draw(1, 20), draw(1, 60)], [draw(2, 30), draw(2, 5), draw(2, 5)]
+    turns = interleaved([*one, *other, *third])
+    assert [(each.rank, each.shape[0]) for each in turns] == [
+        *((0, 10), (1, 20), (2, 30)),  # all at 0
+        *((0, 10), (1, 60)),  # both at a quarter
+        *((0, 10), (0, 10)),  # at a half and three quarters
+        *((2, 5), (2, 5)),  # at three quarters, too, and seven eighths
+    ]
+
+
 def exposure(**changes):
     table = TensorTable(names=("w",), dtypes=("float32",), shapes=((4, 4),), aliases=())
     terms: dict[str, Any] = {
@@ -167,6 +184,26 @@ def test_an_exposure_that_would_be_read_beyond_its_memory_is_none(changes):
     table, made = exposure(**changes)
     with pytest.raises(CodecError):
         Exposure.unpack(made.packed, table)
+
+
+@pytest.mark.parametrize("name", ["tensor", "region", "at", "offset", "shape", "strides"])
+def test_columns_of_an_exposure_are_as_long_as_each_other(name):
+    table, made = exposure()
+    raw = msgspec.msgpack.decode(made.packed)
+    with pytest.raises(CodecError, match="different lengths"):
+        Exposure.unpack(msgspec.msgpack.encode(raw | {name: raw[name] * 2}), table)
+
+
+def test_an_exposure_of_a_later_version_is_refused_as_a_whole():
+    """What it says beyond what is known here may change what the rest means."""
+    table, made = exposure()
+    raw = msgspec.msgpack.decode(made.packed)
+    region = raw["regions"][0] | {"compressed": True}
+    for later in (raw | {"compressed": True}, raw | {"regions": [region]}):
+        with pytest.raises(CodecError, match="compressed"):
+            Exposure.unpack(msgspec.msgpack.encode(later), table)
+    with pytest.raises(CodecError, match="compressed"):
+        Exposures.unpack(msgspec.msgpack.encode({"format": 1, "ranks": [], "compressed": True}))
 
 
 def test_what_nobody_exposes_is_named():
