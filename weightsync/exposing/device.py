@@ -1,4 +1,4 @@
-"""Exposes weights on this rank's GPU where they lie; a copy of those that are sent in another type, or lie elsewhere.
+"""Exposes weights on this rank's GPU where they lie. Those sent in another type, or held elsewhere, are copied there.
 
 The copy's memory is kept between pushes; each push copies anew. One launch converts and fingerprints float32 weights
 that are sent as bfloat16; a second one fingerprints all others.

@@ -1,4 +1,4 @@
-"""Notices that the owner of some memory is gone: until it is unmapped here, no other process can have that memory."""
+"""Notices when the owner of mapped memory is gone: no other process can have that memory until it is unmapped here."""
 
 from __future__ import annotations
 

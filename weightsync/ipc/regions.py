@@ -58,7 +58,7 @@ class RegionMap:
         self._open: dict[_Process, dict[Region, _Mapped]] = {}
         self._asked: _Asked | None = None  # the last request, all of it mapped; kept, as its regions may be many
         self._lock = threading.RLock()
-        self.held = False  # the lookout unmaps nothing, because a copy that is late may still read
+        self.held = False  # if set, the lookout unmaps nothing: a copy that is late may still read
         self._lookout = Lookout(self._look, device)
 
     @contextmanager

@@ -35,9 +35,9 @@ def segment_name(node: str, bridge: int, incarnation: str) -> str:
 def remove_stale(
     directory: str, node: str, *, bridge: int | None = None, keep: frozenset[str] = frozenset()
 ) -> tuple[str, ...]:
-    """Remove the arenas of `node` (or of one bridge of it) that belong to this user, except incarnations in `keep`.
+    """Remove this user's arenas of `node` (or of one bridge of it), and exports beside them, except those in `keep`.
 
-    The bridges of these arenas must have ended. Returns the names removed.
+    `keep` has incarnations. The bridges of all others must have ended. Returns the names removed.
     """
     removed = []
     with suppress(FileNotFoundError), os.scandir(directory) as entries:

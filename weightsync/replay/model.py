@@ -78,7 +78,7 @@ def _things(layer: torch.nn.Module) -> dict[str, Any]:
 
 
 def _held(value: Any) -> Any:
-    """Return a weak reference to a value if that can be, else the value.
+    """Return a weak reference to a value if it can have one, else the value.
 
     A strong one would keep memory: a function that loading replaces may be all that held a layer's packed weights.
     """

@@ -44,9 +44,7 @@ class BucketMoves:
     """The moves that can be made, and the tensors that are whole, once a bucket has come."""
 
     moves: tuple[Move, ...]  # out of the bucket
-    cut: tuple[
-        tuple[int, tuple[Move, ...]], ...
-    ]  # tensors of the manifest that it completes, and the moves out of each
+    cut: tuple[tuple[int, tuple[Move, ...]], ...]  # cut tensors that it completes, and the moves out of each
     replayed: frozenset[int]  # tensors of the manifest that it completes and that need no loader
     left: bool  # whether it has bytes of tensors that need the loader
 

@@ -235,8 +235,8 @@ class ModelReplay:
         self._tell()
 
     def _learn(self, work: Callable[[], None]) -> None:
-        """Do `work`, whose failure costs no push, since the loader loads: replay is turned off, or put off if memory
-        was short.
+        """Do `work`. If it fails, the push goes on, since the loader loads. Replay is then turned off, or put off if
+        memory was short.
         """
         try:
             work()

@@ -145,8 +145,8 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
-        # The daemon asks for an unknown layout once all ranks have called, and this rank then fails. So all ranks hear
-        # of the failure in this push, and none only after it has called for the next.
+        # A random digest makes the daemon ask for the layout, which it does once all ranks have called. This rank fails
+        # then: so all ranks hear of the failure in this push, and no rank after it has called for the next.
         if self._flaw is not None:
             digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
@@ -318,7 +318,7 @@ class RankPush:
 
 
 def _measured(source: Source) -> Exception | None:
-    """Have the source look at the values that it will send, if it is one that does. Returns the error if that fails."""
+    """Have the source look at the values that it will send, if it has a `measure`. Returns the error if that fails."""
     measure = getattr(source, "measure", None)
     if measure is None:
         return None

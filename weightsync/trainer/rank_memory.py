@@ -79,7 +79,7 @@ class RankMemory:
             self._links.setdefault(link.endpoint, []).append(link)
 
     def close_links(self) -> None:
-        """Close every idle link at exit, once its queued messages are sent."""
+        """Close every idle link, after sending its queued messages. Called at exit."""
         with self._lock:
             for link in [link for idle in self._links.values() for link in idle]:
                 link.close()
