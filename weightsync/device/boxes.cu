@@ -1,12 +1,12 @@
 // Copies boxes of tensors, sums their fingerprints, or both, in one launch over a table of items.
 //
-// An item is `rows` runs of `row_bytes` contiguous bytes (of what is written), with their own pitch on either side. Its
-// addresses are relative to bases that change from launch to launch (a parameter that was reallocated, a slot): the
-// table itself stays where it is. Fingerprints are those of weightsync/fingerprint.py.
+// An item is `rows` runs of `row_bytes` contiguous bytes each, as written. Source and destination have their own pitch.
+// Addresses are relative to bases, which change from launch to launch (a parameter that was reallocated, a slot), so
+// the table itself never changes. Fingerprints are those of weightsync/fingerprint.py.
 //
-// An item is worked on by one block, sixteen bytes a thread where addresses allow, else by the largest power of two that
-// divides all of them. A coefficient takes as long to work out as it takes memory to bring the bytes, so it is worked out
-// once for all rows where that can be. Compiled by NVRTC, and by a C++ compiler for tests on machines without a GPU.
+// One block works on an item. A thread takes sixteen bytes at a time if all addresses allow, else the largest power of
+// two that divides them. A coefficient takes as long to compute as memory takes to bring its bytes, so it is computed
+// once for all rows if possible. NVRTC compiles this file; for tests without a GPU, a C++ compiler does.
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -16,12 +16,12 @@ typedef long long i64;
 
 struct Item {
   u64 src, dst;                // bytes from their bases
-  u64 col;                     // bytes from the beginning of the tensor's row to the first run
+  u64 col;                     // bytes of the tensor's row before the first run
   i64 src_pitch, dst_pitch;    // bytes from run to run
   i64 col_step;
   u32 src_base, dst_base;      // index in `bases`; SLOT: the slot
   u32 row_bytes, rows;
-  u32 row, row_step;           // the tensor's row of the first run, and from run to run
+  u32 row, row_step;           // the first run's row of the tensor; rows from run to run
   u32 total;                   // index in `totals`
   u32 op;
 };
@@ -42,7 +42,7 @@ static __device__ u64 splitmix(u64 i) {
 static __device__ u64 column(u64 word) { return splitmix(word) | 1; }
 static __device__ u64 line(u64 row) { return splitmix((1ull << 63) + row) | 1; }
 
-// As torch rounds on a GPU: to nearest even, and every NaN to 0x7fff.
+// Rounds as torch does on a GPU: to nearest even, and every NaN to 0x7fff.
 static __device__ u32 bf16(u32 bits) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;
   return (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
@@ -132,7 +132,7 @@ static __device__ u64 narrow(const Item& it, const u8* src, u8* dst, u32 mode) {
     const u8* from = src + (i64)r * it.src_pitch;
     Unit value;
     if (it.op == BYTES) value = ((const Unit*)from)[v];
-    else value = (Unit)bf16(((const u32*)from)[v]);  // only ever taken with units of two bytes
+    else value = (Unit)bf16(((const u32*)from)[v]);  // the unit is always two bytes here
     if (mode & COPY) ((Unit*)(dst + (i64)r * it.dst_pitch))[v] = value;
     if (mode & SUM) {
       const u64 at = it.col + (i64)r * it.col_step + (u64)v * sizeof(Unit);

@@ -1,6 +1,6 @@
-"""A bucket copied whole out of a slot on a GPU, and its checksum as its reader has it.
+"""Copies whole buckets out of slots on a GPU, and takes the checksum of the reader's copy.
 
-The checksum is put together from the fingerprints of the tensors in the bucket, as the trainer's ranks have made it.
+The checksum is put together from the fingerprints of the tensors in the bucket, as it is by the trainer's ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["CheckedBuckets", "FlatCopy", "copied", "flat_sum", "lent_tensor"]
 
 
 def flat_sum(address: int, nbytes: int, device: torch.device) -> int:
-    """The fingerprint of `nbytes` of GPU memory as one tensor of bytes; launches a kernel and waits for it."""
+    """Fingerprint `nbytes` of GPU memory as one tensor of bytes. Launches a kernel and waits for it."""
     kernel = BoxKernel(device)
     items = box_items((nbytes,), 1, Place(SLOT, 0, (1,)), None, tensor_shape=(nbytes,), offset=(0,))
     totals = torch.zeros(1, dtype=torch.int64, device=device)
@@ -34,9 +34,9 @@ def flat_sum(address: int, nbytes: int, device: torch.device) -> int:
 
 
 def lent_tensor(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """Memory that is mapped for `device`, whichever GPU it lies on, as uint8 [nbytes]; valid as long as it is mapped.
+    """Return memory mapped for `device`, on whichever GPU it lies, as uint8 [nbytes]. Valid while it is mapped.
 
-    By DLPack, which says on which device to use it: torch would ask the driver, and be told of the owner's.
+    DLPack says on which device to use the memory. Without it torch would ask the driver, which names the owner's GPU.
     """
     c = cupy()
     memory = c.cuda.UnownedMemory(address, nbytes, None, device.index)
@@ -47,9 +47,9 @@ def lent_tensor(address: int, nbytes: int, device: torch.device) -> torch.Tensor
 
 
 class FlatCopy:
-    """A copy of contiguous bytes into `out`, uint8 [nbytes] on the kernel's GPU; made for `stream`, which it waits for.
+    """Copies contiguous bytes into `out`, uint8 [nbytes] on the kernel's GPU. Making it waits for `stream`.
 
-    Must live until the stream is past its launches.
+    It must live until the stream is past its launches.
     """
 
     def __init__(self, kernel: BoxKernel, out: torch.Tensor, stream: torch.cuda.Stream) -> None:
@@ -61,12 +61,12 @@ class FlatCopy:
             self._table = kernel.table(flat)
 
     def launch(self, address: int) -> None:
-        """Queue the copy of what begins at `address`."""
+        """Queue the copy of the bytes that begin at `address`."""
         self._kernel.launch(self._table, COPY, stream=self._stream, bases=self._base, slot=address)
 
 
 def copied(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
-    """What begins at `address`, uint8 [nbytes] on `device`; waits for it."""
+    """Copy the bytes that begin at `address` into new memory, uint8 [nbytes] on `device`. Waits for the copy."""
     out = torch.empty(nbytes, dtype=torch.uint8, device=device)
     stream = torch.cuda.current_stream(device)
     copy = FlatCopy(BoxKernel(device), out, stream)
@@ -76,7 +76,7 @@ def copied(address: int, nbytes: int, device: torch.device) -> torch.Tensor:
 
 
 class CheckedBuckets:
-    """Buckets of one manifest, for readers on the kernel's GPU."""
+    """Copies and checks buckets of one manifest, for readers on the kernel's GPU."""
 
     def __init__(self, kernel: BoxKernel, manifest: Manifest) -> None:
         self._kernel = kernel
@@ -84,13 +84,13 @@ class CheckedBuckets:
         self._tables: dict[int, tuple[Table, np.ndarray[tuple[int], np.dtype[np.int32]]]] = {}
 
     def copy(self, bucket: int, address: int, out: torch.Tensor, stream: torch.cuda.Stream) -> int:
-        """Copy the bucket that begins at `address` into `out`, uint8 [nbytes]; the checksum of what came. Waits."""
+        """Copy the bucket that begins at `address` into `out`, uint8 [nbytes]. Waits. Returns the copy's checksum."""
         copy = FlatCopy(self._kernel, out, stream)
         copy.launch(address)
         return self.checksum(bucket, out.data_ptr(), stream)
 
     def checksum(self, bucket: int, address: int, stream: torch.cuda.Stream) -> int:
-        """The checksum of the bucket that begins at `address`; waits for `stream`."""
+        """Return the checksum of the bucket that begins at `address`. Waits for `stream`."""
         table, tensors = self._tables.get(bucket) or self._table(bucket)
         with torch.cuda.device(self._kernel.device), torch.cuda.stream(stream):
             totals = torch.zeros(max(1, len(tensors)), dtype=torch.int64, device=self._kernel.device)

@@ -1,8 +1,8 @@
-"""Buckets of slots on GPUs, for a reader that keeps them in host memory and works on no GPU of its own.
+"""Fetches buckets out of slots on GPUs, for a reader that keeps them in host memory and has no work on a GPU.
 
-A bucket is copied to this process's GPU in one piece, whichever GPU its slot lies on, checked there as every reader
-checks, and the slot is free. What was checked then goes to host memory by the GPU's copy engine: no slot waits for
-that, and no multiprocessor. It takes the room of one bucket on that GPU, for good from the first push on.
+A bucket is copied whole to this process's GPU, from whichever GPU its slot lies on. It is checked there as by every
+reader, and its slot is free. Then the GPU's copy engine brings it to host memory, which takes up no slot and no
+multiprocessor. From the first push on, one bucket's room on this GPU stays taken.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ __all__ = ["FetchedBuckets"]
 
 
 class FetchedBuckets(GpuBuckets):
-    """One reader's way to them."""
+    """Fetches buckets for one reader."""
 
     def __init__(self, device: torch.device, room: Callable[[int], torch.Tensor]) -> None:
-        """`room` gives host memory, uint8 of that many bytes, for a bucket to stay in."""
+        """`room(nbytes)` returns host memory in which a bucket may stay, uint8 [nbytes]."""
         super().__init__(device)
         self._room = room
         self._stage = torch.empty(0, dtype=torch.uint8, device=device)
 
     def warm(self) -> None:
-        """Do once what would take the first bucket its time: make the CUDA context, and compile the kernel."""
+        """Make the CUDA context and compile the kernel, so that the first bucket need not wait for that."""
         probe = torch.zeros(256, dtype=torch.uint8, device=self.device)
         flat_sum(probe.data_ptr(), probe.numel(), self.device)
 
     def expect(self, manifest: Manifest, *, deadline: float) -> None:
-        """As the base class. Raises `EngineError` where the GPU has no room for a bucket."""
+        """Do as the base class. Raises `EngineError` if the GPU has no room for a bucket."""
         super().expect(manifest, deadline=deadline)
         longest = int(manifest.bucket_nbytes.max(initial=0))
         if longest <= self._stage.numel():
             return
         self._stage = torch.empty(0, dtype=torch.uint8, device=self.device)
-        torch.cuda.empty_cache()  # else the smaller one would stay with torch
+        torch.cuda.empty_cache()  # else torch would keep the smaller one
         try:
             self._stage = torch.empty(longest, dtype=torch.uint8, device=self.device)
         except torch.cuda.OutOfMemoryError as error:
@@ -57,13 +57,13 @@ class FetchedBuckets(GpuBuckets):
             ) from error
 
     def settle(self, *, deadline: float) -> None:
-        """Return when nothing is read or fetched any more: also what a call that ran out of time has left."""
+        """Wait until nothing is read or fetched any more, not even by a call that ran out of time."""
         super().settle(deadline=deadline)
         with torch.cuda.device(self.device):
             self._await("what was fetched", deadline)
 
     def copy(self, bucket: int, lease: Lease, *, deadline: float) -> torch.Tensor:
-        """A bucket in host memory, uint8 [nbytes], checked; the lease has ended when this returns."""
+        """Fetch a bucket into host memory, uint8 [nbytes], checked. The lease has ended when this returns."""
         with torch.cuda.device(self.device):
             mine = self._stage[: lease.nbytes]
             self._copy_into(mine, bucket, lease)

@@ -4,7 +4,7 @@
     table = kernel.table(items)                       # once for a layout
     kernel.launch(table, COPY | SUM, bases=…, slot=…, totals=…, stream=…, share=…)
 
-A launch returns at once. Whatever it is given must stay alive until its stream is past it.
+A launch returns at once. Its arguments must stay alive until its stream is past it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
 
 class _Handle:
-    """A stream of torch's, by the protocol that CUDA libraries share (`__cuda_stream__`: version and address)."""
+    """A torch stream, in the protocol that CUDA libraries share (`__cuda_stream__`: version and address)."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream = stream
@@ -46,7 +46,7 @@ class _Handle:
 
 
 def _same(stream: torch.cuda.Stream) -> Any:
-    """`stream`, for cupy: 13 knows no `from_external`, and 14 warns of what 13 has."""
+    """Return `stream` for cupy: version 13 has no `from_external`, and 14 warns of `ExternalStream`."""
     streams = cupy().cuda
     if hasattr(streams.Stream, "from_external"):
         return streams.Stream.from_external(_Handle(stream))
@@ -62,13 +62,13 @@ class BoxKernel:
     """The kernel on one GPU."""
 
     def __init__(self, device: torch.device) -> None:
-        """Compiles it if this process has not; half a second the first time on a machine."""
+        """Compiles the kernel, once per process. The first time on a machine takes half a second."""
         self.device = device
         self._kernel = _compiled(Path(__file__).with_name("boxes.cu").read_text())
         self._blocks = _RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
 
     def table(self, items: npt.NDArray[Any]) -> Table:
-        """The items on this GPU."""
+        """Copy the items to this GPU."""
         data = torch.from_numpy(items.view(np.uint8).copy()).to(self.device)
         return Table(data, len(items))
 
@@ -85,8 +85,8 @@ class BoxKernel:
     ) -> None:
         """Work on the whole table, on `stream`. `bases` and `totals` are int64 on this GPU; `slot` is an address.
 
-        `share` launches are to run side by side: each takes its part of the multiprocessors, so that traffic to
-        several peers flows at once and not one after the other.
+        `share` launches run side by side. Each takes its part of the multiprocessors, so that traffic to several peers
+        flows at once.
         """
         if not table.items:
             return

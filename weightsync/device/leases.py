@@ -1,4 +1,4 @@
-"""Leases that end when a GPU is past what reads them."""
+"""Ends leases when a GPU is past the work that reads them."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class _Kept(NamedTuple):
 
 
 class LeaseKeeper:
-    """Releases each lease once its event has come, from a thread of its own that runs while there are any.
+    """Releases each lease once its event has come, from its own thread, which runs while there are leases.
 
-    An error of the GPU is the end of this process's CUDA context: it is raised from then on, and leases that were kept
-    are not released, since nobody knows what was read.
+    An error of the GPU ends this process's CUDA context. Every later call raises it, and the leases that were kept are
+    not released, because it is unknown what was read.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -42,10 +42,10 @@ class LeaseKeeper:
         self._changed = threading.Condition()
         self._running = False
         self._failed: Exception | None = None  # of the GPU, for good
-        self._error: Exception | None = None  # of what was called before a release
+        self._error: Exception | None = None  # of a `then`
 
     def keep(self, lease: Lease, event: torch.cuda.Event, then: Callable[[], None] | None = None) -> None:
-        """Release `lease` when `event` has come; call `then` before that. What it raises is told by `settle`.
+        """Release `lease` when `event` has come, after a call of `then`. `settle` raises the error of `then`.
 
         Raises `TransportBroken` if the GPU has failed.
         """
@@ -57,7 +57,7 @@ class LeaseKeeper:
                 threading.Thread(target=self._run, name="weightsync-leases", daemon=True).start()
 
     def settle(self, *, deadline: float) -> None:
-        """Return when every lease is released. Raises `TransportTimeout`, or what went wrong since the last call."""
+        """Wait until every lease is released. Raises `TransportTimeout`, or the last error since the last call."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self._running, max(0.0, deadline - time.monotonic())):
                 raise TransportTimeout(f"{len(self._waiting)} buckets are still being read by this rank's GPU")
@@ -85,7 +85,7 @@ class LeaseKeeper:
                 self._end()
 
     def _release_some(self) -> bool:
-        """Release what has been read; whether there is more to wait for."""
+        """Release leases whose event has come. Returns whether there are others."""
         with self._changed:
             done = [one for one in self._waiting if one.event.query()]
             self._waiting = [one for one in self._waiting if one not in done]
@@ -104,6 +104,9 @@ class LeaseKeeper:
             return False
 
     def _end(self) -> None:
-        """In the same breath as nothing was found to wait for: what is kept from now on starts another thread."""
+        """Note that the thread ends. The caller holds the lock under which it found no lease left, or an error.
+
+        A lease that is kept from now on starts another thread.
+        """
         self._running = False
         self._changed.notify_all()

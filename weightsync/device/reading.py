@@ -1,4 +1,4 @@
-"""Buckets of one manifest out of slots on GPUs, for a worker that reads them on its own."""
+"""Reads buckets of one manifest out of slots on GPUs, for one worker on its own GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["GpuBuckets"]
 
 
 class GpuBuckets:
-    """One worker's way to them."""
+    """Reads buckets for one worker."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -32,7 +32,7 @@ class GpuBuckets:
         self._owners = 0  # of this manifest
 
     def expect(self, manifest: Manifest, *, deadline: float) -> None:
-        """What comes next is of this manifest. Waits for what the last push left to be read."""
+        """Expect buckets of this manifest. Waits until the last push's buckets are read."""
         self.settle(deadline=deadline)
         if manifest is not self._manifest:
             self._manifest, self._buckets = manifest, CheckedBuckets(self._kernel, manifest)
@@ -40,13 +40,13 @@ class GpuBuckets:
             self._streams += [torch.cuda.Stream(self.device) for _ in range(self._owners - len(self._streams))]
 
     def settle(self, *, deadline: float) -> None:
-        """Return when the GPU is past all that `lend` had queued. Raises as `LeaseKeeper.settle`."""
+        """Wait until the GPU is past all that `lend` has queued. Raises as `LeaseKeeper.settle`."""
         self._leases.settle(deadline=deadline)
 
     def lend(self, bucket: int, lease: Lease, take: Callable[[torch.Tensor, int], None]) -> None:
-        """Have `take` queue what reads the bucket, on a stream of its owner's; the lease ends when the GPU is past it.
+        """Have `take` queue work that reads the bucket, on its owner's stream. The lease ends when the GPU is past it.
 
-        `take` is given uint8 [nbytes], and how many owners there are.
+        `take` gets the bucket, uint8 [nbytes], and the number of owners.
         """
         assert self._manifest is not None, "`expect` comes first"
         stream = self._streams[int(self._manifest.bucket_owner[bucket])]
@@ -61,13 +61,13 @@ class GpuBuckets:
                     self._leases.keep(lease, event)
 
     def copy(self, bucket: int, lease: Lease, *, deadline: float) -> torch.Tensor:
-        """A bucket, uint8 [nbytes], copied and checked; the slot may change when this returns."""
+        """Copy and check a bucket; returns uint8 [nbytes]. The slot may change once this has returned."""
         mine = torch.empty(lease.nbytes, dtype=torch.uint8, device=self.device)
         self._copy_into(mine, bucket, lease)
         return mine
 
     def _copy_into(self, mine: torch.Tensor, bucket: int, lease: Lease) -> None:
-        """The same into `mine`, on the current stream, and wait for it."""
+        """Copy a bucket into `mine` on the current stream, wait, and check it."""
         assert self._buckets is not None, "`expect` comes first"
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream(self.device)

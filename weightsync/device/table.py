@@ -1,10 +1,10 @@
-"""Boxes as items of the kernel in `boxes.cu`. Pure numpy.
+"""Turns boxes into items of the kernel in `boxes.cu`. Pure numpy.
 
-A box is moved from one place to another, both given by a base (an index, whose address is known at the launch), an
-offset and strides. It becomes runs that are contiguous on both sides and within a row of the tensor, and the runs
-become items of at most `CHUNK` bytes: enough of them to keep every multiprocessor busy, each long enough to be worth a
-block. Of long runs an item has a stretch of several rather than one from end to end: so what depends on the column
-alone is worked out once for all of its rows.
+A box is moved from one place to another. Each place is a base (an index, whose address is known at the launch), an
+offset and strides. A box becomes runs, which are contiguous on both sides and within a row of the tensor. Runs become
+items of at most `CHUNK` bytes: enough items to keep every multiprocessor busy, each long enough to be worth a block. If
+runs are long, an item takes a stretch of each of several runs, rather than one whole run. Coefficients that depend on
+the column alone are then worked out once for all of its rows.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ __all__ = ["BYTES", "CHUNK", "F32_TO_BF16", "ITEM", "SLOT", "Place", "box_items"
 
 CHUNK = 128 * 1024  # bytes of an item
 _STRETCH = 8 * 1024  # bytes that a block's threads take at a time, 16 each
-_ALIGN = 256  # bytes: cuts are no reason to take less than a whole line of memory
-SLOT = 0xFFFFFFFF  # the base that a launch is given by itself
-BYTES, F32_TO_BF16 = 0, 1  # what happens to each element on its way
+_ALIGN = 256  # bytes: long runs are cut at multiples of this, so that an item takes whole lines of memory
+SLOT = 0xFFFFFFFF  # the base that each launch gets separately
+BYTES, F32_TO_BF16 = 0, 1  # `op`: how each element is written
 
 ITEM = np.dtype(
     [
@@ -76,11 +76,10 @@ def box_items(
     total: int = 0,
     op: int = BYTES,
 ) -> Items:
-    """The items of one box, `ITEM` [n].
+    """Return the items of one box, `ITEM` [n].
 
-    `itemsize` is that of what is written and summed. `dst` is None where the box is only summed. The box lies at
-    `offset` (elements) of a tensor of `tensor_shape`, which its fingerprint depends on; `total` says where that is
-    added.
+    `itemsize` is that of the elements as written and summed. `dst` is None if the box is only summed. The box lies at
+    `offset` (elements) in a tensor of `tensor_shape`. Its fingerprint depends on both; it is added to `totals[total]`.
     """
     if 0 in shape:
         return np.empty(0, dtype=ITEM)
@@ -116,7 +115,7 @@ def box_items(
 
 
 def _width(run_bytes: int, rows: int) -> int:
-    """Bytes of each run that an item has: parts of about the same length where that is not all of them."""
+    """Return how many bytes of each run an item has: all of them, or one of several parts of about equal length."""
     if run_bytes <= _STRETCH:
         return run_bytes
     pieces = -(-run_bytes // max(_STRETCH, CHUNK // rows))
@@ -124,10 +123,10 @@ def _width(run_bytes: int, rows: int) -> int:
 
 
 def joined(parts: Sequence[Items]) -> Items:
-    """Items of several boxes as one table; empty where there are none."""
+    """Join the items of several boxes into one table. Without any, it is empty."""
     if not parts:
         return np.empty(0, dtype=ITEM)
-    # as bytes: numpy would work out a common type for the fields of each two, 35 µs a part
+    # as bytes: else numpy works out a common type for the fields of each two parts, 35 µs a part
     return np.concatenate([part.view(np.uint8) for part in parts]).view(ITEM)
 
 
@@ -139,7 +138,7 @@ def _dims(
     tensor_shape: tuple[int, ...],
     offset: tuple[int, ...],
 ) -> tuple[list[_Dim], int, int]:
-    """The dimensions longer than 1, and the row and the column (bytes) at which the box begins."""
+    """Return the dimensions longer than 1, and the row and the column (bytes) at which the box begins."""
     in_rows = len(shape) > 1  # a tensor of one dimension is a single row
     row = offset[0] if in_rows else 0
     dims, col, step, packed = [], 0, itemsize, itemsize
@@ -156,7 +155,7 @@ def _dims(
 
 
 def _spread(starts: npt.NDArray[np.int64], dim: _Dim, at: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-    """Each start [n, (src, dst, col, row)], once for each index `at` of a dimension."""
+    """Repeat each start [n, (src, dst, col, row)] for each index `at` of a dimension."""
     steps = np.asarray(at, dtype=np.int64)[:, None] * np.array(dim[1:], dtype=np.int64)
     spread: npt.NDArray[np.int64] = (starts[:, None, :] + steps[None]).reshape(-1, 4)
     return spread

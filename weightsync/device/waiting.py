@@ -19,7 +19,7 @@ _GLANCE = 50e-6  # seconds between two looks at a GPU
 
 
 def await_events(events: Iterable[torch.cuda.Event | torch.cuda.Stream], what: str, *, deadline: float) -> None:
-    """Return when all of them have come. Raises `TransportTimeout` naming `what`."""
+    """Wait until all events have come. Raises `TransportTimeout` naming `what`."""
     pause = threading.Event()
     for event in events:
         while not event.query():

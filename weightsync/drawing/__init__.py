@@ -1,11 +1,10 @@
-"""An engine's worker reads its weights where the trainer has them, or shows where they may be written: no slot, no
-bucket, one pass.
+"""An engine's worker draws its weights out of the trainer's memory, or shows places for them: one pass, no slots.
 
-direct.py    both, for one update
-drawer.py    what is drawn out of what, worked out once for a layout
+direct.py    both ways, for one update
+drawer.py    draws, by copies that are worked out once for a layout
 host.py      copies in host memory
-device.py    one launch over a table that stays on the GPU
-conveyor.py  launches side by side with the travel of what they pack, or take out: a bridge's
-places.py    what is shown to whoever writes
-landing.py   where they write for parameters in host memory
+device.py    copies on a GPU, by one launch over a table that stays there
+conveyor.py  a bridge's: packs or unpacks parcels while others travel
+places.py    shows a worker's places to the bridges that write there
+landing.py   places for parameters in host memory
 """

@@ -1,7 +1,7 @@
-"""Parcels that are packed, or taken out, on one stream while others travel on another: the host only queues.
+"""Packs or unpacks parcels on one stream while other parcels travel on another. The host only queues.
 
-A buffer of staging memory is used by every n-th parcel. At the sending end it is filled again when the wire is past it,
-at the other the wire may have it again when it was emptied; the GPU itself waits for that.
+Each of n staging buffers serves every n-th parcel. The sending end refills a buffer once the wire is past it. At the
+receiving end the wire writes into a buffer again once it is unpacked. The GPU itself waits for these events.
 """
 
 from __future__ import annotations
@@ -23,21 +23,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Conveyor", "device_staged"]
 
-_SETTLES = 600.0  # seconds for a GPU to end what was queued: whoever waits for this bridge kills it long before
+_SETTLES = 600.0  # seconds for a GPU to finish its queue: a process that waits for this bridge kills it long before
 
 
 def device_staged(
     gpu: int, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
 ) -> DeviceStaged:
-    """Copies on this process's GPU `gpu`. Raises `TransportBroken` where there is no room for their tables, and what
-    `check` raises, which is called before each.
+    """Make the copies of `parcels` on this process's GPU `gpu`. `check` is called before each parcel's table is made.
+
+    Raises `TransportBroken` if the GPU has no room for the tables, and errors of `check`.
     """
     device = torch.device("cuda", gpu)
     return DeviceStaged(BoxKernel(device), device, parcels, packing=packing, check=check)
 
 
 class Conveyor:
-    """One delivery at one end, on the GPU `gpu`. A `wire` is the address of the stream on which parcels travel."""
+    """One end of one delivery, on the GPU `gpu`. A `wire` is the address of the stream on which parcels travel."""
 
     def __init__(self, gpu: int, copies: DeviceStaged, bases: Ints, buffers: Sequence[int], *, packing: bool) -> None:
         self._copies, self._buffers, self._packing = copies, buffers, packing
@@ -45,15 +46,15 @@ class Conveyor:
         with torch.cuda.device(self._device):
             copies.begin(bases)
             self._stream: Any = torch.cuda.Stream(self._device)
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # on which the bases came
-        self._free: list[Any] = [None] * len(buffers)  # past what used each buffer last
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # `begin` queued the bases there
+        self._free: list[Any] = [None] * len(buffers)  # for each buffer, an event past its last use
 
     def buffer(self, number: int) -> int:
-        """The address at which a parcel lies."""
+        """Return the address of the buffer in which a parcel lies."""
         return self._buffers[number % len(self._buffers)]
 
     def before(self, number: int, wire: int) -> None:
-        """A parcel is about to travel."""
+        """Queue what must precede a parcel's travel: pack it, or wait until its buffer is unpacked."""
         past = self._free[number % len(self._buffers)]
         if not self._packing:
             if past is not None:
@@ -65,7 +66,7 @@ class Conveyor:
         self._wire(wire).wait_event(self._stream.record_event())
 
     def after(self, number: int, wire: int) -> None:
-        """Its travel is queued."""
+        """Queue what follows a parcel's travel, which is queued by now: unpack it, and note when its buffer is free."""
         gone = self._wire(wire).record_event()
         if not self._packing:
             self._stream.wait_event(gone)
@@ -74,11 +75,11 @@ class Conveyor:
         self._free[number % len(self._buffers)] = gone
 
     def settled(self) -> bool:
-        """Whether all that was queued is done."""
+        """Whether all queued packing, or unpacking, is done."""
         return bool(self._stream.query())
 
     def settle(self) -> None:
-        """Return when nothing is read or written any more, and not before."""
+        """Wait until no copy reads or writes any more."""
         await_events([self._stream], "a delivery that has failed", deadline=time.monotonic() + _SETTLES)
 
     def _wire(self, address: int) -> Any:

@@ -1,4 +1,4 @@
-"""Draws on a GPU: one launch of the kernel over a table, out of whichever GPUs the trainer's memory lies on."""
+"""Draws and parcels on a GPU: one launch of the kernel over a table, on whichever GPUs the trainer's memory lies."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceCopies", "DeviceStaged"]
 
-_SHARE = 2  # of a GPU's multiprocessors, the other half being left to the kernels that send and receive
+_SHARE = 2  # copies get half of the multiprocessors; the other half is for the kernels that send and receive
 
 
 class DeviceCopies:
-    """Of one layout, on the GPU `device`."""
+    """The copies of one layout's draws, on the GPU `device`."""
 
     def __init__(self, kernel: Launcher, device: torch.device, several: Sequence[Draw]) -> None:
         self._kernel, self._device = kernel, device
         counts = [0] * (1 + max((draw.rank for draw in several), default=-1))
         for draw in several:
             counts[draw.rank] = max(counts[draw.rank], 1 + draw.part)
-        self._counts = counts  # parts of each rank, as far as anything is drawn of them
-        firsts = [0, *accumulate(counts)]  # of these among all bases; after them come the targets
+        self._counts = counts  # for each rank, its parts up to the last one that is drawn from
+        firsts = [0, *accumulate(counts)]  # each rank's first base; the targets' bases come last
         items = [
             box_items(
                 draw.shape or (1,),
@@ -53,17 +53,18 @@ class DeviceCopies:
         except torch.OutOfMemoryError as error:
             raise TransportBroken(f"this GPU has no room for a table of {len(items)} copies: {error}") from error
         self._addresses: Ints = np.empty(0, dtype=np.int64)
-        self._bases: torch.Tensor | None = None  # the same on the GPU
-        self._done: torch.cuda.Event | None = None  # past what was launched last
+        self._bases: torch.Tensor | None = None  # the addresses on the GPU
+        self._done: torch.cuda.Event | None = None  # past the last launch
 
     @classmethod
     def on(cls, gpu: int, several: Sequence[Draw]) -> DeviceCopies:
-        """Carried out by the kernel on this process's GPU `gpu`."""
+        """Make copies that the kernel carries out on this process's GPU `gpu`."""
         device = torch.device("cuda", gpu)
         return cls(BoxKernel(device), device, several)
 
     def run(self, targets: Sequence[int], parts: Sequence[Ints], *, deadline: float) -> None:
-        """Copy, from and to the memory at these addresses, on the current stream, and wait for it; `parts` by rank.
+        """Copy on the current stream, and wait. `targets` are addresses; `parts` are each rank's addresses.
+
         Raises `TransportTimeout`.
         """
         drawn = [rank[:count] for count, rank in zip(self._counts, parts, strict=False)]
@@ -79,14 +80,15 @@ class DeviceCopies:
             self.settle(deadline=deadline)
 
     def settle(self, *, deadline: float) -> None:
-        """Return when what was copied last is. Raises `TransportTimeout`."""
+        """Wait until the last `run` has copied everything. Raises `TransportTimeout`."""
         if self._done is not None:
             await_events([self._done], "drawing weights", deadline=deadline)
 
 
 class DeviceStaged:
-    """Copies between memory at bases and a staging buffer, parcel by parcel (`weightsync/plan/delivery.py`), one launch
-    each. `packing`: into the buffer; else out of it. The bases are kept on the GPU until they change.
+    """Copies each parcel (`weightsync/plan/delivery.py`) into a staging buffer if `packing`, else out of it.
+
+    A parcel takes one launch. Its boxes lie relative to bases, which stay on the GPU until they change.
     """
 
     def __init__(
@@ -98,7 +100,7 @@ class DeviceStaged:
         packing: bool,
         check: Callable[[], object] = lambda: None,
     ) -> None:
-        """`check` is called before each table. Raises `TransportBroken` where there is no room for them."""
+        """`check` is called before each table is made. Raises `TransportBroken` if the tables find no room."""
         self._kernel, self._device = kernel, device
         self._addresses: Ints = np.empty(0, dtype=np.int64)
         self._bases: torch.Tensor | None = None
@@ -111,12 +113,12 @@ class DeviceStaged:
             raise TransportBroken(f"this GPU has no room for the tables of {len(parcels)} parcels: {error}") from error
 
     def begin(self, bases: Ints) -> None:
-        """What is mapped begins at these addresses. Nothing that was launched before is under way."""
+        """Set the addresses at which the mapped memory begins. No earlier launch may still be under way."""
         if self._bases is None or not np.array_equal(bases, self._addresses):
             self._bases, self._addresses = torch.from_numpy(bases).to(self._device), bases.copy()
 
     def launch(self, parcel: int, buffer: int, stream: torch.cuda.Stream) -> None:
-        """Copy one parcel, from or to the staging memory at the address `buffer`, on `stream`."""
+        """Queue the copy of one parcel on `stream`. `buffer` is the address of its staging buffer."""
         self._kernel.launch(self._tables[parcel], COPY, stream=stream, bases=self._bases, slot=buffer, share=_SHARE)
 
 

@@ -1,10 +1,10 @@
-"""What a worker gets without slots: what it draws itself, or what others write into places that it shows.
+"""How a worker gets weights without slots: it draws them, or bridges write them into places that it shows.
 
 direct = Direct(gpu)
 direct.begin(deadline=...)
 why_not = direct.draw(exposures, wants, manifest, deadline=...)     or  shown = direct.places(wants, manifest)
 direct.finish()          True: nothing else is needed
-direct.give_up()         instead of that, where buckets come after all
+direct.give_up()         instead of `finish`, if buckets come after all
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ __all__ = ["Direct"]
 
 
 class Direct:
-    """Of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
+    """The weights that one worker gets without slots, on its GPU `gpu`, or in host memory if that is None."""
 
     def __init__(self, gpu: int | None) -> None:
         self._drawer, self._places = Drawer(gpu), Places(gpu)
-        self._drawn = False  # all of the update came out of the trainer's memory …
-        self._shown: Wants | None = None  # … or is written by others, into the places of these
+        self._drawn = False  # all of the update was drawn out of the trainer's memory …
+        self._shown: Wants | None = None  # … or others write it, into the places that were shown for these
 
     def begin(self, *, deadline: float) -> None:
-        """An update begins, of which nothing has come. Raises as `settle`."""
+        """Begin an update. Raises as `settle`."""
         self._drawn, self._shown = False, None
         self.settle(deadline=deadline)
 
     def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> str:
-        """As `Drawer.draw`."""
+        """Draw the update, as `Drawer.draw` does."""
         self._places.release()
         self._drawn, self._shown = False, None
         why_not = self._drawer.draw(exposures, wants, manifest, deadline=deadline)
@@ -44,7 +44,7 @@ class Direct:
         return why_not
 
     def places(self, wants: Wants, manifest: Manifest) -> Exposure | str:
-        """Where others may write all that is wanted of the manifest's tensors; or why they cannot."""
+        """Return the places where others may write all that is wanted, or why they cannot."""
         self._drawer.release()
         self._drawn = False
         shown = self._places.show(wants, manifest.tensors.width)
@@ -52,8 +52,9 @@ class Direct:
         return shown
 
     def finish(self) -> bool:
-        """The update ends; others have written all that they were to write. Whether it came whole in one of these ways:
-        then it lies in the parameters now.
+        """End the update. Others must have written all that they were to write.
+
+        Returns whether the update came whole without slots; it then lies in the parameters.
         """
         if self._shown is not None:
             self._places.land(self._shown)
@@ -62,11 +63,11 @@ class Direct:
         return whole
 
     def give_up(self) -> None:
-        """Buckets come: the trainer's memory is its own again, and nothing counts that others have written."""
+        """Fall back to buckets: unmap the trainer's memory, and disregard all that others have written."""
         self._drawn, self._shown = False, None
         self._drawer.release()
         self._places.release()
 
     def settle(self, *, deadline: float) -> None:
-        """Return when nothing that `draw` has queued is under way any more. Raises `TransportTimeout`."""
+        """Wait until no copy that `draw` has queued is under way. Raises `TransportTimeout`."""
         self._drawer.settle(deadline=deadline)

@@ -1,11 +1,11 @@
-"""Draws what a worker's load plan wants out of what a trainer's ranks expose.
+"""Draws the boxes that a worker's load plan wants out of the memory that a trainer's ranks expose.
 
     drawer = Drawer(gpu)
     why_not = drawer.draw(exposures, wants, manifest, deadline=...)
 
-When that returns "" everything has been read. What is copied is worked out once for a layout and kept, as is the
-mapping of the trainer's memory: a second push of a layout is one launch. Weights that lie elsewhere by then are mapped
-anew, and nothing is worked out for that.
+If `draw` returns "", everything has been read. The copies are worked out once for a layout and kept, and so is the
+mapping of the trainer's memory: a second push of a layout is one launch. Weights that have moved since are mapped anew,
+but their copies are not worked out again.
 """
 
 from __future__ import annotations
@@ -41,28 +41,28 @@ class _Known(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Exposures as told last."""
+    """The exposures of the last draw, unpacked."""
 
-    key: tuple[bytes, bytes]  # digests of them and of the manifest
+    key: tuple[bytes, bytes]  # digests of the exposures and of the manifest
     ranks: tuple[Exposure, ...]
 
 
 class Drawer:
-    """Of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
+    """Draws for one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
 
     def __init__(self, gpu: int | None) -> None:
         self._gpu = gpu
         self._regions = RegionMap(gpu)
-        self._known: list[_Known] = []  # the latest last
+        self._known: list[_Known] = []  # the last one used comes last
         self._read: _Read | None = None
         self._refused: tuple[bytes, str] | None = None  # digest of exposures that cannot be read here, and why
         self._running: HostCopies | DeviceCopies | None = None  # a copy that has not ended
 
     def draw(self, exposures: Exposures, wants: Wants, manifest: Manifest, *, deadline: float) -> str:
-        """Copy all that is wanted of the manifest's tensors. On a GPU the current stream's work is waited for, too.
+        """Copy all that is wanted of the manifest's tensors. On a GPU, also wait for the current stream's work.
 
-        Returns "", or, with nothing read, why it cannot be: the memory cannot be mapped, something is wanted that is
-        not exposed, there is no room for tables. Raises `TransportTimeout` for a copy that does not end in time.
+        Returns "", or why nothing was read: the memory cannot be mapped, a wanted box is not exposed, or there is no
+        room for tables. Raises `TransportTimeout` if a copy does not end in time.
         """
         if self._refused is not None and self._refused[0] == exposures.digest:
             return self._refused[1]
@@ -88,13 +88,13 @@ class Drawer:
         self._regions.held, self._running = False, None
 
     def settle(self, *, deadline: float) -> None:
-        """Return when a copy that did not end in time has ended. Raises `TransportTimeout`."""
+        """Wait for a copy that did not end in time, if there is one. Raises `TransportTimeout`."""
         if self._running is not None:
             self._running.settle(deadline=deadline)
             self._regions.held, self._running = False, None
 
     def release(self) -> None:
-        """Let go of the trainer's memory, unless a copy that did not end in time may still read it."""
+        """Unmap the trainer's memory, unless a copy that did not end in time may still read it."""
         if self._running is None:
             self._regions.release()
 

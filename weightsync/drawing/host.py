@@ -1,4 +1,4 @@
-"""Draws in host memory, and parcels of a delivery: numpy copies between views of addresses."""
+"""Draws and parcels in host memory: numpy copies between views of addresses."""
 
 from __future__ import annotations
 
@@ -16,36 +16,34 @@ if TYPE_CHECKING:
 
 __all__ = ["HostCopies", "HostStaged"]
 
-_INTEGERS = (1, 2, 4, 8)  # bytes of those that numpy has
+_INTEGERS = (1, 2, 4, 8)  # bytes that numpy's integers have
 
 
 class HostCopies:
-    """Of one layout."""
+    """The copies of one layout's draws."""
 
     def __init__(self, several: Sequence[Draw]) -> None:
         self._draws = several
 
     def run(self, targets: Sequence[int], parts: Sequence[Ints], *, deadline: float) -> None:
-        """Copy, from and to the memory at these addresses; `parts` by rank. What it takes cannot be cut short."""
+        """Copy. `targets` are addresses; `parts` are each rank's addresses. `deadline` cannot cut the copying short."""
         for draw in self._draws:
             source = int(parts[draw.rank][draw.part]) + draw.source, draw.source_strides
             target = targets[draw.target] + draw.at, draw.strides
             _copy_box(draw.shape, draw.itemsize, source, target)
 
     def settle(self, *, deadline: float) -> None:
-        """Nothing is under way between calls."""
+        """Do nothing: no work is under way between calls."""
 
 
 class HostStaged:
-    """Copies between memory at bases and a staging buffer, parcel by parcel (`weightsync/plan/delivery.py`). `packing`:
-    into the buffer; else out of it.
-    """
+    """Copies each parcel (`weightsync/plan/delivery.py`) into a staging buffer if `packing`, else out of it."""
 
     def __init__(self, parcels: Sequence[Sequence[Staged]], *, packing: bool) -> None:
         self._parcels, self._packing = parcels, packing
 
     def run(self, parcel: int, bases: Ints, buffer: int) -> None:
-        """Copy one parcel, from or to the staging memory at the address `buffer`."""
+        """Copy one parcel. Its boxes lie relative to `bases`; `buffer` is the address of its staging buffer."""
         for one in self._parcels[parcel]:
             there = int(bases[one.base]) + one.at, one.strides
             here = buffer + one.begin, one.packed
@@ -56,7 +54,7 @@ class HostStaged:
 def _copy_box(
     shape: tuple[int, ...], itemsize: int, source: tuple[int, tuple[int, ...]], target: tuple[int, tuple[int, ...]]
 ) -> None:
-    """From one place to another, each an address and strides in bytes."""
+    """Copy a box. `source` and `target` are each an address, and strides in bytes."""
     np.copyto(_view(target[0], shape, target[1], itemsize), _view(source[0], shape, source[1], itemsize))
 
 

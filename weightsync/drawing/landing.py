@@ -1,4 +1,4 @@
-"""A worker's places in host memory: a file without a name that bridges write into, and copies into its parameters."""
+"""A worker's places in host memory: bridges write into a file without a name, and the worker copies out of it."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ __all__ = ["Landing"]
 
 
 class Landing:
-    """Of these boxes. Parameters in host memory are their process's own; so it takes as much of that as they do. Where
-    they are does not show in it: it stays the same when they move.
+    """The landing of `boxes`. It takes as much host memory as they do, because no other process can map parameters.
+
+    Its exposure does not depend on where the parameters lie, so it stays the same when they move.
     """
 
     def __init__(self, boxes: Sequence[Wanted], width: int) -> None:
-        """Raises `TransportBroken` where there is no room."""
+        """Raises `TransportBroken` if host memory has no room."""
         parts, copies, end = [], [], 0
         for number, box in enumerate(boxes):
             packed = packed_strides(box.shape, box.itemsize)
@@ -53,13 +54,13 @@ class Landing:
         self._copies = HostCopies(copies)
 
     def show(self, targets: Sequence[int]) -> Exposure:
-        """What others may write into."""
+        """Return the exposure of the landing, for others to write into."""
         return self._exposure
 
     def land(self, targets: Sequence[int]) -> None:
-        """Copy what was written into the parameters at these addresses. What it takes cannot be cut short."""
+        """Copy the landing into the parameters; `targets` are their addresses. The copying cannot be cut short."""
         self._copies.run(targets, [self._at], deadline=math.inf)
 
     def close(self) -> None:
-        """Give the memory back; who has it mapped keeps it until it is told of other places."""
+        """Free the memory. Processes that have it mapped keep it until they are told of other places."""
         self._file.close()

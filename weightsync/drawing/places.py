@@ -1,12 +1,12 @@
-"""Shows where a worker has places for what its load plan wants, so that bridges of its node write there.
+"""Shows a worker's places for the boxes that its load plan wants, so that bridges of its node write there.
 
     places = Places(gpu)
     shown = places.show(wants, width)     an `Exposure`, or why there is none
     …                                     others write
-    places.land(wants)                    the parameters have it
+    places.land(wants)                    brings it into the parameters
 
-On a GPU the places are in the parameters themselves; in host memory in a `Landing`. What is shown is worked out once
-for a layout, and is the same, byte for byte, as long as nothing has moved.
+On a GPU the places are in the parameters themselves, in host memory in a `Landing`. The exposure is worked out once for
+a layout. It stays the same, byte for byte, as long as nothing has moved.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ logger = logging.getLogger(__name__)
 
 
 class Places:
-    """Of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
+    """The places of one worker, whose weights lie on its GPU `gpu`, or in host memory if that is None."""
 
     def __init__(self, gpu: int | None) -> None:
         self._gpu = gpu
-        self._boxes: Sequence[Wanted] | None = None  # that were asked for last
-        self._kept: Landing | _InPlace | None = None  # for these
-        self._refused: tuple[list[int], str] | None = None  # targets that nobody else can write into, and why
+        self._boxes: Sequence[Wanted] | None = None  # those asked for last
+        self._kept: Landing | _InPlace | None = None  # the places of these boxes
+        self._refused: tuple[list[int], str] | None = None  # targets that no other process can write into, and why
 
     def show(self, wants: Wants, width: int) -> Exposure | str:
-        """Where all that is wanted of tensors of a manifest of this `width` may be written; or why that cannot be."""
+        """Return the places where others may write all that is wanted, or why not. `width` is the manifest's."""
         if self._boxes is not wants.boxes:
             self.release()
             self._boxes, self._kept, self._refused = wants.boxes, None, None
@@ -56,19 +56,19 @@ class Places:
             shown = self._kept.show(wants.targets)
         except TransportBroken as error:
             logger.warning("weightsync: this worker has no places to show: %s", error)
-            if self._kept is not None:  # its memory cannot be shared; for a landing there may be room another time
+            if self._kept is not None:  # its memory can never be shared; a landing may find room next time
                 self._refused = list(wants.targets), str(error)
             return str(error)
         self._refused = None
         return shown
 
     def land(self, wants: Wants) -> None:
-        """All places that `show` told of for these are written: have it in the parameters."""
+        """Bring the weights into the parameters, once others have written all places shown for `wants`."""
         assert self._kept is not None, "it was shown"
         self._kept.land(wants.targets)
 
     def release(self) -> None:
-        """Give back host memory; there is another landing when it is asked for."""
+        """Free the landing, if there is one. The next `show` makes another."""
         if isinstance(self._kept, Landing):
             self._kept.close()
             self._kept = None
@@ -78,7 +78,7 @@ class Places:
 
 
 class _InPlace:
-    """In the parameters, on the GPU `gpu` of this process."""
+    """Places in the parameters themselves, on this process's GPU `gpu`."""
 
     def __init__(self, gpu: int, boxes: Sequence[Wanted], width: int) -> None:
         import torch
@@ -94,11 +94,11 @@ class _InPlace:
         self._found: Located | None = None
 
     def show(self, targets: Sequence[int]) -> Exposure:
-        """What others may write into. Raises `TransportBroken` for memory that cannot be shared."""
+        """Return the exposure of the places. Raises `TransportBroken` for memory that cannot be shared."""
         import torch
 
         with torch.cuda.device(self._device):
-            torch.cuda.current_stream().synchronize()  # what is queued here must not come after what others write
+            torch.cuda.current_stream().synchronize()  # work queued here must not run after others have written
             if self._found is not None and self._found.current and self._targets == targets:
                 return self._exposure
             begins = np.array([*targets, 0], dtype=np.uint64).view(np.int64)
@@ -109,4 +109,4 @@ class _InPlace:
         return self._exposure
 
     def land(self, targets: Sequence[int]) -> None:
-        """It was written where it belongs."""
+        """Do nothing: others have written into the parameters themselves."""

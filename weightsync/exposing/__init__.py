@@ -1,8 +1,9 @@
-"""A trainer rank shows engines its own memory: where its weights lie already, and a copy of what cannot be read there.
+"""Exposing: a trainer rank shows engines its weights where they lie, and copies of those that cannot be read there.
 
-host.py    a file without a name, for weights in host memory
-device.py  allocations of a GPU
+base.py    the protocol of both
+host.py    copies weights in host memory into a file without a name
+device.py  shows allocations of a GPU
 
-Each makes an `Exposed`, which is kept between pushes, and from that for one push an `Exposing`: `advance` is called
-until the weights may be read (`ready`) and their fingerprints are there (`measured`).
+Each has a class for the exposed memory, kept between pushes, and an `Exposing` for one push. `advance` is called until
+the weights may be read (`ready`) and their fingerprints are known (`measured`).
 """

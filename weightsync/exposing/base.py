@@ -1,4 +1,4 @@
-"""What exposing comes to, wherever weights lie."""
+"""The protocol of exposing, for host memory and GPUs alike."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["Exposing"]
 
 
 class Exposing(Protocol):
-    """Of one push."""
+    """The exposing of one push."""
 
     exposure: Exposure
 
@@ -21,10 +21,13 @@ class Exposing(Protocol):
 
     @property
     def measured(self) -> dict[int, int] | None:
-        """Tensor of the manifest → fingerprint of what this rank exposes of it; None until that is known."""
+        """Tensor of the manifest → fingerprint of what this rank exposes of it; None until all are known."""
 
     def advance(self) -> None:
-        """Go on a little. Raises `SourceError`, or `TransportBroken` for an error of the GPU."""
+        """Do the next bit of work. Raises `SourceError`, or `TransportBroken` for an error of the GPU."""
 
     def close(self, *, deadline: float) -> None:
-        """Wait for what is under way; nothing is done after this. Raises `TransportTimeout`."""
+        """Wait for the work under way, and do none afterwards.
+
+        Raises `TransportTimeout`, or `TransportBroken` for an error of the GPU.
+        """

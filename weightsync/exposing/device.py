@@ -1,6 +1,7 @@
-"""Weights on this rank's GPU are exposed where they lie; what is held in another type, or elsewhere, in a copy.
+"""Exposes weights on this rank's GPU where they lie. Those sent in another type, or held elsewhere, are copied there.
 
-The copy is kept between pushes and made anew in each. Fingerprints are those of what lies there, by one launch.
+The copy's memory is kept between pushes; each push copies anew. One launch converts and fingerprints float32 weights
+that are sent as bfloat16; a second one fingerprints all others.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ _ALIGN = 256  # bytes
 
 
 class DeviceExposed:
-    """What one rank gives in pushes of one plan, for one GPU and weights of given strides and types."""
+    """What one rank exposes in pushes of one plan, for one GPU and weights of given strides and types."""
 
     def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
-        """`update` follows. Raises `TransportBroken` for memory that cannot be shared, and `ConfigError` where there is
-        no room for a copy, or for tables.
+        """Call `update` next. Raises `TransportBroken` for memory that cannot be shared, and `ConfigError` if the GPU
+        has no room for the copy or the tables.
         """
         self._copy: DeviceSlots | None = None
         try:
@@ -61,21 +62,21 @@ class DeviceExposed:
         self._strides, self._gpus = local.strides, local.gpus
         self._gpu = str(torch.cuda.get_device_properties(device).uuid)
         self._totals: dict[int, int] = {}  # tensor of the manifest → index of its fingerprint
-        self.read: list[tuple[Write, int]] = []  # what the source copies, and where to
+        self.read: list[tuple[Write, int]] = []  # parts that the source copies, and the byte of the copy they go to
         self._tabulate(program, local)
         self._pointers: list[int] | None = None
         self._found: Located | None = None
-        self.bases: torch.Tensor  # of the shards
+        self.bases: torch.Tensor  # addresses of the shards
         self.totals = torch.zeros(max(1, len(self._totals)), dtype=torch.int64, device=device)
-        # the totals on the host; by name, since a trainer may have made GPUs torch's default
+        # the totals on the host; `device` is given because a trainer may have made GPUs torch's default
         self._told = torch.empty(max(1, len(self._totals)), dtype=torch.int64, device="cpu", pin_memory=True)
         self.stream = torch.cuda.Stream(device)
 
     def _tabulate(self, program: Program, local: LocalWeights) -> None:
-        """What is launched in each push, and what is exposed; where that lies comes with `update`."""
+        """Make the tables that each push launches, and the exposure. `update` adds addresses."""
         device = self.kernel.device
         here, cast, read = _sorted(program, local, device)
-        with torch.cuda.device(device):  # before there is work that would be for nothing, in each push
+        with torch.cuda.device(device):  # first, because it may raise: the work below would be wasted in each push
             for one in allocations([local.pointers[write.shard] for write in here]):
                 shown(one, self._gpu)
         parts, summed, copied, end = [], [], [], 0
@@ -97,8 +98,8 @@ class DeviceExposed:
         self._copy_bytes = end
         pid = os.getpid()
         self.exposure = Exposure.of(pid, started(pid), [], parts, program.width)
-        self._shards = np.array([own.base for own in sources], dtype=np.int64)  # of the parts that are given in place …
-        self._inner = np.array([own.offset for own in sources], dtype=np.int64)  # … and where in the shard each begins
+        self._shards = np.array([own.base for own in sources], dtype=np.int64)  # of the parts exposed in place …
+        self._inner = np.array([own.offset for own in sources], dtype=np.int64)  # … and the byte where each begins
         self.copied, self.summed = self.kernel.table(joined(copied)), self.kernel.table(joined(summed))
 
     def update(self, local: LocalWeights) -> None:
@@ -135,7 +136,7 @@ class DeviceExposed:
         )
 
     def tell(self) -> None:
-        """Queue the fingerprints' way to the host."""
+        """Queue the copy of the fingerprints to the host."""
         self._told.copy_(self.totals, non_blocking=True)
 
     @property
@@ -146,26 +147,26 @@ class DeviceExposed:
 
     @property
     def copy_address(self) -> int:
-        """Where the copy begins; 0 without one."""
+        """The address of the copy; 0 if there is none."""
         return self._copy.slot(0) if self._copy is not None else 0
 
     def fits(self, local: LocalWeights, device: torch.device) -> bool:
-        """Whether it is good for these weights too; `update` then."""
+        """Whether this fits these weights too. If so, call `update` next."""
         if self.kernel.device != device or (local.gpus, local.strides) != (self._gpus, self._strides):
             return False
         return local.layout is self._layout or local.dtypes == self._dtypes
 
     def close(self) -> None:
-        """Give the copy back; who has it mapped keeps it until it is told of another."""
+        """Free the copy. Processes that have it mapped keep it until they are told of other memory."""
         if self._copy is not None:
             self._copy.close()
 
 
 class DeviceExposing:
-    """One push: what is queued on the GPU, and how far that is."""
+    """The exposing of one push: queues its work on the GPU, and watches how far it is."""
 
     def __init__(self, source: Source, exposed: DeviceExposed, ready: Sequence[torch.cuda.Event]) -> None:
-        """`ready` are past what computes the weights. Waits for the GPU only where the source has to make a copy.
+        """`ready`: events past the kernels that compute the weights. Waits for the GPU only if the source has to copy.
         Raises `SourceError`.
         """
         self.exposure = exposed.exposure
@@ -215,7 +216,7 @@ class DeviceExposing:
 def _sorted(
     program: Program, local: LocalWeights, device: torch.device
 ) -> tuple[list[Write], list[Write], list[Write]]:
-    """Parts that are exposed where they lie, those that the kernel has to convert, and those that the source copies."""
+    """Sort the parts: those exposed in place, those that the kernel converts, and those that the source copies."""
     here, cast, read = [], [], []
     for write in (write for bucket in program.writes for write in bucket):
         tensor = local.tensors[write.shard]

@@ -1,6 +1,6 @@
-"""Weights in host memory are copied into a file without a name that other processes open through this one.
+"""Exposes weights in host memory: copies them into a file without a name, which other processes open through this one.
 
-A tensor's own memory belongs to its process alone. The file is gone with the process, whatever becomes of that.
+Other processes cannot map a tensor's own memory. The file vanishes with this process, however that ends.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _MASK = 2**64 - 1
 
 
 class HostExposed:
-    """The memory for what one rank gives in pushes of one plan."""
+    """The memory that one rank exposes in pushes of one plan."""
 
     def __init__(self, program: Program) -> None:
-        """Raises `ConfigError` where there is no room."""
+        """Raises `ConfigError` if host memory has no room."""
         self.program = program
         self.starts: list[list[int]] = []
         parts, end = [], 0
@@ -58,12 +58,12 @@ class HostExposed:
         self.exposure = Exposure.of(pid, started(pid), [self._file.region] if parts else [], parts, program.width)
 
     def close(self) -> None:
-        """Let go of the memory; who has it mapped keeps it until it is told of another."""
+        """Free the memory. Processes that have it mapped keep it until they are told of other memory."""
         self._file.close()
 
 
 class HostExposing:
-    """The copying of one push, a bucket's parts at a time."""
+    """The exposing of one push: each `advance` copies the parts of one bucket."""
 
     def __init__(self, source: Source, exposed: HostExposed) -> None:
         self.exposure = exposed.exposure
@@ -101,4 +101,4 @@ class HostExposing:
         self._next += 1
 
     def close(self, *, deadline: float) -> None:
-        """Nothing is under way between calls."""
+        """Do nothing: no work is under way between calls."""

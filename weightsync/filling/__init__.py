@@ -1,7 +1,7 @@
-"""A rank's part of a push: its weights into leased slots, and their fingerprints.
+"""Filling: a rank writes its parts into leased slots, and fingerprints them.
 
-program.py  what this rank writes where, worked out once for a plan
-host.py     into slots in host memory
+program.py  what a rank writes where, worked out once for a plan
+host.py     fills slots in host memory
 local.py    where a rank's weights lie, and when they may be read
-device.py   into slots on GPUs
+device.py   fills slots on GPUs
 """

@@ -1,8 +1,8 @@
-"""Filling slots on GPUs: one launch a bucket, from this rank's memory into the owner's, checksums on the way.
+"""Fills slots on GPUs: one launch per bucket copies this rank's parts into the owner's slot and fingerprints them.
 
-Every owner has a stream here, so that writes to all of them are under way at once and no link waits for another. What
-the kernel cannot take from where it lies (host memory, another GPU, a conversion other than float32 to bfloat16) is
-first copied to this rank's GPU, a bucket's part at a time.
+Each owner has its own stream here, so that writes to all owners overlap and no link waits for another. The kernel reads
+this rank's GPU alone, and converts only float32 to bfloat16. All other parts are staged: first copied to this GPU, one
+bucket's parts at a time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ __all__ = ["DeviceFill", "DeviceProgram", "rank_device"]
 
 
 def rank_device(local: LocalWeights) -> torch.device:
-    """The GPU that this rank fills from: that of its weights, or the current one. Raises `ConfigError` without any."""
+    """Return the GPU that this rank fills from: the first one with weights, else the current one.
+
+    Raises `ConfigError` if torch sees no GPU.
+    """
     for tensor in local.tensors:
         if tensor is not None and tensor.is_cuda:
             return tensor.device
@@ -48,14 +51,14 @@ class _Bucket(NamedTuple):
     """One bucket of a program, on the GPU."""
 
     table: Table
-    staged: tuple[Write, ...]  # parts that are copied to this GPU first; bases after those of the shards, in order
-    tensors: tuple[int, ...]  # of the manifest; totals `first` … hold their sums
+    staged: tuple[Write, ...]  # parts that are copied to this GPU first; their bases follow the shards', in this order
+    tensors: tuple[int, ...]  # of the manifest; their sums are in the totals from `first` on, in this order
     first: int
     nbytes: int
 
 
 class DeviceProgram:
-    """A program compiled for one GPU and for weights of given strides and types; kept as long as those stay."""
+    """A program compiled for one GPU and for weights of given strides and types; reused while these stay the same."""
 
     def __init__(self, program: Program, local: LocalWeights, device: torch.device) -> None:
         self.kernel = BoxKernel(device)
@@ -67,13 +70,13 @@ class DeviceProgram:
             self.buckets.append(self._bucket(writes, local.tensors, device))
             self.sums += len(self.buckets[-1].tensors)
         self.totals = torch.zeros(max(1, self.sums), dtype=torch.int64, device=device)
-        # the totals on the host; by name, since a trainer may have made GPUs torch's default
+        # the totals on the host; `device` is given because a trainer may have made GPUs torch's default
         self.told = torch.empty(max(1, self.sums), dtype=torch.int64, device="cpu", pin_memory=True)
         self.pointers = local.pointers
         self.bases = _addresses(local.pointers, device)
 
     def fits(self, local: LocalWeights, device: torch.device) -> bool:
-        """Whether it is good for these weights too; `update` then."""
+        """Whether the program fits these weights too. If so, call `update` next."""
         if self.kernel.device != device or local.gpus != self._gpus or local.strides != self._strides:
             return False
         return local.layout is self._layout or local.dtypes == self._dtypes
@@ -120,11 +123,11 @@ class DeviceProgram:
 class _UnderWay:
     bucket: int
     event: torch.cuda.Event
-    kept: list[torch.Tensor] = field(default_factory=list)  # what the launch reads
+    kept: list[torch.Tensor] = field(default_factory=list)  # memory that the launch reads
 
 
 class DeviceFill:
-    """The filling of one push. `begin` queues, `finished` gives buckets as they become full."""
+    """The filling of one push. `begin` queues a bucket; `finished` yields buckets that have become full."""
 
     def __init__(
         self,
@@ -133,7 +136,7 @@ class DeviceFill:
         slots: Sequence[DeviceSlots],
         ready: Sequence[torch.cuda.Event],
     ) -> None:
-        """`slots` are those of each bridge, mapped on the program's GPU; `ready` are past what computes the weights."""
+        """`slots`: each bridge's, mapped on the program's GPU. `ready`: events past the computation of the weights."""
         device = program.kernel.device
         self._source, self._program, self._slots = source, program, slots
         self._streams = _streams(device, len(slots))
@@ -148,11 +151,11 @@ class DeviceFill:
 
     @property
     def busy(self) -> bool:
-        """Whether a bucket was begun that `finished` has not told of."""
+        """Whether a bucket was begun that `finished` has not yielded."""
         return bool(self._under_way)
 
     def begin(self, bucket: int, bridge: int, slot: int) -> None:
-        """Have this rank's parts of a bucket written into a slot. Waits for the GPU only where it has to stage some.
+        """Queue the writing of this rank's parts of a bucket into a slot. Waits for the GPU only to stage parts.
 
         Raises `SourceError`.
         """
@@ -180,7 +183,7 @@ class DeviceFill:
         self._under_way.append(under_way)
 
     def finished(self) -> Iterator[Filled]:
-        """Buckets that are full and have not been told of; raises what went wrong on the GPU."""
+        """Yield each bucket once it is full. Raises errors of the GPU."""
         for one in [one for one in self._under_way if one.event.query()]:
             self._under_way.remove(one)
             what = self._program.buckets[one.bucket]
@@ -188,7 +191,7 @@ class DeviceFill:
             yield Filled(one.bucket, what.nbytes, dict(zip(what.tensors, sums, strict=True)))
 
     def close(self, *, deadline: float) -> None:
-        """Wait for all that was asked of the GPU, told or not: slots and weights may change or go away after this.
+        """Wait for everything queued on the GPU. Slots and weights may change or be freed afterwards.
 
         Raises `TransportTimeout`, or `TransportBroken` for an error of the GPU.
         """
@@ -199,7 +202,7 @@ class DeviceFill:
         self._under_way.clear()
 
     def _staged(self, write: Write, device: torch.device) -> torch.Tensor:
-        """One part on this GPU, as it is sent."""
+        """Copy one part to this GPU, in the type in which it is sent."""
         part = torch.empty(write.shape, dtype=write.dtype, device=device)
         self._source.read_into(write.shard, write.src_offset, write.shape, part)
         return part
@@ -209,7 +212,7 @@ _STREAMS: dict[torch.device, list[torch.cuda.Stream]] = {}
 
 
 def _streams(device: torch.device, count: int) -> list[torch.cuda.Stream]:
-    """This process's streams for that many owners; made once."""
+    """Return one stream for each of `count` owners. This process makes each stream once."""
     known = _STREAMS.setdefault(device, [])
     while len(known) < count:
         known.append(torch.cuda.Stream(device))

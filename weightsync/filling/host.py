@@ -1,4 +1,4 @@
-"""Filling slots in host memory: torch copies, numpy fingerprints, both outside the interpreter's lock."""
+"""Fills slots in host memory: torch copies, numpy fingerprints, both without the GIL."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class HostFill:
 
     @property
     def busy(self) -> bool:
-        """Whether a bucket was begun that `finished` has not told of."""
+        """Whether a bucket was begun that `finished` has not yielded."""
         return bool(self._done)
 
     def begin(self, bucket: int, bridge: int, slot: int) -> None:
         """Write this rank's parts of a bucket into a slot. Raises `SourceError`."""
         memory = torch.frombuffer(self._arenas[bridge].slot(slot), dtype=torch.uint8)
         writes = self._program.writes[bucket]
-        # numpy and torch both let go of the GIL: a bucket is fingerprinted on one core while another copies it
+        # numpy and torch both release the GIL: one core fingerprints a bucket while another copies it
         ahead = _POOL.executor.submit(lambda: [self._fingerprint(write) for write in writes])
         copied = [self._write(memory, write) for write in writes]
         sums: dict[int, int] = {}
@@ -63,15 +63,15 @@ class HostFill:
         self._done.append(Filled(bucket, sum(write.nbytes for write in writes), sums))
 
     def finished(self) -> Iterator[Filled]:
-        """Buckets that are full and have not been told of."""
+        """Yield each full bucket once."""
         while self._done:
             yield self._done.pop(0)
 
     def close(self, *, deadline: float) -> None:
-        """Nothing is under way between calls."""
+        """Do nothing: no work is under way between calls."""
 
     def _write(self, slot: torch.Tensor, write: Write) -> torch.Tensor:
-        """Copy one part into the slot; returns where it lies there."""
+        """Copy one part into the slot. Returns the part as a view of the slot."""
         out = slot[write.begin : write.end].view(write.dtype).view(write.piece_shape)
         if not write.whole_piece:
             for dim, (start, length) in enumerate(zip(write.dst_offset, write.shape, strict=True)):
@@ -80,7 +80,7 @@ class HostFill:
         return out
 
     def _fingerprint(self, write: Write) -> int | None:
-        """Of the source's own bytes; None where they do not lie in host memory."""
+        """Fingerprint the source's own bytes of a part. Returns None if they do not lie in host memory."""
         data = self._source.box_bytes(write.shard, write.src_offset, write.shape)
         return None if data is None else _fingerprint(data, write)
 
@@ -96,5 +96,5 @@ def _fingerprint(data: np.ndarray[Any, Any], write: Write) -> int:
 
 
 def _bytes_of(out: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor in host memory, row-major; a copy only where it is strided."""
+    """Return the bytes of a tensor in host memory, row-major. Copies only a strided tensor."""
     return out.contiguous().view(-1).view(torch.uint8).numpy()

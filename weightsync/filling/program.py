@@ -1,4 +1,4 @@
-"""What one rank writes where in a push of one plan. Pure but for torch's names of element types."""
+"""A rank's program: what it writes where in a push of one plan. Pure, except that it names torch's dtypes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Filled", "Program", "Write", "compile_program"]
 
 @dataclass(frozen=True)
 class Filled:
-    """One bucket in which this rank's parts lie now."""
+    """One bucket into which this rank has written all of its parts."""
 
     bucket: int
     nbytes: int
@@ -55,21 +55,21 @@ class Program:
 
     plan: bytes
     writes: tuple[tuple[Write, ...], ...]
-    width: int  # dimensions of the tensor that has most
+    width: int  # the largest number of dimensions that a tensor has
 
     @cached_property
     def longest(self) -> int:
-        """Bytes of the slot up to the end of what is written last in any bucket."""
+        """The bytes that a slot must have: up to the last byte of any piece that this rank writes into."""
         return max((write.end for bucket in self.writes for write in bucket), default=0)
 
     @property
     def buckets(self) -> int:
-        """In how many buckets this rank has a part."""
+        """The number of buckets in which this rank has a part."""
         return sum(1 for bucket in self.writes if bucket)
 
 
 def compile_program(plan: bytes, manifest: Manifest, layout: Layout, fills: np.ndarray[Any, Any]) -> Program:
-    """The program of the rank that has `layout`. Raises `RemoteProtocolError` where plan and layout do not fit."""
+    """Compile the program of the rank that has `layout`. Raises `RemoteProtocolError` if plan and layout do not fit."""
     table = manifest.tensors
     local = layout.tensors
     dtypes = [getattr(torch, name) for name in table.dtypes]

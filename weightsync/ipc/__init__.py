@@ -1,1 +1,1 @@
-"""Memory shared by the processes of one node: arenas of slots, fences that guard them, books of who has what."""
+"""Memory shared by the processes of one node: arenas of slots, fences that guard them, a ledger of who has what."""

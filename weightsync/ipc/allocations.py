@@ -1,7 +1,7 @@
-"""Which allocation of a GPU an address belongs to. A handle stands for all of an allocation, as the driver knows it.
+"""Finds the GPU allocation that an address belongs to. A handle shares a whole allocation, as the driver knows it.
 
-The driver's own functions (cuMemGetAddressRange, cuPointerGetAttribute with CU_POINTER_ATTRIBUTE_BUFFER_ID), through
-ctypes: neither torch nor cupy has them. A context of the GPU must be current.
+Calls the driver's own functions (cuMemGetAddressRange, cuPointerGetAttribute with CU_POINTER_ATTRIBUTE_BUFFER_ID)
+through ctypes, because neither torch nor cupy has them. A context of the GPU must be current.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Allocation", "Located", "allocations", "located", "range_of", "serial_of", "shown"]
 
-_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: unique in the process, not used again
+_BUFFER_ID = 7  # CU_POINTER_ATTRIBUTE_BUFFER_ID: unique in the process, never reused
 _HINT = (
     "memory of torch's expandable segments or of a pool cannot be shared so: run its process without "
     "PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, or push with in_place=False"
@@ -29,7 +29,7 @@ _HINT = (
 
 
 class Allocation(NamedTuple):
-    """What one `cudaMalloc` gave."""
+    """One allocation by `cudaMalloc`."""
 
     address: int
     nbytes: int
@@ -37,16 +37,16 @@ class Allocation(NamedTuple):
 
 
 class Located(NamedTuple):
-    """Addresses of one GPU, as others find them."""
+    """Addresses on one GPU, expressed as bytes of regions that other processes can map."""
 
     allocations: list[Allocation]
-    regions: tuple[Region, ...]  # these allocations
-    region: Ints  # of each address
-    at: Ints  # byte of that
+    regions: tuple[Region, ...]  # one for each allocation
+    region: Ints  # for each address, the index of its region
+    at: Ints  # for each address, its byte in that region
 
     @property
     def current(self) -> bool:
-        """Whether what was allocated there still is."""
+        """Whether all of these allocations still exist."""
         return all(serial_of(one.address) == one.serial for one in self.allocations)
 
 
@@ -59,7 +59,7 @@ def _driver() -> Any:
 
 
 def allocations(pointers: list[int]) -> list[Allocation]:
-    """Those that hold these addresses, by address; each once. Raises `TransportBroken`."""
+    """Return the allocations that hold these addresses, sorted by address, each once. Raises `TransportBroken`."""
     found: list[Allocation] = []
     for pointer in sorted(pointers):
         if found and pointer < found[-1].address + found[-1].nbytes:
@@ -70,7 +70,10 @@ def allocations(pointers: list[int]) -> list[Allocation]:
 
 
 def range_of(address: int) -> tuple[int, int]:
-    """Where what holds this address begins, allocated here or mapped, and its bytes. Raises `TransportBroken`."""
+    """Return the first address and the size of the allocation, made or mapped here, that holds `address`.
+
+    Raises `TransportBroken`.
+    """
     base, size = ctypes.c_uint64(), ctypes.c_size_t()
     status = _driver().cuMemGetAddressRange_v2(ctypes.byref(base), ctypes.byref(size), ctypes.c_uint64(address))
     if status:
@@ -79,14 +82,14 @@ def range_of(address: int) -> tuple[int, int]:
 
 
 def serial_of(address: int) -> int:
-    """The number of the allocation there now; 0 if there is none."""
+    """Return the serial number of the allocation that is at `address` now; 0 if there is none."""
     serial = ctypes.c_uint64()
     status = _driver().cuPointerGetAttribute(ctypes.byref(serial), _BUFFER_ID, ctypes.c_uint64(address))
     return int(serial.value) if not status else 0
 
 
 def shown(allocation: Allocation, gpu: str) -> Region:
-    """An allocation of the GPU with this UUID, as others may map it. Raises `TransportBroken`."""
+    """Return an allocation of the GPU with this UUID as a region that others can map. Raises `TransportBroken`."""
     runtime = cupy().cuda.runtime
     try:
         handle = bytes(runtime.ipcGetMemHandle(allocation.address))
@@ -98,7 +101,7 @@ def shown(allocation: Allocation, gpu: str) -> Region:
 
 
 def located(addresses: Ints, gpu: str) -> Located:
-    """Where these lie, on the GPU with this UUID. Raises `TransportBroken` for memory that cannot be shared."""
+    """Locate `addresses` on the GPU with this UUID. Raises `TransportBroken` for memory that cannot be shared."""
     found = allocations(addresses.tolist())
     firsts = np.array([one.address for one in found], dtype=np.int64)
     region = np.searchsorted(firsts, addresses, side="right") - 1

@@ -4,16 +4,16 @@
     64 KiB       fences   one 16-byte cell for every slot and reader (`fences.py`)
     control      slots    each begins at a multiple of 64 KiB, which is a multiple of every page size
 
-Where slots lie on a GPU (`weightsync.ipc.cuda`), the file has header and fences alone, and the offer says where.
+If slots lie on a GPU (`weightsync.ipc.cuda`), the file has header and fences alone, and the offer says where they lie.
 
 The file is called `weightsync-<uid>-<node>-<bridge>-<incarnation>`, belongs to its maker alone (0600) and is never
 reused: a restarted bridge makes another one with another incarnation and nonce. Its pages are allocated when it is
-made, so that a full /dev/shm is an error then and not a SIGBUS in somebody's copy later.
+made, so that a full /dev/shm is an error then, and not a SIGBUS in a later copy.
 
-Who may attach gets an *offer*, bytes that arrive in a control message. Attaching believes none of it: the file must be
-a private regular file of this user, of the size and with the nonce that the offer says. Trainer ranks map the slots
-writable; readers map them read-only and can write nothing but the fence cells. (Of slots on a GPU there is no read-only
-mapping.)
+A process that may attach gets an *offer*: bytes in a control message. Attaching does not trust the offer: the file must
+be a private regular file of this user, with the size and the nonce that the offer says. Trainer ranks map the slots
+writable. Readers map them read-only and can write nothing but the fence cells. (Slots on a GPU cannot be mapped
+read-only.)
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class DeviceMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
-    """What an offer says. `reader` and `cell` are absent in the offer to a trainer rank."""
+    """The contents of an offer. `reader` and `cell` are absent in the offer to a trainer rank."""
 
     directory: Annotated[str, Meta(min_length=1, max_length=512)]
     name: Annotated[str, Meta(pattern=rf"^{SEGMENT}\Z")]
@@ -77,12 +77,12 @@ class ArenaOffer(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def lineage(self) -> str:
-        """The same for all incarnations of one bridge."""
+        """A name that is the same for all incarnations of one bridge."""
         return f"{self.directory}/{self.name.rpartition('-')[0]}"
 
     @classmethod
     def unpack(cls, data: bytes) -> ArenaOffer:
-        """The offer in bytes from outside. Raises `CodecError` only."""
+        """Read an offer in bytes from outside. Raises `CodecError` only."""
         offer = unseal(data, b"A", cls)
         if not os.path.isabs(offer.directory) or "\0" in offer.directory or ".." in offer.directory.split("/"):
             raise CodecError(f"an offer names the directory {offer.directory!r}")
@@ -141,9 +141,9 @@ class Arena:
         directory: str = DIRECTORY,
         memory: DeviceMemory | None = None,
     ) -> Arena:
-        """Make an arena of `slots` × `slot_bytes`, around slots on a GPU if it is given their `memory`.
+        """Make an arena of `slots` × `slot_bytes`. If `memory` is given, its slots lie there, on a GPU.
 
-        Raises `ConfigError` when there is no room for it.
+        Raises `ConfigError` if there is no room for it.
         """
         name = segment_name(node, bridge, incarnation or secrets.token_hex(8))
         wanted = ArenaOffer(
@@ -177,8 +177,11 @@ class Arena:
 
     @classmethod
     def attach(cls, offer: bytes | ArenaOffer, *, writable: bool) -> Arena:
-        """Map the arena that `offer` describes. Raises `CodecError` for bytes that are no offer, `TransportBroken` when
-        the arena is not there (any more) or is not what the offer says."""
+        """Map the arena that `offer` describes.
+
+        Raises `CodecError` for bytes that are no offer, and `TransportBroken` if the arena is not there (any more) or
+        is not the one that the offer describes.
+        """
         wanted = ArenaOffer.unpack(offer) if isinstance(offer, bytes) else offer
         try:
             fd = _open(wanted, os.O_RDWR)
@@ -197,7 +200,7 @@ class Arena:
             os.close(fd)
 
     def offer(self, reader: str | None = None, cell: int | None = None) -> bytes:
-        """The bytes with which a trainer rank, or the `reader` that was given `cell`, attaches."""
+        """Return the bytes of an offer: to a trainer rank, or to the `reader` that was given `cell`."""
         return seal(
             b"A",
             ArenaOffer(
@@ -225,14 +228,14 @@ class Arena:
 
     @property
     def fences(self) -> FenceTable:
-        """The cells. The table stays usable after `close` for whoever holds it, such as a lease not yet released."""
+        """The cells. A holder of the table, such as a lease not yet released, can use it even after `close`."""
         if self._fences is None:
             raise TransportClosed(f"arena {self.name} was closed")
         return self._fences
 
     @property
     def there(self) -> bool:
-        """Whether its file is: a bridge takes it along, or its daemon does."""
+        """Whether its file still exists. The bridge removes the file when it ends, or else its daemon does."""
         return os.path.exists(os.path.join(self.directory, self.name))
 
     @property
@@ -249,7 +252,7 @@ class Arena:
                     mapping.close()
 
     def unlink(self) -> None:
-        """Remove the file; who has it mapped keeps the memory. Removing twice does nothing."""
+        """Remove the file. Processes that have it mapped keep the memory. Removing twice does nothing."""
         unlink(self.directory, self.name)
 
     def __enter__(self) -> Self:
@@ -268,7 +271,7 @@ def _round_up(nbytes: int) -> int:
 
 
 def _sizes(offer: ArenaOffer) -> tuple[int, int]:
-    """Bytes of header and fences together, and of the whole file."""
+    """Return the bytes of header and fences together, and of the whole file."""
     control = _ALIGN + _round_up(offer.slots * offer.readers * CELL_BYTES)
     return control, control + (offer.slots * stride(offer.slot_bytes) if offer.memory is None else 0)
 

@@ -1,10 +1,10 @@
 """GPU memory that other processes of this node may map: allocated by a bridge, opened by trainer ranks and readers.
 
-Plain `cudaMalloc` memory, whose handles every process of the node can open; memory of torch's expandable segments has
-none. A handle is opened on the GPU of the process that *reads* (or writes) it, whichever GPU the memory lies on: the
-owner's GPU need not be visible there, and no CUDA context is made on it. A kernel that touches memory opened on another
-device than its own faults. Opening costs 0.6 ms on the same GPU and up to 160 ms the first time on a peer, so each
-process opens each arena once and keeps it.
+It is plain `cudaMalloc` memory, whose handles every process of the node can open; memory of torch's expandable segments
+has none. A process that *reads* (or writes) the memory opens its handle on its own GPU, whichever GPU the memory lies
+on: the owner's GPU need not be visible there, and no CUDA context is made on it. A kernel faults if it touches memory
+that was opened on another device than its own. Opening costs 0.6 ms on the same GPU and up to 160 ms the first time on
+a peer, so each process opens each arena once and keeps it.
 
 Importing this loads no cupy; the first call does.
 """
@@ -30,7 +30,7 @@ SHARING = (
 
 
 def cupy() -> Any:
-    """The module. Raises `ConfigError` where it is not installed."""
+    """Import and return cupy. Raises `ConfigError` if it is not installed."""
     try:
         import cupy
     except ImportError as error:
@@ -42,7 +42,7 @@ def cupy() -> Any:
 
 
 def free_bytes(device: int) -> tuple[int, int]:
-    """Free bytes of a GPU of this process, and all it has."""
+    """Return the free and the total bytes of a GPU of this process."""
     c = cupy()
     with c.cuda.Device(device):
         free, total = c.cuda.runtime.memGetInfo()
@@ -50,8 +50,9 @@ def free_bytes(device: int) -> tuple[int, int]:
 
 
 def lock_pages(address: int, nbytes: int, device: int) -> str:
-    """Have the driver lock host memory, so that a GPU's copy engine reaches it at the speed of its link. Why it does
-    not, or "": the memory can be copied to then as well, only slower.
+    """Have the driver lock host memory, so that a GPU's copy engine reaches it at the speed of its link.
+
+    Returns "", or why the driver does not lock it. Copies to the memory then work too, only slower.
     """
     runtime = cupy().cuda.runtime
     try:
@@ -63,7 +64,7 @@ def lock_pages(address: int, nbytes: int, device: int) -> str:
 
 
 def unlock_pages(address: int, device: int) -> None:
-    """Take that back; nothing may be copied there any more."""
+    """Undo `lock_pages`. No copy to that memory may be under way."""
     runtime = cupy().cuda.runtime
     with cupy().cuda.Device(device):
         runtime.hostUnregister(address)
@@ -84,7 +85,7 @@ class DeviceSlots:
     def allocate(cls, slots: int, slot_bytes: int, *, gpu: str, device: int) -> Self:
         """Take `slots` × `slot_bytes` (rounded up) on the GPU that is `device` here and `gpu` (UUID) everywhere.
 
-        Raises `ConfigError` when there is no room.
+        Raises `ConfigError` if there is no room.
         """
         runtime = cupy().cuda.runtime
         pitch = stride(slot_bytes)

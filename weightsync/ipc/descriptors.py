@@ -1,8 +1,8 @@
 """Offers and tickets as bytes, and the checksum of a bucket.
 
 A descriptor is `b"WS"`, a format version, a kind, the xxh3-64 of kind and body, and a MessagePack map. The hash is no
-signature (control messages are what is protected): it makes every truncated or altered descriptor a `CodecError`, so
-that a damaged one cannot pass for another valid one.
+signature, because control messages are protected themselves. It makes every truncated or altered descriptor a
+`CodecError`, so that a damaged one cannot pass for another valid one.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ def checksum(view: memoryview, between: Callable[[], object] | None = None) -> i
 
 
 def seal(kind: bytes, body: msgspec.Struct) -> bytes:
-    """The bytes of a descriptor; `kind` is one byte."""
+    """Return the bytes of a descriptor; `kind` is one byte."""
     packed = msgspec.msgpack.encode(body)
     return _HEAD.pack(b"WS", _VERSION, kind, xxhash.xxh3_64_intdigest(kind + packed)) + packed
 
 
 def unseal(data: bytes, kind: bytes, shape: type[T]) -> T:
-    """The descriptor in bytes from outside. Raises `CodecError`, and nothing else, for bytes that are none."""
+    """Read a descriptor in bytes from outside. Raises `CodecError`, and nothing else, if they are no descriptor."""
     what = shape.__name__
     if not _HEAD.size < len(data) <= MAX_DESCRIPTOR:
         raise CodecError(f"{what}: {len(data)} bytes are no descriptor")

@@ -1,15 +1,15 @@
-"""Who still reads which slot: a table of cells in the arena, one for every slot and reader.
+"""Fences say which reader still reads which slot: a table in the arena, with a cell for every slot and reader.
 
-A cell is two words of eight bytes. The first is the sequence number of an export and what became of it: the owner of
-the arena writes `EXPORTED` and `REVOKED`; the reader, in its own process, writes `OPENED` and `CLOSED`. Because the
-sequence travels in the same eight bytes, the release of an earlier export can never pass for the release of this one.
-The second is written by the reader before `CLOSED`: the checksum of the bytes as they lie on its side, 0 if it did not
-look.
+A cell is two words of eight bytes. The first has the sequence number of an export and its state: the owner of the arena
+writes `EXPORTED` and `REVOKED`; the reader, in its own process, writes `OPENED` and `CLOSED`. Because the sequence
+travels in the same eight bytes, the release of an earlier export can never pass for the release of this one. The reader
+writes the second word before `CLOSED`: the checksum of its own copy of the bytes, or 0 if it did not look.
 
 Words are read and written through a `memoryview` of 64-bit items: one aligned 8-byte load or store each, which x86-64
 and aarch64 never tear. Two processes see them in order because a reader's store comes after its interpreter's (and its
 copy's) own synchronisation, and a ticket travels through the kernel between `EXPORTED` and `OPENED`. The table needs no
-lock: a cell has one writer at a time. Only a reader that lost its ticket may write beside it, and is not believed.
+lock, because a cell has one writer at a time. Only a reader whose ticket was revoked may write out of turn, and the
+owner ignores that.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _BITS = 3
 
 
 class State(IntEnum):
-    """What became of an export."""
+    """The state of an export."""
 
     EMPTY = 0
     EXPORTED = 1
@@ -46,17 +46,17 @@ class FenceTable:
         self._readers = readers
 
     def read(self, slot: int, cell: int) -> tuple[int, State]:
-        """Sequence and state; a value that nobody here wrote reads as (0, EMPTY)."""
+        """Return sequence and state. A value that is no state of a cell reads as (0, EMPTY)."""
         value = self._cells[self._at(slot, cell)]
         code = value & (2**_BITS - 1)
         return (value >> _BITS, State(code)) if code <= State.REVOKED else (0, State.EMPTY)
 
     def export(self, slot: int, cell: int, sequence: int) -> None:
-        """Owner: a ticket of `sequence` is about to be handed out."""
+        """Owner: call this before a ticket of `sequence` is handed out."""
         self._write(slot, cell, sequence, State.EXPORTED)
 
     def revoke(self, slot: int, cell: int, sequence: int) -> None:
-        """Owner: the ticket is worthless if it was not opened yet."""
+        """Owner: make the ticket worthless if it was not opened yet."""
         self._write(slot, cell, sequence, State.REVOKED)
 
     def open(self, slot: int, cell: int, sequence: int) -> None:
@@ -72,12 +72,13 @@ class FenceTable:
         raise TransportBroken(f"the ticket of sequence {sequence} was {why}", hint="a ticket is opened exactly once")
 
     def read_back(self, slot: int, cell: int) -> int:
-        """Owner, of a `CLOSED` cell: the checksum that its reader found on its own side; 0: it did not look."""
+        """Owner: return the checksum that the reader of a `CLOSED` cell found in its copy; 0 if it did not look."""
         return self._cells[self._at(slot, cell) + 1]
 
     def close(self, slot: int, cell: int, sequence: int, read_back: int = 0) -> bool:
-        """Reader: it has read, and found `read_back`. False, and nothing written, if the cell has gone on without
-        it.
+        """Reader: note that it has read, and found the checksum `read_back`.
+
+        Returns False, with nothing written, if the cell has gone on without the reader.
         """
         if self.read(slot, cell) != (sequence, State.OPENED):
             return False

@@ -1,4 +1,4 @@
-"""Noticing that whoever owned some memory is gone: a process that still maps it keeps it from everybody."""
+"""Notices when the owner of mapped memory is gone: no other process can have that memory until it is unmapped here."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ _EVERY = 1.0  # seconds
 
 
 class Lookout:
-    """Calls `look` every second from a thread of its own, on `device` of this process, until it returns False; without
-    a device for what has nothing to do with GPUs.
+    """Calls `look` every second until it returns False, from its own thread.
+
+    The thread works on `device` of this process; None is for memory that is not on a GPU.
     """
 
     def __init__(self, look: Callable[[], bool], device: int | None) -> None:
         self._look = look
         self._device = device
         self._running = False
-        self._wanted = False  # since `look` was called last
+        self._wanted = False  # `start` was called after the last `look` began
         self._lock = threading.Lock()
 
     def start(self) -> None:
-        """Begin to look, unless it does."""
+        """Begin to look, unless the thread already runs."""
         with self._lock:
             self._wanted = True
             if self._running:

@@ -1,7 +1,7 @@
-"""What was given to each reader and what came back: the books that show a leak before memory does.
+"""The ledger counts exports to each reader, and how they ended. It shows a leak before memory does.
 
-Every export ends in exactly one way, as a close or as a revocation; `outstanding` is what has not ended yet. After a
-push it is 0 for every reader, and anything else is a leak with a name.
+Every export ends in exactly one way: with a close or with a revocation. `outstanding` counts exports that have not
+ended. After a push it is 0 for every reader, and anything else is a leak with a name.
 """
 
 from __future__ import annotations
@@ -44,20 +44,20 @@ class Ledger:
         self._revoked: Counter[str] = Counter()
 
     def exported(self, reader: str) -> None:
-        """A ticket was made."""
+        """Count a ticket that was made for `reader`."""
         self._exports[reader] += 1
 
     def opened(self, reader: str) -> None:
-        """Its reader opened it."""
+        """Count a ticket that `reader` opened."""
         self._opens[reader] += 1
 
     def closed(self, reader: str, *, confirmed: bool = False) -> None:
-        """Its reader released the lease; `confirmed` if it read the bucket back and found what was exported."""
+        """Count a lease that `reader` released; `confirmed` if it read the bucket back and found what was exported."""
         self._closes[reader] += 1
         self._confirmed[reader] += confirmed
 
     def revoked(self, reader: str) -> None:
-        """Nobody waits for this reader any more."""
+        """Count an export that was given up because `reader` was lost."""
         self._revoked[reader] += 1
 
     @property

@@ -1,10 +1,10 @@
-"""Memory that another process shows, as this one maps it: allocations of GPUs, or files without a name.
+"""Maps memory that another process shows: allocations of GPUs, or files without a name.
 
-A trainer's ranks show where their weights lie, which engines' workers read; an engine's workers show where they have
-places for these, which bridges write into.
+A trainer's ranks show where their weights lie, for engines' workers to read. An engine's workers show where they have
+places, for bridges to write.
 
-What was mapped stays so until other regions are asked for, or until the process that exposed it has ended: whoever maps
-memory of a process that is gone, or that has freed it, keeps it from everybody else.
+Regions stay mapped until others are asked for, or until the process that exposed them has ended. If a process has ended
+or freed its memory, no other process can have that memory while it is mapped here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["RegionMap"]
 
 class _Mapped(NamedTuple):
     address: int
-    memory: Any  # what holds it: an array over a file; None on a GPU
+    memory: Any  # an array over a file, which keeps it mapped; None on a GPU
 
 
 _Process = tuple[int, str]  # its id, and when it began
@@ -48,26 +48,25 @@ class _Asked(NamedTuple):
 
 
 class RegionMap:
-    """Of one process, which works on its GPU `device`, or in host memory if that is None."""
+    """The regions that this process maps. It works on its GPU `device`, or in host memory if that is None."""
 
     def __init__(self, device: int | None, *, writable: bool = False) -> None:
-        """`writable`: what is mapped are an engine's places, and not the weights of a trainer. What is mapped of a GPU
-        can be written either way.
-        """
+        """`writable`: the regions are an engine's places, not a trainer's weights. GPU memory is always writable."""
         self._device = device
         self._writable = writable
         self._whose = "an engine's worker" if writable else "a trainer's rank"
         self._open: dict[_Process, dict[Region, _Mapped]] = {}
-        self._asked: _Asked | None = None  # last, and all of it is mapped: there may be tens of thousands
+        self._asked: _Asked | None = None  # the last request, all of it mapped; kept, as its regions may be many
         self._lock = threading.RLock()
-        self.held = False  # nothing is unmapped: what was to be read by now may still be
+        self.held = False  # if set, the lookout unmaps nothing: a copy that is late may still read
         self._lookout = Lookout(self._look, device)
 
     @contextmanager
     def mapped(self, exposures: Sequence[Exposure]) -> Iterator[list[Ints]]:
-        """Where the regions of each of these ranks begin in this process, int64 [regions]. Inside, nothing is unmapped;
-        what is read or written must have been at its end. The same sequence again costs next to nothing. Raises
-        `TransportBroken`.
+        """Map the regions of these exposures. Yields the addresses where each one's regions begin, int64 [regions].
+
+        Nothing is unmapped inside the `with`, and all reads and writes must have ended when it ends. Asking for the
+        same sequence again costs next to nothing. Raises `TransportBroken`.
         """
         with self._lock:
             for one in exposures:
@@ -83,15 +82,15 @@ class RegionMap:
             yield self._asked.addresses
 
     def release(self) -> None:
-        """Unmap everything; it is mapped again when it is asked for."""
+        """Unmap everything. `mapped` maps it again when asked."""
         with self._lock:
             for process in list(self._open):
                 self._close(process)
 
     def _look(self) -> bool:
-        """Let go of what processes that have ended had shown; whether there is more to look after."""
+        """Unmap memory of processes that have ended. Returns whether any memory is still mapped."""
         if not self._lock.acquire(blocking=False):
-            return True  # it is being read
+            return True  # the memory is in use
         try:
             for process in [(pid, since) for pid, since in self._open if started(pid) != since and not self.held]:
                 self._close(process)
@@ -164,7 +163,7 @@ class RegionMap:
         return _Mapped(int(memory.ctypes.data), memory)
 
     def _close(self, process: _Process, but: AbstractSet[Region] = frozenset()) -> None:
-        """Let go of what a process had shown, `but` for these."""
+        """Unmap the regions that a process has shown, except those in `but`."""
         self._asked = None
         mapped = self._open[process]
         for region in [region for region in mapped if region not in but]:

@@ -1,4 +1,4 @@
-"""The files that bridges have in shared memory: what they are called, and removing those whose bridge is gone."""
+"""The files that bridges have in shared memory: their names, and how files whose bridge is gone are removed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SEGMENT = (
     r"weightsync-(?P<uid>\d{1,10})-(?P<node>[A-Za-z0-9._-]{1,128})-(?P<bridge>\d{1,6})-(?P<incarnation>[0-9a-f]{16})"
 )
 _NAME_PATTERN = re.compile(SEGMENT)
-_FILE_PATTERN = re.compile(rf"{SEGMENT}(?:-x\d{{1,18}})?")  # arenas, and what a bridge exports beside its arena
+_FILE_PATTERN = re.compile(rf"{SEGMENT}(?:-x\d{{1,18}})?")  # arenas, and files that a bridge exports beside its arena
 
 
 def segment_name(node: str, bridge: int, incarnation: str) -> str:
@@ -35,9 +35,9 @@ def segment_name(node: str, bridge: int, incarnation: str) -> str:
 def remove_stale(
     directory: str, node: str, *, bridge: int | None = None, keep: frozenset[str] = frozenset()
 ) -> tuple[str, ...]:
-    """Remove the arenas of `node` (of one bridge of it) that belong to this user, except incarnations in `keep`.
+    """Remove this user's arenas of `node` (or of one bridge of it), and exports beside them, except those in `keep`.
 
-    For arenas whose bridges have ended. Returns the names removed.
+    `keep` has incarnations. The bridges of all others must have ended. Returns the names removed.
     """
     removed = []
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
@@ -58,9 +58,9 @@ def remove_stale(
 def discard(directory: str, name: str) -> None:
     """Remove the arena of a bridge that is gone, and give its pages back at once.
 
-    Trainers and engines unmap an arena only when they are offered its successor, for which there may be no room before
-    that. So the file is emptied first: whoever has it mapped reads zeros from now on (fences and checksums tell), and
-    nobody gets a SIGBUS.
+    Trainers and engines unmap an arena only when they are offered its successor, and there may be no room for that
+    until then. So the file is emptied first. Processes that have it mapped read zeros from now on, which fences and
+    checksums detect, and they get no SIGBUS.
     """
     try:
         fd = os.open(os.path.join(directory, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -70,7 +70,7 @@ def discard(directory: str, name: str) -> None:
         size = os.fstat(fd).st_size
         if size:
             whole = mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
-            with whole, suppress(OSError):  # a directory that is no tmpfs cannot; the file goes with its last mapping
+            with whole, suppress(OSError):  # some file systems cannot; pages then go with the last mapping
                 whole.madvise(mmap.MADV_REMOVE)
     finally:
         os.close(fd)
@@ -78,7 +78,7 @@ def discard(directory: str, name: str) -> None:
 
 
 def discard_exports(name: str) -> None:
-    """Remove what the bridge of the arena called `name`, which is gone, had exported beside it for stock engines."""
+    """Remove the files that a bridge, now gone, had exported for stock engines beside its arena `name`."""
     with suppress(FileNotFoundError), os.scandir(DIRECTORY) as entries:
         for entry in entries:
             if entry.name.startswith(f"{name}-x") and _FILE_PATTERN.fullmatch(entry.name):

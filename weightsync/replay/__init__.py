@@ -1,7 +1,7 @@
-"""What one load of a layout copied where, proved, and done again without the engine's loader.
+"""Replay: records the copies that an engine's loader makes, proves them, and makes them again without the loader.
 
     engine's load_weights ──recorder──▶ load plan ──proof──▶ replay, bucket by bucket
 
-Rules for what lives here: nothing of an engine (its plugin hands in tensors and a loader), and nothing that is not safe
-to leave out: whatever is not understood or not proved goes on through the engine's own loader.
+This package knows no engine: the engine's plugin hands in tensors and a loader. Replay can always be left out: weights
+whose loading is not understood, or not proved, go on through the engine's own loader.
 """

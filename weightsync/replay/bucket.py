@@ -20,15 +20,15 @@ Named = tuple[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class ReadBucket:
-    """One bucket's bytes, and the tensors cut over several buckets of which it is the last."""
+    """One bucket's bytes, and those tensors cut over several buckets that this bucket completes."""
 
     manifest: Manifest
     index: int
     data: torch.Tensor  # uint8 [nbytes]
-    cut: Mapping[int, torch.Tensor]  # by their place in the manifest, uint8 [nbytes] each
+    cut: Mapping[int, torch.Tensor]  # by their index in the manifest, uint8 [nbytes] each
 
     def tensors(self, skip: Collection[int] = ()) -> list[Named]:
-        """The tensors that are whole now by checkpoint name, but for those in `skip` (places in the manifest)."""
+        """Return the tensors that are whole now, by checkpoint name. `skip`: manifest indices to leave out."""
         manifest = self.manifest
         names = manifest.tensors.names
         found = []
@@ -44,7 +44,7 @@ class ReadBucket:
         return found
 
     def whole(self, tensor: int) -> torch.Tensor:
-        """One that was cut, and is whole now."""
+        """Return a tensor that was cut, and is whole now."""
         return self._as_pushed(tensor, self.cut[tensor])
 
     def _as_pushed(self, tensor: int, data: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
-"""Who carries out moves: a loop on a CPU; on a GPU one launch for each bucket, over a table that stays there.
+"""Carries out moves: on a CPU by a loop, on a GPU by one launch for each bucket over a table that stays there.
 
-The kernel is that of `weightsync.device`. What it cannot convert, or would not reach, goes through torch, move by move,
-as on a CPU.
+The kernel is that of `weightsync.device`. Moves that it cannot convert, or whose target lies elsewhere, go through
+torch one by one, as on a CPU.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ if TYPE_CHECKING:
 __all__ = ["Carry", "HostMoves", "KernelMoves", "Launcher", "Mover", "move_items", "mover_for"]
 
 Carry: TypeAlias = Callable[[Hashable, Sequence[Move], torch.Tensor, int], None]
-"""`carry(key, moves, data, share)`: carry out `moves`, the same for the same `key`, out of `data`; see `moves.apply`.
-As many as `share` says are to run side by side, each on a stream of its own.
+"""`carry(key, moves, data, share)`: carry out `moves` out of `data`; see `moves.apply`. Equal keys mean equal moves.
+`share` calls run side by side, each on its own stream.
 """
 
 
 class Mover(Protocol):
-    """Of one plan."""
+    """Carries out the moves of one plan."""
 
     def onto(self, targets: Mapping[int, torch.Tensor]) -> Carry:
-        """What carries out moves onto these tensors, by the numbers that moves have for them: those of a push, which
-        stay where they are while it is used.
+        """Return a function that carries out one push's moves onto these tensors. Moves name a target by its number.
+
+        The tensors must stay where they are while the function is used.
         """
 
 
@@ -46,10 +47,10 @@ class HostMoves:
 
 
 class Launcher(Protocol):
-    """`weightsync.device.launch.BoxKernel`."""
+    """The interface of `weightsync.device.launch.BoxKernel`."""
 
     def table(self, items: Items) -> Any:
-        """The items where the kernel reads them."""
+        """Put the items where the kernel reads them."""
 
     def launch(
         self,
@@ -70,8 +71,8 @@ class KernelMoves:
 
     def __init__(self, kernel: Launcher, device: torch.device) -> None:
         self._kernel, self._device = kernel, device
-        self._tables: dict[Hashable, tuple[Any, tuple[Move, ...]]] = {}  # and the moves that are left for torch
-        self._bases: dict[tuple[int, ...], torch.Tensor] = {}  # the latest: to put it there waits for the GPU
+        self._tables: dict[Hashable, tuple[Any, tuple[Move, ...]]] = {}  # … and the moves that are left for torch
+        self._bases: dict[tuple[int, ...], torch.Tensor] = {}  # the latest one, because uploading it waits for the GPU
 
     def onto(self, targets: Mapping[int, torch.Tensor]) -> Carry:
         """See `Mover`."""
@@ -102,12 +103,15 @@ class KernelMoves:
 
 
 def mover_for(device: torch.device) -> Mover:
-    """For weights on `device`. Raises what cupy raises where the kernel cannot be compiled."""
+    """Make the mover for weights on `device`. Raises cupy's errors if the kernel cannot be compiled."""
     return KernelMoves(BoxKernel(device), device) if device.type == "cuda" else HostMoves()
 
 
 def move_items(move: Move) -> Items | None:
-    """The items of one move from the slot into a target, targets as bases; None for what the kernel cannot convert."""
+    """Return the items of one move from the slot into a target; targets are bases.
+
+    Returns None for a conversion that the kernel cannot make.
+    """
     if move.source_dtype == move.dtype:
         op = BYTES
     elif (move.source_dtype, move.dtype) == (torch.float32, torch.bfloat16):

@@ -1,4 +1,4 @@
-"""What one worker has learnt of how its engine loads one manifest."""
+"""What one worker has learnt about how its engine loads one manifest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _NAMES_TOLD = 4  # of parameters with the same reason
 
 @dataclass
 class Known:
-    """What was learnt of one manifest."""
+    """What was learnt about one manifest."""
 
     places: dict[str, Place]
     plan: LoadPlan
@@ -41,7 +41,7 @@ class Known:
     counted: ReplayFacts | None = None
 
     def count(self) -> ReplayFacts:
-        """What the plan comes to: asked for with every look at the engine, and of tens of thousands of tensors."""
+        """Count what the plan replays. Cached: each look at the engine asks, and tensors may be tens of thousands."""
         if self.counted is None:
             plan, why = self.plan, dict[str, list[str]]()
             for name, reason in plan.loader_sources.items():
@@ -58,13 +58,13 @@ class Known:
         return self.counted
 
     def held(self, manifest: Manifest) -> Residents:
-        """What parameters have of the tensors of this manifest, which it is of."""
+        """Return the residents of the plan. `manifest` is the one that was learnt."""
         if self.residents is None:
             self.residents = Residents(self.plan, manifest)
         return self.residents
 
     def why_anew(self, places: Mapping[str, Place]) -> str:
-        """Why it is of no use for parameters that are there now; "" if it is."""
+        """Return why this does not hold for parameters at `places`; "" if it does."""
         changed = [name for name in {**self.places, **places} if self.places.get(name) != places.get(name)]
         if not changed:
             return ""

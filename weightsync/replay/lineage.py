@@ -1,7 +1,7 @@
-"""Where the bytes of pushed tensors lie: in what was pushed, in what they were copied into, in the model's parameters.
+"""Follows the bytes of pushed tensors: from where they were pushed, through copies, into the model's parameters.
 
-Views keep their memory, so memory is followed, not tensors: each copy carries on what is known of the bytes it copies.
-Nothing is kept alive: memory is known by a weak reference.
+Views share memory, so memory is followed, not tensors: each copy passes on what is known of the bytes that it copies.
+Nothing is kept alive, because memory is known by a weak reference.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def box_of(tensor: torch.Tensor) -> Box:
 
 
 def same_memory(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one of them is a view of the other, or both are of a third."""
+    """Whether both tensors share one storage, as views do."""
     return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 class Lineage:
-    """What is known so far. Tensors on the meta device, and empty ones, are of no account."""
+    """What is known so far. Tensors on the meta device, and empty ones, are ignored."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """`targets`: the model's parameters and buffers, by name. Of two with the same memory the first counts."""
+        """`targets`: the model's parameters and buffers, by name. If two share memory, the first one counts."""
         self._memories: dict[int, _Memory] = {}
         self._targets: dict[str, Target] = {}
         self._offered: dict[str, None] = {}
         self._copies: list[Copy] = []
         self._fills: list[Fill] = []
-        self._computed: dict[str, str] = {}  # tensor on offer → what read it that is no copy
-        self._altered: dict[str, str] = {}  # target → what befell it that is no copy
+        self._computed: dict[str, str] = {}  # offered tensor → what, other than a copy, read it
+        self._altered: dict[str, str] = {}  # target → what, other than a copy, was done to it
         for name, tensor in targets.items():
             if tensor.numel():
                 self._add_target(name, tensor)
@@ -68,7 +68,7 @@ class Lineage:
                 self._altered[name] = "it is empty: its kernel has it in another form"
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
-        """The loader will be given this tensor, contiguous, which has the checkpoint's `name`."""
+        """Note that the loader will get this contiguous tensor, which has the checkpoint's `name`."""
         self._offered[name] = None
         if not tensor.numel():
             return
@@ -78,7 +78,7 @@ class Lineage:
         memory.written.add([WrittenBox(name, own.shifted(-own.offset), own, tensor.dtype, tensor.dtype)])
 
     def plan(self, altered: Mapping[str, str]) -> LoadPlan:
-        """What was seen, as far as it can be done again by copying. `altered`: targets that cannot, and why."""
+        """Return a plan of all that copies can repeat. `altered`: targets to leave to the loader, and why."""
         for memory in self._memories.values():
             if memory.written and not memory.alive.expired():
                 for written in memory.written:
@@ -139,7 +139,7 @@ class Lineage:
             memory.fills.append((box, dst.dtype, value))
 
     def _follow(self, known: _Memory, src: torch.Tensor, dst: torch.Tensor) -> bool:
-        """Note what this copy does, out of memory that is known; False where that cannot be told."""
+        """Note what this copy out of `known` memory does. Returns False if that cannot be told."""
         view, onto = box_of(src), box_of(dst)
         itemsize = src.element_size()
         touching = known.written.touching(view, itemsize)
@@ -158,7 +158,7 @@ class Lineage:
         return self._follow_whole(known, src, dst)
 
     def _follow_whole(self, known: _Memory, src: torch.Tensor, dst: torch.Tensor) -> bool:
-        """A copy of several things that lie side by side to where they lie side by side in the same way."""
+        """Note a copy of several boxes that lie side by side, if they lie in the same way in `dst`."""
         view, onto, itemsize = box_of(src), box_of(dst), src.element_size()
         dense = view.span + itemsize == src.numel() * itemsize
         if not dense or src.dtype != dst.dtype or view.strides != onto.strides:
@@ -183,7 +183,7 @@ class Lineage:
         )
 
     def _note(self, dst: torch.Tensor, written: list[WrittenBox], fills: list[tuple[Box, torch.dtype, float]]) -> bool:
-        """This now lies in `dst`. False where it was converted more than once on its way."""
+        """Note that these now lie in `dst`. Returns False if no plan can repeat that, such as two conversions."""
         if any(w.dtype not in (w.source_dtype, dst.dtype) for w in written):
             return False
         memory = self._memory_of(dst)
@@ -206,12 +206,12 @@ class Lineage:
     # --- what cannot be followed --------------------------------------------------------------------------------------
 
     def made(self, tensor: torch.Tensor, by: str) -> None:
-        """This was computed, in memory of its own."""
+        """Note that the operation `by` computed this tensor, in memory of its own."""
         if tensor.device.type != "meta":
             self._memory_of(tensor).made_by = by
 
     def read(self, tensor: torch.Tensor, what: str) -> None:
-        """Something computes with this tensor."""
+        """Note that the operation `what` computes with this tensor."""
         memory = self._known(tensor)
         if memory is None or not tensor.numel():
             return
@@ -223,7 +223,7 @@ class Lineage:
                 self._altered.setdefault(name, f"the loader computes with it ({what})")
 
     def spoilt(self, tensor: torch.Tensor, why: str, by: str) -> None:
-        """Something else than a copy of what was on offer was written here, or may have been."""
+        """Note that something other than a copy of an offered tensor was written here, or may have been."""
         memory = self._known(tensor)
         if memory is None or not tensor.numel():
             return
@@ -250,7 +250,7 @@ class Lineage:
         self._targets[name] = Target(name, first, box.shifted(-first), tensor.dtype)
 
     def _target_of(self, memory: _Memory, box: Box, tensor: torch.Tensor) -> str | None:
-        """The target in which the whole of a box lies, in its own dtype."""
+        """Return the target in which all of a box lies, if the target has the tensor's dtype."""
         size = tensor.element_size()
         for first, end, name in memory.targets:
             if box.within(first, end, size):
@@ -274,5 +274,5 @@ class Lineage:
         return found
 
     def _forget_gone(self) -> None:
-        """A weak reference keeps an address from being given again, and costs a few bytes."""
+        """Drop memory that is gone: a weak reference keeps its address from being reused, and costs a few bytes."""
         self._memories = {key: memory for key, memory in self._memories.items() if not memory.alive.expired()}

@@ -1,4 +1,4 @@
-"""What a model's layers hold at one moment: tensors, and what else loading may replace."""
+"""What a model's layers hold at one moment: tensors, and other attributes that loading may replace."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TORCHS = ("_parameters", "_buffers", "_modules")
 
 
 class Place(NamedTuple):
-    """What has to be as it was for a plan to be of use."""
+    """Where a tensor lies, and its form. A plan holds only while these stay the same."""
 
     address: int
     shape: tuple[int, ...]
@@ -30,19 +30,19 @@ class Place(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelState:
-    """A model, looked at. Tensors are the model's own, without gradients."""
+    """A model at one moment. The tensors are the model's own, without gradients."""
 
-    tensors: dict[str, torch.Tensor]  # parameters and buffers, by their first names
+    tensors: dict[str, torch.Tensor]  # parameters and buffers, each by the first of its names
     things: dict[str, dict[str, Any]]  # layer → its other attributes, and those of the objects in them
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> ModelState:
-        """As it is now."""
+        """Take the state that `model` has now."""
         return cls(cls.tensors_of(model).tensors, {path: _things(layer) for path, layer in model.named_modules()})
 
     @classmethod
     def tensors_of(cls, model: torch.nn.Module) -> ModelState:
-        """Its tensors alone, without what `replaced` needs: a tenth of the time."""
+        """Take the tensors alone, in a tenth of the time. `replaced` needs more than these."""
         named = (*model.named_parameters(), *model.named_buffers())
         return cls({name: tensor.detach() for name, tensor in named if tensor.device.type != "meta"}, {})
 
@@ -52,7 +52,7 @@ class ModelState:
         return {name: Place(t.data_ptr(), tuple(t.shape), t.stride(), t.dtype) for name, t in self.tensors.items()}
 
     def replaced(self, after: ModelState) -> dict[str, str]:
-        """Tensors for which loading did more than to write to them → what that was."""
+        """Return the tensors for which loading did more than write to them → what. `after` is the state after it."""
         places = after.places
         found = {
             name: "the loader gives it other memory" for name, place in self.places.items() if places.get(name) != place
@@ -78,7 +78,10 @@ def _things(layer: torch.nn.Module) -> dict[str, Any]:
 
 
 def _held(value: Any) -> Any:
-    """What stands for a value later: a function that is replaced may be all that held a layer's packed weights."""
+    """Return a weak reference to a value if it can have one, else the value.
+
+    A strong one would keep memory: a function that loading replaces may be all that held a layer's packed weights.
+    """
     try:
         return weakref.ref(value)
     except TypeError:
@@ -86,9 +89,9 @@ def _held(value: Any) -> Any:
 
 
 def _replaced(before: Any, now: Any) -> bool:
-    """Whether something else is there now; what is plain data may be made anew as long as it says the same."""
+    """Whether something else is there now. Plain data may be another object, as long as it is equal."""
     if isinstance(before, weakref.ref) or isinstance(now, weakref.ref):
-        return before is not now or before() is None  # there is one reference to a thing as long as it lives
+        return before is not now or before() is None  # a living object always gives the same weak reference
     if before is now:
         return False
     return not (type(before) is type(now) and _plain(before) and _plain(now) and before == now)

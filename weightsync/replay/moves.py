@@ -1,6 +1,6 @@
-"""A load plan laid over the buckets of a manifest, and carried out: the loop that stands in for a loader.
+"""Lays a load plan over the buckets of a manifest, and carries it out in place of a loader.
 
-What is known before the first byte comes is worked out once: which bytes of a bucket go where, neighbours as one.
+Which bytes of a bucket go where is worked out once, before the first byte comes. Neighbouring runs become one move.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["BucketMoves", "Move", "Moves", "apply", "lay_out", "raw_bytes", "str
 
 @dataclass(frozen=True, slots=True)
 class Move:
-    """One box of a bucket, or of a tensor that was put together out of several, into a target."""
+    """A copy into a target: of one box of a bucket, or of a tensor that was put together out of several buckets."""
 
     target: int
     source_box: Box  # in the bucket or the tensor, as bytes
@@ -41,19 +41,17 @@ class Move:
 
 @dataclass(frozen=True)
 class BucketMoves:
-    """What a bucket's arrival brings."""
+    """The moves that can be made, and the tensors that are whole, once a bucket has come."""
 
     moves: tuple[Move, ...]  # out of the bucket
-    cut: tuple[
-        tuple[int, tuple[Move, ...]], ...
-    ]  # tensors of the manifest that it completes, and the moves out of each
-    replayed: frozenset[int]  # tensors of the manifest, of those that it completes, that need no loader
-    left: bool  # whether it has anything of others
+    cut: tuple[tuple[int, tuple[Move, ...]], ...]  # cut tensors that it completes, and the moves out of each
+    replayed: frozenset[int]  # tensors of the manifest that it completes and that need no loader
+    left: bool  # whether it has bytes of tensors that need the loader
 
 
 @dataclass(frozen=True)
 class Moves:
-    """A plan for one manifest. `targets` are in the order that moves count them in."""
+    """A plan laid over one manifest. Moves name a target by its index in `targets`."""
 
     targets: tuple[str, ...]
     buckets: tuple[BucketMoves, ...]
@@ -70,7 +68,7 @@ class Moves:
 
 
 def lay_out(plan: LoadPlan, manifest: Manifest) -> Moves:
-    """`plan` for pushes of `manifest`."""
+    """Lay `plan` over the buckets of `manifest`."""
     index = {name: i for i, name in enumerate(plan.targets)}
     by_source: dict[str, list[Copy]] = {}
     for copy in plan.copies:
@@ -105,7 +103,7 @@ def lay_out(plan: LoadPlan, manifest: Manifest) -> Moves:
 
 
 def apply(moves: Iterable[Move], data: torch.Tensor, targets: Mapping[int, torch.Tensor]) -> None:
-    """Carry out moves out of `data`, uint8 [n], contiguous. `targets`: those of the `Moves`, by their index there."""
+    """Carry out moves out of `data`, uint8 [n], contiguous. `targets` are keyed by their index in `Moves.targets`."""
     typed: dict[torch.dtype, torch.Tensor] = {}
     for move in moves:
         source = typed.get(move.source_dtype)
@@ -116,14 +114,14 @@ def apply(moves: Iterable[Move], data: torch.Tensor, targets: Mapping[int, torch
 
 
 def strided_view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    """A box of a tensor's memory, counted from where the tensor begins there."""
+    """Return a view of a box of a tensor's memory. The box's offset counts from where the tensor begins."""
     size = tensor.element_size()
     first = tensor.storage_offset() + box.offset // size
     return torch.as_strided(tensor, box.sizes, [stride // size for stride in box.strides], first)
 
 
 def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's elements in row-major order, uint8 [nbytes]; a copy only where it is strided."""
+    """Return a tensor's elements in row-major order, uint8 [nbytes]. Copies only a strided tensor."""
     return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
 
 
@@ -135,7 +133,7 @@ def _move(copy: Copy, target: int, by: int) -> Move:
 
 
 def _joined(moves: Iterable[Move]) -> tuple[Move, ...]:
-    """The same, with runs that follow one another on both sides made one. No two write the same byte."""
+    """Join runs that follow one another on both sides. No two of the moves write the same byte."""
     found: list[Move] = []
     for move in sorted(moves, key=lambda m: (m.target, m.target_box.offset)):
         last = found[-1] if found else None

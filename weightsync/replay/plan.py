@@ -1,7 +1,8 @@
-"""A load plan: the copies that one load of a layout comes to, and who stays with the engine's loader, and why. Pure.
+"""A load plan: the copies that one load of a layout makes, and what stays with the engine's loader, and why. Pure.
 
-A parameter is replayed only if copies and fills were seen to write every byte of it, each once, and if the same holds
-for all that its layer has and for all that comes out of the same tensors: a loader never gets half of anything.
+A parameter is replayed only if fills and copies were seen to write every byte of it, and no two copies the same byte.
+The same must hold for all parameters of its layer, and for all that are copied out of the same tensors: a loader never
+gets half of a layer or of a tensor.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Target(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """A box of a pushed tensor, and where it lies in a target; of equal sizes, each counted from where that begins."""
+    """A copy of a box of a pushed tensor into a target. Both boxes have equal sizes.
+
+    Their offsets count from where the tensor and the target begin.
+    """
 
     source: str
     source_box: Box
@@ -57,18 +61,18 @@ class Fill(NamedTuple):
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What can be done again by copying, in the order in which it was seen."""
+    """The copies and fills that replay a load, in the order in which they were seen."""
 
     copies: tuple[Copy, ...]
     fills: tuple[Fill, ...]  # all before the first copy
-    targets: tuple[str, ...]  # that get all of their bytes so
-    by_loader: dict[str, str]  # target that the loader goes on to load → why
+    targets: tuple[str, ...]  # those that get all of their bytes by these copies and fills
+    by_loader: dict[str, str]  # target that the loader still loads → why
     untouched: tuple[str, ...]  # targets that nothing was seen to write or to compute with
-    sources: frozenset[str]  # pushed tensors of which the loader need not hear any more
-    loader_sources: dict[str, str]  # pushed tensors that it goes on to be given → why
+    sources: frozenset[str]  # pushed tensors that the loader need not get any more
+    loader_sources: dict[str, str]  # pushed tensor that the loader still gets → why
 
     def without(self, wrong: Mapping[str, str]) -> LoadPlan:
-        """This plan, less these targets (with why) and all that hangs together with them."""
+        """Return this plan without the targets `wrong` (→ why), and without all that is tied to them."""
         bad = _spread({**self.by_loader, **wrong}, {}, self.copies, (*self.targets, *self.by_loader))
         offered = (*self.sources, *self.loader_sources)
         return _plan(offered, self.copies, self.fills, self.targets, bad, self.loader_sources, self.untouched)
@@ -83,10 +87,10 @@ def draw_up(
     computed: Mapping[str, str],
     altered: Mapping[str, str],
 ) -> LoadPlan:
-    """The plan of a load that was watched.
+    """Draw up the plan of a load that was watched.
 
-    `sources` were pushed. `computed` says of which of them, and `altered` of which targets, more was seen than copies,
-    and what that was.
+    `sources` were pushed. `computed` names those sources, and `altered` those targets, with which more was done than
+    copying, and what that was.
     """
     unique = tuple(dict.fromkeys(copies))
     written = {copy.target for copy in unique} | {fill.target for fill in fills}
@@ -137,13 +141,13 @@ def _layer(target: str) -> str:
 def _spread(
     bad: dict[str, str], wrong: dict[str, str], copies: Sequence[Copy], targets: Sequence[str]
 ) -> dict[str, str]:
-    """`bad` targets, and all that hangs together with them or with the `wrong` sources."""
+    """Return the `bad` targets and all that are tied to them or to `wrong` sources, by a shared layer or source."""
     bad, wrong = dict(bad), dict(wrong)
     layers: dict[str, list[str]] = {}
     for name in targets:
         layers.setdefault(_layer(name), []).append(name)
     links: dict[str, dict[str, None]] = {}  # source → its targets
-    sources: dict[str, dict[str, None]] = {}  # and back
+    sources: dict[str, dict[str, None]] = {}  # target → its sources
     for copy in copies:
         links.setdefault(copy.source, {})[copy.target] = None
         sources.setdefault(copy.target, {})[copy.source] = None
@@ -170,7 +174,10 @@ def _root(why: str) -> str:
 
 
 def _coverage_fault(target: Target, fills: Sequence[Box], copies: Sequence[Box]) -> str:
-    """What is wrong with how a target was written, as part of a sentence; "" if each byte was, and by one copy."""
+    """Return what is wrong with how a target was written, as part of a sentence.
+
+    Returns "" if each byte was written, and none by two copies.
+    """
     if not copies:
         return "it is filled, and nothing is copied into it"
     itemsize = target.dtype.itemsize
@@ -189,14 +196,14 @@ def _coverage_fault(target: Target, fills: Sequence[Box], copies: Sequence[Box])
 
 
 def _steps(box: Box, itemsize: int) -> list[int]:
-    """What the unit in which this box is measured has to divide."""
+    """Return the numbers of bytes that the unit of measure for this box has to divide."""
     dense = bool(box.sizes) and box.strides[-1] == itemsize
     run = box.sizes[-1] * itemsize if dense else itemsize
     return [box.offset, run, *(box.strides[:-1] if dense else box.strides)]
 
 
 def _units(seen: Bytes, box: Box, unit: int, itemsize: int) -> Bytes:
-    """The units of a box, as a view of `seen`."""
+    """Return the units of a box, as a view of `seen`."""
     dense = bool(box.sizes) and box.strides[-1] == itemsize
     sizes = (*box.sizes[:-1], box.sizes[-1] * itemsize // unit) if dense else (*box.sizes, itemsize // unit)
     strides = (*(s // unit for s in (box.strides[:-1] if dense else box.strides)), 1)

@@ -1,10 +1,11 @@
-"""Is a load plan what the loader does? Compared bit for bit during a push that the loader still loads.
+"""Proves a load plan: compares its replay with what the loader does, bit for bit, while the loader still loads.
 
-The moves are carried out into scratch, the loader loads as always, and a target whose tensors have all come is compared
-at once where it is equal, and at the end of the push where it is not yet: some loaders put a layer together first.
-What was equal must still be so at the end.
-Scratch begins with bytes that nobody sends, so a move that is missing shows even where the weights have not changed.
-Tensors that the plan says are left alone must be found as they were.
+The moves go into scratch, and the loader loads as always. Once all its tensors have come, a target is compared after
+each bucket until it is equal, and for the last time when the push ends: some loaders put a layer together first. A
+target that was equal must still be equal at the end.
+
+Scratch begins with filler bytes, so that a missing move shows even if the weights have not changed. Tensors that the
+plan says are left alone must not have changed.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Proof"]
 
-_NOBODYS = 0xA5
+_NOBODYS = 0xA5  # filler
 
 
 class Proof:
-    """One push. `targets` holds the model's tensors as its kernels see them."""
+    """The proof of one push. `targets` holds the model's tensors as its kernels see them."""
 
     def __init__(self, plan: LoadPlan, moves: Moves, targets: Mapping[str, torch.Tensor], mover: Mover) -> None:
         self._mover = mover
@@ -40,11 +41,14 @@ class Proof:
                 self._missing[move.target] += 1
         self._scratch: dict[int, torch.Tensor] = {}
         self._differ: dict[int, torch.Tensor] = {}
-        self._equal: dict[int, int] = {}  # target → checksum of what it was equal with
+        self._equal: dict[int, int] = {}  # target → checksum of its replay, which it was equal to
         self._before = {name: tensor_checksum(targets[name]) for name in plan.untouched}
 
     def bucket(self, bucket: int, data: torch.Tensor, whole: Callable[[int], torch.Tensor]) -> None:
-        """The loader has loaded this bucket, whose bytes `data` are; `whole` gives a tensor that it completed."""
+        """Replay and compare a bucket that the loader has loaded. `data` is its bytes.
+
+        `whole` returns a tensor that the bucket completes.
+        """
         here = self._moves.buckets[bucket]
         parts = [(-1, data, here.moves), *((tensor, raw_bytes(whole(tensor)), moves) for tensor, moves in here.cut)]
         done = []
@@ -62,7 +66,7 @@ class Proof:
             self._equal[target] = tensor_checksum(self._differ.pop(target))
 
     def finish(self) -> dict[str, str]:
-        """The targets that the plan got wrong, and how. Empty: it is proved."""
+        """Return the targets that the plan got wrong, and how. If there are none, the plan is proved."""
         wrong = {}
         for target, made in (*self._differ.items(), *self._scratch.items()):
             at = self._first_difference(target, made)
@@ -81,7 +85,7 @@ class Proof:
         return wrong
 
     def _empty(self, target: int) -> torch.Tensor:
-        """Memory like a target's, with what it is filled with."""
+        """Make scratch memory of a target's form, with the plan's fills in it."""
         name = self._moves.targets[target]
         real = self._targets[name]
         made = torch.empty_strided(real.shape, real.stride(), dtype=real.dtype, device=real.device)

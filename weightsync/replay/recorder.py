@@ -1,15 +1,15 @@
-"""Watches a loader at work: which bytes of which tensors it copies into which parameters.
+"""Watches a loader at work, and notes which bytes of which tensors it copies into which parameters.
 
     recorder = Recorder(targets)
-    recorder.offer(name, tensor)          # before the loader is given it
+    recorder.offer(name, tensor)          # before the loader gets it
     with recorder:
-        model.load_weights(...)           # as often as there are buckets
+        model.load_weights(...)           # once for each bucket
     plan = recorder.plan()
 
-Every operation of torch passes through here and is carried out. Views keep their memory, so memory is what is followed:
-that of the tensors on offer, and that of whatever they were copied into on the way (a layer put together apart, a copy
-in another order or dtype). What is computed from them, or from a parameter, cannot be followed, and all that had a part
-in it stays with the loader. Nothing is kept alive: memory is known by a weak reference.
+Every operation of torch passes through here and is carried out. Views share memory, so memory is followed: that of the
+offered tensors, and memory that they were copied into on the way (a layer put together apart, a copy in another order
+or dtype). A result that is computed from them, or from a parameter, cannot be followed, and every tensor that took part
+stays with the loader. Nothing is kept alive, because memory is known by a weak reference.
 """
 
 from __future__ import annotations
@@ -50,19 +50,19 @@ class Recorder(TorchDispatchMode):
     """One recording. A context manager that may be entered many times, in one thread."""
 
     def __init__(self, targets: Mapping[str, torch.Tensor]) -> None:
-        """`targets`: the model's parameters and buffers, by name. Of two with the same memory the first counts."""
+        """`targets`: the model's parameters and buffers, by name. If two share memory, the first one counts."""
         super().__init__()
         self._lineage = Lineage(targets)
         self._calls = _Calls(self)
         self._targets = tuple(targets)
-        self._lost = ""  # why nothing of this can be trusted
+        self._lost = ""  # why nothing in this recording can be trusted
 
     def offer(self, name: str, tensor: torch.Tensor) -> None:
-        """The loader will be given this tensor, contiguous, which has the checkpoint's `name`."""
+        """Note that the loader will get this contiguous tensor, which has the checkpoint's `name`."""
         self._lineage.offer(name, tensor)
 
     def plan(self, altered: Mapping[str, str]) -> LoadPlan:
-        """What was seen, as far as it can be done again by copying. `altered`: targets that cannot, and why."""
+        """As `Lineage.plan`. No target can be replayed if an operation could not be followed."""
         return self._lineage.plan({**altered, **dict.fromkeys(self._targets if self._lost else (), self._lost)})
 
     def __enter__(self) -> Self:
@@ -83,11 +83,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def handed_out(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Code that torch does not see into was given these arguments: it may have read them, and written to them."""
+        """Note that code which torch cannot see into got these arguments: it may have read them, or written to them."""
         self._follow(self._gave, func, args, kwargs)
 
     def _follow(self, note: Callable[..., None], func: Any, *what: Any) -> None:
-        """What cannot be understood must not cost the load that is watched."""
+        """Call `note` with an operation. Its failure must not fail the load that is watched."""
         try:
             note(func, *what)
         except Exception as error:
@@ -100,7 +100,7 @@ class Recorder(TorchDispatchMode):
             self._lineage.spoilt(tensor, f"the loader computes it ({name})", by=name)
 
     def _saw(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any) -> None:
-        if func.namespace not in ("aten", "prim", "prims"):  # collectives, say, write what their schema does not tell
+        if func.namespace not in ("aten", "prim", "prims"):  # a collective's schema does not say what it writes
             self._gave(func, args, kwargs)
         elif func in _COPIES:
             self._lineage.copied(args[0], args[1])
@@ -135,7 +135,7 @@ class Recorder(TorchDispatchMode):
 
 
 class _Calls(TorchFunctionMode):
-    """Sees what goes past the dispatcher: operations of an engine's own, and views of memory that are no tensors."""
+    """Sees calls that bypass the dispatcher: an engine's own operations, and views of memory that are no tensors."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -162,7 +162,7 @@ def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
 
 @cache
 def _written_arguments(func: Any) -> tuple[int | str, ...]:
-    """Which arguments an operation writes to: by position, or by name where they have none."""
+    """Return the arguments that an operation writes to: by position, or by name if they are keyword-only."""
     found: list[int | str] = []
     for at, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:

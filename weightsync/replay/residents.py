@@ -1,7 +1,7 @@
-"""What lies in a worker's parameters, tensor by tensor as the trainer knows them: the load plan read backwards.
+"""Which boxes of pushed tensors lie in a worker's parameters: the load plan read backwards.
 
-A copy of the plan says which box of a pushed tensor a stretch of a parameter is. So the parameters can be fingerprinted
-as parts of the tensors that were pushed, and whoever has the parts of all workers can compare them with what was sent.
+Each copy of the plan says which box of a pushed tensor a stretch of a parameter holds. So parameters are fingerprinted
+as parts of pushed tensors, and the fingerprints of all workers together are compared with those of what was sent.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Resident(NamedTuple):
 
 
 class Residents:
-    """Of one plan and one manifest."""
+    """The residents of one plan and one manifest."""
 
     def __init__(self, plan: LoadPlan, manifest: Manifest) -> None:
-        """What is converted on its way, or is no box of its tensor (every other row, say), is left out."""
+        """Leaves out copies that convert, and copies whose source is no box of its tensor (every other row, say)."""
         self._width = manifest.tensors.width
         self.shapes = manifest.tensors.shapes  # of all tensors of the manifest
         index, shapes = manifest.tensors.index, self.shapes
@@ -54,10 +54,10 @@ class Residents:
                 found.append(Resident(tensor, offset, box.sizes, copy.dtype.itemsize, copy.target, box))
         self.held = tuple(found)
         self.complete = len(found) == len(plan.copies)
-        self.unseen = tuple(sorted(index[name] for name in unseen))  # tensors of which it has more than it can tell
+        self.unseen = tuple(sorted(index[name] for name in unseen))  # tensors of which the worker has more than `held`
 
     def wanted(self, targets: Sequence[str]) -> tuple[Wanted, ...]:
-        """The same as what is to be drawn out of a trainer's memory, into targets counted in this order."""
+        """Return the residents as boxes to draw out of a trainer's memory. `targets` gives the targets' numbers."""
         at = {name: index for index, name in enumerate(targets)}
         return tuple(
             Wanted(one.tensor, one.offset, one.shape, one.itemsize, at[one.target], one.box.offset, one.box.strides)
@@ -72,8 +72,10 @@ class Residents:
 
 
 def resident_box(shape: tuple[int, ...], itemsize: int, source: Box, target: Box) -> tuple[tuple[int, ...], Box] | None:
-    """Where in a row-major tensor of `shape` the box `source` of its bytes begins, and `target`, which has the same
-    elements, with the tensor's dimensions in their order. None if `source` is no box of the tensor.
+    """Express a copy in the dimensions of its tensor, which is row-major and has this `shape`.
+
+    `source` is a box of the tensor's bytes; `target` has the same elements. Returns where `source` begins, in elements,
+    and `target` with the tensor's dimensions in their order. Returns None if `source` is no box of the tensor.
     """
     steps = packed_strides(shape, itemsize)
     offset, rest = [], source.offset

@@ -1,10 +1,10 @@
-"""One model's way from its loader to a replay that is proved, push by push.
+"""Takes one model from its loader to a proved replay, push by push.
 
     record    the loader loads and is watched
-    prove     it loads again, and the replay into scratch must come to the same bits
-    replay    no loader, but for what it has to go on with
+    prove     the loader loads again, and a replay into scratch must come to the same bits
+    replay    copies only, and the loader for tensors that cannot be replayed
 
-Each manifest goes this way for itself, and anew where parameters have moved (a sleep, an adapter, experts shuffled).
+Each manifest goes this way separately, and again if parameters have moved (a sleep, a LoRA adapter, experts shuffled).
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ __all__ = ["EXPERTS_MOVE", "SWITCH", "ModelReplay", "Phase"]
 logger = logging.getLogger(__name__)
 
 EXPERTS_MOVE = "experts are given other places while the engine serves (EPLB), at the same addresses"
-SWITCH = "WEIGHTSYNC_REPLAY"  # of the engine's environment: 0 leaves everything to its loader
+SWITCH = "WEIGHTSYNC_REPLAY"  # in the engine's environment; 0 leaves everything to its loader
 Phase = Literal["off", "record", "prove", "replay", "loader"]
 
 
 class ModelReplay:
-    """Of one model in one worker. Not for several threads."""
+    """The replay of one model in one worker. Not for several threads."""
 
     def __init__(self, environment: Mapping[str, str] = os.environ) -> None:
         switch = environment.get(SWITCH, "").strip()
         self._off = switch not in ("", "1")
-        self._layouts: dict[bytes, Known] = {}  # by the digest of the manifest; the one pushed longest ago comes first
-        self._known: Known | None = None  # of them, that of the last push
+        self._layouts: dict[bytes, Known] = {}  # by the manifest's digest; the one pushed longest ago comes first
+        self._known: Known | None = None  # that of the last push
         self._phase: Phase = "off"
         self._note = f"{SWITCH} is {switch}" if self._off else ""
         self._manifest: Manifest | None = None
         self._before: ModelState | None = None
-        self._order: dict[int, torch.Tensor] = {}  # targets as moves count them
-        self._carry: Carry | None = None  # moves onto them
+        self._order: dict[int, torch.Tensor] = {}  # targets, by the numbers that moves have for them
+        self._carry: Carry | None = None  # carries out moves onto these
         self._recorder: Recorder | None = None
         self._proof: Proof | None = None
         self._pulled = 0
@@ -84,7 +84,7 @@ class ModelReplay:
         return self._phase == "replay" and self._known is not None and self._known.moves.whole
 
     def begin(self, manifest: Manifest, model: torch.nn.Module) -> None:
-        """A push of this manifest begins, whatever became of the last. `model` is as its kernels see it."""
+        """Begin a push of this manifest, however the last push ended. `model` is as its kernels see it."""
         self._recorder = self._proof = self._before = self._carry = None
         self._phase, self._manifest = "off", manifest
         if not self._off:
@@ -118,17 +118,18 @@ class ModelReplay:
                 self._before = ModelState.of(model)
             else:
                 self._carry = known.mover.onto(self._order)
-                self._fill(known)  # before copies, which may be made on other streams and go over them
+                self._fill(known)  # before copies, which may run on other streams and overwrite a part of a fill
             self._phase = "replay" if known.proved else "prove"
 
     def turn_off(self, why: str) -> None:
-        """Leave everything to the loader from here on. Not during a push."""
+        """Leave everything to the loader from here on. Others must not call this during a push."""
         self._off, self._note, self._known = True, why, None
         self._layouts.clear()
 
     def takes(self, bucket: int) -> bool:
-        """Whether it loads all of this bucket of the push by itself, so that a loader hears nothing of it, and can say
-        afterwards what lies where all of the push went.
+        """Whether this bucket can be pulled.
+
+        Replay must load all of it without the loader, and the residents must cover all that the plan copies.
         """
         known, manifest = self._known, self._manifest
         if self._phase != "replay" or known is None or manifest is None:
@@ -136,8 +137,9 @@ class ModelReplay:
         return not known.moves.buckets[bucket].left and known.held(manifest).complete
 
     def pull(self, bucket: ReadBucket, share: int = 1) -> None:
-        """As `load`, for a bucket whose bytes are to be left alone when this returns, or, on a GPU, when the current
-        stream is past what it has queued; `share` as for a `Mover`.
+        """Load a bucket without the loader. `share`: see `Carry`. Raises `LocalProtocolError` unless `takes` says so.
+
+        The bucket's bytes are not read after this returns; on a GPU, not after the current stream's queued work.
         """
         if not self.takes(bucket.index):
             raise LocalProtocolError("a loader has to see this bucket, and would keep it", bucket=bucket.index)
@@ -147,8 +149,9 @@ class ModelReplay:
         self._pulled += 1
 
     def wants(self) -> Wants | None:
-        """What is to be drawn out of the trainer's memory, or written by others, instead of all buckets of this push;
-        None where a loader has to see some of it.
+        """Return what must be drawn out of the trainer's memory, or written by others, in place of all buckets.
+
+        Returns None if that cannot be, such as when the loader has to see a part of this push.
         """
         known, manifest = self._known, self._manifest
         if not self.whole or known is None or manifest is None or not known.held(manifest).complete:
@@ -160,17 +163,17 @@ class ModelReplay:
         return Wants(known.wanted, [self._order[i].data_ptr() for i in range(len(self._order))])
 
     def drawn(self) -> None:
-        """All that `wants` told of has come, and no bucket. `finish` follows."""
+        """Note that all that `wants` returned has come, and no bucket. Call `finish` next."""
         assert self._manifest is not None, "`begin` comes first"
         self._pulled = self._manifest.buckets
 
     def forget(self) -> None:
-        """Learn anew. Not during a push."""
+        """Forget all that was learnt. Must not be called during a push."""
         self._layouts.clear()
         self._known = None
 
     def load(self, bucket: ReadBucket, load: Callable[[list[Named]], object]) -> None:
-        """Load one bucket; `load` is called with what the loader must have of it, if there is any."""
+        """Load one bucket. `load` is called with those of its tensors that the loader must get, if there are any."""
         begun = perf_counter()
         tensors = self._replay(bucket) if self._phase == "replay" else bucket.tensors()
         if self._recorder is not None:
@@ -184,12 +187,12 @@ class ModelReplay:
             self._learn(lambda: proof.bucket(bucket.index, bucket.data, bucket.whole))
 
     def watched(self, work: Callable[[], object]) -> None:
-        """`work`, which may load something, seen by the recorder if there is one."""
+        """Do `work`, which may load weights, watched by the recorder if there is one."""
         with self._recorder or nullcontext():
             work()
 
     def finish(self, look: Callable[[], ModelState]) -> None:
-        """Everything is loaded; `look` at the model now. What is learnt counts from the next push on."""
+        """End a push that is wholly loaded. `look` returns the model's state now. The next push uses what is learnt."""
         if self._recorder is not None or self._proof is not None:
             self._learn(lambda: self._conclude(look()))
         if self.whole:
@@ -198,8 +201,10 @@ class ModelReplay:
         self._order = {}
 
     def _give_back(self) -> None:
-        """Memory that earlier pushes of this layout took, for copies of buckets, a loader or a proof, and that this one
-        did without: torch would keep it from the engine for good. Once, for it takes time.
+        """Free memory in torch's cache that this push did not need: torch would keep it from the engine for good.
+
+        Earlier pushes of this layout took it for copies of buckets, a loader or a proof. Freeing takes time, so it is
+        done only when a push first does without them.
         """
         assert self._known is not None, "it is replayed"
         thrift, before = 2 if self._pulled else 1, self._known.thrift
@@ -230,7 +235,9 @@ class ModelReplay:
         self._tell()
 
     def _learn(self, work: Callable[[], None]) -> None:
-        """Nothing that goes wrong here costs a push: the loader has loaded, and goes on to."""
+        """Do `work`. If it fails, the push goes on, since the loader loads. Replay is then turned off, or put off if
+        memory was short.
+        """
         try:
             work()
         except Exception as error:
@@ -243,7 +250,7 @@ class ModelReplay:
             logger.exception("weightsync: replay is off from here on")
 
     def facts(self) -> ReplayFacts:
-        """For whoever asks."""
+        """Return what status shows of this replay."""
         known = self._known
         told = known.count() if known is not None else ReplayFacts(phase="")
         seconds = {phase: round(seconds, 6) for phase, seconds in self._seconds.items()} if known is not None else {}
@@ -252,8 +259,9 @@ class ModelReplay:
         )
 
     def residents(self, digest: bytes, model: ModelState) -> Residents | None:
-        """What `model` has of the tensors of the push that has ended, whose manifest has this digest, as far as that is
-        proved; None where nothing is, or the push was another.
+        """Return which boxes of the last push's tensors `model` holds. `digest` is that of its manifest.
+
+        Returns None if nothing is proved, parameters have moved, or the last push had another manifest.
         """
         known, manifest = self._known, self._manifest
         if known is None or manifest is None or not known.proved or manifest.digest != digest:
@@ -261,7 +269,7 @@ class ModelReplay:
         return None if known.why_anew(model.places) else known.held(manifest)
 
     def fingerprints(self, residents: Residents, model: ModelState) -> bytes | None:
-        """Of these residents, as they lie in `model` now; None where that fails, and then nothing is replayed again."""
+        """Fingerprint these residents as they lie in `model` now. On failure, returns None and turns replay off."""
         known = self._known
         assert known is not None, "there are residents of it"
         try:
@@ -292,7 +300,7 @@ class ModelReplay:
             strided_view(self._order[index[fill.target]], fill.box).fill_(fill.value)
 
     def _replay(self, bucket: ReadBucket, share: int = 1) -> list[Named]:
-        """Carry out what the plan knows of a bucket; what is left for the loader."""
+        """Carry out the plan's moves of a bucket. Returns the tensors that are left for the loader."""
         carry = self._carry
         assert self._known is not None, "`begin` comes first"
         assert carry is not None
@@ -301,7 +309,7 @@ class ModelReplay:
             carry((bucket.index, -1), here.moves, bucket.data, share)
             for tensor, moves in here.cut:
                 carry((bucket.index, tensor), moves, raw_bytes(bucket.whole(tensor)), 1)
-        except Exception as error:  # this push fails; the next, which repairs, is not to fail in the same way
+        except Exception as error:  # this push fails; the next one, which repairs, must not fail in the same way
             self.turn_off(f"it failed: {type(error).__name__} {error}")
             raise
         return bucket.tensors(here.replayed) if here.left else []

@@ -1,7 +1,7 @@
-"""Strided boxes of bytes, and what a view of a copy is a view of. Pure.
+"""Strided boxes of bytes, and views of a copy traced back to what was copied. Pure.
 
-A `Box` says which bytes of one piece of memory a view has, and in which order. If memory B was written from memory A
-box by box, then a view of B is, as long as it stays within one of those boxes, a view of A: `compose` finds it.
+A `Box` says which bytes of some memory a view has, and in which order. If memory B was written from memory A box by
+box, then a view of B that stays within one of those boxes is also a view of A. `compose` finds that view.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ __all__ = ["Box", "Dim", "compose", "merge_dims", "split_strides"]
 
 
 class Box(NamedTuple):
-    """Elements of some memory: the first one's offset, and one stride for each length, offset and strides in bytes."""
+    """Elements of some memory: the first one's offset, and a size and a stride for each dimension.
+
+    Offset and strides are in bytes.
+    """
 
     offset: int
     sizes: tuple[int, ...]
@@ -30,7 +33,7 @@ class Box(NamedTuple):
         return math.prod(self.sizes)
 
     def end(self, itemsize: int) -> int:
-        """The byte after its last; of a box that is not empty."""
+        """Return the byte after the last one. The box must not be empty."""
         return self.offset + self.span + itemsize
 
     @property
@@ -43,11 +46,11 @@ class Box(NamedTuple):
         return first <= self.offset and self.end(itemsize) <= end
 
     def touches(self, other: Box, itemsize: int, other_itemsize: int) -> bool:
-        """Whether the stretches of memory from their first to their last bytes meet."""
+        """Whether the two stretches of memory, from first to last byte, overlap."""
         return self.offset < other.end(other_itemsize) and other.offset < self.end(itemsize)
 
     def shifted(self, by: int) -> Box:
-        """The same, so many bytes on."""
+        """Return the same box, `by` bytes further on."""
         return self._replace(offset=self.offset + by)
 
 
@@ -60,11 +63,12 @@ class Dim(NamedTuple):
 
 
 def compose(view: Box, own: Box, source: Box) -> tuple[int, list[list[Dim]]] | None:
-    """What `view` is in the memory that `own` was written from, where `source` lies.
+    """Trace a view of a copy back to the memory that was copied.
 
-    `own` and `source` have equal sizes, and no element of `own` lies on another. Returns the offset of the view's first
-    element in that memory, and for each of its dimensions the parts it falls into, outermost first. None where the view
-    goes beyond `own`, or is none of a box in that memory.
+    Box `own` is the copy, in the memory of `view`; box `source` is the original. Both have equal sizes, and no two
+    elements of `own` overlap. Returns the offset of the view's first element in the original's memory, and for each
+    dimension of the view the parts that it falls into, outermost first. Returns None if the view goes beyond `own`, or
+    is no box of the original's memory.
     """
     if view.empty:
         return None
@@ -101,7 +105,7 @@ def _ordered(box: Box, order: list[int]) -> Box:
 def _walk(
     size: int, stride: int, radix: list[tuple[int, int, int]], room: list[int], starts: list[int]
 ) -> list[Dim] | None:
-    """The parts of one dimension of a view, outermost first; takes what it walks from `room`."""
+    """Return the parts of one dimension of a view, outermost first. Subtracts the steps that it walks from `room`."""
     if size == 1 or stride == 0:
         return [Dim(size, stride, 0)]
     at = next((i for i, (step, _, _) in enumerate(radix) if step <= stride), None)
@@ -123,7 +127,7 @@ def _walk(
 
 
 def split_strides(stride: int, parts: list[Dim]) -> list[int]:
-    """The strides of a dimension that is walked with `stride`, once it is split into `parts`."""
+    """Return the strides of the `parts` into which a dimension with this `stride` was split."""
     strides, step = [], stride
     for part in reversed(parts):
         strides.append(step)
@@ -132,7 +136,7 @@ def split_strides(stride: int, parts: list[Dim]) -> list[int]:
 
 
 def merge_dims(one: Box, other: Box) -> tuple[Box, Box]:
-    """The same two boxes, of equal sizes, with no dimension of length 1, and neighbours joined where both allow it."""
+    """Simplify two boxes of equal sizes: drop dimensions of length 1, and join neighbours if both boxes allow it."""
     sizes: list[int] = []
     first: list[int] = []
     second: list[int] = []

@@ -1,4 +1,4 @@
-"""Fingerprints of what lies in a worker's weights: by numpy in host memory, on a GPU by one launch over a table."""
+"""Fingerprints a worker's weights as they lie: by numpy in host memory, on a GPU by one launch over a table."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["HostSums", "KernelSums", "Sums", "sums_for", "tensor_checksum"]
 
 
 class Sums(Protocol):
-    """Of the residents of one plan and one manifest."""
+    """Fingerprints the residents of one plan and one manifest."""
 
     def fingerprints(self, targets: Mapping[str, torch.Tensor]) -> bytes:
-        """Little-endian uint64 for each resident, of what lies in `targets` now."""
+        """Fingerprint what lies in `targets` now: a little-endian uint64 for each resident."""
 
 
 class HostSums:
-    """Of weights in host memory, or of some that are not: what lies on a GPU is fetched."""
+    """Fingerprints weights in host memory. Weights on a GPU, if there are any, are fetched."""
 
     def __init__(self, residents: Residents) -> None:
         self._residents = residents
@@ -53,7 +53,7 @@ class HostSums:
 
 
 class KernelSums:
-    """Of weights on the GPU `device`, all of them."""
+    """Fingerprints weights that all lie on the GPU `device`."""
 
     def __init__(self, kernel: Launcher, device: torch.device, residents: Residents) -> None:
         self._kernel, self._device = kernel, device
@@ -85,13 +85,13 @@ class KernelSums:
 
 
 def sums_for(residents: Residents, device: torch.device, targets: Mapping[str, torch.Tensor]) -> Sums:
-    """For weights on `device`, if all of the targets that there are residents in lie there."""
+    """Use the kernel if `device` is a GPU and all targets with residents lie there, else numpy."""
     there = all(targets[one.target].device == device for one in residents.held)
     return KernelSums(BoxKernel(device), device, residents) if there and device.type == "cuda" else HostSums(residents)
 
 
 def tensor_checksum(tensor: torch.Tensor) -> int:
-    """Of the elements of a tensor where it lies; to be compared with others that this process makes of it."""
+    """Return a checksum of a tensor's elements, made where they lie. Compare it only with others of the same device."""
     data = raw_bytes(tensor)
     if data.device.type == "cuda":
         return flat_sum(data.data_ptr(), data.numel(), data.device)

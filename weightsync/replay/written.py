@@ -1,7 +1,7 @@
-"""What was written into one memory, found by where it lies. Pure.
+"""Keeps what was written into one memory, and finds it by where it lies. Pure.
 
-A bucket has thousands of tensors side by side, and each copy out of it asks what lies where it reads. So stretches are
-kept in order as long as no two of them meet, which is nearly always; once two do, all are looked at one by one.
+A bucket has thousands of tensors side by side, and each copy out of it asks what lies where it reads. So boxes are kept
+sorted while no two of them overlap, which is nearly always the case. Once two overlap, a search looks at all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["WrittenBox", "WrittenBoxes"]
 
 
 class WrittenBox(NamedTuple):
-    """Bytes of a tensor on offer, as they lie in some memory."""
+    """Bytes of an offered tensor, as they lie in some memory."""
 
     name: str
     source: Box  # in the tensor
@@ -29,15 +29,15 @@ class WrittenBox(NamedTuple):
     dtype: torch.dtype  # that they have here
 
     def touches(self, box: Box, itemsize: int) -> bool:
-        """Whether the stretch from its first to its last byte meets that of `box`."""
+        """Whether its stretch, from first to last byte, overlaps that of `box`."""
         return self.own.touches(box, self.dtype.itemsize, itemsize)
 
 
 class WrittenBoxes:
-    """Of one memory."""
+    """The boxes that were written into one memory."""
 
     def __init__(self) -> None:
-        self._boxes: list[WrittenBox] = []  # by their first bytes while they are apart, then as they were written
+        self._boxes: list[WrittenBox] = []  # sorted by first byte while they are apart; later ones in order of writing
         self._firsts: list[int] = []
         self._ends: list[int] = []
         self._apart = True
@@ -49,7 +49,7 @@ class WrittenBoxes:
         return bool(self._boxes)
 
     def add(self, several: Iterable[WrittenBox]) -> None:
-        """These were written now."""
+        """Add boxes that were written now."""
         for one in several:
             first, end = one.own.offset, one.own.end(one.dtype.itemsize)
             at = bisect_left(self._firsts, first) if self._apart else len(self._boxes)
@@ -63,13 +63,13 @@ class WrittenBoxes:
                 self._ends.insert(at, end)
 
     def touching(self, box: Box, itemsize: int) -> list[WrittenBox]:
-        """Those that a box, which is not empty, touches; the last is the latest where any lie over one another."""
+        """Return the boxes that touch `box`, which is not empty. If any of them overlap, the last was written last."""
         if not self._apart:
             return [one for one in self._boxes if one.touches(box, itemsize)]
         return self._boxes[bisect_right(self._ends, box.offset) : bisect_left(self._firsts, box.end(itemsize))]
 
     def forget(self, box: Box, itemsize: int) -> None:
-        """Something else was written there."""
+        """Drop the boxes that touch `box`, because something else was written there."""
         left = [one for one in self._boxes if not one.touches(box, itemsize)]
         self._boxes, self._firsts, self._ends, self._apart = [], [], [], True
         self.add(left)

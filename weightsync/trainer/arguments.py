@@ -1,5 +1,6 @@
-"""What `push_weights` and `push_lora` are given, looked at before anything is done: the daemon would only send back
-what a message cannot carry.
+"""Checks the arguments of `push_weights` and `push_lora` before anything is done.
+
+Without these checks, the daemon would have to refuse values that no message can carry.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ _LETTERS = 256
 
 
 def whole_number(name: str, value: Any) -> int:
-    """It, as an int; numpy's and torch's are as good. Raises `SourceError`."""
+    """Return `value` as an int. Integers of numpy and torch are accepted too. Raises `SourceError`."""
     try:
         number = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -28,7 +29,7 @@ def whole_number(name: str, value: Any) -> int:
 
 
 def checked_timeout(value: Any) -> float:
-    """Seconds. Raises `SourceError`."""
+    """Return `value` as seconds. Raises `SourceError`."""
     try:
         seconds = -1.0 if isinstance(value, bool | str) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -39,7 +40,7 @@ def checked_timeout(value: Any) -> float:
 
 
 def checked_model(value: Any) -> str:
-    """The name of a model. Raises `SourceError`."""
+    """Return `value` if it can be the name of a model. Raises `SourceError`."""
     if not isinstance(value, str) or not 0 < len(value) <= _LETTERS or not value.isprintable():
         raise SourceError(f"model = {value!r} is not a name of 1 to {_LETTERS} characters")
     return value

@@ -1,4 +1,4 @@
-"""`push_weights` and its kin: the trainer's side, as users see it. What a rank does in a push is in `rank`."""
+"""`push_weights` and its variants, as users call them. `rank` does a rank's work in a push."""
 
 from __future__ import annotations
 
@@ -132,8 +132,10 @@ def push_source(
     in_place: bool = False,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> PushReport:
-    """`push_weights` with `on_progress`, which is called in this thread after each bucket with the bytes that this
-    rank has written so far, and with all that it will.
+    """Do as `push_weights`, and call `on_progress` in this thread after each bucket.
+
+    on_progress: gets the bytes that this rank has written so far, and the bytes that it holds. It writes fewer than it
+        holds if other ranks hold the same shards.
     """
     what = _Weights(source, dtype, only, rename, quantise=quantise)
     push = _rank_push(what, version, model, daemon, process_group, pause, timeout, in_place=in_place)
@@ -187,7 +189,7 @@ class PushHandle:
 
 
 class _Weights(NamedTuple):
-    """What is pushed, and how."""
+    """The weights of one push, and the options that say which of them are sent and how."""
 
     given: Any
     dtype: Any
@@ -238,8 +240,10 @@ def _rank_push(
 
 
 def _described(weights: _Weights, process_group: Any, *, alone: bool) -> Source:
-    """The source of what this rank pushes. Raises what is wrong with that if the rank is `alone`; else the push does so
-    on all ranks, since the others would wait for this one.
+    """Describe this rank's weights as a source.
+
+    An error is raised here only if the rank is `alone`. Otherwise the push raises it on all ranks, because the others
+    would wait for this one.
     """
     from weightsync.sources import source_of
 

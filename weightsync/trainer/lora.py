@@ -1,4 +1,4 @@
-"""`push_lora`: an adapter alone, to engines that serve it beside the base model."""
+"""`push_lora`: pushes a LoRA adapter alone, to engines that serve it beside the base model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["LoraEngineReport", "LoraReport", "push_lora"]
 
-_ROOM = 1 << 16  # bytes of a frame that are not the adapter's
-_PATIENCE = 15.0  # seconds beyond the timeout for the daemon's word
+_ROOM = 1 << 16  # bytes of a frame for everything but the LoRA adapter
+_PATIENCE = 15.0  # seconds to wait for the daemon's answer beyond the timeout
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class LoraReport:
     model: str
     served: str  # the name to ask engines for: name@version
     version: int
-    bytes: int  # of the adapter
+    bytes: int  # of the LoRA adapter
     seconds: float
     engines: tuple[LoraEngineReport, ...]
 

@@ -1,4 +1,4 @@
-"""Which rank of which trainer a process is, known without asking anybody."""
+"""Works out which rank of which trainer this process is, without a message to any other process."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ __all__ = ["TrainerPlace", "trainer_place"]
 class TrainerPlace:
     """Which rank of which trainer this process is."""
 
-    group: str  # the same on all ranks of one trainer, another on every other
+    group: str  # equal on all ranks of one trainer, different for every other trainer
     rank: int
     world: int
 
 
 def trainer_place(process_group: Any = None) -> TrainerPlace:
-    """This process's place, from `torch.distributed` where that is in use; talks to nobody.
+    """Return this process's place, read from `torch.distributed` if that is initialised. Sends no message.
 
-    Ranks recognise each other by the ranks of the group and by `$WEIGHTSYNC_TRAINER`; where that is not set, by what
-    their launcher gave all of them: torchelastic's run id and how often it has started them again, the master's address
-    and port; where there was none, as in Ray actors, by the store at which `torch.distributed` met.
+    Ranks recognise each other by the ranks of their group, and by the first of these that they have:
+    - `$WEIGHTSYNC_TRAINER`;
+    - values from their launcher: torchelastic's run id and restart count, the master's address and port;
+    - the address of `torch.distributed`'s store, if there was no launcher, as in Ray actors.
+
+    Raises `LocalProtocolError` if they have none of these, or if this process is not in `process_group`.
     """
     dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
@@ -46,7 +49,7 @@ def trainer_place(process_group: Any = None) -> TrainerPlace:
 
 
 def _shared(dist: Any) -> list[str]:
-    """What all ranks of this trainer have, and no other trainer."""
+    """Return strings that are equal on all ranks of this trainer, and differ for every other trainer."""
     named = os.environ.get("WEIGHTSYNC_TRAINER")
     if named:
         return [named]
@@ -67,8 +70,9 @@ def _shared(dist: Any) -> list[str]:
 
 
 def _place(address: str) -> list[str]:
-    """The address of a master, and what tells it from another machine's where each has that: `torchrun` without a
-    rendezvous gives 127.0.0.1:29500 and no run id.
+    """Return a master's address, and this host's name if that address is a loopback, which every machine has.
+
+    `torchrun` without a rendezvous gives 127.0.0.1:29500 and no run id.
     """
     loopback = address in ("localhost", "::1") or address.startswith("127.")
     return [address, socket.gethostname()] if loopback else [address]

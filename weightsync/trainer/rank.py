@@ -1,7 +1,7 @@
-"""One trainer rank in one push: say what it holds, fill the slots it is given leases for, hear the outcome.
+"""One trainer rank in one push: describes its weights, fills the slots that it has leases for, hears the outcome.
 
-The rank talks to its daemon and to the mapped arenas, and to no other rank. What it writes where is worked out once
-for a plan (`fill program`) and kept, so that later pushes of the same layout only copy.
+The rank talks to its daemon and writes into mapped arenas. It talks to no other rank. Its program says what it writes
+where. The program is made once for a plan and kept, so that later pushes of the same layout only copy.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ __all__ = ["RankPush"]
 
 logger = logging.getLogger(__name__)
 
-_GLANCE = 50e-6  # seconds between two looks at GPUs that fill
-_PATIENCE = 10.0  # seconds beyond the deadline for a GPU to end what it was asked for
+_GLANCE = 50e-6  # seconds between two looks at work under way
+_PATIENCE = 10.0  # seconds beyond the deadline for a GPU to finish its queued work
 
 
 class _Told(Exception):
@@ -77,34 +77,34 @@ class RankPush:
         partial: bool = False,
         engines: tuple[str, ...] = (),
     ) -> None:
-        """Describe the source. `in_place`: engines may read it where it lies. `partial`: tensors were left out of it.
-        `engines`: push again, to those alone. Raises `SourceError`.
+        """Describe the source. `in_place`: engines may read it where it lies. `partial`: the source lacks tensors of
+        the model. `engines`: this push repeats an earlier one, for these engines alone. Raises `SourceError`.
         """
-        self.on_progress: Callable[[int, int], None] | None = None  # after each bucket: bytes written so far, of all
+        self.on_progress: Callable[[int, int], None] | None = None  # see `push_source`
         self.version = version
         self.deadline = deadline
-        self.filled = threading.Event()  # this rank's weights have been read
+        self.filled = threading.Event()  # set once this rank's weights have been read
         self._source, self._place, self._model, self._endpoint = source, place, model, endpoint
         self._pause = pause
         self._in_place, self._partial, self._engines = in_place, partial, engines
         self._layout = source.layout()
-        self._flaw = _measured(source)  # why this rank cannot push, which all are told before anything is touched
+        self._flaw = _measured(source)  # why this rank cannot push; all ranks hear it before an engine is touched
         self._describe_seconds = time.monotonic() - started
-        self._number = secrets.randbits(48)  # tells messages about this push from late ones about another
+        self._number = secrets.randbits(48)  # id in messages: late ones about an earlier push have another
         self._filling: RankFilling | None = None
         self._exposing: RankExposing | None = None
         self._local = _on_gpus(source) if self._flaw is None else None
         self._ready = self._local.ready() if self._local is not None else []
         self._device = _current_gpu()
         self._thread = threading.get_ident()
-        self._welcome = False  # the daemon has taken the call
+        self._welcome = False  # the daemon has accepted `Open`
         self._busy_seconds = self._describe_seconds
         self._exposed_since = 0.0
 
     def run(self) -> PushReport:
-        """Take part in the push to its end."""
+        """Take part in the push until it ends."""
         if self._device is not None and threading.get_ident() != self._thread:
-            sys.modules["torch"].cuda.set_device(self._device)  # a new thread's is GPU 0, on every rank
+            sys.modules["torch"].cuda.set_device(self._device)  # a new thread starts on GPU 0, on every rank
         with memory().push():
             return self._run()
 
@@ -128,12 +128,12 @@ class RankPush:
         except BaseException as error:
             record = self._own_failure(error)
             link.send(msg.Failed(id=self._number, error=record))
-            if not isinstance(error, Exception):  # Ctrl-C: whoever pressed it does not wait for words
+            if not isinstance(error, Exception):  # Ctrl-C: the user does not wait for the daemon's answer
                 memory().give_link(link)
                 raise
             try:
                 heard = None if isinstance(error, PushTimeout) else self._hear_the_end(link)
-            except DaemonLost as lost:  # with it went its arenas: that may be all that was wrong here
+            except DaemonLost as lost:  # its arenas ended with it, and that may have caused `error`
                 link.close(flush=0.0)
                 raise lost from error
             memory().give_link(link)
@@ -145,8 +145,8 @@ class RankPush:
 
     def _open(self, link: TrainerLink) -> None:
         place, digest = self._place, self._layout.digest
-        # The daemon asks for a layout that it does not know, when all have called, and then hears of this: all are told
-        # of one push, and none of it when it has called for the next.
+        # A random digest makes the daemon ask for the layout, which it does once all ranks have called. This rank fails
+        # then: so all ranks hear of the failure in this push, and no rank after it has called for the next.
         if self._flaw is not None:
             digest = secrets.token_bytes(len(digest))
         plan = memory().plans.get((self._endpoint, digest))
@@ -174,7 +174,7 @@ class RankPush:
         )
 
     def _converse(self, link: TrainerLink) -> msg.PushOutcome:
-        # the daemon keeps the deadline and names what was missing; this side waits a little longer for its word
+        # the daemon enforces the deadline and names what was missing, so this side waits a little longer for its answer
         until = self.deadline + link.patience
         while True:
             if self._at_work():
@@ -184,7 +184,7 @@ class RankPush:
             else:
                 message = link.receive(until)
             if message is not None and message.id not in self._numbers(message):
-                continue  # a late word about an earlier push
+                continue  # a late message about an earlier push
             match message:
                 case None:
                     raise PushTimeout("the daemon did not end the push in time", version=self.version)
@@ -203,7 +203,7 @@ class RankPush:
                     self._exposing.tell_all()
                 case msg.Drawn() if self._filling is not None:
                     self._busy_seconds = self._describe_seconds + time.monotonic() - self._exposed_since
-                    self._filling.seconds = 0.0  # what it filled meanwhile is in it
+                    self._filling.seconds = 0.0  # already counted in the line above
                     self.filled.set()
                 case msg.Ended():
                     self._stop_work()
@@ -213,18 +213,19 @@ class RankPush:
                     if message.error is not None:
                         raise _Told(message.error.error())
                     raise RemoteProtocolError("the push ended with neither an outcome nor an error")
-                case msg.ErrorReply():  # a frame of ours was refused; if it was the first, nothing more is heard
+                case msg.ErrorReply():  # the daemon refused a frame of ours; if that was `Open`, it says nothing more
                     raise message.error.error() if self._welcome else _Told(message.error.error())
                 case _:
                     raise RemoteProtocolError(f"a trainer rank does not take {type(message).__name__}")
 
     def _numbers(self, message: msg.Message) -> tuple[int, ...]:
-        """The ids by which a message is about this push. A frame that could not be read had none."""
+        """Return the ids that mark `message` as this push's. A reply to a frame that could not be read has id 0."""
         return (self._number, 0) if isinstance(message, msg.ErrorReply) else (self._number,)
 
     def _hear_the_end(self, link: TrainerLink) -> WeightSyncError | None:
-        """After a failure of this rank: what every rank is told, which names the engines left torn. None if nothing is
-        heard. Raises `DaemonLost`.
+        """After a failure of this rank, wait for the error that every rank gets: it names the engines left torn.
+
+        Returns None if the daemon sends none in time. Raises `DaemonLost`.
         """
         until = time.monotonic() + link.patience
         try:
@@ -236,7 +237,7 @@ class RankPush:
         return None
 
     def _own_failure(self, error: BaseException) -> ErrorRecord:
-        """What went wrong on this rank, as the other ranks hear it."""
+        """Return this rank's failure as the other ranks hear it."""
         if isinstance(error, WeightSyncError):
             record = error.record()
             return record if record.rank is not None else msgspec.structs.replace(record, rank=self._place.rank)
@@ -290,7 +291,7 @@ class RankPush:
         )
 
     def _at_work(self) -> bool:
-        """Tell the daemon what has been done since; whether there is more to come without its word."""
+        """Advance the work, and tell the daemon of it. Returns whether work is left that waits for no message."""
         work = [one for one in (self._exposing, self._filling) if one is not None and one.busy]
         for one in work:
             one.advance()
@@ -299,7 +300,7 @@ class RankPush:
         return any(one.busy for one in work)
 
     def _stop_work(self) -> None:
-        """Nothing of this push writes into a slot after this, or reads weights."""
+        """Wait for the work under way; afterwards nothing of this push writes into slots or reads weights."""
         exposing, self._exposing = self._exposing, None
         filling, self._filling = self._filling, None
         try:
@@ -311,15 +312,13 @@ class RankPush:
                 exposing.close(deadline=self.deadline + _PATIENCE)
 
     def _note_filled(self) -> None:
-        """All buckets are written, and what was exposed is measured: then nothing here reads weights any more."""
+        """Set `filled` if nothing here reads weights any more: buckets are written, exposed weights are measured."""
         if (self._filling is None or not self._filling.left) and (self._exposing is None or not self._exposing.busy):
             self.filled.set()
 
 
 def _measured(source: Source) -> Exception | None:
-    """Have a source look at the values that it is to send, if it is one that does; what was wrong with them, or with
-    looking.
-    """
+    """Have the source look at the values that it will send, if it has a `measure`. Returns the error if that fails."""
     measure = getattr(source, "measure", None)
     if measure is None:
         return None
@@ -331,7 +330,7 @@ def _measured(source: Source) -> Exception | None:
 
 
 def _on_gpus(source: Source) -> LocalWeights | None:
-    """Where the weights lie, if this process uses GPUs. Loads no torch where nobody has."""
+    """Return where the weights lie, or None if this process uses no GPU. Does not import torch."""
     torch: Any = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -341,6 +340,6 @@ def _on_gpus(source: Source) -> LocalWeights | None:
 
 
 def _current_gpu() -> int | None:
-    """The calling thread's, if this process uses any."""
+    """Return the calling thread's GPU, or None if this process uses none."""
     torch: Any = sys.modules.get("torch")
     return torch.cuda.current_device() if torch is not None and torch.cuda.is_initialized() else None

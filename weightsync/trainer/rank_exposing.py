@@ -1,4 +1,4 @@
-"""What one rank exposes in one push, and when it tells the daemon of it."""
+"""Exposes one rank's weights in one push, and tells the daemon of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["RankExposing"]
 
 
 class RankExposing:
-    """Begun when the plan is known; `advance` tells what has become known since."""
+    """One rank's exposing in one push. It begins when the plan is known; `advance` goes on and tells the daemon."""
 
     def __init__(
         self,
@@ -39,13 +39,13 @@ class RankExposing:
         endpoint: str,
         tell: Callable[[msg.Message], None],
     ) -> None:
-        """`key` is that of the program; `local` is where the weights are if this process uses GPUs, and `ready` are
-        past what computes them. `on_gpus`: the node's slots are, and so are its engines.
+        """`key` is the program's. `local` says where the weights lie, if this process uses GPUs. `ready` are events
+        past the kernels that compute them. `on_gpus`: the node's slots, and so its engines, are on GPUs.
         """
         self._program, self._key, self._tell = program, key, tell
         self._told_as = endpoint, key[-DIGEST_BYTES:]
-        self._told = False  # where the weights lie
-        self.busy = True  # there is something to be told of
+        self._told = False  # the daemon knows where the weights lie
+        self.busy = True  # the daemon has not been told everything
         self._exposed: HostExposed | DeviceExposed | None = None
         self._exposing: Exposing | None = None
         try:
@@ -53,13 +53,13 @@ class RankExposing:
                 self._exposing = self._in_host_memory(source, on_gpus=on_gpus)
             else:
                 self._exposing = self._on_a_gpu(source, local, ready, on_gpus=on_gpus)
-        except WeightSyncError as error:  # then everything goes through slots
+        except WeightSyncError as error:  # all weights go through slots instead
             self._give_up()
             tell(msg.Exposed(problem=str(error)))
             self.busy = False
 
     def advance(self) -> None:
-        """Go on, and tell the daemon what there is to be told. Raises as `Exposing.advance`."""
+        """Go on, and tell the daemon of the exposure and the fingerprints once known. Raises as `Exposing.advance`."""
         exposing = self._exposing
         if exposing is None or not self.busy:
             return
@@ -82,13 +82,13 @@ class RankExposing:
             )
 
     def tell_all(self) -> None:
-        """The daemon does not know what was told by its digest."""
+        """Send the exposure in full, because the daemon does not know its digest."""
         if self._exposing is not None:
             exposure = self._exposing.exposure
             self._tell(msg.Exposed(digest=exposure.digest, exposure=exposure.packed))
 
     def close(self, *, deadline: float) -> None:
-        """Wait for what is under way. Raises as `Exposing.close`."""
+        """Wait for the work under way, and keep the exposed memory for the next push. Raises as `Exposing.close`."""
         self.busy = False
         if self._exposing is not None:
             self._exposing.close(deadline=deadline)
@@ -114,7 +114,7 @@ class RankExposing:
         gpu = rank_device(local)
         known = self._exposed = memory().take_exposed(self._key)
         if not isinstance(known, DeviceExposed) or not known.fits(local, gpu):
-            self._give_up()  # for its copy, and another, there may be no room at a time
+            self._give_up()  # there may be no room for the old copy and the new one together
             known = self._exposed = DeviceExposed(self._program, local, gpu)
         known.update(local)
         return DeviceExposing(source, known, ready)
@@ -124,7 +124,7 @@ class RankExposing:
             raise ConfigError(f"weights in {here} are not read in place by engines whose weights are in {there}")
 
     def _give_up(self) -> None:
-        """Give back what this and earlier pushes have made a copy in."""
+        """Free the copies that this push and earlier ones have made."""
         memory().forget_exposed(self._key)
         if self._exposed is not None:
             self._exposed.close()

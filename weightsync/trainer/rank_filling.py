@@ -1,4 +1,4 @@
-"""What one rank writes into slots in one push, as leases for them come, and when it tells the daemon of it."""
+"""Writes one rank's parts into slots in one push, as leases come, and tells the daemon of each full bucket."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["RankFilling"]
 
 
 class RankFilling:
-    """Begun when the plan is known; `advance` tells what has been written since."""
+    """One rank's filling in one push. It begins when the plan is known; `advance` tells the daemon of full buckets."""
 
     def __init__(
         self,
@@ -40,12 +40,12 @@ class RankFilling:
         tell: Callable[[msg.Message], None],
         on_progress: Callable[[int], None] | None = None,
     ) -> None:
-        """`key` is that of the program; `offers` are those of the node's arenas. `local` is where the weights are if
-        this process uses GPUs, and `ready` are past what computes them. `on_progress` is called with the bytes written
-        so far, after each bucket. Raises `RemoteProtocolError` for a plan that the slots have no room for.
+        """`key` is the program's; `offers` are those of the node's arenas. `local` says where the weights lie, if this
+        process uses GPUs. `ready` are events past the kernels that compute them. `on_progress` is called after each
+        bucket with the bytes written so far. Raises `RemoteProtocolError` if a bucket of the plan exceeds a slot.
         """
-        self.left = program.buckets  # buckets that this rank has a part of and has not written
-        self.seconds = 0.0  # in which some were being written
+        self.left = program.buckets  # buckets in which this rank has parts that it has not written
+        self.seconds = 0.0  # during which at least one bucket was being written
         self._program, self._key, self._tell, self._on_progress = program, key, tell, on_progress
         self._written = 0
         self._since = 0.0
@@ -62,11 +62,11 @@ class RankFilling:
 
     @property
     def busy(self) -> bool:
-        """A bucket was begun that the daemon was not told of."""
+        """Whether a bucket was begun that the daemon has not been told of."""
         return self._fill.busy
 
     def begin(self, lease: msg.Lease) -> None:
-        """Write this rank's parts of a bucket. Raises `SourceError`, and `RemoteProtocolError` where there is none."""
+        """Write this rank's parts of a bucket. Raises `SourceError`, or `RemoteProtocolError` for an unknown bucket."""
         if lease.bucket >= len(self._program.writes):
             raise RemoteProtocolError(f"a lease for bucket {lease.bucket} that is not in the plan")
         if not self.busy:
@@ -74,7 +74,7 @@ class RankFilling:
         self._fill.begin(lease.bucket, lease.bridge, lease.slot)
 
     def advance(self) -> None:
-        """Tell the daemon of what is full since. Raises what went wrong on the GPU."""
+        """Tell the daemon of buckets that have become full. Raises errors of the GPU."""
         for full in self._fill.finished():
             self._tell(
                 msg.Filled(
@@ -92,8 +92,9 @@ class RankFilling:
             self.seconds += time.monotonic() - self._since
 
     def close(self, *, deadline: float) -> None:
-        """Nothing is written into a slot after this. Raises `TransportTimeout`, and `TransportBroken` for an error of
-        the GPU.
+        """Wait for the work under way; nothing is written into a slot afterwards.
+
+        Raises `TransportTimeout`, or `TransportBroken` for an error of the GPU.
         """
         self._fill.close(deadline=deadline)
         if self._on_gpu is not None:

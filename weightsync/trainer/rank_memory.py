@@ -25,11 +25,11 @@ if TYPE_CHECKING:
 
 __all__ = ["RankMemory", "memory"]
 
-_PROGRAMS = 8  # kept: models × layouts that alternate in one trainer
+_PROGRAMS = 8  # kept: a trainer may alternate between models and layouts
 
 
 class RankMemory:
-    """One for each process; several pushes may be under way in it."""
+    """The state of one process. Several pushes may use it at once."""
 
     def __init__(self) -> None:
         self.programs: OrderedDict[bytes, Program] = OrderedDict()  # by plan and layout digest
@@ -38,18 +38,16 @@ class RankMemory:
         self._links: dict[str, list[TrainerLink]] = {}
         self._arenas: dict[bytes, Arena] = {}  # by offer
         self._slots: dict[tuple[str, int], DeviceSlots] = {}  # (arena, GPU here) → its slots, if they lie on a GPU
-        self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, as `programs`
-        self._exposed: dict[
-            bytes, HostExposed | DeviceExposed
-        ] = {}  # idle, as `programs`: what engines may have mapped
-        self.exposed_to: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout) → digest its daemon was told last
-        self._pushes = 0  # under way: nothing is unmapped meanwhile
+        self._device_programs: dict[bytes, DeviceProgram] = {}  # idle ones, by the keys of `programs`
+        self._exposed: dict[bytes, HostExposed | DeviceExposed] = {}  # likewise; engines may have these mapped
+        self.exposed_to: dict[tuple[str, bytes], bytes] = {}  # (endpoint, layout) → last exposure told to the daemon
+        self._pushes = 0  # pushes under way; nothing is unmapped during one
         self._unused: list[Arena | DeviceSlots] = []
         self._lookout: Lookout | None = None
 
     @contextmanager
     def push(self) -> Iterator[None]:
-        """Around a push: what it has mapped stays mapped until it is over."""
+        """Keep everything mapped during a push, which is the body of the `with`."""
         with self._lock:
             self._drop_gone()
             self._pushes += 1
@@ -61,7 +59,7 @@ class RankMemory:
                 self._drop_gone()
 
     def take_link(self, endpoint: str) -> TrainerLink:
-        """A line to the daemon, for this push alone."""
+        """Return a link to the daemon that no other push uses."""
         with self._lock:
             idle = self._links.get(endpoint)
             if idle:
@@ -69,26 +67,26 @@ class RankMemory:
         return TrainerLink(endpoint)
 
     def announce(self, endpoint: str, model: str) -> None:
-        """Tell the daemon that a push is coming, if it listens: it has engines to look at, which takes them a while."""
+        """Tell the daemon, if it listens, that a push is coming: it then asks its engines, which takes a while."""
         link = self.take_link(endpoint)
         link.announce(model)
         self.give_link(link)
 
     def give_link(self, link: TrainerLink) -> None:
-        """Keep it for the next push."""
+        """Keep `link` for the next push."""
         link.rest()
         with self._lock:
             self._links.setdefault(link.endpoint, []).append(link)
 
     def close_links(self) -> None:
-        """Let every idle link say its last words; at exit."""
+        """Close every idle link, after sending its queued messages. Called at exit."""
         with self._lock:
             for link in [link for idle in self._links.values() for link in idle]:
                 link.close()
             self._links.clear()
 
     def map_arenas(self, offers: tuple[bytes, ...]) -> list[Arena]:
-        """The arenas of these offers; those of bridges that have been replaced are unmapped when no push needs them."""
+        """Map the arenas of these offers. Arenas of replaced bridges are unmapped once no push is under way."""
         with self._lock:
             known = {offer: self._arenas.get(offer) or Arena.attach(offer, writable=True) for offer in offers}
             nodes = {arena.name.rpartition("-")[0] for arena in known.values()}
@@ -99,7 +97,7 @@ class RankMemory:
             return [known[offer] for offer in offers]
 
     def map_slots(self, offer: bytes, device: int) -> DeviceSlots:
-        """The slots of a mapped arena on a GPU, for use on this process's GPU `device`."""
+        """Map the slots of an arena on a GPU, for use on this process's GPU `device`."""
         wanted = ArenaOffer.unpack(offer)
         with self._lock:
             if (wanted.name, device) not in self._slots:
@@ -119,23 +117,23 @@ class RankMemory:
                 self.forget_exposed(forgotten)
 
     def take_device_program(self, key: bytes) -> DeviceProgram | None:
-        """The program as tables on a GPU, for this push alone: its sums are written there."""
+        """Take out the program's tables on a GPU. One push at a time uses them, because its sums are written there."""
         with self._lock:
             return self._device_programs.pop(key, None)
 
     def give_device_program(self, key: bytes, program: DeviceProgram) -> None:
-        """Keep it for the next push."""
+        """Keep `program` for the next push."""
         with self._lock:
             if key in self.programs:
                 self._device_programs[key] = program
 
     def take_exposed(self, key: bytes) -> HostExposed | DeviceExposed | None:
-        """What the program of that key exposed last, for this push alone: it is made anew there."""
+        """Take out what the program of `key` exposed last. One push at a time uses it, because it copies there."""
         with self._lock:
             return self._exposed.pop(key, None)
 
     def give_exposed(self, key: bytes, exposed: HostExposed | DeviceExposed) -> None:
-        """Keep it for the next push, and nothing else of the same layout: engines may have it mapped."""
+        """Keep `exposed` for the next push, because engines may have it mapped. Close all else of the same layout."""
         self.forget_exposed(key)
         with self._lock:
             if key in self.programs:
@@ -144,7 +142,7 @@ class RankMemory:
         exposed.close()
 
     def forget_exposed(self, key: bytes) -> None:
-        """Give back the memory in which the layout of that key was exposed, where that was a copy."""
+        """Free the copies in which the layout of `key` was exposed."""
         with self._lock:
             same = [other for other in self._exposed if other[-DIGEST_BYTES:] == key[-DIGEST_BYTES:]]
             gone = [self._exposed.pop(other) for other in same]
@@ -158,7 +156,7 @@ class RankMemory:
             return bool(self._slots)
 
     def _drop_gone(self) -> None:
-        """Let go of arenas whose bridge has ended: there may be no room for its successor before that."""
+        """Drop arenas on GPUs whose bridge has ended: until they are unmapped, its successor may find no room."""
         for offer, arena in list(self._arenas.items()):
             if arena.memory is not None and not arena.there:
                 self._drop(offer)
@@ -172,8 +170,10 @@ class RankMemory:
 
 
 class _Process:
-    """The memory of this process. A forked child begins with none, and leaves alone what its parent had: freeing memory
-    that CUDA knows, in a child where CUDA does not work, ends the process."""
+    """The memory of this process. A forked child begins with an empty one and never frees its parent's.
+
+    CUDA does not work in a forked child, and freeing memory that CUDA knows would end the child.
+    """
 
     def __init__(self) -> None:
         self.memory = RankMemory()
@@ -190,5 +190,5 @@ os.register_at_fork(after_in_child=_PROCESS.forked)
 
 
 def memory() -> RankMemory:
-    """This process's."""
+    """Return the memory of this process."""
     return _PROCESS.memory
