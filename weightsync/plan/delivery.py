@@ -1,9 +1,10 @@
 """Plans deliveries: which parcels carry a trainer's weights to places in engines on other nodes. Pure.
 
 Both ends work out the same parcels: stretches of staging memory in which boxes of tensors lie one after the other, row
-by row. Parcels carry either the boxes that one engine has shown, so that each of its ranks gets its own by the nearest
-way, or a share of the whole model, for any number of engines. The sending end fills a parcel from what the trainer's
-ranks expose. The other ends empty it into the places of all ranks that have room for some of it.
+by row. Parcels carry either the boxes that one engine has shown, or a share of the whole model for any number of
+engines. In the first case each rank of the engine gets its own boxes by the nearest way. The sending end fills a parcel
+from what the trainer's ranks expose. The other ends empty it into the places of all ranks that have room for some of
+it.
 """
 
 from __future__ import annotations

@@ -68,7 +68,7 @@ class Manifest:
     piece_offset: Ints  # [p] byte in the slot
     bucket_first: Ints  # [b + 1] pieces of bucket i are bucket_first[i]:bucket_first[i + 1], at least one
     bucket_nbytes: Ints  # [b]
-    bucket_owner: npt.NDArray[np.int32]  # [b] index of the bridge in whose slot the bucket is assembled
+    bucket_owner: npt.NDArray[np.int32]  # [b] index of the bridge that assembles the bucket in its slot
     alignment: int
 
     def __post_init__(self) -> None:

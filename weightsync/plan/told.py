@@ -91,7 +91,7 @@ class _Told(Generic[T]):
         return one.digest if told else one.pack()
 
     def forget(self) -> None:
-        """Tell everything whole from now on, because it is not known what the workers remember."""
+        """Tell each object whole the next time, because it is not known what the workers remember."""
         self._told.clear()
 
     @contextmanager

@@ -29,8 +29,8 @@ class Source(Protocol):
     def layout(self) -> Layout:
         """Return what this rank holds. Raises `SourceError` if it cannot be described.
 
-        It is the same object each time, and the same in every source of tensors with the same shapes and, on this rank,
-        the same element types.
+        It is the same object each time, also in other sources of tensors with the same shapes and, on this rank, the
+        same element types.
         """
 
     def local(self, shard: int) -> torch.Tensor | None:

@@ -31,9 +31,8 @@ __all__ = ["LoraSource"]
 class LoraSource:
     """The parameters of the base model, under its own names, with the active adapters merged into those they adapt.
 
-    A merged tensor is never stored: each box of it is computed into the slot that it goes to, with peft's own
-    operations in peft's order (see `_Term`), so that engines get what `merge_and_unload()` would give. The model is not
-    changed.
+    A merged tensor is never stored: each box of it is computed into its slot, with peft's own operations in peft's
+    order (see `_Term`). So engines get what `merge_and_unload()` would give. The model is not changed.
 
     module: a `PeftModel`, or any module into which peft has put LoRA layers. It is described as it is now: make a new
         source after adapters were added, switched or merged.

@@ -1,4 +1,4 @@
-"""Tensors in memory, by name: plain ones, which this rank holds whole, and DTensors, of which it holds its part."""
+"""Tensors in memory, by name: this rank holds plain tensors whole, and its part of DTensors."""
 
 from __future__ import annotations
 

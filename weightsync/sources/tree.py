@@ -124,9 +124,9 @@ def _without_wrappers(module: nn.Module, names: tuple[str, ...]) -> tuple[str, .
 def _walk(module: nn.Module, most: int) -> tuple[Tree, list[nn.Parameter], list[nn.Module | None]] | None:
     """Return the tree of a module, its parameters (None for those that are not given), and the modules in it.
 
-    Returns None if the walk meets more than `most` modules, as in a module that contains itself, or a module that lists
-    its parameters in its own way. A module of FSDP2 is resharded before the walk reaches the submodules whose
-    parameters that changes.
+    Returns None if the walk meets a module that lists its parameters in its own way, or more than `most` modules, as in
+    one that contains itself. A module of FSDP2 is resharded before the walk reaches submodules with parameters that
+    this changes.
     """
     counts: list[int] = []
     names: list[str] = []
