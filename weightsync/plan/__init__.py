@@ -1,1 +1,1 @@
-"""Who sends what, in which order: manifests, buckets and the parts each rank writes. Pure: numpy, no torch, no I/O."""
+"""Plans a push: the manifest, its buckets, and the parts that each rank writes. Pure: numpy, no torch, no I/O."""

@@ -46,7 +46,7 @@ def splitmix64(index: Words) -> Words:
 
 
 def pad_shapes(shapes: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints:
-    """Tuples of at most `width` ints as the rows of an array [n, width], filled up with `fill`."""
+    """Turn tuples of at most `width` ints into the rows of an array [n, width], padded with `fill`."""
     rows = np.full((len(shapes), width), fill, dtype=np.int64)
     by_length: dict[int, list[int]] = {}
     for i, shape in enumerate(shapes):
@@ -58,7 +58,7 @@ def pad_shapes(shapes: Sequence[tuple[int, ...]], width: int, fill: int) -> Ints
 
 
 def as_tuples(rows: Ints, ndims: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]:
-    """The first `ndims[i]` numbers of each row [n, D], as tuples; equal ones are one object, for few of many differ."""
+    """Return the first `ndims[i]` numbers of each row [n, D] as a tuple; equal tuples are one object."""
     tuples: list[tuple[int, ...]] = [()] * len(rows)
     same: dict[tuple[int, ...], tuple[int, ...]] = {}
     for ndim in np.unique(ndims[ndims > 0]).tolist():
@@ -70,7 +70,7 @@ def as_tuples(rows: Ints, ndims: npt.NDArray[np.uint8]) -> list[tuple[int, ...]]
 
 
 def padded_width(rows: Ints, width: int, fill: int) -> Ints:
-    """`rows` [n, D] with columns of `fill` appended until it has `width` of them."""
+    """Append columns of `fill` to `rows` [n, D] until there are `width` columns."""
     if rows.shape[1] >= width:
         return rows
     wider = np.full((rows.shape[0], width), fill, dtype=np.int64)
@@ -79,7 +79,7 @@ def padded_width(rows: Ints, width: int, fill: int) -> Ints:
 
 
 def row_strides(dims: Ints) -> Ints:
-    """Elements one step of each dimension moves by in row-major order, per row of `dims` [n, D]."""
+    """Return the row-major strides, in elements, for the shape in each row of `dims` [n, D]."""
     strides = np.ones_like(dims)
     for d in range(dims.shape[1] - 2, -1, -1):
         strides[:, d] = strides[:, d + 1] * dims[:, d + 1]
@@ -87,7 +87,7 @@ def row_strides(dims: Ints) -> Ints:
 
 
 def packed_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
-    """Bytes one step of each dimension moves by in a contiguous tensor."""
+    """Return the strides, in bytes, of a contiguous row-major tensor of this shape."""
     strides: list[int] = []
     for length in reversed(shape):
         strides.append(itemsize)
@@ -96,11 +96,12 @@ def packed_strides(shape: Sequence[int], itemsize: int) -> tuple[int, ...]:
 
 
 def box_runs(dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...], itemsize: int) -> tuple[Ints, int]:
-    """Where in a row-major tensor a box's contiguous runs of bytes start, ascending, and how long each of them is.
+    """Return the bytes at which a box's contiguous runs start in a row-major tensor, ascending, and one run's length.
 
-    The tensor has at least one dimension, the box of shape `count` at `low` at least one element.
+    All runs have the same length, in bytes. The tensor has at least one dimension; the box of shape `count` at `low`
+    has at least one element.
     """
-    inner = itemsize  # bytes of one step of the dimension looked at
+    inner = itemsize  # bytes of one step along dimension `last`
     last = len(dims) - 1
     while last > 0 and count[last] == dims[last]:
         inner *= dims[last]
@@ -115,10 +116,10 @@ def box_runs(dims: tuple[int, ...], low: tuple[int, ...], count: tuple[int, ...]
 
 
 def flat_boxes(dims: Ints, start: Ints, count: Ints) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
-    """The boxes that the flat ranges [start, start + count) are inside tensors of shape `dims` [p, D].
+    """Convert flat ranges [start, start + count) of tensors of shape `dims` [p, D] to boxes.
 
-    Counts are at least 1, ranges lie inside their tensors. Returns offsets [p, D], shapes [p, D], and per range whether
-    it is a box at all; where it is not, offset and shape mean nothing.
+    Counts are at least 1, and ranges lie inside their tensors. Returns offsets [p, D], shapes [p, D] and whether each
+    range is a box [p]. If a range is none, its offset and shape mean nothing.
     """
     strides = row_strides(dims)
     offset = np.zeros_like(dims)
@@ -129,7 +130,7 @@ def flat_boxes(dims: Ints, start: Ints, count: Ints) -> tuple[Ints, Ints, npt.ND
     for d in range(dims.shape[1]):
         stride = strides[:, d]
         at = (start // stride) % np.maximum(dims[:, d], 1)
-        here = ~split & (left >= stride)  # the first dimension of which the range takes whole steps
+        here = ~split & (left >= stride)  # the first dimension along which the range takes whole steps
         steps = left // stride
         is_box &= ~here | ((left % stride == 0) & (at + steps <= dims[:, d]))
         is_box &= ~split | (at == 0)
@@ -140,11 +141,11 @@ def flat_boxes(dims: Ints, start: Ints, count: Ints) -> tuple[Ints, Ints, npt.ND
 
 
 def measure(offset: Ints, shape: Ints, dims: Ints) -> Words:
-    """A random weight for each box [n, D] in a tensor of shape `dims` [n, D], adding up mod 2^64 over any tiling.
+    """Give each box [n, D] in a tensor of shape `dims` [n, D] a random weight that adds up mod 2^64 over any tiling.
 
-    Each element weighs the product over dimensions of the differences of a hash, so the sum over a box telescopes.
-    Boxes, none of them empty, whose weights sum to the weight of the whole tensor tile it, but for a chance of about
-    2^-60.
+    An element's weight is the product, over dimensions, of differences of a hash, so the sum over a box telescopes.
+    If the weights of non-empty boxes sum to the weight of the whole tensor, the boxes tile it, but for a chance of
+    about 2^-60.
     """
     weight = np.ones(len(offset), dtype=np.uint64)
     for d in range(offset.shape[1]):

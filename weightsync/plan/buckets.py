@@ -1,10 +1,10 @@
-"""The plan of a push: tensors cut into pieces, pieces laid into buckets, and who fills them.
+"""The plan of a push: tensors cut into pieces, pieces laid into buckets, and the ranks that fill them.
 
     plan = plan_push(layouts, slot_bytes=512 << 20, owners=8)
 
-The manifest depends on the tensors, `slot_bytes`, `owners` and `alignment` alone, in whatever order ranks list them;
-who fills what also depends on who holds what. Planning is vectorised (a million shards take seconds) and worth caching
-by the tuple of the layouts' digests, which costs a dictionary look-up.
+The manifest depends only on the tensors, `slot_bytes`, `owners` and `alignment`; the order in which ranks list tensors
+does not matter. The ranks' fills also depend on their layouts and nodes. Planning is vectorised: a million shards take
+seconds. Callers should cache plans by all arguments, with layouts told apart by their digests.
 """
 
 from __future__ import annotations
@@ -39,23 +39,24 @@ LAYER_FILL = 0.75  # see `_share_out`
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything that follows from the layouts of a push; the same whenever it is worked out again."""
+    """Everything that follows from the arguments of `plan_push`: equal arguments give an equal plan."""
 
     manifest: Manifest
-    fills: tuple[npt.NDArray[np.int32], ...]  # per rank, sorted shards this rank writes; of replicas one rank's each
-    fillers: tuple[tuple[int, ...], ...]  # per bucket, ranks that write at least a byte in it; never empty
-    shares: tuple[tuple[Share, ...], ...]  # per bucket, what each node's ranks write of it; empty where all is node 0's
+    fills: tuple[npt.NDArray[np.int32], ...]  # by rank: shards that it writes, sorted; one rank writes each replica
+    fillers: tuple[tuple[int, ...], ...]  # by bucket: ranks that write at least a byte of it; never empty
+    shares: tuple[tuple[Share, ...], ...]  # by bucket: what each node's ranks write; empty if node 0's write everything
 
 
 def plan_push(
     layouts: Sequence[Layout], *, slot_bytes: int, owners: int, alignment: int = 256, nodes: Sequence[int] = ()
 ) -> Plan:
-    """Plan the push of what these ranks hold into slots of `slot_bytes`, assembled on `owners` bridges in turn.
+    """Plan a push of these layouts into slots of `slot_bytes`. `owners` bridges assemble the buckets in turn.
 
-    Pieces start at multiples of `alignment` bytes, which should be a multiple of 8. `nodes` tells the node of each
-    rank, 0 if all are on one; of what ranks of several nodes hold, node 0's write all that they have. Raises
-    `PushRefused` when ranks disagree about a tensor, when their boxes overlap or leave elements out, or when a slot is
-    too small for what must stay together.
+    Pieces start at multiples of `alignment` bytes, which should be a multiple of 8. `nodes` gives the node of each
+    rank; if it is empty, all are on node 0. If ranks of several nodes hold the same box, one of node 0's writes it.
+
+    Raises `PushRefused` if ranks disagree about a tensor, if boxes overlap or leave elements out, or if a slot is too
+    small for tensors that must stay together.
     """
     if not layouts or slot_bytes < 1 or owners < 1 or alignment < 1:
         raise ValueError("a plan needs at least one rank and positive slot_bytes, owners and alignment")
@@ -107,14 +108,14 @@ def _manifest(table: TensorTable, group_first: Ints, slot_bytes: int, owners: in
 
 
 def _laid_out(sizes: Ints, alignment: int) -> tuple[Ints, Ints]:
-    """First byte and end of each of these were they laid one after the other, aligned, into one endless slot."""
+    """Return first byte and end of each size when all are laid one after the other, aligned, into one endless slot."""
     padded = -(-sizes // alignment) * alignment
     begin = np.cumsum(padded) - padded
     return begin, begin + sizes
 
 
 def _check_groups(table: TensorTable, group_first: Ints, slot_bytes: int, alignment: int) -> None:
-    """Raise `PushRefused` where each tensor of a fused group fits into a slot, and the group does not."""
+    """Raise `PushRefused` if each tensor of a fused group fits into a slot, but the group does not."""
     if not len(table):
         return
     begin, end = _laid_out(table.sizes, alignment)
@@ -123,7 +124,7 @@ def _check_groups(table: TensorTable, group_first: Ints, slot_bytes: int, alignm
     if not (wrong := (largest <= slot_bytes) & (extent > slot_bytes)).any():
         return
     need = slot_bytes
-    while (unfit := (largest <= need) & (extent > need)).any():  # a larger slot may keep more groups in one piece
+    while (unfit := (largest <= need) & (extent > need)).any():  # a larger slot may have to hold further groups whole
         need = int(extent[unfit].max())
     group = int(np.argmax(wrong))
     names = ", ".join(table.names[int(group_first[group]) : int(np.append(group_first, len(table))[group + 1])])
@@ -135,10 +136,11 @@ def _check_groups(table: TensorTable, group_first: Ints, slot_bytes: int, alignm
 
 
 def _cut(table: TensorTable, slot_bytes: int) -> tuple[npt.NDArray[np.int32], Ints, Ints]:
-    """Tensor, first element and count of every piece. A tensor that fits a slot is one piece, an empty one none.
+    """Return the tensor, first element and element count of every piece.
 
-    A larger one is cut into equal numbers of rows of dimension 0, as few pieces as possible; where not even one row
-    fits, each row is cut alike.
+    A tensor that fits into a slot is one piece; an empty tensor has none. A larger tensor is cut along dimension 0 into
+    as few pieces as possible, of equally many rows except for the last. If not even one row fits, each row is cut in
+    the same way.
     """
     whole = np.flatnonzero((table.sizes > 0) & (table.sizes <= slot_bytes))
     tensors, starts, counts = [whole], [np.zeros(len(whole), dtype=np.int64)], [table.numels[whole]]
@@ -174,7 +176,10 @@ def _cut(table: TensorTable, slot_bytes: int) -> tuple[npt.NDArray[np.int32], In
 
 
 def _atoms(table: TensorTable, group_first: Ints, slot_bytes: int, tensor: npt.NDArray[np.int32]) -> Ints:
-    """The pieces at which something begins that stays in one bucket: a fused group, or a piece of one too large."""
+    """Return the first piece of each atom, which stays in one bucket.
+
+    An atom is a fused group; or a single piece, if a tensor of its group does not fit into a slot.
+    """
     group_of = np.repeat(np.arange(len(group_first)), np.diff(group_first, append=len(table)))
     loose = np.zeros(len(group_first), dtype=np.bool_)
     loose[group_of[table.sizes > slot_bytes]] = True
@@ -185,11 +190,11 @@ def _atoms(table: TensorTable, group_first: Ints, slot_bytes: int, tensor: npt.N
 def _share_out(
     table: TensorTable, tensor: npt.NDArray[np.int32], begin: Ints, end: Ints, slot_bytes: int
 ) -> npt.NDArray[np.int64]:
-    """Atoms at which buckets begin, and their number at the end.
+    """Return the first atom of each bucket and, as the last entry, the number of atoms.
 
-    A bucket takes what fits, in order. But if it would end inside a layer of which more follows, and is at least three
-    quarters (`LAYER_FILL`) full without what it holds of that layer, it ends before it: engines then meet layers whole,
-    and no slot is wasted by more than a quarter for it.
+    A bucket takes atoms in order while they fit. If it would then end inside a layer, and is at least three quarters
+    (`LAYER_FILL`) full without that layer, it ends before the layer instead. Engines so meet layers whole, at the cost
+    of at most a quarter of a slot.
     """
     if not len(tensor):
         return np.zeros(1, dtype=np.int64)

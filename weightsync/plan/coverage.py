@@ -1,4 +1,4 @@
-"""Who writes which box: each element of every tensor is held by some rank and written by exactly one."""
+"""Decides which rank writes which box: some rank must hold each element of every tensor, and exactly one writes it."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ if TYPE_CHECKING:
 
 __all__ = ["assign_fills"]
 
-_EXPLAINED = 4096  # boxes of one tensor; an explanation compares each with each
+_EXPLAINED = 4096  # boxes of one tensor; an explanation compares every pair of them
 
 
 def assign_fills(held: Holdings, node: Ints) -> npt.NDArray[np.int64]:
-    """Rows of `held` that are to be written, sorted: one for each distinct box.
+    """Choose the rows of `held` that are written, one for each distinct box; sorted.
 
-    Boxes that several ranks hold (replicas) go to whichever of them has fewest bytes to write so far, in canonical
-    order, so that ranks stay level all through a push and not only at its end. `node` [ranks] is where each is: those
-    of node 0 come first, since what they write need not travel to it. Raises `PushRefused` where boxes overlap or leave
-    elements out, naming tensor and ranks.
+    Boxes that several ranks hold (replicas) are assigned in canonical order, each to the holder with the fewest bytes
+    so far. Ranks so stay level throughout a push, and not only at its end. `node` [ranks] is each rank's node: holders
+    on node 0 come first, because bytes written there need not travel to it.
+
+    Raises `PushRefused` naming tensor and ranks if boxes overlap or leave elements out.
     """
     order, first = _by_box(held)
     chosen = order[first]
@@ -50,21 +51,21 @@ def assign_fills(held: Holdings, node: Ints) -> npt.NDArray[np.int64]:
 
 
 def _by_box(held: Holdings) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Rows of `held` so ordered that equal boxes stand together, lowest rank first; and where each box begins."""
+    """Order the rows of `held` so that equal boxes are adjacent, lowest rank first; and say where each box begins."""
     columns = [held.tensor.astype(np.int64), *held.offset.T, *held.shape.T]
     key = np.zeros(len(held.tensor), dtype=np.uint64)
     for column in columns:
         key = splitmix64(key ^ column.astype(np.uint64))
     order = np.argsort(key, kind="stable")
     changes = _changes([key], order)
-    if (changes != _changes(columns, order)).any():  # two boxes with the same key: as rare as it gets, but be right
+    if (changes != _changes(columns, order)).any():  # different boxes with one key: very rare, but to be got right
         order = np.lexsort(columns)
         changes = _changes(columns, order)
     return order, np.flatnonzero(changes)
 
 
 def _changes(columns: list[npt.NDArray[np.int64]] | list[Words], order: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Where, in this order, a row differs from the one before it."""
+    """Mark each row that differs, in this order, from the row before it."""
     changes = np.zeros(len(order), dtype=np.bool_)
     changes[:1] = True
     for column in columns:
@@ -93,7 +94,7 @@ def _check_coverage(held: Holdings, boxes: npt.NDArray[np.int64]) -> None:
 
 
 def _explain(held: Holdings, at: int, boxes: npt.NDArray[np.int64]) -> None:
-    """Raise the `PushRefused` that says why these boxes do not tile tensor `at`."""
+    """Raise a `PushRefused` that says why these boxes do not tile tensor `at`."""
     table = held.tensors
     ndim = int(table.ndims[at])
     what = f"tensor {table.names[at]!r} of shape {table.shapes[at]}"
@@ -128,9 +129,12 @@ def _box(offset: Ints, shape: Ints) -> str:
 
 
 def _first_gap(low: Ints, high: Ints, dims: Ints) -> list[int]:
-    """The first element, in row-major order, outside boxes [low, high) that leave one out and do not overlap."""
+    """Return the first element, in row-major order, that lies in none of the boxes [low, high).
+
+    The boxes do not overlap, and leave at least one element out.
+    """
     point = np.zeros(len(dims), dtype=np.int64)
-    reach = dims.copy()  # how far each coordinate may move before other boxes are met
+    reach = dims.copy()  # how far each coordinate may jump without passing the end of a box
     while (inside := ((low <= point) & (point < high)).all(axis=1)).any():
         box = int(np.argmax(inside))
         reach = np.minimum(reach, high[box])

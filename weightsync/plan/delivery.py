@@ -1,9 +1,10 @@
-"""What goes from a trainer's memory to places in engines of other nodes, and in which parcels. Pure.
+"""Plans deliveries: which parcels carry a trainer's weights to places in engines on other nodes. Pure.
 
 Both ends work out the same parcels: stretches of staging memory in which boxes of tensors lie one after the other, row
-by row. They are of what one engine has shown, so that each of its ranks gets its own by the nearest way; or of a share
-of the whole model, for any number of engines. The sending end fills a parcel out of what the trainer's ranks expose,
-the others empty it into the places of all ranks that have room for some of it.
+by row. Parcels carry either the boxes that one engine has shown, or a share of the whole model for any number of
+engines. In the first case each rank of the engine gets its own boxes by the nearest way. The sending end fills a parcel
+from what the trainer's ranks expose. The other ends empty it into the places of all ranks that have room for some of
+it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ T = TypeVar("T")
 
 
 class Box(NamedTuple):
-    """Of a tensor of the manifest."""
+    """A box of a tensor of the manifest."""
 
     tensor: int
     offset: tuple[int, ...]  # in the tensor, in elements
@@ -55,21 +56,22 @@ class Parcel(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """A copy between a parcel in staging memory and memory that is mapped."""
+    """A copy between a parcel in staging memory and mapped memory. All strides are in bytes."""
 
     begin: int  # byte of the parcel
-    packed: tuple[int, ...]  # strides there, in bytes, as all are
-    base: int  # which of what is mapped
-    at: int  # byte of that
+    packed: tuple[int, ...]  # strides in the parcel
+    base: int  # index of the mapped memory: of a part in `outgoing`, of a region in `incoming`
+    at: int  # byte of that memory
     strides: tuple[int, ...]
     shape: tuple[int, ...]
     itemsize: int
 
 
 def boxes_of(places: Sequence[Exposure], tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box]:
-    """What these ranks of an engine have places for, each box once, in the order of the manifest. Of `turns` that are
-    delivered at a time each begins elsewhere in the model, so that trainers whose ranks have a part of the layers each
-    send all the time.
+    """List the boxes that these ranks of an engine have places for, each once, in the order of the manifest.
+
+    Each of `turns` simultaneous deliveries begins elsewhere in the model. So all ranks of a trainer send all the time,
+    even if each of them holds only some of the layers.
     """
     found = {Box(part.tensor, part.offset, part.shape) for one in places for part in one.parts(tensors)}
     boxes = sorted(found)
@@ -78,7 +80,7 @@ def boxes_of(places: Sequence[Exposure], tensors: TensorTable, *, turn: int = 0,
 
 
 def share_of(tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box]:
-    """The tensors whose first byte lies in one of `turns` stretches of the model, all of the same length."""
+    """List the tensors whose first byte lies in stretch `turn`, if the model is cut into `turns` equal stretches."""
     sizes = tensors.sizes.tolist()
     total = sum(sizes)
     begins = accumulate(sizes[:-1], initial=0)
@@ -89,8 +91,9 @@ def share_of(tensors: TensorTable, *, turn: int = 0, turns: int = 1) -> list[Box
 def parcels_of(
     boxes: Iterable[Box], tensors: TensorTable, most: int, check: Callable[[], object] = lambda: None
 ) -> list[Parcel]:
-    """These boxes, in parcels of at most `most` bytes (64 at least). `check` is called now and then: all of this takes
-    seconds where there are many tensors, and it raises when nobody waits any more.
+    """Pack these boxes into parcels of at most `most` bytes, which must be at least 64.
+
+    With many tensors this takes seconds. `check` is called now and then, and raises if nobody waits for the result.
     """
     most = most // _ALIGN * _ALIGN
     if not most:
@@ -117,9 +120,10 @@ def outgoing(
     tensors: TensorTable,
     check: Callable[[], object] = lambda: None,
 ) -> list[list[Staged]]:
-    """By parcel, the copies that fill it out of what the trainer's ranks expose, ranks in turn; bases are the parts of
-    all ranks, one after the other. Raises `LocalProtocolError` naming the first tensor of which something is needed
-    that nobody exposes.
+    """List, for each parcel, the copies that fill it from what the trainer's ranks expose, ranks in turn.
+
+    Bases count the parts of all ranks, one rank after the other. Raises `LocalProtocolError` naming the first tensor
+    with needed elements that no rank exposes.
     """
     wanted = (
         Wanted(*box, itemsize, at, begin, packed_strides(box.shape, itemsize))
@@ -153,8 +157,9 @@ def incoming(
     tensors: TensorTable,
     check: Callable[[], object] = lambda: None,
 ) -> list[list[Staged]]:
-    """By parcel, the copies that empty it into the places of these ranks, which may have room for some of it only;
-    bases are the regions of all ranks, one after the other.
+    """List, for each parcel, the copies that empty it into the places of these ranks.
+
+    The ranks may have room for only some of it. Bases count the regions of all ranks, one rank after the other.
     """
     every = [(at, placed) for at, parcel in enumerate(parcels) for placed in parcel.boxes]
     parts = [Part(*box, at, begin, packed_strides(box.shape, size)) for at, (box, size, begin) in every]
@@ -187,7 +192,7 @@ def _watched(each: Iterable[T], check: Callable[[], object]) -> Iterator[T]:
 def _cut(
     offset: tuple[int, ...], shape: tuple[int, ...], itemsize: int, most: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The box in boxes of at most `most` bytes, along its outermost dimensions."""
+    """Cut a box into boxes of at most `most` bytes, along its outermost dimensions."""
     nbytes = math.prod(shape) * itemsize
     if nbytes <= most:
         yield offset, shape

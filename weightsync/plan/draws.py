@@ -1,4 +1,4 @@
-"""Which bytes of which trainer rank's memory an engine rank draws, and where to: boxes met with boxes. Pure."""
+"""Intersects boxes to find which bytes of which trainer rank an engine rank draws, and where they go. Pure."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ class Wanted(NamedTuple):
     offset: tuple[int, ...]  # in the tensor, in elements
     shape: tuple[int, ...]
     itemsize: int
-    target: int  # which of the rank's own tensors
-    at: int  # byte of that at which the box begins
+    target: int  # index of one of the rank's own tensors
+    at: int  # byte of the target at which the box begins
     strides: tuple[int, ...]  # bytes
 
 
 class Wants(NamedTuple):
-    """What an engine rank has places for, and where these are now."""
+    """The boxes that an engine rank has places for, and where the places are now."""
 
     boxes: Sequence[Wanted]  # the same object as long as the plan is the same
-    targets: Sequence[int]  # addresses in its process, by the boxes' `target`
+    targets: Sequence[int]  # addresses in the rank's process, by the boxes' `target`
 
 
 class Draw(NamedTuple):
-    """A box that is copied as it is."""
+    """A copy of a box, unconverted."""
 
     rank: int  # of the trainer
-    part: int  # of what that exposes
+    part: int  # index of a part that this rank exposes
     source: int  # byte, from where the part begins
     source_strides: tuple[int, ...]
     target: int
@@ -56,9 +56,10 @@ class Draw(NamedTuple):
 def draws(
     wanted: Iterable[Wanted], exposures: Sequence[Exposure], tensors: TensorTable, *, all_of_it: bool = True
 ) -> list[Draw]:
-    """What has to be copied for all that is wanted, out of what the ranks of a trainer expose, of which no byte is
-    exposed twice. Raises `LocalProtocolError` naming the first tensor of which some is wanted that nobody exposes.
-    Where not `all_of_it` has to be there, bytes may be there twice, too, and are copied so.
+    """List the copies that bring the wanted boxes out of what the ranks of a trainer expose.
+
+    With `all_of_it`, no byte may be exposed twice, and `LocalProtocolError` names the first tensor with wanted elements
+    that no rank exposes. Without it, elements may be missing, and bytes that are exposed twice are copied twice.
     """
     shown: dict[int, list[tuple[int, int, Part]]] = {}
     for rank, exposure in enumerate(exposures):
@@ -84,7 +85,7 @@ def draws(
 
 
 def interleaved(several: Sequence[Draw]) -> list[Draw]:
-    """The same, ranks in turn by bytes, so that whoever copies them in order reads from all ranks all the time."""
+    """Mix the draws of all ranks in proportion to bytes, so that copying in order reads from all ranks throughout."""
     so_far: dict[int, int] = {}
     total: dict[int, int] = {}
     for draw in several:

@@ -1,7 +1,8 @@
-"""What a trainer rank shows of its own memory, so that engines read their weights where they lie.
+"""What a trainer rank shows of its own memory, so that engines read weights where they lie.
 
-A rank that exposes names its *regions*, stretches of memory that other processes of the node can map, and says of each
-part of a tensor that it is to give where that lies in one of them. Nothing here touches memory.
+The rank names its *regions*: stretches of memory that other processes of the node can map. For each part of a tensor
+that it gives, it says where the part lies in which region. Engine ranks show their places in the same form. Nothing
+here touches memory.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _MAX_REGIONS = 1 << 16
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Memory of the exposing process, in the words of `weightsync.ipc.regions`."""
+    """Memory of the exposing process, as `weightsync.ipc.regions` maps it."""
 
     nbytes: Annotated[int, Meta(ge=1, le=2**50)]
     gpu: Annotated[str, Meta(max_length=64)] = ""  # UUID; "" for host memory
     handle: Annotated[bytes, Meta(max_length=64)] = b""  # cudaIpcMemHandle_t of the allocation
-    serial: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # tells it from a later allocation at the same address
-    fd: Annotated[int, Meta(ge=-1, lt=2**31)] = -1  # of the process: a memfd
-    name: Annotated[str, Meta(max_length=64, pattern=r"^[A-Za-z0-9-]*$")] = ""  # of that
+    serial: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0  # tells this allocation from a later one at the same address
+    fd: Annotated[int, Meta(ge=-1, lt=2**31)] = -1  # descriptor of a memfd in the exposing process
+    name: Annotated[str, Meta(max_length=64, pattern=r"^[A-Za-z0-9-]*$")] = ""  # of the memfd
 
 
 class Part(msgspec.Struct, frozen=True):
@@ -58,20 +59,22 @@ class PackedExposure(Packed, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     regions: Annotated[tuple[Region, ...], Meta(max_length=_MAX_REGIONS)]
     tensor: bytes  # int32, all columns little-endian
     region: bytes  # int32
-    at: bytes  # int64, as all that follow
-    offset: bytes  # rows of as many dimensions as the widest tensor has
+    at: bytes  # int64, like all columns below
+    offset: bytes  # rows are as wide as the widest tensor
     shape: bytes
     strides: bytes
 
 
 @dataclass(frozen=True, eq=False)
 class Exposure:
-    """Of one rank, for pushes of one manifest. D is the `width` of the manifest's tensors; unused dimensions have
-    offset 0, shape 1 and stride 0. Constructed directly it trusts its arguments.
+    """What one rank exposes for pushes of one manifest.
+
+    D is the `width` of the manifest's tensors. Unused dimensions have offset 0, shape 1 and stride 0. The constructor
+    trusts its arguments.
     """
 
     pid: int  # of the exposing process
-    started: str  # when that began, as `weightsync.processes` tells
+    started: str  # when that process began, as `weightsync.processes` says
     regions: tuple[Region, ...]
     tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
     region: npt.NDArray[np.int32]  # [n]
@@ -85,7 +88,7 @@ class Exposure:
 
     @classmethod
     def of(cls, pid: int, started: str, regions: Sequence[Region], parts: Sequence[Part], width: int) -> Exposure:
-        """These parts."""
+        """Make an exposure of these parts; `width` is D."""
         return cls(
             pid,
             started,
@@ -100,7 +103,7 @@ class Exposure:
 
     @cached_property
     def packed(self) -> bytes:
-        """As bytes, for `unpack`."""
+        """This exposure as bytes, for `unpack`."""
         columns = {name: getattr(self, name).astype("<i8").tobytes() for name in ("at", "offset", "shape", "strides")}
         return pack(
             PackedExposure(
@@ -116,29 +119,30 @@ class Exposure:
 
     @cached_property
     def digest(self) -> bytes:
-        """16 bytes that tell it from any other."""
+        """16 bytes that tell this exposure from any other."""
         return digest_of(self.packed)
 
     @cached_property
     def shapes_digest(self) -> bytes:
-        """16 bytes that say which parts there are, and how their elements lie; not where."""
+        """16 bytes that tell which parts there are and their strides, but not where they lie."""
         return digest_of(b"".join(one.tobytes() for one in (self.tensor, self.offset, self.shape, self.strides)))
 
     @cached_property
     def parts_digest(self) -> bytes:
-        """16 bytes that say which parts there are, and where in which region; not what the regions are."""
+        """16 bytes that tell which parts there are and where in which region, but not what the regions are."""
         columns = (self.tensor, self.region, self.at, self.offset, self.shape, self.strides)
         return digest_of(b"".join(one.tobytes() for one in columns))
 
     def addresses(self, regions: Ints) -> Ints:
-        """Where each part begins, [n], if regions begin at these addresses, int64 [regions]."""
+        """Return the address of each part, [n], from the address of each region, int64 [regions]."""
         found: Ints = regions[self.region] + self.at
         return found
 
     @classmethod
     def unpack(cls, data: bytes, tensors: TensorTable) -> Exposure:
-        """What `packed` was, of a manifest of these tensors. Raises `CodecError` also where a part would not lie in its
-        region: whoever reads it need not look again.
+        """Restore an exposure of parts of these tensors from its `packed` bytes.
+
+        Raises `CodecError`, also if a part would not lie in its region: readers need not check again.
         """
         raw = unpack(data, PackedExposure)
         tensor, region = column(raw.tensor, "<i4", "tensor"), column(raw.region, "<i4", "region")
@@ -156,7 +160,7 @@ class Exposure:
         inside = ((offset >= 0) & (offset <= dims) & (shape >= 1) & (shape <= dims - offset)).all(axis=1)
         nbytes = np.array([one.nbytes for one in raw.regions], dtype=np.int64)[region]
         inside &= ((strides >= 0) & (strides <= nbytes[:, None])).all(axis=1)
-        # as floats: what would overflow must not wrap around to something that fits
+        # in floats, so that an overflow cannot wrap around to an end that fits
         end = at + ((shape - 1).astype(float) * strides).sum(axis=1) + size
         inside &= (at >= 0) & (end <= nbytes)
         if not inside.all():
@@ -168,7 +172,7 @@ class Exposure:
         return exposure
 
     def parts(self, tensors: TensorTable) -> list[Part]:
-        """Each as an object of its own; tensors without dimensions have parts without any."""
+        """Return the parts as objects. Parts of scalar tensors have no dimensions."""
         ndims = tensors.ndims[self.tensor]
         offset, shape, strides = (as_tuples(rows, ndims) for rows in (self.offset, self.shape, self.strides))
         columns = (self.tensor.tolist(), offset, shape, self.region.tolist(), self.at.tolist(), strides)
@@ -176,13 +180,13 @@ class Exposure:
 
 
 class _Regions(msgspec.Struct, frozen=True):
-    """As much of a `PackedExposure` as `gpu_of` needs."""
+    """The one field of a `PackedExposure` that `gpu_of` needs."""
 
     regions: tuple[Region, ...]
 
 
 def gpu_of(packed: bytes) -> str:
-    """UUID of the GPU on which a packed exposure begins; "" for host memory. Raises `CodecError`."""
+    """Return the UUID of the GPU of a packed exposure's first region; "" for host memory. Raises `CodecError`."""
     try:
         regions = msgspec.msgpack.decode(packed, type=_Regions).regions
     except msgspec.DecodeError as error:
@@ -196,26 +200,26 @@ class PackedExposures(Packed, frozen=True, forbid_unknown_fields=True, kw_only=T
 
 @dataclass(frozen=True)
 class Exposures:
-    """Those of all ranks of a trainer, packed, as a daemon passes them on."""
+    """The packed exposures of all ranks of a trainer, as a daemon passes them on."""
 
     ranks: tuple[bytes, ...]
     digests: tuple[bytes, ...]
 
     @classmethod
     def of(cls, ranks: Sequence[bytes]) -> Exposures:
-        """These, by rank."""
+        """Take the packed exposure of each rank, in the order of ranks."""
         return cls(tuple(ranks), tuple(map(digest_of, ranks)))
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that tell them from any others."""
+        """16 bytes that tell these exposures from any others."""
         return digest_of(b"".join(self.digests))
 
     def pack(self) -> bytes:
-        """As bytes, for `unpack`."""
+        """These exposures as bytes, for `unpack`."""
         return pack(PackedExposures(format=FORMAT, ranks=self.ranks))
 
     @classmethod
     def unpack(cls, data: bytes) -> Exposures:
-        """What `pack` turned into `data`, each rank's not looked at. Raises `CodecError`."""
+        """Restore exposures from their `pack`ed bytes, without checking any rank's. Raises `CodecError`."""
         return cls.of(unpack(data, PackedExposures).ranks)

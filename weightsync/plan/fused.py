@@ -1,8 +1,8 @@
 """Which tensors engines fuse into one, and the order in which tensors travel.
 
 Engines keep some tensors of a checkpoint as one parameter: q, k and v as `qkv_proj`, gate and up as `gate_up_proj`, an
-expert's three as slices of stacked tensors. Such a group travels in one bucket, so that an engine's loader, and whoever
-replays it, always sees a fused parameter whole. The table below follows vLLM's and SGLang's `packed_modules_mapping`.
+expert's three as slices of stacked tensors. Such a group travels in one bucket, so that an engine's loader, and its
+replay, always see a fused parameter whole. The table below follows vLLM's and SGLang's `packed_modules_mapping`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["canonical_order", "group_key", "layer_key", "natural_key"]
 
 # Module names that are fused when they stand side by side in the same parent module: {group: its members}. Weights,
-# biases and scales of the members all belong to the group. A name may stand for one group only.
+# biases and scales of the members all belong to the group. A name may be in one group only.
 FUSED: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "qkv_lin": ("q_lin", "k_lin", "v_lin"),
     "qkv_long": ("query", "key", "value"),
-    "qkv_short": ("wq", "wk", "wv", "weights_proj"),  # the last with wk in DeepSeek's sparse-attention indexer
+    "qkv_short": ("wq", "wk", "wv", "weights_proj"),  # DeepSeek's sparse-attention indexer fuses weights_proj with wk
     "fused_qkv_a": ("q_a_proj", "kv_a_proj_with_mqa"),  # multi-head latent attention, both compressions in one product
     "gate_up": ("gate_proj", "up_proj"),
     "gate_up_w": ("w1", "w3"),
@@ -43,7 +43,7 @@ FUSED: dict[str, tuple[str, ...]] = {
     ),
 }
 
-# Below `….experts.N.` (whatever lies directly in that module) all of an expert's three are one group.
+# Members that lie directly in `….experts.N` are one group: all matrices of that expert.
 EXPERT_MEMBERS = ("gate_proj", "up_proj", "down_proj", "w1", "w2", "w3", "linear_fc1", "linear_fc2")
 
 _GROUP_OF = {member: group for group, members in FUSED.items() for member in members}
@@ -53,10 +53,10 @@ _DIGITS = re.compile(r"\d+")
 
 
 def group_key(name: str) -> str:
-    """What all tensors of one fused group have in common and no other tensor has; the name itself if it has no group.
+    """Return a key that exactly the tensors of one fused group share; the name itself if it is in no group.
 
-    A fused module's name is looked for among the last three components, which leaves room for `.weight`,
-    `.weight_scale` or `.base_layer.weight` behind it.
+    One of the last three components must be a fused module's name, which leaves room for `.weight`, `.weight_scale` or
+    `.base_layer.weight` after it.
     """
     return _group_key(name, name.split("."))
 
@@ -74,7 +74,7 @@ def _group_key(name: str, parts: list[str]) -> str:
 
 
 def layer_key(name: str) -> str:
-    """The layer a tensor belongs to: its name up to the first component that is a number, else its parent module."""
+    """Return a tensor's layer: its name up to the first component that is a number, else its parent module."""
     head, _, _ = name.rpartition(".")
     parts = head.split(".")
     for i, part in enumerate(parts):
@@ -84,10 +84,10 @@ def layer_key(name: str) -> str:
 
 
 class _SegmentKeys(dict[str, str]):
-    """Sort keys of name components, worked out once each: there are few, however many names."""
+    """Sort keys of name components, each worked out once: even many names have few distinct components."""
 
     def __missing__(self, segment: str) -> str:
-        # A run of digits is preceded by its length, so longer (greater) numbers sort behind shorter ones.
+        # Each run of digits gets its length in front, so that longer (greater) numbers sort after shorter ones.
         key = _DIGITS.sub(_number_key, segment)
         if any(run.startswith("0") and len(run) > 1 for run in _DIGITS.findall(segment)):
             key += "\0" + segment  # "01" and "1" are the same number but not the same name
@@ -101,16 +101,16 @@ def _number_key(match: re.Match[str]) -> str:
 
 
 def natural_key(name: str) -> str:
-    """Sorting by this key puts names in natural order: runs of digits compare as numbers, all else as text."""
+    """Return a sort key for natural order: runs of digits compare as numbers, all else as text."""
     return ".".join(map(_SegmentKeys().__getitem__, name.split(".")))
 
 
 def canonical_order(names: Sequence[str]) -> tuple[Ints, Ints]:
-    """The order in which tensors travel, and where its fused groups begin.
+    """Return the order in which tensors travel, and where fused groups begin in it.
 
-    Natural order of names, except that the members of a fused group stand together, at the place of the first of them.
-    It depends on the set of names alone. Returns positions in `names`, in order, and positions in that order at which a
-    group (often of one tensor) begins.
+    The order is the natural order of names, except that the members of a fused group stand together, at the place of
+    the first member. It depends on the set of names alone. Returns positions in `names`, in order, and positions in
+    that order at which a group (often of one tensor) begins.
     """
     keys = _SegmentKeys()
     sort_keys: list[str] = []
@@ -120,7 +120,7 @@ def canonical_order(names: Sequence[str]) -> tuple[Ints, Ints]:
         sort_keys.append(".".join([keys[part] for part in parts]))
         group_keys.append(_group_key(name, parts))
     natural = sorted(range(len(names)), key=sort_keys.__getitem__)
-    # Groups are numbered as they are met, so sorting by number keeps each at the place of its first member.
+    # Groups are numbered as they are met, so sorting by number puts each group at the place of its first member.
     number: dict[str, int] = {}
     numbers = np.array([number.setdefault(group_keys[i], len(number)) for i in natural], dtype=np.int64)
     grouped = np.argsort(numbers, kind="stable")

@@ -45,10 +45,10 @@ class PackedLayout(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """What one rank holds: boxes (shards) of tensors. D is the width of `offset` and `shape`, at least the
-    tensors' own.
+    """What one rank holds: boxes (shards) of tensors.
 
-    A tensor may have no shard here, several, or empty ones. Constructed directly it trusts its arguments.
+    D is the width of `offset` and `shape`, at least the tensors' own. A tensor may have no shard here, several, or
+    empty ones. The constructor trusts its arguments.
     """
 
     tensors: TensorTable
@@ -72,9 +72,9 @@ class Layout:
 
     @classmethod
     def of(cls, shards: Iterable[Shard], aliases: Iterable[tuple[str, str]] = ()) -> Layout:
-        """The layout of these shards, tensors in the order they first appear.
+        """Make the layout of these shards, with tensors in the order of their first shards.
 
-        Raises `SourceError` naming the tensor.
+        Raises `SourceError` naming the tensor that is wrong.
         """
         held = list(shards)
         index: dict[str, int] = {}
@@ -111,7 +111,7 @@ class Layout:
         return cls(table, tensor, offset, shape)
 
     def shard(self, i: int) -> Shard:
-        """Shard `i` as an object of its own."""
+        """Return shard `i` as an object."""
         at = int(self.tensor[i])
         shape = self.tensors.shapes[at]
         return Shard(
@@ -151,10 +151,10 @@ class Layout:
 
     @classmethod
     def unpack(cls, data: bytes, tables: dict[bytes, TensorTable] | None = None) -> Layout:
-        """The layout `pack` turned into `data`. Raises `CodecError`.
+        """Restore a layout from its `pack`ed bytes. Raises `CodecError`.
 
-        `tables` holds tables unpacked before, by digest: one found there is used again, a new one is added. The
-        ranks of a trainer usually send the same table, most of the bytes and nearly all of the work.
+        `tables` caches tables by digest: a known table is used again, a new one is added. The ranks of a trainer
+        usually send the same table, which makes up most of the bytes and nearly all of the work.
         """
         raw = unpack(data, PackedLayout)
         table = _known_table(raw.tensors, tables)
@@ -187,7 +187,7 @@ def _known_table(data: bytes, tables: dict[bytes, TensorTable] | None) -> Tensor
 
 
 def _shard_fault(table: TensorTable, tensor: npt.NDArray[np.int32], offset: Ints, shape: Ints) -> str | None:
-    """What is wrong with the shards of a layout, as a sentence; None: nothing."""
+    """Say in a sentence what is wrong with the shards of a layout; None if nothing is."""
     if not len(tensor):
         return None
     if int(tensor.min()) < 0 or int(tensor.max()) >= len(table):

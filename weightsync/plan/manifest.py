@@ -1,9 +1,9 @@
 """What a push consists of: the tensors, what each rank holds of them, and the buckets they travel in.
 
 `TensorTable` says which tensors exist, `Layout` what one rank holds of them, `Manifest` what every reader of a push
-needs. All three are immutable, are told apart by `digest` (16 bytes over everything in them) and travel as one
-MessagePack map of a few binary columns, so that a million shards are a few array copies. `unpack` takes bytes from
-anywhere: it checks all it reads before use and raises only `CodecError`.
+needs. All three are immutable and told apart by `digest` (16 bytes over everything in them). Each travels as one
+MessagePack map of a few binary columns, so that a million shards are a few array copies. `unpack` takes bytes of any
+origin: it checks everything before use and raises only `CodecError`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class PackedManifest(Packed, frozen=True, forbid_unknown_fields=True, kw_only=Tr
     tensors: bytes  # a packed table
     alignment: int
     piece_tensor: bytes  # int32
-    piece_start: bytes  # int64, as all that follow
+    piece_start: bytes  # int64, like all columns below but the last
     piece_count: bytes
     piece_offset: bytes
     bucket_first: bytes
@@ -58,7 +58,7 @@ class Manifest:
 
     A piece is the part of a tensor that lies in one bucket: nearly always the whole tensor, and always both a flat
     range in row-major order and a box. Pieces are in the order of their tensors and cover them; empty tensors have
-    none. Pieces start at multiples of `alignment` bytes in their slot. Constructed directly it trusts its arguments.
+    none. Pieces start at multiples of `alignment` bytes in their slot. The constructor trusts its arguments.
     """
 
     tensors: TensorTable
@@ -68,7 +68,7 @@ class Manifest:
     piece_offset: Ints  # [p] byte in the slot
     bucket_first: Ints  # [b + 1] pieces of bucket i are bucket_first[i]:bucket_first[i + 1], at least one
     bucket_nbytes: Ints  # [b]
-    bucket_owner: npt.NDArray[np.int32]  # [b] index of the bridge in whose slot the bucket is assembled
+    bucket_owner: npt.NDArray[np.int32]  # [b] index of the bridge that assembles the bucket in its slot
     alignment: int
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Manifest:
         return tensors
 
     def cut_tensors(self) -> list[int]:
-        """Those in several pieces: they are larger than a bucket."""
+        """List the tensors in several pieces: they are larger than a bucket."""
         cut: list[int] = np.flatnonzero(np.bincount(self.piece_tensor, minlength=len(self.tensors)) > 1).tolist()
         return cut
 
@@ -162,7 +162,7 @@ class Manifest:
 
     @classmethod
     def unpack(cls, data: bytes) -> Manifest:
-        """The manifest `pack` turned into `data`. Raises `CodecError`."""
+        """Restore a manifest from its `pack`ed bytes. Raises `CodecError`."""
         raw = unpack(data, PackedManifest)
         manifest = cls(
             tensors=TensorTable.unpack(raw.tensors),
@@ -182,7 +182,7 @@ class Manifest:
 
 
 def _manifest_fault(manifest: Manifest) -> str | None:
-    """What is wrong with a manifest whose table is sound, as a sentence; None: nothing."""
+    """Say in a sentence what is wrong with a manifest whose table is sound; None if nothing is."""
     m, p, b = manifest, len(manifest.piece_tensor), len(manifest.bucket_nbytes)
     if not 1 <= m.alignment <= _MAX_ALIGNMENT:
         return f"alignment {m.alignment} is not between 1 and {_MAX_ALIGNMENT}"
@@ -191,7 +191,7 @@ def _manifest_fault(manifest: Manifest) -> str | None:
     if not len(m.piece_start) == len(m.piece_count) == len(m.piece_offset) == p or len(m.bucket_owner) != b:
         return "a manifest's columns have different lengths"
     first = m.bucket_first
-    in_range = bool(((first >= 0) & (first <= p)).all())  # else differences could wrap
+    in_range = bool(((first >= 0) & (first <= p)).all())  # otherwise `np.diff` could wrap around
     if len(first) != b + 1 or first[0] != 0 or first[-1] != p or not in_range or not (np.diff(first) > 0).all():
         return "buckets do not share out the pieces in order, at least one each"
     if not p:

@@ -1,4 +1,4 @@
-"""The layouts of all ranks, put together: one table of tensors in canonical order, and who holds which box of them."""
+"""Merges the layouts of all ranks: one table of tensors in canonical order, and which rank holds which box."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["Holdings", "merge_layouts"]
 
 @dataclass(frozen=True)
 class Holdings:
-    """The shards of all ranks that have at least one element, rank by rank in the order of their layouts."""
+    """The non-empty shards of all ranks, rank by rank in the order of their layouts."""
 
     tensors: TensorTable  # canonical order
     group_first: Ints  # [g] tensor at which each fused group begins
@@ -34,7 +34,10 @@ class Holdings:
 
 
 def merge_layouts(layouts: Sequence[Layout]) -> Holdings:
-    """Merge them. Raises `PushRefused` naming the first tensor (in natural order) about which two ranks disagree."""
+    """Merge the layouts of all ranks.
+
+    Raises `PushRefused` naming the first tensor (in natural order) about which two ranks disagree.
+    """
     table, maps, begins = _union(layouts)
     shards, tensors, offsets, shapes = [], [], [], []
     for layout, to_union in zip(layouts, maps, strict=True):
@@ -57,7 +60,7 @@ def merge_layouts(layouts: Sequence[Layout]) -> Holdings:
 
 
 def _union(layouts: Sequence[Layout]) -> tuple[TensorTable, list[npt.NDArray[np.int32]], Ints]:
-    """The merged table, for each layout where its tensors are in it, and where fused groups begin."""
+    """Return the merged table, the positions in it of each layout's tensors, and where fused groups begin."""
     first_rank: dict[bytes, int] = {}  # by the table's digest
     index: dict[str, int] = {}
     dtypes: list[str] = []
@@ -70,7 +73,7 @@ def _union(layouts: Sequence[Layout]) -> tuple[TensorTable, list[npt.NDArray[np.
         if table.digest in positions:
             continue
         first_rank[table.digest] = rank
-        if not index:  # the first is usually the only one
+        if not index:  # the first table is usually the only one
             index, dtypes, shapes = dict(table.index), list(table.dtypes), list(table.shapes)
             owners = [rank] * len(index)
             positions[table.digest] = np.arange(len(index), dtype=np.int32)
@@ -122,7 +125,7 @@ _TIED_HINT = (
 
 
 def _aliases(layouts: Sequence[Layout], first_rank: dict[bytes, int]) -> dict[str, tuple[str, int]]:
-    """Every rank's aliases together: what each is another name of, and the first rank that says so."""
+    """Merge every rank's aliases: for each, the name that it stands for, and the first rank that says so."""
     merged: dict[str, tuple[str, int]] = {}
     for rank in first_rank.values():
         for other, name in layouts[rank].tensors.aliases:
@@ -137,9 +140,10 @@ def _aliases(layouts: Sequence[Layout], first_rank: dict[bytes, int]) -> dict[st
 
 
 def _check_hidden(layouts: Sequence[Layout], names: list[str], aliases: dict[str, tuple[str, int]]) -> None:
-    """Raise `PushRefused` where a rank holds bytes of a tensor that is an alias on another.
+    """Raise `PushRefused` if a rank holds bytes of a tensor that is an alias on another rank.
 
-    A rank that holds no byte of tied tensors cannot always see that they are tied; then the alias stands.
+    A rank that holds no byte of tied tensors cannot always see that they are tied, and may list them apart. The alias
+    then stands.
     """
     for name in sorted(names, key=natural_key):
         tied, alias_rank = aliases[name]

@@ -1,4 +1,4 @@
-"""Columns and small maps as MessagePack bytes, and back from bytes of unknown origin. Raises only `CodecError`."""
+"""Packs columns and small maps as MessagePack bytes, and unpacks bytes of any origin. Raises only `CodecError`."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ class Packed(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tr
 
 
 def pack(raw: Packed) -> bytes:
-    """The struct as one MessagePack map."""
+    """Encode the struct as one MessagePack map."""
     return msgspec.msgpack.encode(raw)
 
 
 def unpack(data: bytes, kind: type[_Raw]) -> _Raw:
-    """The struct of this `kind` in `data`, its columns not yet looked at. Raises `CodecError`."""
+    """Decode a struct of this `kind`, without checking its columns. Raises `CodecError`."""
     try:
         raw = msgspec.msgpack.decode(data, type=kind)
     except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -47,7 +47,7 @@ def unpack(data: bytes, kind: type[_Raw]) -> _Raw:
 
 
 def column(data: bytes, dtype: str, name: str) -> Ints:
-    """A column of little-endian integers as int64. Raises `CodecError` when it holds no whole number of them."""
+    """Decode a column of little-endian integers as int64. Raises `CodecError` if the last integer is cut short."""
     kind = np.dtype(dtype)
     if len(data) % kind.itemsize:
         raise CodecError(f"column {name} has {len(data)} bytes, not a multiple of {kind.itemsize}")

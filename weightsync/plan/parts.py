@@ -1,4 +1,4 @@
-"""What one rank writes where: its shards, cut at the edges of pieces."""
+"""The parts that one rank writes: its shards, cut at the edges of pieces."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Overlaps", "Part", "overlaps", "parts_by_bucket"]
 class Part(NamedTuple):
     """The box `shape` at `src_offset` in the local shard goes to `dst_offset` in the piece's box; all in elements.
 
-    In the global tensor it lies at the shard's offset plus `src_offset`.
+    In the global tensor the box lies at the shard's offset plus `src_offset`.
     """
 
     shard: int  # index in the rank's layout
@@ -32,7 +32,7 @@ class Part(NamedTuple):
 
 
 class Overlaps(NamedTuple):
-    """Where boxes meet pieces: row `box` of the boxes meets `piece` in the global box `offset`, `shape`."""
+    """Where boxes meet pieces: row `box` of the boxes meets `piece` in the box `shape` at `offset` of the tensor."""
 
     box: Ints  # [m]
     piece: Ints  # [m]
@@ -41,10 +41,10 @@ class Overlaps(NamedTuple):
 
 
 def overlaps(manifest: Manifest, tensor: npt.NDArray[np.int32], offset: Ints, shape: Ints) -> Overlaps:
-    """Where these boxes [n, width] of tensors of the manifest, none of them empty, meet its pieces, by `box`."""
+    """Intersect these non-empty boxes [n, width] of the manifest's tensors with its pieces; in the order of boxes."""
     table = manifest.tensors
-    # Pieces are in order of tensor and start, so they are in order in one line of all elements of all tensors; a box
-    # can only meet those between the ones of its first and its last element.
+    # If all elements of all tensors are numbered in one line, pieces ascend along it. So a box can only meet the pieces
+    # from that of its first element to that of its last.
     line = np.cumsum(table.numels) - table.numels
     pieces = line[manifest.piece_tensor] + manifest.piece_start
     strides = row_strides(table.dims)[tensor]
@@ -62,10 +62,10 @@ def overlaps(manifest: Manifest, tensor: npt.NDArray[np.int32], offset: Ints, sh
 
 
 def parts_by_bucket(manifest: Manifest, layout: Layout, fills: npt.NDArray[np.int32]) -> tuple[tuple[Part, ...], ...]:
-    """The parts that the rank of `layout` writes, per bucket, in order of piece and shard.
+    """List, for each bucket, the parts that the rank of `layout` writes, in order of piece and shard.
 
-    `fills` are the shards that this rank writes, as in `Plan.fills`. The result follows from the arguments alone.
-    Raises `RemoteProtocolError` when manifest or fills do not belong to this layout: both may have come over the wire.
+    `fills` are the shards that this rank writes, as in `Plan.fills`. The result depends on the arguments alone. Raises
+    `RemoteProtocolError` if manifest or fills do not belong to this layout: both may have come over the wire.
     """
     if len(fills) and (int(fills.min()) < 0 or int(fills.max()) >= len(layout)):
         raise RemoteProtocolError(f"a plan fills from shards that this rank, which holds {len(layout)}, does not have")
@@ -92,10 +92,11 @@ def parts_by_bucket(manifest: Manifest, layout: Layout, fills: npt.NDArray[np.in
 
 
 def _places(manifest: Manifest, layout: Layout, fills: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Index in the manifest of the tensor of each of these shards."""
+    """Return, for each of these shards, the index of its tensor in the manifest."""
     table, own = manifest.tensors, layout.tensors
     places = np.zeros(len(own), dtype=np.int32)
-    # Only of tensors that are filled from: one of which no rank holds a byte but as an alias is not in the manifest.
+    # Only tensors with shards to fill: if this rank holds no byte of a tensor, and another rank lists it as an alias,
+    # the manifest lacks it.
     for i in np.unique(layout.tensor[fills]).tolist():
         at = table.index.get(own.names[i])
         if at is None or table.dtypes[at] != own.dtypes[i] or table.shapes[at] != own.shapes[i]:

@@ -1,4 +1,4 @@
-"""What an engine's rank holds of the tensors of a manifest: boxes, as it tells them to the daemon."""
+"""The boxes that an engine rank holds of a manifest's tensors, as it reports them to the daemon."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["ResidentBoxes"]
 
 class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     tensor: bytes  # int32, all columns little-endian
-    offset: bytes  # int64, rows of as many dimensions as the widest tensor has
+    offset: bytes  # int64, rows as wide as the widest tensor
     shape: bytes  # int64
     unseen: bytes = b""  # int32
 
@@ -32,8 +32,8 @@ class PackedResidents(Packed, frozen=True, forbid_unknown_fields=True, kw_only=T
 class ResidentBoxes:
     """Where the residents of one engine rank lie in the tensors of a manifest, in the order of their fingerprints.
 
-    D is the `width` of the manifest's tensors; unused dimensions have offset 0 and shape 1. Constructed directly it
-    trusts its arguments.
+    D is the `width` of the manifest's tensors; unused dimensions have offset 0 and shape 1. The constructor trusts its
+    arguments.
     """
 
     tensor: npt.NDArray[np.int32]  # [n] index of the tensor in the manifest
@@ -52,7 +52,7 @@ class ResidentBoxes:
         *,
         unseen: Iterable[int] = (),
     ) -> ResidentBoxes:
-        """These boxes, each a tensor's index, an offset and a shape."""
+        """Take these boxes, each a tensor's index, an offset and a shape; `width` is D."""
         return cls(
             np.array([tensor for tensor, _, _ in boxes], dtype=np.int32),
             pad_shapes([offset for _, offset, _ in boxes], width, 0),
@@ -61,7 +61,7 @@ class ResidentBoxes:
         )
 
     def pack(self) -> bytes:
-        """As bytes, for `unpack`."""
+        """These boxes as bytes, for `unpack`."""
         return pack(
             PackedResidents(
                 format=FORMAT,
@@ -74,7 +74,7 @@ class ResidentBoxes:
 
     @classmethod
     def unpack(cls, data: bytes, tensors: TensorTable) -> ResidentBoxes:
-        """What `pack` turned into `data`, of a manifest of these tensors. Raises `CodecError`."""
+        """Restore boxes of these tensors of a manifest from their `pack`ed bytes. Raises `CodecError`."""
         raw = unpack(data, PackedResidents)
         tensor = column(raw.tensor, "<i4", "tensor")
         offset, shape = column(raw.offset, "<i8", "offset"), column(raw.shape, "<i8", "shape")

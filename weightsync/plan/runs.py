@@ -1,7 +1,7 @@
-"""Which bytes of each bucket the ranks of each node write, where a trainer's ranks are on several nodes.
+"""Which bytes of each bucket the ranks of each node write, if a trainer's ranks are on several nodes.
 
 A *run* is a stretch of bytes of a slot. The bridges of the nodes give one another their runs of a bucket; afterwards
-each has it whole.
+each bridge has the whole bucket.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["shares_by_bucket"]
 
 
 def shares_by_bucket(manifest: Manifest, met: Overlaps, node: Ints) -> tuple[tuple[Share, ...], ...]:
-    """Per bucket, by node, the runs of what is written of it: `met` are the boxes cut at pieces, `node` [m] whose each
-    is.
+    """List, for each bucket, the runs that each node writes.
 
-    Padding between two runs of one node is taken for its own: a longer run is cheaper than two.
+    `met` are the boxes cut at pieces, and `node` [m] is the node that writes each. Padding between two runs of one node
+    is joined to them, because one longer run is cheaper than two.
     """
     boxes = _united(met, node)
     start, length, of_box = _in_elements(manifest, boxes)
@@ -58,7 +58,7 @@ class _Boxes(NamedTuple):
 
 
 def _united(met: Overlaps, node: Ints) -> _Boxes:
-    """One box for all that a node writes of a piece, where that is a box, as the rows of several FSDP ranks are."""
+    """Join all boxes that a node writes of a piece if they make up one box, as the rows of several FSDP ranks do."""
     order = np.lexsort((node, met.piece))
     piece, node, offset, shape = met.piece[order], node[order], met.offset[order], met.shape[order]
     if not len(piece):
@@ -68,7 +68,7 @@ def _united(met: Overlaps, node: Ints) -> _Boxes:
     low = np.minimum.reduceat(offset, first)
     high = np.maximum.reduceat(offset + shape, first)
     elements = np.add.reduceat(shape.prod(axis=1), first)
-    is_box = (high - low).prod(axis=1) == elements  # boxes of one piece do not overlap
+    is_box = (high - low).prod(axis=1) == elements  # enough, because boxes of one piece do not overlap
     apart = ~is_box[np.cumsum(changes) - 1]
     return _Boxes(
         np.concatenate([piece[first][is_box], piece[apart]]),
@@ -79,7 +79,7 @@ def _united(met: Overlaps, node: Ints) -> _Boxes:
 
 
 def _in_elements(manifest: Manifest, boxes: _Boxes) -> tuple[Ints, Ints, Ints]:
-    """Every contiguous run of each box: its start in the piece, its length, and of which box it is."""
+    """List the contiguous runs of all boxes: each one's start in the piece, its length and its box, in elements."""
     piece_offset, piece_shape = manifest.piece_boxes
     width = max(1, manifest.tensors.width)  # 0 where all tensors are scalars
     dims = padded_width(piece_shape[boxes.piece], width, 1)
@@ -87,7 +87,7 @@ def _in_elements(manifest: Manifest, boxes: _Boxes) -> tuple[Ints, Ints, Ints]:
     shape = padded_width(boxes.shape, width, 1)
     strides = row_strides(dims)
     whole = shape == dims
-    # the outermost dimension from which on a box is contiguous: all those after it are taken whole
+    # `last` is the outermost dimension from which on a box is contiguous: it takes all later dimensions whole
     after = np.ones_like(whole)
     for d in range(width - 2, -1, -1):
         after[:, d] = after[:, d + 1] & whole[:, d + 1]

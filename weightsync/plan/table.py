@@ -24,7 +24,7 @@ __all__ = ["MAX_NAME_BYTES", "MAX_NDIM", "MAX_TENSORS", "MAX_TOTAL_BYTES", "Tens
 MAX_TENSORS = 1 << 21  # about ten times the largest model known: 60 layers of 384 experts with scales
 MAX_NAME_BYTES = 512
 MAX_NDIM = 16  # torch's own kernels stop at 25 dimensions; weights have at most 5
-MAX_TOTAL_BYTES = 1 << 61  # sums and products stay clear of int64's end, floats' rounding included
+MAX_TOTAL_BYTES = 1 << 61  # sums and products stay clear of int64's end, even with the rounding of floats
 
 _CODES = {name: dtype.code for name, dtype in BY_NAME.items()}
 _NAMES = {code: dtype.name for code, dtype in BY_CODE.items()}
@@ -37,16 +37,16 @@ class PackedTable(Packed, frozen=True, forbid_unknown_fields=True, kw_only=True)
     names: bytes  # utf-8, NUL between names
     dtypes: bytes  # one code each
     ndims: bytes  # uint8 each
-    dims: bytes  # int64 little-endian, the tensors' own dimensions one after the other
+    dims: bytes  # int64 little-endian, each tensor's own dimensions, one tensor after the other
     alias_names: bytes  # utf-8, NUL between names
     alias_of: bytes  # int32 little-endian, index into names
 
 
 @dataclass(frozen=True, eq=False)
 class TensorTable:
-    """The tensors that exist: names, element types, global shapes; and further names of tied ones, which are sent once.
+    """The tensors that exist: names, element types, global shapes. Aliases are further names of tied tensors.
 
-    Constructed directly it trusts its arguments; `unpack` and `Layout.of` check them.
+    Tied tensors are sent once. The constructor trusts its arguments; `unpack` and `Layout.of` check them.
     """
 
     names: tuple[str, ...]
@@ -75,7 +75,7 @@ class TensorTable:
 
     @property
     def width(self) -> int:
-        """The most dimensions any of the tensors has."""
+        """The largest number of dimensions of any tensor."""
         return int(self.ndims.max(initial=0))
 
     @cached_property
@@ -112,7 +112,7 @@ class TensorTable:
         return int(self.sizes[i])
 
     def reordered(self, order: Ints, aliases: tuple[tuple[str, str], ...]) -> TensorTable:
-        """A table of the tensors at these positions, in this order, with other aliases."""
+        """Return a table of the tensors at these positions, in this order, with these aliases."""
         places = order.tolist()
         table = TensorTable(
             names=tuple(map(self.names.__getitem__, places)),
@@ -151,7 +151,7 @@ class TensorTable:
 
     @classmethod
     def unpack(cls, data: bytes) -> TensorTable:
-        """The table `pack` turned into `data`. Raises `CodecError`."""
+        """Restore a table from its `pack`ed bytes. Raises `CodecError`."""
         raw = unpack(data, PackedTable)
         names = _split_names(raw.names, "tensor")
         codes = np.frombuffer(raw.dtypes, dtype=np.uint8)
@@ -178,13 +178,13 @@ class TensorTable:
             shapes=tuple(as_tuples(dims, ndims)),
             aliases=tuple((other, names[at]) for other, at in zip(others, targets.tolist(), strict=True)),
         )
-        # What is known already need not be worked out again; the packed bytes are kept, for digests are of them.
+        # Fill the caches with the values at hand. The packed bytes are kept because the digest is computed from them.
         table.__dict__.update(_packed=data, _codes=raw.dtypes, dims=frozen(dims), ndims=frozen(ndims.copy()))
         return table
 
 
 def check_local_table(table: TensorTable) -> None:
-    """Raise `SourceError` where this side's own table breaks a rule that readers will check."""
+    """Raise `SourceError` if this rank's own table breaks a rule that readers will check."""
     if len(table) > MAX_TENSORS:
         raise SourceError(f"{len(table)} tensors, more than {MAX_TENSORS}")
     for name in (*table.names, *(other for other, _ in table.aliases)):
@@ -224,7 +224,7 @@ def _split_names(data: bytes, what: str) -> list[str]:
 
 
 def _table_fault(names: Sequence[str], others: Sequence[str], targets: Ints, dims: Ints, itemsizes: Ints) -> str | None:
-    """What is wrong with a table whose columns have matching lengths, as a sentence; None: nothing."""
+    """Say in a sentence what is wrong with a table whose columns match in length; None if nothing is."""
     every = set(names)
     every.update(others)
     if len(every) != len(names) + len(others):
@@ -236,7 +236,7 @@ def _table_fault(names: Sequence[str], others: Sequence[str], targets: Ints, dim
         return None
     if (dims < 0).any():
         return f"tensor {names[int(np.argmax((dims < 0).any(axis=1)))]!r} has a negative dimension"
-    # Zeros count as ones: strides of an empty tensor are worked out too.
+    # Zeros count as ones: strides are worked out for empty tensors, too, and must not overflow.
     with np.errstate(over="ignore"):
         sizes = np.maximum(dims, 1).astype(np.float64).prod(axis=1) * itemsizes
         total = float(sizes.sum())

@@ -1,9 +1,8 @@
-"""What an engine's workers, or a bridge, have seen: manifests, and what trainers expose. Each is told whole once, and
-by its digest from then on.
+"""Manifests and exposures that an engine's workers, or a bridge, have seen: told whole once, then by their digest.
 
 The manifest of 19,000 tensors has 1.8 MB, which an HTTP server, its engine and each worker pass on as text. A worker
-remembers more than a daemon believes it does, since several may speak to it; where it does not know a digest after all,
-a push fails and the next tells the whole.
+remembers more than each daemon believes it does, because several daemons may speak to it. If it does not know a digest
+after all, the push fails and the next one tells everything whole.
 """
 
 from __future__ import annotations
@@ -23,33 +22,34 @@ if TYPE_CHECKING:
 
 __all__ = ["SeenExposures", "SeenManifests", "ToldExposures", "ToldManifests"]
 
-_SEVERAL = 4  # daemons, or entries of an engine in one, that may speak to the same workers
+_SEVERAL = 4  # daemons, or entries for an engine within one daemon, that may speak to the same workers
 
 
 class _Packs(Protocol):
-    """What is told."""
+    """An object that can be told."""
 
     @property
     def digest(self) -> bytes:
-        """16 bytes."""
+        """16 bytes that tell it from any other."""
 
     def pack(self) -> bytes:
-        """The whole."""
+        """The whole object as bytes."""
 
 
 T = TypeVar("T", bound=_Packs)
 
 
 class _Seen(Generic[T]):
-    """In a worker."""
+    """What a worker or a bridge remembers of the objects that it was told: the latest `most`."""
 
     def __init__(self, what: str, unpack: Callable[[bytes], T], most: int) -> None:
         self._what, self._unpack, self._most = what, unpack, most
         self._kept: dict[bytes, T] = {}  # by digest, the latest last
 
     def of(self, told: bytes) -> T:
-        """What was told, whole or by its digest. Raises `CodecError`, or `LocalProtocolError` for a digest that says
-        nothing here.
+        """Return the object that was told, whole or by its digest.
+
+        Raises `CodecError`, or `LocalProtocolError` for a digest that is not known here.
         """
         if len(told) == DIGEST_BYTES:
             found = self._kept.get(told)
@@ -65,38 +65,38 @@ class _Seen(Generic[T]):
 
 
 class SeenManifests(_Seen[Manifest]):
-    """In a worker, or a bridge, which one daemon alone speaks to."""
+    """The manifests that a worker, or a bridge, has seen. A bridge needs only `LAYOUTS`: one daemon speaks to it."""
 
     def __init__(self, most: int = LAYOUTS * _SEVERAL) -> None:
         super().__init__("manifest", Manifest.unpack, most)
 
 
 class SeenExposures(_Seen[Exposures]):
-    """Likewise."""
+    """The exposures that a worker, or a bridge, has seen; see `SeenManifests`."""
 
     def __init__(self, most: int = LAYOUTS * _SEVERAL) -> None:
         super().__init__("exposure", Exposures.unpack, most)
 
 
 class _Told(Generic[T]):
-    """In the daemon, of the workers of one engine, or of one bridge."""
+    """What a daemon has told the workers of one engine, or one bridge."""
 
     def __init__(self) -> None:
         self._told: dict[bytes, T] = {}
 
     def tell(self, one: T) -> bytes:
-        """What to tell the workers so that they know it."""
+        """Return the bytes to send: the digest if the workers have been told this object, else the whole."""
         told = one.digest in self._told
         _note(self._told, one, LAYOUTS)
         return one.digest if told else one.pack()
 
     def forget(self) -> None:
-        """Nobody knows what the workers remember."""
+        """Tell each object whole the next time, because it is not known what the workers remember."""
         self._told.clear()
 
     @contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """For what is told inside."""
+        """Forget everything if the body, which sends what was told, fails."""
         try:
             yield
         except BaseException:

@@ -1,4 +1,4 @@
-"""Where weights come from: what the ranks of a trainer hold, as a plan wants to know it and as slots want it copied.
+"""Sources of weights: they describe what a trainer's ranks hold, and copy it into slots.
 
     source = source_of(model)           # or a mapping, pairs of (name, tensor), or CheckpointSource("/path")
     source = source_of(model, dtype="bfloat16")
@@ -53,11 +53,11 @@ _LAZY = {
 def source_of(
     weights: object, dtype: Any = None, *, only: Only = None, rename: Rename = None, buffers: bool = False
 ) -> Source:
-    """The source for whatever `push_weights` was given: of the tensors that `only` chooses, under the names that
-    `rename` gives them, with what is floating-point as `dtype`; each if it is given.
+    """Return the source for the weights that `push_weights` was given.
 
-    A module or tensors that look as some did lately are not described again. Raises `SourceError` for what is none of
-    what `push_weights` accepts.
+    If given, `only` chooses tensors, `rename` gives them other names, and `dtype` converts floating-point tensors. A
+    module or tensors that look like recent ones are not described again. Raises `SourceError` for weights that
+    `push_weights` does not accept.
     """
     source = _source_of(weights, buffers)
     if only is not None or rename is not None:
@@ -72,7 +72,7 @@ def source_of(
 
 
 def _source_of(weights: object, buffers: bool) -> Source:
-    torch = sys.modules.get("torch")  # whoever has a module or tensors has imported it
+    torch = sys.modules.get("torch")  # a caller with a module or tensors has imported it
     if torch is not None and isinstance(weights, torch.nn.Module):
         return _source_of_module(weights, buffers)
     if buffers:

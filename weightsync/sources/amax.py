@@ -1,8 +1,8 @@
-"""Greatest magnitudes of blocks that several ranks have a part of: the collective of `Fp8(all_reduce=True)`.
+"""The collective of `Fp8(all_reduce=True)`: greatest magnitudes of blocks that several ranks hold parts of.
 
-Ranks may know different tensors (stages of a pipeline, FSDP1), so they first see whether they know the same ones and,
-where not, give each other their tables. Then only tensors are reduced of which some rank has part of a block. A rank
-that has failed before takes part as well and gives its reason instead of a table: all raise then, and none waits.
+Ranks may know different tensors (stages of a pipeline, FSDP1). So they first compare their tables, and exchange them if
+they differ. Then they reduce only tensors of which some rank has part of a block. A rank that has failed before takes
+part as well and gives its reason instead of a table: then all ranks raise, and none waits.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ __all__ = ["reduce_amax"]
 def reduce_amax(
     amax: Mapping[str, torch.Tensor], shared: Collection[str], group: Any, failure: Exception | None = None
 ) -> None:
-    """Raise each rank's `amax`, by tensor, to the greatest of all ranks of `group` for the same tensor.
+    """Raise each tensor's `amax` on this rank to the greatest of all ranks of `group`.
 
-    `shared` are tensors of which this rank has part of a block; the others' are reduced if they are shared anywhere.
-    What is not finite becomes an infinity. Every rank of the group calls it; waits as long as the group's collectives
-    do. Raises `SourceError` where ranks do not mean the same by a name.
+    `shared` are tensors of which this rank has part of a block. A tensor is reduced on all ranks if it is shared on
+    any; values of it that are not finite become infinity. Every rank of the group must call this. It waits as long as
+    the group's collectives do. Raises `SourceError` if ranks disagree about the blocks of a tensor.
 
-    `failure` is why this rank has no `amax` to give. Raised here; on the others `PushAborted` that names this rank.
+    `failure` is the reason why this rank has no `amax`. It is raised here; the other ranks raise `PushAborted`, which
+    names this rank.
     """
     from torch import distributed as dist
 
-    # By name: a trainer may have made GPUs torch's default device.
+    # Tensors below name their device, because a trainer may have made a GPU torch's default device.
     device = torch.device("cpu" if "cpu:" in dist.get_backend_config(group) else f"cuda:{torch.cuda.current_device()}")
     names = sorted(amax)
     mine = TensorTable(tuple(names), ("float32",) * len(names), tuple([tuple(amax[name].shape) for name in names]))
@@ -49,7 +50,7 @@ def reduce_amax(
     flat = torch.zeros(sum(counts), dtype=torch.float32, device=device)
     parts = dict(zip(reduced, torch.split(flat, counts), strict=True))
     for name in parts.keys() & amax.keys():
-        # How a reduction compares a NaN is the backend's affair.
+        # Not as NaN: how a reduction compares one is up to the backend.
         parts[name].copy_(amax[name].flatten().nan_to_num(nan=torch.inf, posinf=torch.inf))
     dist.all_reduce(flat, dist.ReduceOp.MAX, group=group)
     for name in parts.keys() & amax.keys():
@@ -57,7 +58,7 @@ def reduce_amax(
 
 
 def _gathered(mine: TensorTable, failure: Exception | None, device: torch.device, group: Any) -> list[bytes]:
-    """Every rank's table, packed; one for all where they are the same. Raises `failure`, or another rank's."""
+    """Return every rank's packed table, or only one if all are the same. Raises `failure`, or another rank's."""
     from torch import distributed as dist
 
     packed = mine.pack() if failure is None else msgspec.msgpack.encode(_record(failure))
@@ -66,7 +67,7 @@ def _gathered(mine: TensorTable, failure: Exception | None, device: torch.device
     failed = [rank for rank, one in enumerate(told) if one[0]]
     if not failed and len(set(told)) == 1:
         return [packed]
-    # After a failure there may be little memory: the others' tables, which may be long, are no use any more.
+    # After a failure only reasons are gathered: tables are of no use any more, may be long, and memory may be short.
     lengths = [int.from_bytes(one[17:], "little") if one[0] or not failed else 0 for one in told]
     given = _all_gather(packed[: lengths[dist.get_rank(group)]], lengths, device, group)
     if failure is not None:
@@ -77,7 +78,7 @@ def _gathered(mine: TensorTable, failure: Exception | None, device: torch.device
 
 
 def _all_gather(mine: bytes, lengths: list[int], device: torch.device, group: Any) -> list[bytes]:
-    """What each rank gives, of the lengths that all know."""
+    """Gather each rank's bytes; all ranks know all lengths."""
     from torch import distributed as dist
 
     room = torch.zeros(max(lengths), dtype=torch.uint8, device=device)
@@ -93,13 +94,13 @@ def _record(failure: Exception) -> ErrorRecord:
 
 
 def _aborted(failed: list[int], why: ErrorRecord) -> PushAborted:
-    """What ranks that have not failed raise: as the daemon says it of the first that has."""
+    """Return the error that ranks raise if others have failed. It is worded as the daemon's, for the first of these."""
     more = f" (and {len(failed) - 1} more ranks)" if len(failed) > 1 else ""
     return PushAborted(f"trainer rank {failed[0]} failed: {why.message}{more}", rank=failed[0], hint=why.hint)
 
 
 def _union(tables: list[TensorTable]) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, in the order of names."""
+    """Merge tables into shapes by name, in the order of names."""
     shapes: dict[str, tuple[int, ...]] = {}
     for table in tables:
         for name, shape in zip(table.names, table.shapes, strict=True):

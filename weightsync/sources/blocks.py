@@ -1,7 +1,7 @@
-"""The arithmetic of scales: the engines' own, in the same order.
+"""The arithmetic of scales: the engines' own operations, in the same order.
 
 A block's greatest magnitude, `amax`, gives its scale, `amax / 448`; an element becomes `float8(x * (1 / scale))`. All
-is float32 and rounded once, so the bits are the same whichever box of a tensor is computed, and on whichever device.
+is float32 and rounded once, so the bits depend neither on how a tensor is cut into boxes nor on the device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ if TYPE_CHECKING:
 __all__ = ["amax_into", "quantise_into", "rows_at_a_time", "scales_of"]
 
 _LARGEST = 448.0  # of float8_e4m3fn
-_CHUNK = 1 << 22  # elements computed at a time: no more memory than that, in float32
-_LEAST_BLOCK, _LEAST_MATRIX = 1e-4, 1e-12  # what engines take for the amax of what is all but zero
+_CHUNK = 1 << 22  # elements computed at a time, in float32: this bounds the memory taken
+_LEAST_BLOCK, _LEAST_MATRIX = 1e-4, 1e-12  # the least amax that engines assume, of a block and of a whole matrix
 
 
 def amax_into(amax: torch.Tensor, box: torch.Tensor, offset: Sequence[int], grid: Grid, sent: torch.dtype) -> None:
-    """Raise `amax`, float32 of the grid's shape, to the magnitudes in a box at `offset`, as they are when rounded to
-    `sent`. NaN stays NaN.
+    """Raise `amax`, float32 of the grid's shape, to the magnitudes of a box at `offset`, rounded to `sent`.
+
+    NaN stays NaN.
     """
     if not box.numel():
         return
@@ -37,7 +38,7 @@ def amax_into(amax: torch.Tensor, box: torch.Tensor, offset: Sequence[int], grid
     right = count * grid.width - left - box.shape[-1]
     for strip in strips(offset[-2], box.shape[-2], grid.height, rows_at_a_time(box.shape)):
         some = _split(box.narrow(-2, strip.start, strip.blocks * strip.rows), -2, strip.blocks)
-        # Rounding keeps order, so the greatest is rounded alone; and abs() would copy all.
+        # Rounding keeps order, so only the greatest is rounded. abs() would copy everything.
         most = torch.maximum(some.amax(-2), -some.amin(-2)).to(sent).float()
         most = _split(torch.nn.functional.pad(most, (left, right)), -1, count).amax(-1)
         into = held.narrow(-2, strip.block - first, strip.blocks)
@@ -45,8 +46,8 @@ def amax_into(amax: torch.Tensor, box: torch.Tensor, offset: Sequence[int], grid
 
 
 def scales_of(amax: torch.Tensor, grid: Grid, *, ue8m0: bool) -> torch.Tensor:
-    """The scale of each block, by its greatest magnitude."""
-    # By a tensor: a GPU divides by a plain number by multiplying with its reciprocal, which is another scale.
+    """Compute the scale of each block from its greatest magnitude."""
+    # Divide by a tensor: a GPU divides by a plain number by multiplying with its reciprocal, which gives another scale.
     scales = amax.clamp(min=_LEAST_MATRIX if grid.one else _LEAST_BLOCK) / amax.new_tensor(_LARGEST)
     if not ue8m0:
         return scales
@@ -58,9 +59,9 @@ def scales_of(amax: torch.Tensor, grid: Grid, *, ue8m0: bool) -> torch.Tensor:
 def quantise_into(
     out: torch.Tensor, box: torch.Tensor, offset: Sequence[int], grid: Grid, scales: torch.Tensor, sent: torch.dtype
 ) -> None:
-    """Write a box at `offset` into `out`, rounded to `sent` and divided by `scales`, which are of all blocks.
+    """Write a box at `offset` into `out`, rounded to `sent` and divided by its blocks' scales.
 
-    Computed on the GPU of `out`, or else where the box lies.
+    `scales` has those of all blocks. Computed on the GPU of `out`; if `out` is on none, where the box lies.
     """
     if not box.numel():
         return
@@ -79,13 +80,13 @@ def quantise_into(
 
 
 def _split(tensor: torch.Tensor, dim: int, count: int) -> torch.Tensor:
-    """A view in which this dimension is two, of which the first has `count`."""
+    """Return a view with dimension `dim` split in two, the first of length `count`."""
     split: torch.Tensor = tensor.unflatten(dim, (count, tensor.shape[dim] // count))  # type: ignore[no-untyped-call]
     return split
 
 
 def rows_at_a_time(shape: Sequence[int]) -> int:
-    """Of a box of this shape, at least one."""
+    """Return how many rows of a box of this shape are computed at a time, at least one."""
     row = 1
     for length in (*shape[:-2], shape[-1]):
         row *= max(1, length)

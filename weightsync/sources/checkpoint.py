@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint on disk, read box by box as slots want it: memory does not grow with the checkpoint."""
+"""A Hugging Face checkpoint on disk, read box by box as slots need it: memory does not grow with the checkpoint."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CheckpointSource"]
 
-_SCRATCH = 1 << 22  # bytes read at a time where they cannot go straight to where they are wanted
-_DIRECT = 1 << 16  # bytes: runs of at least this are worth a system call each
+_SCRATCH = 1 << 22  # bytes read at a time, if they cannot be read straight into their place
+_DIRECT = 1 << 16  # bytes: if runs start at least this far apart on average, each gets a system call of its own
 
 
 class CheckpointSource:
@@ -30,15 +30,14 @@ class CheckpointSource:
 
     `path` is the directory, or a single `.safetensors` file. Files are opened and their headers checked at once, so
     that a damaged checkpoint is refused before anything is sent. Tensors that `model.safetensors.index.json` does not
-    list are left out.
-    Close it, or use it as a context manager.
+    list are left out. Close the source, or use it as a context manager.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Raises `SourceError` naming file and tensor if the checkpoint is incomplete."""
         self._files: list[int] = []  # descriptors
         self._paths: list[Path] = []
-        self._stored: list[tuple[int, StoredTensor]] = []  # file and place, per shard
+        self._stored: list[tuple[int, StoredTensor]] = []  # by shard: its file, and its place there
         try:
             self._layout = self._open(Path(path))
         except BaseException:
@@ -75,7 +74,7 @@ class CheckpointSource:
         self.close()
 
     def close(self) -> None:
-        """Close the files; reading is over. Closing twice is fine."""
+        """Close the files; nothing can be read afterwards. Closing twice is fine."""
         while self._files:
             os.close(self._files.pop())
 
@@ -86,7 +85,7 @@ class CheckpointSource:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of all tensors."""
+        """The names of all tensors."""
         return self._layout.tensors.names
 
     def layout(self) -> Layout:
@@ -100,7 +99,7 @@ class CheckpointSource:
     def box_bytes(
         self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> npt.NDArray[np.uint8] | None:
-        """None: what was read is best fingerprinted where it was read to."""
+        """None: bytes are best fingerprinted where `read_into` wrote them."""
         return None
 
     def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Weights sent in another element type than the one they are held in: float32 masters as bfloat16, say."""
+"""Weights that are sent in another element type than they are held in, such as float32 masters as bfloat16."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 __all__ = ["ConvertedSource", "converted"]
 
-_SCRATCH = 1 << 22  # bytes read at a time of what lies in no tensor
-# One byte holds no weight without a scale: such tensors are as somebody made them, and nothing is made into one.
+_SCRATCH = 1 << 22  # bytes read at a time of weights that lie in no tensor
+# One byte holds no weight without a scale: tensors of such types stay as they are, and none is converted to one.
 _FLOATING = tuple(name for name, dtype in BY_NAME.items() if "float" in name and dtype.itemsize > 1)
 
 
 def converted(source: Source, dtype: Any) -> Source:
-    """`source`, its floating-point tensors of two bytes and more as `dtype`: a torch.dtype or its name, or None.
+    """Return `source` with its floating-point tensors of two bytes and more as `dtype`: a torch.dtype, or its name.
 
-    The source itself where that changes nothing. Raises `SourceError` for any other dtype.
+    Returns the source itself if `dtype` is None or changes nothing. Raises `SourceError` for any other dtype.
     """
     if dtype is None:
         return source
@@ -43,7 +43,7 @@ def converted(source: Source, dtype: Any) -> Source:
 
 
 class ConvertedSource:
-    """A source with the element types of another layout of the same shards; what is read is converted on its way."""
+    """A source in the element types of another layout of the same shards: boxes are converted as they are read."""
 
     def __init__(self, source: Source, layout: Layout) -> None:
         self._source = source
@@ -57,7 +57,7 @@ class ConvertedSource:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of all tensors, where the source knows them."""
+        """The names of all tensors, if the source knows them."""
         return getattr(self._source, "names", None)
 
     def layout(self) -> Layout:
@@ -71,7 +71,7 @@ class ConvertedSource:
     def box_bytes(
         self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> npt.NDArray[np.uint8] | None:
-        """None where what is sent lies nowhere before it is read."""
+        """The bytes of a box as the source gives them; None for a box that is converted."""
         held, sent = self._dtypes(shard)
         return self._source.box_bytes(shard, src_offset, shape) if held == sent else None
 
@@ -90,7 +90,7 @@ class ConvertedSource:
             out.copy_(narrowed(local.detach(), src_offset, shape))
 
     def _dtypes(self, shard: int) -> tuple[torch.dtype, torch.dtype]:
-        """As which a shard is held, and as which it is sent."""
+        """Return the types in which a shard is held and sent."""
         tensor = int(self._layout.tensor[shard])
         return getattr(torch, self._held[tensor]), getattr(torch, self._layout.tensors.dtypes[tensor])
 
@@ -107,12 +107,12 @@ class ConvertedSource:
             out.copy_(scratch)
 
 
-# A layout packed once is told apart by its digest at no cost: that of every push shall be the same object.
+# Every push should use the same layout object, because a layout is packed once and then keeps its digest.
 _LAYOUTS: WeakKeyDictionary[Layout, dict[str, Layout]] = WeakKeyDictionary()
 
 
 def _layout_as(layout: Layout, dtype: str) -> Layout:
-    """This layout with its floating-point tensors as `dtype`; itself where they are."""
+    """Return this layout with its floating-point tensors as `dtype`; the layout itself if they are so already."""
     known = _LAYOUTS.setdefault(layout, {})
     if dtype not in known:
         table = layout.tensors

@@ -1,10 +1,10 @@
-"""Named tensors put into words, once: what is worked out for them serves again as long as they look the same.
+"""Describes named tensors by a layout. A description is used again as long as tensors look the same.
 
-What is remembered holds no tensor, nor a weak reference to one: `torch.utils.swap_tensors`, by which FSDP2 models move
-between devices, refuses tensors that have any. So tensors are not recognised by who they are but by all that a layout
-depends on, and that is read anew for each push: names and their order, classes, element types, shapes (of DTensors,
-their specs and how much of them lies here), and who shares memory with whom. Where none of it has changed the layout
-has not either, whatever the addresses; where anything has, everything is described anew.
+It holds no tensor, nor a weak reference to one: `torch.utils.swap_tensors`, by which FSDP2 models move between devices,
+refuses tensors with weak references. So tensors are not recognised by identity, but by everything that a layout depends
+on: names and their order, classes, element types, shapes (for DTensors, their specs and how much of them lies here),
+and which tensors share memory. All of this is read anew for each push. If none of it has changed, neither has the
+layout, whatever the addresses. If anything has, everything is described anew.
 """
 
 from __future__ import annotations
@@ -31,25 +31,26 @@ if TYPE_CHECKING:
 __all__ = ["describe", "narrowed", "recall"]
 
 _dtype_of = attrgetter("dtype")
-# What DTensor's public accessors give, but for the view that `to_local` makes of every parameter, which takes 3 µs.
+# Used instead of DTensor's public accessors, because `to_local` makes a view of every parameter, which takes 3 µs.
 _local_of = attrgetter("_local_tensor")
 _spec_of = attrgetter("_spec")
-# Below it hardly any memory lies: what is left of the address of a view whose memory was freed is its offset there.
+# Hardly any memory lies below this address. If a view's memory was freed, its address is only its offset there.
 _LOW = 1 << 32
 
 
 def describe(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple[Layout, list[torch.Tensor]]:
-    """The layout of named tensors and, detached, the memory of each shard. Tied tensors are sent under the first name.
+    """Return the layout of named tensors and the memory of each shard, detached.
 
-    Raises `SourceError` naming the first tensor that cannot be pushed.
+    Tied tensors are sent under the first name. Raises `SourceError` naming the first tensor that cannot be pushed.
     """
     cut, data = _described(names, tensors)
     return cut.layout, cut.shards(data)
 
 
 def recall(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple[Layout, list[torch.Tensor]]:
-    """As `describe`, in a fiftieth of the time where tensors look as some did lately; memory may then be the very
-    tensors, with their gradients.
+    """Do as `describe`, but in a fiftieth of the time if the tensors look like recent ones.
+
+    The memory may then be the tensors themselves, with their gradients.
     """
     for look in _RECENT:
         data = look.data(names, tensors)
@@ -68,12 +69,12 @@ class _Cut:
     """How s shards are cut from n tensors. "Data" is what this rank has of a tensor: all of it, or its local part."""
 
     layout: Layout
-    tensors: tuple[int, ...]  # [s] in whose data the shard lies
-    parts: dict[int, Box]  # of shards that are empty, or not all of that data
-    ties: dict[int, int]  # tensors that are the same as an earlier one, and which
+    tensors: tuple[int, ...]  # [s] the tensor that the shard is cut from
+    parts: dict[int, Box]  # by shard that is empty, or only a part of the tensor's data
+    ties: dict[int, int]  # by tensor that is the same as an earlier one: the earlier one
 
     def shards(self, data: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The memory of each shard, of the shard's shape."""
+        """Return the memory of each shard, in the shard's shape."""
         shards = [data[i] for i in self.tensors]
         for i, box in self.parts.items():
             shards[i] = shards[i].new_empty(box.shape) if 0 in box.shape else narrowed(shards[i], box.start, box.shape)
@@ -82,22 +83,22 @@ class _Cut:
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """All that `cut` depends on, of n tensors."""
+    """Everything about n tensors that `cut` depends on."""
 
     cut: _Cut
     names: tuple[str, ...]
     kinds: list[type]  # [n] classes of the tensors
-    sharded: tuple[int, ...]  # which are DTensors
-    specs: list[Any]  # of those
-    data_kinds: list[type]  # [n] classes of their data
+    sharded: tuple[int, ...]  # the DTensors
+    specs: list[Any]  # of the DTensors
+    data_kinds: list[type]  # [n] classes of the tensors' data
     dtypes: list[torch.dtype]  # [n]
-    counts: list[int]  # [n] of elements of the data
-    sizes: dict[int, torch.Size]  # of those that are no DTensors; the others' specs say what each rank holds
-    shared: tuple[int, ...]  # whose data begins where another's does, or nowhere
-    views: tuple[int, ...]  # that are no parameters, and so may be any view
+    counts: list[int]  # [n] elements of the data
+    sizes: dict[int, torch.Size]  # by tensor that is no DTensor; a DTensor's spec says what each rank holds
+    shared: tuple[int, ...]  # tensors whose data has the address of another's, or none
+    views: tuple[int, ...]  # tensors that are neither DTensors nor parameters, and so may be any view
 
     def data(self, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor] | None:
-        """The data of these tensors; None where they do not look like this."""
+        """Return the data of these tensors; None if they look different."""
         if names != self.names or list(map(type, tensors)) != self.kinds:
             return None
         if not _same_specs(_specs_of(tensors, self.sharded), self.specs):
@@ -109,7 +110,7 @@ class _Look:
             return None
         try:
             pointers = list(map(torch.Tensor.data_ptr, data))
-        except RuntimeError:  # sparse by now: describing them says which
+        except RuntimeError:  # one is sparse by now; describing the tensors names it
             return None
         if list(map(torch.Tensor.numel, data)) != self.counts:
             return None
@@ -123,9 +124,9 @@ class _Look:
         return data if self._as_tied(tensors, data, pointers) else None
 
     def _as_tied(self, tensors: Sequence[torch.Tensor], data: Sequence[torch.Tensor], pointers: list[int]) -> bool:
-        """Whether those tensors are tied that were.
+        """Whether the same tensors are tied as before.
 
-        Those outside `shared` are not, if there are as many addresses beside the shared ones as there are of them.
+        The tensors outside `shared` are not tied if they have as many different addresses, none of them shared.
         """
         addresses = set(pointers)
         shared = {pointers[i] for i in self.shared}
@@ -138,7 +139,7 @@ _RECENT: Recent[_Look] = Recent()
 
 
 def _described(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple[_Cut, list[torch.Tensor]]:
-    """How shards are cut from these tensors, and the tensors' data, detached."""
+    """Work out how shards are cut from these tensors. Also returns the tensors' data, detached."""
     data: list[torch.Tensor] = []
     boxes: list[list[Box]] = []
     seen: set[str] = set()
@@ -169,13 +170,13 @@ def _described(names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> tuple
 
 
 def _look(names: tuple[str, ...], tensors: Sequence[torch.Tensor], cut: _Cut) -> _Look | None:
-    """What these tensors, from which shards are cut so, look like; None where a look would not do to know them by."""
+    """Return the look of these tensors, with their `cut`; None if a look does not suffice to recognise them."""
     sharded = tuple(i for i, tensor in enumerate(tensors) if is_dtensor(tensor))
     if not all(hasattr(tensors[i], "_local_tensor") and hasattr(tensors[i], "_spec") for i in sharded):
         return None
     data, of_mesh = _data_of(tensors, sharded), frozenset(sharded)
     if any(type(held).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__ for held in data):
-        return None  # still being gathered
+        return None  # the data is still being gathered
     shared = _shared([held.data_ptr() for held in data])
     if _ties(shared, tensors, data) != cut.ties:
         return None
@@ -195,7 +196,7 @@ def _look(names: tuple[str, ...], tensors: Sequence[torch.Tensor], cut: _Cut) ->
 
 
 def _data_of(tensors: Sequence[torch.Tensor], sharded: tuple[int, ...]) -> Sequence[torch.Tensor]:
-    """The data of each tensor, given which are DTensors."""
+    """Return the data of each tensor; `sharded` are the DTensors."""
     if not sharded:
         return tensors
     if len(sharded) == len(tensors):
@@ -207,7 +208,7 @@ def _data_of(tensors: Sequence[torch.Tensor], sharded: tuple[int, ...]) -> Seque
 
 
 def _specs_of(tensors: Sequence[torch.Tensor], sharded: tuple[int, ...]) -> list[Any]:
-    """The specs of those that are DTensors."""
+    """Return the specs of the DTensors."""
     return list(map(_spec_of, tensors if len(sharded) == len(tensors) else map(tensors.__getitem__, sharded)))
 
 
@@ -219,18 +220,18 @@ def _same_specs(specs: list[Any], known: list[Any]) -> bool:
 def _same_spec(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    known = a.tensor_meta is not None  # else equal specs leave the global shape open
+    known = a.tensor_meta is not None  # without it, equal specs leave the global shape open
     return bool(known and a == b and a.mesh.get_coordinate() == b.mesh.get_coordinate())
 
 
 def _shared(pointers: list[int]) -> tuple[int, ...]:
-    """Which of these addresses occur several times, or are none."""
+    """Return the indices of addresses that occur several times or are null."""
     counts = Counter(pointers)
     return tuple(i for i, pointer in enumerate(pointers) if not pointer or counts[pointer] > 1)
 
 
 def _ties(shared: Sequence[int], tensors: Sequence[torch.Tensor], data: Sequence[torch.Tensor]) -> dict[int, int]:
-    """Of these tensors, those that are an earlier one, or the same memory seen in the same way; and which that is."""
+    """Map each tensor of `shared` that is an earlier one, or the same memory seen in the same way, to that one."""
     objects: dict[int, int] = {}
     memory: dict[tuple[object, ...], int] = {}
     ties: dict[int, int] = {}
@@ -249,7 +250,7 @@ def _ties(shared: Sequence[int], tensors: Sequence[torch.Tensor], data: Sequence
 
 
 def _memory_key(tensor: torch.Tensor, data: torch.Tensor) -> tuple[object, ...] | None:
-    """What two tensors have in common if and only if they are the same memory seen in the same way; None: no memory."""
+    """Return a key that tensors share if and only if they are the same memory seen in the same way; None: no memory."""
     if not data.numel():
         return None
     key = (data.device, data.data_ptr(), tuple(data.shape), data.stride(), data.dtype, tuple(tensor.shape))
@@ -257,7 +258,7 @@ def _memory_key(tensor: torch.Tensor, data: torch.Tensor) -> tuple[object, ...] 
 
 
 def narrowed(tensor: torch.Tensor, offset: Sequence[int], shape: Sequence[int]) -> torch.Tensor:
-    """The box of this shape at `offset`; `tensor` itself where that is all of it."""
+    """Return a view of the box of this shape at `offset`; `tensor` itself if the box is all of it."""
     for dim, (start, length) in enumerate(zip(offset, shape, strict=True)):
         if length != tensor.shape[dim]:
             tensor = tensor.narrow(dim, start, length)

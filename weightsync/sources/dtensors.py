@@ -1,4 +1,4 @@
-"""Which boxes of a DTensor this rank holds, and where in its local data they are."""
+"""Works out which boxes of a DTensor this rank holds, and where they lie in its local data."""
 
 from __future__ import annotations
 
@@ -27,17 +27,20 @@ class Box(NamedTuple):
 
 
 def is_dtensor(tensor: torch.Tensor) -> TypeGuard[DTensor]:
-    """Whether it is one. Loads no torch.distributed.tensor, which takes a second; who has a DTensor has done so."""
+    """Whether `tensor` is a DTensor.
+
+    Does not import torch.distributed.tensor, which takes a second: a process that has a DTensor has imported it.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
-    """The local data and the boxes in it: one for plain shards, several where strided shards leave gaps.
+    """Return the local data and the boxes in it: one for plain shards, several if strided shards leave gaps.
 
-    Worked out here and not by torch's `compute_local_shape_and_global_offset`, which makes an index tensor as long as
-    the dimension for each parameter and gives the first offset only. What comes out is checked against the local data.
-    Call it without gradients. Raises `SourceError` naming the tensor where its placements do not say what lies where.
+    torch's `compute_local_shape_and_global_offset` is not used: it makes an index tensor as long as the dimension for
+    each parameter, and gives only the first offset. The result is checked against the local data. Call this without
+    gradients. Raises `SourceError` naming the tensor if its placements do not say what lies where.
     """
     coordinate = tensor.device_mesh.get_coordinate()
     local = tensor.to_local()
@@ -46,7 +49,7 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
     none = (0,) * tensor.dim()
     if coordinate is None:  # this rank is not in the tensor's mesh and holds none of it
         return local.new_empty(none), [Box(none, none, none)] if none else []
-    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()  # newer torch has it, but not always
+    order = getattr(getattr(tensor, "_spec", None), "shard_order", None) or ()  # newer torch may have it
     if any(list(entry.mesh_dims) != sorted(entry.mesh_dims) for entry in order):
         raise SourceError(
             f"tensor {name!r} is cut in another order than that of its mesh's dimensions: {order}",
@@ -73,8 +76,8 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
                 f"tensor {name!r} of shape {tuple(tensor.shape)} is sharded unevenly: {placement}, {chunks} ranks",
                 hint="parts of tensor-parallel parameters must be equal",
             )
-        # As torch.chunk: chunks of the size rounded up, the last ones shorter or empty. A strided shard is cut into
-        # `splits` first, each of them into `chunks`.
+        # Like torch.chunk: the size of chunks is rounded up, so the last ones are shorter or empty. A strided shard is
+        # cut into `splits` first, and each split into `chunks`.
         outer = -(-length // splits)
         inner = -(-outer // chunks)
         picked = []
@@ -97,7 +100,7 @@ def dtensor_boxes(name: str, tensor: DTensor) -> tuple[torch.Tensor, list[Box]]:
 
 
 def _cut_runs(runs: list[_Run], begin: int, end: int) -> list[_Run]:
-    """The part [begin, end) of what these runs make up."""
+    """Return the part [begin, end) of these runs, taken end to end."""
     cut: list[_Run] = []
     at = 0
     for start, length in runs:
@@ -109,7 +112,7 @@ def _cut_runs(runs: list[_Run], begin: int, end: int) -> list[_Run]:
 
 
 def _joined(runs: list[_Run]) -> list[tuple[int, int, int]]:
-    """Place in the local data, in the global dimension, and length of these runs, neighbours joined."""
+    """Return each run's place in the local data, place in the global dimension, and length; neighbours are joined."""
     joined: list[tuple[int, int, int]] = []
     at = 0
     for start, length in runs:

@@ -1,8 +1,8 @@
 """FSDP1's flat parameters: a rank's stretch of each, as boxes of the parameters that lie end to end in it.
 
-What lies where is read from what torch notes down when it makes a flat parameter (`FlatParameter._param_infos`,
-`_shapes`, `_strides`, `_shard_param_infos`, torch/distributed/fsdp/_flat_param.py), alike with `use_orig_params` and
-without. Between steps its data is this rank's stretch, in the type that the optimiser sees; nothing is gathered.
+The places of parameters are read from torch's own records of a flat parameter (`FlatParameter._param_infos`, `_shapes`,
+`_strides`, `_shard_param_infos`, torch/distributed/fsdp/_flat_param.py), with `use_orig_params` or without. Between
+steps, a flat parameter's data is this rank's stretch, in the type that the optimiser sees; nothing is gathered.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ __all__ = ["FlatWeights", "boxes_of_stretch", "flat_weights"]
 
 
 class FlatWeights(NamedTuple):
-    """The weights of a module in which FSDP1 is at work, on this rank."""
+    """This rank's weights of a module that uses FSDP1."""
 
     layout: Layout
-    shards: list[torch.Tensor]  # the memory of each
+    shards: list[torch.Tensor]  # the memory of each shard
     names: tuple[str, ...]  # of all tensors, whether this rank has a part of them or not
 
 
@@ -45,7 +45,7 @@ def flat_weights(
     buffers: Sequence[tuple[str, torch.Tensor]],
     describe: Callable[[tuple[str, ...], Sequence[torch.Tensor]], tuple[Layout, list[torch.Tensor]]],
 ) -> FlatWeights:
-    """What this rank has of `module`: its stretches of flat parameters, and by `describe` what is in none of them.
+    """Describe what this rank has of `module`: its stretches of flat parameters and, by `describe`, all other tensors.
 
     Raises `SourceError` naming the parameter, or the module, that cannot be pushed as it is.
     """
@@ -69,8 +69,9 @@ def flat_weights(
 
 
 def boxes_of_stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Offsets and shapes of the boxes that elements [begin, end) of a row-major tensor are, in their order: at most
-    one more than twice for each dimension but the first.
+    """Cut elements [begin, end) of a row-major tensor into boxes; yield their offsets and shapes in order.
+
+    There are at most two boxes for each dimension but the first, and one more.
     """
     if begin >= end:
         return
@@ -91,20 +92,20 @@ def boxes_of_stretch(shape: tuple[int, ...], begin: int, end: int) -> Iterator[t
 def _within(
     shape: tuple[int, ...], row: int, begin: int, end: int
 ) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The boxes of elements that all lie in one row."""
+    """Cut elements [begin, end), which all lie in one row, into boxes."""
     start = row * prod(shape[1:])
     for offset, box in boxes_of_stretch(shape[1:], begin - start, end - start):
         yield (row, *offset), (1, *box)
 
 
-# Offset and shape in the parameter; first element in the flat one's data, and strides there.
+# Offset and shape in the parameter; first element and strides in the flat parameter's data.
 _Box: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...], int, tuple[int, ...]]"
 
 
 class _Piece(NamedTuple):
-    """A box of a parameter in the data of a flat one."""
+    """A box of a parameter in the data of a flat parameter."""
 
-    handle: int
+    handle: int  # index of the flat parameter
     name: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
@@ -114,12 +115,12 @@ class _Piece(NamedTuple):
 
 
 class _Cut:
-    """How the shards of a module's flat parameters are cut from their data, and what is in none of them."""
+    """How shards are cut from the data of a module's flat parameters, and which tensors lie in none of these."""
 
     def __init__(self, listed: Listed, paths: _Paths, handles: Sequence[FlatParamHandle]) -> None:
         self.named: list[list[str]] = []  # for each flat parameter, the names under which its parameters are sent
         self.pieces: list[_Piece] = []
-        self._aliases: list[tuple[str, str]] = []  # of what this rank has
+        self._aliases: list[tuple[str, str]] = []  # of parameters that this rank has a part of
         names: dict[str, None] = {}
         for i, handle in enumerate(handles):
             every = _names(handle.flat_param, paths)
@@ -140,7 +141,10 @@ class _Cut:
         self._merged: tuple[Layout, list[str], Layout] | None = None
 
     def merged(self, plain: Layout, dtypes: list[str]) -> Layout:
-        """The layout of what lies in no flat parameter and of what does, given as which; the same object each time."""
+        """Return the layout of plain tensors and flat parameters together; the same object for the same arguments.
+
+        `plain` is the layout of all other tensors, `dtypes` the element type of each flat parameter.
+        """
         if self._merged is not None and self._merged[0] is plain and self._merged[1] == dtypes:
             return self._merged[2]
         shards = [plain.shard(i) for i in range(len(plain))]
@@ -151,16 +155,19 @@ class _Cut:
 
 
 class _Known(NamedTuple):
-    """All that a cut depends on. Of modules their ids: while `laid` is that of living parameters, so are they."""
+    """Everything that a cut depends on.
+
+    Modules are told apart by their ids. If `laid` is that of living flat parameters, their modules live, too.
+    """
 
     tree: object
-    met: list[int]
-    laid: list[tuple[Any, ...]]  # torch's note of what is where, for each flat parameter
+    met: list[int]  # ids of modules
+    laid: list[tuple[Any, ...]]  # by flat parameter: torch's record of what lies where
     cut: _Cut
 
 
 _RECENT: Recent[_Known] = Recent()
-# By module, what its parameters' names begin with, and how many modules are listed before it there.
+# By id of a module: under each of its names, how many modules are listed before it, and the prefix of its parameters.
 _Paths: TypeAlias = "dict[int, list[tuple[int, str]]]"
 
 
@@ -182,14 +189,14 @@ def _cut_of(module: nn.Module, listed: Listed, handles: Sequence[FlatParamHandle
 
 
 def _handles(listed: Listed) -> list[FlatParamHandle]:
-    """Of each flat parameter; one that is met several times once."""
+    """Return the handle of each flat parameter, once even if it is met several times."""
     kinds = set(filter(is_fsdp1, listed.kinds))
     found = [cast("FullyShardedDataParallel", one)._handle for one in listed.met if type(one) in kinds]
     return list({id(handle): handle for handle in found if handle is not None}.values())
 
 
 def _names(flat: FlatParameter, paths: _Paths) -> list[list[str]]:
-    """All names of each parameter in a flat one, the first that the module lists first."""
+    """Return all names of each parameter in a flat parameter, in the order in which their modules are listed."""
     found: dict[tuple[int, str], list[tuple[int, str]]] = {}
 
     def add(key: tuple[int, str], module: nn.Module, name: str) -> None:
@@ -209,7 +216,7 @@ def _names(flat: FlatParameter, paths: _Paths) -> list[list[str]]:
 
 
 def _pieces(handle: int, flat: FlatParameter, names: list[str]) -> Iterator[list[_Piece]]:
-    """What this rank has of each parameter in a flat one."""
+    """Yield the boxes that this rank has of each parameter in a flat parameter."""
     columns = (flat._shapes, flat._strides, flat._shard_param_infos, flat._param_extensions)
     for name, shape, strides, laid, extension in zip(names, *columns, strict=True):
         if extension is not None:
@@ -221,11 +228,11 @@ def _pieces(handle: int, flat: FlatParameter, names: list[str]) -> Iterator[list
 
 
 def _boxes_laid(name: str, shape: tuple[int, ...], strides: tuple[int, ...], laid: Any) -> Iterator[_Box]:
-    """The boxes of a parameter that lie in a rank's stretch, by torch's `_ShardParamInfo`."""
+    """Yield the boxes of a parameter that lie in a rank's stretch; `laid` is torch's `_ShardParamInfo`."""
     if 0 in shape:
         yield (0,) * len(shape), shape, 0, packed_strides(shape, 1)
         return
-    # A parameter is laid down as it lies in memory: channels-last ones, say, in another order of dimensions.
+    # FSDP1 flattens a parameter as it lies in memory. Channels-last ones have another order of dimensions there.
     order = sorted(range(len(shape)), key=lambda d: (-strides[d], d))
     stored = tuple([shape[d] for d in order])
     if any(shape[d] > 1 and strides[d] != step for d, step in zip(order, packed_strides(stored, 1), strict=True)):
@@ -241,9 +248,9 @@ def _boxes_laid(name: str, shape: tuple[int, ...], strides: tuple[int, ...], lai
 
 
 def _data(handle: FlatParamHandle, names: list[str]) -> torch.Tensor:
-    """This rank's stretch of a flat parameter."""
+    """Return this rank's stretch of a flat parameter."""
     flat = handle.flat_param
-    own = getattr(flat, "_local_shard", None)  # from the first forward on
+    own = getattr(flat, "_local_shard", None)  # set from the first forward on
     if flat.shape != flat._sharded_size or (own is not None and flat.data_ptr() != own.data_ptr()):
         raise SourceError(
             f"parameter {names[0]!r} is gathered by FSDP1 at the moment",
@@ -255,8 +262,9 @@ def _data(handle: FlatParamHandle, names: list[str]) -> torch.Tensor:
 
 
 def _check_originals(flat: FlatParameter, names: list[str]) -> None:
-    """Raise `SourceError` for a parameter that was replaced, or given other data, since FSDP1 last took that up: what
-    its flat parameter has of it is of the past.
+    """Raise `SourceError` if a parameter was replaced, or given other data, since FSDP1 last looked.
+
+    Its flat parameter then has old values.
     """
     assert flat._params is not None, "with use_orig_params"
     begin, step = flat.data_ptr(), flat.element_size()

@@ -23,8 +23,8 @@ __all__ = ["KEEP", "Fp8"]
 KEEP = ("*embed*", "*lm_head*", "*norm*", "*.gate", "*.router", "*shared_expert_gate")
 """Modules that fp8 checkpoints leave as they are: engines make no fp8 layer of them."""
 
-_BLOCK_SCALE, _TENSOR_SCALE = "_scale_inv", "_scale"  # behind the weight's name, as vLLM's and SGLang's loaders say
-_SCALES = ("float32", "bfloat16", "float16")  # of a checkpoint; engines hold float32, and are sent that
+_BLOCK_SCALE, _TENSOR_SCALE = "_scale_inv", "_scale"  # after the weight's name, as vLLM's and SGLang's loaders expect
+_SCALES = ("float32", "bfloat16", "float16")  # in a checkpoint; engines hold float32, and are sent float32
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Fp8:
     _like: _Like | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        """Raises `SourceError` for a block that is none."""
+        """Raises `SourceError` for a block that is not two positive numbers."""
         keep: Any = self.keep
         object.__setattr__(self, "keep", (keep,) if isinstance(keep, str) else tuple(keep))
         sides: Any = self.block
@@ -61,8 +61,8 @@ class Fp8:
     def like(cls, checkpoint: str | os.PathLike[str], *, all_reduce: bool = False) -> Fp8:
         """Quantise like a checkpoint on disk: exactly the tensors that it has scales for, with its blocks.
 
-        checkpoint: the directory that engines were started on, with `config.json` and safetensors files, of which the
-        headers alone are read. Raises `SourceError` if it is quantised in a way that is not supported.
+        checkpoint: the directory that engines were started on, with `config.json` and safetensors files. Only the
+        files' headers are read. Raises `SourceError` if it is quantised in a way that is not supported.
         """
         directory = Path(checkpoint)
         files = [directory / name for name in ("config.json", "model.safetensors.index.json", "model.safetensors")]
@@ -71,17 +71,18 @@ class Fp8:
         return cls(block, (), ue8m0, all_reduce, like)
 
     def grid(self, shape: tuple[int, ...]) -> Grid:
-        """How a tensor of this shape, which is quantised, is cut."""
+        """Return the blocks into which a quantised tensor of this shape is cut."""
         return Grid.of(shape, self.block, scalar=self._like is not None and self._like.scalar)
 
     def scale_of(self, name: str) -> str:
-        """What the scales of a tensor are called."""
+        """Return the name of a tensor's scales."""
         return name + (_TENSOR_SCALE if self.block is None else _BLOCK_SCALE)
 
     def quantises(self, names: Iterable[str], shape: tuple[int, ...]) -> bool:
-        """Whether a tensor of this shape, with all the names that it is tied by, is sent as float8: if none is kept.
+        """Whether a tensor of this shape is sent as float8. `names` are all its names, if it is tied.
 
-        Raises `SourceError` where it should be like a checkpoint's, and that has another or none.
+        A tensor stays as it is if one of its names is kept. Raises `SourceError` if a checkpoint is to be followed that
+        lacks the tensor, or has it in another shape.
         """
         if self._like is not None:
             return self._like.quantises(tuple(names), shape)
@@ -95,7 +96,7 @@ class Fp8:
 
 @dataclass(frozen=True, eq=False)
 class _Like:
-    """What a quantised checkpoint has."""
+    """The tensors of a quantised checkpoint."""
 
     directory: str
     quantised: frozenset[str]
@@ -129,7 +130,10 @@ def _is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 @lru_cache(maxsize=8)
 def _read(path: str, stamps: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int] | None, bool, _Like]:
-    """What the checkpoint there is like; `stamps` change when it does."""
+    """Return the block, whether scales are powers of two, and the tensors of a checkpoint.
+
+    `stamps` change when its files do, so that the cache does not return an older answer.
+    """
     directory = Path(path)
     block, ue8m0 = _scheme(_config(directory), directory)
     stored = _headers(directory)
@@ -175,7 +179,7 @@ def _config(directory: Path) -> dict[str, Any]:
 
 
 def _scheme(config: dict[str, Any], directory: Path) -> tuple[tuple[int, int] | None, bool]:
-    """Its block, and whether scales are powers of two."""
+    """Return the block that a configuration says, and whether scales are powers of two."""
     method, block, scales = (config.get(key) for key in ("quant_method", "weight_block_size", "scale_fmt"))
     if method != "fp8" or config.get("activation_scheme", "dynamic") != "dynamic" or scales not in (None, "ue8m0"):
         told = {key: value for key, value in config.items() if isinstance(value, str)}

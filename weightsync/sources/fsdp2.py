@@ -1,8 +1,8 @@
-"""FSDP2's modules: what one has gathered is freed before its parameters are listed.
+"""Reshards FSDP2's modules before their parameters are listed.
 
-While a module is unsharded its parameters are the gathered ones: in the type that it computes in, and as old as the
-last forward. A root stays so after a forward that no backward follows, such as an evaluation, whatever the optimiser
-does then. torch's `state_dict()` reshards, too. It takes no communication, and a later backward gathers anew.
+While a module is unsharded, its parameters are the gathered ones: in the type that it computes in, and as old as the
+last forward. A root stays unsharded after a forward without a backward, such as an evaluation, whatever the optimiser
+does then. Resharding takes no communication, and a later backward gathers anew. torch's `state_dict()` reshards, too.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["reshard", "reshard_all"]
 
 
 def reshard_all(modules: Iterable[nn.Module]) -> None:
-    """`reshard` those of these modules that are FSDP2's."""
+    """Reshard the modules among these that are FSDP2's."""
     every = list(modules)
     kinds = {kind for kind in {*map(type, every)} if is_fsdp2(kind)}
     if kinds:
@@ -31,10 +31,11 @@ def reshard_all(modules: Iterable[nn.Module]) -> None:
 
 
 def reshard(module: Any) -> None:
-    """Have a module of FSDP2 hold its shards. Raises `SourceError` where it is in use: its parameters would stay
-    gathered in a forward, and a backward reads them.
+    """Reshard a module of FSDP2.
+
+    Raises `SourceError` if it is in use: in a forward its parameters would stay gathered, and a backward reads them.
     """
-    state = getattr(module._get_fsdp_state(), "_training_state", None)  # torch 2.13's own name; no public way to it
+    state = getattr(module._get_fsdp_state(), "_training_state", None)  # torch 2.13's private name; none is public
     if state is not None and state.name != "IDLE":
         raise SourceError(
             f"a {type(module).__name__} is inside a forward or backward of FSDP2",

@@ -1,4 +1,4 @@
-"""Blocks of matrices that share a scale: where they lie, and which of them a box of the tensor touches. Pure."""
+"""The blocks of a matrix, with one scale each: where they lie, and which of them a box of the tensor touches. Pure."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ __all__ = ["Grid", "Strip", "strips"]
 class Grid(NamedTuple):
     """How a matrix, or each of a stack of them, is cut into blocks; the last block of each dimension may be smaller."""
 
-    lead: tuple[int, ...]  # of the stack
+    lead: tuple[int, ...]  # dimensions of the stack; none for a single matrix
     rows: int
     columns: int
     height: int  # rows of a block
     width: int
-    one: bool  # a matrix is one block
+    one: bool  # each matrix is one block
     scalar: bool = False  # … and the tensor of a single matrix's scale has no dimensions
 
     @classmethod
     def of(cls, shape: tuple[int, ...], block: tuple[int, int] | None, *, scalar: bool = False) -> Grid:
-        """The grid of a tensor of at least two dimensions; `block` None: one for each matrix."""
+        """Make the grid of a tensor of at least two dimensions. If `block` is None, each matrix is one block."""
         rows, columns = shape[-2:]
         height, width = block or (max(1, rows), max(1, columns))
         return cls(shape[:-2], rows, columns, height, width, block is None, scalar)
@@ -40,16 +40,16 @@ class Grid(NamedTuple):
 
     @property
     def scale_shape(self) -> tuple[int, ...]:
-        """The shape of the tensor of scales, which has the blocks in the order of `shape`."""
+        """The shape of the tensor of scales. Its elements are in the order of the blocks in `shape`."""
         if not self.one:
             return self.shape
         return self.lead or (() if self.scalar else (min(1, self.rows * self.columns),))
 
     def corners(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """The scales of the blocks that begin in a box of the tensor: a box of their tensor, as offset and shape. None
-        for a scale of no dimensions that is another's.
+        """Return the scales of the blocks that begin in a box of the tensor: offset and shape in the tensor of scales.
 
-        Boxes that tile the tensor so have scales that tile theirs: each is sent by one rank, or by replicas of it.
+        None if the scale has no dimensions and belongs to another box. If boxes tile the tensor, their scales tile the
+        tensor of scales. So each scale is sent by one rank, or by replicas of it.
         """
         first, count = list(offset[:-2]), list(shape[:-2])
         for at, length, step in zip(offset[-2:], shape[-2:], (self.height, self.width), strict=True):
@@ -65,12 +65,12 @@ class Grid(NamedTuple):
         return tuple(first[:-2]), tuple(count[:-2]) if mine else (0,) * len(self.lead)
 
     def touched(self, offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-        """The blocks in which a box of at least one element has any, as slices of the grid."""
+        """Return the blocks that a box of at least one element touches, as slices of the grid."""
         steps = (*[1] * len(self.lead), self.height, self.width)
         return tuple(slice(at // step, -(-(at + n) // step)) for at, n, step in zip(offset, shape, steps, strict=True))
 
     def whole(self, boxes: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:
-        """Whether boxes, as offset and shape, have all elements of each block of which they have any."""
+        """Whether boxes, as offset and shape, together hold all elements of each block that they touch."""
         held = np.zeros(self.shape, dtype=np.int64)
         for offset, shape in set(boxes):
             if prod(shape):
@@ -83,22 +83,22 @@ class Grid(NamedTuple):
         return zip(offset[-2:], shape[-2:], (self.height, self.width), strict=True)
 
     def _lengths(self, at: int, length: int, step: int) -> npt.NDArray[np.int64]:
-        """What a stretch has of each block that it touches."""
+        """Return how many rows, or columns, of each block that it touches a stretch covers."""
         edges = np.clip(np.arange(at // step, -(-(at + length) // step) + 1, dtype=np.int64) * step, at, at + length)
         return edges[1:] - edges[:-1]
 
 
 class Strip(NamedTuple):
-    """Some rows of a box that lie in one row of blocks, or in several whole ones."""
+    """Some rows of a box: within one row of blocks, or several whole rows of blocks."""
 
-    start: int  # in the box
-    block: int  # row of the grid in which they begin
+    start: int  # first row, in the box
+    block: int  # row of the grid in which the strip begins
     blocks: int  # rows of the grid
-    rows: int  # in each
+    rows: int  # rows of the strip in each row of the grid
 
 
 def strips(at: int, length: int, height: int, most: int) -> Iterator[Strip]:
-    """The rows `at` to `at + length` of a matrix whose blocks are `height` rows high, about `most` at a time."""
+    """Cut rows `at` to `at + length` of a matrix into strips of about `most` rows; blocks are `height` rows high."""
     done = 0
     while done < length:
         block, inside = divmod(at + done, height)

@@ -1,4 +1,4 @@
-"""Modules with peft's LoRA adapters, which are merged on their way into slots."""
+"""Modules with peft's LoRA adapters, which are merged into the weights on their way into slots."""
 
 from __future__ import annotations
 
@@ -31,9 +31,8 @@ __all__ = ["LoraSource"]
 class LoraSource:
     """The parameters of the base model, under its own names, with the active adapters merged into those they adapt.
 
-    A merged tensor is never stored: each box of it is computed into the slot that it goes to, with peft's own
-    operations in peft's order (see `_Term`), so that engines get what `merge_and_unload()` would give. The model is not
-    changed.
+    A merged tensor is never stored: each box of it is computed into its slot, with peft's own operations in peft's
+    order (see `_Term`). So engines get what `merge_and_unload()` would give. The model is not changed.
 
     module: a `PeftModel`, or any module into which peft has put LoRA layers. It is described as it is now: make a new
         source after adapters were added, switched or merged.
@@ -57,7 +56,7 @@ class LoraSource:
         _check_ties(found, layout)
         adapted = {one.name: one for one in found if one.loras}
         matrices = _Matrices(gather)
-        self._terms: dict[int, tuple[_Term, ...]] = {}  # of merged shards
+        self._terms: dict[int, tuple[_Term, ...]] = {}  # by merged shard
         names = layout.tensors.names
         for shard, tensor in enumerate(layout.tensor.tolist()):
             one = adapted.get(names[tensor])
@@ -72,7 +71,7 @@ class LoraSource:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of all tensors of the base model, tied ones too."""
+        """The names of all tensors of the base model, tied ones too."""
         return self._base.names
 
     def layout(self) -> Layout:
@@ -90,10 +89,10 @@ class LoraSource:
         return None if shard in self._terms else self._base.box_bytes(shard, src_offset, shape)
 
     def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
-        """Copy a box into `out`, merged on the GPU of `out` or of the weight, else on the CPU.
+        """Copy a box into `out`. It is merged where the weight lies, but on the GPU of `out` if both are on GPUs.
 
-        Takes memory for the box as the product of two matrices of the adapter's type, and for a box of the weight if
-        `out` is not where it is merged.
+        This takes memory for the product of two matrices, of the box's shape and the adapter's type; and for a box of
+        the weight if it is not merged in `out` itself.
         """
         terms = self._terms.get(shard)
         if terms is None:
@@ -102,7 +101,7 @@ class LoraSource:
         weight = self._base.local(shard).detach()
         if tuple(out.shape) != shape or out.dtype != weight.dtype:
             raise ValueError(f"a box of {weight.dtype} {shape} does not go into {out.dtype} {tuple(out.shape)}")
-        # On the GPU of `out`: the filling's stream there waits for what the trainer has asked its GPUs for.
+        # On the GPU of `out`, because the filling's stream there waits for the work that the trainer has queued.
         device = out.device if out.is_cuda and weight.is_cuda else weight.device
         merged = out if out.device == device else torch.empty(shape, dtype=out.dtype, device=device)
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
@@ -122,9 +121,10 @@ class _Term(NamedTuple):
     transposed: bool
 
     def box(self, offset: tuple[int, ...], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """A box of it, offset in the shard, as peft's `get_delta_weight` computes it and in the same order: matrices of
-        16 bits are multiplied as they are on a GPU and in float32 on a CPU, then scaled, then rounded to the adapter's
-        type. peft then adds it to the weight in place, which rounds once, to the weight's type.
+        """Compute a box, at `offset` in the shard, in the same order of operations as peft's `get_delta_weight`.
+
+        Matrices of 16 bits are multiplied as they are on a GPU, and in float32 on a CPU. The product is scaled, then
+        rounded to the adapter's type. peft adds it to the weight in place, which rounds once, to the weight's type.
         """
         (out_at, in_at), (out_length, in_length) = _oriented(offset, self.transposed), _oriented(shape, self.transposed)
         a = self.a.narrow(1, in_at, in_length).to(device)
@@ -137,14 +137,14 @@ class _Term(NamedTuple):
 
 
 class _Matrices:
-    """LoRA matrices as far as this rank holds them."""
+    """The LoRA matrices, or the boxes of them that this rank holds."""
 
     def __init__(self, gather: bool) -> None:
         self._gather = gather
         self._held: dict[int, list[tuple[tuple[int, ...], torch.Tensor]]] = {}  # by id of the matrix: offsets, boxes
 
     def term(self, to: BaseTensor, lora: Lora, offset: tuple[int, ...], shape: tuple[int, ...]) -> _Term:
-        """What `lora` adds to the box of `to` that a shard is."""
+        """Return what `lora` adds to a shard: the box of `to` of this offset and shape."""
         rank = lora.a.shape[0]
         whole = _oriented((lora.b.shape[0], lora.a.shape[1]), lora.transposed)
         if tuple(to.tensor.shape) != whole or lora.b.shape[1] != rank or to.tensor.dtype.itemsize < 2:
@@ -166,7 +166,7 @@ class _Matrices:
     def _box(self, name: str, lora: Lora, which: str, offset: tuple[int, int], shape: tuple[int, int]) -> torch.Tensor:
         matrix = lora.a if which == "A" else lora.b
         called = f"lora_{which} ({lora.adapter}) of {name}"
-        if id(matrix) not in self._held:  # asked for on all ranks in the same order, empty shards included
+        if id(matrix) not in self._held:  # all ranks get here in the same order, with empty shards too: it may gather
             self._held[id(matrix)] = self._boxes(called, matrix)
         if 0 in shape:
             return torch.empty(shape, dtype=matrix.dtype, device="cpu")
@@ -192,13 +192,13 @@ class _Matrices:
 
 
 def _oriented(pair: Sequence[int], transposed: bool) -> tuple[int, int]:
-    """Rows and columns of a weight as rows and columns of B times A, and back."""
+    """Swap rows and columns if the weight is the transpose of B times A."""
     rows, columns = pair
     return (columns, rows) if transposed else (rows, columns)
 
 
 def _check_ties(found: list[BaseTensor], layout: Layout) -> None:
-    """Raise `SourceError` where tied tensors are one memory and adapters make two models of it."""
+    """Raise `SourceError` if adapters add different terms to two names of a tied tensor."""
     by_name = {one.name: one for one in found}
     for other, name in layout.tensors.aliases:
         one, two = by_name[name], by_name[other]

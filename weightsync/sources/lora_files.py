@@ -1,6 +1,7 @@
 """A LoRA adapter as the two files that peft saves and engines read: its configuration and its matrices.
 
-What engines would compute otherwise than the trainer is refused here: some of it they pass over without a word.
+A LoRA adapter that engines would compute differently from the trainer is refused here, because they ignore some of its
+settings without a word.
 """
 
 from __future__ import annotations
@@ -20,21 +21,23 @@ from weightsync.sources.wrappers import unwrapped
 
 __all__ = ["adapter_files"]
 
-# Of peft 0.21's LoraConfig: what changes what layers compute. vLLM 0.32 refuses most, SGLang 0.5.23 passes over them.
+# Fields of peft 0.21's LoraConfig that change what layers compute. vLLM 0.32 refuses most; SGLang 0.5.23 ignores them.
 _NOT_SERVED = (
     *("use_dora", "modules_to_save", "lora_bias", "target_parameters", "trainable_token_indices", "use_qalora"),
     *("alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "layer_replication", "use_bdlora"),
 )
-_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "lora_ga")  # of the adapter alone (vLLM's `_init_is_supported`)
+_PLAIN_INITS = ("gaussian", "eva", "orthogonal", "lora_ga")  # leave the base model alone (vLLM's `_init_is_supported`)
 _MERGED = "push_weights(model, version=...) sends the model with the adapter merged"
 
 
 def adapter_files(lora: Any, config: Any = None, *, gather: bool = False) -> tuple[bytes, bytes]:
-    """`adapter_config.json` and `adapter_model.safetensors` of a `PeftModel`'s active adapter; or of a mapping of names
-    as in that file to tensors, with `config`: peft's, or a mapping as in that file.
+    """Return the bytes of `adapter_config.json` and `adapter_model.safetensors` of a LoRA adapter.
 
-    gather: whether DTensors are gathered, a collective. Raises `SourceError` for what engines would compute otherwise
-    than the trainer does.
+    lora: a `PeftModel`, of which the active adapter is taken; or a mapping of names, as in the second file, to tensors.
+    config: for a mapping: peft's, or a mapping as in the first file.
+    gather: whether DTensors are gathered, which is a collective.
+
+    Raises `SourceError` if engines would compute the adapter differently from the trainer.
     """
     if isinstance(lora, Mapping):
         if config is None:
@@ -80,7 +83,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def _check(said: dict[str, Any]) -> None:
-    """Raise `SourceError` for a config that engines do not serve as it says."""
+    """Raise `SourceError` for a config that engines refuse or do not follow."""
     if said.get("peft_type") != "LORA":
         raise SourceError(f"an adapter of type {said.get('peft_type')} is no LoRA adapter", hint=_MERGED)
     for key in _NOT_SERVED:
@@ -101,8 +104,9 @@ def _check(said: dict[str, Any]) -> None:
 
 
 def _scaled_plainly(said: dict[str, Any]) -> dict[str, Any]:
-    """SGLang (0.5.23, `srt/lora/lora.py`) scales by `lora_alpha / r` whatever `use_rslora` says: say what comes to the
-    same with both readings.
+    """Return the settings that replace `use_rslora` by an equal `lora_alpha`.
+
+    SGLang (0.5.23, `srt/lora/lora.py`) scales by `lora_alpha / r` whatever `use_rslora` says.
     """
     if not said.get("use_rslora"):
         return {}
@@ -110,7 +114,7 @@ def _scaled_plainly(said: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_layers(model: Any, adapter: str, said: dict[str, Any]) -> None:
-    """Raise `SourceError` for a layer that computes otherwise, or is scaled otherwise, than engines read the config."""
+    """Raise `SourceError` for a layer that computes or scales differently from how engines read the config."""
     wanted = said["lora_alpha"] / (said["r"] ** 0.5 if said.get("use_rslora") else said["r"])
     for name, module in model.named_modules():
         variant = getattr(module, "lora_variant", None)

@@ -1,8 +1,8 @@
-"""What peft has put into a module, read from outside: which tensors the base model has, and what LoRA adds to each.
+"""Reads from outside what peft has put into a module: which tensors the base model has, and what LoRA adds to each.
 
-The only module that knows peft's classes, and it imports none of them: who has such a module has imported peft. The
-names that it relies on are those of peft 0.21: `BaseTunerLayer`, `LoraLayer` with its `lora_A`, `lora_B`, `scaling`,
-`active_adapters`, `merged_adapters`, `disable_adapters`, and `AuxiliaryTrainingWrapper` with `ModulesToSaveWrapper`.
+peft's layer classes are known only here, and are looked up only after the trainer has imported peft. This relies on
+names of peft 0.21: `BaseTunerLayer`, `Linear` and `Embedding` with their `lora_A`, `lora_B`, `scaling`,
+`active_adapters`, `merged`, `disable_adapters`, and `AuxiliaryTrainingWrapper` with `ModulesToSaveWrapper`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Lora(NamedTuple):
 
     @property
     def key(self) -> tuple[object, ...]:
-        """The same for what is added to tied tensors by tied matrices."""
+        """A key that is equal for tied matrices which are added to tied tensors."""
         return id(self.a), id(self.b), self.scaling, self.transposed
 
 
@@ -47,16 +47,16 @@ class BaseTensor(NamedTuple):
 
 
 def has_adapters(kinds: frozenset[type]) -> bool:
-    """Whether a module made of modules of these classes has anything of peft's in it. Peft has been imported."""
+    """Whether any of these classes of modules is peft's. peft must have been imported."""
     known = _Kinds()
     return any(issubclass(kind, known.models + known.layers + known.wrappers) for kind in kinds)
 
 
 def base_tensors(module: nn.Module) -> list[BaseTensor]:
-    """All parameters of the model under the adapters, tied ones under each of their names.
+    """List all parameters of the model under the adapters, tied ones under each of their names.
 
-    Of a module that peft keeps a copy of for training (`modules_to_save`), the active copy. Raises `SourceError` naming
-    the layer for what LoRA's sum does not describe.
+    If peft trains a copy of a module (`modules_to_save`), the active copy's parameters are listed. Raises `SourceError`
+    naming the layer if one computes anything but LoRA's sum.
     """
     kinds = _Kinds()
     module = unwrapped(module)
@@ -72,7 +72,7 @@ def base_tensors(module: nn.Module) -> list[BaseTensor]:
         module = whole.get_base_model()
     found = _Walk(kinds)
     tensors = list(found.walk("", module))
-    if others:  # in layers that look like LoRA's, for the walk has named those that do not; X-LoRA's weigh adapters
+    if others:  # their layers look like LoRA's, or the walk had named them; X-LoRA, for one, weighs adapters
         raise SourceError(
             f"a PeftModel with {', '.join(sorted(others))} computes more than LoRA's sum", hint=_LORA_ONLY
         )
@@ -94,7 +94,7 @@ _LORA_ONLY = (
 
 
 class _Kinds:
-    """Classes of peft, which has been imported."""
+    """Classes of peft, which must have been imported."""
 
     def __init__(self) -> None:
         if "peft" not in sys.modules:
@@ -110,7 +110,7 @@ class _Kinds:
 
 
 class _Walk:
-    """One pass over a module. `replaced` are parameters that a trained copy stands in for, under the copy's names."""
+    """One pass over a module. `replaced` are parameters that a trained copy replaces, under the copy's names."""
 
     def __init__(self, kinds: _Kinds) -> None:
         self._kinds = kinds
@@ -152,10 +152,10 @@ class _Walk:
 
 
 def _loras(kinds: _Kinds, path: str, layer: Any) -> tuple[Lora, ...]:
-    """What the active adapters of a layer add to its weight."""
-    _refuse_disabled(path, layer)  # merged ones too: the next forward takes them out of the weight
+    """Return what the active adapters of a layer add to its weight."""
+    _refuse_disabled(path, layer)  # also if merged: the next forward takes the adapters out of the weight
     if layer.merged:
-        return ()  # they are in the weight already, and a merged layer computes with nothing else
+        return ()  # the weight contains the adapters already, and a merged layer computes with nothing else
     linear = isinstance(layer, kinds.linear)
     if not linear and not isinstance(layer, kinds.embedding):
         kind = type(layer)
@@ -166,7 +166,7 @@ def _loras(kinds: _Kinds, path: str, layer: Any) -> tuple[Lora, ...]:
         if adapter not in (one.lora_A if linear else one.lora_embedding_A):
             continue
         variant = getattr(one, "lora_variant", {}).get(adapter)
-        if variant is not None or one.use_dora.get(adapter):  # older peft notes DoRA alone
+        if variant is not None or one.use_dora.get(adapter):  # older peft records only DoRA
             called = "DoRA" if variant is None else type(variant).__name__
             raise SourceError(f"adapter {adapter!r} of layer {path!r} is of the variant {called}", hint=_LORA_ONLY)
         if getattr(one, "lora_bias", {}).get(adapter):

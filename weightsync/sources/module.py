@@ -36,10 +36,10 @@ class ModuleSource(TensorSource):
 
     @classmethod
     def of(cls, module: nn.Module, *, buffers: bool = False, listed: Listed | None = None) -> Self:
-        """A source of a module that need not be described if one that looks the same was lately; `listed` is what
-        `parameters_of` gives of what is in its wrappers, where that is known.
+        """Make a source of a module, without describing it anew if it looks like a recent one.
 
-        Raises `SourceError` as constructing one does.
+        `listed` is what `parameters_of` gives for the unwrapped module, if the caller has it. Raises `SourceError` like
+        the constructor.
         """
         source = cls.__new__(cls)
         source._describe(module, buffers, recall, listed)

@@ -1,4 +1,4 @@
-"""What a rank has of one tensor: memory that can be read as it is, or the reason why there is none."""
+"""A rank's data of one tensor: memory that can be read as it is, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ __all__ = ["data_and_boxes", "is_gone", "plain_data"]
 
 
 def data_and_boxes(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[Box]]:
-    """The data this rank has of a tensor, detached, and the boxes of the tensor that it is. Raises `SourceError` naming
-    the tensor.
+    """Return this rank's data of a tensor, detached, and the boxes of the tensor that lie in it.
+
+    Raises `SourceError` naming the tensor.
     """
-    # Of what FSDP1 has flattened, a rank's stretch is always 1-D; in summon_full_params a bias is, too, and whole.
+    # A rank's stretch of a parameter that FSDP1 flattened is always 1-D. In summon_full_params a whole bias is, too.
     if getattr(tensor, "_is_flat_param", False) or (getattr(tensor, "_fsdp_flattened", False) and tensor.dim() <= 1):
         raise SourceError(
             f"tensor {name!r} is a rank's stretch of a flat parameter of FSDP1, and does not say what of",
@@ -39,12 +40,12 @@ def data_and_boxes(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, list[
 
 
 def is_gone(local: torch.Tensor) -> bool:
-    """Whether it has elements, and no memory for them."""
+    """Whether a tensor has elements, but no memory for them."""
     return local.numel() > 0 and not (local.data_ptr() and local.untyped_storage().nbytes())
 
 
 def plain_data(name: str, local: torch.Tensor) -> torch.Tensor:
-    """`local` detached, if it is memory that can be read as it is. Raises `SourceError` naming the tensor."""
+    """Return `local` detached, if its memory can be read as it is. Raises `SourceError` naming the tensor."""
     if type(local).__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
         raise SourceError(
             f"tensor {name!r} is a {type(local).__name__}, which cannot be pushed", hint="give its plain tensors"

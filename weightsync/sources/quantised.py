@@ -1,7 +1,7 @@
-"""Weights sent as float8 with scales, as an fp8 checkpoint of them would have them: quantised on the way into slots.
+"""Weights that are quantised to float8 with scales on their way into slots, as an fp8 checkpoint would have them.
 
-Which tensors, and where their scales go, follows from names and shapes. Values are read twice: once for the greatest
-magnitude of each block, when a push begins, and once box by box as slots want them. Nothing is held but the scales.
+Names and shapes determine which tensors are quantised, and where their scales go. Values are read twice: once when a
+push begins, for the greatest magnitude of each block, and once box by box as slots need them. Only scales are kept.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ _Box = tuple[tuple[int, ...], tuple[int, ...]]  # offset, shape
 
 
 def quantised(source: Source, recipe: Fp8 | str | os.PathLike[str] | None, group: Any = None) -> Source:
-    """`source`, quantised by `recipe`: an `Fp8`, or the directory of a checkpoint to be like; None: `source` itself.
+    """Return `source` quantised by `recipe`; `source` itself if `recipe` is None.
 
-    `group`: of torch.distributed, the ranks that push. Raises `SourceError` where the recipe does not say what becomes
-    of a tensor, or of none that it becomes float8.
+    `recipe` is an `Fp8`, or the directory of a checkpoint to follow. `group` is the torch.distributed group of the
+    ranks that push. Raises `SourceError` if the recipe does not say what becomes of a tensor, or makes float8 of none.
     """
     if recipe is None:
         return source
@@ -56,12 +56,14 @@ def quantised(source: Source, recipe: Fp8 | str | os.PathLike[str] | None, group
 
 
 class QuantisedSource:
-    """A source whose weights are quantised as they are read. `measure` comes first, once, when their values are those
-    that are pushed; until they have been read they must not change.
+    """A source whose weights are quantised as they are read.
+
+    Call `measure` first, once, when the weights have the values to be pushed. The weights must not change until they
+    have been read.
     """
 
     def __init__(self, source: Source, recipe: Fp8, group: Any = None) -> None:
-        """Raises `SourceError`."""
+        """Raises `SourceError` as `quantised` does."""
         self._source, self._recipe, self._group = source, recipe, group
         self._cut = _cut(source.layout(), recipe)
         every = getattr(source, "names", None)  # None: other ranks may have other tensors
@@ -70,7 +72,7 @@ class QuantisedSource:
                 f"quantise makes float8 of none of the {len(every)} tensors",
                 hint=f"they are {every[0]!r} and others; leave `quantise` out for those that stay as they are",
             )
-        self._scales: dict[int, torch.Tensor] = {}  # by tensor of the source, of all its blocks
+        self._scales: dict[int, torch.Tensor] = {}  # by tensor of the source: the scales of all its blocks
 
     @property
     def nbytes(self) -> int:
@@ -82,21 +84,21 @@ class QuantisedSource:
         return self._cut.layout
 
     def local(self, shard: int) -> torch.Tensor | None:
-        """A shard's own memory; None for what is computed."""
+        """A shard's own memory; None for a shard that is computed."""
         return self._source.local(shard) if self._as_is(shard) else None
 
     def box_bytes(
         self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...]
     ) -> npt.NDArray[np.uint8] | None:
-        """The bytes of a box as the source gives them; None for what is computed."""
+        """The bytes of a box as the source gives them; None for a shard that is computed."""
         return self._source.box_bytes(shard, src_offset, shape) if self._as_is(shard) else None
 
     def measure(self) -> None:
-        """Work out all scales from the values of this moment. With `all_reduce`, a collective.
+        """Work out all scales from the weights' values of this moment. With `all_reduce`, this is a collective.
 
-        Raises `SourceError` for a NaN or an infinity in what is quantised, and for blocks that other ranks have a part
-        of, where they may not be asked; and what reading the weights raises. With `all_reduce`, the other ranks then
-        raise `PushAborted`, which names this one and why.
+        Raises `SourceError` for a NaN or an infinity in weights that are quantised and, without `all_reduce`, for
+        blocks that other ranks have a part of. Errors of reading the weights are raised as they are; with `all_reduce`,
+        the other ranks then raise `PushAborted`, which names this rank and the reason.
         """
         cut, layout = self._cut, self._source.layout()
         names = layout.tensors.names
@@ -123,7 +125,7 @@ class QuantisedSource:
             }
 
     def read_into(self, shard: int, src_offset: tuple[int, ...], shape: tuple[int, ...], out: torch.Tensor) -> None:
-        """Write a box into `out`: scales, or weights quantised on the GPU of `out`, else where they lie."""
+        """Write a box into `out`: scales, or weights quantised on the GPU of `out`, else where the weights lie."""
         if self._as_is(shard):
             self._source.read_into(shard, src_offset, shape, out)
             return
@@ -149,7 +151,7 @@ class QuantisedSource:
                 quantise_into(into, box, _plus(offset, at), grid, scales, cut.sent[tensor])
 
     def _amax(self, device: torch.device) -> dict[int, torch.Tensor]:
-        """By tensor, the greatest magnitudes in this rank's parts of its blocks."""
+        """Return, by tensor, the greatest magnitudes in this rank's parts of its blocks."""
         cut = self._cut
         amax: dict[int, torch.Tensor] = {}
         for shard, tensor in cut.measured:
@@ -168,7 +170,7 @@ class QuantisedSource:
     def _boxes(
         self, shard: int, offset: tuple[int, ...], shape: tuple[int, ...], device: torch.device
     ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
-        """A box of a shard where it lies in memory, with its offset; else some rows after others, on `device`."""
+        """Yield a box of a shard where it lies, with its offset. If it lies in no tensor, read some rows at a time."""
         local = self._source.local(shard)
         if local is not None:
             yield offset, narrowed(local.detach(), offset, shape)
@@ -183,16 +185,16 @@ class QuantisedSource:
 
 @dataclass(frozen=True, eq=False)
 class _Cut:
-    """What becomes of a layout: its shards, and behind them those of scales."""
+    """The layout that is sent: the source's shards, then those of scales. Tensors are numbered as in the source."""
 
     layout: Layout
-    tensor: list[int]  # by shard of the layout before: tensor of it
-    grids: dict[int, Grid]  # of tensors that are quantised
-    sent: dict[int, torch.dtype]  # of those, before they are
-    scale_of: list[int]  # by shard of scales: tensor of the layout before
+    tensor: list[int]  # by shard of the source: its tensor
+    grids: dict[int, Grid]  # by quantised tensor
+    sent: dict[int, torch.dtype]  # by quantised tensor: its type before it is quantised
+    scale_of: list[int]  # by shard of scales: the tensor that they scale
     shared: list[int]  # tensors of which this rank has part of a block
-    offsets: list[list[int]]
-    shapes: list[list[int]]
+    offsets: list[list[int]]  # by shard of `layout`
+    shapes: list[list[int]]  # by shard of `layout`
 
     @property
     def measured(self) -> Iterator[tuple[int, int]]:
@@ -207,7 +209,7 @@ class _Cut:
         return tuple(self.offsets[shard][:ndim]), tuple(self.shapes[shard][:ndim])
 
 
-# As for other conversions: the layout of every push shall be the same object.
+# As for other conversions, every push should use the same layout object.
 _CUTS: WeakKeyDictionary[Layout, dict[Fp8, _Cut]] = WeakKeyDictionary()
 
 
@@ -268,7 +270,7 @@ def _made(layout: Layout, recipe: Fp8) -> _Cut:
 
 
 def _has_all(layout: Layout, names: tuple[str, ...]) -> bool:
-    """Whether a rank holds something of each: one of FSDP1 knows names of tensors that only others have."""
+    """Whether a rank has something of each name. With FSDP1, it also knows names that only other ranks have."""
     return {*layout.tensors.names, *dict(layout.tensors.aliases)}.issuperset(names)
 
 
@@ -282,7 +284,7 @@ def _rows(of: Ints) -> list[list[int]]:
 
 
 def _check_finite(amax: dict[str, torch.Tensor]) -> None:
-    """Raise `SourceError` naming a tensor with a magnitude that is none. Waits for the GPUs that they are on."""
+    """Raise `SourceError` naming a tensor with a magnitude that is not finite. Waits for the GPUs with `amax`."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for most in amax.values():
         by_device.setdefault(most.device, []).append(most.flatten())

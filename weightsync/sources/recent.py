@@ -1,4 +1,4 @@
-"""The last few of what was worked out and may serve again."""
+"""A cache of the last few results that may be used again."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ if TYPE_CHECKING:
 
 __all__ = ["RECENT", "Recent"]
 
-RECENT = 8  # kept: models, and parts of them, that alternate in one trainer
+RECENT = 8  # kept: enough for models, and parts of them, that alternate in one trainer
 
 T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """The last `RECENT` of something, the newest first. Any thread may use it: of two that add at the same moment one
-    may be lost, and is then worked out again.
+    """The last `RECENT` items, the newest first.
+
+    Any thread may use it. If two threads add at the same moment, one item may be lost, and is then worked out again.
     """
 
     def __init__(self) -> None:
@@ -29,5 +30,5 @@ class Recent(Generic[T]):
         return len(self._items)
 
     def add(self, item: T) -> None:
-        """Make `item` the newest, whether it is there or not; the oldest goes when there are too many."""
+        """Make `item` the newest, whether or not it is kept already. The oldest goes if there are too many."""
         self._items = (item, *(other for other in self._items if other is not item))[:RECENT]

@@ -1,4 +1,4 @@
-"""What a safetensors file says it holds, and what an index of several files says; checked, as files may be damaged.
+"""Reads and checks the headers of safetensors files, and the index of several files: any of them may be damaged.
 
 A file is 8 bytes with the length of a JSON object (little-endian), that object, then the data. The object maps each
 tensor's name to its dtype, shape and `data_offsets`, [begin, end) in the data.
@@ -76,7 +76,7 @@ def read_index(index: Path) -> dict[str, str]:
     if not isinstance(files, dict):
         raise SourceError(f"{index} has no weight_map")
     for name, file_name in files.items():
-        # A file's name only: what an index names lies beside it.
+        # A bare file name only: the files lie beside the index.
         if not isinstance(file_name, str) or os.path.basename(file_name) != file_name or file_name in ("", ".", ".."):
             raise SourceError(
                 f"{index} says that tensor {name!r} is in {file_name!r}, which is no name of a file beside it"
@@ -110,7 +110,7 @@ def _whole_numbers(value: Any) -> bool:
 
 
 def files_of(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """A checkpoint's files, each with the tensors wanted of it; None: all. Raises `SourceError` where there is none."""
+    """List a checkpoint's files, each with the tensors to take from it, or None for all. Raises `SourceError`."""
     if path.is_file():
         return [(path, None)]
     if (single := path / "model.safetensors").is_file():

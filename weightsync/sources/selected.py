@@ -1,4 +1,4 @@
-"""Some of a source's tensors, and other names for them: what `only` and `rename` of `push_weights` ask for."""
+"""Selects and renames a source's tensors, as `only` and `rename` of `push_weights` say."""
 
 from __future__ import annotations
 
@@ -32,14 +32,16 @@ _GLOB = frozenset("*?[")
 
 
 def selected(source: Source, only: Only = None, rename: Rename = None) -> Source:
-    """Those tensors of `source` that `only` chooses by their own names, under the names that `rename` gives them.
+    """Return the tensors of `source` that `only` chooses by their own names, under the names that `rename` gives them.
 
-    only: names and shell patterns (`*`, `?`, `[…]`; one, or several), or what says of a name whether it is chosen.
-    rename: {own name: name in the checkpoint}, in which others stay as they are; or what makes one of the other.
+    only: one or several names and shell patterns (`*`, `?`, `[…]`), or a function that says whether a name is chosen.
+    rename: {own name: name in the checkpoint}, where other names stay as they are; or a function from one to the other.
 
-    Of a tied tensor each name is chosen and renamed for itself; it is sent under the first that is left. Raises
-    `SourceError` for two tensors that get the same name, and, where the source knows the names of all tensors, for a
-    pattern that matches none of them. What is a function is asked in every push, patterns and mappings once a layout.
+    Each name of a tied tensor is chosen and renamed for itself; the tensor is sent under the first name that is left.
+    Functions are called in every push, patterns and mappings are applied once for a layout.
+
+    Raises `SourceError` if two tensors get the same name; also if the source knows the names of all tensors, and a
+    pattern matches none of them.
     """
     only = _patterns(only)
     if rename is not None and not isinstance(rename, Mapping) and not callable(rename):
@@ -64,7 +66,7 @@ def selected(source: Source, only: Only = None, rename: Rename = None) -> Source
 
 
 class SelectedSource:
-    """Some shards of a source, of tensors that have other names."""
+    """Some shards of a source, with their tensors under other names."""
 
     def __init__(self, source: Source, selection: _Selection) -> None:
         self._source, self._layout, self._shards = source, selection.to, selection.shards
@@ -77,7 +79,7 @@ class SelectedSource:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of all tensors that were chosen, as they are sent, where the source knows its own."""
+        """The names under which all chosen tensors are sent, if the source knows the names of all its tensors."""
         return None if getattr(self._source, "names", None) is None else tuple(self._names.values())
 
     def layout(self) -> Layout:
@@ -101,20 +103,20 @@ class SelectedSource:
 
 @dataclass(frozen=True, eq=False)
 class _Selection:
-    """What becomes of a layout."""
+    """A source's layout, and the layout of the tensors chosen from it."""
 
     layout: Layout
-    rule: object  # what was asked for; None: functions had a say in it
-    names: dict[str, str]  # {name in the layout, or on another rank: name that is sent}, of those that are sent
+    rule: object  # `only` and `rename`; None if one of them is a function
+    names: dict[str, str]  # {own name, here or on another rank: name that is sent}, for all names that are sent
     to: Layout
-    shards: list[int]  # of `layout`, which those of `to` are
+    shards: list[int]  # by shard of `to`: the shard of `layout`
 
 
 _RECENT: Recent[_Selection] = Recent()
 
 
 def _patterns(only: Only) -> tuple[str, ...] | Callable[[str], object] | None:
-    """Several names and patterns, sorted out; or the function."""
+    """Return `only` as a tuple of names and patterns; a function or None as it is."""
     if only is None or callable(only):
         return only
     patterns = (only,) if isinstance(only, str) else tuple(only) if isinstance(only, Iterable) else (only,)
@@ -130,7 +132,7 @@ def _patterns(only: Only) -> tuple[str, ...] | Callable[[str], object] | None:
 def _chosen(
     names: tuple[str, ...], only: tuple[str, ...] | Callable[[str], object] | None, *, known: bool
 ) -> list[str]:
-    """Those of the names that `only` chooses; `known`: there are no other names on other ranks."""
+    """Return the names that `only` chooses. `known`: other ranks have no other names."""
     if only is None:
         return list(names)
     if callable(only):
@@ -159,7 +161,7 @@ def _nothing(what: str, pattern: str, names: tuple[str, ...]) -> SourceError:
 
 
 def _renamed(names: list[str], rename: Rename) -> dict[str, str]:
-    """{own name: name that is sent}."""
+    """Return {own name: name that is sent}."""
     if rename is None:
         return dict(zip(names, names, strict=True))
     renamed = {name: rename(name) if callable(rename) else rename.get(name, name) for name in names}

@@ -1,4 +1,4 @@
-"""Tensors in memory, by name: plain ones, which this rank holds whole, and DTensors, of which it holds its part."""
+"""Tensors in memory, by name: this rank holds plain tensors whole, and its part of DTensors."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ __all__ = ["TensorSource", "named"]
 class TensorSource:
     """A mapping, or pairs, of names and tensors. Tied tensors (the same memory) are sent once, under the first name.
 
-    The source keeps the tensors, which must not change until a push of them is over. An iterable is read to its end at
-    once. The next push reads the values that they have then; if tensors were replaced, make a new source.
+    The source keeps the tensors, which must not change until a push of them is over. The next push reads the values
+    that they have then; if tensors were replaced, make a new source. An iterable is read to its end at once.
     """
 
     _names: tuple[str, ...] | None = None
@@ -38,9 +38,9 @@ class TensorSource:
 
     @classmethod
     def recalled(cls, names: tuple[str, ...], tensors: Sequence[torch.Tensor]) -> Self:
-        """A source of tensors named one by one, which need not be described if some that look the same were lately.
+        """Make a source of these tensors, without describing them anew if they look like recent ones.
 
-        Raises `SourceError` as constructing one does.
+        Raises `SourceError` like the constructor.
         """
         source = cls.__new__(cls)
         source._layout, source._shards = recall(names, tensors)
@@ -54,8 +54,9 @@ class TensorSource:
 
     @property
     def names(self) -> tuple[str, ...] | None:
-        """Of all tensors, tied ones too, whether this rank has a part of them or not; None where other ranks may have
-        some that are not known here.
+        """The names of all tensors, tied ones too, whether or not this rank has a part of them.
+
+        None if other ranks may have tensors that are not known here.
         """
         return self._names
 
@@ -84,7 +85,7 @@ class TensorSource:
             box = box.reshape(1)
         if box.stride(-1) != 1:
             return None
-        # By `Tensor.numpy` its storage could never be resized again, as FSDP2 does when it reshards.
+        # After `Tensor.numpy` the storage could never be resized again, as FSDP2 does when it reshards.
         data = cast("npt.NDArray[np.uint8]", np.from_dlpack(box.view(torch.uint8)))
         data.flags.writeable = False
         return data
@@ -96,8 +97,8 @@ class TensorSource:
 def named(
     weights: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]],
 ) -> tuple[tuple[str, ...], list[torch.Tensor]]:
-    """Names and tensors, both in order. Raises `SourceError` for what is no name, no tensor or no pair of them."""
-    # Each class that occurs is looked at first, and each of many thousand tensors only for the error.
+    """Return names and tensors, in order. Raises `SourceError` for anything but pairs of a name and a tensor."""
+    # Only the few classes that occur are checked. The many thousand tensors are looked at only to name the wrong one.
     if isinstance(weights, Mapping):
         names, tensors = tuple(weights), list(weights.values())
     else:

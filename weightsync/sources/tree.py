@@ -1,4 +1,4 @@
-"""The names and parameters of a module as its checkpoint has them: put together once, and known again by a walk."""
+"""Lists a module's parameters under the names of its checkpoint. A walk recognises modules with known names."""
 
 from __future__ import annotations
 
@@ -24,30 +24,33 @@ _MOST = 1 << 22  # modules that a walk may meet
 
 
 class Listed(NamedTuple):
-    """What a module lists."""
+    """The parameters that a module lists."""
 
     names: tuple[str, ...]  # without wrappers
     tensors: list[torch.Tensor]
-    tree: Tree | None  # the same object for modules in which the same names are; None: names are put together each time
-    met: list[nn.Module | None]  # by the walk; each module of it, where there is no tree
-    kinds: frozenset[type]  # classes of those
+    tree: Tree | None  # the same object for modules with the same names; None: names are put together each time
+    met: list[nn.Module | None]  # modules in the order of the walk; without a tree, each module once
+    kinds: frozenset[type]  # classes of the modules
 
 
 @dataclass(frozen=True)
 class Tree:
-    """What a walk over a module meets, breadth first and shared submodules again, but for the parameters themselves."""
+    """What a walk over a module meets, breadth first, without the parameters themselves.
 
-    counts: list[int]  # of each module, parameters and submodules; one -1 for a submodule that is None
+    A shared submodule is met again each time.
+    """
+
+    counts: list[int]  # of each module: number of parameters, number of submodules; one -1 for a submodule that is None
     names: list[str]  # of each module's parameters, then of its submodules
-    given: list[bool]  # parameters that are not None
-    kinds: frozenset[type]  # classes of modules
-    wrappers: tuple[int, ...]  # which of the modules wrap another
+    given: list[bool]  # whether each parameter is not None
+    kinds: frozenset[type]  # classes of the modules
+    wrappers: tuple[int, ...]  # the modules that wrap another
 
     def parameters(self) -> Iterator[str]:
-        """The full names of all parameters, in order."""
+        """Yield the full names of all parameters, in order."""
         counts, names = iter(self.counts), iter(self.names)
         prefixes = [""]
-        for prefix in prefixes:  # which grows meanwhile
+        for prefix in prefixes:  # grows meanwhile
             own = next(counts)
             if own < 0:
                 continue
@@ -63,18 +66,18 @@ class _Known:
 
     tree: Tree
     names: tuple[str, ...]
-    order: list[int]  # which of those that the walk met they are
+    order: list[int]  # each one's index among the parameters that the walk met
 
 
 _RECENT: Recent[_Known] = Recent()
 
 
 def parameters_of(module: nn.Module) -> Listed:
-    """The names and parameters that `module.named_parameters(remove_duplicate=False)` gives, names without wrappers.
+    """Return what `module.named_parameters(remove_duplicate=False)` gives, with names without wrappers.
 
-    Names are not put together again for a module in which a walk meets the same as in another lately. Classes that list
-    their parameters in their own way are always asked. Parameters of FSDP2 are the sharded ones: what it has gathered
-    is freed first, and `SourceError` raised where that is in use.
+    Names are not put together again if a walk meets the same as in a recent module. Classes that list their parameters
+    in their own way are always asked. FSDP2's modules are resharded first, so that their parameters are the sharded
+    ones; `SourceError` is raised if one of them is in use.
     """
     met = _walk(module, max((len(known.tree.counts) for known in _RECENT), default=0))
     if met is not None:
@@ -104,7 +107,7 @@ def parameters_of(module: nn.Module) -> Listed:
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The buffers that a checkpoint has, under their names there."""
+    """Yield the buffers that a checkpoint has, under their names there."""
     for _, prefix, one in unwrapped_names(module):
         for name, buffer in one._buffers.items():
             if buffer is not None and name not in one._non_persistent_buffers_set:
@@ -119,18 +122,19 @@ def _without_wrappers(module: nn.Module, names: tuple[str, ...]) -> tuple[str, .
 
 
 def _walk(module: nn.Module, most: int) -> tuple[Tree, list[nn.Parameter], list[nn.Module | None]] | None:
-    """The tree of a module, its parameters (None where they are not given), and the modules in it. None where more than
-    `most` modules are met, as in one that contains itself, or where one lists its parameters in its own way.
+    """Return the tree of a module, its parameters (None for those that are not given), and the modules in it.
 
-    A module of FSDP2 is met, and resharded, before those in it whose parameters that changes.
+    Returns None if the walk meets a module that lists its parameters in its own way, or more than `most` modules, as in
+    one that contains itself. A module of FSDP2 is resharded before the walk reaches submodules with parameters that
+    this changes.
     """
     counts: list[int] = []
     names: list[str] = []
     parameters: list[nn.Parameter] = []
     met: list[nn.Module | None] = [module]
     kinds: set[type] = set()
-    sharding: set[type] = set()  # those of FSDP2
-    for one in met:  # which grows meanwhile; once over everything, since memory that is far apart is what takes time
+    sharding: set[type] = set()  # classes of FSDP2
+    for one in met:  # grows meanwhile; a single pass, because access to scattered memory takes most of the time
         if one is None:
             counts.append(-1)
             kinds.add(type(None))

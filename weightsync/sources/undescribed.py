@@ -1,4 +1,4 @@
-"""Weights that could not be described: their rank takes part in the push all the same, for the others to hear why."""
+"""Weights that could not be described: their rank takes part in the push all the same, so that the others hear why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Undescribed"]
 
 
 class Undescribed:
-    """A source of nothing."""
+    """A source without shards, which raises `why` when it is measured."""
 
     nbytes = 0
 
@@ -22,7 +22,7 @@ class Undescribed:
         self._why, self._group, self._reduces = why, group, reduces
 
     def measure(self) -> NoReturn:
-        """Raises why they could not be described, where the other ranks wait for this one."""
+        """Raise the reason; if the other ranks are in the collective, there, so that they do not wait for this one."""
         if self._reduces:
             from weightsync.sources.amax import reduce_amax
 
@@ -30,7 +30,7 @@ class Undescribed:
         raise self._why
 
     def layout(self) -> Layout:
-        """Of no shard."""
+        """A layout without shards."""
         return Layout.of([])
 
     def local(self, shard: int) -> torch.Tensor | None:

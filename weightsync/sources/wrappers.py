@@ -1,6 +1,6 @@
-"""Modules that wrap another and have no place in a checkpoint's names: all that are known, and what each calls its own.
+"""The known modules that wrap another one and do not show in a checkpoint's names.
 
-Told by class, never by name: a model may well have a submodule called `module`.
+They are recognised by class, never by name: a model may well have a submodule called `module`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WRAPPERS = {
 
 
 def wrapped_in(kind: type) -> str | None:
-    """The attribute under which modules of this class have the one that they wrap; None: they are no wrapper."""
+    """Return the attribute in which modules of this class keep the wrapped module; None if they are no wrappers."""
     for known, attribute in _WRAPPERS.items():
         if _is_a(kind, known):
             return attribute
@@ -47,22 +47,23 @@ def is_fsdp2(kind: type) -> bool:
 
 
 def _is_a(kind: type, known: tuple[str, str]) -> bool:
-    """Imports nothing: who has such a module has imported its class."""
+    """Whether `kind` is a subclass of the known class. Imports nothing: a process with such a module has its class."""
     module, name = known
     wrapper = getattr(sys.modules.get(module), name, None)
     return wrapper is not None and issubclass(kind, wrapper)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What is in the wrappers around a module; FSDP1's, which hold parameters, stay."""
+    """Return the module inside its wrappers. FSDP1's wrappers stay, because they hold parameters."""
     while (attribute := wrapped_in(type(module))) is not None and not is_fsdp1(type(module)):
         module = module.get_submodule(attribute)
     return module
 
 
 def unwrapped_names(module: nn.Module) -> Iterator[tuple[str, str, nn.Module]]:
-    """Every module in this one, itself first, as `named_modules(remove_duplicate=False)` has them: what its parameters'
-    names begin with there, the same without wrappers, and the module.
+    """Yield every module in this one, itself first, in the order of `named_modules(remove_duplicate=False)`.
+
+    Each comes as the prefix of its parameters' names there, the same prefix without wrappers, and the module.
     """
     wrapped = {kind: wrapped_in(kind) for kind in {type(one) for one in module.modules()}}
 

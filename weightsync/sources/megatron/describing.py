@@ -1,4 +1,4 @@
-"""A model described from the start: each of its parameters by its rule, or by a bridge where there is none."""
+"""Describes a model from the start: each parameter by its rule, or by an mbridge bridge if it has no rule."""
 
 from __future__ import annotations
 
@@ -30,11 +30,14 @@ class Described:
     parts: list[Part]
     aliases: list[tuple[str, str]]
     gathered: tuple[str, ...]  # tensors that a bridge has exported
-    cuts: list[list[Cut | None]] | None  # of each stage's tensors; a bridge's are None. None: a rule has made a copy
+    cuts: list[list[Cut | None]] | None  # by stage and tensor, None if a bridge exports it; None if a rule made a copy
 
 
 def described(stages: list[Stage], table: Mapping[str, Rule], vocab_size: int | None, bridge: Any) -> Described:
-    """Raises `SourceError` naming the first parameter that no rule knows, or that is not as its rule says."""
+    """Describe what this rank holds of these stages.
+
+    Raises `SourceError` naming the first parameter that no rule knows, or that is not as its rule says.
+    """
     result = Described([], [], (), [])
     for stage in stages:
         exporter: Exporter | None = None

@@ -1,8 +1,8 @@
-"""What no rule can say: whole checkpoint tensors, as mbridge makes them of one parameter at a time.
+"""Exports parameters without a rule: mbridge makes whole checkpoint tensors of them, one parameter at a time.
 
-mbridge 0.15.1's `Bridge.export_weights` gathers every parameter over all ranks. Its steps for one parameter are used
-here alone: merge what the tensor-parallel ranks have, take it apart into the checkpoint's tensors. Stages of the
-pipeline and groups of experts export their own parameters, and nothing is sent between them.
+mbridge 0.15.1's `Bridge.export_weights` gathers every parameter over all ranks. Only its steps for one parameter are
+used here: merge the shares of the tensor-parallel ranks, then take the result apart into the checkpoint's tensors.
+Stages of the pipeline and groups of experts export their own parameters, and nothing is sent between them.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _STEPS = ("_weight_name_mapping_mcore_local_to_global", "_weight_merge_across_tp
 
 
 class Exporter:
-    """One bridge at work on one stage."""
+    """Exports the parameters of one stage through one mbridge bridge."""
 
     def __init__(self, bridge: Any, stage: Stage) -> None:
-        """Raises `SourceError` for a bridge of another kind."""
+        """Raises `SourceError` for a bridge that is not mbridge's."""
         missing = [step for step in _STEPS if not hasattr(bridge, step)]
         if missing:
             raise SourceError(
@@ -37,8 +37,10 @@ class Exporter:
         self._names: dict[str, str] = bridge._weight_name_mapping_mcore_local_to_global(stage.model)
 
     def parts(self, place: int) -> list[Part]:
-        """The checkpoint tensors that are made of one parameter, all of each. A collective of the ranks among whom it
-        is cut. Raises `SourceError` where the bridge does not know it either.
+        """Return the whole checkpoint tensors that are made of one parameter.
+
+        This is a collective of the ranks that the parameter is cut across. Raises `SourceError` if the bridge does not
+        know the parameter either.
         """
         name, tensor = self._stage.names[place], self._stage.tensors[place]
         of_experts = ".mlp.experts." in name

@@ -1,8 +1,10 @@
-"""Which rule each parameter of a family has. Keys are Megatron's names, with `*` for the layer's number; experts are
-called alike however they are kept (`local_experts.3.linear_fc1`, `linear_fc1.weight3`, `weight1`).
+"""The tables of rules: which rule each parameter of a family has.
 
-Names of checkpoints are those of transformers' models; Megatron's are those of its local and of its Transformer Engine
-layers, which fuse a norm into the linear layer behind it.
+Keys are Megatron's names, with `*` for the layer's number. Experts have the same keys however they are kept
+(`local_experts.3.linear_fc1`, `linear_fc1.weight3`, `weight1`).
+
+Checkpoint names are those of transformers' models. Megatron's are those of its local and of its Transformer Engine
+layers; the latter fuse a norm into the linear layer after it.
 """
 
 from __future__ import annotations
@@ -101,7 +103,7 @@ FAMILIES: dict[str, dict[str, Rule]] = {  # by the checkpoint's `model_type`
 
 
 def rules_of(model_type: str) -> dict[str, Rule]:
-    """The table of a family. Raises `SourceError` naming those there are."""
+    """Return the table of a family. Raises `SourceError` naming the families that have one."""
     if model_type not in FAMILIES:
         raise SourceError(
             f"no table says where the parameters of a Megatron {model_type!r} lie in its checkpoint",

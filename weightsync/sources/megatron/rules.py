@@ -1,8 +1,8 @@
-"""How Megatron's parameters lie in the tensors of a checkpoint: the rules that the families' tables are made of.
+"""The rules in the families' tables: how Megatron's parameters lie in the tensors of a checkpoint.
 
-All of Megatron's layouts here are read from megatron-core 0.16.1: `tensor_parallel/layers.py` (which dimension a linear
-layer cuts), `transformer/attention.py` (`get_query_key_value_tensors`: one query group after another, each its queries,
-its key, its value) and `transformer/mlp.py` (`glu`: this rank's gates, then its ups).
+All of Megatron's layouts here are taken from megatron-core 0.16.1: `tensor_parallel/layers.py` (which dimension a
+linear layer cuts), `transformer/attention.py` (`get_query_key_value_tensors`: one query group after another, each with
+its queries, its key, its value) and `transformer/mlp.py` (`glu`: this rank's gates, then its ups).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Norm(Whole):
-    """The scale of a norm, whole on each rank and of the checkpoint's values."""
+    """The scale of a norm, whole on each rank and with the checkpoint's values."""
 
     def __call__(self, held: Held) -> list[Part]:
         if getattr(held.config, "layernorm_zero_centered_gamma", False):
@@ -60,7 +60,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Rows of an embedding or an output layer, shared out like columns; those that only pad it are left out."""
+    """Rows of an embedding or an output layer, shared out like columns. Rows of padding are left out."""
 
     name: str
 
@@ -105,7 +105,7 @@ class Gated:
 class QKV:
     """The fused projection of attention: for each query group its queries, its key and its value.
 
-    Where there are more ranks than groups a rank has some rows of one group.
+    If there are more ranks than groups, a rank has some rows of one group.
     """
 
     query: str

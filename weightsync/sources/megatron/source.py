@@ -1,4 +1,4 @@
-"""A rank of a megatron-core trainer: each parameter declared as the boxes of checkpoint tensors that it is."""
+"""The weights of a megatron-core trainer's rank: each parameter is described as boxes of checkpoint tensors."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class MegatronSource(PartSource):
 
     Make one on every rank for each push. Pass the model as the trainer has it, wrapped by DDP or not; a list if there
     are virtual pipeline stages. Nothing is gathered or copied, except what only a bridge can export (`gathered`).
-    Parameters are read during the push, and must not change until it has read them.
+    Parameters are read during the push, and must not change until the push has read them.
     """
 
     def __init__(
@@ -58,13 +58,13 @@ class MegatronSource(PartSource):
         """Describe what this rank holds. A model that was described lately takes milliseconds.
 
         checkpoint: the directory with the checkpoint's `config.json`, or what is in it: a mapping, or a transformers
-            configuration. Says family and vocab_size. Default: the bridge's.
-        family: whose table of rules applies, such as "qwen3"; one of `FAMILIES`.
+            configuration. It gives family and vocab_size. Default: the bridge's.
+        family: the family with the table of rules that applies, such as "qwen3"; one of `FAMILIES`.
         vocab_size: rows of the checkpoint's embedding; Megatron's has more, so that ranks share them evenly.
         rules: more rules, or others than the family's, by Megatron's name with `*` for the layer's number. Give the
-            same functions each time: for new ones everything is described anew.
-        bridge: an mbridge bridge, which exports what no rule knows. What it gathers is gathered at each push, by the
-            ranks that share the parameter: all of them must make their source.
+            same functions each time: with new ones, everything is described anew.
+        bridge: an mbridge bridge, which exports parameters that no rule knows. It gathers them at each push, among the
+            ranks that share the parameter: all of these ranks must make their source.
 
         Raises `SourceError` naming the first parameter that cannot be pushed.
         """
@@ -80,7 +80,7 @@ class MegatronSource(PartSource):
         _check_tied(stages, facts)
         vocab_size = vocab_size if vocab_size is not None else facts.get("vocab_size")
         options = _Options(table, vocab_size, None if bridge is None else type(bridge))
-        #: checkpoint tensors that a bridge has exported, and that this rank holds whole until the source goes
+        #: checkpoint tensors that a bridge has exported; this rank holds them whole until the source goes
         self.gathered: tuple[str, ...]
         for look in _RECENT:
             if look.fits(stages, options) and (shards := look.shards(stages, bridge)) is not None:
@@ -103,7 +103,7 @@ class MegatronSource(PartSource):
 
 @dataclass(frozen=True)
 class _Options:
-    """What the caller said."""
+    """The caller's choices."""
 
     table: Mapping[str, Rule]
     vocab_size: int | None
@@ -112,11 +112,11 @@ class _Options:
 
 @dataclass(frozen=True, eq=False)
 class _Look:
-    """All that a description depended on. Of modules only weak references, and no tensor."""
+    """Everything that a description depended on. It has only weak references to modules, and no tensor."""
 
     modules: tuple[ref[nn.Module], ...]
     options: _Options
-    names: list[tuple[str, ...]]  # of each stage's tensors, as all below
+    names: list[tuple[str, ...]]  # by stage, of its tensors; so are the lists below
     kinds: list[list[type]]
     dtypes: list[list[torch.dtype]]
     shapes: list[list[torch.Size]]
@@ -146,7 +146,7 @@ class _Look:
         )
 
     def fits(self, stages: list[Stage], options: _Options) -> bool:
-        """Whether these are the same modules, with parameters that look the same, wherever they lie by now."""
+        """Whether these are the same modules with parameters that look the same, wherever the parameters lie now."""
         if len(stages) != len(self.modules) or options != self.options:
             return False
         for i, stage in enumerate(stages):
@@ -160,7 +160,7 @@ class _Look:
         return True
 
     def shards(self, stages: list[Stage], bridge: Any) -> list[torch.Tensor] | None:
-        """The memory of each shard, where it is now. None where a bridge exports others than the last one did."""
+        """Return the memory of each shard as it is now; None if a bridge exports other tensors than last time."""
         shards: list[torch.Tensor] = []
         with torch.no_grad():
             for stage, cuts in zip(stages, self.cuts, strict=True):
@@ -182,7 +182,7 @@ _RECENT: Recent[_Look] = Recent()
 
 
 def _facts(checkpoint: Any) -> Mapping[str, Any]:
-    """What a checkpoint's configuration says. Raises `SourceError` where it cannot be read."""
+    """Return a checkpoint's configuration. Raises `SourceError` if it cannot be read."""
     if checkpoint is None:
         return {}
     if isinstance(checkpoint, Mapping):
@@ -205,7 +205,7 @@ def _facts(checkpoint: Any) -> Mapping[str, Any]:
 def _table(
     family: str | None, model_type: str | None, rules: Mapping[str, Rule] | None, bridge: Any
 ) -> Mapping[str, Rule]:
-    """The rules that apply: the caller's before those of the family."""
+    """Return the rules that apply. The caller's take precedence over the family's."""
     if family is None and (model_type in FAMILIES or (rules is None and bridge is None)):
         family = model_type
         if family is None:

@@ -1,9 +1,9 @@
-"""A Megatron model as this rank has it: its pipeline stages, their parameters, and what of the whole model each is.
+"""A Megatron model as this rank has it: its pipeline stages, their parameters, and each one's place in the whole model.
 
-Nothing here depends on `megatron.core` being importable: all is read from the model, which says it on every rank:
-`layer_number` of a layer counts from 1 over all pipeline stages, virtual ones too (megatron-core 0.16.1,
-`transformer/transformer_layer.py`); `local_expert_indices` of an expert layer are its places among all experts
-(`transformer/moe/moe_layer.py`); `pg_collection` has the process groups.
+Nothing here imports `megatron.core`: everything is read from the model, on every rank. The `layer_number` of a layer
+counts from 1 over all pipeline stages, virtual ones too (megatron-core 0.16.1, `transformer/transformer_layer.py`). The
+`local_expert_indices` of an expert layer are the places of its experts among all experts
+(`transformer/moe/moe_layer.py`). `pg_collection` has the process groups.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _PACKED = {"weight1": "linear_fc1.weight", "weight2": "linear_fc2.weight"}  # Gr
 
 
 class Group(NamedTuple):
-    """This process's place among those that cut the same parameters."""
+    """This process's place among the ranks that the same parameters are cut across."""
 
     rank: int
     world: int
@@ -58,7 +58,7 @@ class Stage:
 
     @classmethod
     def of(cls, model: nn.Module) -> Stage:
-        """Raises `SourceError` for what is no Megatron model."""
+        """Make a stage of a model without wrappers. Raises `SourceError` if it is no Megatron model."""
         if not hasattr(model, "config") or not hasattr(model, "decoder"):
             raise SourceError(
                 f"{type(model).__name__} is no language model of megatron-core: it has no config and decoder",
@@ -91,7 +91,7 @@ class Stage:
                     )
 
     def group(self, *, experts: bool) -> Group:
-        """Those among whom parameters are cut: of the dense layers, or of experts."""
+        """Return the group that parameters are cut across: those of the dense layers, or of experts."""
         groups = getattr(self.model, "pg_collection", None)
         if groups is None:
             raise SourceError(
@@ -112,7 +112,7 @@ class Stage:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model inside DDP, Float16Module and the like. Raises `SourceError` for FSDP."""
+    """Return the model inside DDP, Float16Module and the like. Raises `SourceError` for FSDP."""
     *wrappers, inner = _unwrapped(model)
     for wrapper in wrappers:
         kind = type(wrapper)
@@ -124,8 +124,9 @@ def bare(model: nn.Module) -> nn.Module:
 def sync_parameters(model: nn.Module) -> None:
     """Complete the parameters of a model whose DDP gathers them only when the next forward pass needs them.
 
-    With `overlap_param_gather` a rank has, after the optimizer's step, only its own share of what was updated. As
-    Megatron does before it writes a checkpoint (`force_param_sync`). A collective of the data-parallel ranks.
+    With `overlap_param_gather`, a rank has only its own share of the updated parameters after the optimizer's step.
+    Megatron does the same before it writes a checkpoint (`force_param_sync`). This is a collective of the data-parallel
+    ranks.
     """
     for wrapper in _unwrapped(model):
         options = getattr(wrapper, "ddp_config", None)
@@ -134,7 +135,7 @@ def sync_parameters(model: nn.Module) -> None:
 
 
 def _unwrapped(model: nn.Module) -> list[nn.Module]:
-    """The model with all its wrappers, outermost first."""
+    """Return the model and all its wrappers, outermost first."""
     found = [model]
     while isinstance(inner := getattr(found[-1], "module", None), nn.Module):
         found.append(inner)
@@ -142,9 +143,10 @@ def _unwrapped(model: nn.Module) -> list[nn.Module]:
 
 
 def held_of(stage: Stage, vocab_size: int | None) -> Iterator[tuple[int, Held]]:
-    """All parameters of a stage, each with its place in `stage.tensors`; an expert at a time where several are one.
+    """Yield all parameters of a stage, each with its place in `stage.tensors`.
 
-    Raises `SourceError` naming the first that cannot be placed.
+    A parameter that holds several experts gives one item for each. Raises `SourceError` naming the first parameter that
+    cannot be placed.
     """
     dense, among_experts = stage.group(experts=False), stage.group(experts=True)
     layers: Any = stage.model.decoder.layers  # type: ignore[union-attr]
@@ -172,12 +174,12 @@ def held_of(stage: Stage, vocab_size: int | None) -> Iterator[tuple[int, Held]]:
 
 
 def _of_experts(name: str, held: Held, indices: Sequence[int]) -> Iterator[tuple[str, int, torch.Tensor]]:
-    """The experts in one parameter: what rules call it, which of all experts it is, and its data."""
+    """Yield the experts in one parameter: the end of the key in rules, the index among all experts, and the data."""
     if found := _SEQUENTIAL.match(name):
         yield found[2], indices[int(found[1])], held.data
     elif found := _GROUPED.match(name):
         yield found[1], indices[int(found[2])], held.data
-    elif name in _PACKED:  # the products' other way round: inputs first (`GroupedMLP.forward`)
+    elif name in _PACKED:  # transposed: inputs come first (`GroupedMLP.forward`)
         hidden = held.config.hidden_size
         shape = (len(indices), hidden, -1) if name == "weight1" else (len(indices), -1, hidden)
         for expert, data in zip(indices, held.data.view(shape), strict=True):
@@ -187,7 +189,7 @@ def _of_experts(name: str, held: Held, indices: Sequence[int]) -> Iterator[tuple
 
 
 def _expert_biases(model: Any) -> dict[str, torch.Tensor]:
-    """What routers of balanced experts add to their scores: weights of the checkpoint, though buffers in Megatron."""
+    """Return what routers add to scores to balance experts: buffers in Megatron, but weights in the checkpoint."""
     if not getattr(model.config, "moe_router_enable_expert_bias", False):
         return {}
     found = {}

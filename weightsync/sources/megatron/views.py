@@ -1,4 +1,4 @@
-"""How shards are cut from parameters, kept so that the next push need not ask the rules again. Holds no tensor."""
+"""Remembers how shards are cut from parameters, so that the next push need not ask the rules. Holds no tensor."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["Cut"]
 
 @dataclass(frozen=True)
 class Cut:
-    """The views of one packed tensor that were taken of it, so that they can be taken of it again, or of another."""
+    """How views were cut from one packed tensor, so that they can be cut from it again, or from another."""
 
-    rows: tuple[int, ...] = ()  # of runs of rows, the first from row 0 on: one a view, and at last what is left over
-    boxes: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...] = ()  # of all other views: shape, strides, offset
+    rows: tuple[int, ...] = ()  # lengths of runs of rows, from row 0 on: one for each view, then the rest
+    boxes: tuple[tuple[tuple[int, ...], tuple[int, ...], int], ...] = ()  # otherwise: shape, strides, offset of views
     whole: bool = False  # the tensor itself is the only view
 
     @classmethod
     def of(cls, tensor: torch.Tensor, views: Sequence[torch.Tensor]) -> Cut | None:
-        """None where one of them is no view of `tensor`, or `tensor` itself is not packed."""
+        """Return how `views` are cut from `tensor`; None if one is no view of it, or `tensor` itself is not packed."""
         if not tensor.is_contiguous():
             return None
         if not views:
@@ -48,7 +48,7 @@ class Cut:
         return cls(rows=(*(shape[0] for shape, _, _ in boxes), tensor.shape[0] - at))
 
     def views(self, tensor: torch.Tensor) -> Sequence[torch.Tensor]:
-        """The same views of a packed tensor of the same shape."""
+        """Cut the same views from a packed tensor of the same shape."""
         if self.whole:
             return (tensor,)
         if self.rows:
