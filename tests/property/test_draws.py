@@ -206,6 +206,15 @@ def test_an_exposure_of_a_later_version_is_refused_as_a_whole():
         Exposures.unpack(msgspec.msgpack.encode({"format": 1, "ranks": [], "compressed": True}))
 
 
+def test_what_is_exposed_twice_is_named():
+    table, made = exposure(shape=(3, 4))
+    _, whole = exposure()
+    wanted = [Wanted(0, (0, 0), (4, 4), 4, 0, 0, (16, 4))]
+    with pytest.raises(LocalProtocolError, match="all elements, and 12 of them twice, of 'w' are exposed"):
+        draws(wanted, [made, whole], table)
+    assert len(draws(wanted, [made, whole], table, all_of_it=False)) == 2
+
+
 def test_what_nobody_exposes_is_named():
     table, made = exposure(shape=(3, 4))
     wanted = [Wanted(0, (0, 0), (4, 4), 4, 0, 0, (16, 4))]

@@ -75,6 +75,20 @@ def test_what_was_read_back_wrong_is_told_once_and_the_lease_ends(keeper):
     keeper.settle(deadline=_soon())
 
 
+def test_what_else_goes_wrong_with_a_bucket_is_no_failure_of_the_gpu(keeper):
+    one, event = lease(), Event()
+    event.come.set()
+
+    def then() -> None:
+        raise ValueError("of another kind")
+
+    keeper.keep(one, event, then)
+    with pytest.raises(TransportBroken, match="reading a bucket: ValueError"):
+        keeper.settle(deadline=_soon())
+    assert one.released
+    keeper.settle(deadline=_soon())
+
+
 def test_a_gpu_that_failed_has_failed_for_good(keeper):
     one, event = lease(), Event()
     event.error = RuntimeError("CUDA error: an illegal memory access was encountered")

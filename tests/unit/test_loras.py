@@ -291,6 +291,7 @@ async def test_two_at_a_time_take_turns():
         ({"version": True}, "version = True"),
         ({"version": 1, "keep": -1}, "keep = -1"),
         ({"version": 1, "name": "a/b"}, "name = 'a/b'"),
+        ({"version": 1, "name": 7}, "name = 7"),
         ({"version": 1, "timeout": 0}, "timeout = 0"),
         ({"version": 1}, "without its config"),
     ],

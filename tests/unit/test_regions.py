@@ -126,6 +126,26 @@ def test_memory_of_a_process_that_has_ended_is_let_go(holder, monkeypatch):
     assert eventually(lambda: mapped() == 0)
 
 
+def test_a_look_that_fails_is_not_the_last(monkeypatch):
+    """The thread ends with an error in the log; whoever maps something next starts another."""
+    monkeypatch.setattr(gone, "_EVERY", 0.01)
+    looks: list[int] = []
+
+    def look() -> bool:
+        looks.append(len(looks))
+        if len(looks) == 1:
+            raise RuntimeError("cannot be unmapped")
+        return False
+
+    lookout = gone.Lookout(look, None)
+    lookout.start()
+    assert eventually(lambda: not lookout._running)
+    assert len(looks) == 1
+    lookout.start()
+    assert eventually(lambda: not lookout._running)
+    assert len(looks) == 2
+
+
 @pytest.mark.parametrize("what", ["fd", "name", "size", "since", "pid"])
 def test_what_is_not_what_was_exposed_is_not_mapped(holder, what):
     process, fd = holder

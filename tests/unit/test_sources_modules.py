@@ -5,15 +5,19 @@ is the model bit for bit, under the model's own names.
 from __future__ import annotations
 
 from math import prod
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.plan_kit import window
 from tests.unit.sources_kit import put_together, run_ranks
-from weightsync.sources.flat import boxes_of_stretch
+from weightsync.sources.flat import _names, boxes_of_stretch
 
 WORLD = 4
 
@@ -71,3 +75,16 @@ def test_a_stretch_of_a_tensor_is_a_few_boxes(stretch):
     found = [whole[window(offset, box)].reshape(-1) for offset, box in boxes]
     assert np.concatenate([np.empty(0, int), *found]).tolist() == [*range(begin, end)]
     assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+def test_names_of_one_submodule_are_in_its_own_order():
+    """Of tied parameters the first is sent, as from modules of any other kind."""
+    module = nn.Module()
+    module.z = nn.Parameter(torch.zeros(2))
+    module.a = module.z
+    info = SimpleNamespace(module=module, param_name="z")
+    tied = SimpleNamespace(module=module, param_name="a", prim_module=module, prim_param_name="z")
+    flat: Any = SimpleNamespace(_param_infos=[info], _shared_param_infos=[tied])
+    assert _names(flat, {id(module): [(1, "second."), (0, "first.")]}) == [
+        ["first.z", "first.a", "second.z", "second.a"]
+    ]

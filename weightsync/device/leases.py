@@ -93,7 +93,7 @@ class LeaseKeeper:
             try:
                 if one.then is not None:
                     one.then()
-            except WeightSyncError as error:  # told by `settle`, in the thread that asks
+            except Exception as error:  # noqa: BLE001 - raised by `settle`, in the thread that asks
                 self._error = error
             finally:
                 one.lease.release()

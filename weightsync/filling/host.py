@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -55,9 +55,12 @@ class HostFill:
         writes = self._program.writes[bucket]
         # numpy and torch both release the GIL: one core fingerprints a bucket while another copies it
         ahead = _POOL.executor.submit(lambda: [self._fingerprint(write) for write in writes])
-        copied = [self._write(memory, write) for write in writes]
+        try:
+            copied = [self._write(memory, write) for write in writes]
+        finally:  # a failed push, too, must not read weights after it has returned
+            wait([ahead], _FINGERPRINT)
         sums: dict[int, int] = {}
-        for write, out, found in zip(writes, copied, ahead.result(_FINGERPRINT), strict=True):
+        for write, out, found in zip(writes, copied, ahead.result(0), strict=True):
             part = _fingerprint(_bytes_of(out), write) if found is None else found
             sums[write.tensor] = (sums.get(write.tensor, 0) + part) & _MASK
         self._done.append(Filled(bucket, sum(write.nbytes for write in writes), sums))

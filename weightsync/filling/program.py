@@ -62,6 +62,11 @@ class Program:
         """The bytes that a slot must have: up to the last byte of any piece that this rank writes into."""
         return max((write.end for bucket in self.writes for write in bucket), default=0)
 
+    @cached_property
+    def nbytes(self) -> int:
+        """The bytes that this rank writes. Bytes that a replica writes elsewhere are not among them."""
+        return sum(write.nbytes for bucket in self.writes for write in bucket)
+
     @property
     def buckets(self) -> int:
         """The number of buckets in which this rank has a part."""

@@ -93,9 +93,13 @@ class DeviceSlots:
         try:
             with cupy().cuda.Device(device):
                 address = runtime.malloc(nbytes)
-                handle = runtime.ipcGetMemHandle(address)
-                runtime.memset(address, 0, nbytes)
-                runtime.deviceSynchronize()
+                try:
+                    handle = runtime.ipcGetMemHandle(address)
+                    runtime.memset(address, 0, nbytes)
+                    runtime.deviceSynchronize()
+                except runtime.CUDARuntimeError:
+                    runtime.free(address)
+                    raise
         except runtime.CUDARuntimeError as error:
             if error.status != _OUT_OF_MEMORY:
                 raise ConfigError(f"GPU {gpu} gives no memory that can be shared: {error}", hint=SHARING) from error

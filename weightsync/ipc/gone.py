@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 __all__ = ["Lookout"]
+
+logger = logging.getLogger(__name__)
 
 _EVERY = 1.0  # seconds
 
@@ -45,9 +48,12 @@ class Lookout:
             pause.wait(_EVERY)
             with self._lock:
                 self._wanted = False
-            if self._look():
-                continue
+            try:
+                more = self._look()
+            except Exception:
+                logger.exception("memory of processes that are gone may stay mapped until the next push")
+                more = False
             with self._lock:
-                if not self._wanted:
+                if not (more or self._wanted):
                     self._running = False
                     return

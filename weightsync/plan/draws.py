@@ -80,7 +80,9 @@ def draws(
             found.append(Draw(rank, at, source, part.strides, want.target, onto, want.strides, size, want.itemsize))
             missing -= math.prod(size)
         if missing and all_of_it:
-            raise LocalProtocolError(f"{missing} elements of {tensors.names[want.tensor]!r} are exposed by no rank")
+            what = f"{missing} elements" if missing > 0 else f"all elements, and {-missing} of them twice,"
+            how = "are exposed by no rank" if missing > 0 else "are exposed"
+            raise LocalProtocolError(f"{what} of {tensors.names[want.tensor]!r} {how}")
     return found
 
 

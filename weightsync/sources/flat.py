@@ -8,7 +8,7 @@ steps, a flat parameter's data is this rank's stretch, in the type that the opti
 from __future__ import annotations
 
 from math import prod
-from operator import is_
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from weightsync.errors import SourceError
@@ -212,7 +212,7 @@ def _names(flat: FlatParameter, paths: _Paths) -> list[list[str]]:
         add((id(info.module), info.param_name), info.module, info.param_name)
     for tied in flat._shared_param_infos:
         add((id(tied.prim_module), tied.prim_param_name), tied.module, tied.param_name)
-    return [list(dict.fromkeys(name for _, name in sorted(names))) for names in found.values()]
+    return [list(dict.fromkeys(name for _, name in sorted(names, key=itemgetter(0)))) for names in found.values()]
 
 
 def _pieces(handle: int, flat: FlatParameter, names: list[str]) -> Iterator[list[_Piece]]:

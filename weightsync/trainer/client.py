@@ -134,7 +134,7 @@ def push_source(
 ) -> PushReport:
     """Do as `push_weights`, and call `on_progress` in this thread after each bucket.
 
-    on_progress: gets the bytes that this rank has written so far, and the bytes that it holds. It writes fewer than it
+    on_progress: gets the bytes that this rank has written so far, and all that it will write. It writes fewer than it
         holds if other ranks hold the same shards.
     """
     what = _Weights(source, dtype, only, rename, quantise=quantise)

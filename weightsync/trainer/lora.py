@@ -91,7 +91,7 @@ def push_lora(
 
     version, keep = whole_number("version", version), whole_number("keep", keep)
     model, timeout = checked_model(model), checked_timeout(timeout)
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", name):
         hint = "up to 64 letters, digits, dots, dashes and underscores"
         raise SourceError(f"name = {name!r} is not a valid adapter name", hint=hint)
     first = trainer_place(process_group).rank == 0

@@ -261,7 +261,7 @@ class RankPush:
         def tell(words: msg.Message) -> None:
             link.send(msgspec.structs.replace(words, id=self._number))
 
-        progress, nbytes = self.on_progress, self._layout.nbytes
+        progress = self.on_progress
         self._filling = RankFilling(
             self._source,
             program,
@@ -271,7 +271,7 @@ class RankPush:
             ready=self._ready,
             deadline=self.deadline,
             tell=tell,
-            on_progress=None if progress is None else lambda written: progress(written, nbytes),
+            on_progress=None if progress is None else lambda written: progress(written, program.nbytes),
         )
         if not self._filling.left:
             self.filled.set()
