@@ -22,7 +22,7 @@ __all__ = ["KINDS", "PATHS", "EngineSpec", "adapter"]
 
 
 class EngineSpec(Protocol):
-    """What an adapter must know about its engine; the daemon's configuration provides it."""
+    """The facts that an adapter must know about its engine; the daemon's configuration provides them."""
 
     @property
     def kind(self) -> str:
@@ -54,7 +54,7 @@ class EngineSpec(Protocol):
 
     @property
     def target(self) -> str:
-        """Which of its models takes the pushed weights: "all", "model" or "draft"."""
+        """The model of the engine that takes the pushed weights: "all", "model" or "draft"."""
 
 
 KINDS: dict[str, tuple[str, str]] = {

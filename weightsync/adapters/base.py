@@ -1,4 +1,4 @@
-"""What the daemon asks of an engine, whatever its brand.
+"""The interface through which the daemon drives an engine, whatever its brand.
 
 One push calls, in this order and each with an absolute `deadline` (seconds of `time.monotonic()`):
 
@@ -39,7 +39,7 @@ not even paused.
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine answers to a probe."""
+    """An engine's answer to a probe."""
 
     software: str  # name and version, such as "vllm 0.33.0"
     profile: str  # the protocol variant the adapter chose, and why

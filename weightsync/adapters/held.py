@@ -34,7 +34,7 @@ __all__ = ["HeldCheck", "HeldSums", "Workers", "packed_boxes", "sums_of"]
 
 
 class HeldSums(msgspec.Struct, frozen=True):
-    """What one worker holds. `boxes` is the digest of its packed boxes; b"" if it cannot tell."""
+    """One worker's report of what it holds. `boxes` is the digest of its packed boxes; b"" if it cannot tell."""
 
     boxes: Annotated[bytes, Meta(max_length=16)] = b""
     sums: bytes = b""  # little-endian uint64, one for each box

@@ -204,7 +204,7 @@ class Engine:
                 return [reply.data for reply in self._expect(self._call(Places(tuple(known)), deadline))]
 
     def finish(self, version: int, *, deadline: float) -> None:
-        """End the open update, of which every piece was loaded once, and drop all caches.
+        """End the open update, whose pieces must all have been loaded, and drop all caches.
 
         The engine holds `version` now, but counts as torn until `resume` confirms it. So if the daemon ends before it
         has verified the engine, the engine does not pass for whole.

@@ -47,7 +47,7 @@ __all__ = ["SGLangAdapter"]
 
 
 class _Known(NamedTuple):
-    """What does not change while one incarnation of the server runs."""
+    """The facts that do not change while one incarnation of the server runs."""
 
     incarnation: str
     facts: ServerFacts
@@ -59,7 +59,7 @@ class _Known(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What changes while the server runs."""
+    """The state that changes while the server runs."""
 
     plugin: PluginState | None
     weight_version: object

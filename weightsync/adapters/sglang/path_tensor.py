@@ -4,9 +4,9 @@ Every rank opens only its own entry, once, so each gets its own ticket in a pick
 that all ranks have loaded (SGLang has a barrier before it), or that rank 0 could not. A payload that cannot be opened
 ends the scheduler, which then does not answer at all.
 
-`flush_cache` stays off for every bucket; the adapter's `finish` flushes the cache once, in a call of its own. If the
-scheduler refuses a flush within this call, versions before 0.5.21 fail an assertion that ends the scheduler, and later
-ones report a failure although the load succeeded.
+`flush_cache` stays off for every bucket; the adapter's `finish` flushes the cache once, in a call of its own. A flush
+within this call can be refused by the scheduler. Before 0.5.21 that fails an assertion and ends the scheduler; later
+versions report a failure although the load succeeded.
 """
 
 from __future__ import annotations

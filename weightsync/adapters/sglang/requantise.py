@@ -3,8 +3,8 @@
 SGLang's own loaders write into the parameters of such a layer, which by then have another dtype and shape: run on
 0.5.17, that ends the scheduler. So a hook (`quantise_once`) records the form of a layer's parameters before they are
 quantised for the first time. For a push the layer gets empty parameters of that form. When all its tensors have come,
-the layer quantises them as it did at the start, and the result is copied over the memory that kernels and CUDA graphs
-hold. So a layer is in full precision only from its first tensor to its last.
+the layer quantises them as it did at the start. The result is copied over the memory that kernels and CUDA graphs hold.
+So a layer is in full precision only from its first tensor to its last.
 
 At the end of SGLang's session all layers quantise again; the hook keeps layers that are quantised out of that.
 """

@@ -42,7 +42,7 @@ _PROBED = (
 
 
 class PluginState(msgspec.Struct, frozen=True):
-    """What our plugin adds to `/server_info`, and answers to `orders.State`."""
+    """Our plugin's part of `/server_info`, and its answer to `orders.State`."""
 
     protocol: int
     incarnation: str = ""  # drawn at random when the scheduler started; "" from a plugin that has no `orders.State`
@@ -86,7 +86,7 @@ class ServerFacts(msgspec.Struct, frozen=True):
 
     @property
     def plugin(self) -> PluginState | None:
-        """What our plugin says; None if it is not loaded."""
+        """Our plugin's part of the answer; None if the plugin is not loaded."""
         return self.internal_states[0].weightsync if self.internal_states else None
 
 
@@ -172,9 +172,9 @@ class Server:
     def incarnation(self, facts: ServerFacts) -> str:
         """Return a string that changes when the server restarts.
 
-        Our plugin draws one. Without it, the string is a hash of facts that a restart changes: the times that the steps
-        of the start took (newer servers tell them), the random seed (drawn unless it is set), and, on this machine, the
-        inode of the listening socket, which is never that of an earlier one.
+        Our plugin draws one. Without the plugin it is a hash of facts that a restart changes. Newer servers tell how
+        long each step of their start took. All draw a random seed unless it is set. On this machine the listening
+        socket has an inode number, which no earlier socket had.
         """
         if facts.plugin is not None and facts.plugin.incarnation:
             return facts.plugin.incarnation

@@ -1,8 +1,8 @@
 """Find which parameter of vLLM's model takes each pushed tensor, and which layers would be half-loaded. Pure.
 
-vLLM fuses and renames while it loads. It reports a tensor that it could not place only when the model is half new, and
-it fills a layer that came in part with uninitialised memory. So workers look for both before the first byte, with the
-model's own tables of renamings (`hf_to_vllm_mapper`) and fusions (`packed_modules_mapping`).
+vLLM fuses and renames while it loads. It reports a tensor that it could not place only when the model is half new. It
+fills the rest of a layer that came in part with uninitialised memory. So workers look for both before the first byte,
+with the model's own tables of renamings (`hf_to_vllm_mapper`) and fusions (`packed_modules_mapping`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PLAIN = (".weight", ".bias")
 
 
 class Fit(NamedTuple):
-    """How a set of tensors fits a model."""
+    """The result of `ModelNames.fit`."""
 
     unknown: tuple[str, ...]  # tensors that no parameter takes
     partial: tuple[str, ...]  # a sentence for each layer that would be left half-loaded

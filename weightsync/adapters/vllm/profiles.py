@@ -28,7 +28,7 @@ DEV_ROUTES = ("/pause", "/resume", "/is_paused", "/get_world_size", "/reset_pref
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What servers from `first` up to the next profile's `first` understand."""
+    """The protocol of the releases from `first` to `last`, both included."""
 
     first: tuple[int, int]
     last: tuple[int, int]

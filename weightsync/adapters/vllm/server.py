@@ -51,7 +51,7 @@ BACKENDS = {
 
 
 class Hello(msgspec.Struct, kw_only=True):
-    """What our plugin in one worker reports."""
+    """The report of our plugin in one worker."""
 
     protocol: int
     rank: int
