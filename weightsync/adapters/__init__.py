@@ -1,9 +1,9 @@
-"""One folder per engine brand; each `control.py` is the daemon's hand, each `plugin.py` runs in the engine's worker.
+"""One folder for each brand of engine: its `control.py` runs in the daemon, its `plugin.py` in the engine's workers.
 
     from weightsync.adapters import adapter
     hand = adapter(spec)        # spec.kind says which brand
 
-A brand's modules are imported when its first adapter is made, so that a daemon loads nothing it does not need.
+A brand's modules are imported when its first adapter is made, so that a daemon loads only what it needs.
 """
 
 from __future__ import annotations
@@ -22,39 +22,39 @@ __all__ = ["KINDS", "PATHS", "EngineSpec", "adapter"]
 
 
 class EngineSpec(Protocol):
-    """What an adapter must know of its engine. The daemon's configuration provides it."""
+    """The facts that an adapter must know about its engine; the daemon's configuration provides them."""
 
     @property
     def kind(self) -> str:
-        """Which brand: a key of `KINDS`."""
+        """The brand: a key of `KINDS`."""
 
     @property
     def name(self) -> str:
-        """What the operator calls it; unique in a node."""
+        """The operator's name for it, unique in a node."""
 
     @property
     def url(self) -> str:
-        """Where it answers, such as `http://127.0.0.1:8000`."""
+        """The address it answers at, such as `http://127.0.0.1:8000`."""
 
     @property
     def api_key(self) -> str | None:
-        """Its bearer key; never logged, never in a repr."""
+        """Its bearer key, which appears in no log and no repr."""
 
     @property
     def ca_file(self) -> str | None:
-        """Certificates (PEM) that an https URL is checked against; None: those of the system."""
+        """File of certificates (PEM) that an https URL is checked against; None: the system's."""
 
     @property
     def path(self) -> str:
-        """Which way into the engine: one that its brand knows, or "auto" for the best that it offers."""
+        """The path into the engine: one of its brand's `PATHS`; "auto" takes the best one that the engine offers."""
 
     @property
     def gpus(self) -> tuple[str, ...]:
-        """UUIDs of its ranks' GPUs, where they cannot be told from its process; else empty."""
+        """UUIDs of its ranks' GPUs, by tp_rank; empty if the engine's process tells which they are."""
 
     @property
     def target(self) -> str:
-        """Which of its models takes what is pushed: "all", "model" or "draft"."""
+        """The model of the engine that takes the pushed weights: "all", "model" or "draft"."""
 
 
 KINDS: dict[str, tuple[str, str]] = {
@@ -69,11 +69,11 @@ PATHS: dict[str, tuple[str, ...]] = {
     "sglang": ("auto", "plugin", "tensor", "ipc", "group"),
     "vllm": ("auto", "plugin", "extension", "ipc", "group"),
 }
-"""Kind of engine → the ways into it, see docs/engines.md."""
+"""Kind of engine → the paths into it; docs/engines.md describes them."""
 
 
 def adapter(spec: EngineSpec) -> EngineAdapter:
-    """The adapter for one engine; connects to nothing yet. Raises `ConfigError` for a kind that is not known."""
+    """Make the adapter for one engine, without connecting yet. Raises `ConfigError` if the kind is unknown."""
     found = KINDS.get(spec.kind)
     if found is None:
         raise ConfigError(

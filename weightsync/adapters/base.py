@@ -1,16 +1,16 @@
-"""What the daemon asks of an engine, whatever its brand.
+"""The interface through which the daemon drives an engine, whatever its brand.
 
 One push calls, in this order and each with an absolute `deadline` (seconds of `time.monotonic()`):
 
     probe → accept → pause → begin → load × buckets, or draw, or places → finish → verify → resume
 
-Until `begin` is called the engine's weights are untouched, and `resume` alone takes it back to serving. From `begin`
-on, until `verify` succeeded, a failure leaves it *torn*; `begin` of a later push must repair it, so `begin` has to
-cope with an engine that is in the middle of an earlier update. Engines' own words (`start_weight_update`, …) stay
-inside their adapter.
+Until `begin` is called the engine's weights are untouched, and `resume` alone makes it serve again. From `begin` until
+`verify` has succeeded, a failure leaves the engine *torn*. The `begin` of a later push repairs it, so `begin` must
+accept an engine that is in the middle of an earlier update. Engines' own words (`start_weight_update`, …) stay inside
+their adapter.
 
-Every method raises `EngineLost` when the engine does not answer (any more) or the deadline passes, `EngineRefused`
-from `accept` when the engine cannot take these weights, and `EngineError` for any other answer that is no success.
+Every method raises `EngineLost` if the engine does not answer or the deadline passes, and `EngineError` for any other
+unsuccessful answer. `accept` raises `EngineRefused` if the engine cannot take these weights.
 """
 
 from __future__ import annotations
@@ -33,28 +33,28 @@ if TYPE_CHECKING:
 __all__ = ["EngineAdapter", "EngineInfo", "Finding", "PauseMode"]
 
 PauseMode = Literal["keep", "wait", "abort", "none"]
-"""What happens to requests in flight: kept and continued on the new weights, waited for, aborted, or not even
-paused.
+"""What happens to requests in flight: they continue on the new weights, are waited for, are aborted, or ("none") are
+not even paused.
 """
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine says of itself when probed."""
+    """An engine's answer to a probe."""
 
     software: str  # name and version, such as "vllm 0.33.0"
     profile: str  # the protocol variant the adapter chose, and why
     tp_size: int  # readers of every bucket, one per tensor-parallel rank
-    version: int | None  # the version it serves; None: none of ours
+    version: int | None  # the version it serves; None: not a version of ours
     paused: bool
     torn: bool  # an update began and did not end
-    transport: str = "mapped"  # whose tickets its readers take, see weightsync.transports
+    transport: str = "mapped"  # the transport whose tickets its readers take; see weightsync.transports
     incarnation: str = ""  # changes when the engine restarts
-    asleep: bool = False  # its weights are not in memory: `begin` wakes it, `resume` wakes the rest
-    replay: ReplayFacts | None = None  # of its last push, where our plugin is in it and loaded one
+    asleep: bool = False  # its weights are not in memory: `begin` wakes them, `resume` wakes the rest
+    replay: ReplayFacts | None = None  # of its last push; None: without our plugin, or before its first push
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing `weightsync doctor` looked at."""
+    """One thing that `weightsync doctor` looked at."""
 
     level: Literal["ok", "warn", "fail"]
     what: str  # what was found, as a sentence
@@ -62,39 +62,43 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class LoadsBuckets(ABC):
-    """An engine, or one way into it."""
+    """Loads buckets into one engine: the base of adapters and of paths."""
 
     @abstractmethod
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        """Load one bucket; `tickets[tp_rank]` is that rank's own export of the slot, to be opened once."""
+        """Load one bucket. `tickets[tp_rank]` is that rank's own export of the slot, which it opens once."""
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """Load the buckets from `first` on, of which `tickets` has those of each. For engines that are told of one at a
-        time this is `load` again and again.
+        """Load consecutive buckets from `first` on; `tickets[i][tp_rank]` is for bucket `first + i`.
+
+        Calls `load` for each bucket; a path that can load several in one call overrides it.
         """
         for bucket, of_bucket in enumerate(tickets, first):
             await self.load(bucket, of_bucket, deadline=deadline)
 
 
 class EngineAdapter(LoadsBuckets):
-    """The daemon's hand inside one engine. Instances are used from one asyncio loop."""
+    """Drives one engine for the daemon. Instances are used from one asyncio loop."""
 
     loras: LoraRoutes | None = None
-    """How it takes LoRA adapters beside its weights; None: not at all."""
+    """The routes that load and unload LoRA adapters; None: the engine takes none."""
 
     @abstractmethod
     async def probe(self, *, deadline: float) -> EngineInfo:
-        """Ask who it is and what it serves; changes nothing. Each push does so twice, and the second time the engine is
-        paused: one that is known should be asked for what can have changed, its incarnation above all, and no more.
+        """Ask the engine what it is and what it serves, without changing anything.
+
+        A push probes up to twice, the second time while the engine is paused. So an adapter asks an engine that it
+        knows only what can have changed, above all its incarnation.
         """
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """Show the engine what would come. Raises `EngineRefused` naming each tensor it cannot take.
+        """Show the engine what would be pushed, and return the names it holds that the push leaves as they are.
 
-        Returns the names the engine holds that this manifest would leave as they are; None where it cannot tell. Not
-        called again for a manifest (by digest) that this incarnation of the engine has accepted; but once more if it is
-        torn or asleep, and was not then: a part of the model is no use to it.
+        Returns None if the engine cannot tell. Raises `EngineRefused` naming each tensor that it cannot take.
+
+        The daemon does not ask again about a manifest (by digest) that this incarnation has accepted. It asks once more
+        if the engine has become torn or asleep since: such an engine needs the whole model.
         """
 
     @abstractmethod
@@ -105,51 +109,53 @@ class EngineAdapter(LoadsBuckets):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
-        """Open an update to `version`. `offers[tp_rank]` holds one attach descriptor per arena it may read from."""
+        """Open an update to `version`. `offers[tp_rank]` has one offer for each arena that the rank may read from."""
 
     def draws(self, manifest: Manifest) -> bool:
-        """Whether it can do without buckets of this manifest, which it has accepted: read the tensors where ranks of
-        its node expose them, or show bridges of its node where to write them.
+        """Whether the engine can take this accepted manifest without buckets.
+
+        It then reads the tensors where ranks of its node expose them, or shows the bridges of its node where to write
+        them.
         """
         return False
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        """After `begin`, instead of buckets: read all that is needed out of the trainer's memory. When this returns,
-        nobody reads there any more. Returns "", or why it cannot after all, and has to be given buckets.
+        """Read all needed weights out of the trainer's memory, after `begin` and instead of buckets.
+
+        When this returns, the engine no longer reads there. Returns "", or the reason why the engine needs buckets
+        after all.
         """
         return "this engine has no way to it"
 
     async def places(self, *, deadline: float) -> Exposures | str:
-        """After `begin`, instead of buckets: where each of its ranks has places for what it needs, by tp rank, for
-        bridges of its node to write into. Or, in words, why it cannot say so, and has to be given buckets.
+        """Return each rank's places, by tp_rank, for bridges of its node to write into; or why it needs buckets.
 
-        `finish` may follow when all of it was written. Buckets that come after all take its place: nothing of what was
-        shown counts then. Told again while nothing has moved, it is the same, by digest.
+        Called after `begin`, instead of buckets. `finish` may follow once everything was written. If buckets come after
+        all, only they count, and the places no longer do. As long as nothing has moved, the answer has the same digest.
         """
         return "this engine has no way to it"
 
     @abstractmethod
     async def finish(self, version: int, *, deadline: float) -> None:
-        """Everything is loaded: post-process, flush caches, take the version number."""
+        """End an update that is loaded whole: post-process, flush caches, take the version number."""
 
     @abstractmethod
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """Compare what lies in the engine's memory now with the fingerprints of the manifest's tensors.
+        """Compare the engine's memory with the fingerprints of the manifest's tensors; return how many were compared.
 
-        `expected[i]` is that of `manifest.tensors` i. Returns how many tensors were compared, all of them equal, or
-        None where this engine does not let one look. Raises `EngineError` naming the first tensor that differs, whose
-        replicas differ, or of which elements are missing.
+        `expected[i]` is the fingerprint of tensor i of the manifest. Returns None if this engine cannot tell what it
+        holds. Raises `EngineError` naming the first tensor that differs, whose replicas differ, or that lacks elements.
         """
 
     @abstractmethod
     async def resume(self, *, deadline: float) -> None:
-        """Serve again. Resuming a serving engine succeeds."""
+        """Make the engine serve again. Resuming a serving engine succeeds."""
 
     async def examine(self, *, deadline: float) -> Sequence[Finding]:
-        """What would hinder a push, found by questions that change nothing. Raises as `probe` does."""
+        """Find what would hinder a push, without changing anything. Raises as `probe` does."""
         info = await self.probe(deadline=deadline)
         return [Finding(level="ok", what=f"{info.software}: {info.profile}")]
 
     @abstractmethod
     async def close(self) -> None:
-        """Let go of connections; the engine itself is left as it is."""
+        """Close connections, and leave the engine as it is."""

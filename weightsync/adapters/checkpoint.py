@@ -1,9 +1,9 @@
-"""What an engine was started on says which tensors it takes, by name and shape, before it is touched.
+"""Check a push against the names and shapes of the checkpoint that an engine was started on, before it is touched.
 
-Engines check what they load late or not at all: SGLang leaves out names it does not know with a line in its log, and
-some loaders narrow a tensor of another shape until it fits. The checkpoint that a server was started on has the very
-names and shapes that a trainer of the same model pushes, and where the server runs on this machine its headers can be
-read here. Where they cannot, nobody is refused.
+Engines check what they load late or not at all: SGLang skips unknown names with a line in its log, and some loaders
+narrow a tensor of another shape until it fits. A trainer of the same model pushes the names and shapes of that
+checkpoint. If the server runs on this machine, the checkpoint's headers can be read here. If they cannot be read, a
+push is refused only where its caller must be `sure` that it has the whole model.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _SHOWN = 5
 
 
 class CheckpointCheck:
-    """The check for one incarnation of a server; headers are read once, when first needed."""
+    """The check for one incarnation of a server. Reads the headers once, when first needed."""
 
     def __init__(self, model: str | None, engine: str, *, silent: bool = False) -> None:
-        """`model` is what the server was started on; None: not known, and nothing is checked.
+        """`model` is the path or name that the server was started on; None counts as a checkpoint that cannot be read.
 
-        `silent`: the engine leaves out names it does not know without an error.
+        `silent`: the engine skips unknown names without an error.
         """
         self._silent = silent
         self._model = model
@@ -42,8 +42,8 @@ class CheckpointCheck:
     async def refuse(self, manifest: Manifest, *, whole: str = "", sure: bool = False) -> None:
         """Raise `EngineRefused` naming the tensors that the checkpoint has no place for.
 
-        `whole` says why only a whole model will do: then also those that are missing and, if it has to be `sure`, where
-        the checkpoint cannot be read.
+        `whole` says why only a whole model can be loaded; a push that lacks tensors is then refused too. With `sure` as
+        well, any push is refused if the checkpoint cannot be read.
         """
         if self._shapes is None:
             self._shapes = await asyncio.to_thread(self._read)
@@ -65,7 +65,7 @@ class CheckpointCheck:
 
 
 def find_checkpoint(model: str | None) -> Path | None:
-    """The folder that a server's model stands for: a path, or a name in the Hugging Face cache; None: not here."""
+    """Find the folder of a server's model, which is a path or a name in the Hugging Face cache; None: not here."""
     if not model:
         return None
     if os.path.isabs(model):
@@ -73,11 +73,11 @@ def find_checkpoint(model: str | None) -> Path | None:
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache/huggingface")
     hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
     snapshots = sorted((hub / f"models--{model.replace('/', '--')}" / "snapshots").glob("*"))
-    return snapshots[-1] if len(snapshots) == 1 else None  # of several nobody knows which it was
+    return snapshots[-1] if len(snapshots) == 1 else None  # with several, the server may have any of them
 
 
 def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a safetensors checkpoint, from its headers; empty where there is none that can be read."""
+    """Read the names and shapes of a safetensors checkpoint from its headers; empty if it cannot be read."""
     found: dict[str, tuple[int, ...]] = {}
     try:
         for file, wanted in files_of(checkpoint):
@@ -93,11 +93,11 @@ def read_shapes(checkpoint: Path) -> dict[str, tuple[int, ...]]:
 
 
 def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, silent: bool = False) -> str:
-    """What of a push the checkpoint has no place for, as a sentence; "" if all fits, or nothing can be said.
+    """Say which tensors of a push the checkpoint has no place for; "" if all fit, or if it cannot be told.
 
-    A name is held against a push only if most of its names are known: a trainer may call everything otherwise, and
-    the engine know how. But where an engine is `silent` about names it leaves out, one at least must be known. A tied
-    tensor may come by a name that the checkpoint leaves out.
+    Unknown names count only if at least half of the push's names are known: a trainer may use other names throughout,
+    which the engine's loader translates. If the engine skips names silently (`silent`), at least one must be known. A
+    tied tensor may come by a name that the checkpoint leaves out.
     """
     table = manifest.tensors
     further = {name: other for other, name in table.aliases}
@@ -112,7 +112,7 @@ def misfits(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, silent
         return f"its checkpoint has none of the names that are pushed, such as {unknown[0]}, but {min(shapes)!r}"
     if len(unknown) * 2 > len(table.names):
         return ""
-    unknown = [name for name in unknown if name != "'lm_head.weight'"]  # of tied models: written by some, not by others
+    unknown = [name for name in unknown if name != "'lm_head.weight'"]  # checkpoints of tied models may leave it out
     problems = [f"its checkpoint has no {', '.join(unknown[:_SHOWN])}{_more(unknown)}"] if unknown else []
     problems += [f"{'; '.join(wrong[:_SHOWN])}{_more(wrong)}"] if wrong else []
     return "; ".join(problems)
@@ -123,7 +123,7 @@ def _parts(manifest: Manifest, shapes: Mapping[str, tuple[int, ...]], *, sure: b
         return "its checkpoint, which would tell what that is, cannot be read here" if sure else ""
     there = {*manifest.tensors.names, *(other for other, _ in manifest.tensors.aliases), "lm_head.weight"}
     missing = [repr(name) for name in shapes if name not in there]
-    if not missing or (not sure and len(missing) == len(shapes)):  # the trainer calls everything otherwise
+    if not missing or (not sure and len(missing) == len(shapes)):  # the trainer uses other names throughout
         return ""
     return f"{', '.join(missing[:_SHOWN])}{_more(missing)} are missing"
 

@@ -1,7 +1,7 @@
-"""What lies in an engine that has our plugin, compared with what the trainer sent, as far as its load plans tell.
+"""Compare the memory of an engine that has our plugin with what the trainer sent, as far as its load plans tell.
 
-Each worker says what it holds of which boxes of the pushed tensors (`weightsync/replay/residents.py`), as fingerprints.
-Which boxes these are is asked once for a plan, of which a worker tells a digest each time.
+Each worker reports fingerprints of the boxes of pushed tensors that it holds (`weightsync/replay/residents.py`). The
+boxes themselves are asked for once; from then on the worker reports their digest.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ __all__ = ["HeldCheck", "HeldSums", "Workers", "packed_boxes", "sums_of"]
 
 
 class HeldSums(msgspec.Struct, frozen=True):
-    """What one worker holds. `boxes` is a digest of which boxes; b"" where it cannot tell."""
+    """One worker's report of what it holds. `boxes` is the digest of its packed boxes; b"" if it cannot tell."""
 
     boxes: Annotated[bytes, Meta(max_length=16)] = b""
     sums: bytes = b""  # little-endian uint64, one for each box
-    pulled: int = 0  # buckets of the push of which it has checked nothing
+    pulled: int = 0  # buckets of the push that it loaded without checking them
 
 
 def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> HeldSums:
-    """In a worker: what `model` holds of the push that has ended, of the manifest with this digest."""
+    """In a worker: report what `model` holds of the push that has ended; `digest` is of its manifest."""
     if replay is None:
         return HeldSums()
     held = replay.residents(digest, model)
@@ -53,43 +53,44 @@ def sums_of(replay: ModelReplay | None, digest: bytes, model: ModelState) -> Hel
 
 
 def packed_boxes(replay: ModelReplay | None, digest: bytes, model: ModelState) -> bytes:
-    """In a worker: the boxes that `sums_of` has spoken of, as `ResidentBoxes`; b"" where it cannot tell."""
+    """In a worker: return the boxes behind `sums_of`, as packed `ResidentBoxes`; b"" if it cannot tell."""
     held = replay.residents(digest, model) if replay is not None else None
     return held.packed if held is not None else b""
 
 
 class Workers(Protocol):
-    """A way into an engine that has our plugin."""
+    """The workers of an engine that has our plugin."""
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> Sequence[HeldSums]:
-        """What every worker holds of the push that has ended, in the order of ranks."""
+        """Ask every worker what it holds of the push that has ended; answers are in the order of ranks."""
 
     async def boxes(self, manifest: Manifest, *, deadline: float) -> Sequence[bytes]:
-        """Of which boxes `sums` speaks, as packed `ResidentBoxes`."""
+        """Ask every worker for the boxes behind its `sums`, as packed `ResidentBoxes`."""
 
 
 class HeldCheck:
-    """Of one engine, in the daemon."""
+    """Compares, in the daemon, what one engine's workers hold with what was pushed."""
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._verifiers: dict[tuple[bytes, ...], Verifier] = {}  # of the latest layouts, by what tells them apart
-        self.doubtful = False  # the last comparison failed: what the workers have learnt may be why
-        self._whole: set[bytes] = set()  # digests of manifests all of whose tensors were equal when last compared
+        self._verifiers: dict[tuple[bytes, ...], Verifier] = {}  # the latest, by digests of manifest and ranks' boxes
+        self.doubtful = False  # the last comparison failed, perhaps because the workers' load plans are wrong
+        self._whole: set[bytes] = set()  # digests of manifests whose last push compared all tensors, and all were equal
 
     def covers(self, manifest: Manifest) -> bool:
-        """Whether all tensors of this manifest were compared after its last push. Then a worker may read of a bucket
-        only what it needs: what it has read wrong is found when they are compared again.
+        """Whether all tensors of this manifest were compared, and equal, after its last push.
+
+        If so, workers may read only the bytes they need: the comparison after the push finds whatever they read wrong.
         """
         return manifest.digest in self._whole
 
     def forget(self, manifest: Manifest) -> None:
-        """Its last push was not compared: the next is checked bucket by bucket."""
+        """Have this manifest's next push checked bucket by bucket, because the last one was not compared."""
         self._whole.discard(manifest.digest)
 
     @contextmanager
     def unless_it_fails(self) -> Iterator[None]:
-        """For reading unchecked: after one that fails the next push of any layout is checked bucket by bucket."""
+        """Wrap an unchecked read: if it fails, the next push of any layout is checked bucket by bucket."""
         try:
             yield
         except BaseException:
@@ -99,8 +100,10 @@ class HeldCheck:
     async def verify(
         self, workers: Workers, manifest: Manifest, expected: Words, *, drawn: bool = False, deadline: float
     ) -> int | None:
-        """How many tensors were compared, all equal; None where the workers cannot tell. Raises `EngineError` naming
-        the first tensor that differs. `drawn`: nothing of the push was checked, whatever workers say of it by now.
+        """Compare what the workers hold, and return how many tensors were compared; None if the workers cannot tell.
+
+        `drawn`: the push came without buckets, so nothing of it was checked, whatever the workers report. Raises
+        `EngineError` naming the first tensor that differs, or if weights that came unchecked cannot all be compared.
         """
         self.forget(manifest)
         self.doubtful = False

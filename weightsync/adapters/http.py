@@ -1,12 +1,12 @@
-"""HTTP to an engine somebody else wrote: every call has a deadline, carries the engine's key, and fails in our words.
+"""HTTP to a vLLM or SGLang server: every call has a deadline, carries the engine's key, and fails with our errors.
 
     http = EngineHttp(spec)
     info = await http.get("/server_info", deadline=...)          # decoded JSON
     await http.post("/pause", {"mode": "abort"}, deadline=...)
 
-What is no success is an `EngineAnswer` (an `EngineError`) with the status and the engine's own reason in it; no answer
-at all is `EngineLost`. The key is sent as a bearer token and is in no message, log or repr. Only loopback may be spoken
-to in the clear where a key is set.
+An unsuccessful answer raises `EngineAnswer` (an `EngineError`) with the status and the engine's own reason; no answer
+at all raises `EngineLost`. The key is sent as a bearer token and is in no message, log or repr. The node config refuses
+a key for a plain http URL beyond loopback.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _C = TypeVar("_C")
 
 _REASON = 600  # characters of an engine's reason that are worth repeating
 _LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
-"""A connection for each call: uvicorn drops idle ones, and any after it answered 500, without a word, and the next call
-on it would pass for a lost engine. A new one on this machine costs less than a millisecond.
+"""Each call opens its own connection. uvicorn silently drops idle connections, and any connection after a 500; the next
+call on such a connection would look like a lost engine. A new one on this machine costs less than a millisecond.
 """
 
 
 class EngineAnswer(EngineError):
-    """An answer that is no success: `status` is the HTTP status, `reason` what the engine said."""
+    """An unsuccessful answer: `status` is the HTTP status, `reason` the engine's own words."""
 
     def __init__(self, call: str, status: int, reason: str, *, engine: str, phase: str | None = None) -> None:
         super().__init__(f"{call} answered {status}: {reason}", engine=engine, phase=phase)
@@ -53,7 +53,7 @@ class EngineHttp:
     """JSON over HTTP to one engine, from one asyncio loop; calls may overlap."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Connects to nothing yet. `transport` replaces the network in tests.
+        """Check the URL, key and certificates without connecting. `transport` replaces the network in tests.
 
         Raises `ConfigError` for a URL, key or certificate file that cannot be used.
         """
@@ -76,10 +76,10 @@ class EngineHttp:
             base_url=self.url,
             headers=headers,
             verify=_tls(spec) if parts.scheme == "https" else False,
-            timeout=None,  # each call has its own, below: httpx's are per read, and not for the whole
+            timeout=None,  # `_send` bounds the whole call; httpx's timeouts apply to each read
             limits=_LIMITS,
             transport=transport,
-            trust_env=False,  # an engine is never behind the proxy that the environment names for the world outside
+            trust_env=False,  # the environment's proxy is for the outside world, and no engine is behind it
             follow_redirects=False,
         )
 
@@ -87,17 +87,20 @@ class EngineHttp:
         return f"EngineHttp({self.engine!r}, {self.url!r})"
 
     async def get(self, path: str, params: dict[str, Any] | None = None, *, deadline: float) -> Any:
-        """The decoded JSON of a successful answer; None for an empty one. Raises `EngineLost` or `EngineAnswer`."""
+        """GET and return the decoded JSON, the text of an answer that is not JSON, or None for an empty one.
+
+        Raises `EngineLost` or `EngineAnswer`.
+        """
         return await self.call("GET", path, params=params, deadline=deadline)
 
     async def post(self, path: str, body: Any = None, params: dict[str, Any] | None = None, *, deadline: float) -> Any:
-        """POST `body` as JSON (no body at all for None); otherwise like `get`."""
+        """POST `body` as JSON, or no body if it is None; otherwise like `get`."""
         return await self.call("POST", path, body=body, params=params, deadline=deadline)
 
     async def has(self, method: str, path: str, *, deadline: float) -> bool:
-        """Whether the route exists, asked without using it: by a method it does not take, so that nothing runs.
+        """Whether the route exists. Asks with a method that the route does not take, so that nothing runs.
 
-        An unknown path answers 404, a known one 405. Only for where /openapi.json is switched off.
+        An unknown path answers 404, a known one 405. Only needed where /openapi.json is switched off.
         """
         probe = "GET" if method == "POST" else "DELETE"
         status, _ = await self._send(probe, path, None, None, deadline)
@@ -106,7 +109,7 @@ class EngineHttp:
     async def call(
         self, method: str, path: str, *, body: Any = None, params: dict[str, Any] | None = None, deadline: float
     ) -> Any:
-        """One request; see `get`."""
+        """Send one request and return its answer as `get` does."""
         status, content = await self._send(method, path, body, params, deadline)
         what = f"{method} {path}"
         if not httpx.codes.is_success(status):
@@ -145,7 +148,7 @@ async def at_once(one: Awaitable[_A], other: Awaitable[_B], /) -> tuple[_A, _B]:
 @overload
 async def at_once(one: Awaitable[_A], other: Awaitable[_B], third: Awaitable[_C], /) -> tuple[_A, _B, _C]: ...
 async def at_once(*questions: Awaitable[Any]) -> tuple[Any, ...]:
-    """The answers to questions that do not depend on one another. When one fails, the others are given up."""
+    """Await independent questions at once and return their answers. If one fails, the others are cancelled."""
     asked = [asyncio.ensure_future(question) for question in questions]
     try:
         return tuple(await asyncio.gather(*asked))
@@ -175,7 +178,7 @@ def _hint(why: str) -> str | None:
 
 
 def _reason(content: bytes) -> str:
-    """What the engine says is wrong, from the shapes that vLLM, SGLang and FastAPI give their errors."""
+    """Return the engine's reason, out of the error formats of vLLM, SGLang and FastAPI."""
     text = content.decode("utf-8", "replace").strip()
     try:
         found: Any = msgspec.json.decode(content)

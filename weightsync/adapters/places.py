@@ -1,7 +1,7 @@
-"""Where an engine's workers have places for what is pushed, told whole once and by a digest from then on.
+"""The places that an engine's workers show to the daemon: whole the first time, and by digest from then on.
 
-The places of 19,000 tensors take some 1.7 MB for each rank, which its worker, engine and HTTP server pass on. So a
-worker is asked together with the digests of what the daemon has been told before, and tells one of these where it can.
+The places of 19,000 tensors take some 1.7 MB for each rank, which its worker, engine and HTTP server pass on. So the
+daemon's question has the digests of the places it knows, and a worker whose places are among them answers the digest.
 """
 
 from __future__ import annotations
@@ -24,38 +24,39 @@ __all__ = ["Shown", "ToldPlaces", "shown"]
 
 
 class Shown(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What one rank answers."""
+    """One rank's answer."""
 
     places: bytes = b""  # a packed `Exposure`, or the digest of one
-    why_not: str = ""  # there are none
+    why_not: str = ""  # why the rank has no places
 
     def pack(self) -> bytes:
-        """As bytes, for `ToldPlaces`."""
+        """Encode it for `ToldPlaces`."""
         return msgspec.msgpack.encode(self)
 
 
 def shown(found: Exposure | str, known: Collection[bytes]) -> Shown:
-    """In a worker: what to answer where the daemon knows places of these digests."""
+    """In a worker: make the answer to a daemon that knows the places with the digests `known`."""
     if isinstance(found, str):
         return Shown(why_not=found)
     return Shown(found.digest if found.digest in known else found.packed)
 
 
 class ToldPlaces:
-    """In the daemon, of the ranks of one engine."""
+    """Remembers, in the daemon, the places that the ranks of one engine have shown."""
 
     def __init__(self, engine: str) -> None:
         self._engine = engine
-        self._ranks: list[dict[bytes, bytes]] = []  # packed, by digest, the latest last
+        self._ranks: list[dict[bytes, bytes]] = []  # for each rank: digest → packed `Exposure`, the latest last
 
     @property
     def known(self) -> list[bytes]:
-        """What to ask the workers with."""
+        """Digests to send along with the question to the workers."""
         return sorted({digest for rank in self._ranks for digest in rank})
 
     def of(self, answers: Sequence[bytes], ranks: int) -> Exposures | str:
-        """What all of so many ranks answered, in their order; or the first reason why one has no places. Raises
-        `EngineError` for what is no answer.
+        """Combine the answers of `ranks` ranks, in their order; or return the first reason why a rank has no places.
+
+        Raises `EngineError` if answers are missing or malformed.
         """
         if len(answers) != ranks:
             raise self._wrong(
@@ -77,7 +78,7 @@ class ToldPlaces:
             raise self._wrong(what) from error
 
     def _noted(self, rank: int, places: bytes) -> tuple[bytes, bytes]:
-        """Digest and whole of what a rank told, remembered."""
+        """Remember a rank's places, and return their digest and their packed form."""
         kept = self._ranks[rank]
         if len(places) != DIGEST_BYTES:
             digest, whole = digest_of(places), places

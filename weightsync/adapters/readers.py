@@ -1,4 +1,4 @@
-"""On which GPUs an engine's readers are: what a CUDA-IPC handle for a stock engine has to name."""
+"""Find out which GPUs an engine's readers use: a CUDA-IPC handle for a stock engine must name the reader's GPU."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ __all__ = ["reader_gpus"]
 
 
 def reader_gpus(url: str, ordinals: Sequence[int], *, named: Sequence[str], engine: str) -> list[str]:
-    """The UUID of each reader's GPU, by tp rank. `ordinals` is how the engine counts them in its own process.
+    """Return the UUID of each reader's GPU, by tp_rank.
 
-    `named` is what the operator's config says, and wins. Otherwise the process that listens at `url` is looked at.
-    Raises `EngineError` where neither tells.
+    `ordinals` are their CUDA device numbers inside the engine's process. `named`, from the operator's config, wins;
+    without it the environment of the process that listens at `url` decides. Raises `EngineError` if neither tells.
     """
     if named:
         if len(named) != len(ordinals):

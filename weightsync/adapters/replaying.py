@@ -1,8 +1,8 @@
-"""What adapters share whose engines can have our plugin, and with it a load plan.
+"""The common part of the vLLM and SGLang adapters: pushes that our plugin's load plans allow to go unchecked.
 
-Where all of a manifest's tensors were compared in the engine's memory after its last push, nothing of the next has to
-be checked on its way: workers read of a bucket what they need and no more, or draw that out of the trainer's memory, or
-show where others may write it. All of that is compared once it is loaded.
+If all tensors of a manifest were compared in the engine's memory after its last push, the next push needs no checks
+under way. Workers then read only the bytes they need of a bucket, or draw them out of the trainer's memory, or show
+where bridges may write them. The comparison after loading covers all three.
 """
 
 from __future__ import annotations
@@ -23,39 +23,41 @@ __all__ = ["ReplayingAdapter", "ReplayingPath"]
 
 
 class ReplayingPath(Workers, Protocol):
-    """The way through our plugin."""
+    """The path through our plugin."""
 
     replay: ReplayFacts | None  # what the workers said of the last push
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        """Have all workers read what they need out of the trainer's memory; why one cannot, or ""."""
+        """Have all workers read what they need out of the trainer's memory. Returns why a worker cannot, or ""."""
 
     async def places(self, *, deadline: float) -> Exposures | str:
-        """Where all workers have places for what they need; or why one has none."""
+        """Return the places of all workers, or why a worker has none."""
 
 
 class ReplayingAdapter(EngineAdapter):
-    """Draws, shows places and verifies through the plugin, where that is the way in."""
+    """Draws, shows places and verifies, if the path into the engine is our plugin."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._held = HeldCheck(name)
-        self._pull = False  # buckets of the last update were not checked on their way
-        self._drawn = False  # the last update, and not through buckets
+        self._pull = False  # the last update allowed its workers to read buckets unchecked
+        self._drawn = False  # the last update came without buckets: drawn, or written into places
 
     @abstractmethod
     def _replaying(self) -> ReplayingPath | None:
-        """The way in, where that is our plugin."""
+        """Return the path into the engine if it is our plugin, else None."""
 
     def _unchecked(self, manifest: Manifest) -> tuple[bool, bool]:
-        """For an update that begins: `pull`, what it loads will be compared, so that buckets need not be; and `anew`,
-        what was learnt of the loader led to something wrong.
+        """Return `(pull, anew)` for an update that begins.
+
+        `pull`: the loaded weights will be compared, so buckets need no check. `anew`: the last comparison failed, so
+        the workers must forget their load plans.
         """
         self._pull, self._drawn = self.draws(manifest), False
         return self._pull, self._compares and self._held.doubtful
 
     def draws(self, manifest: Manifest) -> bool:
-        """See the base class: what comes so is not checked, so it has to be compared afterwards."""
+        """See the base class. Weights without buckets come unchecked, so everything must be comparable afterwards."""
         return self._compares and self._held.covers(manifest)
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
@@ -77,8 +79,9 @@ class ReplayingAdapter(EngineAdapter):
         return found
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """None where our plugin cannot tell: engines keep weights fused, sharded and packed for their kernels. What
-        came unchecked is asked for even if the workers no longer say that they compare.
+        """See the base class. Returns None without our plugin: engines fuse, shard and pack weights for their kernels.
+
+        After an unchecked push the workers are asked even if they no longer say that they can compare.
         """
         path = self._replaying()
         if path is None or not (self._pull or self._drawn or self._compares):
@@ -88,6 +91,6 @@ class ReplayingAdapter(EngineAdapter):
 
     @property
     def _compares(self) -> bool:
-        """Whether its workers can say what lies in their memory."""
+        """Whether the workers can say what lies in their memory."""
         path = self._replaying()
         return path is not None and path.replay is not None and path.replay.compares

@@ -1,4 +1,4 @@
-"""Tickets of stock engines as what torch in the engine's worker makes of them, for `weightsync.pickling`."""
+"""Turn tickets for stock engines into calls of torch's own rebuild functions, which `weightsync.pickling` writes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _BYTES = Global("torch", "uint8")
 
 
 def host_buffer(ticket: TorchShmTicket) -> Call:
-    """The expression whose value is the bucket in host memory, uint8 [nbytes]; it may be evaluated once."""
+    """Make the expression whose value is the bucket in host memory, uint8 [nbytes]; it may be evaluated once."""
     storage = Call(
         Global("torch.multiprocessing.reductions", "rebuild_storage_filename"),
         (Global("torch.storage", "TypedStorage"), b"", ticket.handle, ticket.nbytes, _BYTES),
@@ -25,9 +25,9 @@ def host_buffer(ticket: TorchShmTicket) -> Call:
 
 
 def cuda_args(ticket: TorchCudaTicket, device: int | str) -> tuple[Any, ...]:
-    """The 15 arguments of `torch.multiprocessing.reductions.rebuild_cuda_tensor` for the bucket, uint8 [nbytes].
+    """Return the 15 arguments of `torch.multiprocessing.reductions.rebuild_cuda_tensor` for the bucket, uint8 [nbytes].
 
-    `device` is the reader's own: its ordinal or, for SGLang, its UUID. May be called once.
+    `device` is the reader's GPU, by its ordinal or, for SGLang, its UUID. The result may be used in one call.
     """
     return (
         Global("torch", "Tensor"),
@@ -43,6 +43,6 @@ def cuda_args(ticket: TorchCudaTicket, device: int | str) -> tuple[Any, ...]:
         False,
         ticket.counter_handle,
         ticket.counter,
-        b"",  # no event to wait for: the slot was filled, and the host knew, before this was made
+        b"",  # no event to wait for: the host knew that the slot was filled before the ticket was made
         False,
     )

@@ -1,11 +1,11 @@
-"""Is what lies in an engine what the trainer sent? Pure arithmetic over fingerprints.
+"""Check that an engine's memory holds what the trainer sent, by arithmetic over fingerprints.
 
 The trainer's ranks fingerprint the parts they send; parts add up to whole tensors. The engine's ranks fingerprint the
 boxes they hold; boxes that tile a tensor add up to the same number exactly when every byte is in its place. Ranks that
 hold the same box (replicated norms, shared KV heads) must agree, and count once.
 
-Which boxes a rank holds is settled with the manifest: it is told, checked and sorted once. A push brings eight bytes
-for each box, and costs the daemon a few passes over an array.
+The boxes of a rank depend only on the manifest, so they are reported, checked and sorted once. After that, each push
+brings eight bytes for each box, and costs the daemon a few passes over an array.
 """
 
 from __future__ import annotations
@@ -30,12 +30,13 @@ __all__ = ["Verifier"]
 
 
 class Verifier:
-    """Compares what the ranks of one engine hold of a manifest's tensors with what was sent, any number of times."""
+    """Compares what one engine's ranks hold of a manifest's tensors with what was sent, for any number of pushes."""
 
     def __init__(self, ranks: Sequence[ResidentBoxes], tensors: TensorTable, *, parts: bool = False) -> None:
-        """`ranks` by tp_rank. Raises `EngineError` naming the first tensor that they hold a part of, but not all; with
-        `parts` such a tensor is not compared, and none of which a rank has parts that it does not show. Nor are tensors
-        of which they hold nothing.
+        """`ranks` is in the order of tp_rank. Tensors that no rank holds are not compared.
+
+        Raises `EngineError` naming the first tensor that the boxes shown do not tile. With `parts`, such a tensor is
+        left out instead, and so is a tensor of which a rank has more than it shows (`unseen`).
         """
         self._tensors = tensors
         self._counts = [len(rank) for rank in ranks]
@@ -45,16 +46,16 @@ class Verifier:
         offset = np.concatenate([none, *(rank.offset for rank in ranks)])
         shape = np.concatenate([none, *(rank.shape for rank in ranks)])
         self._tensor, self._offset, self._shape = tensor, offset, shape
-        # Rows so ordered that a tensor's stand together, in them those of a box, and of these the lowest rank's first.
+        # Rows sorted by tensor, then by box; rows of equal boxes stay in the order of ranks.
         order = np.lexsort([*shape.T, *offset.T, tensor])
         begins = np.ones(len(order), dtype=np.bool_)
         rows = np.column_stack([tensor, offset, shape])[order]
         begins[1:] = (rows[1:] != rows[:-1]).any(axis=1)
         box = np.cumsum(begins) - 1
         self._boxes = order[begins]  # one row for each distinct box
-        self._copies = order[~begins]  # the other rows …
-        self._originals = self._boxes[box[~begins]]  # … and of which one each is a replica
-        self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)  # where its boxes begin
+        self._copies = order[~begins]  # the other rows: replicas …
+        self._originals = self._boxes[box[~begins]]  # … and for each of these the row that it replicates
+        self._shown, self._first = np.unique(tensor[self._boxes], return_index=True)  # tensors, and their first boxes
         wrong, held = self._untiled()
         if parts:
             left_out = np.concatenate([self._shown[wrong], np.array(unseen, dtype=np.int32)])
@@ -64,7 +65,7 @@ class Verifier:
             self._tell_untiled(int(np.argmax(wrong)), held)
 
     def compare(self, fingerprints: Sequence[bytes], expected: Words) -> int:
-        """How many tensors were compared, all of them equal.
+        """Compare all tensors, and return how many there were.
 
         `fingerprints[tp_rank]` are little-endian uint64, one for each of the rank's boxes; `expected[i]` is the
         fingerprint of tensor i of the manifest. Raises `EngineError` naming the first tensor whose replicas differ, or
@@ -99,7 +100,7 @@ class Verifier:
         return np.frombuffer(b"".join(fingerprints), dtype="<u8")
 
     def _untiled(self) -> tuple[npt.NDArray[np.bool_], Ints]:
-        """Of the tensors shown, which are not tiled by their boxes, and how many elements all boxes of each have."""
+        """Say for each tensor shown whether its boxes fail to tile it, and how many elements its boxes have in all."""
         if not len(self._shown):
             return np.empty(0, dtype=np.bool_), np.empty(0, dtype=np.int64)
         tensor, offset, shape = (column[self._boxes] for column in (self._tensor, self._offset, self._shape))
@@ -117,7 +118,7 @@ class Verifier:
         raise EngineError(f"the engine's ranks hold {held[at]} of the {whole} elements of {name}", phase="verify")
 
     def _tell_replicas(self, differ: Ints) -> None:
-        """Raise the `EngineError` for the first of these copies; they stand in the order of tensors and boxes."""
+        """Raise the `EngineError` for the first of these copies, which are in the order of tensors and boxes."""
         copy, original = int(self._copies[differ[0]]), int(self._originals[differ[0]])
         first, second = np.searchsorted(np.cumsum(self._counts), [original, copy], side="right").tolist()
         ndim = int(self._tensors.ndims[self._tensor[copy]])

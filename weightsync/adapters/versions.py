@@ -1,8 +1,8 @@
 """Our version numbers in the one string that engines keep as their weight version.
 
-"17" is a version of ours, "16>17" an engine on its way from one to the next: written before the first byte is loaded
-and overwritten after the last, it tells whoever asks, a daemon restarted meanwhile above all, that the engine is torn.
-Anything else ("default", a checkpoint's name) is none of ours.
+"17" is a version of ours. "16>17" marks an engine that is being taken from 16 to 17. The mark is written before the
+first byte is loaded and overwritten after the last, so that even a restarted daemon sees that the engine is torn. Any
+other string ("default", a checkpoint's name) is not ours.
 """
 
 from __future__ import annotations
@@ -19,25 +19,26 @@ _UPDATING = re.compile(r"(?:0|[1-9]\d{0,17}|[^>]{0,64})>(0|[1-9]\d{0,17})")
 
 
 class WeightVersion(NamedTuple):
-    """What an engine's weight version says."""
+    """The meaning of an engine's weight version."""
 
-    version: int | None  # None: none of ours
+    version: int | None  # None: not a version of ours
     torn: bool
 
 
 def serving(version: int) -> str:
-    """The string of an engine that holds all of `version`."""
+    """Return the string for an engine that holds all of `version`."""
     return str(version)
 
 
 def updating(old: int | None, new: int) -> str:
-    """The string of an engine that is being taken from `old` to `new`."""
+    """Return the string that marks an engine as being taken from `old` to `new`."""
     return f"{'' if old is None else old}>{new}"
 
 
 def check_marked(text: object, version: int, engine: str) -> None:
-    """Whoever answers at its address is the one that was marked as on its way to `version`: one that restarted since
-    holds weights of its own. Raises `EngineLost`.
+    """Raise `EngineLost` unless `text` marks an engine that is being taken to `version`.
+
+    An engine that was restarted meanwhile has no such mark: it holds its own checkpoint.
     """
     found = _UPDATING.fullmatch(text) if isinstance(text, str) else None
     if found is None or int(found[1]) != version:
@@ -50,7 +51,7 @@ def check_marked(text: object, version: int, engine: str) -> None:
 
 
 def read(text: object) -> WeightVersion:
-    """What an engine's weight version means; anything that is none of ours reads as no version, not torn."""
+    """Read an engine's weight version; a string that is not ours reads as no version and not torn."""
     if not isinstance(text, str):
         return WeightVersion(None, False)
     if _SERVING.fullmatch(text):

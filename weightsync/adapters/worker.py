@@ -1,4 +1,4 @@
-"""What our plugins have in common inside an engine's worker: tickets in, named tensors out.
+"""The common part of our plugins inside an engine's worker: tickets in, named tensors out.
 
     slots = SlotReader(device)
     slots.begin(manifest, offers, deadline=...)
@@ -6,12 +6,16 @@
         model.load_weights(slots.read(bucket, ticket, deadline=...).tensors())
     slots.finish()
 
-Arenas are mapped once and kept. A bucket is copied in one piece to the worker's device, checked there, and its slot
-released before any of it is loaded: engines may keep what they are given for as long as they like, and the next bucket
-is on its way while they load. Where no loader takes part, and what lies in the model is compared afterwards, `pull` has
-only what is needed copied, straight out of the slot. On GPUs it returns when that is queued; buckets of different
-owners are read on streams of their own, so that a worker draws from every GPU at once. Or no bucket comes: `draw` reads
-what is needed out of the trainer's memory, and `places` shows where others may write it.
+Arenas are mapped once and kept. `read` copies a bucket in one piece to the worker's device, checks the copy, and
+releases the slot before any of it is loaded. So engines may keep the tensors as long as they like, and the next bucket
+is on its way while they load.
+
+`pull` copies only the needed bytes, straight out of the slot. It is for buckets that need no loader, in pushes whose
+result is compared in the model afterwards. On GPUs it returns when the copies are queued. Each owner of buckets has its
+own stream, so that a worker reads from every GPU at once.
+
+A push may also need no buckets: `draw` reads the weights out of the trainer's memory, and `places` shows where bridges
+may write them.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SlotReader"]
 
-_SETTLES = 10.0  # seconds for a GPU to end what was queued
+_SETTLES = 10.0  # seconds that a GPU may take for what is queued
 
 
 class _Update:
@@ -54,36 +58,36 @@ class _Update:
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
         self.read = np.zeros(manifest.pieces, dtype=np.bool_)
-        self.missing: dict[int, int] = {}  # tensor cut over several buckets → bytes that have not come yet
-        self.parts: dict[int, torch.Tensor] = {}  # … and what has, uint8 [nbytes]
+        self.missing: dict[int, int] = {}  # tensor cut over several buckets → bytes still missing
+        self.parts: dict[int, torch.Tensor] = {}  # the same tensor → its buffer, uint8 [nbytes]
         self.cut_pieces: dict[int, list[int]] = {}  # bucket → its pieces that are not a whole tensor
-        self.pulls_until = 0.0  # the latest deadline of what is queued
+        self.pulls_until = 0.0  # deadline of the latest pull that was queued
         whole = manifest.tensors.sizes[manifest.piece_tensor]
         for piece in np.flatnonzero(manifest.piece_nbytes != whole).tolist():
             self.cut_pieces.setdefault(int(manifest.piece_bucket[piece]), []).append(piece)
 
 
 class SlotReader:
-    """Reads buckets out of this node's arenas onto `device`. One for each worker; not for several threads."""
+    """Reads buckets out of this node's arenas onto `device`. Each worker has one, and uses it from one thread."""
 
     def __init__(self, device: torch.device | str, *, through: Callable[[], GpuBuckets] | None = None) -> None:
-        """`through` makes, for a reader in host memory, its way to slots on GPUs; others have their own GPU."""
+        """`through` gives a reader in host memory access to slots on GPUs; a reader on a GPU uses its own GPU."""
         self.device = torch.device(device)
         self._through = through
         self._receiver: BucketReceiver = ShmReceiver()
-        self._gpu: GpuBuckets | None = None  # where slots lie on GPUs too
+        self._gpu: GpuBuckets | None = None  # set while slots lie on GPUs
         self._update: _Update | None = None
 
     @property
     def manifest(self) -> Manifest:
-        """Of the update that is open. Raises `LocalProtocolError` if none is."""
+        """The manifest of the open update. Raises `LocalProtocolError` if no update is open."""
         return self._open().manifest
 
     def begin(self, manifest: Manifest, offers: Sequence[bytes], *, deadline: float) -> None:
         """Open an update, dropping one that is open, and attach to the arenas on offer.
 
-        Raises `CodecError`, `TransportBroken`, or `TransportTimeout` while a GPU still reads what the last one queued,
-        with nothing begun.
+        Raises `CodecError` or `TransportBroken`, or `TransportTimeout` if the GPU still runs copies of the last update.
+        No update is open then.
         """
         self._update = None
         self._direct.begin(deadline=deadline)
@@ -99,7 +103,7 @@ class SlotReader:
         self._update = _Update(manifest)
 
     def read(self, bucket: int, ticket: bytes, *, deadline: float) -> ReadBucket:
-        """One bucket, on this reader's device, with the tensors that are whole once it is read.
+        """Copy one bucket to this reader's device; the result has the tensors that are whole now.
 
         Raises `LocalProtocolError` for a bucket that is not of the update or was read before, otherwise as
         `BucketReceiver.receive`.
@@ -108,19 +112,20 @@ class SlotReader:
         return self._as_read(update, bucket, self._copy(bucket, ticket, self._nbytes(bucket), deadline))
 
     def lends(self, bucket: int) -> bool:
-        """Whether `pull` works: slots and weights are both in host memory, or both on GPUs, and there it has no part of
-        a tensor that is cut over several buckets.
+        """Whether `pull` works for this bucket: slots and weights are both in host memory, or both on GPUs.
+
+        On GPUs the bucket must also have no part of a tensor that is cut over several buckets.
         """
         if self._gpu is None or self.device.type == "cpu":
             return self._gpu is None and self.device.type == "cpu"
         return bucket not in self._open().cut_pieces
 
     def pull(self, bucket: int, ticket: bytes, take: Callable[[ReadBucket, int], None], *, deadline: float) -> None:
-        """Have `take` copy what it needs out of the bucket where it lies; its slot is released when that returns, or,
-        on a GPU, when the current stream is past what it has queued. It is also told for how many streams that is done
-        side by side.
+        """Call `take(bucket, streams)`, which copies the bytes it needs straight out of the slot.
 
-        Nothing is checked but the lease, and `take` may keep none of it. Raises as `read`, and what `take` raises.
+        The slot is released when `take` returns or, on a GPU, when the GPU is past the work that `take` queued on the
+        current stream. `streams` is the number of streams on which buckets are pulled side by side. Only the lease is
+        checked, and `take` must not keep any of the data. Raises as `read`, and whatever `take` raises.
         """
         update = self._expecting(bucket)
         if self._gpu is not None:
@@ -136,24 +141,26 @@ class SlotReader:
         with self._receiver.receive(ticket, deadline=deadline, verify=False) as lease:
             self._check_size(lease, self._nbytes(bucket))
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*not writable.*")  # torch knows no read-only tensors
+                warnings.filterwarnings("ignore", message=".*not writable.*")  # torch has no read-only tensors
                 data = torch.frombuffer(lease.view, dtype=torch.uint8)
             take(self._as_read(update, bucket, data), 1)
             del data
 
     def draw(self, exposures: Exposures, wants: Wants, *, deadline: float) -> str:
-        """Read all that is wanted of the update out of the trainer's memory, and no bucket. As `Drawer.draw`."""
+        """Read everything in `wants` out of the trainer's memory instead of buckets. Returns as `Drawer.draw`."""
         return self._direct.draw(exposures, wants, self.manifest, deadline=deadline)
 
     def places(self, wants: Wants, known: Collection[bytes]) -> Shown:
-        """Where others may write all that is wanted of the update, before `finish` and instead of buckets; those who
-        ask know places of these digests already.
+        """Show where bridges may write everything in `wants`, until `finish` and instead of buckets.
+
+        `known` are digests of places that the daemon has been shown before.
         """
         return shown(self._direct.places(wants, self.manifest), known)
 
     def finish(self) -> bool:
-        """End the update, once all that `pull` has queued is done. Returns whether it came without buckets. Raises
-        `LocalProtocolError` naming the first tensor that did not come whole.
+        """End the update once everything that `pull` queued is done, and return whether it came without buckets.
+
+        Raises `LocalProtocolError` naming the first tensor that did not come whole.
         """
         update, self._update = self._open(), None
         self.settle(deadline=update.pulls_until)
@@ -170,8 +177,9 @@ class SlotReader:
         return False
 
     def settle(self, *, deadline: float | None = None) -> None:
-        """Return when nothing that `pull` or `draw` has queued is under way any more; without a deadline, within ten
-        seconds. Raises as `LeaseKeeper.settle`.
+        """Wait until the GPU is past everything that `pull` and `draw` queued; without a deadline, ten seconds at most.
+
+        Raises as `LeaseKeeper.settle`.
         """
         until = deadline if deadline is not None else time.monotonic() + _SETTLES
         if self._gpu is not None:
@@ -179,7 +187,7 @@ class SlotReader:
         self._direct.settle(deadline=until)
 
     def close(self) -> None:
-        """Drop an update that is open and detach from every arena."""
+        """Drop an open update and detach from every arena."""
         self._update = None
         try:
             self.settle()
@@ -231,7 +239,7 @@ class SlotReader:
         return torch.cuda.current_device() if self.device.index is None else self.device.index
 
     def _switch(self, deadline: float) -> None:
-        """The node's slots have moved between host memory and GPUs."""
+        """Change receivers, because the node's slots have moved between host memory and GPUs."""
         self.settle(deadline=deadline)
         before = self._receiver
         if self._gpu is not None:
@@ -251,7 +259,7 @@ class SlotReader:
         before.close()
 
     def _copy(self, bucket: int, ticket: bytes, nbytes: int, deadline: float) -> torch.Tensor:
-        """The bucket on this device, uint8 [nbytes]; its slot is released."""
+        """Copy the bucket to this device, uint8 [nbytes], and release its slot."""
         checked_here = self.device.type == "cpu" or self._gpu is not None
         with self._receiver.receive(ticket, deadline=deadline, verify=not checked_here) as lease:
             self._check_size(lease, nbytes)
@@ -268,7 +276,7 @@ class SlotReader:
             return data
 
     def _whole(self, update: _Update, tensor: int, piece: int, data: torch.Tensor) -> torch.Tensor | None:
-        """The bytes of a cut tensor that this piece completes; None if more of it is to come."""
+        """Keep a piece of a cut tensor. Returns the tensor's bytes if this piece completes it, else None."""
         table = update.manifest.tensors
         start = int(update.manifest.piece_start[piece]) * int(table.itemsizes[tensor])
         parts = update.parts.get(tensor)

@@ -30,7 +30,7 @@ logger = logging.getLogger("weightsync.adapters.reference")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run an engine until it is told to stop or loses a worker; the exit status."""
+    """Run an engine until it is told to stop or loses a worker. Returns the exit status."""
     arguments = _parser().parse_args(argv)
     logging.basicConfig(level=arguments.log_level, format="%(asctime)s %(name)s %(message)s")
     wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         _write_whole(arguments.port_file, f"{port}\n")
     logger.info("[engine=%s] serving on http://%s:%d", engine.name, arguments.host, port)
     _wait(wake, workers)
-    server.socket.close()  # no new connections; threads of old ones end with the process
+    server.socket.close()  # take no new connections; the threads of open ones end with the process
     workers.end(kill=not stopped.is_set())
     if stopped.is_set():
         return 0
@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _wait(wake: int, workers: WorkerGroup) -> None:
-    """Return when somebody wrote to `wake`, or a worker ended. A wait without end: it is what this process is for."""
+    """Return when `wake` was written to, or a worker ended. Has no deadline: the process lives until then."""
     poll = select.poll()
     poll.register(wake, select.POLLIN)
     for process in workers.processes:
@@ -102,7 +102,7 @@ def _wait(wake: int, workers: WorkerGroup) -> None:
 
 
 def _write_whole(path: Path, text: str) -> None:
-    """Write so that a reader finds all of it or nothing."""
+    """Write a file so that a reader finds all of the text, or no file."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.write_text(text)
     partial.replace(path)

@@ -1,4 +1,4 @@
-"""Judge a manifest before anything is touched: what the engine could not take, and what would stay as it is. Pure."""
+"""Judge a manifest before anything is touched: tensors the engine cannot take, and tensors left as they are. Pure."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _SUGGESTIONS = 3  # looking for a similar name among thousands costs tens of mil
 
 
 class Verdict(NamedTuple):
-    """What `admit` found."""
+    """The result of `admit`."""
 
-    problems: tuple[str, ...]  # each names the tensor and what would be right; empty: the manifest can be taken
-    untouched: tuple[str, ...]  # names the engine holds that the manifest leaves alone
+    problems: tuple[str, ...]  # each names a tensor and what is expected; empty: the manifest can be taken
+    untouched: tuple[str, ...]  # names that the engine holds and the manifest leaves alone
 
 
 def held_names(config: ModelConfig, manifest: Manifest) -> dict[str, str]:
-    """Pushed name → the name under which this engine's layout knows it.
+    """Map each pushed name to the engine's name for it.
 
     They differ in one case: a tied model's only matrix, pushed as the head with the embedding as its alias.
     """
@@ -37,7 +37,7 @@ def held_names(config: ModelConfig, manifest: Manifest) -> dict[str, str]:
 
 
 def admit(config: ModelConfig, manifest: Manifest, required: Collection[str]) -> Verdict:
-    """Whether an engine of `config` can take `manifest`, which must bring every name in `required`."""
+    """Judge whether an engine of `config` can take `manifest`, which must bring every name in `required`."""
     known = checkpoint_tensors(config)
     table = manifest.tensors
     held = held_names(config, manifest)

@@ -1,4 +1,7 @@
-"""Hugging Face safetensors directories: written in files of at most 1 GB, read tensor by tensor or box by box."""
+"""Hugging Face safetensors directories: written in files of 1 GB at most, read tensor by tensor or box by box.
+
+A tensor of more than 1 GB has a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +33,11 @@ _INDEX = "model.safetensors.index.json"
 def random_checkpoint(
     config: ModelConfig, directory: str | Path, seed: int = 0, dtype: str | None = None, *, scale: float = 0.2
 ) -> ModelConfig:
-    """Write a checkpoint of seeded normal weights, `scale` wide, and return its config (with `dtype`, where given).
+    """Write a checkpoint of seeded normal weights with standard deviation `scale`, and return its config.
 
-    0.2 is ten times what training starts from: logits then lie far apart, so that greedy tokens tell one version from
-    another and do not hang on the last bit. Norms are normal around one. Memory stays near one file's worth.
+    `dtype` replaces the config's. A scale of 0.2 is ten times that of an untrained model: logits lie far apart, so that
+    greedy tokens differ between versions and do not depend on the last bit. Norm weights are normal around one. Memory
+    use stays near the size of one file.
     """
     config = msgspec.structs.replace(config, dtype=dtype or config.dtype, weight_block_size=None)
     kind: torch.dtype = getattr(torch, config.dtype)
@@ -52,7 +56,7 @@ def random_checkpoint(
 def save_tensors(
     tensors: Iterator[tuple[str, torch.Tensor]], directory: str | Path, file_bytes: int = _FILE_BYTES
 ) -> None:
-    """Write tensors as `model.safetensors`, or as several files and their index once `file_bytes` is passed."""
+    """Write tensors as `model.safetensors`, or, beyond `file_bytes`, as several files and their index."""
     root = Path(directory)
     root.mkdir(parents=True, exist_ok=True)
     files: list[list[str]] = []
@@ -85,7 +89,7 @@ def save_tensors(
 
 
 class OpenCheckpoint:
-    """A checkpoint's files, mapped. Use as a context manager; tensors read stay valid afterwards."""
+    """A checkpoint's files, mapped. Use it as a context manager; tensors that were read stay valid afterwards."""
 
     def __init__(self, directory: Path, files: dict[str, Any], stack: ExitStack) -> None:
         self._directory = directory
@@ -93,11 +97,11 @@ class OpenCheckpoint:
         self._stack = stack
 
     def read(self, name: str) -> torch.Tensor:
-        """The whole tensor. Raises `ConfigError` when it is not there."""
+        """Read a whole tensor. Raises `KeyError` if the checkpoint has no such name."""
         return cast("torch.Tensor", self._file(name).get_tensor(name))
 
     def read_box(self, name: str, offset: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
-        """One box of the tensor; only its rows are read from disk."""
+        """Read one box of a tensor; only its rows are read from disk."""
         index = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
         return cast("torch.Tensor", self._file(name).get_slice(name)[index])
 
@@ -114,7 +118,7 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(directory: str | Path, config: ModelConfig) -> OpenCheckpoint:
-    """Open a safetensors directory that holds every tensor of `config` in its shape, else raise `ConfigError`."""
+    """Open a safetensors directory. Raises `ConfigError` unless it has every tensor of `config`, in its shape."""
     root = Path(directory)
     with ExitStack() as stack:
         files: dict[str, Any] = {}

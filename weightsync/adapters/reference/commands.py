@@ -1,7 +1,7 @@
-"""What the front process says to its workers: typed MessagePack, length-prefixed, over a socket pair. No pickle.
+"""The front process's commands to its workers: typed MessagePack, length-prefixed, over a socket pair. No pickle.
 
-Every worker gets the same commands in the same order and answers each with one `Reply`. Deadlines travel as they are:
-`time.monotonic()` is one clock for all processes of a machine.
+Every worker gets the same commands in the same order, and answers each with one `Reply`. Deadlines are sent as they
+are: `time.monotonic()` is one clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Accept(msgspec.Struct, frozen=True, tag=True):
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Open an update; forget one that is open."""
+    """Open an update, dropping one that is open."""
 
-    digest: bytes
+    digest: bytes  # of an accepted manifest
     offers: tuple[bytes, ...]  # this rank's
     deadline: float
 
@@ -46,14 +46,14 @@ class Begin(msgspec.Struct, frozen=True, tag=True):
 class Draw(msgspec.Struct, frozen=True, tag=True):
     """Take this rank's slices out of the memory that a trainer's ranks expose. Answers why it cannot, or nothing."""
 
-    exposures: bytes  # packed, or the digest of some that were told before
+    exposures: bytes  # packed, or the digest of exposures that were sent before
     deadline: float
 
 
 class Places(msgspec.Struct, frozen=True, tag=True):
-    """Tell where this rank's slices may be written by others. Answers packed `Shown`."""
+    """Show where bridges may write this rank's slices. Answers packed `Shown`."""
 
-    known: tuple[bytes, ...]  # digests of places that were told before
+    known: tuple[bytes, ...]  # digests of places that the daemon knows
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
@@ -65,7 +65,7 @@ class Load(msgspec.Struct, frozen=True, tag=True):
 
 
 class Finish(msgspec.Struct, frozen=True, tag=True):
-    """Check that every piece was loaded once, wait until it is; end the update; drop all caches."""
+    """Check that every piece was loaded, wait for copies under way, end the update, and drop all caches."""
 
     deadline: float
 
@@ -77,30 +77,30 @@ class Residents(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fingerprints(msgspec.Struct, frozen=True, tag=True):
-    """Fingerprint these boxes as they lie in the parameters. Answers 8 bytes for each, little-endian, in order."""
+    """Fingerprint the boxes of `Residents` in the parameters. Answers 8 bytes for each, little-endian, in order."""
 
     digest: bytes
 
 
 class Checksums(msgspec.Struct, frozen=True, tag=True):
-    """xxh3 over all parameters in order. Answers 8 bytes, big-endian."""
+    """Compute xxh3 over all parameters in order. Answers 8 bytes, big-endian."""
 
 
 class Step(msgspec.Struct, frozen=True, tag=True):
     """Decode one token of a sequence."""
 
     sequence: int
-    start: int  # position of the first of `tokens`; all before it are cached, and from 0 nothing is
+    start: int  # position of the first of `tokens`; earlier positions are cached, and 0 drops the cache
     tokens: tuple[int, ...]
-    ended: tuple[int, ...] = ()  # sequences whose caches to forget first
-    draw: float | None = None  # of [0, 1): take the token there in the distribution; none: the likeliest
+    ended: tuple[int, ...] = ()  # sequences whose caches are dropped first
+    draw: float | None = None  # in [0, 1): take the token at this point of the distribution; None: the likeliest
 
 
 Command: TypeAlias = Accept | Begin | Draw | Places | Load | Finish | Residents | Fingerprints | Checksums | Step
 
 
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
-    """A worker's answer: how an HTTP answer would say it, and what was asked for."""
+    """A worker's answer: an HTTP status, an error's text, and the result."""
 
     status: int = 200
     error: str = ""

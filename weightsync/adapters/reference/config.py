@@ -19,7 +19,7 @@ _MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen3MoeForCausalLM": "qwen3_moe"}
 
 
 class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """Shape and type of one decoder; fields are called as in `config.json`."""
+    """Shape and type of one decoder. Fields have the names of `config.json`."""
 
     architecture: Literal["Qwen3ForCausalLM", "Qwen3MoeForCausalLM"] = "Qwen3ForCausalLM"
     vocab_size: _Size
@@ -42,10 +42,10 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
     norm_topk_prob: bool = False
     decoder_sparse_step: _Size = 1
     mlp_only_layers: tuple[int, ...] = ()
-    weight_block_size: tuple[_Size, _Size] | None = None  # float8 projections, a scale for each such block
+    weight_block_size: tuple[_Size, _Size] | None = None  # set: projections are float8, with a scale for each block
 
     def __post_init__(self) -> None:
-        """Refuse what no decoder can be built from, naming the key."""
+        """Raise `ValueError`, naming the key, if no decoder can be built from these values."""
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, no multiple of num_key_value_heads "
@@ -75,7 +75,7 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_config(directory: str | Path) -> ModelConfig:
-    """The config of a Hugging Face checkpoint directory. Raises `ConfigError` naming the key that cannot be taken."""
+    """Read the config of a Hugging Face checkpoint directory. Raises `ConfigError` naming the key that does not fit."""
     path = Path(directory) / "config.json"
     try:
         raw: Any = json.loads(path.read_bytes())
@@ -123,7 +123,7 @@ def write_config(config: ModelConfig, directory: str | Path) -> None:
 
 
 def _own_words(raw: dict[str, Any]) -> dict[str, Any]:
-    """`config.json` in the words of `ModelConfig`. Raises `ValueError` for features that this decoder has not."""
+    """Translate `config.json` to the fields of `ModelConfig`. Raises `ValueError` for features not supported here."""
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     if not isinstance(rope, dict) or rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError("rope_parameters: only the default rotary embedding is supported")

@@ -1,8 +1,8 @@
 """A lean HTTP/1.1 client for one engine that speaks as `server.py` does: kept alive, Content-Length, no redirects.
 
-A push makes several calls to every engine, and most are over in the time that a general client takes to prepare one:
-measured on loopback, 0.17 ms for a call through this, 0.7 to 0.9 ms through httpx. What an engine of ours would not
-send (chunks, endless headers, too large a body) is an error.
+A push makes several calls to every engine, and most take less time than a general client needs to prepare one:
+measured on loopback, 0.17 ms for a call through this client, 0.7 to 0.9 ms through httpx. Chunks, endless headers and
+bodies that are too large, which our engine never sends, are errors.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class _Connection(NamedTuple):
 
 
 class HttpClient:
-    """Requests to one base URL, with the same extra headers each. For use from one asyncio loop; calls may overlap."""
+    """Sends requests to one base URL, each with the same extra headers. For one asyncio loop; calls may overlap."""
 
     def __init__(self, url: str, headers: dict[str, str]) -> None:
-        """Raises `ValueError`, which shows no header's value, for a URL or header that cannot be used."""
+        """Raises `ValueError` for a URL or header that cannot be used. The error shows no header's value."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError("it needs a scheme (http or https) and a host")
@@ -56,9 +56,10 @@ class HttpClient:
         self._idle: list[_Connection] = []
 
     async def request(self, method: str, path: str, body: bytes, *, timeout_seconds: float) -> HttpResponse:
-        """Ask, and read the answer. The engine is told `timeout_seconds`; to keep it, the caller cancels.
+        """Send a request and read the answer.
 
-        Raises `OSError` or `EOFError` when there is no (whole) answer, `RemoteProtocolError` for one that is no HTTP.
+        `timeout_seconds` is only sent to the engine: the caller must cancel this call when the time is over. Raises
+        `OSError` or `EOFError` if there is no whole answer, `RemoteProtocolError` if it is not HTTP.
         """
         connection = await self._connect()
         head = (
@@ -80,7 +81,7 @@ class HttpClient:
         return response
 
     async def close(self) -> None:
-        """Drop idle connections; those in use end with their request."""
+        """Drop idle connections. Connections in use are not touched."""
         while self._idle:
             writer = self._idle.pop().writer
             writer.transport.abort()
@@ -92,14 +93,14 @@ class HttpClient:
             connection = self._idle.pop()
             if not connection.reader.at_eof() and not connection.writer.is_closing():
                 return connection
-            connection.writer.transport.abort()  # the engine was restarted, or thought it idle for too long
+            connection.writer.transport.abort()  # the engine was restarted, or closed it as idle
         return _Connection(
             *await asyncio.open_connection(self._host, self._port, ssl=self._tls or None, limit=_MAX_HEAD)
         )
 
 
 async def _read(reader: asyncio.StreamReader) -> tuple[HttpResponse, bool]:
-    """One answer, and whether the connection may be used again."""
+    """Read one answer, and whether the connection may be used again."""
     try:
         head = await reader.readuntil(b"\r\n\r\n")
     except asyncio.LimitOverrunError as error:

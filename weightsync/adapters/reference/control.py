@@ -1,4 +1,4 @@
-"""The daemon's hand inside a reference engine: one HTTP call for each step of a push."""
+"""The adapter of one reference engine, in the daemon: one HTTP call for each step of a push."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class _Drawn(msgspec.Struct, frozen=True):
 
 
 class _Problem(msgspec.Struct, frozen=True):
-    """What an engine says when it does not succeed; every field may be missing."""
+    """The body of an unsuccessful answer; every field may be missing."""
 
     error: str = ""
     problems: tuple[str, ...] = ()
@@ -63,7 +63,7 @@ class _Problem(msgspec.Struct, frozen=True):
 
 
 class _Refusal(EngineError):
-    """An answer that is no success, before it is known what it means for the push."""
+    """An unsuccessful answer, before its caller has decided what it means for the push."""
 
     def __init__(self, status: int, problem: _Problem, engine: str, phase: str) -> None:
         super().__init__(f"{problem.error or 'no reason given'} (HTTP {status})", engine=engine, phase=phase)
@@ -72,14 +72,14 @@ class _Refusal(EngineError):
 
 
 class ReferenceAdapter(EngineAdapter):
-    """Talks to one reference engine over one kept-alive connection. The engine's key is sent and never shown."""
+    """Drives one reference engine over kept-alive connections. The engine's key is sent, and never shown."""
 
     def __init__(self, spec: EngineSpec) -> None:
         self.name = spec.name
         self.url = spec.url
         self._info: EngineInfo | None = None  # as last probed
         self._shown, self._places = ToldExposures(), ToldPlaces(spec.name)
-        self._drew_well = True  # or was written into
+        self._drew_well = True  # False from a draw, or from showing places, until the push is verified
         self._verifiers: dict[tuple[str, bytes], Verifier] = {}  # by incarnation and manifest's digest
         try:
             self._http = HttpClient(spec.url, {"Authorization": f"Bearer {spec.api_key}"} if spec.api_key else {})
@@ -110,7 +110,7 @@ class ReferenceAdapter(EngineAdapter):
         return self._info
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """See the base class. Of the names left alone the engine gives the first 32."""
+        """See the base class. The engine returns only the first 32 of the names left alone."""
         try:
             body = await self._call("PUT", f"/manifest/{manifest.digest.hex()}", deadline, manifest.pack())
         except _Refusal as refusal:
@@ -123,9 +123,9 @@ class ReferenceAdapter(EngineAdapter):
                 engine=self.name,
                 phase="accept",
             ) from refusal
-        self._shown.forget()  # so that workers of another incarnation are told whole
+        self._shown.forget()  # send exposures whole next time: the engine may have restarted
         untouched = self._parse(body, _Accepted, "accept").untouched
-        await self._verifier(manifest, deadline)  # now, while it serves, rather than at the end of its pause
+        await self._verifier(manifest, deadline)  # made now, while the engine serves, and not while it is paused
         return untouched
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
@@ -134,7 +134,7 @@ class ReferenceAdapter(EngineAdapter):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
-        """See the base class. A manifest that the engine has forgotten meanwhile is shown to it again."""
+        """See the base class. Shows the manifest again if the engine has forgotten it."""
         order = {"version": version, "manifest": manifest.digest.hex(), "offers": offers}
         try:
             await self._post("/begin", order, deadline)
@@ -148,7 +148,7 @@ class ReferenceAdapter(EngineAdapter):
         await self._post("/load", {"bucket": bucket, "tickets": tickets}, deadline)
 
     def draws(self, manifest: Manifest) -> bool:
-        """See the base class: after one that went wrong the next push is by slots."""
+        """See the base class. After a push in place that was not verified, the next push goes through slots."""
         return self._drew_well
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
@@ -180,7 +180,7 @@ class ReferenceAdapter(EngineAdapter):
         await self._http.close()
 
     async def _verifier(self, manifest: Manifest, deadline: float) -> Verifier:
-        """How this incarnation of the engine is compared with this manifest: asked once, and kept for a few."""
+        """Return the verifier for this manifest and incarnation; asks the engine once, and keeps the latest few."""
         info = self._info or await self.probe(deadline=deadline)
         key = (info.incarnation, manifest.digest)
         verifier = self._verifiers.pop(key, None)
@@ -198,7 +198,7 @@ class ReferenceAdapter(EngineAdapter):
                     engine=self.name,
                     phase="verify",
                 ) from error
-        self._verifiers[key] = verifier  # last in line to be forgotten
+        self._verifiers[key] = verifier  # now the last to be forgotten
         while len(self._verifiers) > MANIFESTS_KEPT:
             del self._verifiers[next(iter(self._verifiers))]
         return verifier
@@ -216,7 +216,10 @@ class ReferenceAdapter(EngineAdapter):
         await self._call("POST", path, deadline, msgspec.json.encode(body))
 
     async def _call(self, method: str, path: str, deadline: float, content: bytes = b"") -> bytes:
-        """The body of a successful answer. Raises `EngineLost`, or `_Refusal` for any other answer."""
+        """Send a request and return the body of a successful answer.
+
+        Raises `EngineLost` without an answer, `_Refusal` for an unsuccessful one, `EngineError` if it is not HTTP.
+        """
         phase = path.split("/", 2)[1]
         left = max(deadline - monotonic(), 0)
         try:

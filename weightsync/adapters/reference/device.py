@@ -1,7 +1,7 @@
-"""A rank's parameters on a GPU: one launch a bucket, and the lease ends when the GPU is past it.
+"""A rank's parameters on a GPU: each bucket is one launch, and its lease ends when the GPU is past the launch.
 
-Loading returns when the launch is queued. Buckets of different owners are read on streams of their own, side by side,
-so that a rank draws from every GPU at once.
+Loading returns when the launch is queued. Each owner of buckets has its own stream, so that a rank reads from every GPU
+at once.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceParameters", "Trial"]
 
-_CYCLES = 1.7e9  # of a GPU's clock in a second, about
+_CYCLES = 1.7e9  # clock cycles of a GPU in a second, about
 
 
 class Trial(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """For tests of the fence: a reader that copies each bucket whole and tells the checksum of what it got."""
+    """For tests of the fence: a reader that copies each bucket whole and reports the checksum of its copy."""
 
-    slow: float = 0.0  # seconds that its GPU dawdles at most, at random, before it reads
-    hasty: bool = False  # and gives a bucket back before it has read it
+    slow: float = 0.0  # before each read its GPU waits for a random time up to these seconds
+    hasty: bool = False  # it releases a bucket before it has read it
 
 
 class _Prepared(NamedTuple):
@@ -49,7 +49,7 @@ class _Prepared(NamedTuple):
 
 
 class DeviceParameters:
-    """`tensors` are the parameters by name, contiguous, on one GPU; they must stay where they are."""
+    """Loads and fingerprints `tensors`: parameters by name, contiguous, on one GPU, which must not move."""
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], trial: Trial | None = None) -> None:
         self._bases = {name: at for at, name in enumerate(tensors)}
@@ -61,10 +61,10 @@ class DeviceParameters:
         self._streams: list[torch.cuda.Stream] = []
         self._leases = LeaseKeeper(self._device)
         self._trial = trial
-        self._random = random.Random(self._device.index)  # ranks dawdle each in its own way
+        self._random = random.Random(self._device.index)  # so that ranks wait for different times
 
     def prepare(self, plan: LoadingPlan) -> _Prepared:
-        """A plan as tables on the GPU."""
+        """Turn a plan into tables on the GPU."""
         shapes = plan.manifest.tensors.shapes
         copies = []
         for bucket in plan.copies:
@@ -97,7 +97,7 @@ class DeviceParameters:
         return _Prepared(plan, tuple(copies), table, buckets, wanted(plan, list(self._bases)))
 
     def load(self, prepared: _Prepared, bucket: int, lease: Lease) -> None:
-        """Queue the copies; the lease is released when the GPU is past them."""
+        """Queue the copies of a bucket. Its lease is released when the GPU is past them."""
         manifest = prepared.plan.manifest
         owner, owners = int(manifest.bucket_owner[bucket]), 1 + int(manifest.bucket_owner.max())
         while len(self._streams) < owners:
@@ -114,15 +114,15 @@ class DeviceParameters:
             raise
 
     def wants(self, prepared: _Prepared) -> Wants:
-        """What is drawn out of a trainer's memory."""
+        """Return the boxes to draw out of a trainer's memory, and where to put them."""
         return Wants(prepared.wanted, self._addresses)
 
     def settle(self, *, deadline: float) -> None:
-        """Wait for the loads that are queued."""
+        """Wait for the loads that are queued. Raises as `LeaseKeeper.settle`."""
         self._leases.settle(deadline=deadline)
 
     def fingerprints(self, prepared: _Prepared) -> Words:
-        """uint64 [residents], of what lies in the parameters now."""
+        """Fingerprint the parameters' residents as they are now: uint64 [residents]."""
         count = len(prepared.plan.residents)
         with torch.cuda.device(self._device):
             stream = torch.cuda.current_stream(self._device)
@@ -132,7 +132,7 @@ class DeviceParameters:
         return sums
 
     def close(self) -> None:
-        """Wait for the GPU: parameters may go away after this."""
+        """Wait for the GPU. Parameters may be freed after this."""
         torch.cuda.synchronize(self._device)
 
     def _place(self, held: LoadedShard) -> Place:
@@ -149,7 +149,7 @@ class DeviceParameters:
         )
 
     def _try(self, trial: Trial, prepared: _Prepared, bucket: int, lease: Lease, stream: torch.cuda.Stream) -> None:
-        """Load as a reader does that dawdles on its GPU, and that looks at what came."""
+        """Load a bucket as `trial` says: wait on the GPU, copy the bucket whole, and report the copy's checksum."""
         slot, nbytes = lease.address, lease.nbytes
         with torch.cuda.device(self._device), torch.cuda.stream(stream):
             mine = torch.empty(nbytes, dtype=torch.uint8, device=self._device)

@@ -1,10 +1,10 @@
-"""What the engine may do now: generate, pause, take new weights. No HTTP, no tensor, no torch.
+"""The engine's state, and what it may do now: generate, pause, take new weights. No HTTP, no tensor, no torch.
 
-Requests and control calls run in threads of their own and take turns at the workers, one decode step or one command
-at a time. So a bucket is loaded between two steps, and a paused engine is one whose requests find the gate closed.
+Requests and control calls run in threads of their own and take turns at the workers, for one decode step or one command
+each. So a bucket is loaded between two steps, and requests of a paused engine wait at a closed gate.
 
-From `begin` to the `resume` after `finish` the engine is torn. It serves in that time only where the push asked for no
-pause: a command that fails closes the gate, and so does a request that finds the update stalled.
+From `begin` to the `resume` after `finish` the engine is torn. It serves in that time only if the push asked for no
+pause. Then a failed command closes the gate, and so does a request that finds the update stalled.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ __all__ = ["Engine", "Generated"]
 
 logger = logging.getLogger(__name__)
 
-_LOST_SECONDS = 90.0  # beyond a command's deadline; longer than one rank waits for another in a collective
-_STALLED_SECONDS = 30.0  # of an update that nobody carries on, while the engine serves
+_LOST_SECONDS = 90.0  # after a command's deadline; longer than a rank waits for another in a collective
+_STALLED_SECONDS = 30.0  # without a step of the open update, while the engine serves
 
 
 class Generated(NamedTuple):
@@ -67,11 +67,11 @@ class Generated(NamedTuple):
 
 class _Accepted(NamedTuple):
     manifest: Manifest
-    held: frozenset[str]  # names it brings, as the engine knows them
+    held: frozenset[str]  # names it brings, under the engine's names
 
 
 class Engine:
-    """The state of one engine, over its workers. `on_lost` is called when they are lost, from any thread."""
+    """One engine, over its workers. `on_lost` is called, from any thread, when a worker is lost."""
 
     def __init__(
         self, config: ModelConfig, workers: WorkerGroup, *, name: str, blank: bool, on_lost: Callable[[], None]
@@ -84,21 +84,21 @@ class Engine:
         self._known = frozenset(checkpoint_tensors(config))
         self._turns = Turns()
         self._accepted: dict[bytes, _Accepted] = {}
-        # Written by whoever has the turn; read by anyone.
+        # Any thread reads these. Only the thread that has the turn writes them, except for `_ended`.
         self.version: int | None = None
         self.blank = blank  # holds no weights at all yet
         self._updating: int | None = None  # version of the open update
-        self._dirty: frozenset[str] = frozenset()  # names overwritten since the last resume: not known to be right yet
-        self._finished = False  # the update of the dirty names is whole; its verdict is the next resume
-        self._touched = 0.0  # when somebody last worked on the update
-        self._flushes = 0  # caches of a request are gone when this has moved on
-        self._ended: deque[int] = deque()  # sequences whose caches the workers may forget; told with the next step
+        self._dirty: frozenset[str] = frozenset()  # names overwritten since the last resume, and not verified yet
+        self._finished = False  # the update of the dirty names is whole; the next resume confirms it
+        self._touched = 0.0  # time of the update's last step
+        self._flushes = 0  # rises when all caches are dropped
+        self._ended: deque[int] = deque()  # ended sequences, whose caches the workers drop at the next step
         self._gate = Gate()
         self._sequences = itertools.count(1)
 
     @property
     def torn(self) -> bool:
-        """Whether an update began that nobody has found good: it is open, broke off, or failed its verification."""
+        """Whether an update began and was not confirmed: it is open, has broken off, or failed its verification."""
         return self._updating is not None or bool(self._dirty)
 
     @property
@@ -107,7 +107,7 @@ class Engine:
         return self._gate.paused
 
     def info(self) -> dict[str, Any]:
-        """What it is and how it stands."""
+        """Describe the engine and its state, as `/info` answers."""
         config = self.config
         return {
             "kind": "reference",
@@ -135,7 +135,7 @@ class Engine:
     # -- updates ---------------------------------------------------------------------------------------------------
 
     def accept(self, digest: bytes, packed: bytes, *, deadline: float) -> Verdict:
-        """Judge a packed manifest and, where there is no problem, have it planned. Touches no weights."""
+        """Judge a packed manifest and, if there is no problem, have workers plan it. Touches no weights."""
         try:
             manifest = Manifest.unpack(packed)
         except CodecError as error:
@@ -154,7 +154,7 @@ class Engine:
         return verdict
 
     def begin(self, version: int, digest: bytes, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """Open an update; one that is open is given up and repaired by this one."""
+        """Open an update. It replaces and repairs an unfinished one, so it must bring everything that one touched."""
         if len(offers) != self._workers.tp_size:
             raise RequestError(HTTPStatus.BAD_REQUEST, f"offers for {len(offers)} ranks, not {self._workers.tp_size}")
         with self._turn(deadline):
@@ -169,7 +169,7 @@ class Engine:
                     f"the engine holds no whole version of {len(missing)} tensors that this manifest leaves out, "
                     f"such as {name!r}",
                 )
-            # Torn from here on: even where nothing is loaded yet, only a whole update ends it.
+            # Torn from here on, even before the first load: only a whole update ends this.
             self._dirty |= accepted.held
             with self._part_of_update():
                 self._expect(self._call_each(lambda rank: Begin(digest, tuple(offers[rank]), deadline), deadline))
@@ -187,7 +187,7 @@ class Engine:
                 self._expect(self._call_each(lambda rank: Load(bucket, tickets[rank], deadline), deadline))
 
     def draw(self, exposures: bytes, *, deadline: float) -> str:
-        """Read the open update's tensors out of a trainer's memory; why a rank cannot, or ""."""
+        """Read the open update's tensors out of a trainer's memory. Returns why a rank cannot, or ""."""
         with self._turn(deadline):
             if self._updating is None:
                 raise RequestError(HTTPStatus.CONFLICT, "no update is open: begin first")
@@ -196,7 +196,7 @@ class Engine:
             return next((reply.data.decode() for reply in replies if reply.data), "")
 
     def places(self, known: Sequence[bytes], *, deadline: float) -> list[bytes]:
-        """Per rank, packed `Shown`: where others may write the open update's tensors."""
+        """Return each rank's packed `Shown`: where bridges may write the open update's tensors."""
         with self._turn(deadline):
             if self._updating is None:
                 raise RequestError(HTTPStatus.CONFLICT, "no update is open: begin first")
@@ -204,10 +204,10 @@ class Engine:
                 return [reply.data for reply in self._expect(self._call(Places(tuple(known)), deadline))]
 
     def finish(self, version: int, *, deadline: float) -> None:
-        """End the open update: every piece was loaded once. Drops all caches.
+        """End the open update, whose pieces must all have been loaded, and drop all caches.
 
-        The engine holds `version` now, and goes on counting as torn until `resume` says that it was found right: a
-        daemon that ends in between leaves no engine that passes for whole.
+        The engine holds `version` now, but counts as torn until `resume` confirms it. So if the daemon ends before it
+        has verified the engine, the engine does not pass for whole.
         """
         with self._turn(deadline):
             if self._updating != version:
@@ -221,28 +221,28 @@ class Engine:
             self._flushes += 1
 
     def residents(self, digest: bytes, *, deadline: float) -> list[bytes]:
-        """Per rank, packed `ResidentBoxes`: which boxes of an accepted manifest's tensors it holds."""
+        """Return each rank's packed `ResidentBoxes`: the boxes of an accepted manifest's tensors that it holds."""
         with self._turn(deadline):
             return [reply.data for reply in self._expect(self._call(Residents(digest), deadline))]
 
     def fingerprints(self, digest: bytes, *, deadline: float) -> list[bytes]:
-        """Per rank, the fingerprints of these boxes as they lie in its parameters, 8 bytes each, little-endian."""
+        """Return each rank's fingerprints of these boxes in its parameters, 8 bytes each, little-endian."""
         with self._turn(deadline):
             return [reply.data for reply in self._expect(self._call(Fingerprints(digest), deadline))]
 
     def checksums(self, *, deadline: float) -> list[str]:
-        """Per rank, xxh3 over its parameters in order, as hex."""
+        """Return each rank's xxh3 over its parameters in order, as hex."""
         with self._turn(deadline):
             return [reply.data.hex() for reply in self._expect(self._call(Checksums(), deadline))]
 
     def break_update(self, reason: str, *, deadline: float) -> None:
-        """Behave as if a worker had failed inside a command: for injected faults."""
+        """Behave as if a worker had failed inside a command. For injected faults."""
         with self._turn(deadline), self._part_of_update():
             raise RequestError(HTTPStatus.INTERNAL_SERVER_ERROR, reason)
 
     @contextmanager
     def _part_of_update(self) -> Iterator[None]:
-        """Inside, a failure of a worker ends the update unfinished; a command out of order (409) changes nothing."""
+        """Wrap a step: a worker's failure ends the update unfinished; a command out of order (409) changes nothing."""
         self._touched = monotonic()
         try:
             yield
@@ -253,7 +253,7 @@ class Engine:
             raise
 
     def _required(self) -> frozenset[str]:
-        """Names that the next update must bring for the engine to be whole."""
+        """Return the names that the next update must bring for the engine to be whole."""
         return self._known if self.blank else self._dirty
 
     # -- pausing ---------------------------------------------------------------------------------------------------
@@ -267,8 +267,9 @@ class Engine:
         self._gate.settle(deadline=deadline)
 
     def resume(self, *, deadline: float) -> None:
-        """Serve again, and take a finished update for good. Refused when an update is unfinished; resuming a serving
-        engine succeeds.
+        """Serve again, and confirm a finished update. Resuming a serving engine succeeds.
+
+        Raises `RequestError` if an update is unfinished.
         """
         with self._turn(deadline):
             if self.torn and not self._finished:
@@ -287,7 +288,10 @@ class Engine:
     def generate(
         self, prompt: Sequence[int], max_tokens: int, *, deadline: float, seed: int | None = None
     ) -> Generated:
-        """Continue `prompt` by at most `max_tokens` tokens: greedily, or sampled at temperature 1, alike for a seed."""
+        """Continue `prompt` by at most `max_tokens` tokens: greedily, or, with a `seed`, sampled at temperature 1.
+
+        The same seed draws the same tokens.
+        """
         self._check_prompt(prompt, max_tokens)
         if self.blank:
             raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine holds no weights yet")
@@ -346,7 +350,7 @@ class Engine:
 
     @contextmanager
     def _turn(self, deadline: float) -> Iterator[None]:
-        """Hold the workers. A worker lost inside is the end of the engine."""
+        """Hold the turn at the workers. If a worker is lost inside, the engine ends."""
         try:
             with self._turns.take(deadline=deadline):
                 yield
@@ -364,7 +368,7 @@ class Engine:
         return self._workers.call_each(command, deadline=max(deadline, monotonic()) + _LOST_SECONDS)
 
     def _expect(self, replies: list[Reply]) -> list[Reply]:
-        """The replies, where every one is a success; else the worst becomes the answer."""
+        """Return the replies if all are successes. Otherwise raise the worst one as `RequestError`."""
         worst = max(replies, key=lambda reply: reply.status)
         if worst.status != HTTPStatus.OK:
             rank = replies.index(worst)

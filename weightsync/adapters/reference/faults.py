@@ -1,12 +1,13 @@
-"""Faults to order, for tests; the engine has them only when started with `--enable-faults`.
+"""Faults that tests order; the engine takes orders only if started with `--enable-faults`.
 
     POST /faults {"fail":  {"endpoint": "/load", "status": 500, "times": 1, "after": 2}}
     POST /faults {"delay": {"endpoint": "/finish", "seconds": 1.5, "times": 1, "after": 0}}
     POST /faults {"clear": true}
 
-The first lets two loads pass and answers 500 to the third, which touches no worker; a failed /begin, /load, /draw or
-/finish leaves the engine as an error of a worker would: torn. The second holds a request back first. `times` and
-`after` are 1 and 0 unless given; orders are kept in the order they came, and each counts the requests to its endpoint.
+The first lets two loads pass and answers 500 to the third, which touches no worker. A status of 500 or more from
+/begin, /load, /draw, /places or /finish leaves the engine torn, as an error of a worker would. The second delays a
+request. `times` and `after` default to 1 and 0. Orders stay in the order they came in, and each counts the requests to
+its own endpoint.
 """
 
 from __future__ import annotations
@@ -22,16 +23,16 @@ _Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 20)]
 
 
 class Fail(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Answer `status` in place of doing anything."""
+    """Answer `status` instead of doing anything."""
 
-    endpoint: str  # without what follows the first word, such as "/manifest"
+    endpoint: str  # the first word of the path, such as "/manifest"
     status: Annotated[int, msgspec.Meta(ge=400, le=599)] = 500
     times: _Count = 1
     after: _Count = 0
 
 
 class Delay(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Wait before doing anything."""
+    """Wait before the request is handled."""
 
     endpoint: str
     seconds: Annotated[float, msgspec.Meta(ge=0, le=600)]
@@ -48,11 +49,11 @@ class FaultOrder(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Faults:
-    """Orders not used up yet. Safe to use from several threads."""
+    """The orders that are not used up yet. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._orders: list[tuple[Fail | Delay, int]] = []  # with the number of requests seen
+        self._orders: list[tuple[Fail | Delay, int]] = []  # each with the number of requests it has seen
         self._cleared = threading.Event()
 
     def add(self, order: FaultOrder) -> None:
@@ -65,7 +66,7 @@ class Faults:
             self._orders += [(fault, 0) for fault in (order.fail, order.delay) if fault is not None]
 
     def meet(self, endpoint: str) -> int | None:
-        """Count a request to `endpoint`; wait out its delays; the status to fail it with, or None to go on."""
+        """Count a request to `endpoint` and wait out its delays. Returns the status to fail it with, or None."""
         status, seconds = None, 0.0
         with self._lock:
             kept: list[tuple[Fail | Delay, int]] = []

@@ -1,10 +1,10 @@
-"""Whether requests go on. Every decode step passes the gate; every request is counted in and out.
+"""The gate decides whether requests go on. Every decode step passes it; every request is counted in and out.
 
 open    every request goes on
-drain   pausing with "wait": those in flight go on, new ones are refused, then the gate is `wait`
-keep    requests, new ones too, wait at the gate and go on when it opens, on the weights they find then
-wait    requests are refused
-abort   requests in flight were ended, new ones are refused
+drain   pausing with "wait": requests in flight go on and new ones are refused; afterwards the state is `wait`
+keep    all requests, new ones too, wait at the gate; when it opens they go on, on the weights of that time
+wait    no request is in flight, and new ones are refused
+abort   requests in flight end, and new ones are refused
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _MAX_RUNNING = 256
 
 
 class RequestError(EngineError):
-    """A request that is answered with something else than success."""
+    """A request that does not succeed: the HTTP status and the body of its answer."""
 
     def __init__(self, status: HTTPStatus, message: str, **more: Any) -> None:
         super().__init__(message)
@@ -34,26 +34,26 @@ class RequestError(EngineError):
 
 
 class Gate:
-    """Safe to use from several threads. Whoever holds the engine's turn sees `paused` stand still."""
+    """The gate of one engine, for several threads. `paused` does not change while a decode step has the turn."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()  # guards what follows, and is notified of every change
+        self._changed = threading.Condition()  # guards the fields below, and is notified of every change
         self._state: Literal["open", "drain", "keep", "wait", "abort"] = "open"
         self._aborts = 0
         self._running = 0
 
     @property
     def paused(self) -> bool:
-        """Whether requests in flight do not go on."""
+        """Whether requests in flight are stopped."""
         return self._state not in ("open", "drain")
 
     @property
     def running(self) -> int:
-        """Requests in flight."""
+        """The number of requests in flight."""
         return self._running
 
     def enter(self) -> int:
-        """Count a request in; returns what to give to `aborted`. Raises `RequestError` where it cannot be taken."""
+        """Count a request in. Returns the value to pass to `aborted`. Raises `RequestError` if none is taken now."""
         with self._changed:
             if self._state not in ("open", "keep"):
                 raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine is paused")
@@ -73,14 +73,16 @@ class Gate:
         return self._aborts != since
 
     def wait_open(self, since: int, *, deadline: float) -> None:
-        """Return when a request that entered at `since` may go on or has to end; else raise `RequestError`."""
+        """Wait until a request that entered at `since` may go on, or has to end. Raises `RequestError` if too late."""
         with self._changed:
             if not self._changed.wait_for(lambda: not self.paused or self.aborted(since), _left(deadline)):
                 raise RequestError(HTTPStatus.SERVICE_UNAVAILABLE, "the engine was not resumed in time")
 
     def close(self, mode: PauseMode) -> None:
-        """Begin to pause, in a turn; then, outside of it, `settle`. What is closed already stays as it is, but for
-        "abort", which ends the requests that are kept."""
+        """Begin to pause. Call it within a turn, and `settle` after the turn.
+
+        A closed gate stays as it is, except that "abort" ends the requests that wait at it.
+        """
         with self._changed:
             if mode == "abort":
                 self._state = "abort"
@@ -90,7 +92,10 @@ class Gate:
             self._changed.notify_all()
 
     def settle(self, *, deadline: float) -> None:
-        """Wait for the requests on their way out. A drain that takes too long is taken back: `RequestError`."""
+        """Wait until the requests that must end have ended. Raises `RequestError` at the deadline.
+
+        A drain that has not ended by then is undone: the gate opens again.
+        """
         with self._changed:
             ended = self._changed.wait_for(
                 lambda: not self._running or self._state not in ("drain", "abort"), _left(deadline)
@@ -104,7 +109,7 @@ class Gate:
                 raise RequestError(HTTPStatus.CONFLICT, "the engine was resumed meanwhile")
 
     def shut(self) -> bool:
-        """Close at once, keeping the requests; whether it was not closed before."""
+        """Close at once, keeping the requests. Returns False if the gate was closed already."""
         with self._changed:
             if self.paused:
                 return False
@@ -113,7 +118,7 @@ class Gate:
             return True
 
     def open(self) -> None:
-        """Let everything go on."""
+        """Let all requests go on."""
         with self._changed:
             self._state = "open"
             self._changed.notify_all()

@@ -30,12 +30,12 @@ __all__ = ["WorkerGroup"]
 logger = logging.getLogger(__name__)
 
 _REPLY = msgspec.msgpack.Decoder(Reply)
-_COLLECTIVE_SECONDS = 60.0  # longest wait of one rank for another
+_COLLECTIVE_SECONDS = 60.0  # the longest that a rank waits for another
 _END_SECONDS = 5.0  # from closing the pipes to SIGKILL
 
 
 class WorkerGroup:
-    """The worker processes of one engine. `call` is not for concurrent use: the engine takes turns."""
+    """The worker processes of one engine. Calls must not overlap: the engine takes turns."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class WorkerGroup:
         self.tp_size = tp_size
         self._pipes: list[Pipe] = []
         self.processes: list[subprocess.Popen[bytes]] = []
-        # The ranks find each other through a file that has no name: nothing is left behind, however this ends.
+        # The ranks find each other through a file without a name, so that nothing is left behind however this ends.
         store = os.memfd_create("weightsync-reference-store")
         try:
             for rank in range(tp_size):
@@ -70,14 +70,14 @@ class WorkerGroup:
                 *("--collective-timeout", str(_COLLECTIVE_SECONDS), *options),
             ]
             self.processes.append(
-                # A process group of its own: a terminal's Ctrl-C is for the front, which then ends its workers.
+                # A process group of its own: a terminal's Ctrl-C goes only to the front, which then ends its workers.
                 subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=(theirs.fileno(), store), process_group=0)
             )
 
     def wait_ready(self, *, deadline: float, unless: int) -> bool:
-        """True when every worker holds its weights, False when the file descriptor `unless` became readable first.
+        """Wait until every worker holds its weights. Returns False if file descriptor `unless` is readable first.
 
-        Raises `ConfigError` with a worker's own words where one cannot start, `EngineLost` where one says nothing.
+        Raises `ConfigError` with the words of a worker that cannot start, `EngineLost` if a worker is silent.
         """
         poll = select.poll()
         poll.register(unless, select.POLLIN)
@@ -98,14 +98,14 @@ class WorkerGroup:
         return True
 
     def call(self, command: Command, *, deadline: float) -> list[Reply]:
-        """Give every worker the same command; see `call_each`."""
+        """Give every worker the same command. Returns and raises as `call_each`."""
         frame = msgspec.msgpack.encode(command)
         return self._exchange([frame] * self.tp_size, deadline)
 
     def call_each(self, command: Callable[[int], Command], *, deadline: float) -> list[Reply]:
-        """Give each worker, by tp_rank, its command; the replies in the same order.
+        """Give each worker the command made for its tp_rank, and return the replies in the same order.
 
-        Raises `EngineLost` when a worker is gone or does not answer by `deadline`. Commands and replies are then out of
+        Raises `EngineLost` if a worker is gone or does not answer by `deadline`. Commands and replies are then out of
         step, so the engine must end.
         """
         return self._exchange([msgspec.msgpack.encode(command(rank)) for rank in range(self.tp_size)], deadline)
@@ -125,7 +125,7 @@ class WorkerGroup:
             raise EngineLost(f"a worker is lost: {error}") from error
 
     def end(self, *, kill: bool) -> None:
-        """End every worker: let it finish what it is doing for a few seconds, or `kill` it at once."""
+        """End every worker. Without `kill`, each may take a few seconds to finish its command."""
         for pipe in self._pipes:
             pipe.close()
         deadline = monotonic() + (0.0 if kill else _END_SECONDS)

@@ -1,4 +1,4 @@
-"""A rank's parameters in host memory: loaded by numpy, one copy a box, two microseconds and the bytes."""
+"""A rank's parameters in host memory, loaded by numpy: each box is one copy, which costs 2 µs besides its bytes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["HostParameters"]
 
 
 class _Copy(NamedTuple):
-    target: Array  # view of a parameter, unsigned integers of the element's size
+    target: Array  # view of a parameter, as unsigned integers of the element's size
     at: int  # bytes into the slot
     strides: tuple[int, ...]
 
@@ -40,14 +40,14 @@ class _Prepared(NamedTuple):
 
 
 class HostParameters:
-    """`arrays` are the parameters' own memory by name, contiguous; they must stay where they are."""
+    """Loads and fingerprints `arrays`: the parameters' own memory by name, contiguous, which must not move."""
 
     def __init__(self, arrays: Mapping[str, Array]) -> None:
         self._arrays = {name: array.reshape(-1).view(np.uint8) for name, array in arrays.items()}
         self._addresses = [array.ctypes.data for array in self._arrays.values()]
 
     def prepare(self, plan: LoadingPlan) -> _Prepared:
-        """A plan with the views it needs."""
+        """Make the views that a plan needs."""
         copies = tuple(tuple(_Copy(self._view(b.held), b.at, b.strides) for b in bucket) for bucket in plan.copies)
         residents = tuple(self._view(held).view(np.uint8) for held in plan.residents)
         return _Prepared(plan, copies, residents, wanted(plan, list(self._arrays)))
@@ -58,16 +58,16 @@ class HostParameters:
             _copy(prepared.copies[bucket], lease.view)
 
     def wants(self, prepared: _Prepared) -> Wants:
-        """What is drawn out of a trainer's memory."""
+        """Return the boxes to draw out of a trainer's memory, and where to put them."""
         return Wants(prepared.wanted, self._addresses)
 
     def settle(self, *, deadline: float) -> None:
-        """Nothing is under way between calls."""
+        """Do nothing: no copy is under way between calls."""
 
     def fingerprints(self, prepared: _Prepared) -> Words:
-        """uint64 [residents], of what lies in the parameters now."""
+        """Fingerprint the parameters' residents as they are now: uint64 [residents]."""
         sums = np.empty(len(prepared.residents), dtype=np.uint64)
-        # nothing else runs while an engine is verified, and numpy lets go of the GIL: use the cores there are
+        # use all cores, up to 8: nothing else runs while an engine is verified, and numpy releases the GIL
         cores = min(8, len(os.sched_getaffinity(0)))
         shapes = prepared.plan.manifest.tensors.shapes
 
@@ -87,7 +87,7 @@ class HostParameters:
         return sums
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Do nothing: nothing is held."""
 
     def _view(self, held: LoadedShard) -> Array:
         dtype = np.dtype(f"u{held.itemsize}")
@@ -96,6 +96,6 @@ class HostParameters:
 
 
 def _copy(copies: Sequence[_Copy], slot: memoryview) -> None:
-    """Fill every target from `slot`. In a function of its own: views of the slot must be gone when the lease ends."""
+    """Fill every target from `slot`. A function of its own, so that no view of the slot outlives the lease."""
     for target, at, strides in copies:
         np.copyto(target, np.ndarray(target.shape, target.dtype, slot, at, strides or (target.itemsize,)))

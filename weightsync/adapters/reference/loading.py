@@ -1,4 +1,4 @@
-"""What one rank copies out of each bucket of a manifest, and what it then holds. Pure geometry."""
+"""Plan what one rank copies out of each bucket of a manifest, and which boxes it then holds. Pure geometry."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class LoadedShard(NamedTuple):
 
 
 class SlotBox(NamedTuple):
-    """A box that a bucket brings: where it goes, and where it lies in the slot, in bytes."""
+    """A box in a bucket: where it goes, and where it lies in the slot, in bytes."""
 
     held: LoadedShard
     at: int
@@ -39,15 +39,15 @@ class SlotBox(NamedTuple):
 
 
 class LoadingPlan(NamedTuple):
-    """All that this rank does with the buckets of one manifest."""
+    """Everything that one rank does with the buckets of one manifest."""
 
     manifest: Manifest
     copies: tuple[tuple[SlotBox, ...], ...]  # per bucket
-    residents: tuple[LoadedShard, ...]  # what the rank holds of the manifest's tensors in the end
+    residents: tuple[LoadedShard, ...]  # the boxes of the manifest's tensors that the rank holds in the end
 
 
 def plan_loading(config: ModelConfig, layout: RankLayout, manifest: Manifest) -> LoadingPlan:
-    """The plan of the rank that holds `layout`, for a manifest that was admitted."""
+    """Plan the loading of an admitted manifest by the rank that holds `layout`."""
     names = held_names(config, manifest)
     slices = [layout.slices.get(names[name], ()) for name in manifest.tensors.names]
     itemsizes = manifest.tensors.itemsizes.tolist()
@@ -74,7 +74,7 @@ def plan_loading(config: ModelConfig, layout: RankLayout, manifest: Manifest) ->
 
 
 def wanted(plan: LoadingPlan, targets: Sequence[str]) -> tuple[Wanted, ...]:
-    """What this rank draws out of a trainer's memory, into parameters counted in this order."""
+    """Return the boxes that this rank draws out of a trainer's memory, with parameters numbered as in `targets`."""
     index = {name: at for at, name in enumerate(targets)}
     return tuple(
         Wanted(held.tensor, held.offset, held.shape, held.itemsize, index[held.param], held.at, held.strides)
@@ -85,7 +85,7 @@ def wanted(plan: LoadingPlan, targets: Sequence[str]) -> tuple[Wanted, ...]:
 def _part(
     layout: RankLayout, tensor: int, itemsize: int, one: Slice, offset: Sequence[int], shape: Sequence[int]
 ) -> LoadedShard | None:
-    """What of a slice lies in the box `shape` at `offset` of its tensor; None if nothing does."""
+    """Cut a slice to the box `shape` at `offset` of its tensor; None if nothing of it lies there."""
     low = tuple(map(max, one.offset, offset))
     high = [min(a + n, b + m) for a, n, b, m in zip(one.offset, one.shape, offset, shape, strict=True)]
     size = tuple(end - first for first, end in zip(low, high, strict=True))

@@ -4,8 +4,8 @@
     logits = model(input_ids)                  # int64[B, T] → float32[B, T, vocab]
     tokens = greedy(model, [1, 2, 3], 8)
 
-Computes in float32 (`ops.py`). While gradients are recorded every expert sees every token, weighted by zero where it
-was not chosen: each parameter then has a gradient on every rank, without which FSDP ranks disagree on what they reduce.
+Computes in float32 (`ops.py`). While gradients are recorded every expert sees every token, weighted by zero if it was
+not chosen. So each parameter has a gradient on every rank; otherwise FSDP ranks would disagree on what they reduce.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and last norm: what checkpoints call `model`."""
+    """Embedding, layers and last norm; checkpoints call it `model`."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Decoder(nn.Module):
 
 
 class CausalLM(nn.Module):
-    """The decoder with its head. Parameters come uninitialised, in `config.dtype`."""
+    """The decoder with its head. Its parameters start uninitialised, in `config.dtype`."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -179,9 +179,9 @@ class CausalLM(nn.Module):
 
 @torch.no_grad()
 def greedy(model: nn.Module, prompt_ids: Sequence[int], max_tokens: int) -> list[int]:
-    """The most likely continuation, token by token, without a cache; ends early at `config.eos_token_id`.
+    """Return the most likely continuation, token by token, without a cache; ends early at `config.eos_token_id`.
 
-    Works on a `fully_shard`ed model too, where every rank must call it.
+    With a `fully_shard`ed model every rank must call it.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     tokens = list(prompt_ids)
@@ -193,7 +193,7 @@ def greedy(model: nn.Module, prompt_ids: Sequence[int], max_tokens: int) -> list
 
 
 def load_checkpoint(directory: str | Path) -> CausalLM:
-    """The model of a safetensors directory. Raises `ConfigError` naming what is missing or has another shape."""
+    """Load the model of a safetensors directory. Raises `ConfigError` naming a tensor that is missing or misshapen."""
     config = read_config(directory)
     if config.weight_block_size is not None:
         raise ConfigError(f"{directory} is quantised, and nothing to train from", hint="its checkpoint in bfloat16")
@@ -205,7 +205,7 @@ def load_checkpoint(directory: str | Path) -> CausalLM:
 
 
 def save_checkpoint(model: CausalLM, directory: str | Path) -> None:
-    """Write a (plain, not sharded) model as a safetensors directory, making the directory where it is not there."""
+    """Write a plain, unsharded model as a safetensors directory, which is made if it does not exist."""
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     save_tensors(iter(tensors.items()), directory)
     write_config(model.config, directory)

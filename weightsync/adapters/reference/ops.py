@@ -1,6 +1,6 @@
 """The decoder's arithmetic, shared by the whole model and by its tensor-parallel slices.
 
-Everything is computed in float32 whatever the parameters' type, so that the two agree to about 1e-5 and decode alike.
+Everything is computed in float32, whatever the parameters' type, so that both agree to about 1e-5 and decode alike.
 Shapes: T new tokens, S tokens so far (S >= T), H heads, D head_dim, E experts; `...` is any batch.
 """
 
@@ -47,9 +47,9 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal attention of the last T positions, q[..., Hq, T, D], over all S, k and v[..., Hk, S, D].
+    """Causal attention of the last T positions over all S; returns [..., T, Hq · D].
 
-    Returns [..., T, Hq · D].
+    Shapes: q[..., Hq, T, D], k and v[..., Hk, S, D].
     """
     groups = q.shape[-3] // k.shape[-3]
     if groups > 1:
@@ -70,7 +70,7 @@ def fused_mlp(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
 
 
 def route(logits: Tensor, per_token: int, normalise: bool) -> Tensor:
-    """How much of each expert every token takes: router's logits[N, E] → [N, E], zero but for `per_token` of them."""
+    """Each token's weight for each expert: router's logits[N, E] → [N, E], all but `per_token` of a row zero."""
     share = logits.softmax(-1)
     top, chosen = share.topk(per_token, dim=-1)
     if normalise:

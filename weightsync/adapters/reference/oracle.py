@@ -1,7 +1,7 @@
-"""What each rank of a reference engine must hold, worked out from whole tensors without the engine.
+"""Work out, from whole tensors and without the engine, what each rank of a reference engine must hold.
 
-This is the independent side of the demo's and the tests' comparison: it shares the description of the layout
-(`sharding.py`) with the engine, and none of the code that moves bytes.
+This is the independent side of the comparison in the demo and the tests. It shares the description of the layout
+(`sharding.py`) with the engine, but none of the code that moves bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ __all__ = ["expected_checksums"]
 
 
 def expected_checksums(config: ModelConfig, tensors: Mapping[str, torch.Tensor], tp_size: int) -> list[str]:
-    """The xxh3 of each rank's parameters, as `GET /checksums` gives it. `tensors` are whole, by checkpoint name."""
+    """Return the xxh3 of each rank's parameters, as `GET /checksums` does. `tensors` are whole, by checkpoint name."""
     return [_rank_checksum(config, tensors, tp_size, rank) for rank in range(tp_size)]
 
 

@@ -24,7 +24,7 @@ Tensor = torch.Tensor
 class Ranks:
     """The engine's tensor-parallel group, over gloo on the loopback interface. Every collective has a deadline.
 
-    A collective that fails or times out raises `RuntimeError`: its peers are then out of step, so the worker must end.
+    A collective that fails or times out raises `RuntimeError`: the ranks are then out of step, so the worker must end.
     """
 
     def __init__(self, store_path: str, tp_size: int, tp_rank: int, *, timeout: float) -> None:
@@ -33,12 +33,12 @@ class Ranks:
         self._timeout = timedelta(seconds=timeout)
         if tp_size == 1:
             return
-        # torch's stubs say little of what this class has. A group of our own, not torch.distributed's default one:
-        # nothing else may meet the ranks in a collective.
+        # A group of our own, not torch.distributed's default one: nothing else may meet the ranks in a collective.
+        # `Any`, because torch's stubs lack most of ProcessGroupGloo.
         distributed: Any = torch.distributed
         gloo = distributed.ProcessGroupGloo
         options = gloo._Options()
-        # Bound to loopback by hand: gloo would otherwise look up the host's name, which may lead to any interface.
+        # Bound to loopback explicitly: gloo would look up the host's name, which may lead to any interface.
         options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = self._timeout
         self._group = gloo(distributed.FileStore(store_path, tp_size), tp_rank, tp_size, options)
@@ -46,7 +46,7 @@ class Ranks:
     def sum(self, x: Tensor) -> Tensor:
         """All-reduce in place."""
         if self.tp_size > 1:
-            mine = x.cpu()  # x itself, unless it lies on a GPU, which gloo does not reach into
+            mine = x.cpu()  # x itself, unless it lies on a GPU, which gloo cannot access
             self._group.allreduce([mine]).wait(self._timeout)
             if mine is not x:
                 x.copy_(mine)
@@ -90,8 +90,10 @@ class ParallelDecoder:
 
     @torch.inference_mode()
     def step(self, sequence: int, start: int, tokens: list[int], draw: float | None = None) -> Choice:
-        """Take `tokens` as positions `start`… of a sequence whose earlier ones are cached, and choose the next: the
-        likeliest, or the one at `draw` in the cumulative distribution.
+        """Append `tokens` to a sequence from position `start` on, and choose the next token.
+
+        Earlier positions are cached; a `start` of 0 drops the cache. The next token is the likeliest, or the one at
+        `draw` in the cumulative distribution.
         """
         if start == 0:
             self._caches.pop(sequence, None)
@@ -111,16 +113,16 @@ class ParallelDecoder:
         return self._choose(self._norm(x[-1], "model.norm.weight"), draw)
 
     def drop(self, sequences: Iterable[int]) -> None:
-        """Forget the caches of sequences that ended."""
+        """Drop the caches of sequences that have ended."""
         for sequence in sequences:
             self._caches.pop(sequence, None)
 
     def flush(self) -> None:
-        """Forget every cache: what they hold was computed by other weights."""
+        """Drop every cache: they were computed with other weights."""
         self._caches.clear()
 
     def _weight(self, name: str, expert: int | None = None) -> Tensor:
-        """A projection, of one expert where it stacks them."""
+        """Return a projection's weight, dequantised; of one `expert` if the parameter stacks experts."""
         weight, scale = self.params[name], self.params.get(name + SCALE)
         if expert is not None:
             weight, scale = weight[expert], scale[expert] if scale is not None else None
@@ -132,7 +134,7 @@ class ParallelDecoder:
         return ops.rms_norm(x, self.params[name], self.config.rms_norm_eps)
 
     def _embed(self, tokens: Tensor) -> Tensor:
-        """Rows of the vocabulary that other ranks hold come as zeros and are added by the all-reduce."""
+        """Embed tokens. Rows of the vocabulary on other ranks are zeros here; the all-reduce adds them."""
         table = self.params[EMBED]
         local = tokens - self.ranks.tp_rank * table.shape[0]
         mine = (local >= 0) & (local < table.shape[0])
@@ -172,7 +174,7 @@ class ParallelDecoder:
 
     def _choose(self, x: Tensor, draw: float | None) -> Choice:
         head = self.params[EMBED if self.config.tie_word_embeddings else HEAD]
-        logits = torch.cat(self.ranks.gather(ops.linear(x, head)))[: self.config.vocab_size]  # padding rows fall away
+        logits = torch.cat(self.ranks.gather(ops.linear(x, head)))[: self.config.vocab_size]  # without padding rows
         if draw is None:
             token = int(logits.argmax())
         else:

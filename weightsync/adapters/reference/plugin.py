@@ -1,8 +1,8 @@
-"""The reading side, inside a worker: slices out of bucket slots straight into the parameters.
+"""The reading side, inside a worker: copies slices out of slots straight into the parameters.
 
-A manifest is turned into a loading plan once, when it is accepted (`loading.py`): for every bucket the boxes this rank
-needs of it, and their places in slot and parameters. Loading a bucket is then left to whoever knows the memory:
-`host.py` or `device.py`. What was loaded is judged by what lies in the parameters, never by the slot.
+A manifest is turned into a loading plan once, when it is accepted (`loading.py`). The plan has, for every bucket, the
+boxes that this rank needs, and their places in slot and parameters. `host.py` or `device.py`, which know the memory,
+then load a bucket. The comparison reads the parameters, never the slot.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ __all__ = ["BucketLoader", "Parameters"]
 
 
 class Parameters(Protocol):
-    """A rank's parameters, and how boxes get into them."""
+    """A rank's parameters in one kind of memory, and how boxes get into them."""
 
     def prepare(self, plan: LoadingPlan) -> Any:
-        """A plan as this memory needs it; what the other methods are given."""
+        """Turn a plan into the form that the other methods take."""
 
     def load(self, prepared: Any, bucket: int, lease: Lease) -> None:
-        """Have this rank's boxes copied out of a bucket, which is released when they are: maybe after the return."""
+        """Copy this rank's boxes out of a bucket. The lease ends when they are copied, maybe after the return."""
 
     def wants(self, prepared: Any) -> Wants:
-        """What this rank draws out of a trainer's memory, and where to."""
+        """Return the boxes to draw out of a trainer's memory, and where to put them."""
 
     def settle(self, *, deadline: float) -> None:
-        """Return when everything is loaded; raises what went wrong."""
+        """Wait until everything is loaded. Raises what went wrong."""
 
     def fingerprints(self, prepared: Any) -> Words:
-        """uint64 [residents], of what lies in the parameters now."""
+        """Fingerprint the parameters' residents as they are now: uint64 [residents]."""
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for copies under way."""
 
 
 class _Update:
-    """An update under way: which pieces were loaded."""
+    """An update under way, and the pieces that were loaded."""
 
     def __init__(self, manifest: Manifest, prepared: Any) -> None:
         self.manifest = manifest
@@ -68,7 +68,7 @@ class _Update:
 class BucketLoader:
     """Loads pushes into one rank's parameters. `receiver` is the reading end of a transport, closed with this loader.
 
-    Only an accepted manifest may be asked about: `LocalProtocolError` for any other.
+    Methods that take a manifest's digest raise `LocalProtocolError` if that manifest was not accepted.
     """
 
     def __init__(
@@ -80,7 +80,7 @@ class BucketLoader:
         *,
         gpu: int | None = None,
     ) -> None:
-        """`gpu` is the device of this process that parameters lie on; None: host memory."""
+        """`gpu` is the CUDA device number of the parameters' GPU; None: they lie in host memory."""
         self._config = config
         self._layout = layout
         self._parameters = parameters
@@ -90,7 +90,7 @@ class BucketLoader:
         self._update: _Update | None = None
 
     def accept(self, manifest: Manifest) -> None:
-        """Plan its loading, and keep the plan until `MANIFESTS_KEPT` others were accepted."""
+        """Plan the loading of a manifest, and keep the plan until `MANIFESTS_KEPT` others were accepted."""
         known = self._plans.pop(manifest.digest, None)
         if known is None:
             plan = plan_loading(self._config, self._layout, manifest)
@@ -100,7 +100,7 @@ class BucketLoader:
             del self._plans[next(iter(self._plans))]
 
     def begin(self, digest: bytes, offers: Sequence[bytes], *, deadline: float) -> None:
-        """Open an update by an accepted manifest, dropping one that is open, and attach to the arenas on offer."""
+        """Open an update of an accepted manifest, dropping one that is open, and attach to the arenas on offer."""
         plan, prepared = self._accepted(digest)
         self._update = None
         self._parameters.settle(deadline=deadline)
@@ -110,20 +110,21 @@ class BucketLoader:
         self._update = _Update(plan.manifest, prepared)
 
     def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        """Read the open update's tensors where a trainer's ranks expose them. As `Drawer.draw`."""
+        """Read the open update's tensors where a trainer's ranks expose them. Returns as `Drawer.draw`."""
         update = self._open()
         wants = self._parameters.wants(update.prepared)
         return self._direct.draw(exposures, wants, update.manifest, deadline=deadline)
 
     def places(self, known: Collection[bytes]) -> Shown:
-        """Where others may write the open update's tensors, before `finish` and instead of buckets; those who ask know
-        places of these digests already.
+        """Show where bridges may write the open update's tensors, until `finish` and instead of buckets.
+
+        `known` are digests of places that the daemon has been shown before.
         """
         update = self._open()
         return shown(self._direct.places(self._parameters.wants(update.prepared), update.manifest), known)
 
     def load(self, bucket: int, ticket: bytes, *, deadline: float) -> None:
-        """Have this rank's boxes copied out of one bucket. Each bucket of an update is loaded once."""
+        """Copy this rank's boxes out of one bucket, maybe after the return. Each bucket of an update is loaded once."""
         update = self._open()
         self._direct.give_up()
         manifest = update.manifest
@@ -141,7 +142,7 @@ class BucketLoader:
         update.loaded[pieces] = True
 
     def finish(self, *, deadline: float) -> None:
-        """End the update. Raises `LocalProtocolError` naming the first tensor of which a piece was not loaded."""
+        """End the update. Raises `LocalProtocolError` naming the first tensor that lacks a piece."""
         update = self._open()
         if not self._direct.finish() and not update.loaded.all():
             manifest = update.manifest
@@ -156,14 +157,14 @@ class BucketLoader:
         self._update = None
 
     def residents(self, digest: bytes) -> ResidentBoxes:
-        """Which boxes of an accepted manifest's tensors lie in this rank; the same at every call."""
+        """Return the boxes of an accepted manifest's tensors that this rank holds; the same at every call."""
         plan, _ = self._accepted(digest)
         return ResidentBoxes.of(
             [(held.tensor, held.offset, held.shape) for held in plan.residents], plan.manifest.tensors.width
         )
 
     def fingerprints(self, digest: bytes) -> Words:
-        """uint64 [n], of what lies in the parameters now, in the order of `residents`."""
+        """Fingerprint the parameters as they are now: uint64 [n], in the order of `residents`."""
         return self._parameters.fingerprints(self._accepted(digest)[1])
 
     def close(self) -> None:

@@ -11,14 +11,14 @@
                                   as packed `Shown` (MessagePack: bins)
     POST /finish                  {"version"}
     GET  /residents/{digest hex}  per rank, which boxes of an accepted manifest's tensors it holds (MessagePack: bins)
-    GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these as it lies in memory now (MessagePack: bins)
+    GET  /fingerprints/{digest hex}   per rank, 8 bytes for each of these boxes as it is now (MessagePack: bins)
     POST /resume                  409 when torn
     POST /generate                {"prompt_ids", "max_tokens", "logprobs", "seed"}; without a seed, greedy
     GET  /checksums               per rank, xxh3 over its parameters
     POST /faults                  only with --enable-faults (see faults.py)
 
-What is no success is answered with {"error": sentence, …} and 4xx or 5xx. A client that waits only so long says so in
-`X-Timeout-Seconds`; the engine gives up when it does. With a key set, every request needs `Authorization: Bearer KEY`.
+A failure is answered with {"error": sentence, …} and 4xx or 5xx. A client says in `X-Timeout-Seconds` how long it
+waits, and the engine gives up when that time is over. If a key is set, every request needs `Authorization: Bearer KEY`.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class EngineServer(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log, instead of printing."""
+        """Log the error; the base class would print it."""
         logger.debug("connection from %s failed: %r", client_address, sys.exception())
 
 
@@ -111,8 +111,8 @@ class _Handler(BaseHTTPRequestHandler):
     server: EngineServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    timeout = 600  # seconds a connection may idle; clients let go earlier
-    body_left = False  # whether the request's body was not read
+    timeout = 600  # seconds that a connection may idle
+    body_left = False  # the request has a body that was not read
     content_type = "application/json"
 
     def do_GET(self) -> None:
@@ -137,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
         except (ConnectionError, TimeoutError):
             self.close_connection = True
             return
-        except Exception as error:  # the seam: a client learns that it failed, the log says how
+        except Exception as error:  # the seam: the client learns that the request failed, the log has the traceback
             logger.exception("%s %s.failed", self.command, self.path)
             status = HTTPStatus.INTERNAL_SERVER_ERROR
             body = msgspec.json.encode({"error": f"{type(error).__name__}: {error}"})
@@ -145,10 +145,10 @@ class _Handler(BaseHTTPRequestHandler):
             f"HTTP/1.1 {status.value} {status.phrase}\r\nContent-Type: {self.content_type}\r\n"
             f"Content-Length: {len(body)}"
         )
-        if self.body_left:  # nobody will read it: what follows on this connection is no request
+        if self.body_left:  # an unread body would be taken for the next request
             self.close_connection = True
             head += "\r\nConnection: close"
-        self.wfile.write(f"{head}\r\n\r\n".encode() + body)  # in one piece: headers alone would cost a packet
+        self.wfile.write(f"{head}\r\n\r\n".encode() + body)  # one write: headers alone would cost a packet
 
     def _dispatch(self) -> bytes:
         key = self.server.api_key

@@ -1,4 +1,4 @@
-"""Which box of which checkpoint tensor lies where in which tensor-parallel rank. Pure: no torch, no numpy.
+"""Work out which boxes of the checkpoint's tensors each tensor-parallel rank holds, and where. No torch, no numpy.
 
 An engine does not keep a checkpoint's tensors: it fuses, stacks, splits and pads them. Per layer, on every rank:
 
@@ -12,7 +12,7 @@ An engine does not keep a checkpoint's tensors: it fuses, stacks, splits and pad
 With fewer key/value heads than ranks, neighbouring ranks hold the same head. Embedding and head are split by
 vocabulary, padded to a multiple of tp_size; the padding rows belong to no checkpoint tensor.
 
-Where projections are float8, each, fused or not, has a tensor of scales beside it, cut where its blocks are cut.
+Each float8 projection, fused or not, has a tensor of scales beside it, which is split at the same blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ __all__ = ["EMBED", "HEAD", "SCALE", "RankLayout", "Slice", "check_tp", "checkpo
 
 EMBED = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-SCALE = "_scale_inv"  # behind the name of a float8 weight
+SCALE = "_scale_inv"  # suffix to the name of a float8 weight
 _FLOAT8 = ("_proj.weight", ".experts.w13.weight", ".experts.w2.weight")
 
 Shape = tuple[int, ...]
@@ -44,19 +44,19 @@ class Slice(NamedTuple):
     offset: Shape  # of the box in the checkpoint tensor
     shape: Shape  # of the box
     param: str  # this rank's own parameter
-    at: Shape  # of the box in the parameter; one number more where the parameter stacks experts
+    at: Shape  # of the box in the parameter; begins with the expert's index if the parameter stacks experts
 
 
 @dataclass(frozen=True)
 class RankLayout:
-    """What one rank holds."""
+    """The parameters of one rank, and the boxes that they hold."""
 
     params: dict[str, Shape]  # its own parameters, in order
-    slices: dict[str, tuple[Slice, ...]]  # checkpoint name → boxes this rank needs; absent: it needs none of it
+    slices: dict[str, tuple[Slice, ...]]  # checkpoint name → boxes that this rank holds; absent: none
 
 
 def check_tp(config: ModelConfig, tp_size: int) -> None:
-    """Raise `ConfigError` naming the key of `config` that `tp_size` ranks cannot share."""
+    """Raise `ConfigError` if `tp_size` ranks cannot share the model, naming the key of `config` that prevents it."""
     if tp_size < 1:
         raise ConfigError(f"tp_size is {tp_size}; it must be at least 1")
     shared = {"num_attention_heads": config.num_attention_heads}
@@ -78,7 +78,7 @@ def check_tp(config: ModelConfig, tp_size: int) -> None:
 
 
 def checkpoint_tensors(config: ModelConfig) -> dict[str, Shape]:
-    """Checkpoint name → shape, in the checkpoint's order. A tied head is not a tensor of its own."""
+    """Return checkpoint name → shape, in the checkpoint's order. A tied head is not a tensor of its own."""
     hidden, dim = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * dim, config.num_key_value_heads * dim
     tensors: dict[str, Shape] = {EMBED: (config.vocab_size, hidden)}
@@ -110,14 +110,14 @@ def checkpoint_tensors(config: ModelConfig) -> dict[str, Shape]:
 
 
 def dtype_of(config: ModelConfig, name: str) -> str:
-    """The element type of a checkpoint tensor, or of a rank's parameter."""
+    """Return the element type of a checkpoint tensor, or of a rank's parameter."""
     if config.weight_block_size is None:
         return config.dtype
     return "float8_e4m3fn" if name.endswith(_FLOAT8) else "float32" if name.endswith(SCALE) else config.dtype
 
 
 def rank_layout(config: ModelConfig, tp_size: int, tp_rank: int) -> RankLayout:
-    """What rank `tp_rank` of `tp_size` holds. Raises `ConfigError` where the model cannot be shared so."""
+    """Return what rank `tp_rank` of `tp_size` holds. Raises `ConfigError` if the model cannot be shared like that."""
     check_tp(config, tp_size)
     if not 0 <= tp_rank < tp_size:
         raise ConfigError(f"tp_rank is {tp_rank}; it must be 0 to {tp_size - 1}")
@@ -144,7 +144,7 @@ def _blocks(shape: Shape, block: tuple[int, int]) -> Shape:
 
 
 def _scales(piece: Slice, whole: Shape, block: tuple[int, int]) -> Slice:
-    """The scales of a box of a weight. Raises `ConfigError` for one that begins or ends within a block."""
+    """Return the scales of a box of a weight. Raises `ConfigError` if the box begins or ends within a block."""
     ends = zip(piece.offset, piece.at[-2:], piece.shape, whole, block, strict=True)
     if any(low % n or at % n or (size % n and low + size != all_of) for low, at, size, all_of, n in ends):
         raise ConfigError(f"{piece.tensor} is cut within a block of {block[0]} x {block[1]}", hint="another tp_size")
@@ -161,7 +161,7 @@ def _mlp(tensors: dict[str, Shape], prefix: str, hidden: int, inner: int) -> Non
 
 
 def _rank_slices(config: ModelConfig, tp_size: int, tp_rank: int, params: dict[str, Shape]) -> Iterator[Slice]:
-    """Every box of the rank; enters the parameters they lie in into `params` on the way."""
+    """Yield every box of the rank, and add the parameters that hold them to `params`."""
     hidden, dim = config.hidden_size, config.head_dim
 
     def whole(name: str, shape: Shape) -> Slice:

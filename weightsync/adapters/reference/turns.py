@@ -1,4 +1,4 @@
-"""A lock granted in the order of asking: a control call waits for one decode step, not for the end of a request."""
+"""A lock that is granted in order of arrival, so that a control call waits for decode steps, not for whole requests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Turns"]
 
 
 class Turns:
-    """First come, first served; every wait has a deadline."""
+    """A lock: first come, first served. Every wait has a deadline."""
 
     def __init__(self) -> None:
         self._guard = threading.Lock()
@@ -38,7 +38,7 @@ class Turns:
                 if mine in self._waiting:
                     self._waiting.remove(mine)
                     raise TimeoutError("the engine is busy")
-            # Else it was granted between the two: the turn is ours after all.
+            # Else the turn was granted after the wait timed out and before `_guard` was taken: it is ours.
         try:
             yield
         finally:

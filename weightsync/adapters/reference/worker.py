@@ -1,7 +1,7 @@
 """One tensor-parallel rank: a process that owns parameters and runs the front's commands in the order they come.
 
-A collective that fails ends the process, and with it the engine: ranks out of step cannot be mended. Anything else that
-goes wrong in a command is answered, and the engine decides. The process never outlives the front.
+A failed collective ends the process, and with it the engine, because ranks cannot get back into step. Any other failure
+of a command is answered, and the engine decides. The process never outlives the front.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ __all__ = ["Worker", "main"]
 
 logger = logging.getLogger(__name__)
 
-_ANSWER_SECONDS = 30.0  # the front always reads: one that does not for so long is stuck
+_ANSWER_SECONDS = 30.0  # the front always reads; if it does not for this long, it is stuck
 _PR_SET_PDEATHSIG = 1
 
 
@@ -63,8 +63,10 @@ class Worker:
     """A rank's decoder and its reading side, driven by commands."""
 
     def __init__(self, config: ModelConfig, ranks: Ranks, *, gpu: int | None = None, trial: str = "") -> None:
-        """`gpu` is the device of this process that parameters lie on, which is then torch's default; `trial` is for
-        tests."""
+        """`gpu` is the CUDA device number of the GPU for the parameters, which must be torch's default device.
+
+        None: host memory. `trial`, for tests, is a `Trial` as JSON.
+        """
         self.decoder = ParallelDecoder(config, ranks)
         params = self.decoder.params
         self.exposures = SeenExposures()
@@ -79,7 +81,7 @@ class Worker:
         self.loader = BucketLoader(config, self.decoder.layout, memory, receiver("cuda-ipc", device=gpu), gpu=gpu)
 
     def load_checkpoint(self, directory: str) -> None:
-        """Fill the parameters from disk, reading this rank's boxes only; values are converted where dtypes differ."""
+        """Fill the parameters from disk. Reads only this rank's boxes, and converts values if dtypes differ."""
         params = self.decoder.params
         with open_checkpoint(directory, self.decoder.config) as checkpoint:
             for boxes in self.decoder.layout.slices.values():
@@ -139,14 +141,14 @@ class Worker:
 
 
 def _integers(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """The tensor's own memory as unsigned integers of its element size: numpy has no bfloat16, and copies need none."""
+    """View the tensor's memory as unsigned integers of its element size, since numpy has no bfloat16."""
     signed = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
     array: np.ndarray[Any, Any] = tensor.view(signed).numpy()
     return array.view(f"u{tensor.element_size()}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run a worker; called by the front only (see `group.py` for the arguments). Does not return."""
+    """Run a worker, and do not return. Only the front starts workers; `group.py` has the arguments."""
     parser = argparse.ArgumentParser(prog="weightsync reference engine worker")
     parser.add_argument("--pipe", type=int, required=True)
     parser.add_argument("--store", type=int, required=True)
@@ -197,7 +199,7 @@ def _reply(pipe: Pipe, reply: Reply) -> None:
 
 
 def _take_gpu(rank: int) -> int:
-    """The GPU of this rank, taken in turn from those that the engine sees; torch's default device from here on."""
+    """Choose this rank's GPU, in turn from those that the engine sees, and make it torch's default device."""
     if not torch.cuda.is_available():
         raise ConfigError(f"--device cuda: torch {torch.__version__} sees no GPU")
     gpu = rank % torch.cuda.device_count()
@@ -209,12 +211,12 @@ def _take_gpu(rank: int) -> int:
 def _end_with(parent: int) -> None:
     """Have the kernel kill this process when the front dies, even inside a long computation."""
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it died before the kernel was told
+    if os.getppid() != parent:  # the front died before prctl
         _leave(1)
 
 
 def _leave(status: int) -> None:
-    """End without interpreter shutdown: gloo's threads abort the process where its group is destroyed late."""
+    """End without interpreter shutdown: gloo's threads abort the process if their group is destroyed late."""
     logging.shutdown()
     sys.stderr.flush()
     os._exit(status)

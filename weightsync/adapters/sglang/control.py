@@ -1,10 +1,10 @@
-"""The daemon's hand inside one SGLang server.
+"""The adapter of one SGLang server, in the daemon.
 
-The server's own weight version is the mark of a torn engine: "16>17" from the first byte on, "17" when everything is
-loaded, the cache is flushed, and what can be compared was found right. Its dialect and the way in are chosen when it is
-first probed, and again when it has restarted. One that has our plugin is asked from then on only for what changes while
-it runs, in short answers: a push probes twice. What a server does not say is remembered here: before 0.5.20, that it
-was paused by us, and so not that somebody else has resumed it since.
+The server's own weight version marks a torn engine: it is "16>17" from the first byte on, and "17" once everything is
+loaded, the cache is flushed and the comparison, if there is one, has succeeded. The dialect and the path are chosen at
+the first probe, and again after a restart. A push probes twice, so later probes ask a server that has our plugin only
+for state that changes while it runs. SGLang before 0.5.20 does not say whether it is paused, so the adapter remembers
+that it paused the server; it does not notice if somebody else resumes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ __all__ = ["SGLangAdapter"]
 
 
 class _Known(NamedTuple):
-    """What is known of one incarnation."""
+    """The facts that do not change while one incarnation of the server runs."""
 
     incarnation: str
     facts: ServerFacts
@@ -59,18 +59,18 @@ class _Known(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What changes while it runs."""
+    """The state that changes while the server runs."""
 
     plugin: PluginState | None
     weight_version: object
-    paused: bool | None  # None: it does not say
+    paused: bool | None  # None: the server does not say
 
 
 class SGLangAdapter(ReplayingAdapter):
     """One SGLang HTTP server."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Connects to nothing yet. `transport` replaces the network in tests."""
+        """Does not connect yet. `transport` replaces the network in tests."""
         super().__init__(spec.name)
         self._way, self._target = spec.path, spec.target
         self._named_gpus = spec.gpus
@@ -79,19 +79,21 @@ class SGLangAdapter(ReplayingAdapter):
         self.loras = LoraRoutes(self._http, "", "with --enable-lora")
         self._server = Server(self._http)
         self._known: _Known | None = None
-        self._mode: PauseMode | None = None  # in which we paused it
+        self._mode: PauseMode | None = None  # the mode in which we paused it
         self._asleep: tuple[str, ...] = ()
         self._version: int | None = None
-        self._loaded: int | None = None  # a version that is loaded, and not served yet
-        self._begun = False  # since it was last resumed
-        self._incomplete = ""  # why a part of the weights will not do
+        self._loaded: int | None = None  # a version that is loaded but not served yet
+        self._begun = False  # an update has begun since the last resume
+        self._incomplete = ""  # why only the whole model can be loaded
 
     def __repr__(self) -> str:
         return f"SGLangAdapter({self.name!r}, {self._http.url!r})"
 
     async def probe(self, *, deadline: float) -> EngineInfo:
-        """See the base class. Nobody pushes now: an update that is still open was given up, and a server may wait in it
-        without answering anything.
+        """See the base class. Ends an update that is still open first.
+
+        No push is in its loading phase during a probe, so an open update was abandoned; the server may be waiting in it
+        without answering anything else.
         """
         if self._known is not None:
             await self._known.path.close()
@@ -123,11 +125,11 @@ class SGLangAdapter(ReplayingAdapter):
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """See the base class. Only the plugin knows which names a model takes, and which it would be left with."""
+        """See the base class. Only the plugin knows which names a model takes and which ones a push leaves alone."""
         known = self._probed()
         plugin = isinstance(known.path, PluginPath)
         refuse_server(known.facts, known.profile, self._target, self.name, plugin=plugin)
-        quantised = plugin and known.facts.quantization is not None  # its layers are loaded as wholes
+        quantised = plugin and known.facts.quantization is not None  # a layer is quantised as a whole
         whole = "it quantises" if quantised else self._incomplete
         await known.checkpoint.refuse(manifest, whole=whole, sure=quantised)
         untouched = await known.path.accept(manifest, deadline=deadline)
@@ -142,13 +144,13 @@ class SGLangAdapter(ReplayingAdapter):
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
         """See the base class.
 
-        keep retracts: requests go back to the queue, lose their cached keys and values and go on with the new weights.
-        From 0.5.12 to 0.5.20 the cache cannot be flushed while any are queued, so there keep is wait. wait lets
-        requests end that have begun; the few that begin between their end and the pause are kept, or on those versions
-        aborted. none freezes requests where they are, and they go on with the keys and values they have.
+        "keep" retracts requests: they return to the queue, lose their cached keys and values, and continue on the new
+        weights. SGLang 0.5.12 to 0.5.20 cannot flush its cache while requests are queued, so there "keep" acts as
+        "wait". "wait" lets running requests end. The few that begin between their end and the pause are retracted, or,
+        on those versions, aborted. "none" freezes requests where they are; they keep their old keys and values.
         """
         known = self._probed()
-        self._loaded = None  # whatever an earlier push loaded has come to nothing
+        self._loaded = None  # a version that an earlier push loaded is not served any more
         queued = known.profile.flushes_queued
         if self._mode is None and (mode == "wait" or (mode == "keep" and not queued)):
             await self._drain(known, deadline)
@@ -184,10 +186,10 @@ class SGLangAdapter(ReplayingAdapter):
         self._loaded = version
 
     async def resume(self, *, deadline: float) -> None:
-        """See the base class. The version is set here: until it was found right, an engine that was loaded is torn."""
+        """See the base class. Sets the version only now: a loaded engine counts as torn until it is verified."""
         if self._loaded is not None:
             await self._serve(self._loaded, deadline)
-        if self._asleep and self._begun:  # one that was not loaded sleeps on, as whoever put it to sleep wants it
+        if self._asleep and self._begun:  # an engine that this push did not touch stays asleep, as its operator left it
             await self._wake(self._asleep, deadline)
         self._begun = False
         await self._server.call("/continue_generation", {}, deadline=deadline)
@@ -222,8 +224,9 @@ class SGLangAdapter(ReplayingAdapter):
         return self._known
 
     async def _again(self, deadline: float) -> tuple[_Known, _State] | None:
-        """The state of the server that is known, in short answers. None where only `_anew` will do: it may be
-        another by now, or has no plugin that would tell.
+        """Ask a known server for its state, in short answers.
+
+        Returns None if only `_anew` can tell: the server has no plugin that answers this, or has restarted.
         """
         known = self._known
         if known is None or known.facts.plugin is None or not known.facts.plugin.incarnation:
@@ -241,7 +244,7 @@ class SGLangAdapter(ReplayingAdapter):
         return known, _State(plugin, version, paused)
 
     async def _anew(self, deadline: float) -> tuple[_Known, _State]:
-        """Who it is, and its state."""
+        """Ask the server for everything: what it is, and its state."""
         facts = await self._server.facts(deadline=deadline)
         incarnation, known = self._server.incarnation(facts), self._known
         if known is None or known.incarnation != incarnation:
@@ -255,7 +258,7 @@ class SGLangAdapter(ReplayingAdapter):
         return await self._server.paused(deadline=deadline) if known.says_ready else None
 
     async def _meet(self, facts: ServerFacts, incarnation: str, deadline: float) -> _Known:
-        """Choose dialect and path for a server that was not known, or has restarted."""
+        """Choose dialect and path for a server that is new or has restarted."""
         if self._known is not None:
             await self._known.path.close()
         surface = await self._server.surface(deadline=deadline)
@@ -263,7 +266,7 @@ class SGLangAdapter(ReplayingAdapter):
         path, reason = await self._find_path(facts, chosen.profile)
         why = f"{chosen.why}, path {path.name}: {reason}"
         self._mode = None
-        alone = facts.speculative_algorithm is None  # a draft has names of its own
+        alone = facts.speculative_algorithm is None  # a draft model has names that the served checkpoint lacks
         checkpoint = CheckpointCheck(facts.model_path if alone else None, self.name, silent=True)
         self._known = _Known(incarnation, facts, chosen.profile, why, "/ready" in surface.paths, path, checkpoint)
         return self._known
@@ -292,7 +295,7 @@ class SGLangAdapter(ReplayingAdapter):
         return TensorPath(self._server, profile, self._target, gpus), reason
 
     async def _gpus(self, facts: ServerFacts) -> list[str | None]:
-        """UUIDs of its ranks' GPUs, by tp rank; None for ranks on a CPU."""
+        """Return the UUIDs of its ranks' GPUs, by tp_rank; None for ranks on a CPU."""
         if facts.device != "cuda":
             return [None] * facts.tp_size
         url, named = self._http.url, self._named_gpus
@@ -302,8 +305,8 @@ class SGLangAdapter(ReplayingAdapter):
     async def _drain(self, known: _Known, deadline: float) -> None:
         """Wait until the requests that run now have ended.
 
-        An update that is not paused waits for them, and keeps new ones waiting: this one has nothing in it, and outside
-        a session is refused after the wait.
+        Sends an empty update without a pause: SGLang runs it after the running requests, and holds new ones back until
+        then. Versions with sessions refuse it after that wait, because no session is open.
         """
         body = {
             "serialized_named_tensors": [b64encode(dumps([])).decode()] * known.facts.tp_size,
@@ -322,7 +325,7 @@ class SGLangAdapter(ReplayingAdapter):
         self._version, self._loaded = version, None
 
     async def _flush(self, facts: ServerFacts, deadline: float) -> None:
-        """Forget what the old weights computed. Requests that none froze keep theirs, and so does the cache then."""
+        """Flush what the old weights computed. With `pause="none"`, a cache that frozen requests hold stays."""
         try:
             await self._server.flush(deadline=deadline)
         except EngineAnswer as answer:

@@ -1,4 +1,4 @@
-"""What would hinder a push into an SGLang server: questions that change nothing."""
+"""Find out what would hinder a push into an SGLang server, without changing anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["examine"]
 
-_NO_MODE = "weightsync-doctor"  # a pause mode that there is not: whoever may pause is told so, others are turned away
+_NO_MODE = "weightsync-doctor"  # no such pause mode: a caller with the key is told so, any other gets 401 or 403
 
 
 async def examine(
@@ -33,7 +33,7 @@ async def examine(
     plugin: bool,
     deadline: float,
 ) -> list[Finding]:
-    """Findings about one server that was probed."""
+    """Return the findings about one server that was probed."""
     findings = [_dialect(facts, profile, why), await _key(server, keyed, deadline)]
     try:
         refuse_server(facts, profile, target, server.engine, plugin=plugin)
@@ -51,7 +51,7 @@ def _dialect(facts: ServerFacts, profile: Profile, why: str) -> Finding:
 
 
 async def _key(server: Server, keyed: bool, deadline: float) -> Finding:
-    """Whether we may call the endpoints that change weights, and whether everybody may."""
+    """Check that we may call the endpoints that change weights, and warn if anybody may."""
     try:
         await server.http.post("/pause_generation", {"mode": _NO_MODE}, deadline=deadline)
     except EngineAnswer as answer:

@@ -1,8 +1,8 @@
-"""Would a model's `load_weights` take these names? SGLang's models leave out what they do not know, without a word.
+"""Check which pushed names a model's `load_weights` would take: SGLang's models skip unknown names silently.
 
-So names are looked up beforehand, as paths through the model's modules. Fused modules stand for their parts
-(`q_proj` for `qkv_proj`), and experts for the stacked tensors they lie in. A model that renames what it loads is not
-judged: if most names lead nowhere, or the model has a mapper of names, none is refused.
+Names are looked up before the push, as paths through the model's modules. A part of a fused module leads to that module
+(`q_proj` to `qkv_proj`), and an expert to its stacked tensor. A model that renames what it loads is not judged: if most
+names lead nowhere, or the model has a mapper of names, no name is refused.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ _FUSED = {
     "kv_a_proj_with_mqa": "fused_qkv_a_proj_with_mqa",
 }
 _STACKED = {"gate_proj": "w13", "up_proj": "w13", "w1": "w13", "w3": "w13", "down_proj": "w2", "w2": "w2"}
-_LEFT_OUT = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # by every model
+_LEFT_OUT = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")  # every model skips these
 _MAPPERS = ("hf_to_sglang_mapper", "hf_to_vllm_mapper", "_weights_mapper")
 _WEIGHTS = ("weight", "bias", "w13_weight", "w2_weight", "w13_weight_bias", "w2_weight_bias")
 
 
 def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str] | None]:
-    """Names that lead nowhere in `model`, and its own parameters (weights, biases) that no name leads to; None where
-    that cannot be told.
+    """Return the names that lead nowhere in `model`, and the model's weights and biases that no name leads to.
+
+    The second is None if the model cannot be judged; the first is empty then.
     """
     if any(hasattr(model, mapper) for mapper in _MAPPERS):
         return [], None
@@ -51,7 +52,7 @@ def look_up(model: Any, names: Sequence[str]) -> tuple[list[str], list[str] | No
 
 
 def follow(model: Any, parts: list[str]) -> Any:
-    """The parameter or module attribute at the end of the path; None if it leads nowhere."""
+    """Return the parameter or module attribute at the end of the path; None if the path leads nowhere."""
     here = model
     for i, part in enumerate(parts):
         after = _step(here, part)

@@ -1,8 +1,8 @@
-"""What the daemon tells our plugin inside SGLang's scheduler: plain MessagePack, in a field that stock servers have.
+"""The daemon's orders to our plugin inside SGLang's scheduler: plain MessagePack, in a field that stock servers have.
 
-An order travels as the `action` of `POST /weights_checker`: it reaches every tensor-parallel rank, it neither waits for
-running requests nor blocks new ones, nothing in it is unpickled, and a server without the plugin answers
-"Unsupported action" and is left as it was. The plugin's answer is the `message` of the reply.
+An order travels as the `action` of `POST /weights_checker`. It reaches every tensor-parallel rank, neither waits for
+running requests nor blocks new ones, and is not unpickled. A server without the plugin answers "Unsupported action" and
+is left as it was. The plugin's answer is the `message` of the reply.
 """
 
 from __future__ import annotations
@@ -48,25 +48,27 @@ Seconds = Annotated[float, Meta(gt=0, le=86400)]
 
 
 class Order(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Anything the daemon may ask for."""
+    """Anything that the daemon may order."""
 
 
 class Accept(Order, frozen=True, tag="accept"):
-    """Would the model take these tensors? Answered by `Accepted`, as JSON."""
+    """Ask whether the model would take these tensors. Answered by `Accepted`, as JSON."""
 
     manifest: bytes  # packed
     target: Target
 
 
 class Step(Order, frozen=True):
-    """A part of an update. `update` tells it from those of any other, such as another daemon's."""
+    """A step of an update. `update` names that update, so that steps of another one, such as another daemon's, fail."""
 
     update: Annotated[str, Meta(min_length=16, max_length=64)]
 
 
 class Begin(Step, frozen=True, tag="begin", omit_defaults=True):
-    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's attach descriptors. `pull`: what is
-    loaded will be compared, so that buckets need not be. `anew`: what was learnt of the loader led to something wrong.
+    """Open an update, dropping one that is open. `offers[tp_rank]` are that rank's arena offers.
+
+    `pull`: the loaded weights will be compared, so buckets need no check. `anew`: the last comparison failed, so the
+    load plans are forgotten.
     """
 
     manifest: bytes  # packed, or the digest of one that the plugin has seen (`plan/told.py`)
@@ -78,9 +80,7 @@ class Begin(Step, frozen=True, tag="begin", omit_defaults=True):
 
 
 class Load(Step, frozen=True, tag="load"):
-    """Load the buckets from `bucket` on, for each of which `tickets` has an entry; `[tp_rank]` of that is that rank's
-    own ticket.
-    """
+    """Load consecutive buckets from `bucket` on. `tickets[i][tp_rank]` is that rank's ticket for `bucket + i`."""
 
     bucket: int
     tickets: tuple[tuple[bytes, ...], ...]
@@ -88,8 +88,9 @@ class Load(Step, frozen=True, tag="load"):
 
 
 class Draw(Step, frozen=True, tag="draw"):
-    """Instead of all buckets: read what is needed out of the trainer's memory. Answered by every rank, see
-    `pack_answers`: by nothing, or by why it cannot.
+    """Read the needed weights out of the trainer's memory, instead of all buckets.
+
+    Every rank answers (`pack_answers`): with nothing, or with why it cannot.
     """
 
     exposures: bytes  # packed, or the digest of some that the plugin has seen
@@ -97,58 +98,62 @@ class Draw(Step, frozen=True, tag="draw"):
 
 
 class Places(Step, frozen=True, tag="places"):
-    """Instead of all buckets: where may others write what is needed? Answered by every rank's `Shown`, see
-    `adapters/places.py`.
+    """Show where bridges may write the needed weights, instead of all buckets.
+
+    Answered by every rank's `Shown` (`adapters/places.py`).
     """
 
-    known: tuple[bytes, ...]  # digests of places that were told before
+    known: tuple[bytes, ...]  # digests of places that the daemon knows
 
 
 class Finish(Step, frozen=True, tag="finish"):
-    """The last bucket was loaded: end the update."""
+    """End the update: everything is loaded."""
 
 
 class Sums(Order, frozen=True, tag="sums"):
-    """What lies in the model of the push that has ended? Answered by every rank's `HeldSums`, see `pack_answers`."""
+    """Fingerprint what the model holds of the push that has ended. Answered by every rank's `HeldSums`."""
 
     manifest: bytes  # its digest
     target: Target
 
 
 class Boxes(Order, frozen=True, tag="boxes"):
-    """Of which boxes do those sums speak? Answered by every rank's packed `ResidentBoxes`."""
+    """Tell which boxes the answers to `Sums` are about. Answered by every rank's packed `ResidentBoxes`."""
 
     manifest: bytes  # its digest
     target: Target
 
 
 class State(Order, frozen=True, tag="state"):
-    """Who is it, and what does the server itself not say? Answered by the `PluginState` of rank 0, as JSON."""
+    """Tell the incarnation, and the state that the server itself does not say.
+
+    Answered by the `PluginState` of rank 0, as JSON.
+    """
 
 
 class Accepted(msgspec.Struct, frozen=True):
-    """What a model says of the names of a manifest; or, in SGLang's words, why it takes no weights at all."""
+    """The answer to `Accept`."""
 
-    unknown: tuple[str, ...] = ()
-    untouched: tuple[str, ...] | None = ()  # None: it cannot tell
-    refused: str = ""
+    unknown: tuple[str, ...] = ()  # pushed names that the model has no place for
+    untouched: tuple[str, ...] | None = ()  # the model's names that the push leaves alone; None: it cannot tell
+    refused: str = ""  # why the model takes no weights at all, in SGLang's words
 
 
 AnyOrder: TypeAlias = Accept | Begin | Draw | Places | Load | Finish | Sums | Boxes | State
 
 
 def encode(order: Order) -> str:
-    """The action that stands for `order`."""
+    """Encode `order` as an action."""
     return PREFIX + binascii.b2a_base64(msgspec.msgpack.encode(order), newline=False).decode()
 
 
 def pack_answers(answers: Sequence[bytes]) -> str:
-    """What all ranks answered, as one text."""
+    """Encode the answers of all ranks as one text."""
     return binascii.b2a_base64(msgspec.msgpack.encode(answers), newline=False).decode()
 
 
 def unpack_answers(text: str) -> list[bytes]:
-    """What `pack_answers` made. Raises `CodecError`."""
+    """Decode what `pack_answers` made. Raises `CodecError`."""
     try:
         return msgspec.msgpack.decode(binascii.a2b_base64(text.encode("ascii"), strict_mode=True), type=list[bytes])
     except (ValueError, msgspec.DecodeError, RecursionError) as error:
@@ -156,7 +161,10 @@ def unpack_answers(text: str) -> list[bytes]:
 
 
 def decode(action: str) -> AnyOrder | None:
-    """The order in an action; None for an action that is none of ours. Raises `CodecError` for a damaged one."""
+    """Decode the order in an action; None for an action that is not ours.
+
+    Raises `CodecError` for a damaged order, or one of another protocol.
+    """
     if not action.startswith("weightsync"):
         return None
     if not action.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""What every way of loading a bucket into SGLang has in common, and what they share: sessions and first refusals."""
+"""The common part of all paths into SGLang: the base class, weight-update sessions, and refusals of whole servers."""
 
 from __future__ import annotations
 
@@ -29,34 +29,35 @@ _REQUANTISES = (0, 5, 22)  # the first SGLang whose flash_rl loader shards, then
 
 
 class EnginePath(LoadsBuckets):
-    """One way into a server. An instance lives as long as the server does; updates follow one another. After a `load`
-    that fails nothing is left open that would hinder the next `begin`.
+    """One path into a server. An instance lives as long as the server; updates follow one another.
+
+    After a failed `load`, nothing is left open that would hinder the next `begin`.
     """
 
     name: ClassVar[str]
-    transport: str  # whose tickets it takes
-    replay: ReplayFacts | None = None  # what its workers said of the last push, where they have our plugin
+    transport: str  # the transport whose tickets it takes
+    replay: ReplayFacts | None = None  # what our plugin, if it is there, said of the last push
 
     @abstractmethod
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """Refuse what cannot be loaded; the names that would be left as they are, as far as the server tells."""
+        """Refuse tensors that cannot be loaded. Returns the names that the push leaves alone; None: it cannot tell."""
 
     @abstractmethod
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """Open an update. One that an earlier push left open is ended first."""
+        """Open an update, ending one that an earlier push left open."""
 
     @abstractmethod
     async def finish(self, *, deadline: float) -> None:
-        """Everything is loaded. Caches are flushed elsewhere."""
+        """End an update that is loaded whole. The adapter flushes caches."""
 
     async def close(self) -> None:
-        """Let go of what this side holds; an update that is open has been given up."""
+        """Abandon an open update, and free what this side holds."""
 
 
 class Session:
     """SGLang's weight-update session (0.5.21): packed weights are restored when it opens, packed again when it ends.
 
-    Servers before have none, and nothing happens.
+    For earlier servers, which have no sessions, all methods do nothing.
     """
 
     def __init__(self, server: Server, profile: Profile, target: str) -> None:
@@ -65,7 +66,7 @@ class Session:
         self._selector = SELECTORS[target]
 
     async def open(self, *, deadline: float) -> None:
-        """Open one; an open one, left by a push that failed, is ended first."""
+        """Open a session, ending one that a failed push left open."""
         if not self._needed:
             return
         body = {"selector": self._selector}
@@ -78,18 +79,21 @@ class Session:
             await self._server.call("/begin_weight_update", body, deadline=deadline)
 
     async def end(self, *, deadline: float) -> None:
-        """End the open one."""
+        """End the open session."""
         if self._needed:
             await self._server.call("/end_weight_update", {}, deadline=deadline)
 
     async def abandon(self, *, deadline: float) -> None:
-        """End the open one after a failure, whose error is the one to tell: there is no way to abort."""
+        """End the open session after a failure, and swallow errors: the first failure is the one to report.
+
+        SGLang has no way to abort a session.
+        """
         with suppress(EngineError):
             await self.end(deadline=deadline)
 
 
 def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str, *, plugin: bool) -> None:
-    """Raise `EngineRefused`, with the reason, for a server that cannot take weights, by our `plugin` or otherwise."""
+    """Raise `EngineRefused`, with the reason, if the server cannot take weights. `plugin`: our plugin is the path."""
     problem = hint = None
     if facts.dp_size != 1:
         problem, hint = f"it runs with dp_size {facts.dp_size}", "one server for each replica (dp attention is fine)"
@@ -98,7 +102,7 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
     elif facts.weight_cache_mode != "off":
         problem = f"it shares its weights with others (--weight-cache-mode {facts.weight_cache_mode})"
         hint = "--weight-cache-mode off"
-    elif facts.enable_lora:  # run on 0.5.23: it passes over what it does not find, and ends torn
+    elif facts.enable_lora:  # run on 0.5.23: it skips the names that it does not find, and ends torn
         problem = "it serves LoRA adapters (--enable-lora), and its layers have other names then"
         hint = "push_lora for the adapter alone, or a server without --enable-lora for merged weights"
     elif facts.quantization and not _reloads(facts, profile, plugin=plugin):
@@ -121,11 +125,12 @@ def refuse_server(facts: ServerFacts, profile: Profile, target: str, engine: str
 
 
 def _reloads(facts: ServerFacts, profile: Profile, *, plugin: bool) -> bool:
-    """Whether weights may be loaded again into a quantised model.
+    """Whether new weights may be loaded into a quantised model.
 
-    Run on 0.5.17: fp8 over fp8 ends the server, and so does its `flash_rl` loader for models that normalise queries.
-    From 0.5.22 on (its source) that loader quantises anew what it is given. A session unpacks what few methods pack in
-    place (`restore_weights_before_loading` in srt/layers/quantization, to 0.5.23), fp8 not among them.
+    Run on 0.5.17: loading over fp8 weights ends the server, and so does its `flash_rl` loader for models that normalise
+    queries. From 0.5.22 on (its source) that loader quantises new weights again. A session unpacks the weights of a few
+    quantisation methods only (`restore_weights_before_loading` in srt/layers/quantization, to 0.5.23); fp8 is not one
+    of them.
     """
     if facts.quantization == "fp8":
         if plugin and facts.plugin is not None and facts.plugin.requantises:

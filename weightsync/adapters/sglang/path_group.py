@@ -1,7 +1,7 @@
 """Stock SGLang's `/update_weights_from_distributed`: its ranks take each tensor from a process group with a bridge.
 
-For engines whose node runs no weightsyncd: nothing of ours has to be there, and no memory is shared. The daemon has the
-bridge send a bucket while this asks the engine to take it; either fails if the other does.
+For engines whose node runs no weightsyncd: nothing of ours is installed there, and no memory is shared. The daemon has
+the bridge send a bucket while this path asks the engine to take it; if one side fails, so does the other.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class GroupPath(StockPath):
         return await super().accept(manifest, deadline=deadline)
 
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """See the base class. Joins the groups it has not joined, which replace those it had."""
+        """See the base class. Joins each bridge's group that is new, and leaves that bridge's earlier group first."""
         for bridge, offer in enumerate(offers[0]):
             await self._join(bridge, GroupOffer.unpack(offer), deadline)
         await self._open(manifest, deadline=deadline)

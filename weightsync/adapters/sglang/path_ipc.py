@@ -1,14 +1,14 @@
 """Stock SGLang's `/update_weights_from_ipc`: checkpoint-engine's worker protocol, which old and new versions have.
 
-One HTTP call lasts as long as the whole update, while a ZeroMQ REP socket in every rank's worker asks for one message
-after the other: a buffer, where the tensors lie in it, and so on until None. The worker unpickles what it is sent; what
-it answers is nothing, or the text of an error, and is never unpickled. The buffer is taken back after every bucket, by
-sending an empty one, so that its release passes the fence before the next is on its way.
+One HTTP call lasts for the whole update. Meanwhile a ZeroMQ REP socket in every rank's worker takes one message after
+the other: a buffer, the places of the tensors in it, the next buffer, and so on until None. The worker unpickles these
+messages. Its answers are empty or the text of an error, and are never unpickled. After every bucket an empty buffer is
+sent, so that the worker releases the slot, and the fence shows it, before the next bucket is sent.
 
-The protocol has no way to give up: a worker whose peer dies waits for ever, and its server answers nothing meanwhile,
-which is why this is not the default path. Its socket reconnects, though: the next daemon binds to the same path once
-more and ends the update that a killed one has left (`end_abandoned`). Sockets lie in /dev/shm, which an engine in a
-container has to share anyway.
+The protocol cannot be abandoned: a worker whose peer dies waits for ever, and its server answers nothing meanwhile. So
+this is not the default path. But the worker's socket reconnects: the next daemon binds to the same path again and ends
+the update that a killed daemon left (`end_abandoned`). Sockets lie in /dev/shm, which an engine in a container has to
+share anyway.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ if TYPE_CHECKING:
 
 __all__ = ["IpcPath", "end_abandoned"]
 
-_ON_CPU = (0, 5, 20)  # the first that was run on a CPU; 0.5.15.post1 and 0.5.17 fail there
-_LONGEST = 86400.0  # seconds of one update; every step of it has a deadline of its own
-_LINGER = 500  # milliseconds that a last message has to leave
-_OVERTAKEN = 1.0  # seconds by which the call's own answer may overtake a worker's last one
-_RECONNECT = 3.0  # seconds for a worker that waits to find the socket again; it looks ten times a second
+_ON_CPU = (0, 5, 20)  # the first version that ran on a CPU; 0.5.15.post1 and 0.5.17 fail there
+_LONGEST = 86400.0  # seconds for the HTTP call of a whole update; each step has a deadline of its own
+_LINGER = 500  # milliseconds for a socket's last message to be sent after close
+_OVERTAKEN = 1.0  # seconds by which the HTTP call's answer may come before a worker's last answer
+_RECONNECT = 3.0  # seconds for a waiting worker to find the socket again; it tries ten times a second
 
 
 class _Update:
-    """An update under way: sockets in a directory that nobody else may enter, and the call that lasts as long."""
+    """An update under way: its sockets, in a directory that only this user may enter, and its HTTP call."""
 
     def __init__(self, server: Server, keys: Sequence[str], manifest: Manifest) -> None:
         self.manifest = manifest
@@ -69,20 +69,20 @@ class _Update:
         self._call = asyncio.create_task(server.call("/update_weights_from_ipc", body, deadline=monotonic() + _LONGEST))
 
     async def say(self, messages: Sequence[bytes], *, deadline: float) -> None:
-        """Send `messages[rank]` to every rank; returns when all have answered that it is done."""
+        """Send `messages[rank]` to every rank, and return when every rank has answered without an error."""
         async with asyncio.TaskGroup() as group:
             for socket, message in zip(self._sockets, messages, strict=True):
                 group.create_task(self._say(socket, message, deadline))
 
     async def ended(self, *, deadline: float) -> None:
-        """Wait for the call to end. Raises what it failed with."""
+        """Wait for the HTTP call to end. Raises the error that it failed with."""
         done, _ = await asyncio.wait({self._call}, timeout=max(deadline - monotonic(), 0))
         if not done:
             raise EngineLost(f"the checkpoint-engine worker of {self._engine} did not end in time", engine=self._engine)
         self._call.result()
 
     async def close(self) -> None:
-        """Let go of everything; workers that still listen are told that this was all."""
+        """Free everything. Workers that still listen are sent the end first."""
         if not self._call.done():
             await _end(self._sockets, _RECONNECT)
         for socket in self._sockets:
@@ -111,7 +111,7 @@ class _Update:
 
 
 async def end_abandoned(url: str, *, deadline: float) -> None:
-    """End the updates of the server at `url` that a daemon of this user was killed in; its workers wait in them."""
+    """End the updates that killed daemons of this user have left in the server at `url`; its workers wait in them."""
     for directory in _abandoned(url):
         with zmq.asyncio.Context() as context, suppress(FileNotFoundError):
             waiting = [_bound(context, f"ipc://{directory}/{rank}") for rank in os.listdir(directory)]
@@ -122,17 +122,17 @@ async def end_abandoned(url: str, *, deadline: float) -> None:
 
 
 async def _end(waiting: Sequence[zmq.asyncio.Socket], seconds: float) -> None:
-    """Tell workers that this was all, and wait until they have heard it; there may be none."""
+    """Send workers the end and wait for their answers, at most `seconds`: there may be no workers."""
     with suppress(TimeoutError, zmq.ZMQError):
         async with asyncio.timeout(seconds):
             await asyncio.gather(*(_exchange(socket, end()) for socket in waiting))
 
 
 def _abandoned(url: str) -> list[Path]:
-    """Directories of sockets that this user made for a server, and at which nobody listens any more."""
+    """Find directories of sockets that this user made for a server, and that no process listens at any more."""
     found = []
     for directory in Path(DIRECTORY).glob(_prefix(url) + "*"):
-        with suppress(FileNotFoundError):  # whoever made it has just removed it
+        with suppress(FileNotFoundError):  # its daemon has just removed it
             about, sockets_there = directory.lstat(), directory.iterdir()
             if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid() and not any(map(_alive, sockets_there)):
                 found.append(directory)
@@ -140,12 +140,12 @@ def _abandoned(url: str) -> list[Path]:
 
 
 def _prefix(url: str) -> str:
-    """How the directories of a server's sockets begin: by it the next daemon finds them."""
+    """Return how the names of a server's socket directories begin, so that the next daemon finds them."""
     return f"weightsync-ce-{hashlib.blake2b(url.encode(), digest_size=6).hexdigest()}-"
 
 
 def _alive(path: Path) -> bool:
-    """Whether somebody listens at a socket."""
+    """Whether a process listens at this socket."""
     with sockets.socket(sockets.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -164,18 +164,18 @@ def _bound(context: zmq.asyncio.Context, address: str) -> zmq.asyncio.Socket:
 
 
 async def _exchange(socket: zmq.asyncio.Socket, message: bytes) -> bytes:
-    await socket.send(message)  # waits for a worker to come
+    await socket.send(message)  # waits until a worker connects
     answer: bytes = await socket.recv()
     return answer
 
 
 class IpcPath(EnginePath):
-    """Buckets as checkpoint-engine's buffers."""
+    """Sends buckets as checkpoint-engine's buffers."""
 
     name = "ipc"
 
     def __init__(self, server: Server, facts: ServerFacts, gpus: Sequence[str | None]) -> None:
-        """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
+        """`gpus` are the UUIDs of the ranks' GPUs, by tp_rank; None for ranks on a CPU."""
         self._server = server
         self._facts = facts
         self._gpus = gpus
@@ -184,7 +184,7 @@ class IpcPath(EnginePath):
         self._closing: set[asyncio.Task[None]] = set()
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
+        """See the base class. Stock servers do not say which names they know; the adapter checked their checkpoint."""
         refuse_stock(manifest, self._server.engine)
         problem = hint = None
         numbers = numbers_of(self._facts.version)
@@ -207,7 +207,7 @@ class IpcPath(EnginePath):
         return None
 
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """See the base class. There is nothing to attach to, and an update that failed has ended by itself."""
+        """See the base class. Nothing is attached to: each bucket comes with its own handle."""
         await self.close()
         keys = [f"GPU-{platform.machine() if gpu is None else gpu}" for gpu in self._gpus]
         self._update = _Update(self._server, keys, manifest)
@@ -229,10 +229,10 @@ class IpcPath(EnginePath):
         await self.close()
 
     async def close(self) -> None:
-        """Let go of the update that is open."""
+        """End the open update."""
         update, self._update = self._update, None
         if update is not None:
-            closing = asyncio.create_task(update.close())  # to its end, whoever gives up waiting for it
+            closing = asyncio.create_task(update.close())  # runs to its end even if the caller is cancelled
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
             await asyncio.shield(closing)

@@ -1,7 +1,8 @@
-"""The way through our plugin: orders in plain MessagePack, buckets straight out of the node's arenas.
+"""The path through our plugin: orders in plain MessagePack, buckets straight out of the node's arenas.
 
-Nothing is pickled, tensors may be cut over several buckets, every rank's bytes are checksummed as they arrive, names
-the model does not know are refused before anything is touched, and a failure of any rank is an answer.
+Nothing is pickled, and tensors may be cut over several buckets. Every rank's bytes are checksummed as they arrive,
+unless the result is compared afterwards. Names that the model does not know are refused before anything is touched. A
+failure of any rank comes back as an answer.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _SHOWN = 5
 
 
 class PluginPath(EnginePath):
-    """Talks to the `plugin.py` of this folder, inside the scheduler of every rank."""
+    """Talks to this folder's `plugin.py`, inside the scheduler of every rank."""
 
     name = "plugin"
     transport = "mapped"
@@ -44,10 +45,10 @@ class PluginPath(EnginePath):
         self._session = Session(server, profile, target)
         self._target, self._ranks = SELECTORS[target], ranks
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
-        self._update = ""  # drawn for each, so that workers take no step of another daemon's for one of it
+        self._update = ""  # a random name for each update, so that workers tell its steps from another daemon's
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        self._told.forget()  # so that it is told whole
+        self._told.forget()  # send the manifest whole: the engine may have restarted
         self._shown.forget()
         order = orders.Accept(manifest=self._told.tell(manifest), target=self._target)
         with self._told.unless_it_fails():
@@ -99,14 +100,14 @@ class PluginPath(EnginePath):
         await self.load_several(bucket, [tickets], deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """See the base class; in one call."""
+        """See the base class. Sends all of them in one call."""
         order = orders.Load(
             update=self._update, bucket=first, tickets=tuple(map(tuple, tickets)), seconds=_seconds(deadline)
         )
         await self._in_session(order, deadline, "load")
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        """Have all ranks read what they need out of the trainer's memory; why one cannot, or ""."""
+        """Have all ranks read what they need out of the trainer's memory. Returns why a rank cannot, or ""."""
         order = orders.Draw(update=self._update, exposures=self._shown.tell(exposures), seconds=_seconds(deadline))
         with self._shown.unless_it_fails():
             answer = await self._in_session(order, deadline, "draw")
@@ -116,7 +117,7 @@ class PluginPath(EnginePath):
                 raise self._none_of_ours(error) from error
 
     async def places(self, *, deadline: float) -> Exposures | str:
-        """Where all ranks have places for what they need; or why one has none."""
+        """Return the places of all ranks, or why a rank has none."""
         order = orders.Places(update=self._update, known=tuple(self._places.known))
         answer = await self._in_session(order, deadline, "places")
         try:
@@ -129,7 +130,7 @@ class PluginPath(EnginePath):
         await self._session.end(deadline=deadline)
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
-        """What every rank holds of the push that has ended."""
+        """Ask every rank what it holds of the push that has ended."""
         told = await self._answers(orders.Sums(manifest=manifest.digest, target=self._target), deadline)
         try:
             return [msgspec.msgpack.decode(one, type=HeldSums) for one in told]
@@ -137,7 +138,7 @@ class PluginPath(EnginePath):
             raise self._none_of_ours(error) from error
 
     async def boxes(self, manifest: Manifest, *, deadline: float) -> list[bytes]:
-        """Of which boxes `sums` speaks, as packed `ResidentBoxes`, by rank."""
+        """Ask every rank for the boxes behind its `sums`, as packed `ResidentBoxes`."""
         return await self._answers(orders.Boxes(manifest=manifest.digest, target=self._target), deadline)
 
     async def _answers(self, order: orders.Order, deadline: float) -> list[bytes]:
@@ -167,5 +168,5 @@ class PluginPath(EnginePath):
 
 
 def _seconds(deadline: float) -> float:
-    """What is left of the time, for a worker with a clock of its own."""
+    """Turn a deadline into the seconds left, for a worker with a clock of its own."""
     return min(max(deadline - monotonic(), 0.001), 86400.0)

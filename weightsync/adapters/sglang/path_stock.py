@@ -1,4 +1,4 @@
-"""What the ways that need nothing of ours share: a call for each bucket, within a session."""
+"""The common part of stock paths that make one call for each bucket, within a session."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ __all__ = ["StockPath", "refuse_stock"]
 
 
 class StockPath(EnginePath):
-    """One of the ways that need nothing of ours: a call for each bucket, within a session."""
+    """A stock path that makes one call for each bucket, within a session."""
 
     def __init__(self, server: Server, profile: Profile, target: str) -> None:
         self._server = server
         self._session = Session(server, profile, target)
         self._manifest: Manifest | None = None
-        self._models: dict[str, Any] = {}  # what says in a call which of the engine's models are meant
+        self._models: dict[str, Any] = {}  # fields of a call that say which of the engine's models are meant
         if profile.draft == "selector":
             self._models = {"selector": SELECTORS[target]}
         elif profile.draft == "disable_draft_model" and target == "model":
             self._models = {"disable_draft_model": True}
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """See the base class. No stock server tells which names it knows; its checkpoint was asked before."""
+        """See the base class. Stock servers do not say which names they know; the adapter checked their checkpoint."""
         refuse_stock(manifest, self._server.engine)
         return None
 
@@ -49,7 +49,7 @@ class StockPath(EnginePath):
         return self._manifest
 
     async def _load(self, route: str, body: dict[str, Any], *, deadline: float) -> None:
-        """Have it load a bucket; no update is open after a failure."""
+        """Have the server load a bucket. After a failure no update is open."""
         try:
             await self._server.call(route, {**body, "flush_cache": False, **self._models}, deadline=deadline)
         except EngineLost:
@@ -62,7 +62,7 @@ class StockPath(EnginePath):
 
 
 def refuse_stock(manifest: Manifest, engine: str) -> None:
-    """Raise `EngineRefused` naming what a server without our plugin cannot be given: parts, and unknown dtypes."""
+    """Raise `EngineRefused` naming tensors that stock SGLang cannot take: larger than a bucket, or of unknown dtype."""
     table = manifest.tensors
     if cut := manifest.cut_tensors():
         largest = int(table.sizes[cut].max())

@@ -1,12 +1,12 @@
 """Stock SGLang's `/update_weights_from_tensor`: a call for each bucket, a payload for each tensor-parallel rank.
 
-Every rank opens only its own entry and opens it once, so each gets its own ticket, in a pickle written for it. A reply
-says that all ranks have loaded (there is a barrier behind it), or that rank 0 could not; a payload that cannot be
-opened ends the scheduler, which then does not answer at all.
+Every rank opens only its own entry, once, so each gets its own ticket in a pickle written for it. A reply says either
+that all ranks have loaded (SGLang has a barrier before it), or that rank 0 could not. A payload that cannot be opened
+ends the scheduler, which then does not answer at all.
 
-`flush_cache` stays off for every bucket and the cache is flushed once, by a call of its own, in `finish` of the push:
-before 0.5.21 a flush that the scheduler refuses here is an assertion that ends it, and later it is a failure of a load
-that did succeed.
+`flush_cache` stays off for every bucket; the adapter's `finish` flushes the cache once, in a call of its own. A flush
+within this call can be refused by the scheduler. Before 0.5.21 that fails an assertion and ends the scheduler; later
+versions report a failure although the load succeeded.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ __all__ = ["TensorPath"]
 
 
 class TensorPath(StockPath):
-    """Buckets as flattened tensors."""
+    """Sends buckets as flattened tensors."""
 
     name = "tensor"
 
     def __init__(self, server: Server, profile: Profile, target: str, gpus: Sequence[str | None]) -> None:
-        """`gpus` are the UUIDs of the ranks' GPUs, by tp rank; None for ranks on a CPU."""
+        """`gpus` are the UUIDs of the ranks' GPUs, by tp_rank; None for ranks on a CPU."""
         super().__init__(server, profile, target)
         self._gpus = gpus
         self.transport = "torch-shm" if gpus[0] is None else "torch-cuda"
 
     async def begin(self, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """See the base class. There is nothing to attach to."""
+        """See the base class. Nothing is attached to: each bucket comes with its own handle."""
         await self._open(manifest, deadline=deadline)
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:

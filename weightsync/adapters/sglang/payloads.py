@@ -1,8 +1,8 @@
-"""The pickles that stock SGLang servers take, written without torch and for one reader each.
+"""The pickles that stock SGLang servers take, written without torch, each for one reader.
 
-A ticket becomes the expression that opens it (`opened`); everything else here is the same for every kind of memory.
-SGLang lets only known globals through (`SafeUnpickler.ALLOWED_GLOBALS` since 0.5.21, prefixes before); the ones used
-here are torch's own rebuild functions, `torch.Size`, dtypes and `types.SimpleNamespace`.
+`opened` turns a ticket into the expression that opens it; the rest is the same for every kind of memory. SGLang's
+unpickler lets only known globals through (`SafeUnpickler.ALLOWED_GLOBALS` since 0.5.21, prefixes before). The pickles
+here use torch's own rebuild functions, `torch.Size`, dtypes and `types.SimpleNamespace`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DTYPES = frozenset(
         *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
     }
 )
-"""Element types whose names every SGLang since 0.5.9 lets through."""
+"""Element types whose names every SGLang since 0.5.9 accepts in a pickle."""
 
 _REBUILD_CUDA = Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor")
 _FIRST = Call(
@@ -33,13 +33,13 @@ _FIRST = Call(
     (Global("builtins", "min"),),
     (Global("builtins", "min"), (), {"key": Global("builtins", "callable")}, None),
 )
-"""A function that gives back its first argument: none of a handle's arguments is callable, so all are equally small."""
+"""A function that returns its first argument: none of the arguments is callable, so to `min` all are equally small."""
 
 
 def opened(ticket: bytes, gpu: str | None) -> Call:
-    """The expression whose value is the bucket, as a uint8 tensor; it may be evaluated once.
+    """Make the expression whose value is the bucket, as a uint8 tensor; it may be evaluated once.
 
-    `gpu` is the UUID of the reader's GPU, which SGLang's patched torch takes for a device; None for a reader on a CPU.
+    `gpu` is the UUID of the reader's GPU, which SGLang's patched torch accepts as a device; None for a reader on a CPU.
     """
     if gpu is None:
         return host_buffer(TorchShmTicket.unpack(ticket))
@@ -47,16 +47,16 @@ def opened(ticket: bytes, gpu: str | None) -> Call:
 
 
 def flattened_bucket(ticket: bytes, gpu: str | None, manifest: Manifest, bucket: int) -> bytes:
-    """One rank's payload of `/update_weights_from_tensor` with `load_format="flattened_bucket"`."""
+    """Make one rank's payload of `/update_weights_from_tensor` with `load_format="flattened_bucket"`."""
     metadata = [namespace(**item) for item in _items(manifest, bucket)]
     return dumps({"flattened_tensor": opened(ticket, gpu), "metadata": metadata})
 
 
 def open_buffer(ticket: bytes, gpu: str | None) -> bytes:
-    """checkpoint-engine's first message: a function and its arguments, which make the buffer.
+    """Make checkpoint-engine's first message: a function and its arguments, which together make the buffer.
 
-    Its worker puts its own device in place of argument 6, which is right for a CUDA handle, and which anything else has
-    to let pass: on a CPU the device is "cpu".
+    The worker replaces argument 6 by its own device. A CUDA handle needs that; on a CPU, where the device is "cpu", the
+    function must ignore it.
     """
     if gpu is None:
         return dumps((_FIRST, (opened(ticket, None), 0, 0, 0, 0, 0, 0)))
@@ -64,12 +64,12 @@ def open_buffer(ticket: bytes, gpu: str | None) -> bytes:
 
 
 def close_buffer() -> bytes:
-    """checkpoint-engine's first message once more, for an empty buffer: the worker lets go of the one it has."""
+    """Make checkpoint-engine's first message for an empty buffer, so that the worker releases the one it has."""
     return dumps((_FIRST, (Call(Global("torch", "ByteTensor"), (0,)), 0, 0, 0, 0, 0, 0)))
 
 
 def tensor_list(manifest: Manifest, bucket: int) -> bytes:
-    """checkpoint-engine's second message: where each tensor lies in the buffer."""
+    """Make checkpoint-engine's second message: where each tensor lies in the buffer."""
     return dumps(
         [
             {"name": item["name"], "shape": item["shape"], "dtype": item["dtype"], "offset": item["start_idx"]}
@@ -79,12 +79,12 @@ def tensor_list(manifest: Manifest, bucket: int) -> bytes:
 
 
 def end() -> bytes:
-    """checkpoint-engine's last message: that was all."""
+    """Make checkpoint-engine's last message, which ends the update."""
     return dumps(None)
 
 
 def _items(manifest: Manifest, bucket: int) -> list[dict[str, Any]]:
-    """The bucket's tensors in SGLang's terms. Indices and `numel` are bytes there."""
+    """Describe the bucket's tensors in SGLang's terms, where indices and `numel` are in bytes."""
     table, items = manifest.tensors, []
     for piece in manifest.bucket_pieces(bucket):
         tensor, start = int(manifest.piece_tensor[piece]), int(manifest.piece_offset[piece])

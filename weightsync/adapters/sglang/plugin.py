@@ -1,12 +1,15 @@
-"""Inside SGLang's scheduler processes: orders of the daemon in, tensors into the model. Loaded as a plugin.
+"""The plugin inside SGLang's scheduler processes: takes the daemon's orders and loads tensors into the model.
 
     [project.entry-points."sglang.srt.plugins"]
     weightsync = "weightsync.adapters.sglang.plugin:register"
 
-Two methods are hooked (SGLang 0.5.12 and later have hooks). `check_weights` takes an order from the `action` of
-`/weights_checker`, see `orders.py`; any other action is SGLang's own. `get_internal_state` tells, in `/server_info`,
-that the plugin is there and what the server itself does not say; from then on an order asks for just that. A hook never
-raises: that would end the scheduler. Ranks agree on every answer, for only rank 0's is sent.
+SGLang has hooks from 0.5.12 on. The hook on `check_weights` takes an order from the `action` of `/weights_checker`
+(`orders.py`); any other action is SGLang's own. The hook on `get_internal_state` adds to `/server_info` that the plugin
+is there, and state that the server itself does not say; later the daemon asks for that state alone, by an order. A
+third hook, in fp8 layers, is `requantise.quantise_once`.
+
+The hook on `check_weights` answers with errors instead of raising them, because an exception would end the scheduler.
+Ranks agree on every answer, since SGLang sends only rank 0's.
 """
 
 from __future__ import annotations
@@ -50,30 +53,31 @@ __all__ = ["register"]
 logger = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler"
-_HOMES = (  # of check_weights, newest first
+_HOMES = (  # where check_weights is, newest first
     ("sglang.srt.managers.scheduler_components.weight_updater", "SchedulerWeightUpdaterManager"),
     ("sglang.srt.managers.scheduler_update_weights_mixin", "SchedulerUpdateWeightsMixin"),
 )
-_REASON = 1024  # bytes of a failure that ranks tell each other
+_REASON = 1024  # bytes of an error's text that ranks exchange
 
 
 class _Worker:
-    """One rank's side: what it reads with, and the models of the update that is open."""
+    """One rank's state: its slot reader, the open update, and the load plans of its models."""
 
     def __init__(self) -> None:
         self.incarnation = secrets.token_hex(8)
-        self.scheduler: Any = None  # once it was asked for its state
+        self.scheduler: Any = None  # known once `/server_info` was asked for
         self._slots: SlotReader | None = None
         self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._models: list[Any] = []
         self._pull = False
-        self._update = ""  # what tells the update that is open from another daemon's
+        self._update = ""  # the name of the open update, which tells its steps from another daemon's
         self._requantisers: list[Requantiser] = []
         self._replays: WeakKeyDictionary[Any, ModelReplay] = WeakKeyDictionary()
 
     def obey(self, manager: Any, order: orders.AnyOrder) -> str | bytes:
-        """Carry out one order; what to answer, and where that is bytes every rank's answer is told. Raises whatever
-        goes wrong.
+        """Carry out one order and return the answer. If the answer is bytes, all ranks' answers are sent.
+
+        Raises whatever goes wrong.
         """
         rank = torch.distributed.get_rank(manager.tp_cpu_group)
         match order:
@@ -101,7 +105,7 @@ class _Worker:
                 return msgspec.json.encode(self._state()).decode()
 
     def state_of(self, scheduler: Any) -> dict[str, Any]:
-        """What `/server_info` is told, as plain data."""
+        """Return the plugin's part of `/server_info`, as plain data."""
         self.scheduler = scheduler
         return self._state()
 
@@ -112,18 +116,18 @@ class _Worker:
         unknown: set[str] = set(manifest.tensors.names)
         looked_up = [look_up(model, manifest.tensors.names) for model in models]
         for nowhere, _ in looked_up:
-            unknown &= set(nowhere)  # a draft shares names with its target, and each has some of its own
+            unknown &= set(nowhere)  # a name is known if the target or its draft has it
         known = tuple(name for name in manifest.tensors.names if name in unknown)
         left = looked_up[0][1]
         untouched = None if left is None else tuple(left)
         return msgspec.json.encode(orders.Accepted(unknown=known, untouched=untouched)).decode()
 
     def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
-        if refused := why_not_updated(models):  # stock SGLang asks each time, too
+        if refused := why_not_updated(models):  # stock SGLang asks before each update, too
             raise LocalProtocolError(refused)
         device = next(models[0].parameters()).device
         if device.type != "cpu":
-            torch.accelerator.synchronize(device)  # a step that was queued when `in_place` came reads them
+            torch.accelerator.synchronize(device)  # an `in_place` pause leaves a queued step, which reads the weights
         if self._slots is None or self._slots.device != device:
             self._slots = SlotReader(device)
         self._models = []
@@ -140,13 +144,13 @@ class _Worker:
             if order.anew:
                 replay.forget()
             replay.begin(manifest, model)
-        # what is compared afterwards is the first model alone
+        # only the first model is compared afterwards, so with several nothing may come unchecked
         self._models, self._pull = models, order.pull and len(models) == 1
         self._update = order.update
         return "begun"
 
     def _open(self, step: orders.Step) -> SlotReader:
-        """The reader of the update that is open, which the step is of. Raises `LocalProtocolError`."""
+        """Return the reader of the open update. Raises `LocalProtocolError` if the step is not of that update."""
         if self._slots is None or not self._models:
             raise LocalProtocolError("no update is open", hint="begin first")
         if step.update != self._update:
@@ -169,7 +173,7 @@ class _Worker:
         return found.pack()
 
     def _wants(self) -> Wants | None:
-        """What the open update comes to without buckets; None where a loader has to see some."""
+        """Return what the open update needs without buckets; None if a loader has to see some tensors."""
         return self._replays[self._models[0]].wants() if self._pull else None
 
     def _load(self, order: orders.Load, rank: int) -> str:
@@ -224,9 +228,9 @@ _worker = _Worker()
 
 
 def register() -> None:
-    """Hook the scheduler, in the processes that have one. Called by SGLang."""
+    """Hook the scheduler, in the processes that import it. Called by SGLang."""
     if multiprocessing.parent_process() is not None and _SCHEDULER not in sys.modules:
-        return  # the detokenizer: importing the scheduler there would only cost memory. The server imports it anyway
+        return  # the detokenizer, where importing the scheduler would only cost memory; the server imports it anyway
     hooks = import_module("sglang.srt.plugins.hook_registry")
     home = next((f"{module}.{name}" for module, name in _HOMES if find_spec(module) is not None), None)
     if home is None:
@@ -267,7 +271,7 @@ def _check_weights(original: Callable[..., Any], manager: Any, request: Any) -> 
 
 
 def _agree(problem: str, group: Any) -> str:
-    """The first problem that any rank has; empty if none has one."""
+    """Return the problem of the lowest rank that has one; "" if none has."""
     size = torch.distributed.get_world_size(group)
     if size == 1:
         return problem
@@ -284,7 +288,7 @@ def _agree(problem: str, group: Any) -> str:
 
 
 def _gathered(mine: bytes, group: Any) -> list[bytes]:
-    """What every rank has, in their order."""
+    """Gather every rank's bytes, in the order of ranks."""
     size = torch.distributed.get_world_size(group)
     if size == 1:
         return [mine]
@@ -300,7 +304,7 @@ def _gathered(mine: bytes, group: Any) -> list[bytes]:
 
 
 def _models(manager: Any, target: str) -> list[Any]:
-    """The models that `target` (SGLang's selector) stands for, the served one first."""
+    """Return the models that `target` (SGLang's selector) stands for, the served one first."""
     if hasattr(manager, "_select_runners"):
         return [runner.model for _, runner in manager._select_runners(target)]
     if target != "target" and manager.draft_worker is not None:
@@ -312,7 +316,7 @@ def _models(manager: Any, target: str) -> list[Any]:
 
 
 def _experts_move(manager: Any) -> bool:
-    """Whether SGLang gives experts other places while it serves."""
+    """Whether SGLang moves experts while it serves."""
     runner = getattr(getattr(manager, "tp_worker", None), "model_runner", None)
     return getattr(runner, "eplb_manager", None) is not None
 

@@ -1,8 +1,8 @@
-"""Which dialect of SGLang's weight endpoints a server speaks. Pure: a version and what the server says it has, in.
+"""Choose the dialect of SGLang's weight endpoints that a server speaks. Pure, from its version and its endpoints.
 
-A version says what to expect, `/openapi.json` says whether it is so. A version newer than any read here gets the newest
-profile whose paths and request fields it has; one that lacks some of them is refused in one sentence instead of
-failing half-way through a push.
+The version says what to expect, and `/openapi.json` says whether it is there. A version newer than those read gets the
+newest profile whose paths and request fields it has. A server that lacks some of them is refused with one sentence
+instead of failing half-way through a push.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _COMMON_FIELDS = {
 
 @dataclass(frozen=True)
 class Surface:
-    """What a server has: its paths, and where they are known the fields of each path's request body."""
+    """A server's paths and, where they are known, the fields of each path's request body."""
 
     paths: frozenset[str]
     fields: Mapping[str, frozenset[str]] = field(default_factory=dict)
@@ -55,22 +55,22 @@ class Profile:
 
     name: str
     first: tuple[int, ...]
-    last: tuple[int, ...]  # the newest that was read; later ones get the newest profile that fits
-    sessions: bool  # tensors are loaded between /begin_weight_update and /end_weight_update only
+    last: tuple[int, ...]  # the newest version that was read; later ones get the newest profile that fits
+    sessions: bool  # tensors are loaded only between /begin_weight_update and /end_weight_update
     draft: Literal["none", "disable_draft_model", "selector"]  # the field that says which model takes the tensors
-    flushes_queued: bool  # the cache can be flushed while retracted requests wait for their turn
-    plugins: bool  # loads `sglang.srt.plugins` entry points
-    ran: tuple[str, ...]  # versions that pushes were run against; the others were read
+    flushes_queued: bool  # the cache can be flushed while retracted requests are queued
+    plugins: bool  # the server loads `sglang.srt.plugins` entry points
+    ran: tuple[str, ...]  # versions that pushes were run against; of the others only the source was read
     paths: tuple[str, ...] = ()
     fields: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def verified(self) -> str:
-        """What is known of this dialect, for operators."""
+        """Say, for operators, how this dialect was verified."""
         return f"run against {', '.join(self.ran)}" if self.ran else "from its source only"
 
     def missing(self, surface: Surface) -> list[str]:
-        """What a server would need to have for this profile, and has not."""
+        """List the paths and fields of this profile that a server lacks."""
         lacking = [path for path in (*_COMMON_PATHS, *self.paths) if path not in surface.paths]
         for needs in (_COMMON_FIELDS, self.fields):
             lacking += [
@@ -131,9 +131,9 @@ class Chosen:
 
 
 def choose(version: str, surface: Surface) -> Chosen:
-    """The profile for a server of `version` with `surface`. Raises `EngineError` if none fits.
+    """Choose the profile for a server of `version` with `surface`. Raises `EngineError` if none fits.
 
-    A version without numbers in it, such as that of a build from a checkout, is judged by its surface alone.
+    A version without numbers, such as that of a build from a checkout, is judged by its surface alone.
     """
     numbers = numbers_of(version)
     candidates = [profile for profile in PROFILES if numbers is None or profile.first <= numbers]
@@ -153,7 +153,7 @@ def choose(version: str, surface: Surface) -> Chosen:
 
 
 def surface_of(openapi: Any) -> Surface | None:
-    """What an `/openapi.json` says the server has; None for anything that is no such document."""
+    """Read the surface out of an `/openapi.json`; None if it is no such document."""
     if not isinstance(openapi, dict) or not isinstance(openapi.get("paths"), dict):
         return None
     schemas = openapi.get("components", {}).get("schemas", {})
@@ -163,13 +163,13 @@ def surface_of(openapi: Any) -> Surface | None:
             schema = methods["post"]["requestBody"]["content"]["application/json"]["schema"]
             properties = schemas[schema["$ref"].rpartition("/")[2]]["properties"]
         except (KeyError, TypeError, AttributeError):
-            continue  # no body, or one that is not a plain reference: nothing is known of its fields
+            continue  # no body, or not a plain reference: its fields stay unknown
         fields[path] = frozenset(properties)
     return Surface(frozenset(openapi["paths"]), fields)
 
 
 def numbers_of(version: str) -> tuple[int, ...] | None:
-    """`(0, 5, 23)` of "0.5.23", `(0, 5, 15, 1)` of "0.5.15.post1"; None for what says nothing."""
+    """Parse "0.5.23" to `(0, 5, 23)`, "0.5.15.post1" to `(0, 5, 15, 1)`; None for 0.0.0 or anything else."""
     match = _NUMBERS.match(version)
     if match is None or match.group(1, 2, 3) == ("0", "0", "0"):
         return None

@@ -1,11 +1,12 @@
-"""Full-precision weights for layers that quantised theirs when the server started (`--quantization fp8`).
+"""Load full-precision weights into layers that quantised theirs when the server started (`--quantization fp8`).
 
-SGLang's own loaders write into what lies in such a layer, which by then is another dtype in another shape: run on
-0.5.17, that ends the scheduler. So before a layer is quantised for the first time it is remembered what its parameters
-were like (`quantise_once`, a hook). To load it again they are put back, empty; when all its tensors have come the layer
-quantises them as it did at the start, and the result is copied over what the kernels and CUDA graphs hold. One bucket's
-layers are in full precision at a time. The end of SGLang's session has all layers quantise once more, which the same
-hook keeps from those that are quantised.
+SGLang's own loaders write into the parameters of such a layer, which by then have another dtype and shape: run on
+0.5.17, that ends the scheduler. So a hook (`quantise_once`) records the form of a layer's parameters before they are
+quantised for the first time. For a push the layer gets empty parameters of that form. When all its tensors have come,
+the layer quantises them as it did at the start. The result is copied over the memory that kernels and CUDA graphs hold.
+So a layer is in full precision only from its first tensor to its last.
+
+At the end of SGLang's session all layers quantise again; the hook keeps layers that are quantised out of that.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ __all__ = ["HOOKED", "Requantiser", "quantise_once", "remembered"]
 
 _FP8 = "sglang.srt.layers.quantization.fp8"
 HOOKED = (f"{_FP8}.Fp8LinearMethod", f"{_FP8}.Fp8MoEMethod")
-"""Whose `process_weights_after_loading` quantises."""
+"""Classes whose `process_weights_after_loading` quantises."""
 
 _REMEMBERED = "_weightsync_raw"
 
 
 class _Raw(NamedTuple):
-    """A parameter before it was quantised, without its data."""
+    """The form of a parameter before it was quantised, without its data."""
 
     kind: type[torch.nn.Parameter]
-    attributes: dict[str, Any]  # SGLang's, such as its weight_loader
+    attributes: dict[str, Any]  # set by SGLang, such as weight_loader
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
@@ -47,20 +48,21 @@ class _Raw(NamedTuple):
         return parameter
 
     def is_of(self, now: torch.nn.Parameter | None) -> bool:
-        """Whether this parameter is like it."""
+        """Whether this parameter has this form."""
         return now is not None and (now.shape, now.dtype, now.stride()) == (self.shape, self.dtype, self.stride)
 
 
 def quantise_once(original: Callable[..., Any], method: Any, layer: torch.nn.Module) -> Any:
-    """Around `process_weights_after_loading`: note what the layer's parameters are like before it quantises them for
-    the first time, and from then on let it quantise what is like that, and nothing that is quantised.
+    """Hook around `process_weights_after_loading`: a layer that is quantised already does not quantise again.
+
+    The first call records the form of the layer's parameters. Later calls quantise only parameters of that form.
     """
     raw: dict[str, _Raw] | None = getattr(layer, _REMEMBERED, None)
     if raw is not None:
         as_loaded = all(form.is_of(layer._parameters.get(name)) for name, form in raw.items())
         return original(method, layer) if as_loaded else None
     config = method.quant_config
-    # mxfp8 keeps its parameters, for weights that are loaded again, and no push comes to it
+    # mxfp8 keeps its original parameters for later loads, and pushes into it are refused
     if not getattr(config, "is_checkpoint_fp8_serialized", True) and not getattr(config, "use_mxfp8", False):
         raw = {
             name: _Raw(type(p), dict(p.__dict__), p.shape, p.stride(), p.dtype)
@@ -72,18 +74,19 @@ def quantise_once(original: Callable[..., Any], method: Any, layer: torch.nn.Mod
 
 
 def remembered(model: torch.nn.Module) -> bool:
-    """Whether the model has layers that quantised themselves, and that no loader of SGLang's own sees to."""
+    """Whether the model has layers that quantised themselves, and no SGLang loader that quantises them again."""
     own = hasattr(model, "flash_rl_initial_load_complete")
     return not own and any(hasattr(layer, _REMEMBERED) for layer in model.modules())
 
 
 class Requantiser:
-    """One update of one model. Every tensor of a quantised layer must be among `names`."""
+    """Requantises the layers of one model during one update. `names` must have every tensor of a quantised layer."""
 
     def __init__(self, model: torch.nn.Module, names: Sequence[str]) -> None:
-        self._kernel: dict[torch.nn.Module, dict[str, torch.nn.Parameter | None]] = {}  # of layers put back
-        self._layer: dict[str, torch.nn.Module] = {}
-        self._missing: dict[torch.nn.Module, set[str]] = {}
+        # layer in full precision → its quantised parameters, whose memory kernels hold
+        self._kernel: dict[torch.nn.Module, dict[str, torch.nn.Parameter | None]] = {}
+        self._layer: dict[str, torch.nn.Module] = {}  # checkpoint name → its quantised layer
+        self._missing: dict[torch.nn.Module, set[str]] = {}  # layer → names that have not come
         if not remembered(model):
             return
         owners = {
@@ -101,7 +104,7 @@ class Requantiser:
 
     @contextmanager
     def loading(self, names: Sequence[str]) -> Iterator[None]:
-        """While these tensors are loaded their layers are as they were before; those that are then whole quantise."""
+        """Load these tensors inside: their layers are in full precision, and quantise afterwards if they are whole."""
         layers = list(dict.fromkeys(self._layer[name] for name in names if name in self._layer))
         with torch.no_grad():
             for layer in layers:
@@ -116,13 +119,13 @@ class Requantiser:
                     self._quantise(layer)
 
     def finish(self) -> None:
-        """Raises `LocalProtocolError` if a layer did not get all of its tensors."""
+        """Raise `LocalProtocolError` if a layer did not get all of its tensors."""
         if self._kernel:
             name = min(min(self._missing[layer]) for layer in self._kernel)
             raise LocalProtocolError(f"a quantised layer was loaded without {name!r}")
 
     def abandon(self) -> None:
-        """Put the quantised parameters back in place, whatever is in them: the next update begins with them."""
+        """Put the quantised parameters back in place, whatever they hold: the next update starts from them."""
         for layer, kernel in self._kernel.items():
             layer._parameters.update(kernel)
         self._kernel.clear()

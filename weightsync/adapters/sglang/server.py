@@ -1,8 +1,8 @@
-"""The HTTP endpoints of one SGLang server, and what their answers mean.
+"""The HTTP endpoints of one SGLang server, and the meaning of their answers.
 
-Every reply has `success` and `message`; a `success` of false is a failure whatever its status. The server remembers our
-version as its weight version. It does not say whether it is paused before 0.5.20, nor whether its memory was released
-at all: our plugin adds that to `/server_info`, which is also how it is found, and says it alone when asked by an order.
+Replies to commands have `success` and `message`; a `success` of false is a failure whatever the status. The server
+keeps our version as its weight version. It does not say whether its memory was released, nor, before 0.5.20, whether it
+is paused. Our plugin adds both to `/server_info`, which is also how the plugin is found, and answers them to an order.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ _PROBED = (
     ("POST", "/update_weights_from_tensor"),
     ("POST", "/update_weights_from_ipc"),
 )
-"""Paths asked for one by one where /openapi.json is switched off. /flush_cache takes any method, so it is not."""
+"""Paths asked for one by one if /openapi.json is switched off. /flush_cache takes any method, so it is not here."""
 
 
 class PluginState(msgspec.Struct, frozen=True):
-    """What our plugin adds to `/server_info`, and answers to `orders.State`."""
+    """Our plugin's part of `/server_info`, and its answer to `orders.State`."""
 
     protocol: int
-    incarnation: str = ""  # drawn when the scheduler's process began; "" from a plugin that cannot be asked for this
+    incarnation: str = ""  # drawn at random when the scheduler started; "" from a plugin that has no `orders.State`
     paused: bool = False
     asleep: tuple[str, ...] = ()  # tags of the memory that was released
-    requantises: bool = False  # its layers quantised themselves, and the plugin can have them do so again
+    requantises: bool = False  # layers quantised themselves at start, and the plugin can have them do so again
     replay: ReplayFacts | None = None  # rank 0's
 
 
@@ -57,7 +57,7 @@ class _Internal(msgspec.Struct, frozen=True):
 
 
 class ServerFacts(msgspec.Struct, frozen=True):
-    """The part of `/server_info` that matters here. SGLang's own names."""
+    """The part of `/server_info` that matters here, under SGLang's own names."""
 
     version: str
     tp_size: int = 1
@@ -81,24 +81,24 @@ class ServerFacts(msgspec.Struct, frozen=True):
 
     @property
     def ordinals(self) -> tuple[int, ...]:
-        """Its ranks' GPUs as it counts them itself, by tp rank."""
+        """CUDA device numbers of its ranks' GPUs inside its process, by tp_rank."""
         return tuple(self.base_gpu_id + rank * self.gpu_id_step for rank in range(self.tp_size))
 
     @property
     def plugin(self) -> PluginState | None:
-        """What our plugin says; None where it is not loaded."""
+        """Our plugin's part of the answer; None if the plugin is not loaded."""
         return self.internal_states[0].weightsync if self.internal_states else None
 
 
 class Server:
-    """One server. Raises as `EngineHttp` does, and `EngineError` for answers that are no success."""
+    """The endpoints of one server. Every method raises as `EngineHttp` does, and `EngineError` for a failure."""
 
     def __init__(self, http: EngineHttp) -> None:
         self.http = http
         self.engine = http.engine
 
     async def facts(self, *, deadline: float) -> ServerFacts:
-        """Ask who it is."""
+        """Ask for `/server_info`."""
         answer = await self.http.get("/server_info", deadline=deadline)
         try:
             return msgspec.convert(answer, ServerFacts, strict=False)
@@ -111,8 +111,9 @@ class Server:
             ) from error
 
     async def plugin(self, *, deadline: float) -> PluginState | None:
-        """What our plugin says; None where there is none that answers this. `/server_info` puts together a few hundred
-        settings, twice, and takes several times as long.
+        """Ask our plugin for its state; None if no plugin answers this order.
+
+        `/server_info` takes several times as long: it collects a few hundred settings, twice.
         """
         try:
             answer = await self.call("/weights_checker", {"action": orders.encode(orders.State())}, deadline=deadline)
@@ -121,7 +122,7 @@ class Server:
             return None
 
     async def surface(self, *, deadline: float) -> Surface:
-        """Which endpoints it has."""
+        """Find out which endpoints the server has."""
         try:
             found = surface_of(await self.http.get("/openapi.json", deadline=deadline))
         except EngineAnswer:  # DISABLE_OPENAPI_DOC
@@ -132,7 +133,7 @@ class Server:
         return Surface(frozenset(paths) | {"/flush_cache"})
 
     async def paused(self, *, deadline: float) -> bool:
-        """Whether it takes no requests. Only for servers that have /ready (0.5.20)."""
+        """Whether the server takes no requests. Only for servers that have /ready (0.5.20)."""
         try:
             await self.http.get("/ready", deadline=deadline)
         except EngineAnswer as answer:
@@ -142,24 +143,24 @@ class Server:
         return False
 
     async def weight_version(self, *, deadline: float) -> object:
-        """The string that says which weights it holds."""
+        """Return the string that says which weights the server holds."""
         info = await self.http.get("/model_info", deadline=deadline)
         return info.get("weight_version") if isinstance(info, dict) else None
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
-        """Let it say that it holds other weights. Its default would abort every request."""
+        """Set that string. Requests go on; by default SGLang would abort them all."""
         await self.call("/update_weight_version", {"new_version": text, "abort_all_requests": False}, deadline=deadline)
 
     async def flush(self, *, deadline: float) -> None:
-        """Forget every cached prefix. Raises `EngineAnswer` while requests are running."""
+        """Flush every cached prefix. Raises `EngineAnswer` while requests are running."""
         await self.http.post("/flush_cache", deadline=deadline)
 
     async def clear_storage(self, *, deadline: float) -> None:
-        """Forget what HiCache keeps outside of the server. Raises `EngineAnswer` where it has no HiCache."""
+        """Clear what HiCache keeps outside the server. Raises `EngineAnswer` if the server has no HiCache."""
         await self.http.post("/hicache/storage-backend/clear", deadline=deadline)
 
     async def call(self, path: str, body: dict[str, Any], *, deadline: float) -> str:
-        """POST; the message of a success. Raises `EngineError` with the server's own sentence for any other answer."""
+        """POST, and return the message of a success. Raises `EngineError` with the server's own words for a failure."""
         answer = await self.http.post(path, body, deadline=deadline)
         if not isinstance(answer, dict):
             return ""
@@ -169,11 +170,11 @@ class Server:
         return message
 
     def incarnation(self, facts: ServerFacts) -> str:
-        """Something that changes when the server restarts.
+        """Return a string that changes when the server restarts.
 
-        Our plugin draws it. Of the others newer ones tell how long each step of their start took; all draw a random
-        seed unless they are given one; and on this machine the socket that it listens on has a number which is never
-        that of an earlier one.
+        Our plugin draws one. Without the plugin it is a hash of facts that a restart changes. Newer servers tell how
+        long each step of their start took. All draw a random seed unless it is set. On this machine the listening
+        socket has an inode number, which no earlier socket had.
         """
         if facts.plugin is not None and facts.plugin.incarnation:
             return facts.plugin.incarnation
@@ -182,7 +183,7 @@ class Server:
 
 
 def _listening(url: str) -> list[str]:
-    """Inodes of the sockets that listen on the port of a loopback `url`; nothing for any other, or elsewhere."""
+    """Return the inodes of sockets that listen on the port of a loopback `url`; empty for any other host."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
     host = parts.hostname or ""

@@ -1,1 +1,1 @@
-"""vLLM: `control.py` in the daemon; in its workers `backend.py` or `extension.py`, or nothing of ours (`ipc`)."""
+"""vLLM: `control.py` in the daemon; in vLLM's workers `backend.py` or `extension.py`, or nothing of ours (stock)."""

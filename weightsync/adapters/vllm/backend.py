@@ -1,8 +1,8 @@
 """The weight-transfer backend `weightsync`: vLLM's own routes and state, our tickets, no pickles.
 
-vLLM's base class changed in 0.25: before, the worker itself opened and closed the layerwise reload and passed the
-model's loader to `receive_weights`; the constructor got a `parallel_config` and the model alone. Both are served here;
-the routes and what the calls carry are the same.
+vLLM's base class changed in 0.25. Before, vLLM's worker opened and closed the layerwise reload itself and passed the
+model's loader to `receive_weights`, and the constructor got only a `parallel_config` and the model. This class serves
+both; the routes and the contents of the calls are the same.
 """
 
 from __future__ import annotations
@@ -29,29 +29,32 @@ __all__ = ["InitInfo", "UpdateInfo", "WeightSyncEngine"]
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
-    """Nothing has to be agreed on; `weightsync` tells this backend from any other."""
+    """Nothing has to be agreed on. The field `weightsync` distinguishes this backend from all others."""
 
     weightsync: int = 1
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """One step of an update, for all workers: lists are indexed by replica × world size + rank."""
+    """One step of an update, for all workers: lists are indexed by replica × world size + rank.
+
+    The fields mean the same as in the `Request` of extension.py.
+    """
 
     do: str
     version: int = 0
-    manifest: str = ""  # base64, as all bytes are here; or the digest of one that was seen
+    manifest: str = ""  # packed, or the digest of one that the worker has seen; base64, like all bytes here
     offers: list[list[str]] = field(default_factory=list)
     bucket: int = 0
-    tickets: list[list[str]] = field(default_factory=list)  # for each of the buckets from `bucket` on
+    tickets: list[list[str]] = field(default_factory=list)  # one list for each bucket from `bucket` on
     pull: bool = False
     anew: bool = False
     seconds: float = 0.0
-    update: str = ""  # as in the extension's Request
+    update: str = ""
 
 
 class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
-    """One worker's end. vLLM makes it after the model is loaded."""
+    """The backend in one worker. vLLM makes it after the model is loaded."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
@@ -59,11 +62,11 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         device = getattr(self, "device", None) or next(self.model.parameters()).device
-        # before 0.25 the configuration is not given; the daemon's first question brings it
+        # before 0.25 vLLM passes no configuration here; the daemon's first call brings it
         self.weightsync = WeightReload(getattr(self, "vllm_config", None), torch.device(device))
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Nothing to agree on."""
+        """Do nothing: there is nothing to agree on."""
 
     def start_weight_update(self) -> None:
         """Open the layerwise reload (from vLLM 0.25 on)."""
@@ -79,7 +82,7 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         index = worker_index(self.parallel_config)
         match info.do:
             case "begin":
-                if load_weights is not None:  # the worker opened the reload, over whatever an earlier update left
+                if load_weights is not None:  # vLLM's worker opened the reload, over the rest of an earlier update
                     self.weightsync.open(self.model)
                 offers = [b64decode(offer) for offer in info.offers[index]]
                 manifest = b64decode(info.manifest)
@@ -94,7 +97,7 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             case "check-whole":
                 self.weightsync.check_whole()
             case "abandon":
-                raise LocalProtocolError("abandoned, as was asked")  # a failed update is one that vLLM closes
+                raise LocalProtocolError("abandoned, as was asked")  # vLLM closes an update that fails
             case _:
                 raise LocalProtocolError(f"a vLLM worker cannot do {info.do!r}")
 
@@ -103,5 +106,5 @@ class WeightSyncEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self.weightsync.shutdown()
 
     def trainer_send_weights(self, *args: Any, **kwargs: Any) -> None:
-        """Abstract up to vLLM 0.27; the daemon sends."""
+        """Raise `NotImplementedError`. vLLM's base class demands the method up to 0.27; the daemon sends weights."""
         raise NotImplementedError("weightsyncd sends the weights")

@@ -1,8 +1,8 @@
-"""The daemon's hand inside a vLLM server.
+"""The adapter of one vLLM server, in the daemon.
 
-What the server is, is found out once for each incarnation: its protocol (`profiles.py`) and the way into it
-(`path_plugin.py`, `path_ipc.py`, `path_group.py`). What is the same for all ways is here: pausing, waking, the prefix
-cache, and the weight version by which a torn server is known.
+Protocol (`profiles.py`) and path (`path_plugin.py`, `path_ipc.py`, `path_group.py`) are chosen once for each
+incarnation of the server. This module does everything that is the same on all paths: pausing, waking, the prefix cache,
+and the weight version that marks a torn server.
 """
 
 from __future__ import annotations
@@ -41,30 +41,30 @@ __all__ = ["VLLMAdapter"]
 
 _STARTED = re.compile(r"^process_start_time_seconds (\S+)$", re.MULTILINE)
 _SLEEPS = re.compile(r'^vllm:engine_sleep_state\{[^}]*sleep_state="(\w+)"[^}]*\} (\d+(?:\.\d+)?)$', re.MULTILINE)
-_STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backends → our way through them
+_STOCK = {"ipc": "ipc", "nccl": "group"}  # vLLM's own backend → our path through it
 _MODES = {"keep": "keep", "wait": "wait", "abort": "abort", "none": "keep"}
 _INSTALL = f"""{PLUGIN_HINT}; then start it with --weight-transfer-config '{{"backend": "weightsync"}}'"""
 
 
 class VLLMAdapter(ReplayingAdapter):
-    """Talks to one vLLM server. `transport` replaces the network in tests."""
+    """Drives one vLLM server. `transport` replaces the network in tests."""
 
     def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
         super().__init__(spec.name)
         self._spec = spec
         self._http = EngineHttp(spec, transport=transport)
         self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
-        self._started: str | None = None
-        self._began_in: str | None = None  # the same, when the last update began
+        self._started: str | None = None  # when the server's process started, from its metrics
+        self._began_in: str | None = None  # `_started` as it was when the last update began
         self._checkpoint: CheckpointCheck | None = None
         self._path: EnginePath | None = None
         self._why = ""
         self._info: EngineInfo | None = None
         self._mode: PauseMode = "keep"
-        self._version = "default"  # what it says, or was told to say since
-        self._loaded: int | None = None  # a version that is loaded, and not served yet
-        self._sleeps = self._released = False  # its weights, its cache: when last probed, and without a doubt
-        self._woken = False  # its weights, for an update; the rest sleeps until it resumes
+        self._version = "default"  # its weight version, as last read or set
+        self._loaded: int | None = None  # a version that is loaded but not served yet
+        self._sleeps = self._released = False  # at the last probe its metrics said: weights asleep, KV cache released
+        self._woken = False  # its weights were woken for an update; the rest sleeps until it resumes
 
     def __repr__(self) -> str:
         return f"VLLMAdapter({self.name!r}, {self._spec.url!r})"
@@ -72,11 +72,12 @@ class VLLMAdapter(ReplayingAdapter):
     async def probe(self, *, deadline: float) -> EngineInfo:
         path = self._path
         if path is None or not path.server.profile.keeps_version:
-            # where workers keep the version, asking for it may be more than those of another server can bear
+            # Metrics first: asking workers for the version would fail if the server was restarted without our plugin,
+            # and a failed call leaves its workers out of step.
             started, slept = await self._metrics(deadline=deadline)
             state: Any = None
         else:
-            told, state = await asyncio.gather(  # what it answers is of no interest if it is another server by now
+            told, state = await asyncio.gather(  # if the server has restarted, `state` is dropped and asked for again
                 self._metrics(deadline=deadline), self._state(path, deadline), return_exceptions=True
             )
             if isinstance(told, BaseException):
@@ -110,7 +111,7 @@ class VLLMAdapter(ReplayingAdapter):
         return self._info
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...] | None:
-        """See the base class. Stock servers cannot be asked for names: there, what they do not know fails to load."""
+        """See the base class. Stock servers do not tell which names they know: an unknown name fails to load."""
         path, info = self._probed()
         single = await self._http.get("/get_world_size", {"include_dp": "false"}, deadline=deadline)
         if (each := single.get("world_size") if isinstance(single, dict) else None) != path.server.world:
@@ -128,8 +129,8 @@ class VLLMAdapter(ReplayingAdapter):
         return await path.accept(manifest, whole=info.torn or info.asleep, deadline=deadline)
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
-        """See the base class. vLLM cannot load beside running requests, so "none" is a "keep" that keeps their KV."""
-        self._mode, self._loaded = mode, None  # whatever an earlier push loaded has come to nothing
+        """See the base class. vLLM cannot load while requests run, so "none" is a "keep" that keeps their KV cache."""
+        self._mode, self._loaded = mode, None  # a version that an earlier push loaded is not served any more
         await self._http.call(
             "POST", "/pause", params={"mode": _MODES[mode], "clear_cache": "false"}, deadline=deadline
         )
@@ -142,7 +143,7 @@ class VLLMAdapter(ReplayingAdapter):
         before = versions.read(self._version)
         self._version = versions.updating(before.version, version)
         await path.set_weight_version(self._version, deadline=deadline)
-        if info.asleep:  # waking the last that sleeps resumes it, too
+        if info.asleep:  # waking the last part that sleeps also resumes the server, so it is paused again
             await self._http.call("POST", "/wake_up", params={"tags": "weights"}, deadline=deadline)
             await self.pause(self._mode, deadline=deadline)
             self._woken = True
@@ -165,8 +166,9 @@ class VLLMAdapter(ReplayingAdapter):
         self._loaded = version
 
     async def resume(self, *, deadline: float) -> None:
-        """See the base class. The version is set here: until it was found right, an engine that was loaded is torn. One
-        that sleeps and was not loaded sleeps on: it has nothing to serve.
+        """See the base class. Sets the version only now: a loaded engine counts as torn until it is verified.
+
+        An engine that sleeps and was not woken for this push stays asleep.
         """
         if self._loaded is not None:
             await self._serve(self._loaded, deadline)
@@ -192,7 +194,7 @@ class VLLMAdapter(ReplayingAdapter):
         return self._path, self._info
 
     async def _state(self, path: EnginePath, deadline: float) -> tuple[bool, str]:
-        """Whether it is paused, and its weight version."""
+        """Ask whether it is paused, and for its weight version."""
         return await at_once(self._paused(deadline), path.weight_version(deadline=deadline))
 
     async def _paused(self, deadline: float) -> bool:
@@ -200,8 +202,9 @@ class VLLMAdapter(ReplayingAdapter):
         return bool(field(answer, "is_paused", bool, "/is_paused", self.name))
 
     async def _metrics(self, *, deadline: float) -> tuple[str, frozenset[str] | None]:
-        """When the server's process began, and which tags of its memory sleep, of which its metrics tell; "" and None
-        if not.
+        """Read from its metrics when the server's process started, and which tags of its memory sleep.
+
+        Returns "" or None for whichever the metrics do not tell.
         """
         try:
             metrics = await self._http.get("/metrics", deadline=deadline)
@@ -211,12 +214,12 @@ class VLLMAdapter(ReplayingAdapter):
             return "", None
         started, states = _STARTED.search(metrics), [(state, float(on) > 0) for state, on in _SLEEPS.findall(metrics)]
         weights = any(on for state, on in states if state in ("weights_offloaded", "discard_all"))
-        cache = weights or ("awake", False) in states  # alone where it was released, or only scheduling sleeps
+        cache = weights or ("awake", False) in states  # without `weights`: released alone, or only scheduling sleeps
         slept = frozenset(["weights"] * weights + ["kv_cache"] * cache)
         return started[1] if started else "", slept if states else None
 
     async def _asleep(self, *, deadline: float) -> bool:
-        """Whether it sleeps or is paused: /is_sleeping does not tell them apart."""
+        """Whether the server sleeps or is paused: /is_sleeping does not tell these apart."""
         try:
             answer = await self._http.get("/is_sleeping", deadline=deadline)
         except EngineAnswer:
@@ -224,7 +227,7 @@ class VLLMAdapter(ReplayingAdapter):
         return bool(isinstance(answer, dict) and answer.get("is_sleeping"))
 
     async def _find_path(self, *, deadline: float) -> tuple[EnginePath, str]:
-        """The way in that the configuration asks for, or the best there is; and a line about it."""
+        """Choose the path that the config asks for, or the best one; also returns a line that says why."""
         server = await Server.find(self._http, deadline=deadline)
         draft = self._spec.target == "draft"
         stock = self._spec.path in ("ipc", "group")
@@ -257,7 +260,7 @@ class VLLMAdapter(ReplayingAdapter):
         return path, f"{server.profile.name} ({server.choice.why}), path {path.name}: {why}{memory}"
 
     def _gpus(self, world: int) -> Sequence[str]:
-        """The GPU of each worker: vLLM gives rank n the n-th that its server sees."""
+        """Return each worker's GPU: vLLM gives rank n the n-th GPU that its server sees."""
         return reader_gpus(self._spec.url, range(world), named=self._spec.gpus, engine=self.name)
 
     async def _best(self, server: Server, hello: list[Hello] | None, *, deadline: float) -> tuple[str, str]:
@@ -293,10 +296,10 @@ class VLLMAdapter(ReplayingAdapter):
         self._version, self._loaded = text, None
 
     async def _flush(self, server: Server, *, deadline: float) -> None:
-        """Drop what was computed with the old weights; running requests are computed anew unless asked otherwise."""
+        """Drop what the old weights computed. Running requests are computed anew, except with `pause="none"`."""
         kept = self._mode == "none"
         params = {"reset_running_requests": "false" if kept else "true"}
-        if server.connector:  # older ones without it would say that they failed (vllm-project/vllm#42693)
+        if server.connector:  # without a connector, older servers report a failure (vllm-project/vllm#42693)
             params["reset_external"] = "true"
         answer: Any = await self._http.call(
             "POST",
@@ -304,7 +307,7 @@ class VLLMAdapter(ReplayingAdapter):
             params=params,
             deadline=deadline,
         )
-        # before /reset_prefix_cache had a body, 200 was all it said
+        # older versions answer with 200 and no body, whatever happened
         if isinstance(answer, dict) and answer.get("success") is False and not kept:
             raise EngineError(
                 f"the prefix cache of engine {self.name} could not be reset", engine=self.name, phase="finish"

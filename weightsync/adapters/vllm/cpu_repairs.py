@@ -1,8 +1,8 @@
-"""Two silent corruptions in vLLM's CPU platform, mended where our own code reloads.
+"""Repair two silent corruptions in vLLM's CPU platform, wherever our own code reloads.
 
-Seen in 0.32.0, with vLLM's own reload too. Mixtures of experts: the expert weights are packed for the CPU kernel after
-the first load only, so a reload puts plain weights under a kernel that takes them for packed ones. Tied embeddings:
-`lm_head` keeps the pack of the embedding it was loaded with. Both generate fluent nonsense and raise nothing.
+Seen in 0.32.0, with vLLM's own reload too; both generate fluent nonsense and raise nothing. Mixtures of experts: expert
+weights are packed for the CPU kernel after the first load only, so after a reload the kernel reads plain weights as
+packed ones. Tied embeddings: `lm_head` keeps the packed form of the embedding that was loaded first.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _EXPERTS = "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method"
 
 
 def mend() -> None:
-    """Mend what can be mended in this process, once. For CPU workers only."""
+    """Apply the repairs that fit this vLLM, once in this process. For CPU workers only."""
     _mend_experts()
     _mend_tied_head()
 
 
 def mended_experts() -> bool:
-    """Whether a mixture of experts can be reloaded on a CPU in this process."""
+    """Whether the repair of mixtures of experts is in place in this process."""
     method = getattr(_imported(_EXPERTS), "UnquantizedFusedMoEMethod", None)
     return hasattr(getattr(method, "_setup_kernel", None), _MARK)
 

@@ -1,4 +1,4 @@
-"""What would hinder a push to a vLLM server, found by questions that change nothing."""
+"""Find out what would hinder a push into a vLLM server, without changing anything."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INSTALL = f"{PLUGIN_HINT}; then restart it: vllm.general_plugins finds weightsy
 
 
 async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Finding]:
-    """Everything worth knowing, good news included. Raises `EngineLost` where nobody answers."""
+    """Return all findings, good ones included. Raises `EngineLost` if the server does not answer."""
     findings = [judge_address(http.url)]
     version = await version_of(http, deadline=deadline)
     routes = await find_routes(http, deadline=deadline)
@@ -61,7 +61,7 @@ async def examine(http: EngineHttp, path: str, *, deadline: float) -> list[Findi
 
 
 def judge_address(url: str) -> Finding:
-    """Whether anybody else can reach its routes: no key guards them."""
+    """Judge whether others can reach the server's routes, which no key guards."""
     host = urlsplit(url).hostname or ""
     try:
         loopback = ip_address(host).is_loopback
@@ -79,7 +79,7 @@ def judge_address(url: str) -> Finding:
 def judge_backend(
     path: str, choice: Choice, backend: str | None, *, plugin: bool, insecure: bool | None
 ) -> list[Finding]:
-    """Whether the way in that is asked for can be gone."""
+    """Judge whether the configured path can be used."""
     found = []
     if plugin:
         found.append(Finding(level="ok", what="our plugin answers in its workers"))

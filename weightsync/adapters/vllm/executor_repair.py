@@ -1,9 +1,9 @@
-"""A call that fails in one of several workers leaves vLLM out of step; mended wherever our plugin is loaded.
+"""Repair vLLM's executor, which a call that fails in one of several workers leaves out of step. Part of our plugin.
 
-vLLM asks all workers and reads their answers in order, up to the first that is an error. What the ranks behind it have
-answered stays in their queues, and from then on each of their answers is taken for one to the call after: an update is
-done when rank 0 says so, and what rank 1 said before. Seen from 0.26 to 0.32 with tensor parallelism of 2; told
-upstream as vllm-project/vllm#57846. Here the answers behind an error are counted, and thrown away when they come.
+vLLM asks all workers and reads their answers in rank order, up to the first error. The answers of later ranks stay in
+their queues, and from then on each is taken for an answer to the next call: an update then counts as done when rank 0
+says so, together with an older answer of rank 1. Seen from 0.26 to 0.32 with tensor parallelism of 2, and reported
+upstream as vllm-project/vllm#57846. The repair counts the answers behind an error, and discards them when they come.
 
 Executors live in vLLM's engine core, which loads plugins before it makes one.
 """
@@ -28,12 +28,14 @@ _MARK = "_weightsync_mended"
 
 
 class InStep:
-    """A rank's queue of answers, for one call. `owed` counts, by rank, those that an error has left unread: they are
-    read, and thrown away, before the rank's next answer is.
+    """A rank's queue of answers, for one call.
+
+    `owed` counts, by rank, the answers that an error has left unread. They are read and discarded before the rank's
+    next answer.
     """
 
     def __init__(self, rank: int, queue: Any, owed: Counter[int], behind: Sequence[int], success: Any) -> None:
-        """`behind` are the ranks that will not be asked if this one's answer is an error."""
+        """`behind` are the ranks whose answers vLLM does not read if this rank's answer is an error."""
         self._rank = rank
         self._queue = queue
         self._owed = owed
@@ -41,7 +43,7 @@ class InStep:
         self._success = success
 
     def dequeue(self, *args: Any, **kwargs: Any) -> Any:
-        """As the queue's own."""
+        """Read the next answer as the queue itself does, after discarding the answers that are owed."""
         while self._owed[self._rank]:
             self._queue.dequeue(*args, **kwargs)
             self._owed[self._rank] -= 1
@@ -59,7 +61,7 @@ class InStep:
 
 
 def mend_executor() -> None:
-    """Mend the executor for several workers, once. One that looks otherwise is left as it is, with a warning."""
+    """Repair the executor for several workers, once. An unknown executor is left as it is, with a warning."""
     try:
         module = import_module("vllm.v1.executor.multiproc_executor")
         executor, success = module.MultiprocExecutor, module.WorkerProc.ResponseStatus.SUCCESS
@@ -78,7 +80,7 @@ def mend_executor() -> None:
     def collective_rpc(self: Any, *args: Any, **kwargs: Any) -> Any:
         asked = signature(original).bind(self, *args, **kwargs).arguments
         merged = any(value is not None for name, value in asked.items() if name.endswith("_output_aggregator"))
-        one = asked.get("unique_reply_rank") is not None and not merged  # … answers, and no other
+        one = asked.get("unique_reply_rank") is not None and not merged  # only that rank answers
         queues = self.response_mqs
         owed = self.__dict__.setdefault("_weightsync_owed", Counter())
         ranks = range(len(queues))

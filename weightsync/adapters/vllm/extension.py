@@ -1,10 +1,10 @@
-"""What our plugin gives every vLLM worker: one method, `weightsync`, that answers through `/collective_rpc`.
+"""The method `weightsync` that our plugin gives every vLLM worker, called through `/collective_rpc`.
 
     --worker-extension-cls weightsync.adapters.vllm.extension.WeightSyncExtension
 
-It takes one JSON string and returns plain data, so no server has to allow pickles. vLLM refuses an extension whose
-attributes the worker has already, and a plugin may have installed them before; so the class itself is empty, and
-importing this module in an engine does the work.
+The method takes one JSON string and returns plain data, so no server has to allow pickles. vLLM refuses an extension
+with attributes that the worker already has, and our plugin may have installed the method before. So the class itself is
+empty: importing this module in an engine installs the method.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ _NAMES_SHOWN = 8
 
 
 class Request(msgspec.Struct, omit_defaults=True, kw_only=True):
-    """One call. Lists for all workers are indexed by replica × world size + rank."""
+    """One call. Lists for all workers are indexed by replica × world size + rank. All bytes are base64."""
 
     do: str
     version: int = 0
-    manifest: str = ""  # base64, as all bytes are here; its digest for sums and boxes, and where it was seen before
+    manifest: str = ""  # packed; or its digest, for sums and boxes, and if the worker has seen it
     offers: list[list[str]] = []
     bucket: int = 0
-    tickets: list[list[str]] = []  # for each of the buckets from `bucket` on
-    exposures: str = ""  # as the manifest
-    known: list[str] = []  # digests of places that were told before
-    pull: bool = False  # what is loaded will be compared, so that buckets need not be
-    anew: bool = False  # what was learnt of the loader led to something wrong
+    tickets: list[list[str]] = []  # one list for each bucket from `bucket` on
+    exposures: str = ""  # packed, or their digest if the worker has seen them
+    known: list[str] = []  # digests of places that the daemon knows
+    pull: bool = False  # the loaded weights will be compared, so buckets need no check
+    anew: bool = False  # the last comparison failed: forget the load plans
     seconds: float = 0.0
-    update: str = ""  # drawn for each begin, and said by load, draw, places and finish
+    update: str = ""  # random name of the update, in begin and in its load, draw, places and finish
     draft: bool = False
 
 
 class WeightSyncExtension:
-    """Name it as `--worker-extension-cls`; it adds nothing by itself."""
+    """The class to name as `--worker-extension-cls`. It is empty: importing its module does the work."""
 
 
 def install() -> None:
-    """Give vLLM's workers the method `weightsync`, and those who call them a mark of it. Harmless when repeated."""
+    """Give vLLM's workers the method `weightsync`, and their wrapper a mark that it is there. May be repeated."""
     module = import_module("vllm.v1.worker.worker_base")
     module.WorkerBase.weightsync = answer
     setattr(module.WorkerWrapperBase, MARK, True)
 
 
 def answer(worker: Any, request: str) -> dict[str, Any]:
-    """Do what `request`, a JSON `Request`, says, in `worker`. What is raised reaches the daemon as an HTTP 500."""
+    """Carry out `request`, a JSON `Request`, in `worker`. An exception reaches the daemon as an HTTP 500."""
     asked = msgspec.json.decode(request, type=Request)
     state = _state(worker)
     model, model_config = _target(worker, asked.draft)
@@ -113,7 +113,7 @@ def answer(worker: Any, request: str) -> dict[str, Any]:
 
 
 def _state(worker: Any) -> WeightReload:
-    """The worker's own, or that of the weight-transfer backend in it."""
+    """Return the state of the weight-transfer backend if that is ours, else the worker's own."""
     found = getattr(getattr(worker, "weight_transfer_engine", None), "weightsync", None)
     if found is None:
         found = worker.__dict__.get("_weightsync")
@@ -143,7 +143,7 @@ def _hello(worker: Any, state: WeightReload) -> dict[str, Any]:
 
 
 def _target(worker: Any, draft: bool) -> tuple[Any, Any]:
-    """The model that takes what is pushed, and its configuration."""
+    """Return the model that takes the pushed weights, and its configuration."""
     if not draft:
         return worker.model_runner.get_model(), worker.vllm_config.model_config
     find = getattr(worker.model_runner, "get_draft_model", None)
@@ -157,6 +157,6 @@ def _target(worker: Any, draft: bool) -> tuple[Any, Any]:
 try:
     import_module("vllm.v1.worker.worker_base")
 except ImportError:
-    pass  # imported outside an engine, where there is no worker to give anything to
+    pass  # imported outside an engine, where there are no workers
 else:
     install()

@@ -1,9 +1,8 @@
-"""Which parameter of vLLM's model takes a checkpoint's tensor, and what would be left half-loaded. Pure, for workers.
+"""Find which parameter of vLLM's model takes each pushed tensor, and which layers would be half-loaded. Pure.
 
-vLLM fuses and renames while it loads, and says too late what it could not place: by then the model is half new. And a
-layer of which only a part arrives is filled up with uninitialised memory when it is reloaded. So both are looked for
-before the first byte: with the model's own tables of renamings (`hf_to_vllm_mapper`) and fusions
-(`packed_modules_mapping`).
+vLLM fuses and renames while it loads. It reports a tensor that it could not place only when the model is half new. It
+fills the rest of a layer that came in part with uninitialised memory. So workers look for both before the first byte,
+with the model's own tables of renamings (`hf_to_vllm_mapper`) and fusions (`packed_modules_mapping`).
 """
 
 from __future__ import annotations
@@ -23,18 +22,19 @@ _PLAIN = (".weight", ".bias")
 
 
 class Fit(NamedTuple):
-    """How a set of tensors fits a model."""
+    """The result of `ModelNames.fit`."""
 
     unknown: tuple[str, ...]  # tensors that no parameter takes
-    partial: tuple[str, ...]  # sentences: layers that would be left half-loaded
-    untouched: tuple[str, ...]  # parameters that none of the tensors go into
+    partial: tuple[str, ...]  # a sentence for each layer that would be left half-loaded
+    untouched: tuple[str, ...]  # parameters that no tensor goes into
 
 
 class ModelNames:
-    """The parameters of one model, by the names under which a checkpoint has them.
+    """Finds the parameters of one model by checkpoint names.
 
-    `parameters` are all names, tied ones included; `tied` says which of them is another's memory. `fused` is vLLM's
-    `packed_modules_mapping`, `rename` its `hf_to_vllm_mapper` for one name (None: the model drops this tensor).
+    `parameters` are all names, tied ones included; `tied` maps a name to the one whose memory it shares. `fused` is
+    vLLM's `packed_modules_mapping`. `rename` is its `hf_to_vllm_mapper` for one name; None means that the model drops
+    the tensor.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ModelNames:
         }
 
     def parameter_of(self, name: str) -> str | None:
-        """The parameter that takes tensor `name`; "" where the model drops it on purpose, None where nothing fits."""
+        """Return the parameter that takes tensor `name`; "" if the model drops it on purpose, None if none fits."""
         if name.endswith(_SKIPPED):
             return ""
         for candidate in dict.fromkeys((self._renamed(name), name)):
@@ -71,8 +71,10 @@ class ModelNames:
         return None
 
     def fit(self, names: Sequence[str], *, whole: bool = True) -> Fit:
-        """How these tensors fit. `whole` is False for a model of which this worker has a part only (pipeline
-        parallelism): then what is unknown here may be known elsewhere.
+        """Say how these tensors fit. Without `whole`, no name counts as unknown.
+
+        `whole` is False if this worker has only some of the model's layers (pipeline parallelism): other workers may
+        know the name.
         """
         places = {name: self.parameter_of(name) for name in names}
         taken: dict[str, list[str]] = {}
@@ -122,6 +124,6 @@ def _stack_of(parameter: str) -> tuple[str, str]:
 
 
 def _members(names: Sequence[str], fused: Sequence[str]) -> set[str]:
-    """Which members of a fused module the tensors are, also under the names that the module has itself."""
+    """Return the members of a fused module that the tensors are; all of them if their names do not tell."""
     found = {part for name in names for part in name.split(".")[-3:] if part in fused}
-    return found or set(fused)  # it came fused already, or under names of its own: nothing can be said
+    return found or set(fused)  # the tensor came fused already, or under other names

@@ -1,8 +1,8 @@
-"""Into a stock server, through its `nccl` backend: workers take each tensor from a communicator with a bridge.
+"""The path through stock vLLM's `nccl` backend: workers take each tensor from a communicator with a bridge.
 
-For engines whose node runs no weightsyncd: nothing of ours has to be there, and no memory is shared. The daemon has the
-bridge send a bucket while this asks the server to take it; either fails if the other does. Workers are in one group at
-a time, whose rank 0 sends: so all buckets have to be in the slots of one bridge.
+For engines whose node runs no weightsyncd: nothing of ours is installed there, and no memory is shared. The daemon has
+the bridge send a bucket while this path asks the server to take it; if one side fails, so does the other. Workers are
+in one group at a time, and its rank 0 sends, so all buckets must be in the slots of one bridge.
 
 Source: `NCCLWeightTransferEngine` of vLLM 0.26 and 0.32.
 """
@@ -31,7 +31,7 @@ _DTYPES = frozenset(
 
 
 class GroupPath(StockPath):
-    """Needs slots on GPUs."""
+    """Has workers take buckets from a process group with one bridge. Needs slots on GPUs."""
 
     name = "group"
     transport = "group-vllm"
@@ -88,7 +88,7 @@ class GroupPath(StockPath):
         await self.load_several(bucket, [tickets], deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """One request for all of them: it takes vLLM as long as many a bucket takes the wire."""
+        """See the base class. Sends one request for all: a request takes vLLM as long as many buckets take the wire."""
         manifest = self._updated()
         table = manifest.tensors
         tensors = [tensor for each in range(len(tickets)) for tensor in manifest.bucket_tensors(first + each)]

@@ -1,7 +1,7 @@
-"""Into a stock server, through its `ipc` backend: CUDA-IPC handles as pickles that the engine's worker opens.
+"""The path through stock vLLM's `ipc` backend: CUDA-IPC handles as pickles that the engine's worker opens.
 
-A bucket is one packed buffer for vLLM: its tensors whole and back to back, cut up by their sizes. The worker clones
-what it takes before it answers, and keeps the mapping until the update is finished.
+To vLLM a bucket is one packed buffer: whole tensors back to back, which vLLM cuts apart by their sizes. The worker
+clones the tensors before it answers. It keeps a bucket's mapping until the next bucket or the end of the update.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["IpcPath", "misfits", "update_info"]
 
 
 def misfits(manifest: Manifest) -> list[str]:
-    """Sentences about what a packed buffer cannot carry: tensors that are cut up, gaps between them."""
+    """Return a sentence for each tensor that a packed buffer cannot carry: cut up, behind a gap, or misaligned."""
     table = manifest.tensors
     found = []
     for piece in range(manifest.pieces):
@@ -50,9 +50,10 @@ def misfits(manifest: Manifest) -> list[str]:
 def update_info(
     manifest: Manifest, bucket: int, handles: Mapping[str, tuple[Any, ...]], *, flagged: bool
 ) -> dict[str, Any]:
-    """The update of one bucket. `handles`: a worker's GPU → the arguments of `rebuild_cuda_tensor` for its own handle.
+    """Make the `update_info` of one bucket.
 
-    `flagged`: it has to say that it is packed.
+    `handles`: a worker's GPU → the arguments of `rebuild_cuda_tensor` for its own handle. `flagged`: the update must
+    say that it is packed.
     """
     table = manifest.tensors
     tensors = manifest.bucket_tensors(bucket)
@@ -67,16 +68,13 @@ def update_info(
 
 
 class IpcPath(StockPath):
-    """Needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in the server, and GPUs.
-
-    The mapping of a bucket is kept by the worker until the next bucket comes or the update is finished.
-    """
+    """Sends buckets as CUDA-IPC handles. Needs `VLLM_ALLOW_INSECURE_SERIALIZATION=1` in the server, and GPUs."""
 
     name = "ipc"
     transport = "torch-cuda"
 
     def __init__(self, server: Server, *, draft: bool, gpus: Callable[[], Sequence[str]]) -> None:
-        """`gpus` finds out on which GPU each worker is; it may block, and is called once."""
+        """`gpus` finds each worker's GPU. It may block, and is called until it succeeds once."""
         super().__init__(server, draft=draft)
         self._find_gpus = gpus
         self._gpus: tuple[str, ...] = ()
@@ -105,7 +103,7 @@ class IpcPath(StockPath):
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
         profile, manifest = self.server.profile, self._updated()
-        # the worker puts its own ordinal in the place of this one
+        # device 0 is a placeholder: the worker puts its own ordinal there
         handles = [cuda_args(TorchCudaTicket.unpack(ticket), 0) for ticket in tickets]
         by_worker = list(zip(await self._readers(), handles, strict=True))
         flagged = profile.packed == "update"

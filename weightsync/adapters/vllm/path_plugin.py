@@ -1,4 +1,4 @@
-"""Into a server that has our plugin: through vLLM's own weight-update routes, or through `/collective_rpc`."""
+"""The paths through our plugin: by vLLM's own weight-update routes, or by `/collective_rpc`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _text(data: bytes) -> str:
 
 
 def _bytes(answer: dict[str, Any], key: str, path: EnginePath) -> bytes:
-    """Bytes out of a worker's answer. Raises `EngineError`."""
+    """Decode bytes from a worker's answer. Raises `EngineError`."""
     try:
         return b64decode(answer[key], validate=True)
     except (KeyError, TypeError, ValueError) as error:
@@ -40,7 +40,7 @@ def _bytes(answer: dict[str, Any], key: str, path: EnginePath) -> bytes:
 
 
 class ExtensionPath(EnginePath):
-    """Everything through `/collective_rpc`. Works from vLLM 0.19 on, whatever backend the server was started with."""
+    """Does everything by `/collective_rpc`. Works from vLLM 0.19 on, whatever backend the server was started with."""
 
     name = "extension"
     keeps_version = True
@@ -48,21 +48,21 @@ class ExtensionPath(EnginePath):
     def __init__(self, server: Server, *, draft: bool) -> None:
         super().__init__(server, draft=draft)
         self._told, self._shown, self._places = ToldManifests(), ToldExposures(), ToldPlaces(server.engine)
-        self._token = ""  # drawn for each, so that workers take no step of another daemon's for one of it
+        self._token = ""  # a random name for each update, so that workers tell its steps from another daemon's
 
     async def incarnation(self, *, deadline: float) -> str:
         return (await self.server.hello(deadline=deadline))[0].incarnation
 
     async def weight_version(self, *, deadline: float) -> str:
-        """See the base class. Where the server keeps no version, its workers do."""
+        """See the base class. If the server keeps no version, its workers do."""
         if self.server.profile.keeps_version:
             return await super().weight_version(deadline=deadline)
         said = {worker.weight_version for worker in await self.server.hello(deadline=deadline)}
         return said.pop() if len(said) == 1 else next((text for text in said if ">" in text), "default")
 
     async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...]:
-        """The workers compare every name with the model they hold."""
-        self._told.forget()  # so that it is told whole
+        """See the base class. The workers compare every name with the model they hold."""
+        self._told.forget()  # send the manifest whole: the engine may have restarted
         self._shown.forget()
         asked = {"manifest": _text(self._told.tell(manifest)), "draft": self.draft}
         untouched: dict[str, None] = {}
@@ -114,12 +114,12 @@ class ExtensionPath(EnginePath):
         await self.load_several(bucket, [tickets], deadline=deadline)
 
     async def load_several(self, first: int, tickets: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """See the base class; in one call."""
+        """See the base class. Sends all of them in one call."""
         asked = {"bucket": first, "tickets": [[_text(ticket) for ticket in of_bucket] for of_bucket in tickets]}
         await self._step("load", asked, deadline=deadline)
 
     async def draw(self, exposures: Exposures, *, deadline: float) -> str:
-        """Have all workers read what they need out of the trainer's memory; why one cannot, or ""."""
+        """Have all workers read what they need out of the trainer's memory. Returns why a worker cannot, or ""."""
         of = {"update": self._token, **({"draft": True} if self.draft else {})}
         shown, seconds = _text(self._shown.tell(exposures)), ticket_seconds(deadline, monotonic())
         with self._shown.unless_it_fails():
@@ -127,7 +127,7 @@ class ExtensionPath(EnginePath):
         return next((str(why) for answer in answers if (why := answer.get("why_not", NOT_WHOLE))), "")
 
     async def places(self, *, deadline: float) -> Exposures | str:
-        """Where all workers have places for what they need; or why one has none."""
+        """Return the places of all workers, or why a worker has none."""
         of = {"update": self._token, **({"draft": True} if self.draft else {})}
         known = [_text(digest) for digest in self._places.known]
         answers = await self.server.workers("places", deadline=deadline, known=known, **of)
@@ -144,7 +144,7 @@ class ExtensionPath(EnginePath):
             self.replay = told_of_replay(answers, self.server.engine)
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
-        """What every worker holds of the push that has ended."""
+        """Ask every worker what it holds of the push that has ended."""
         answers = await self._asked_of(manifest, "sums", deadline)
         return [
             HeldSums(_bytes(one, "boxes", self), _bytes(one, "sums", self), int(one.get("pulled", 0)))
@@ -152,7 +152,7 @@ class ExtensionPath(EnginePath):
         ]
 
     async def boxes(self, manifest: Manifest, *, deadline: float) -> list[bytes]:
-        """Of which boxes `sums` speaks, as packed `ResidentBoxes`."""
+        """Ask every worker for the boxes behind its `sums`, as packed `ResidentBoxes`."""
         return [_bytes(one, "boxes", self) for one in await self._asked_of(manifest, "boxes", deadline)]
 
     async def _asked_of(self, manifest: Manifest, do: str, deadline: float) -> list[dict[str, Any]]:
@@ -160,7 +160,7 @@ class ExtensionPath(EnginePath):
         return await self.server.workers(do, deadline=deadline, manifest=_text(manifest.digest), **draft)
 
     async def _open(self, *, deadline: float) -> None:
-        """The workers open an update themselves when it begins."""
+        """Do nothing: the workers open the update in their `begin`."""
 
     async def _step(self, do: str, asked: dict[str, Any], *, deadline: float) -> None:
         draft = {"draft": True} if self.draft else {}
@@ -171,7 +171,7 @@ class ExtensionPath(EnginePath):
 
 
 class PluginPath(ExtensionPath):
-    """The steps through vLLM's own routes, so that its state, metrics and logs know of the update."""
+    """Sends the steps by vLLM's own routes, so that vLLM's state, metrics and logs show the update."""
 
     name = "plugin"
 
@@ -182,7 +182,7 @@ class PluginPath(ExtensionPath):
             if "already active" not in answer.reason:
                 raise
             await self.attempt("/update_weights", {"update_info": {"do": "abandon"}}, deadline=deadline)
-            await self.attempt("/finish_weight_update", None, deadline=deadline)  # 0.22 does not close a failed one
+            await self.attempt("/finish_weight_update", None, deadline=deadline)  # 0.22 leaves a failed update open
             await self.start(deadline=deadline)
 
     async def finish(self, *, deadline: float) -> None:
@@ -191,7 +191,7 @@ class PluginPath(ExtensionPath):
         await self.server.http.post("/finish_weight_update", None, deadline=deadline)
 
     async def _step(self, do: str, asked: dict[str, Any], *, deadline: float) -> None:
-        """Whether it is of the draft model, the start route said."""
+        """Send one step. The start route has said already whether the update is of the draft model."""
         await self._update({"do": do, **asked, **self._terms(deadline)}, deadline=deadline)
 
     async def _update(self, info: dict[str, Any], *, deadline: float) -> None:

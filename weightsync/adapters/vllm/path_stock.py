@@ -1,4 +1,4 @@
-"""What vLLM's own backends share: an update is opened, given whole tensors, and closed; nothing can be looked at."""
+"""The common part of paths through vLLM's own backends: an update is opened, given whole tensors, and closed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ __all__ = ["StockPath", "broken_groups"]
 
 
 def broken_groups(names: Sequence[str]) -> list[str]:
-    """Sentences about fused groups that did not come whole, as far as names can tell: q, k and v always go together,
-    of the others a group must have what any group of its kind has.
+    """Return a sentence for each fused group that is not whole, as far as names can tell.
+
+    q, k and v always go together. Any other group must have every member that any group of its kind has.
     """
-    groups: dict[str, dict[str, str]] = {}  # group → member → a tensor of it
+    groups: dict[str, dict[str, str]] = {}  # group → member → its tensor
     kinds: dict[str, set[str]] = {"qkv": {"q_proj", "k_proj", "v_proj"}}
     for name in names:
         key = group_key(name)
@@ -45,17 +46,17 @@ def _kind(group: str) -> str:
 
 
 class StockPath(EnginePath):
-    """One of vLLM's own backends."""
+    """The path through one of vLLM's own backends. What the server holds can be neither asked for nor compared."""
 
     def __init__(self, server: Server, *, draft: bool) -> None:
         super().__init__(server, draft=draft)
         self._manifest: Manifest | None = None
-        self._whole = False  # the last update was one of ours, and ended well: there is nothing to repair
-        self._opened = False  # by us, and not closed since
-        self._out_of_step = ""  # the call that failed, and left workers' answers unread
+        self._whole = False  # the last update was ours and ended well, so there is nothing to repair
+        self._opened = False  # we have opened an update and not closed it
+        self._out_of_step = ""  # a call that failed and left workers' answers unread
 
     async def accept(self, manifest: Manifest, *, whole: bool, deadline: float) -> tuple[str, ...] | None:
-        """The server cannot be asked which tensors it knows: unknown ones fail while they are loaded."""
+        """See the base class. The server does not tell which tensors it knows: an unknown one fails to load."""
         if self._out_of_step:
             raise self.refused(
                 f"{self._out_of_step}; {OUT_OF_STEP}",
@@ -72,20 +73,20 @@ class StockPath(EnginePath):
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, torn: bool, deadline: float
     ) -> None:
         self._manifest = manifest
-        forgets = not self.server.profile.keeps_version  # … that it was torn, when this daemon or it restarts
+        forgets = not self.server.profile.keeps_version  # a restarted daemon does not learn that the server is torn
         repair, self._whole = torn or (forgets and not self._whole), False
         with self._watched():
             await self._attach(offers, deadline=deadline)
             if self._opened:
                 await self._close(deadline=deadline)
-            if repair:  # an update that failed left layers half-collected: opening and closing one puts them back
+            if repair:  # a failed update left layers half-collected; opening and closing one puts them back
                 await self._open(deadline=deadline)
                 await self._close(deadline=deadline)
             await self._open(deadline=deadline)
 
     @abstractmethod
     async def _attach(self, offers: Sequence[Sequence[bytes]], *, deadline: float) -> None:
-        """Prepare its workers for what will be sent."""
+        """Prepare the workers for the way in which buckets will come."""
 
     async def finish(self, *, deadline: float) -> None:
         with self._watched():
@@ -94,13 +95,16 @@ class StockPath(EnginePath):
         self._whole = True
 
     def _updated(self) -> Manifest:
-        """The manifest of the update that is open."""
+        """Return the manifest of the open update. Raises `LocalProtocolError` if none is open."""
         if self._manifest is None:
             raise LocalProtocolError("no update is open", engine=self.server.engine, hint="begin first")
         return self._manifest
 
     async def _open(self, *, deadline: float) -> None:
-        """Open an update. One that somebody else has left open is closed, where trying may cost nothing."""
+        """Open an update. With a single worker, first close one that another client has left open.
+
+        With several workers the failed call has put the server out of step, so the error is raised.
+        """
         try:
             await self.start(deadline=deadline)
         except EngineAnswer:
@@ -119,7 +123,7 @@ class StockPath(EnginePath):
         try:
             yield
         except EngineAnswer as answer:
-            self._opened = False  # a failed update is one that vLLM closes
+            self._opened = False  # vLLM closes an update that fails
             if self.server.world > 1:
                 self._out_of_step = answer.message
             raise

@@ -1,9 +1,9 @@
-"""vLLM calls `register` in each of its processes (entry point group `vllm.general_plugins`).
+"""The plugin's entry point: vLLM calls `register` in each of its processes (group `vllm.general_plugins`).
 
     --weight-transfer-config '{"backend": "weightsync"}'
 
-Then vLLM's own weight-update routes take our tickets. Without that flag the same is done through `/collective_rpc`,
-for which `register` gives the workers a method.
+With that flag, vLLM's own weight-update routes take our tickets. Without it, `/collective_rpc` does, by a method that
+`register` gives the workers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BACKEND = "weightsync"
 
 
 def register() -> None:
-    """Make vLLM know our backend and our workers' method. May be called any number of times."""
+    """Install our workers' method, the executor's repair and our backend in vLLM. May be called any number of times."""
     import_module("weightsync.adapters.vllm.extension").install()
     mend_executor()
     try:

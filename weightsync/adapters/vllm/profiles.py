@@ -1,9 +1,8 @@
-"""Which of vLLM's weight-update protocols a server speaks. Pure.
+"""Choose which of vLLM's weight-update protocols a server speaks. Pure.
 
-The protocol changed with nearly every release. A profile says what one stretch of releases has; the list below was
-read out of the wheels, release by release. The version names the profile, the routes the server really has confirm it:
-a build that calls itself something else, or is newer than all that is known here, gets the newest profile whose routes
-are all there.
+The protocol changed with nearly every release. A profile says what one range of releases has; the list below was read
+out of the wheels, release by release. The version selects the profile, and the server's routes must confirm it. A build
+with another version string, or newer than all profiles, gets the newest profile whose routes are all there.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ if TYPE_CHECKING:
 __all__ = ["DEV_ROUTES", "MARK", "PROFILES", "PROTOCOL", "Choice", "Profile", "choose", "release"]
 
 PROTOCOL = 4
-"""Of the calls to our own plugin: the same in the daemon and in the engine, or no push is begun."""
+"""Protocol of the calls to our own plugin. Daemon and engine must have the same, or no push begins."""
 
-MARK = "weightsync_is_here"  # attribute of what holds a worker, where our plugin is: listed by its `__dir__`
+MARK = "weightsync_is_here"  # attribute that our plugin sets on a worker's wrapper, whose `__dir__` then lists it
 DEV_ROUTES = ("/pause", "/resume", "/is_paused", "/get_world_size", "/reset_prefix_cache", "/collective_rpc")
-"""What every version has, and only in development mode."""
+"""Routes that every version has, but only in development mode."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What servers from `first` up to the next profile's `first` understand."""
+    """The protocol of the releases from `first` to `last`, both included."""
 
     first: tuple[int, int]
     last: tuple[int, int]
-    brackets: bool = False  # start_weight_update and finish_weight_update around the updates
+    brackets: bool = False  # updates lie between start_weight_update and finish_weight_update
     custom_backend: bool = False  # weight_transfer_config takes the name of a registered backend
-    engine_reloads: bool = False  # the backend opens and closes the layerwise reload, not the worker
-    packed: Literal["init", "update"] | None = None  # where stock ipc is told that a buffer is packed
-    draft: bool = False  # start_draft_weight_update
-    keeps_version: bool = False  # weight_info, update_weight_version, and a version in finish_weight_update
+    engine_reloads: bool = False  # the backend opens and closes the layerwise reload; before, vLLM's worker did
+    packed: Literal["init", "update"] | None = None  # the call that tells stock ipc that buffers are packed
+    draft: bool = False  # has start_draft_weight_update
+    keeps_version: bool = False  # has weight_info, update_weight_version, and a version in finish_weight_update
     per_worker: bool = False  # update_info may be a list with an entry for each worker
     verified: str = "from source only"
 
     @property
     def name(self) -> str:
-        """Such as `vllm-0.27`: the first release that speaks it."""
+        """A name after the first release that speaks it, such as `vllm-0.27`."""
         return f"vllm-{self.first[0]}.{self.first[1]}"
 
     @property
     def routes(self) -> tuple[str, ...]:
-        """What a server must have to be taken for one of this profile."""
+        """The routes that a server of this profile must have."""
         own = []
         if self.brackets:
             own += ["/start_weight_update", "/finish_weight_update"]
@@ -111,15 +110,15 @@ class Choice:
 
 
 def release(version: str) -> tuple[int, int] | None:
-    """`(0, 32)` of "0.32.0", "0.32.1rc1.dev3+gabc" and the like; None for what begins with no release."""
+    """Parse "0.32.0", "0.32.1rc1.dev3+gabc" and the like to `(0, 32)`; None if it begins with no release number."""
     found = re.match(r"v?(\d{1,4})\.(\d{1,4})(?:\D|$)", version)
     return (int(found[1]), int(found[2])) if found else None
 
 
 def choose(version: str, routes: Collection[str], *, engine: str) -> Choice:
-    """The profile of a server that calls itself `version` and has `routes`.
+    """Choose the profile of a server that calls itself `version` and has `routes`.
 
-    Raises `EngineError` saying what is missing when it has the routes of none.
+    Raises `EngineError` saying what is missing if no profile fits.
     """
     if missing := [route for route in DEV_ROUTES if route not in routes]:
         raise EngineError(

@@ -1,8 +1,8 @@
-"""An update inside one vLLM worker: buckets in, layers reloaded, whichever way the daemon's calls came in.
+"""An update inside one vLLM worker: buckets in, layers reloaded, for both paths of our plugin.
 
-vLLM's layerwise reload holds the tensors of a layer back until it is whole, processes them as after the first load and
-copies the result over what the kernels (and CUDA graphs) hold. An update that failed leaves layers half-collected;
-taken up again they would be completed with a mixture, so they are put back first.
+vLLM's layerwise reload holds the tensors of a layer back until the layer is whole. It then processes them as after the
+first load, and copies the result over the memory that kernels and CUDA graphs hold. A failed update leaves layers
+half-collected. The next update would complete them to a mixture of versions, so they are put back first.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _EXPERT_COUNTS = ("num_experts", "n_routed_experts", "num_local_experts", "moe_n
 
 
 def worker_index(parallel_config: Any) -> int:
-    """Which entry of a list for all workers is this worker's."""
+    """Return the index of this worker in a list for all workers: replica × world size + rank."""
     replica: Any = getattr(parallel_config, "data_parallel_index", None)
     if replica is None:
         replica = getattr(parallel_config, "data_parallel_rank", 0)
@@ -53,31 +53,31 @@ def worker_index(parallel_config: Any) -> int:
 
 
 class WeightReload:
-    """What one worker remembers of the pushes it takes, and how it takes them."""
+    """Takes pushes in one worker, and keeps the worker's state between them."""
 
     def __init__(self, vllm_config: Any, device: torch.device) -> None:
         self.incarnation = secrets.token_hex(8)
         self.weight_version = "default"
-        self.config = vllm_config  # may come later
+        self.config = vllm_config  # before vLLM 0.25 None until the daemon's first call
         self._device = device
         self._slots = SlotReader(device)
         self._manifests, self._exposures = SeenManifests(), SeenExposures()
         self._held: int | None = None  # the version that was served last
-        self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → further names of it
+        self._aliases: dict[str, tuple[str, ...]] = {}  # tensor of the update → its further names
         self._replays: WeakKeyDictionary[torch.nn.Module, ModelReplay] = WeakKeyDictionary()
-        self._replay: ModelReplay | None = None  # of the update that is open
+        self._replay: ModelReplay | None = None  # the open update's
         self._pull = False
-        self._update = ""  # what tells the update that is open from another daemon's
+        self._update = ""  # the name of the open update, which tells its steps from another daemon's
         if device.type == "cpu":
             cpu_repairs.mend()
 
     def fit(self, model: torch.nn.Module, manifest: bytes) -> Fit:
-        """How the tensors of a manifest fit the model; loads nothing."""
+        """Say how the tensors of a manifest fit the model, without loading anything."""
         table = self._manifests.of(manifest).tensors
         names = self._names(model)
         further = [other for other, _ in table.aliases if names.parameter_of(other)]
         fit = names.fit([*table.names, *further], whole=self.config.parallel_config.pipeline_parallel_size == 1)
-        if self.config.model_config.quantization:  # scales have too many names to be sure of them
+        if self.config.model_config.quantization:  # scales have too many possible names to call one unknown
             fit = fit._replace(unknown=tuple(name for name in fit.unknown if name.endswith((".weight", ".bias"))))
         if self._device.type == "cpu" and self._experts(model) and not cpu_repairs.mended_experts():
             fit = fit._replace(
@@ -86,10 +86,10 @@ class WeightReload:
         return fit
 
     def open(self, model: torch.nn.Module, model_config: Any = None) -> None:
-        """Make the model as it was before an update that was begun and did not end. `ready` follows `begin`."""
+        """Put back layers that an unfinished update has left half-collected. Later, `ready` must follow `begin`."""
         if self.config is None:
             raise LocalProtocolError("this worker was not asked for its hello", hint="weightsyncd asks for it first")
-        self._slots.settle()  # a push that failed may have left something under way
+        self._slots.settle()  # a failed push may have left copies queued
         with self._as_vllm():
             self._put_back(model, model_config or self.config.model_config)
 
@@ -103,10 +103,12 @@ class WeightReload:
         pull: bool = False,
         update: str = "",
     ) -> None:
-        """From here on this worker is torn until `finish`. `pull`: what is loaded will be compared, so buckets need not
-        be. `update`: what the steps of this update say, and those of no other.
+        """Begin an update to `version`: until `finish` this worker is torn.
+
+        `pull`: the loaded weights will be compared, so buckets need no check. `update`: the name that this update's
+        steps carry.
         """
-        if self._device.type != "cpu":  # a step that is still under way reads what is written from here on
+        if self._device.type != "cpu":  # a decode step may still be reading the weights
             torch.accelerator.synchronize(self._device)
         self._replay = None
         self._slots.begin(self._manifests.of(manifest), offers, deadline=monotonic() + seconds)
@@ -118,15 +120,17 @@ class WeightReload:
         self.weight_version = updating(self._held, version)
 
     def check_open(self, update: str) -> None:
-        """A step is one of the update that is open. Raises `LocalProtocolError` where another has begun since."""
+        """Raise `LocalProtocolError` if the open update is not the one that a step names."""
         if update != self._update:
             raise LocalProtocolError(
                 "another update has begun in this worker since", hint="no more than one weightsyncd may name an engine"
             )
 
     def ready(self, model: torch.nn.Module, *, replays: bool = True) -> None:
-        """The update is open and begun: have the model's layers take what is loaded. What may be replayed is from here
-        on, if `close` is to end it (`replays`), and where that is everything vLLM's reload has no part in it.
+        """Prepare the model's layers for loading, after `open` and `begin`.
+
+        With `replays`, layers with a proved load plan are replayed and left out of vLLM's layerwise reload; if all have
+        one, the reload does not start. `replays` requires that `close` ends the update.
         """
         layerwise = import_module(f"{_RELOAD}.layerwise")
         if not replays or not hasattr(layerwise, "_place_kernel_tensors"):
@@ -143,7 +147,7 @@ class WeightReload:
         layers = {name.rpartition(".")[0] for name in replay.replayed}
         for name, layer in model.named_modules():
             info = layerwise.get_layerwise_info(layer)
-            if name in layers and info.can_load():  # as vLLM itself does in the end with layers that got nothing
+            if name in layers and info.can_load():  # vLLM itself does this at the end to layers that got no tensors
                 layerwise._place_kernel_tensors(layer, info)
                 info.reset()
 
@@ -152,26 +156,27 @@ class WeightReload:
             import_module(_RELOAD).initialize_layerwise_reload(model)
 
     def replay_facts(self, model: torch.nn.Module) -> Any:
-        """What is known of the model's replay, as plain data; None before its first push."""
+        """Return the facts of the model's replay, as plain data; None before its first push."""
         found = self._replays.get(model)
         return msgspec.to_builtins(found.facts()) if found is not None else None
 
     def forget(self, model: torch.nn.Module) -> None:
-        """Learn anew how the model is loaded."""
+        """Forget the model's load plans, so that they are recorded anew."""
         if (found := self._replays.get(model)) is not None:
             found.forget()
 
     def held_sums(self, model: torch.nn.Module, digest: bytes) -> HeldSums:
-        """What lies in the model of the push that has ended, whose manifest has this digest."""
+        """Report what the model holds of the push that has ended; `digest` is of its manifest."""
         return sums_of(self._replays.get(model), digest, ModelState.tensors_of(model))
 
     def held_boxes(self, model: torch.nn.Module, digest: bytes) -> bytes:
-        """Of which boxes `held_sums` speaks."""
+        """Return the boxes behind `held_sums`, as packed `ResidentBoxes`."""
         return packed_boxes(self._replays.get(model), digest, ModelState.tensors_of(model))
 
     def draw(self, exposures: bytes, seconds: float) -> str:
-        """Read what the open update needs out of the trainer's memory, instead of all buckets. Returns "", or, with
-        nothing read, why it cannot.
+        """Read what the open update needs out of the trainer's memory, instead of all buckets.
+
+        Returns "", or why it cannot; nothing has been read then.
         """
         seen = self._exposures.of(exposures)
         wants = self._wants()
@@ -180,14 +185,15 @@ class WeightReload:
         return self._slots.draw(seen, wants, deadline=monotonic() + seconds)
 
     def places(self, known: Collection[bytes]) -> Shown:
-        """Where others may write what the open update needs, instead of all buckets; the daemon knows places of these
-        digests already.
+        """Show where bridges may write what the open update needs, instead of all buckets.
+
+        `known` are digests of places that the daemon has been shown before.
         """
         wants = self._wants()
         return shown(NOT_WHOLE, ()) if wants is None else self._slots.places(wants, known)
 
     def _wants(self) -> Wants | None:
-        """What the open update comes to without buckets; None where a loader has to see some."""
+        """Return what the open update needs without buckets; None if a loader has to see some tensors."""
         return self._replay.wants() if self._replay is not None and self._pull else None
 
     def load(
@@ -198,8 +204,10 @@ class WeightReload:
         seconds: float,
         load_weights: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Read the buckets from `first` on and hand their tensors to the model. Raises `EngineError` naming what the
-        model ignored.
+        """Read consecutive buckets from `first` on, and load their tensors into the model.
+
+        `load_weights` is the loader to use if not the model's own. Raises `EngineError` naming tensors that the model
+        could not load or ignored.
         """
         deadline = monotonic() + seconds
         for bucket, ticket in enumerate(tickets, first):
@@ -230,7 +238,7 @@ class WeightReload:
         try:
             with self._as_vllm():
                 loaded = load_weights(iter(tensors))
-        except _LOADERS_RAISE as error:  # many of its loaders assert, without a word
+        except _LOADERS_RAISE as error:  # many of vLLM's loaders assert without a message
             shown = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors[:8])
             raise EngineError(
                 f"the model could not load one of {shown}: {type(error).__name__} {error}", bucket=bucket
@@ -243,7 +251,7 @@ class WeightReload:
             name
             for name, _ in tensors
             if (parameter := names.parameter_of(name))
-            and ".experts." not in parameter  # a worker has some of the experts only
+            and ".experts." not in parameter  # a worker may have only some of the experts
             and tied.get(parameter, parameter) not in placed
         ]
         if ignored:
@@ -268,11 +276,11 @@ class WeightReload:
             torch.accelerator.synchronize(self._device)
 
     def check_whole(self) -> None:
-        """Check that everything came, where vLLM's worker itself completes the reload."""
+        """Check that everything came. For vLLM before 0.25, whose worker completes the reload itself."""
         self._slots.finish()
 
     def finish(self, version: int) -> None:
-        """What was loaded is `version`."""
+        """Note that the loaded weights are `version`, and served."""
         self._held = version
         self.weight_version = serving(version)
 
@@ -282,7 +290,7 @@ class WeightReload:
 
     @contextmanager
     def _as_vllm(self) -> Iterator[None]:
-        """What vLLM's loading code expects around it."""
+        """Set the context that vLLM's loading code expects: its config, no gradients, the device."""
         config = import_module("vllm.config")
         with ExitStack() as stack:
             stack.enter_context(config.set_current_vllm_config(self.config))
@@ -291,7 +299,7 @@ class WeightReload:
             yield
 
     def _put_back(self, model: torch.nn.Module, model_config: Any) -> None:
-        """Layers that an earlier update began and did not end get their tensors back, and forget what came."""
+        """Have layers that an unfinished update left open discard what came, and get their tensors back."""
         info_of = import_module(f"{_RELOAD}.layerwise").get_layerwise_info
         left = [info for layer in model.modules() if (info := info_of(layer)).can_load()]
         for info in left:

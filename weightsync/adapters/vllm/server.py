@@ -1,4 +1,4 @@
-"""One vLLM server as the ways into it see it: its HTTP, its profile, and what it says of itself."""
+"""One vLLM server as its paths see it: its HTTP, its profile, and what it reports of itself."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ BACKENDS = {
 
 
 class Hello(msgspec.Struct, kw_only=True):
-    """What one worker of ours says of itself."""
+    """The report of our plugin in one worker."""
 
     protocol: int
     rank: int
@@ -66,7 +66,7 @@ class Hello(msgspec.Struct, kw_only=True):
 
 
 def ticket_seconds(deadline: float, now: float) -> float:
-    """How long a worker may take over one call: its clock is not ours. Whole seconds."""
+    """Turn a deadline into whole seconds left, at least 1, for a worker with a clock of its own."""
     return float(max(ceil(deadline - now), 1))
 
 
@@ -80,17 +80,17 @@ class Server:
         self.choice = choice
         self.routes = routes
         self.world = world  # workers that read, replicas included
-        self.connector = False  # a KV connector keeps keys and values outside of the prefix cache
-        self._settings: Any = None  # what /server_info says; False where it fails
+        self.connector = False  # it has a KV connector, which keeps keys and values outside the prefix cache
+        self._settings: Any = None  # the answer of /server_info; False if it failed
 
     @property
     def profile(self) -> Profile:
-        """Which protocol it speaks."""
+        """The protocol that it speaks."""
         return self.choice.profile
 
     @classmethod
     async def find(cls, http: EngineHttp, *, deadline: float) -> Server:
-        """Ask for version, routes and size. Raises `EngineError` where it is no server that takes weights."""
+        """Ask for version, routes and size. Raises `EngineError` if it is no server that takes weights."""
         version = await version_of(http, deadline=deadline)
         routes = await find_routes(http, deadline=deadline)
         choice = choose(version, routes, engine=http.engine)
@@ -98,7 +98,7 @@ class Server:
         return cls(http, version, choice, routes, int(field(size, "world_size", int, "/get_world_size", http.engine)))
 
     async def settings(self, *, deadline: float) -> Any:
-        """What /server_info says, asked once; None where it fails, as in an environment without pip."""
+        """Ask for /server_info, once; None if it fails, as in an environment without pip."""
         if self._settings is None:
             try:
                 self._settings = await self.http.get("/server_info", {"config_format": "json"}, deadline=deadline)
@@ -107,7 +107,7 @@ class Server:
         return self._settings or None
 
     async def model(self, *, deadline: float) -> str | None:
-        """What it was started on, a path or a name on the hub; None where it does not say."""
+        """Ask for the model that it was started on, a path or a name on the hub; None if it does not say."""
         try:
             answer = await self.http.get("/v1/models", deadline=deadline)
             root = answer["data"][0]["root"]
@@ -116,7 +116,7 @@ class Server:
         return root if isinstance(root, str) else None
 
     async def workers(self, do: str, *, deadline: float, **request: Any) -> list[dict[str, Any]]:
-        """Call our method in every worker. Raises `EngineAnswer`, or `EngineError` for what is no answer of ours."""
+        """Call our method in every worker. Raises `EngineAnswer`, or `EngineError` for an answer that is not ours."""
         body = {"method": "weightsync", "args": [msgspec.json.encode({"do": do, **request}).decode()]}
         answer = await self.http.post("/collective_rpc", body, deadline=deadline)
         results = answer.get("results") if isinstance(answer, dict) else None
@@ -126,8 +126,10 @@ class Server:
         return results
 
     async def plugin(self, *, deadline: float) -> list[Hello] | None:
-        """What every worker says of itself; None where our plugin is in none. Of several workers that is asked in a way
-        that cannot fail: a call that does leaves a server without our plugin out of step.
+        """Ask every worker for its `Hello`; None if our plugin is not in them.
+
+        With several workers a call that cannot fail asks first whether the plugin is there: a failed call would leave a
+        server without our plugin out of step.
         """
         if self.world > 1 and not await self._marked(deadline=deadline):
             return None
@@ -143,7 +145,7 @@ class Server:
         return isinstance(results, list) and bool(results) and all(MARK in names for names in results)
 
     async def hello(self, *, deadline: float) -> list[Hello]:
-        """What every worker says of itself. Raises `EngineAnswer` where our plugin is in none."""
+        """Ask every worker for its `Hello`. Raises `EngineAnswer` if our plugin is not in them."""
         results = await self.workers("hello", deadline=deadline)
         try:
             workers = msgspec.convert(results, list[Hello])
@@ -163,7 +165,7 @@ def _other(engine: str, error: msgspec.ValidationError) -> EngineError:
 
 
 def told_of_replay(answers: Sequence[dict[str, Any]], engine: str) -> ReplayFacts | None:
-    """What the worker that replays least says of it; None where an older plugin says nothing."""
+    """Return the replay facts of the worker that replays least; None if the workers tell none, as older plugins."""
     try:
         told = [msgspec.convert(answer["replay"], ReplayFacts) for answer in answers if answer.get("replay")]
     except msgspec.ValidationError as error:
@@ -174,10 +176,11 @@ def told_of_replay(answers: Sequence[dict[str, Any]], engine: str) -> ReplayFact
 async def configured(
     server: Server, hello: Sequence[Hello] | None, *, deadline: float
 ) -> tuple[str | None, bool | None]:
-    """The weight-transfer backend a server was started with (None: none), and whether it lets pickles in over HTTP
-    (None: it does not say). `hello` is what its workers said, if they have our plugin.
+    """Find out a server's weight-transfer backend, and whether it takes pickles over HTTP.
 
-    Raises `EngineError` where it can only be asked by a call that may fail, and has several workers.
+    The backend is None if it was started without one; the second is None if it does not say. `hello` is what its
+    workers said, if they have our plugin. Raises `EngineError` if only a call that may fail could tell, and the server
+    has several workers.
     """
     try:
         info = await server.settings(deadline=deadline)
@@ -198,7 +201,7 @@ async def configured(
             "environment",
         )
     try:
-        # our own backend takes this, any other names itself in refusing it; neither does anything
+        # changes nothing: our own backend accepts it, and any other names itself in its refusal
         await server.http.post("/init_weight_transfer_engine", {"init_info": {"weightsync": 1}}, deadline=deadline)
     except EngineAnswer as answer:
         return backend_named(answer.reason), None
@@ -206,7 +209,7 @@ async def configured(
 
 
 async def has_connector(server: Server, hello: Sequence[Hello] | None, *, deadline: float) -> bool:
-    """Whether a server was started with a KV connector, as by `--kv-offloading-size`; `hello` as for `configured`."""
+    """Whether a server was started with a KV connector, as by `--kv-offloading-size`; `hello` as in `configured`."""
     if hello is not None:
         return hello[0].connector
     try:
@@ -217,7 +220,7 @@ async def has_connector(server: Server, hello: Sequence[Hello] | None, *, deadli
 
 
 def backend_named(reason: str) -> str | None:
-    """The backend that refused our init in these words."""
+    """Return the backend that refused our init with this reason; None for no backend, or an unknown reason."""
     if "not configured" in reason or "NoneType" in reason:
         return None
     _, found, rest = reason.partition("Invalid init_info for ")
@@ -226,7 +229,7 @@ def backend_named(reason: str) -> str | None:
 
 
 async def version_of(http: EngineHttp, *, deadline: float) -> str:
-    """What /version says."""
+    """Ask for /version. Raises `EngineError` if there is no such route."""
     try:
         answer = await http.get("/version", deadline=deadline)
     except EngineAnswer as error:
@@ -235,7 +238,7 @@ async def version_of(http: EngineHttp, *, deadline: float) -> str:
 
 
 async def find_routes(http: EngineHttp, *, deadline: float) -> frozenset[str]:
-    """Which of the routes that matter here the server has, from /openapi.json or by asking for each."""
+    """Find the server's routes, from /openapi.json or by asking for each one that a profile may need."""
     try:
         document = await http.get("/openapi.json", deadline=deadline)
         paths = document["paths"]
@@ -248,12 +251,12 @@ async def find_routes(http: EngineHttp, *, deadline: float) -> frozenset[str]:
         if await http.has("GET" if route in _GETS else "POST", route, deadline=deadline):
             found.append(route)
         elif route in DEV_ROUTES:
-            break  # not in development mode: none of the others is there
+            break  # the server is not in development mode, and has none of the others
     return frozenset(found)
 
 
 def field(answer: Any, name: str, kind: type, call: str, engine: str) -> Any:
-    """A field of an answer. Raises `EngineError` if it is missing or of another type."""
+    """Return a field of an answer. Raises `EngineError` if it is missing or of another type."""
     value = answer.get(name) if isinstance(answer, dict) else None
     if not isinstance(value, kind):
         raise EngineError(f"{call} answered without a {name!r} that is {kind.__name__}", engine=engine)
@@ -261,7 +264,7 @@ def field(answer: Any, name: str, kind: type, call: str, engine: str) -> Any:
 
 
 def first_names(names: Sequence[str], count: int, most: int = 5) -> str:
-    """A list for a sentence: the first few, and how many more there are."""
+    """Join the first few of `count` names for a sentence, and say how many more there are."""
     shown = list(names[:most])
     more = count - len(shown)
     return "; ".join(shown) + (f"; and {more} more" if more > 0 else "")
