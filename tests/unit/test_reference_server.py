@@ -321,6 +321,22 @@ def test_a_manifest_that_the_engine_forgot_is_shown_again(serve: Callable[..., S
     asyncio.run(push())
 
 
+def test_a_connection_in_use_is_not_kept_by_a_client_that_was_closed(serve: Callable[..., Served]) -> None:
+    served = serve()
+
+    async def calls() -> None:
+        async with connected(served) as hands:
+            assert isinstance(hands, ReferenceAdapter)
+            client = hands._http
+            asked = asyncio.create_task(client.request("GET", "/status", b"", timeout_seconds=10))
+            await asyncio.sleep(0)  # it is under way
+            await client.close()
+            await asked
+            assert client._idle == []
+
+    asyncio.run(calls())
+
+
 def test_connections_are_kept_and_made_anew_when_the_engine_was_restarted(
     serve: Callable[..., Served], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -393,6 +393,11 @@ def test_what_server_info_tells_and_an_order_asks_for(scheduler: Scheduler) -> N
     answer = scheduler.ask(orders.State())
     assert answer.success
     assert msgspec.json.decode(answer.message) == told
+    del running.tp_worker  # as in an SGLang that has it elsewhere: its scheduler must not end for that
+    later = SimpleNamespace(internal_state={"load": 1})
+    plugin._get_internal_state(later, running)
+    assert later.internal_state == {"load": 1}
+    running.tp_worker = SimpleNamespace(model_runner=model_runner)
     running._engine_paused, running.weight_updater.offload_tags = False, set()
     now = msgspec.json.decode(scheduler.ask(orders.State()).message, type=PluginState)
     assert (now.paused, now.asleep, now.incarnation) == (False, (), told["incarnation"])

@@ -54,6 +54,7 @@ class HttpClient:
         lines = [f"Host: {parts.netloc}", *(f"{name}: {value}" for name, value in headers.items())]
         self._headers = "\r\n".join(lines)
         self._idle: list[_Connection] = []
+        self._closed = False
 
     async def request(self, method: str, path: str, body: bytes, *, timeout_seconds: float) -> HttpResponse:
         """Send a request and read the answer.
@@ -74,14 +75,15 @@ class HttpClient:
         except BaseException:
             connection.writer.transport.abort()
             raise
-        if keep:
+        if keep and not self._closed:
             self._idle.append(connection)
         else:
             connection.writer.close()
         return response
 
     async def close(self) -> None:
-        """Drop idle connections. Connections in use are not touched."""
+        """Drop idle connections. Connections in use are closed once their answer is there."""
+        self._closed = True
         while self._idle:
             writer = self._idle.pop().writer
             writer.transport.abort()

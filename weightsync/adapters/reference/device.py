@@ -46,6 +46,7 @@ class _Prepared(NamedTuple):
     residents: Table
     buckets: CheckedBuckets
     wanted: tuple[Wanted, ...]
+    owners: int  # bridges that buckets come from, each on a stream of its own
 
 
 class DeviceParameters:
@@ -94,15 +95,14 @@ class DeviceParameters:
         ]
         buckets = CheckedBuckets(self._kernel, plan.manifest)
         table = self._kernel.table(joined(residents))
-        return _Prepared(plan, tuple(copies), table, buckets, wanted(plan, list(self._bases)))
+        owners = 1 + int(plan.manifest.bucket_owner.max(initial=0))
+        return _Prepared(plan, tuple(copies), table, buckets, wanted(plan, list(self._bases)), owners)
 
     def load(self, prepared: _Prepared, bucket: int, lease: Lease) -> None:
         """Queue the copies of a bucket. Its lease is released when the GPU is past them."""
-        manifest = prepared.plan.manifest
-        owner, owners = int(manifest.bucket_owner[bucket]), 1 + int(manifest.bucket_owner.max())
-        while len(self._streams) < owners:
+        while len(self._streams) < prepared.owners:
             self._streams.append(torch.cuda.Stream(self._device))
-        stream = self._streams[owner]
+        stream = self._streams[int(prepared.plan.manifest.bucket_owner[bucket])]
         try:
             if self._trial is not None:
                 self._try(self._trial, prepared, bucket, lease, stream)
@@ -145,7 +145,7 @@ class DeviceParameters:
             stream=stream,
             bases=self._pointers,
             slot=slot,
-            share=len(self._streams),
+            share=prepared.owners,
         )
 
     def _try(self, trial: Trial, prepared: _Prepared, bucket: int, lease: Lease, stream: torch.cuda.Stream) -> None:

@@ -113,14 +113,14 @@ class _Worker:
         if refused := why_not_updated(models):
             return msgspec.json.encode(orders.Accepted(refused=refused)).decode()
         manifest = self._manifests.of(order.manifest)
-        unknown: set[str] = set(manifest.tensors.names)
+        nowhere: set[str] = set(manifest.tensors.names)
         looked_up = [look_up(model, manifest.tensors.names) for model in models]
-        for nowhere, _ in looked_up:
-            unknown &= set(nowhere)  # a name is known if the target or its draft has it
-        known = tuple(name for name in manifest.tensors.names if name in unknown)
+        for missing, _ in looked_up:
+            nowhere &= set(missing)  # a name is known if the target or its draft has it
+        unknown = tuple(name for name in manifest.tensors.names if name in nowhere)
         left = looked_up[0][1]
         untouched = None if left is None else tuple(left)
-        return msgspec.json.encode(orders.Accepted(unknown=known, untouched=untouched)).decode()
+        return msgspec.json.encode(orders.Accepted(unknown=unknown, untouched=untouched)).decode()
 
     def _begin(self, models: list[Any], order: orders.Begin, rank: int, *, experts_move: bool) -> str:
         if refused := why_not_updated(models):  # stock SGLang asks before each update, too
@@ -322,4 +322,9 @@ def _experts_move(manager: Any) -> bool:
 
 
 def _get_internal_state(result: Any, scheduler: Any, *_: Any) -> None:
-    result.internal_state["weightsync"] = _worker.state_of(scheduler)
+    try:
+        state = _worker.state_of(scheduler)
+    except Exception:  # raised further, it would end the scheduler
+        logger.exception("weightsync: the scheduler of this SGLang cannot be read; the plugin does not show itself")
+        return
+    result.internal_state["weightsync"] = state
