@@ -323,8 +323,8 @@ def test_a_node_with_ranks_that_is_lost_ends_the_push(kind):
 
 def without_slots(world: World, node: str) -> World:
     """Its node was not connected when the push began."""
-    world.session._capacity = {place: count for place, count in world.session._capacity.items() if place[0] != node}
-    world.session._free = {place: free for place, free in world.session._free.items() if place[0] != node}
+    world.session.capacity = {place: count for place, count in world.session.capacity.items() if place[0] != node}
+    world.session.free = {place: free for place, free in world.session.free.items() if place[0] != node}
     return world
 
 
