@@ -100,6 +100,18 @@ def test_a_node_that_loads_fewer_buckets_than_it_was_asked_to_is_found_out():
     assert outcomes(world)["a"] == "committed"
 
 
+def test_a_node_that_loads_fewer_buckets_than_it_was_asked_to_into_the_last_engine_ends_the_push():
+    world = World(buckets=9, slots=6, engines={"b": "away"})
+    world.open_all()
+    while not any(isinstance(i, do.LoadBucket) and i.count > 1 for i in world.pending):
+        world.run_some(lambda i: not isinstance(i, do.LoadBucket) or len(world.pending) == 1)
+    asked = next(i for i in world.pending if isinstance(i, do.LoadBucket))
+    world.pending.remove(asked)
+    world.hear(ev.BucketLoaded(engine="b", bucket=asked.bucket))
+    assert world.session.state is State.TORN
+    assert "says that it loaded 1 of buckets" in str(world.ended[0].error)
+
+
 def test_engines_resume_only_when_all_are_verified():
     world = World()
     world.open_all()

@@ -55,7 +55,7 @@ _TRANSFERRING: dict[type[ev.Event], Row] = {
     ev.BucketExported: (transferring.on_bucket_exported, ()),
     ev.EngineBegun: (transferring.on_engine_begun, (_C,)),
     ev.BucketRelayed: (transferring.on_bucket_relayed, (_C, _ABORT, _TORN)),
-    ev.BucketLoaded: (transferring.on_bucket_loaded, (_C,)),
+    ev.BucketLoaded: (transferring.on_bucket_loaded, (_C, _TORN)),  # torn: a follower of another version
     ev.BucketReleased: (transferring.on_bucket_released, (_C, _ABORT, _TORN)),
     ev.EngineResumed: (committing.on_engine_resumed, ()),  # of one that has left untouched
     ev.EngineFailed: (failing.on_engine_failed, (_C, _ABORT, _TORN)),
