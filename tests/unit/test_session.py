@@ -280,6 +280,20 @@ def test_an_engine_that_left_torn_and_never_answers_is_told_to_pause_all_the_sam
     assert any(isinstance(i, do.PauseEngine) and i.engine == "b" for i in world.pending)
 
 
+def test_an_engine_that_left_while_it_was_paused_and_never_answers_is_told_to_resume_all_the_same():
+    world = World(engines=REMOTE)
+    world.open_all()
+    pause = world.run_until(do.PauseEngine, engine="b")
+    world.hear(ev.BridgeLost(node="away", bridge=0, error=ERROR))
+    world.hear(ev.StopRequested(reason="stopping"))
+    world.hear(ev.StopRequested(reason="stopping"))
+    assert world.session.done
+    world.succeed(next(i for i in world.pending if isinstance(i, do.ResumeEngine) and i.engine == "b"))
+    world.succeed(pause)  # of which is heard late
+    assert world.models["b"].serving
+    world.check_done()
+
+
 def test_the_home_bridge_that_dies_ends_the_push():
     world = World()
     world.open_all()
