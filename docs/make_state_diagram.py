@@ -20,9 +20,9 @@ BEGIN, END = "<!-- made by make_state_diagram.py -->", "<!-- end -->"
 def edges() -> dict[tuple[State, State], list[str]]:
     """Which states lead to which other ones, by which events."""
     found: dict[tuple[State, State], list[str]] = {}
-    for (state, event), (method, follows) in TRANSITIONS.items():
+    for (state, event), (rule, follows) in TRANSITIONS.items():
         for target in follows:
-            if method.__name__ != "_ignore" and target is not state:
+            if rule.__name__ != "ignore" and target is not state:
                 found.setdefault((state, target), []).append(event.__name__)
     return found
 
@@ -38,15 +38,15 @@ def diagram(*, events: bool) -> str:
 
 
 def rows(state: State) -> list[tuple[str, str, str]]:
-    """What each event means in a state: the event, the method that decides, the states that may follow."""
+    """What each event means in a state: the event, the rule that decides, the states that may follow."""
     return [
         (
             f"`{event.__name__}`",
-            f"`{method.__name__.removeprefix('_')}`",
+            f"`{rule.__module__.rpartition('.')[2]}.{rule.__name__}`",
             ", ".join(str(s) for s in dict.fromkeys(follows)),
         )
-        for (of, event), (method, follows) in TRANSITIONS.items()
-        if of is state and method.__name__ != "_ignore"
+        for (of, event), (rule, follows) in TRANSITIONS.items()
+        if of is state and rule.__name__ != "ignore"
     ]
 
 
@@ -60,13 +60,13 @@ def tables() -> str:
     moving = ["| state | event | decided by | may lead to |", "|---|---|---|---|"]
     staying = ["| state | event | decided by |", "|---|---|---|"]
     for state in (s for s in State if not s.ended):
-        for event, method, after in rows(state):
-            line = f"| {state} | {event} | {method} |"
+        for event, rule, after in rows(state):
+            line = f"| {state} | {event} | {rule} |"
             (moving if after else staying).append(f"{line} {after} |" if after else line)
     ends = [state for state in State if state.ended]
     if any(rows(state) != rows(ends[0]) for state in ends):
         raise SystemExit("the states that end a push differ in what they hear: give each a table of its own")
-    ended = ["| event | decided by |", "|---|---|", *(f"| {event} | {method} |" for event, method, _ in rows(ends[0]))]
+    ended = ["| event | decided by |", "|---|---|", *(f"| {event} | {rule} |" for event, rule, _ in rows(ends[0]))]
     last = ", ".join(ends[:-1]) + f" or {ends[-1]}"
     lines = [
         *moving,

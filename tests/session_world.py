@@ -109,6 +109,7 @@ class World:
         self.holds: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot, as the books of its bridge say
         self.void: set[int] = set()  # exports under way into an arena that is gone by now, by id
         self.writing: dict[tuple[int, int], do.Slot] = {}  # (rank, bucket) → slot that the rank may still write into
+        self.told: dict[str, do.Instruction] = {}  # to pause or resume, last: an engine does what it is told in turn
         self.evicted: set[str] = set()
         self.gone: set[str] = set()  # nodes that answer nothing any more
         self.ended: list[do.EndPush] = []
@@ -228,7 +229,11 @@ class World:
                     held = [key for key, place in self.holds.items() if place == slot]
                     assert not held, f"{slot} is exported while {held} hold it: the bridge refuses"
                     self.pending.append(instruction)
+                case do.PauseEngine(engine=name):
+                    self.told[name] = instruction
+                    self.pending.append(instruction)
                 case do.ResumeEngine():
+                    self.told[instruction.engine] = instruction
                     model = self.models[instruction.engine]
                     whole = model.finished and sorted(model.loaded) == list(range(len(self.plan)))
                     assert whole or not model.begun, f"{instruction.engine} is resumed with a mixture"
@@ -271,7 +276,8 @@ class World:
             case do.AcceptEngine(engine=name):
                 return ev.EngineAccepted(engine=name, draws=name in self.draws)
             case do.PauseEngine(engine=name, mode=mode):
-                self.models[name].serving &= mode == "none"
+                if self.told[name] is instruction:
+                    self.models[name].serving &= mode == "none"
                 return ev.EnginePaused(engine=name)
             case do.BeginEngine(engine=name):
                 model = self.models[name]
@@ -329,7 +335,8 @@ class World:
             case do.VerifyEngine(engine=name):
                 return ev.EngineVerified(engine=name, checked=3)
             case do.ResumeEngine(engine=name):
-                self.models[name].serving = True
+                if self.told[name] is instruction:
+                    self.models[name].serving = True
                 return ev.EngineResumed(engine=name)
         raise AssertionError(f"unknown instruction {instruction}")
 

@@ -17,7 +17,7 @@ import msgspec
 from weightsync.errors import EngineError, EngineLost, LocalProtocolError, WeightSyncError
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
-from weightsync.session.state import buckets
+from weightsync.session.words import buckets
 from weightsyncd.delivery import Deliveries
 from weightsyncd.engines import SOON
 from weightsyncd.exports import NodeExports, joins_group

@@ -21,7 +21,7 @@ import msgspec
 
 from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout, WeightSyncError
 from weightsync.session import events as ev
-from weightsync.session.state import rank_failed
+from weightsync.session.words import rank_failed
 from weightsync.wire import messages as msg
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push

@@ -177,6 +177,9 @@ class AnyOrder(RuleBasedStateMachine):
     def promises_hold(self):
         session = self.world.session
         session.validate()
+        due = session.deadline()
+        if due is None or self.world.now < due:
+            assert not session.handle(ev.Tick(), self.world.now), "what is possible was not asked for at once"
         assert len(self.world.ended) == int(session.ended)
         if session.error is not None and session.error.kind == "PushTimeout":
             assert session.error.phase is not None

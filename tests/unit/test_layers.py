@@ -16,11 +16,11 @@ ROOT = Path(__file__).parent.parent.parent
 FOLDERS = {"weightsync": ROOT, "weightsyncd": ROOT / "daemon"}
 
 
-def layers() -> list[str]:
-    page = (ROOT / "docs" / "design.md").read_text().split("### Layers\n")[1].split("\n#")[0]
-    return [
-        name for line in re.findall(r"^\d+\. ([^:]+):", page, re.MULTILINE) for name in re.findall(r"`(\w+)`", line)
-    ]
+def listed(page: str, heading: str) -> list[str]:
+    """The names of a page's numbered list, each of which may import those before it."""
+    part = (ROOT / "docs" / page).read_text().split(f"{heading}\n")[1].split("\n#")[0]
+    lines = re.findall(r"^\d+\. ([^:]+):", part, re.MULTILINE)
+    return [name for line in lines for name in re.findall(r"`(\w+)`", line)]
 
 
 def layer(module: str) -> str:
@@ -30,7 +30,7 @@ def layer(module: str) -> str:
 
 
 def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
-    """Line and module of all that is imported when the code runs, at its beginning or later."""
+    """Line of all that is imported when the code runs, at its beginning or later, and its module, or a name in that."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             continue
@@ -40,12 +40,12 @@ def imports(tree: ast.AST) -> Iterator[tuple[int, str]]:
             homes = weightsync._HOMES
             yield from ((node.lineno, homes.get(name.name, f"weightsync.{name.name}")) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module or ""
+            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
         yield from imports(node)
 
 
 def test_imports_point_down():
-    order, wrong, seen = layers(), [], set[str]()
+    order, wrong, seen = listed("design.md", "### Layers"), [], set[str]()
     for package, folder in FOLDERS.items():
         for file in (folder / package).rglob("*.py"):
             parts = file.relative_to(folder).with_suffix("").parts
@@ -59,3 +59,14 @@ def test_imports_point_down():
                     wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}: {here} lies below {there}")
     assert sorted(order) == sorted(seen), "docs/design.md (Layers) lists all there are, each once"
     assert not wrong, "imports that point up (docs/design.md, Layers):\n" + "\n".join(wrong)
+
+
+def test_modules_of_the_session_import_those_before_them():
+    order = listed("session.md", "## How an event is answered")
+    files = {file.stem: file for file in (ROOT / "weightsync" / "session").glob("*.py") if file.stem != "__init__"}
+    assert sorted(order) == sorted(files), "docs/session.md lists all there are, each once"
+    for here, file in files.items():
+        for line, name in imports(ast.parse(file.read_text())):
+            *package, module = name.split(".")[:3]
+            if package == ["weightsync", "session"]:
+                assert module in order[: order.index(here)], f"{file.name}:{line} imports {module}"

@@ -100,6 +100,18 @@ def test_a_node_that_loads_fewer_buckets_than_it_was_asked_to_is_found_out():
     assert outcomes(world)["a"] == "committed"
 
 
+def test_a_node_that_loads_fewer_buckets_than_it_was_asked_to_into_the_last_engine_ends_the_push():
+    world = World(buckets=9, slots=6, engines={"b": "away"})
+    world.open_all()
+    while not any(isinstance(i, do.LoadBucket) and i.count > 1 for i in world.pending):
+        world.run_some(lambda i: not isinstance(i, do.LoadBucket) or len(world.pending) == 1)
+    asked = next(i for i in world.pending if isinstance(i, do.LoadBucket))
+    world.pending.remove(asked)
+    world.hear(ev.BucketLoaded(engine="b", bucket=asked.bucket))
+    assert world.session.state is State.TORN
+    assert "says that it loaded 1 of buckets" in str(world.ended[0].error)
+
+
 def test_engines_resume_only_when_all_are_verified():
     world = World()
     world.open_all()
@@ -268,6 +280,20 @@ def test_an_engine_that_left_torn_and_never_answers_is_told_to_pause_all_the_sam
     assert any(isinstance(i, do.PauseEngine) and i.engine == "b" for i in world.pending)
 
 
+def test_an_engine_that_left_while_it_was_paused_and_never_answers_is_told_to_resume_all_the_same():
+    world = World(engines=REMOTE)
+    world.open_all()
+    pause = world.run_until(do.PauseEngine, engine="b")
+    world.hear(ev.BridgeLost(node="away", bridge=0, error=ERROR))
+    world.hear(ev.StopRequested(reason="stopping"))
+    world.hear(ev.StopRequested(reason="stopping"))
+    assert world.session.done
+    world.succeed(next(i for i in world.pending if isinstance(i, do.ResumeEngine) and i.engine == "b"))
+    world.succeed(pause)  # of which is heard late
+    assert world.models["b"].serving
+    world.check_done()
+
+
 def test_the_home_bridge_that_dies_ends_the_push():
     world = World()
     world.open_all()
@@ -323,8 +349,8 @@ def test_a_node_with_ranks_that_is_lost_ends_the_push(kind):
 
 def without_slots(world: World, node: str) -> World:
     """Its node was not connected when the push began."""
-    world.session._capacity = {place: count for place, count in world.session._capacity.items() if place[0] != node}
-    world.session._free = {place: free for place, free in world.session._free.items() if place[0] != node}
+    world.session.capacity = {place: count for place, count in world.session.capacity.items() if place[0] != node}
+    world.session.free = {place: free for place, free in world.session.free.items() if place[0] != node}
     return world
 
 

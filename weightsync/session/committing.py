@@ -5,70 +5,76 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from weightsync.session import instructions as do
-from weightsync.session.ending import Ending
+from weightsync.session.ending import end_when_all_ended
+from weightsync.session.engines import answered, ask, succeeded
 from weightsync.session.state import State
 from weightsync.session.tracks import EngineStage
 
 if TYPE_CHECKING:
     from weightsync.session import events as ev
-    from weightsync.session.instructions import Instruction
+    from weightsync.session.state import PushState
 
-__all__ = ["Committing"]
+__all__ = ["begin_commit", "commit_on", "on_engine_finished", "on_engine_resumed", "on_engine_verified"]
 
 
-class Committing(Ending):
-    """Rules of the state COMMITTING."""
+# --- what is heard --------------------------------------------------------------------------------------------------
 
-    def _begin_commit(self, now: float, out: list[Instruction]) -> None:
-        self.state = State.COMMITTING
-        if any(engine.draws for engine in self._live()):
-            out.append(do.ReleaseWeights())
-        for engine in self._live():
-            engine.stage = EngineStage.FINISHING
-            self._ask(engine, "finish", now)
-            out.append(do.FinishEngine(engine=engine.name, deadline=self._until(now)))
 
-    def _on_engine_finished(self, event: ev.EngineFinished, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "finish", now, out)
-        if engine is None:
-            return
-        engine.stage = EngineStage.VERIFYING
-        self._ask(engine, "verify", now)
-        out.append(do.VerifyEngine(engine=engine.name, deadline=self._until(now)))
+def on_engine_finished(push: PushState, event: ev.EngineFinished) -> None:
+    engine = succeeded(push, event.engine, "finish")
+    if engine is None:
+        return
+    engine.stage = EngineStage.VERIFYING
+    ask(push, engine, "verify")
+    push.issue(do.VerifyEngine(engine=engine.name, deadline=push.until()))
 
-    def _on_engine_verified(self, event: ev.EngineVerified, now: float, out: list[Instruction]) -> None:
-        engine = self._succeeded(event.engine, "verify", now, out)
-        if engine is None:
-            return
+
+def on_engine_verified(push: PushState, event: ev.EngineVerified) -> None:
+    engine = succeeded(push, event.engine, "verify")
+    if engine is not None:
         engine.stage, engine.checked = EngineStage.VERIFIED, event.checked
-        self._resume_when_verified(now, out)
 
-    def _resume_when_verified(self, now: float, out: list[Instruction]) -> None:
-        """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
-        can. Also those that this push did not pause: an earlier one may have left them so, or they paused themselves.
-        None before all have released what they read, long before in most pushes: one that has read other bytes than
-        were sent is found out then, and may not be resumed. One that never releases is evicted within the time of an
-        operation after it has loaded.
-        """
-        live = self._live()
-        if any(e.stage is not EngineStage.VERIFIED for e in live) or self._held():
-            return
+
+def on_engine_resumed(push: PushState, event: ev.EngineResumed) -> None:
+    engine = answered(push, event.engine, "resume")
+    if engine is None:
+        return
+    engine.stage = EngineStage.COMMITTED
+    engine.seconds = push.now - engine.began
+    for keeper in push.live():  # what one engine serves is worth keeping; nobody waits long for that
+        if keeper.keeper and keeper.stage is EngineStage.VERIFIED:
+            keeper.stage = EngineStage.RESUMING
+            ask(push, keeper, "resume")
+            until = min(push.until(), push.now + push.grace)
+            push.issue(do.ResumeEngine(engine=keeper.name, deadline=until))
+
+
+# --- going on -------------------------------------------------------------------------------------------------------
+
+
+def begin_commit(push: PushState) -> None:
+    """Everything is loaded, and nobody reads the weights themselves any more: ranks may change them again."""
+    push.state = State.COMMITTING
+    if any(engine.draws for engine in push.live()):
+        push.issue(do.ReleaseWeights())
+    for engine in push.live():
+        engine.stage = EngineStage.FINISHING
+        ask(push, engine, "finish")
+        push.issue(do.FinishEngine(engine=engine.name, deadline=push.until()))
+
+
+def commit_on(push: PushState) -> None:
+    """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
+    can. Also those that this push did not pause: an earlier one may have left them so, or they paused themselves.
+    None before all have released what they read, long before in most pushes: one that has read other bytes than
+    were sent is found out then, and may not be resumed. One that never releases is evicted within the time of an
+    operation after it has loaded.
+    """
+    live = push.live()
+    if all(engine.stage is EngineStage.VERIFIED for engine in live) and not push.held():
         for engine in live:
             if not engine.keeper:
                 engine.stage = EngineStage.RESUMING
-                self._ask(engine, "resume", now)
-                out.append(do.ResumeEngine(engine=engine.name, deadline=self._until(now)))
-
-    def _on_engine_resumed(self, event: ev.EngineResumed, now: float, out: list[Instruction]) -> None:
-        engine = self._answered(event.engine, "resume", now, out)
-        if engine is None:
-            return
-        engine.stage = EngineStage.COMMITTED
-        engine.seconds = now - self._begun_at.get(engine.name, now)
-        for keeper in self._live():  # what one engine serves is worth keeping; nobody waits long for that
-            if keeper.keeper and keeper.stage is EngineStage.VERIFIED:
-                keeper.stage = EngineStage.RESUMING
-                self._ask(keeper, "resume", now)
-                until = min(self._until(now), now + self.grace)
-                out.append(do.ResumeEngine(engine=keeper.name, deadline=until))
-        self._end_when_all_ended(now, out)
+                ask(push, engine, "resume")
+                push.issue(do.ResumeEngine(engine=engine.name, deadline=push.until()))
+    end_when_all_ended(push)

@@ -68,6 +68,7 @@ class EngineTrack:
     draws: bool = False  # it reads the trainer's memory, or has it delivered, and no buckets
     shown: bool = False  # bridges know where to deliver it
     error: ErrorRecord | None = None
+    began: float = 0.0  # when it was asked to pause
     seconds: float = 0.0  # from pause to resume
 
 
