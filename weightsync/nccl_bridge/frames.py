@@ -1,8 +1,8 @@
 """Commands and replies as frames on the pipe between the daemon and a bridge.
 
 A frame is a little-endian u32 length and a MessagePack map, either a `Request` or a `Response`. Both ends are processes
-of one user that started from one installation, so nothing is negotiated; bytes are bounded and validated all the same,
-because a half-written frame of a killed process must be an error and not a strange command.
+of one user and one installation, so nothing is negotiated. Bytes are bounded and validated all the same: a half-written
+frame of a killed process must be an error and not a strange command.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = [
     "frame_length",
 ]
 
-MAX_FRAME = 2**28  # bytes; a `Deliver` tells once where each tensor of a model lies, of which there may be 100,000
+MAX_FRAME = 2**28  # bytes; a `Prepare` may tell where each of a model's tensors lies, and there may be 100,000
 HEADER = struct.Struct("<I")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A command on the pipe. `timeout` is in seconds from when the bridge reads it; it answers by then."""
+    """A command on the pipe. The bridge answers within `timeout` seconds of reading it."""
 
     id: Natural
     timeout: Annotated[float, Meta(ge=0, le=1e6)]
