@@ -1,16 +1,16 @@
 """A 64-bit fingerprint of a tensor's bytes that adds up over any partition of the tensor into boxes.
 
-Every trainer rank fingerprints the boxes it sends, every engine rank the boxes it holds; the sums (mod 2^64) agree if
-the bytes do, however differently the two sides cut the tensor, and no one needs to hold the whole of it. Definition,
-fixed for good because peers of different versions compare it:
+Every trainer rank fingerprints the boxes that it sends, every engine rank the boxes that it holds. The sums (mod 2^64)
+agree if the bytes do, however differently the two sides cut the tensor, and no process needs to hold all of it. The
+definition is fixed for good, because peers of different versions compare fingerprints:
 
-    A tensor is rows along dimension 0; one of no or one dimension is a single row. Each row's bytes, in row-major order
-    and padded with zeros, are little-endian words of 8 bytes.
+    A tensor is rows along dimension 0; a tensor of no or one dimension is a single row. Each row's bytes, in row-major
+    order and padded with zeros, are little-endian words of 8 bytes.
     F = sum over rows r and words c of A(r) * B(c) * word[r, c]  mod 2^64
     B(c) = splitmix64(c) | 1,  A(r) = splitmix64(2^63 + r) | 1,  splitmix64(i) the i-th output for seed 0
 
-Any single changed byte changes F, since A and B are odd; any other difference does but for a chance of about 2^-60. It
-guards against mistakes, not against forgers. Pure numpy: the common case is one `einsum` at about the speed of memory.
+Any single changed byte changes F, since A and B are odd. Any other difference goes unseen with a chance of about 2^-60.
+It guards against mistakes, not against forgers. Pure numpy: the common case is one `einsum` at about memory speed.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ if TYPE_CHECKING:
 __all__ = ["bucket_sum", "combine", "fingerprint"]
 
 _MASK = (1 << 64) - 1
-_BLOCK = 1 << 15  # words of one step where bytes must be padded: they stay in a core's second-level cache (256 KiB)
-_ALIGNED_BLOCK = 1 << 18  # words of one step elsewhere: long streams are what memory does best
+_BLOCK = 1 << 15  # words of one step if bytes must be padded: they stay in a core's second-level cache (256 KiB)
+_ALIGNED_BLOCK = 1 << 18  # words of one step otherwise: memory is fastest for long streams
 _STEP_ROWS = 1 << 20
-_COPIED_STEP = 1 << 24  # bytes: what is copied at a time where memory layout or runs of several phases force a copy
-_TABLE = 1 << 21  # words: coefficients of longer rows are worked out each time, at about 1 GB/s
+_COPIED_STEP = 1 << 24  # bytes copied at a time if the memory layout, or runs of several phases, force a copy
+_TABLE = 1 << 21  # words; coefficients beyond these are computed each time, at about 1 GB/s
 
 
 def combine(parts: Iterable[int]) -> int:
-    """The fingerprint of what the boxes behind `parts` make up together."""
+    """Return the fingerprint of disjoint boxes together, from the fingerprint of each."""
     return sum(parts) & _MASK
 
 
 def bucket_sum(tensors: npt.NDArray[np.integer[Any]], fingerprints: Words) -> int:
-    """The checksum of a bucket, from the fingerprints of what lies in it of each tensor (by index in the manifest).
+    """Return a bucket's checksum, from the fingerprints of its pieces and their tensors' indices in the manifest.
 
-    It adds up over parts as they do; each is weighted by its tensor, so that no two can take each other's place.
+    Checksums add up over parts as fingerprints do. Each is weighted by its tensor, so that swapped pieces are noticed.
     """
     weights = splitmix64(tensors.astype(np.uint64)) | np.uint64(1)
     return int((weights * fingerprints).sum(dtype=np.uint64))
@@ -57,12 +57,12 @@ def bucket_sum(tensors: npt.NDArray[np.integer[Any]], fingerprints: Words) -> in
 def fingerprint(
     data: Bytes, *, itemsize: int, global_shape: tuple[int, ...], offset: tuple[int, ...], shape: tuple[int, ...]
 ) -> int:
-    """What the box `shape` at `offset` (elements) contributes to the fingerprint of a tensor of `global_shape`.
+    """Return what the box `shape` at `offset` (elements) contributes to the fingerprint of a tensor of `global_shape`.
 
     `data` is uint8 and holds the box's bytes in row-major order: either one-dimensional and contiguous, or of shape
-    `(*shape[:-1], shape[-1] * itemsize)` with any strides. It is not copied where its last dimension is contiguous and
-    the box's rows begin and end on words of the tensor; elsewhere a bounded amount at a time is. Raises `ValueError`
-    when shapes and bytes do not fit each other.
+    `(*shape[:-1], shape[-1] * itemsize)` with any strides. Nothing is copied if its last dimension is contiguous and
+    the box's rows begin and end on words of the tensor; otherwise a bounded amount is copied at a time. Raises
+    `ValueError` if shapes and bytes do not fit each other.
     """
     if not len(global_shape) == len(offset) == len(shape) or any(
         o < 0 or s < 0 or o + s > g for o, s, g in zip(offset, shape, global_shape, strict=True)
@@ -93,7 +93,7 @@ def fingerprint(
 
 
 def _sum(data: Bytes, starts: npt.NDArray[np.int64], first_row: int) -> int:
-    """The sum for rows of equally long runs: `data` [rows, runs, bytes]."""
+    """Return the sum for rows of equally long runs: `data` [rows, runs, bytes]."""
     sums = np.zeros(len(data), dtype=np.uint64)
     if len(starts) == 1:
         _add_runs(sums, data, starts // 8, int(starts[0]) % 8)
@@ -110,7 +110,7 @@ def _add_runs(sums: Words, data: Bytes, words: npt.NDArray[np.int64], phase: int
     _, runs, length = data.shape
     aligned = phase == 0 and length % 8 == 0 and data.strides[2] == 1
     block = _ALIGNED_BLOCK if aligned else _BLOCK
-    # A long run is cut where words of the tensor begin; short ones are taken several at a time.
+    # A long run is cut where words of the tensor begin; short runs are taken several at a time.
     for cut in range(0, phase + length, 8 * block):
         begin, end = max(0, cut - phase), min(length, cut + 8 * block - phase)
         lead = phase if cut == 0 else 0
@@ -126,7 +126,7 @@ def _add_runs(sums: Words, data: Bytes, words: npt.NDArray[np.int64], phase: int
 
 
 def _add_padded(sums: Words, part: Bytes, lead: int, coefficients: Words) -> None:
-    """Add runs to each row's sum: words from `lead` zero bytes and the run's, times `coefficients` [runs, words]."""
+    """Add runs to each row's sum. A run's words are `lead` zero bytes, then its own; `coefficients` [runs, words]."""
     rows, runs, length = part.shape
     width = coefficients.shape[1]
     step = max(1, _BLOCK // (runs * width))
@@ -139,7 +139,7 @@ def _add_padded(sums: Words, part: Bytes, lead: int, coefficients: Words) -> Non
 
 
 class _Coefficients:
-    """One stretch of the generator, made odd; its beginning is kept in a table that grows as it is asked for."""
+    """The generator's outputs from `base` on, made odd. A table keeps the first of them, and grows on demand."""
 
     def __init__(self, base: int) -> None:
         self._base = np.uint64(base)
@@ -150,18 +150,18 @@ class _Coefficients:
         return made
 
     def _beginning(self, need: int) -> Words | None:
-        table = self._table  # threads may both grow it: each uses its own, every entry is the same
+        table = self._table  # two threads may both grow it: each uses its own table, with the same entries
         if len(table) < need <= _TABLE:
             table = self._table = self._made(np.arange(min(_TABLE, max(1024, 1 << (need - 1).bit_length()))))
         return table if need <= len(table) else None
 
     def stretch(self, first: int, count: int) -> Words:
-        """The coefficients first, first + 1, …; [count]."""
+        """Return the coefficients first, first + 1, …; [count]."""
         table = self._beginning(first + count)
         return self._made(np.arange(first, first + count)) if table is None else table[first : first + count]
 
     def stretches(self, first: npt.NDArray[np.int64], count: int) -> Words:
-        """Several stretches, [len(first), count]."""
+        """Return several stretches, [len(first), count]."""
         if len(first) == 1:
             return self.stretch(int(first[0]), count)[None]
         table = self._beginning(int(first.max()) + count)
