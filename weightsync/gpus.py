@@ -110,7 +110,7 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:
-    """Return those of `gpus` that a process started with `environment` sees: UUIDs by its ordinals.
+    """Return the GPUs among `gpus` that a process started with `environment` sees: UUIDs by its ordinals.
 
     CUDA's own rules: numbers count in the driver's order, UUIDs may be shortened, and the list ends before the first
     entry that names no GPU. Raises `ConfigError` for MIG instances, which cannot share memory with each other.

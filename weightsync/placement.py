@@ -95,8 +95,9 @@ def _chosen(config: NodeConfig, environment: Mapping[str, str], gpus: Sequence[G
 
 
 def _slot_bytes(gpus: Sequence[Gpu], slots: int) -> int:
-    """Return the bytes of a slot: the largest power of two at which all slots are at most `_SHARE` of a GPU's free
-    memory, between `_SMALLEST` and `_LARGEST`.
+    """Return the bytes of a slot: the largest power of two at which all slots are at most `_SHARE` of each GPU.
+
+    The share is of the memory that is free now. The result stays between `_SMALLEST` and `_LARGEST`.
     """
     least = min((gpu.free for gpu in gpus if gpu.free is not None), default=0)
     size = _LARGEST

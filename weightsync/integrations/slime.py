@@ -8,7 +8,7 @@ mapping that `--custom-config-path FILE.yaml` sets:
 
     weightsync: {model: policy, pause: abort, timeout: 600, router: "http://10.0.0.1:30000"}
 
-slime is not on PyPI. This module was written from its sources, and not run: `slime/backends/megatron_utils/actor.py`
+slime is not on PyPI. This was written from its sources, and not run with them: `slime/backends/megatron_utils/actor.py`
 (028e290), `…/initialize.py` (1d907a2), `…/update_weight/update_weight_from_disk.py` (5a3552f),
 `…/hf_weight_iterator_direct.py` (102a6b3) and `slime/backends/sglang_utils/sglang_engine.py` (03b32d8).
 """
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 
 _ACTOR = "slime.backends.megatron_utils.actor"
 _ITERATORS = "slime.backends.megatron_utils.update_weight.hf_weight_iterator"
-# The actor's names for what makes its updater: one of the classes or, in later versions, a function called likewise.
+# The actor's names of its updater: one of these classes or, in later versions, a function with the same arguments.
 _CHOICES = ("create_weight_updater", "UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
 _STATUS_SECONDS = 10.0  # a fresh look at all nodes takes as long as its slowest engine
 _PREFIX = "slime-"  # names of engines that this module adds begin with it

@@ -103,9 +103,9 @@ class Store:
         self._finished = True
 
     def commit(self) -> None:
-        """Keep the finished update. Tensors that it did not bring stay if the version kept before is the engines' own.
+        """Keep the finished update. Raises `LocalProtocolError` if none was finished.
 
-        Raises `LocalProtocolError` if no update was finished.
+        Tensors that the update did not bring stay if the kept version is the one that was committed last before it.
         """
         if not self._finished:
             raise LocalProtocolError("no update was finished")

@@ -1,5 +1,7 @@
-"""A bridge's part in deliveries: weights go from the memory that trainer ranks expose on one node, through the bridges'
-communicator, straight into the places that engines show on other nodes.
+"""A bridge's part in deliveries.
+
+Weights go from the memory that trainer ranks expose on one node, through the bridges' communicator, straight into the
+places that engines show on other nodes.
 
 Every bridge prepares a delivery before anything is sent: it works out the parcels and the copies that fill or empty
 each, and maps the memory. That takes seconds the first time, and next to nothing as long as the layout stays. Then the

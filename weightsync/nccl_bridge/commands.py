@@ -1,4 +1,4 @@
-"""What the daemon tells a bridge: one class for each command.
+"""The daemon's commands to a bridge, one class for each.
 
 Each class names its reply: the bridge answers a `Command[Exported]` with an `Exported` (`replies.py`), or with an
 `ErrorRecord`. `frames.py` has the bytes of both.
@@ -125,10 +125,10 @@ class LeaveGroup(Command[Done], frozen=True, kw_only=True, tag="leave_group"):
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
-    """Give the first `nbytes` of `slot` to local `readers` (each by the transport of its last `Offer`) and to `peers`,
-    bridges of other nodes.
+    """Give the first `nbytes` of `slot` to local `readers`, and to `peers`, which are bridges of other nodes.
 
-    Exporting the same slot and sequence again adds readers to it. Peers stay pending until `Send` has ended.
+    Each reader gets a ticket of the transport of its last `Offer`. Exporting the same slot and sequence again adds
+    readers to it. Peers stay pending until `Send` has ended.
     """
 
     reply = Exported
@@ -200,8 +200,10 @@ class Join(Command[Done], frozen=True, kw_only=True, tag="join"):
 
 
 class Leave(Command[Done], frozen=True, kw_only=True, tag="leave"):
-    """Abort the communicator: a `Join`, `Send` or `Receive` under way fails with `TransportClosed`. No peer stays
-    pending. Leaving without having joined succeeds."""
+    """Abort the communicator: a `Join`, `Send` or `Receive` under way fails with `TransportClosed`.
+
+    No peer stays pending. Leaving without having joined succeeds.
+    """
 
     reply = Done
 
@@ -265,7 +267,7 @@ class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
     turn: Natural  # number of this delivery, from 0, …
     turns: Annotated[int, Meta(ge=1, le=4096)]  # … among those that run side by side
     manifest: Bulk
-    whole: bool  # parcels hold a share of the whole model; else what the engines' ranks have places for
+    whole: bool  # parcels hold a share of the whole model; else only tensors that the ranks have places for
     places: Bulk | None = None  # of the engines' ranks that receive; the sending end has them unless `whole`
     exposures: Bulk | None = None  # what the trainer's ranks expose; only at the sending end
 

@@ -1,10 +1,13 @@
-"""The exchange of a bucket that ranks of several nodes have written: each node's bridge begins with a part, and ends
-with all of it.
+"""The exchange of a bucket that ranks of several nodes have written.
+
+Each node's bridge begins with a part of the bucket, and ends with all of it.
 
 In host memory the members of a communicator broadcast their parts in turn, in one order. A part that is one run of
 bytes goes straight from slot to slot; other parts are gathered first. Behind each part travel the exchange's token and
-the part's checksum, which receivers compare. On GPUs all runs of all parts are launched together, straight from slot to
-slot; there the bucket's readers compare the bytes with those that the trainer's ranks wrote.
+the part's checksum, which receivers compare.
+
+On GPUs all runs of all parts are launched together, straight from slot to slot. There the bucket's readers compare the
+bytes with those that the trainer's ranks wrote.
 """
 
 from __future__ import annotations

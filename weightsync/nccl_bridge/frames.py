@@ -50,7 +50,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(message: Request | Response) -> bytes:
-    """The frame of one message, header included. Raises `CodecError` if it would be larger than `MAX_FRAME`."""
+    """Return the frame of one message, header included. Raises `CodecError` if it is larger than `MAX_FRAME`."""
     body = msgspec.msgpack.encode(message)
     if len(body) > MAX_FRAME:
         raise CodecError(f"a frame of {len(body)} bytes is larger than {MAX_FRAME}")
@@ -66,12 +66,12 @@ def frame_length(header: bytes) -> int:
 
 
 def decode_request(body: bytes) -> Request:
-    """The request in a frame's body. Raises `CodecError` only."""
+    """Return the request in a frame's body. Raises `CodecError` only."""
     return _decode(body, Request)
 
 
 def decode_response(body: bytes) -> Response:
-    """The response in a frame's body. Raises `CodecError` only."""
+    """Return the response in a frame's body. Raises `CodecError` only."""
     response = _decode(body, Response)
     if (response.reply is None) == (response.error is None):
         raise CodecError("a response holds either a reply or an error")

@@ -47,7 +47,7 @@ class _Config(ctypes.Structure):
 
 
 class Nccl:
-    """The library in this process. Every call returns at once, or raises `TransportBroken` with what NCCL says."""
+    """NCCL in this process. Every call returns at once, or raises `TransportBroken` with NCCL's text."""
 
     def __init__(self) -> None:
         """Load it. Raises `ConfigError` if it cannot be loaded."""

@@ -1,4 +1,4 @@
-"""Keys of a rendezvous under which an engine's own code looks for what rank 0 of a group tells its ranks.
+"""Keys of a rendezvous under which rank 0 of a group tells an engine's own code how to join.
 
 Source: `_new_process_group_helper` of torch.distributed and `broadcastUniqueNCCLID` of its ProcessGroupNCCL (torch 2.9
 and 2.11), as `init_custom_process_group` of SGLang calls them; `StatelessProcessGroup.broadcast_obj` and
@@ -39,7 +39,7 @@ class TorchMeeting:
         return self._store
 
     def tell(self, unique_id: bytes) -> None:
-        """Leave NCCL's unique id in the store."""
+        """Leave NCCL's unique id where torch looks for it."""
         self._store.set(_FIRST, unique_id)
 
 
@@ -53,5 +53,5 @@ class VllmMeeting:
         self._store = rendezvous.raw
 
     def tell(self, unique_id: bytes) -> None:
-        """Leave NCCL's unique id."""
+        """Leave NCCL's unique id where vLLM looks for it."""
         self._store.set(_FIRST_OBJECT, dumps(Call(_UNPICKLE, (_UNIQUE_ID, ({}, unique_id)))))

@@ -1,8 +1,7 @@
 """Where the members of a communicator find one another: a key-value store on one of their nodes.
 
-The store listens only on the address that it is given. Keys begin with a secret that the daemons tell their bridges
-over their own (authenticated) connections, so that a stranger who reaches the port can neither guess nor overwrite a
-key.
+The store listens only on the address that it is given. Keys begin with a secret, which the daemons tell their bridges
+over their own (authenticated) connections. So a stranger who reaches the port can neither guess nor overwrite a key.
 """
 
 from __future__ import annotations
@@ -85,7 +84,7 @@ class Rendezvous:
         return cls(store, port, window.sockets())
 
     def store(self, key: str, generation: int) -> Any:
-        """The part of the store (a `torch.distributed.Store`) of one generation, behind the secret `key`."""
+        """Return one generation's part of the store (a `torch.distributed.Store`), behind the secret `key`."""
         return prefixed(self._store, f"weightsync/{key}/{generation}")
 
     @property
@@ -95,7 +94,7 @@ class Rendezvous:
 
 
 def prefixed(store: Any, *prefixes: str) -> Any:
-    """The part of a store below `prefixes`, the outermost first."""
+    """Return the part of a store below `prefixes`, the outermost first."""
     for prefix in prefixes:
         store = _torch().PrefixStore(prefix, store)
     return store

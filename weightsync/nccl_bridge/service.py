@@ -1,8 +1,8 @@
 """What each command does to the arena, to the senders for its readers and, once joined, to the communicator.
 
-`lane` says in which thread a command runs, so that a command that waits for a peer holds up neither the next export nor
-a question that is answered from memory. `handle`, `handle_wire` and `handle_group` run it. Nothing here knows of pipes
-or of the process's end.
+`lane` says in which thread a command runs: a command that waits for a peer must not hold up the next export, or a
+question that is answered from memory. `handle`, `handle_wire` and `handle_group` run it. Nothing here knows of pipes or
+of the process's end.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
 
 
 class BridgeService:
-    """The bridge called `name`, with its `arena` and, if they lie on a GPU, its `slots`."""
+    """The bridge called `name`, which owns `arena`; `slots` are None unless they lie on a GPU."""
 
     def __init__(self, name: str, incarnation: str, arena: Arena, slots: DeviceSlots | None = None) -> None:
         self.name = name
@@ -99,7 +99,7 @@ class BridgeService:
 
     @staticmethod
     def lane(command: c.AnyCommand) -> Lane:
-        """Where `command` runs."""
+        """Return where `command` runs."""
         return _LANES.get(type(command), Lane.NOW)
 
     def handle(self, command: c.AnyCommand) -> c.AnyReply:

@@ -37,7 +37,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 @cache
 def nccl() -> Nccl:
-    """The library, loaded once. Raises `ConfigError`."""
+    """Return the library, loaded once. Raises `ConfigError`."""
     return Nccl()
 
 

@@ -5,7 +5,7 @@ One bucket, step by step (`slot` is an index into the sender's arena, every `dea
 
     sender                                            reader, named by a string such as "engine-a/0"
     offer(reader) ── opaque bytes ──────────────────▶ accept(offer)            once for each sender
-    (somebody fills the slot)
+    (trainer ranks fill the slot)
     export(slot, nbytes, sequence, readers)
       └─ one ticket for each reader ────────────────▶ receive(ticket) → lease  at most once for each ticket
     send(slot)        moves the bytes (broadcast)     (… reads lease.view …)
@@ -91,16 +91,20 @@ class Lease:
 
     @property
     def view(self) -> memoryview:
-        """The bytes in host memory: read-only, `nbytes` long. Raises `LocalProtocolError` after release, or when the
-        bytes lie on a GPU."""
+        """The bytes in host memory: read-only, `nbytes` long.
+
+        Raises `LocalProtocolError` after release, or if the bytes lie on a GPU.
+        """
         if not isinstance(self._lent, memoryview):
             raise LocalProtocolError("this lease gives no host memory", hint="it was released, or lies on a GPU")
         return self._lent
 
     @property
     def address(self) -> int:
-        """The bytes' address on the reader's own GPU. Raises `LocalProtocolError` after release, or when they lie in
-        host memory."""
+        """The bytes' address, on the reader's own GPU.
+
+        Raises `LocalProtocolError` after release, or if the bytes lie in host memory.
+        """
         if not isinstance(self._lent, int):
             raise LocalProtocolError("this lease gives no GPU memory", hint="it was released, or lies in host memory")
         return self._lent
@@ -238,15 +242,17 @@ class BucketReceiver(_End, ABC):
         A checksum over tensors is not verified here: only the reader knows the tensors. With `verify=False` none is,
         because the reader copies the bytes anyway and calls `Lease.confirm` then.
 
-        Raises `CodecError` for bytes that are no ticket, `TransportBroken` for a ticket that was opened before,
-        revoked, or belongs to a sender or reader not accepted here, and when the bytes differ from what was exported
-        (naming sequence and both checksums).
+        Raises `CodecError` for bytes that are no ticket. Raises `TransportBroken` for a ticket that was opened before
+        or revoked, or is of a sender or reader not accepted here; and, naming sequence and both checksums, if the bytes
+        differ from the exported ones.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Release the leases still held, and detach. The caller must not read them any more. Closing twice does
-        nothing."""
+        """Release the leases still held, and detach. The caller must not read their bytes any more.
+
+        Closing twice does nothing.
+        """
 
     @abstractmethod
     def abort(self) -> None:

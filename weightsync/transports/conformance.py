@@ -259,7 +259,7 @@ def past_deadlines(make_pair: MakePair) -> None:
         with raises(TransportTimeout):
             receiver.accept(offer, deadline=past)
         receiver.accept(offer, deadline=soon())
-        sender.wait_released(0, deadline=past)  # nobody holds it: there is nothing to wait for
+        sender.wait_released(0, deadline=past)  # no reader holds the slot: there is nothing to wait for
         pair.fill(0, made_bytes(1, 1000))
         tickets = sender.export(0, 1000, 1, pair.readers)
         with raises(TransportTimeout):

@@ -62,7 +62,7 @@ class TransportPair(Protocol):
         """Write `data` to the beginning of a slot of the sender."""
 
     def read(self, lease: Lease) -> bytes:
-        """The bytes of a lease."""
+        """Return the bytes of a lease."""
 
 
 MakePair = Callable[[int, int, int], AbstractContextManager[TransportPair]]  # readers, slots, slot_bytes
@@ -83,13 +83,13 @@ class Call:
         return not self._thread.is_alive()
 
     def outcome(self) -> object:
-        """What the call returned or raised."""
+        """Return the call's result or its exception."""
         self._thread.join(2 * SECONDS)
         assert self.done, "the call hangs, past its deadline"
         return self._value if self._error is None else self._error
 
     def result(self) -> object:
-        """What the call returned; raises what it raised."""
+        """Return the call's result, or raise its exception."""
         outcome = self.outcome()
         if isinstance(outcome, BaseException):
             raise outcome

@@ -121,7 +121,7 @@ class CountedSender(BucketSender):
                 self._ledger.revoked(reader)
 
     def settle(self) -> None:
-        """Book in the ledger what the readers have done since."""
+        """Book in the ledger what the readers have opened and closed so far."""
         with self._lock:
             for slot in self._exports.held():
                 self._settle(slot)

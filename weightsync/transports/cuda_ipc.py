@@ -112,7 +112,7 @@ class CudaIpcReceiver(MappedReceiver):
         self._lookout = Lookout(self._look, device)
 
     def _look(self) -> bool:
-        """Detach from arenas whose bridge has ended, since its successor may need their room; whether any are left."""
+        """Detach from arenas whose bridge has ended: its successor may need the memory. True if any are left."""
         with self._lock:
             for nonce, mapping in list(self._mappings.items()):
                 if not mapping.arena.there:

@@ -127,7 +127,7 @@ class MappedSender(BucketSender):
             self._ledger.revoked(reader)
 
     def settle(self) -> None:
-        """Book in the ledger what the readers have done since."""
+        """Book in the ledger what the readers have opened and closed so far."""
         with self._lock:
             self._check_open()
             for slot in self._exports.held():

@@ -46,7 +46,7 @@ class Pipe:
         return self._exactly(size, deadline)
 
     def fileno(self) -> int:
-        """For `select`."""
+        """Return the socket's descriptor, for `select`."""
         return self._socket.fileno()
 
     def close(self) -> None:

@@ -42,7 +42,7 @@ class TrainerLink:
     """
 
     def __init__(self, endpoint: str, *, patience: float = 10.0, key: ClusterKey | None = None) -> None:
-        """`key` is for a daemon on another node, which answers only operators there."""
+        """`key` is for a daemon on another node, which answers only operators over such a line."""
         check_endpoint(endpoint, "daemon", keys=key is not None)
         self._key = key
         self.endpoint = endpoint
@@ -167,7 +167,7 @@ class TrainerLink:
             due = min(said + self._interval, heard + self.patience) - now if was_listening else 60.0
             if was_listening and gone:
                 due = 0.0  # only its last messages are still to be read
-            while not self._outbox.empty():  # before the poll: messages may have been queued before this thread began
+            while not self._outbox.empty():  # before the poll: a wake-up may have been sent before it could be heard
                 frame = self._outbox.get()
                 if frame is None:
                     return
