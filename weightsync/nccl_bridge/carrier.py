@@ -62,9 +62,9 @@ class _Prepared(NamedTuple):
     """A delivery that this bridge is ready for."""
 
     token: int
-    seal: int  # token and parcels, hashed: the same at all ends
+    seal: int  # token, mixed with a digest of the parcels: the same at all ends
     plan: _Plan
-    most: int  # bytes of the largest parcel
+    most: int  # bytes that a parcel may have
     shown: tuple[Exposure, ...]  # memory that the sending end reads, or that a receiving end writes
     packing: bool  # whether this is the sending end
 

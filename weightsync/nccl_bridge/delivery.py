@@ -28,11 +28,11 @@ class Load(NamedTuple):
     """One end's parcels, the copies that pack or unpack them, and the slots to stage them in."""
 
     sizes: Sequence[int]  # bytes of each parcel
-    most: int  # bytes of the largest parcel allowed
+    most: int  # bytes that a parcel may have
     copies: HostStaged | DeviceStaged
     bases: Ints  # addresses that the copies count from
     slots: Sequence[int]  # nothing else uses them
-    seal: int  # token and parcels, hashed: the same at all ends
+    seal: int  # token, mixed with a digest of the parcels: the same at all ends
     packing: bool  # whether this is the sending end
 
 

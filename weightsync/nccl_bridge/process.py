@@ -5,8 +5,8 @@ the communicator; `fence` watches the slots of `AwaitReleased`. Each command for
 have loading torch and preparing a delivery. Answers come in the order in which work ends; ids match them to requests.
 
 When the pipe ends, for whatever reason, the daemon is gone: the process removes the arena and exits. It does not wait
-for threads that may be stuck in a collective, but gives stock engines a moment to open exports that they were told of.
-`Stop` does not wait for threads either.
+for threads that may be stuck in a collective, only a moment for stock engines that still have to open an export. `Stop`
+does not wait for threads either.
 """
 
 from __future__ import annotations

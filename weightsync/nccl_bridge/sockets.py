@@ -35,7 +35,7 @@ class Window:
         return (open_sockets() if self._after is None else self._after) - self._before
 
     def close(self) -> None:
-        """End the window: whatever opens sockets is made."""
+        """End the window: sockets that come up later do not belong to it."""
         self._after = open_sockets()
 
 
