@@ -4,7 +4,7 @@
     report = push_weights(model, version=step)
 
 `push_weights` runs in the trainer's ranks and talks to `weightsyncd`, the node's service, which leads the push and
-speaks to the engines. Importing this package loads nothing heavy: torch, ZeroMQ and the rest come with the first push.
+speaks to the engines. Importing this package loads nothing heavy: the first push loads torch, ZeroMQ and the rest.
 """
 
 from __future__ import annotations

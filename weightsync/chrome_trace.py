@@ -1,6 +1,6 @@
 """The trace of a push as a file for ui.perfetto.dev or chrome://tracing (Trace Event Format, JSON).
 
-Times are microseconds on one axis, that of the coordinating node's clock. `otherData` says which push it is.
+Times are microseconds on one axis, the coordinating node's clock. `otherData` says which push it is.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ __all__ = ["document"]
 
 
 def document(trace: Trace, now: float, about: Mapping[str, Any]) -> dict[str, Any]:
-    """All of it as one JSON object. What is still under way ends `now`; `about` says what is known of the push."""
+    """Return the trace as one JSON object. Spans still under way end `now`; `about` becomes `otherData`."""
     spans = sorted(trace.spans(), key=lambda span: span.begin)
-    origin = min([trace.start, *(span.begin for span in spans[:1])])  # ranks describe before they call
+    origin = min([trace.start, *(span.begin for span in spans[:1])])  # ranks describe weights before the push starts
     rows: list[dict[str, Any]] = []
     processes: dict[str, int] = {}
-    lanes: dict[tuple[str, str], list[float]] = {}  # lane → when each of its rows is free
+    lanes: dict[tuple[str, str], list[float]] = {}  # (process, lane) → when each of its rows is free
     numbers: dict[tuple[str, str, int], int] = {}
     for span in spans:
         process = processes.setdefault(span.process, len(processes) + 1)
@@ -80,5 +80,5 @@ def _details(span: Span, seconds: float) -> dict[str, Any]:
 
 
 def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """By which "rank 2" comes before "rank 10"."""
+    """Return a sort key that puts "rank 2" before "rank 10"."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,8 +1,8 @@
 """The node config: TOML, checked as a whole before anything is started.
 
-`load_node_config(path)` returns a frozen `NodeConfig` or raises one `ConfigError` that lists every mistake, each with
-its key and what would be right. Secrets are never in the file: an engine's key is read from the environment variable
-that `api_key_env` names. A complete example is in docs/configuration.md; the smallest useful one is
+`load_node_config(path)` returns a frozen `NodeConfig`, or raises one `ConfigError` that lists every mistake with its
+key and a correct value. Secrets are never in the file: an engine's key is read from the environment variable that
+`api_key_env` names. A complete example is in docs/configuration.md; the smallest useful one is
 
     [[engines]]
     name = "e0"
@@ -62,17 +62,17 @@ class NodeSection(_Section, frozen=True):
     name: Name = "node0"
     listen: str = ""  # endpoint for trainers and other daemons; default: a socket in the user's runtime directory
     bridges: Annotated[int, Meta(ge=0, le=64)] = 0  # bridge processes; 0: one for each GPU, or one
-    gpus: tuple[str, ...] = ()  # UUIDs of those that slots lie on; none: all that weightsyncd sees
+    gpus: tuple[str, ...] = ()  # UUIDs of the GPUs that slots lie on; none: all that weightsyncd sees
     shm_dir: str = "/dev/shm"
-    retain: Literal["none", "host"] = "none"  # host: keep what was pushed last, for engines that come late
+    retain: Literal["none", "host"] = "none"  # host: keep the last push in host memory, for engines that are late
 
 
 class ArenaConfig(_Section, frozen=True):
     """[arena]: the memory each bridge keeps for buckets under way."""
 
     slots: Annotated[int, Meta(ge=1, le=1024)] = 3  # fill, wire and load of neighbouring buckets overlap from 3 on
-    slot_bytes: Size = 0  # 0: chosen, by the GPUs' free memory
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # where slots lie; auto: on GPUs where there are any
+    slot_bytes: Size = 0  # 0: chosen, on GPUs by their free memory
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # where slots lie; auto: on GPUs if there are any
     alignment: Annotated[int, Meta(ge=1, le=2**20)] = 256  # bytes; of each tensor in a slot
 
 
@@ -81,7 +81,7 @@ class TimeoutConfig(_Section, frozen=True):
 
     operation: Seconds = 60.0  # one step at one engine, bridge or node
     liveness: Seconds = 5.0  # silence after which a trainer rank or a node counts as lost
-    grace: Seconds = 5.0  # after a push has ended, for outcomes still under way
+    grace: Seconds = 5.0  # after a push has ended, for answers still under way
     probe: Seconds = 2.0  # one look at an engine
     probe_every: Seconds = 5.0  # between looks at idle engines
     stop: Seconds = 15.0  # on SIGTERM, for a push under way to end
@@ -89,7 +89,7 @@ class TimeoutConfig(_Section, frozen=True):
 
 
 class ClusterConfig(_Section, frozen=True):
-    """[cluster]: other nodes whose engines pushes from here reach too."""
+    """[cluster]: other nodes, whose engines pushes from here reach too."""
 
     listen: str = ""  # tcp://ADDRESS:PORT, where other nodes reach this one
     key_file: str = ""  # made by `weightsync keygen`, the same on every node; needed beyond loopback
@@ -109,7 +109,7 @@ class LogConfig(_Section, frozen=True):
 
     level: Literal["debug", "info", "warning", "error"] = "info"
     format: Literal["human", "json"] = "human"
-    trace_dir: str = ""  # where a file for Perfetto is written of every push that begins here; the newest 20 are kept
+    trace_dir: str = ""  # directory for a Perfetto file of every push that begins here; the newest 20 are kept
 
 
 class NodeConfig(_Section, frozen=True):
@@ -129,8 +129,9 @@ class NodeConfig(_Section, frozen=True):
 
 
 def load_node_config(path: str | os.PathLike[str], changes: Sequence[str] = ()) -> NodeConfig:
-    """Read and check a node config. `changes` are as "node.name=node7", and come before what the file says. Raises
-    `ConfigError` listing every mistake.
+    """Read and check a node config. `changes`, such as "node.name=node7", override the file.
+
+    Raises `ConfigError` listing every mistake.
     """
     try:
         text = Path(path).read_bytes().decode()
@@ -167,7 +168,7 @@ def parse_node_config(text: str, name: str = "node config", changes: Sequence[st
 
 
 def _set(table: dict[str, Any], change: str) -> None:
-    """Put one key of one section into the table. What is no TOML value is a string."""
+    """Apply one change, "SECTION.KEY=VALUE", to the table. A value that is not TOML is taken as a string."""
     place, equals, text = change.partition("=")
     section, dot, key = place.strip().partition(".")
     named = bool(equals and dot and section and key) and section != "engines"
@@ -180,7 +181,7 @@ def _set(table: dict[str, Any], change: str) -> None:
 
 
 def checked(config: NodeConfig, name: str = "node config") -> NodeConfig:
-    """The config itself, whose keys are good one by one. Raises `ConfigError` listing what they are not together."""
+    """Return `config`, whose keys are valid one by one. Raises `ConfigError` if they contradict each other."""
     if problems := _contradictions(config):
         raise _mistakes(name, problems)
     return config
@@ -203,7 +204,7 @@ S = TypeVar("S", bound=msgspec.Struct)
 
 
 def _section(kind: type[S], table: dict[str, Any], path: str, problems: list[str]) -> S | None:
-    """One section, or None after adding what is wrong with each of its keys to `problems`."""
+    """Return one section; None if keys are wrong, with a sentence for each added to `problems`."""
     before = len(problems)
     fields = {f.name: f for f in msgspec.structs.fields(kind)}
     values: dict[str, Any] = {}
@@ -239,7 +240,7 @@ def _meant(key: str, known: Any) -> str:
 
 
 def _contradictions(config: NodeConfig) -> list[str]:
-    """What no single key shows."""
+    """Return the problems that no single key shows."""
     problems = []
     seen: dict[str, int] = {}
     for i, engine in enumerate(config.engines):

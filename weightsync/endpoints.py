@@ -1,4 +1,4 @@
-"""Where processes listen and call: which endpoints and URLs are fit for it, and the user's own sockets."""
+"""Endpoints and URLs at which processes listen and call: which are valid, and the user's own sockets."""
 
 from __future__ import annotations
 
@@ -30,23 +30,24 @@ _SOCKET_PATH = 100  # characters; the kernel allows 107
 
 
 def runtime_dir() -> Path:
-    """The user's private directory for sockets: $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary
-    one.
+    """Return the user's private directory for sockets.
+
+    This is $XDG_RUNTIME_DIR/weightsync, else weightsync-UID in the temporary directory.
     """
     base = os.environ.get("XDG_RUNTIME_DIR")
     return Path(base) / "weightsync" if base else Path(tempfile.gettempdir()) / f"weightsync-{os.getuid()}"
 
 
 def default_endpoint(node: str = "node0") -> str:
-    """Where a node listens unless told otherwise."""
+    """Return the endpoint at which a node listens by default."""
     return f"ipc://{runtime_dir() / node}.sock"
 
 
 def url_problems(url: str) -> list[str]:
-    """What is wrong with an engine's URL, as ends of a sentence."""
+    """Return the problems of an engine's URL, each as the end of a sentence."""
     try:
         parts = urlsplit(url)
-        _ = parts.port  # parsed when asked for
+        _ = parts.port  # urlsplit parses the port only on access
     except ValueError as error:
         return [f"not a URL: {error}"]
     if parts.scheme not in ("http", "https") or not parts.hostname:
@@ -67,7 +68,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_here(host: str) -> bool:
-    """Whether a host, by name or address, is this machine. Asks whoever resolves names."""
+    """Whether a host, by name or address, is this machine. Resolves the name."""
     if is_loopback(host):
         return True
     addresses: set[Any] = set()
@@ -112,7 +113,7 @@ def check_endpoint(endpoint: str, key: str, *, keys: bool = False) -> None:
 
 
 def private_directory(path: Path) -> Path:
-    """Make the directory, or see that it is this user's alone. Raises `ConfigError` where it is not."""
+    """Make the directory, or check that it is private to this user. Raises `ConfigError` if it is not."""
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     found = path.lstat()
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o077:

@@ -1,4 +1,4 @@
-"""What a node config says of one engine; messages carry it too."""
+"""The section of a node config about one engine. Messages carry it too."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     url: str
     model: Name = "default"
     api_key_env: str | None = None  # environment variable that holds its bearer key
-    ca_file: str | None = None  # certificates (PEM) for an https URL, where the system's do not do
-    path: str = "auto"  # which way into the engine, see PATHS
-    target: Literal["all", "model", "draft"] = "all"  # which of its models takes what is pushed
-    gpus: tuple[str, ...] = ()  # UUIDs of its ranks' GPUs, where its process cannot be looked at
-    frozen: bool = False  # looked after, and never pushed to: a reference or a reward model
+    ca_file: str | None = None  # certificates (PEM) for an https URL, if the system's do not suffice
+    path: str = "auto"  # path into the engine, see PATHS
+    target: Literal["all", "model", "draft"] = "all"  # which of its models takes the pushed weights
+    gpus: tuple[str, ...] = ()  # UUIDs of its ranks' GPUs, if its process cannot be inspected
+    frozen: bool = False  # watched, and never pushed to: a reference or a reward model
 
     @property
     def api_key(self) -> str | None:

@@ -60,7 +60,7 @@ __all__ = [
 
 
 def install_hint(extra: str = "") -> str:
-    """How to install weightsync, for hints: it is on no package index. `extra` as pyproject.toml names it: "cuda13"."""
+    """Return how to install weightsync, for hints: it is on no package index. `extra`: of pyproject.toml, "cuda13"."""
     what = f'".[{extra}]"' if extra else "."
     return f"pip install {what} in a clone of weightsync"
 
@@ -82,12 +82,12 @@ class ErrorRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True)
     hint: str | None = None
 
     def of_engine(self, name: str) -> str:
-        """The sentence, among those of several engines: with the engine's name before it, unless it speaks of that."""
+        """Return the sentence with the engine's name before it, unless the sentence names the engine itself."""
         named = re.search(rf"\b(engine|of) {re.escape(name)}(?![\w.-])", self.message)
         return self.message if named else f"{name}: {self.message}"
 
     def error(self) -> WeightSyncError:
-        """The exception this record describes; an unknown `kind` becomes the root of the tree."""
+        """Return the exception that this record describes. An unknown `kind` becomes the root of the tree."""
         return _KINDS.get(self.kind, WeightSyncError)(
             self.message,
             model=self.model,
@@ -138,7 +138,7 @@ class WeightSyncError(Exception):
         return (_rebuild, (self.record(),))
 
     def record(self) -> ErrorRecord:
-        """This error as plain data."""
+        """Return this error as plain data."""
         return ErrorRecord(
             kind=type(self).__name__,
             message=self.message,

@@ -1,7 +1,7 @@
 """A small fleet on this machine: daemons, reference engines and trainer ranks as child processes of this one.
 
-The demo, the benchmarks and the end-to-end tests all run on it, and so can you: it is real processes, the same that run
-in production, in a private directory, and nothing of them is left when the `with` block ends.
+The demo, the benchmarks and the end-to-end tests all run on it, and so can you. The processes are those of production,
+in a private directory, and nothing of them is left when the `with` block ends.
 
     with Fleet() as fleet:
         engine = fleet.start_engine("e0", checkpoint, tp=2)
@@ -39,7 +39,7 @@ _LOOK = 0.02  # seconds between looks at whether a child is ready
 
 
 class FleetError(WeightSyncError):
-    """A child process did not do what it was started for; the message ends with the end of its log."""
+    """A child process failed. The message ends with the end of its log."""
 
 
 @dataclass
@@ -49,36 +49,36 @@ class Child:
     name: str
     process: subprocess.Popen[bytes]
     log: Path
-    within: tuple[str, ...] = field(default=(), kw_only=True)  # the command it runs in, such as `ip netns exec a`
-    env: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # beyond the fleet's
+    within: tuple[str, ...] = field(default=(), kw_only=True)  # a command to run it in, such as `ip netns exec a`
+    env: Mapping[str, str] = field(default_factory=dict, kw_only=True)  # in addition to the fleet's
 
     @property
     def pid(self) -> int:
         return self.process.pid
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """Send it a signal; SIGKILL is waited for."""
+        """Send a signal. After SIGKILL, wait until the process has ended."""
         with contextlib.suppress(ProcessLookupError):
             self.process.send_signal(number)
         if number == signal.SIGKILL:
             self.wait(_STOP)
 
     def wait(self, timeout: float) -> int:
-        """Its exit status. Raises `FleetError` when it is still there after `timeout` seconds."""
+        """Wait for the process and return its exit status. Raises `FleetError` if it takes longer than `timeout`."""
         try:
             return self.process.wait(timeout)
         except subprocess.TimeoutExpired as error:
             raise FleetError(f"{self.name} has not ended within {timeout:g} s\n{self.tail()}") from error
 
     def tail(self, lines: int = 20) -> str:
-        """The end of its log."""
+        """Return the end of the log, each line with the child's name."""
         text = self.log.read_text(errors="replace") if self.log.exists() else ""
         return "\n".join(f"  {self.name}| {line}" for line in text.splitlines()[-lines:])
 
 
 @dataclass
 class Engine(Child):
-    """A reference engine; its process leads a group of its own, workers included."""
+    """A reference engine. Its process leads a process group, which includes its workers."""
 
     url: str = ""
     tp: int = 1
@@ -92,7 +92,7 @@ class Daemon(Child):
     """A weightsyncd."""
 
     endpoint: str = ""
-    listen: str = ""  # where other nodes reach it, if not at its endpoint
+    listen: str = ""  # the endpoint at which other nodes reach it, if not `endpoint`
     config: Path = field(default_factory=Path)
 
 
@@ -101,7 +101,7 @@ class Fleet:
 
     def __init__(self, root: str | Path | None = None) -> None:
         self._own_root = root is None
-        # short, because a socket's path has at most 107 characters
+        # a short prefix, because a socket's path has at most 107 characters
         self.root = Path(root) if root is not None else Path(tempfile.mkdtemp(prefix="ws-"))
         self.root.mkdir(parents=True, exist_ok=True)
         self.children: list[Child] = []
@@ -186,7 +186,7 @@ class Fleet:
         engine.url = f"http://127.0.0.1:{int(port_file.read_text().strip())}"
 
     def restart_engine(self, engine: Engine) -> Engine:
-        """Start an engine that has ended again, with the same arguments, at the same address."""
+        """Restart an engine that has ended, with the same arguments and at the same address."""
         port = engine.url.rpartition(":")[2]
         arguments = list(engine.arguments)
         arguments[arguments.index("--port") + 1] = port
@@ -199,7 +199,7 @@ class Fleet:
     def start_daemon(
         self,
         node: str,
-        /,  # so that there may be a section of this name
+        /,  # so that `sections` may have a key of this name
         engines: Sequence[Engine] = (),
         *,
         peers: Sequence[Daemon] | Mapping[str, str] = (),
@@ -208,8 +208,9 @@ class Fleet:
         env: Mapping[str, str] | None = None,
         **sections: Mapping[str, Any],
     ) -> Daemon:
-        """Start a weightsyncd. `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`; `peers`
-        are daemons, or endpoints by name.
+        """Start a weightsyncd. `peers` are daemons, or endpoints by node name.
+
+        `sections` are tables of the node config: `arena={"slots": 2}`, `timeouts={…}`.
         """
         tables: dict[str, dict[str, Any]] = {name: dict(table) for name, table in sections.items()}
         endpoint = f"ipc://{self.root / node}.sock"
@@ -236,7 +237,7 @@ class Fleet:
         return daemon
 
     def restart_daemon(self, daemon: Daemon) -> Daemon:
-        """Start a daemon that has ended again, with the same config."""
+        """Restart a daemon that has ended, with the same config."""
         arguments = ("-m", "weightsyncd", "--node-config", str(daemon.config))
         daemon.process = self._popen(arguments, daemon.log, daemon.env, daemon.within)
         self.wait_daemon(daemon)
@@ -279,7 +280,7 @@ class Fleet:
     # --- stopping -------------------------------------------------------------------------------------------------
 
     def end(self, child: Child) -> None:
-        """End one child: SIGTERM, and SIGKILL for its whole group if it has not gone within some seconds."""
+        """End one child: SIGTERM, and SIGKILL for its whole process group if it has not ended after some seconds."""
         if child.process.poll() is None:
             child.kill(signal.SIGTERM)
         try:

@@ -1,7 +1,7 @@
-"""This machine's GPUs, told from the outside: by nvidia-smi and environment variables, with no CUDA context.
+"""This machine's GPUs, seen from the outside: by nvidia-smi and environment variables, without a CUDA context.
 
-Ordinals mean something in one process only. Between processes a GPU is named by its UUID, here as torch prints it,
-without the `GPU-` that the driver and CUDA_VISIBLE_DEVICES put before it.
+An ordinal is valid in one process only. Between processes a GPU is named by its UUID, in torch's form: without the
+`GPU-` that the driver and CUDA_VISIBLE_DEVICES put before it.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["Gpu", "all_gpus", "driver_cuda", "links", "peer_states", "seen_by", "survey"]
 
 _SECONDS = 10  # for nvidia-smi to answer
-_NO_DEVICES = "No devices were found"  # its words where the driver is well and there is no GPU
-_UNDERLINED = re.compile(r"\x1b\[\d*m")  # how some versions print the heads of tables
+_NO_DEVICES = "No devices were found"  # printed if the driver works and there is no GPU
+_UNDERLINED = re.compile(r"\x1b\[\d*m")  # escape codes that some versions put around table heads
 
 
 class Gpu(NamedTuple):
-    """What the driver says of one GPU."""
+    """The driver's answer about one GPU."""
 
     uuid: str
-    free: int | None  # bytes of its memory; None where the driver does not say
+    free: int | None  # bytes of its memory; None if the driver does not say
     mig: bool  # it is divided into instances
 
 
 def survey() -> list[Gpu]:
-    """This machine's GPUs (this container's), in the driver's order; empty where there is no nvidia-smi.
+    """Return this machine's (or container's) GPUs, in the driver's order; none if there is no nvidia-smi.
 
-    Calls it once. Raises `ConfigError` where it is there and fails.
+    Calls nvidia-smi once. Raises `ConfigError` if it fails.
     """
     if shutil.which("nvidia-smi") is None:
         return []
@@ -47,12 +47,12 @@ def survey() -> list[Gpu]:
 
 
 def all_gpus() -> list[str]:
-    """Their UUIDs. Raises as `survey`."""
+    """Return the UUIDs of this machine's GPUs. Raises as `survey`."""
     return [gpu.uuid for gpu in survey()]
 
 
 def driver_cuda() -> tuple[int, int]:
-    """The latest CUDA that the driver runs, as (major, minor). Raises `ConfigError` where nvidia-smi does not say."""
+    """Return the latest CUDA that the driver runs, as (major, minor). Raises `ConfigError` if nvidia-smi fails."""
     told = _nvidia_smi("--version")
     found = re.search(r"^\s*CUDA[\w ]*version\s*:\s*(\d+)\.(\d+)", told, re.IGNORECASE | re.MULTILINE)
     if found is None:
@@ -61,15 +61,15 @@ def driver_cuda() -> tuple[int, int]:
 
 
 def links() -> dict[tuple[int, int], str]:
-    """What lies between each two GPUs, in nvidia-smi's words: NV18 (so many NVLinks), PIX, PXB, PHB, NODE, SYS.
+    """Return the link between each two GPUs, in nvidia-smi's words: NV18 (that many NVLinks), PIX, PXB, PHB, NODE, SYS.
 
-    Keys are places in the driver's order. Raises `ConfigError` where nvidia-smi fails.
+    Keys are indices in the driver's order. Raises `ConfigError` if nvidia-smi fails.
     """
     found: dict[tuple[int, int], str] = {}
     count = 0
     for line in _nvidia_smi("topo", "-m").splitlines():
         head, *cells = _UNDERLINED.sub("", line).split() or [""]
-        if head == "GPU0" and cells[:1] != ["X"]:  # the heads of columns, of which adapters and affinities come last
+        if head == "GPU0" and cells[:1] != ["X"]:  # the table's head; columns of adapters and affinities come last
             count = sum(bool(re.fullmatch(r"GPU\d+", cell)) for cell in [head, *cells])
         elif re.fullmatch(r"GPU\d+", head) and len(cells) >= count:
             one = int(head.removeprefix("GPU"))
@@ -78,9 +78,9 @@ def links() -> dict[tuple[int, int], str]:
 
 
 def peer_states() -> dict[tuple[int, int], str]:
-    """Whether each GPU can read each other one's memory: "OK", or nvidia-smi's word for why not (GNS, CNS, TNS, …).
+    """Return whether each GPU can read each other GPU's memory: "OK", or nvidia-smi's word for why not (GNS, CNS, …).
 
-    Keys are (reader, owner), by place in the driver's order. Raises `ConfigError` where nvidia-smi fails.
+    Keys are (reader, owner), indices in the driver's order. Raises `ConfigError` if nvidia-smi fails.
     """
     states: dict[tuple[int, int], str] = {}
     for line in _nvidia_smi("topo", "-p2p", "r").splitlines():
@@ -92,7 +92,7 @@ def peer_states() -> dict[tuple[int, int], str]:
 
 
 def _nvidia_smi(*arguments: str) -> str:
-    """What it prints; nothing where it finds no GPU. Raises `ConfigError` with its own words where it fails."""
+    """Return nvidia-smi's output, "" if it finds no GPU. Raises `ConfigError` with its own words if it fails."""
     command = ["nvidia-smi", *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -110,10 +110,10 @@ def _nvidia_smi(*arguments: str) -> str:
 
 
 def seen_by(environment: Mapping[str, str], gpus: Sequence[str]) -> list[str]:
-    """What a process started with `environment` sees of `gpus`: UUIDs by its ordinals.
+    """Return the GPUs among `gpus` that a process started with `environment` sees: UUIDs by its ordinals.
 
     CUDA's own rules: numbers count in the driver's order, UUIDs may be shortened, and the list ends before the first
-    entry that names none. Raises `ConfigError` for MIG instances, between which memory is not shared.
+    entry that names no GPU. Raises `ConfigError` for MIG instances, which cannot share memory with each other.
     """
     wanted = environment.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:

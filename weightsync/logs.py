@@ -1,9 +1,9 @@
 """Log lines of weightsyncd, its bridges and its keepers: text for people, or one JSON object a line.
 
-What a line is about is a field of its own in JSON. It comes from three places: from the line's own format string, where
-`bucket=%d` names what it fills in (so that text and JSON cannot differ); from `extra=`; and from `about`, for all lines
-of a push. A push goes by its model and version, `[model=MODEL v=VERSION]`; in JSON `v` is `version`, and `push` is the
-name that nodes have for this one attempt.
+JSON lines have a field for each thing that a line is about. Fields come from three places: from the line's own format
+string, in which `bucket=%d` names its argument (so text and JSON cannot differ); from `extra=`; and from `about`, for
+all lines of a push. A push is named by model and version, `[model=MODEL v=VERSION]`. In JSON `v` is `version`, and
+`push` is the nodes' name for this one attempt.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _OWN = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "t
 
 
 class about:  # noqa: N801 - reads as a word of a `with` statement
-    """All lines that are logged in the block, and by tasks that are started in it, have these fields in JSON."""
+    """Give all lines logged in the block, and by tasks started in it, these fields in JSON."""
 
     __slots__ = ("_fields", "_tokens")
 
@@ -46,7 +46,7 @@ class about:  # noqa: N801 - reads as a word of a `with` statement
 
 
 def of_error(error: ErrorRecord) -> dict[str, Any]:
-    """For `extra=`: where an error happened, and its kind."""
+    """Return an error's kind and where it happened, for `extra=`."""
     where = {name: getattr(error, name) for name in ("rank", "engine", "bucket", "phase", "hint")}
     return {"error": error.kind, **{name: value for name, value in where.items() if value is not None}}
 
@@ -75,7 +75,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def set_up(level: str, form: Literal["human", "json"], **always: str) -> None:
-    """Have this process log to stderr. In text, `always` comes in brackets before each message."""
+    """Have this process log to stderr. In text, `always` stands in brackets before each message."""
     handler = logging.StreamHandler()
     if form == "json":
         handler.setFormatter(JsonFormatter(**always))
@@ -87,7 +87,7 @@ def set_up(level: str, form: Literal["human", "json"], **always: str) -> None:
 
 
 def _named(record: logging.LogRecord) -> dict[str, Any]:
-    """What the format string of a line names."""
+    """Return the fields that a line's format string names."""
     names = _names(record.msg) if isinstance(record.msg, str) and isinstance(record.args, tuple) else ()
     if not record.args or len(names) != len(record.args):
         return {}
@@ -96,9 +96,9 @@ def _named(record: logging.LogRecord) -> dict[str, Any]:
 
 @lru_cache(maxsize=1024)
 def _names(template: str) -> tuple[str, ...]:
-    """What each conversion is called: "" for one without a name."""
+    """Return the name of each conversion of a format string: "" for one without a name."""
     found = [match[1] or "" for match in _CONVERSION.finditer(template) if match[2] != "%"]
-    if "*" in template:  # a width among the arguments: which is which cannot be told
+    if "*" in template:  # a width is among the arguments, so arguments and conversions cannot be matched
         return ()
     return tuple("version" if name == "v" else name for name in found)
 

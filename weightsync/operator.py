@@ -1,4 +1,4 @@
-"""Questions an operator asks a daemon, over the same socket that trainers use."""
+"""Questions of an operator to a daemon, over the same socket that trainers use."""
 
 from __future__ import annotations
 
@@ -23,22 +23,26 @@ _KEYED = (
     "at its [cluster] listen a daemon answers those who have its key_file: set WEIGHTSYNC_KEY_FILE to that; at [node] "
     "listen it takes no key: unset WEIGHTSYNC_KEY_FILE"
 )
-_PROBE = 30.0  # seconds for the daemon to look at what was added, besides
+_PROBE = 30.0  # additional seconds for the daemon to look at the added engines
 
 M = TypeVar("M", bound=msg.Message)
 
 
 def fetch_status(endpoint: str, *, timeout: float = 5.0, fresh: bool = False) -> msg.Status:
-    """The status of the daemon at `endpoint`: a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE`
-    names, the `cluster.listen` of any node. `fresh`: engines as they are now, not as they were last seen. Raises
-    `DaemonLost` if it does not answer within `timeout` seconds.
+    """Return the status of the daemon at `endpoint`.
+
+    `endpoint` is a node's own socket or, with the key file that `WEIGHTSYNC_KEY_FILE` names, the `cluster.listen` of
+    any node. `fresh`: engines as they are now, not as they were last seen. Raises `DaemonLost` if the daemon does not
+    answer within `timeout` seconds.
     """
     return ask(endpoint, msg.StatusRequest(id=1, fresh=fresh), msg.Status, timeout)
 
 
 def fetch_trace(endpoint: str, *, model: str = "", failed: bool = False, timeout: float = 30.0) -> msg.Traced:
-    """The trace of the push under way at the daemon at `endpoint`, or else of the last, or the last that `failed`; of
-    `model`, if one is named. Raises `ConfigError` where there is none, and `DaemonLost` as `fetch_status`.
+    """Return a trace from the daemon at `endpoint`: of the push under way, or else the last; or the last that `failed`.
+
+    If `model` is given, only its pushes count. Raises `ConfigError` if there is no such push, and `DaemonLost` as
+    `fetch_status`.
     """
     return ask(endpoint, msg.TraceRequest(id=1, model=model, failed=failed), msg.Traced, timeout)
 
@@ -57,7 +61,7 @@ def change_engines(
 
 
 def ask(endpoint: str, question: msg.Message, kind: type[M], timeout: float) -> M:
-    """The daemon's answer. Raises the error it answers with, or `DaemonLost` if there is none in `timeout` seconds."""
+    """Return the daemon's answer. Raises the error that it answers with, or `DaemonLost` after `timeout` seconds."""
     file = os.environ.get("WEIGHTSYNC_KEY_FILE")
     tcp = endpoint.startswith("tcp://")
     key = read_key_file(file) if file and tcp else None

@@ -1,11 +1,11 @@
-"""Writes pickles of things that are not imported here: torch's rebuild functions, its dtypes, plain containers.
+"""Writes pickles of objects that are not imported here: torch's rebuild functions and dtypes, and plain containers.
 
-Stock engines take their handles as pickles. The daemon neither imports torch nor unpickles anything; it writes, by
-name, what the engine's own unpickler will call:
+Stock engines take handles as pickles. The daemon neither imports torch nor unpickles anything. It writes the names of
+the functions that the engine's own unpickler will call:
 
     dumps([Call(Global("torch.multiprocessing.reductions", "rebuild_cuda_tensor"), args)])
 
-Protocol 4, no memo: every value is written where it stands, and lists are fresh lists.
+Protocol 4 without a memo: every value is written in full each time, so no two lists are the same object.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Global:
 
 @dataclass(frozen=True)
 class Call:
-    """What `function(*args)` returns when it is unpickled; `state` then becomes its attributes."""
+    """The result of `function(*args)`, called by the unpickler; `state` then becomes its attributes."""
 
     function: Global
     args: tuple[Any, ...]
@@ -35,12 +35,12 @@ class Call:
 
 
 def namespace(**attributes: Any) -> Call:
-    """A `types.SimpleNamespace`, which every unpickler that SGLang has had lets through."""
+    """Return a `types.SimpleNamespace`, which every unpickler that SGLang has had lets through."""
     return Call(Global("types", "SimpleNamespace"), (), attributes)
 
 
 def dumps(value: Any) -> bytes:
-    """The pickle of None, bool, int, float, str, bytes, list, tuple, dict, `Global` and `Call`, nested at will.
+    """Return the pickle of None, bool, int, float, str, bytes, list, tuple, dict, `Global` and `Call`, nested at will.
 
     Raises `TypeError` for anything else.
     """

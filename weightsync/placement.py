@@ -1,4 +1,4 @@
-"""Where a node's arenas lie and how large they are, where its config leaves that open: decided once, at the start."""
+"""Decides, once at the start, where a node's arenas lie and how large they are if its config leaves that open."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ logger = logging.getLogger(__name__)
 
 _HOST_SLOT = 128 * 2**20  # bytes
 _SMALLEST, _LARGEST = 64 * 2**20, 2 * 2**30  # bytes; of a slot on a GPU
-_SHARE = 0.05  # of a GPU's free memory: engine and trainer share it too
+_SHARE = 0.05  # of a GPU's free memory, which engine and trainer need too
 
 
 def placed(
     config: NodeConfig, environment: Mapping[str, str] = os.environ, gpus: Sequence[Gpu] | None = None
 ) -> NodeConfig:
-    """The config with every choice made: `arena.device`, `arena.slot_bytes`, `node.gpus` and `node.bridges`.
+    """Return the config with every choice made: `arena.device`, `arena.slot_bytes`, `node.gpus` and `node.bridges`.
 
-    Slots lie on GPUs where there are any, one bridge for each that is visible here. Asks nvidia-smi, once, or looks at
-    the machine's `gpus` where they are given; makes no CUDA context. Raises `ConfigError` where the config wants GPUs
-    that are not there.
+    If there are GPUs, slots lie on them, with one bridge for each GPU that is visible here. Calls nvidia-smi once
+    unless `gpus` are given; makes no CUDA context. Raises `ConfigError` if the config wants GPUs that are not there.
     """
     node, arena = config.node, config.arena
     chosen: list[Gpu] = []
@@ -57,16 +56,16 @@ def placed(
 
 
 def keeper_gpu(gpus: Sequence[str], others: int) -> str:
-    """The GPU by which a keeper reads slots on `gpus` (UUIDs), where there are `others` already; "": none.
+    """Return the GPU with which a keeper reads slots on `gpus` (UUIDs), given `others` keepers before it; "": none.
 
-    The last: a trainer's rank 0 and engines with fewer ranks than GPUs take the first. Keepers of several models have
-    one each as far as there are.
+    The first keeper gets the last GPU, because a trainer's rank 0, and engines with fewer ranks than GPUs, take the
+    first. Further keepers get other GPUs, as long as there are any.
     """
     return gpus[-1 - others % len(gpus)] if gpus else ""
 
 
 def _there(config: NodeConfig) -> list[Gpu]:
-    """This machine's GPUs. None, with a warning, where nvidia-smi fails and the config does not ask for any."""
+    """Return this machine's GPUs; none, with a warning, if nvidia-smi fails and the config asks for no GPU."""
     try:
         return survey()
     except ConfigError as error:
@@ -96,7 +95,10 @@ def _chosen(config: NodeConfig, environment: Mapping[str, str], gpus: Sequence[G
 
 
 def _slot_bytes(gpus: Sequence[Gpu], slots: int) -> int:
-    """The largest power of two of which `slots` are a small share of what is free on each GPU now."""
+    """Return the bytes of a slot: the largest power of two at which all slots are at most `_SHARE` of each GPU.
+
+    The share is of the memory that is free now. The result stays between `_SMALLEST` and `_LARGEST`.
+    """
     least = min((gpu.free for gpu in gpus if gpu.free is not None), default=0)
     size = _LARGEST
     while size > _SMALLEST and size * slots > _SHARE * least:

@@ -1,4 +1,4 @@
-"""What /proc tells of other processes of this machine: who listens, since when, with which environment."""
+"""Facts from /proc about other processes of this machine: which one listens, when it began, its environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _AT_WORK = ("R", "S", "D")  # running, waiting, waiting for a disk; others are s
 
 
 def listener(port: int) -> int | None:
-    """The process that listens on TCP `port`, as far as this user may see; the eldest of several."""
+    """Return the process that listens on TCP `port`, as far as this user may see; the eldest of several."""
     sockets = set()
     for table in ("tcp", "tcp6"):
         with suppress(OSError):
@@ -35,22 +35,22 @@ def _holds(pid: int, sockets: set[str]) -> bool:
 
 
 def started(pid: int) -> str:
-    """When the process began, in the kernel's own ticks: with the pid, the name of one process for ever.
+    """Return when the process began, in the kernel's ticks, or "" if there is none.
 
-    Empty if there is none.
+    Pid and start together name one process for ever.
     """
     fields = _status(pid)
     return fields[19] if fields else ""
 
 
 def at_work(pid: int, since: str) -> bool:
-    """Whether the process that `started` then is still there, and neither stopped nor dead."""
+    """Whether the process that `started` at `since` still exists, and is neither stopped nor dead."""
     fields = _status(pid)
     return bool(fields) and fields[19] == since and fields[0] in _AT_WORK
 
 
 def _status(pid: int) -> list[str]:
-    """What the kernel tells of a process after its name, its state first; nothing if there is none."""
+    """Return the fields of /proc/PID/stat after the process's name, its state first; none if there is no process."""
     with suppress(OSError):
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
         return status.rpartition(")")[2].split()
@@ -58,7 +58,7 @@ def _status(pid: int) -> list[str]:
 
 
 def environment(pid: int) -> dict[str, str]:
-    """The variables it was started with; none if they may not be read."""
+    """Return the environment that the process was started with; none if it may not be read."""
     with suppress(OSError):
         lines = Path(f"/proc/{pid}/environ").read_bytes().decode("utf-8", "replace").split("\0")
         return dict(line.partition("=")[::2] for line in lines if "=" in line)
@@ -66,14 +66,14 @@ def environment(pid: int) -> dict[str, str]:
 
 
 def command(pid: int) -> str:
-    """The name of its program, of which the kernel keeps 15 characters; empty if there is none."""
+    """Return the name of the process's program, cut to 15 characters by the kernel; "" if there is no process."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text(encoding="utf-8", errors="replace").strip()
     return ""
 
 
 def same_namespace(pid: int, kind: str) -> bool | None:
-    """Whether it shares this process's namespace of `kind` ("pid", "ipc", "net"); None where that may not be seen."""
+    """Whether `pid` shares this process's namespace of `kind` ("pid", "ipc", "net"); None if that may not be seen."""
     with suppress(OSError):
         return os.readlink(f"/proc/{pid}/ns/{kind}") == os.readlink(f"/proc/self/ns/{kind}")
     return None

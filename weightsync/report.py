@@ -1,4 +1,4 @@
-"""What `push_weights` returns, the same on every rank but for `blocked_seconds`."""
+"""The report that `push_weights` returns: the same on every rank, except for `blocked_seconds`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class EngineReport:
     engine: str
     node: str
     outcome: str  # committed | skipped (untouched) | torn (paused until repaired) | lost (does not answer)
-    version: int | None  # what it serves now; None: nothing that was ever pushed
+    version: int | None  # the one that it serves now; None: it serves no pushed version
     seconds: float  # from its pause to its resume
     checked: int  # tensors whose bytes in the engine were compared with the trainer's
-    not_pushed: int | None  # tensors of the engine that the push did not contain; None where it cannot tell (stock)
+    not_pushed: int | None  # tensors of the engine that the push did not contain; None if it cannot tell (stock)
     error: ErrorRecord | None
     drawn: bool = False  # it read the trainer's memory in place, not slots
 
@@ -39,13 +39,13 @@ class PushReport:
     tensors: int
     buckets: int
     seconds: float  # from the first rank's call until every engine served again
-    blocked_seconds: float  # of those, how long this rank described and filled (differs between ranks)
-    phases: dict[str, float]  # seconds in which each was under way: describe plan fill export wire load finalise verify
+    blocked_seconds: float  # part of `seconds` in which this rank described and filled (differs between ranks)
+    phases: dict[str, float]  # seconds that each was under way: describe plan fill export wire load finalise verify
     engines: tuple[EngineReport, ...]
 
     @classmethod
     def of(cls, outcome: PushOutcome, blocked_seconds: float) -> PushReport:
-        """The report of an outcome that the daemon sent."""
+        """Return the report of an outcome that the daemon sent."""
         return cls(
             model=outcome.model,
             version=outcome.version,
@@ -71,7 +71,7 @@ class PushReport:
         return self.bytes / self.seconds / 1e9 if self.seconds > 0 else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
+        """Return the report as plain data, for JSON."""
         plain: dict[str, Any] = msgspec.to_builtins(self)
         return {**plain, "complete": self.complete}
 

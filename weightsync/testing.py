@@ -1,6 +1,6 @@
 """Public helpers for tests, here and in other projects: a manual clock, leak checks, the suite for transports.
 
-Nothing here needs pytest. To check a transport of your own, call
+This module does not need pytest. To check a transport of your own, call
 
     check_transport(make_pair)
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LEAK_SECONDS", "ManualClock", "check_transport", "eventually", "no_leaks", "transport_checks"]
 
-LEAK_SECONDS = 5.0  # that a thread or a socket has to end after it was told to
+LEAK_SECONDS = 5.0  # for a thread or a socket to end after it was told to
 
 
 class ManualClock:
@@ -46,7 +46,7 @@ class ManualClock:
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
-    """Whether `condition` becomes true within `seconds`; it is asked every 5 ms."""
+    """Whether `condition`, called every 5 ms, becomes true within `seconds`."""
     deadline = time.monotonic() + seconds
     pause = threading.Event()
     while not condition():
@@ -58,8 +58,9 @@ def eventually(condition: Callable[[], bool], *, seconds: float = 10.0) -> bool:
 
 @contextmanager
 def no_leaks(*, directory: str = DIRECTORY) -> Iterator[None]:
-    """Raise `AssertionError` if the block leaves behind file descriptors or threads of this process, or arenas in
-    `directory`. They have `LEAK_SECONDS` to go away. What loads modules or starts pools should have run once before.
+    """Raise `AssertionError` if the block leaves behind files or threads of this process, or arenas in `directory`.
+
+    They have `LEAK_SECONDS` to go away. Code that loads modules or starts pools should have run once before.
     """
     files, threads, arenas = _files(), _threads(), _arenas(directory)
     yield
@@ -76,7 +77,7 @@ def no_leaks(*, directory: str = DIRECTORY) -> Iterator[None]:
 
 
 def transport_checks() -> tuple[str, ...]:
-    """The names of the checks that `check_transport` runs."""
+    """Return the names of the checks that `check_transport` runs."""
     from weightsync.transports.conformance import CHECKS
 
     return tuple(CHECKS)
@@ -86,7 +87,7 @@ def check_transport(make_pair: MakePair, *, only: str | None = None, directory: 
     """Run every conformance check of transports (or the one called `only`) against pairs made by `make_pair`.
 
     Each check gets pairs of its own and must leave no file, thread or arena (in `directory`) behind. Raises
-    `AssertionError`, or what the transport raised, with a note that names the check.
+    `AssertionError`, or the transport's own error, with a note that names the check.
     """
     from weightsync.transports.conformance import CHECKS, warm_up
 
@@ -105,7 +106,7 @@ def check_transport(make_pair: MakePair, *, only: str | None = None, directory: 
 def _files() -> dict[str, str]:
     found = {}
     for number in os.listdir("/proc/self/fd"):
-        with suppress(OSError):  # such as the one that lists the directory
+        with suppress(OSError):  # closed by now, such as the descriptor that lists the directory
             found[number] = os.readlink(f"/proc/self/fd/{number}")
     return found
 

@@ -103,6 +103,19 @@ def test_counters_that_lost_readers_have_used_up_are_followed_by_others(sender, 
     assert files(arena) == [], "a killed bridge's are removed with its arena"
 
 
+def test_counters_of_an_older_file_serve_again(sender, arena, monkeypatch):
+    monkeypatch.setattr(torch_cuda, "_CELLS", 2)
+    tickets = [TorchCudaTicket.unpack(sender.export(slot, 5000, slot + 1, ["e/0"])["e/0"]) for slot in range(3)]
+    assert tickets[0].counter_handle != tickets[2].counter_handle
+    for ticket in tickets[:2]:
+        let_go(ticket)
+    assert sender.pending(0) == sender.pending(1) == ()
+    again = [TorchCudaTicket.unpack(sender.export(slot, 5000, 10 + slot, ["e/0"])["e/0"]) for slot in range(2)]
+    assert again[0].counter_handle == tickets[2].counter_handle
+    assert again[1].counter_handle == tickets[0].counter_handle
+    assert len(files(arena)) == 2
+
+
 def test_no_room_for_counters_leaves_nothing_and_ends(monkeypatch):
     def full(fd: int, start: int, size: int) -> None:
         raise OSError(28, "No space left on device")

@@ -1,4 +1,4 @@
-"""`weightsync`: the operator's hand. Try `weightsync demo` first.
+"""`weightsync`, the operator's command line. Try `weightsync demo` first.
 
 pushing     demo, push, keygen
 looking     status, trace
@@ -6,7 +6,7 @@ engines     engines, engines add, engines remove
 examining   doctor
 measuring   bench
 
-views, status_view, trace_summary: what they print, made from the plain data of `--json`
+views, status_view and trace_summary make what the commands print, from the plain data of `--json`
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["app", "engines", "examining", "looking", "main", "measuring", "pushi
 
 
 def main() -> None:
-    """Entry point of the console script: errors in words, exit status 1; 130 after Ctrl-C."""
+    """Entry point of the console script. Errors are printed without a traceback, exit status 1; 130 after Ctrl-C."""
     try:
         app()
     except WeightSyncError as error:

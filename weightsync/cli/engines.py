@@ -25,7 +25,7 @@ def engines(
     as_json: JsonOption = False,
 ) -> None:
     """Every engine a weightsyncd reaches: what it is, which protocol was chosen for it and why, what it serves. `add`
-    and `remove` change which those of its own node are.
+    and `remove` change the engines of its own node.
     """
     context.obj = daemon or default_endpoint()
     if context.invoked_subcommand is None and plan and not as_json:
@@ -55,9 +55,9 @@ def add(
     daemon: DaemonOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Have the weightsyncd of this node push into one engine more, as soon as no push is under way.
+    """Have the weightsyncd of this node push into one more engine, as soon as no push is under way.
 
-    Until it is restarted, or told by SIGHUP to read its config again: add the engine there too.
+    This lasts until weightsyncd is restarted, or told by SIGHUP to read its config again: add the engine there too.
     """
     from weightsync.config import EngineConfig
     from weightsync.operator import change_engines
@@ -80,7 +80,8 @@ def remove(
 ) -> None:
     """Have the weightsyncd of this node leave an engine alone from now on, as soon as no push is under way.
 
-    The engine is left as it is. Until weightsyncd is restarted, or told by SIGHUP to read its config again.
+    The engine itself is not touched. This lasts until weightsyncd is restarted, or told by SIGHUP to read its config
+    again.
     """
     from weightsync.operator import change_engines
 

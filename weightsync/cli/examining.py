@@ -32,8 +32,8 @@ def doctor(
 ) -> None:
     """What would keep a node and its engines from taking weights, and the exact flag or variable that mends it.
 
-    Of the node and engines of a config, of one engine, or without either of this machine alone. Run it where
-    weightsyncd runs, as its user. Changes nothing. The exit status is 1 where something would fail.
+    Looks at the node and engines of a config, at one engine or, without either, at this machine alone. Run it where
+    weightsyncd runs, as its user. Changes nothing. The exit status is 1 if something would fail.
     """
     from weightsync.config import EngineConfig, NodeConfig, load_node_config
     from weightsync.doctor import examine, examine_machine, examine_node, worst_first
@@ -67,7 +67,7 @@ def _show_findings(titles: dict[str, str], found: dict[str, list[dict[str, Any]]
 
     from weightsync.cli.views import findings_view
 
-    console = Console(highlight=False, markup=False)  # fixes have words in square brackets
+    console = Console(highlight=False, markup=False)  # some fixes contain square brackets
     for name, findings in found.items():
         console.print(titles[name])
         console.print(findings_view(findings))

@@ -87,14 +87,14 @@ def trace(
 
 
 def fetch(endpoint: str) -> dict[str, Any]:
-    """The status of a daemon, as plain data."""
+    """Return the status of a daemon, as plain data."""
     from weightsync.operator import fetch_status
 
     plain: dict[str, Any] = msgspec.to_builtins(fetch_status(endpoint))
     plain.pop("type", None)
     plain.pop("id", None)
     for engine in (plain.get("last") or {}).get("engines", ()):
-        engine["not_pushed"] = engine.pop("untouched", 0)  # as in a report; on the wire it keeps its first name
+        engine["not_pushed"] = engine.pop("untouched", 0)  # the name in reports; on the wire the field keeps its first
     return plain
 
 
@@ -105,7 +105,7 @@ def _status_view(endpoint: str) -> Any:
 
 
 def _watched(endpoint: str) -> Any:
-    """As `_status_view`; but a daemon that does not answer may be back in the next second."""
+    """Return the status view, or the error if the daemon does not answer: it may be back in the next second."""
     from rich.text import Text
 
     try:

@@ -26,5 +26,5 @@ def bench(context: typer.Context) -> None:
             f"the benchmarks are not in the installed package ({tree})",
             hint="in a clone of the source tree: `make setup`, then `.venv/bin/weightsync bench`, or `python -m bench`",
         )
-    sys.path.insert(0, str(tree))  # for `bench` itself, which is no installed package
+    sys.path.insert(0, str(tree))  # `bench` is not an installed package
     import_module("bench.cli").app(args=context.args, prog_name=context.command_path)

@@ -104,7 +104,7 @@ def push(
 
 
 def _names_given(pairs: list[str]) -> dict[str, str]:
-    """{OLD: NEW}."""
+    """Return {OLD: NEW} from the `--rename` options."""
     names: dict[str, str] = {}
     for pair in pairs:
         old, equals, new = pair.partition("=")

@@ -1,6 +1,6 @@
 """`weightsync status` on a terminal of 100 columns, made from the plain data of `weightsync status --json`.
 
-What is wrong comes in sentences below the tables, where nothing is cut off.
+Problems come as sentences below the tables, where nothing is cut off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _OVER_BYTES = ("fill", "wire", "load")  # phases in which the bytes of a push mo
 
 
 def status_view(status: dict[str, Any], clock: str) -> Group:
-    """A whole daemon at a glance."""
+    """Return a daemon's status as tables and sentences; `clock` is the time to show."""
     head = f"{status['software']} on node {status['node']}, pid {status['pid']}, up {_lasting(status['uptime'])}"
     parts: list[Any] = [Text(f"{head}, at {clock}"), Text(), _engines(status), Text(), _bridges(status)]
     if status["nodes"]:
@@ -142,7 +142,7 @@ def _refused(status: dict[str, Any]) -> list[Text]:
 
 
 def _lasting(seconds: float) -> str:
-    """Seconds as a person says them."""
+    """Return seconds in a form for people: "5 min"."""
     whole = int(seconds)
     for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
         if whole >= 2 * unit:

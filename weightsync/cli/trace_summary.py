@@ -1,7 +1,7 @@
-"""Where the time of a push went, worked out from its trace: a table of steps and one of engines.
+"""Summary of a push's trace, which shows where its time went: a table of steps and one of engines.
 
-`summarise` makes plain data of a document of `weightsync.chrome_trace`, whether it comes from a daemon or from a file
-in `log.trace_dir`; `summary_view` shows it.
+`summarise` makes plain data of a document of `weightsync.chrome_trace`, from a daemon or from a file in
+`log.trace_dir`. `summary_view` shows it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["read_trace", "summarise", "summary_view"]
 
 _AT_ENGINES = ("pause", "begin", "load", "release", "finish", "verify", "resume")
-_SHOWN = 8  # failures and unfinished pieces
+_SHOWN = 8  # failures and unfinished pieces that are listed at most
 
 
 Natural = Annotated[int, Meta(ge=0)]
@@ -31,7 +31,7 @@ Seconds = Annotated[float, Meta(ge=0.0)]
 
 
 class _Push(msgspec.Struct):
-    """What is shown of `otherData`: other programs' traces have none of it."""
+    """The part of `otherData` that is shown. Other programs' traces do not have it."""
 
     model: str
     version: int
@@ -80,7 +80,7 @@ class _Document(msgspec.Struct):
 
 
 def read_trace(text: bytes, name: str) -> dict[str, Any]:
-    """The document in a file. Raises `ConfigError` for what is no trace of ours, such as other programs' traces."""
+    """Return the document in a file. Raises `ConfigError` if it is no trace of ours, such as another program's."""
     try:
         found: dict[str, Any] = msgspec.json.decode(text)
         msgspec.convert(found, _Document)
@@ -92,8 +92,9 @@ def read_trace(text: bytes, name: str) -> dict[str, Any]:
 
 
 def summarise(document: dict[str, Any]) -> dict[str, Any]:
-    """Seconds and bytes by step and by engine, and what failed or never ended. Seconds of a step are those in which any
-    piece of it was under way: steps overlap.
+    """Return seconds and bytes by step and by engine, and what failed or never ended.
+
+    A step's seconds are those in which any piece of it was under way. Steps overlap.
     """
     rows = _rows(document)
     lanes = {
@@ -143,7 +144,7 @@ def _engine(pieces: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _slowest(pieces: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of those whose end is known: how long the ones took that were under way when the trace was full is not."""
+    """Return the slowest piece whose end is known. Pieces under way when the trace was full have no known end."""
     return max((row for row in pieces if "cut" not in row["args"]), key=lambda row: float(row["dur"]), default=None)
 
 
@@ -153,7 +154,7 @@ def _piece(row: dict[str, Any], lanes: dict[tuple[int, int], str]) -> dict[str, 
 
 
 def _under_way(pieces: Iterable[dict[str, Any]]) -> float:
-    """Seconds in which at least one of them was."""
+    """Return the seconds in which at least one of the pieces was under way."""
     total, until = 0.0, float("-inf")
     for begin, end in sorted((row["ts"], row["ts"] + row["dur"]) for row in pieces):
         total += max(0.0, end - max(begin, until))
@@ -162,7 +163,7 @@ def _under_way(pieces: Iterable[dict[str, Any]]) -> float:
 
 
 def summary_view(summary: dict[str, Any]) -> Group:
-    """For a terminal of 100 columns."""
+    """Return the summary as tables and sentences, for a terminal of 100 columns."""
     push = summary["push"]
     steps = empty_table("step", "from", "seconds", "pieces", "bytes", "GB/s", "slowest piece", right=(1, 2, 3, 4, 5))
     for step in summary["steps"]:

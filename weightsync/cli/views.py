@@ -17,7 +17,7 @@ _COLOURS = {"serving": "green", "committed": "green", "connected": "green", "tor
 
 
 def empty_table(*columns: str, right: Container[int] = ()) -> Table:
-    """An empty one; numbers of the columns in `right` are flush with its right edge."""
+    """Return an empty table. The columns numbered in `right` are right-aligned."""
     empty = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         empty.add_column(column, justify="right" if number in right else "left")
@@ -25,22 +25,22 @@ def empty_table(*columns: str, right: Container[int] = ()) -> Table:
 
 
 def coloured(word: str) -> Text:
-    """A state: green where all is well, red where it is not."""
+    """Return a state in its colour: green if all is well, red if it is broken, otherwise yellow."""
     return Text(word, style=_COLOURS.get(word, "yellow"))
 
 
 def or_dash(value: Any) -> str:
-    """What there is, or a sign that there is nothing."""
+    """Return the value as text, "–" for None."""
     return "–" if value is None else str(value)
 
 
 def decimal_size(nbytes: int) -> str:
-    """In the units of GB/s, so that it divides by seconds; memory in GiB is `weightsync.doctor.sizes`."""
+    """Return a size in GB or MB, the units of GB/s. For memory, in GiB, see `weightsync.doctor.sizes`."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
 def findings_view(findings: list[dict[str, Any]]) -> Table:
-    """What the doctor found, and what mends it."""
+    """Return a table of the doctor's findings and their fixes."""
     table = empty_table("", "found", "what mends it")
     colours = {"ok": "green", "warn": "yellow", "fail": "red"}
     for finding in findings:
@@ -49,7 +49,7 @@ def findings_view(findings: list[dict[str, Any]]) -> Table:
 
 
 def engine_details(engines: list[dict[str, Any]]) -> Table:
-    """What each engine is and how it is spoken to."""
+    """Return a table of what each engine is, and of the profile that it is driven by."""
     table = empty_table("engine", "node", "kind", "software", "profile", "tp", "state", "serves")
     for e in engines:
         software, profile = or_dash(e["software"]), or_dash(e["profile"])
@@ -68,7 +68,7 @@ _REPLAY = {
 
 
 def replay_details(engines: list[dict[str, Any]]) -> Group:
-    """Of which tensors each engine's loader is replayed, and what the others are still given to it for."""
+    """Return a table of how many tensors each engine replays, and one of why the others still go to its loader."""
     table = empty_table(
         "engine", "replay", "tensors", "bytes", "moves", "by the loader", "seconds with it", "without", "note"
     )

@@ -1,4 +1,4 @@
-"""Runs the demo: checkpoints, engines, two daemons, two trainer ranks; shows a row for each push; leaves nothing."""
+"""Runs the demo: checkpoints, engines, two daemons, two trainer ranks. Shows each push, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["DemoResult", "run_demo"]
 
 _STEP_SECONDS = 120.0
-_NODES = f"demo{os.getpid()}"  # how the names of this run's nodes begin, and so those of what they leave in /dev/shm
+_NODES = f"demo{os.getpid()}"  # prefix of this run's node names, which files in /dev/shm contain
 DENSE = ModelConfig(
     vocab_size=4096,
     hidden_size=512,
@@ -52,7 +52,7 @@ ACTS = {"Qwen3 (dense, float32)": DENSE, "Qwen3-MoE (16 experts, bfloat16)": MOE
 
 @dataclass
 class DemoResult:
-    """What the demo came to; `ok` when every push was equal everywhere and nothing was left behind."""
+    """The demo's result: `ok` if every push was equal everywhere and nothing was left behind."""
 
     pushes: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
@@ -67,7 +67,7 @@ class DemoResult:
 
 
 def run_demo(console: Console, *, steps: int = 5) -> DemoResult:
-    """Push `steps` versions of each model of `ACTS`. Raises `FleetError` when a process fails."""
+    """Push `steps` versions of each model of `ACTS`. Raises `FleetError` if a process fails."""
     started = time.monotonic()
     result = DemoResult()
     with Fleet() as fleet:
@@ -122,7 +122,7 @@ def _act(console: Console, fleet: Fleet, title: str, config: ModelConfig, steps:
 
 
 def _rows(trainer: Child, path: Path, count: int) -> Iterator[dict[str, Any]]:
-    """Each line of the file as it appears. Raises `FleetError` with the trainer's log when it fails or stalls."""
+    """Yield each line of the file as it appears. Raises `FleetError` with the trainer's log if it fails or stalls."""
     seen = 0
     deadline = time.monotonic() + _STEP_SECONDS
     while seen < count:
@@ -140,7 +140,7 @@ def _rows(trainer: Child, path: Path, count: int) -> Iterator[dict[str, Any]]:
 
 
 def _judge(kind: str, row: dict[str, Any], engines: list[Engine]) -> dict[str, Any]:
-    """One push as the summary tells it."""
+    """Return the summary of one push."""
     report, compared = row["report"], row["engines"]
     ranks = sum(engine.tp for engine in engines)
     ranks_equal = sum(e["ranks_equal"] for e in compared.values())

@@ -1,7 +1,7 @@
 """One FSDP2 trainer rank of the demo; torchrun starts two of them.
 
-Trains the decoder for a few real optimiser steps, pushes after each, and then, on rank 0, compares every engine with
-the trainer: the checksum of what lies in each tensor-parallel rank, and the greedy continuation of one prompt.
+Trains the decoder for a few real optimiser steps and pushes after each. After a push, rank 0 compares every engine with
+the trainer: the checksum of each tensor-parallel rank's memory, and the greedy continuation of one prompt.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def main() -> None:
     dist.barrier()
     dist.destroy_process_group()
     sys.stdout.flush()
-    os._exit(0)  # torch 2.13's gloo threads now and then abort a process that ends the ordinary way
+    os._exit(0)  # at an ordinary exit torch 2.13's gloo threads sometimes abort the process
 
 
 def train(arguments: argparse.Namespace) -> None:
@@ -81,7 +81,7 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def _whole(model: CausalLM) -> dict[str, torch.Tensor]:
-    """Every parameter gathered whole; a collective. Only the comparison needs it: the push gathers nothing."""
+    """Return every parameter, gathered: a collective. Only the comparison needs it; the push gathers nothing."""
     with torch.no_grad():
         return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.named_parameters()}
 

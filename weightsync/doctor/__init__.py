@@ -1,14 +1,14 @@
-"""`weightsync doctor`: what would fail, before any push, and the exact flag or variable that mends it.
+"""`weightsync doctor`: finds, before any push, what would fail, and the exact flag or variable that mends it.
 
-    node       where slots would lie, and whether GPUs, memory and Python packages let them
+    node       where slots would lie, and whether GPUs, memory and Python packages allow it
     machine    open files, memory, limits of containers, namespaces, sockets
     packages   cupy, torch and the driver: whether their CUDA versions fit together
-    joined     NCCL, where nodes with slots on GPUs are joined: whether it is there, and what must be alike
-    process    whether an engine's process shares with this one what a push needs to be shared
-    environments   what is installed where the engine runs, beside what is installed here
+    joined     NCCL between nodes with slots on GPUs: whether it is installed, and what must be alike
+    process    whether an engine's process shares memory, namespaces and GPUs with this one as a push needs
+    environments   packages installed where the engine runs, compared with those here
 
-The engine's own adapter looks at what it says over HTTP (`EngineAdapter.examine`). The doctor stands in for
-weightsyncd: it has to run where that runs, as its user. Nothing is changed, and nothing is sent but questions.
+The engine's own adapter examines its answers over HTTP (`EngineAdapter.examine`). The doctor stands in for weightsyncd:
+it has to run where weightsyncd runs, as its user. It changes nothing, and sends nothing but questions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["Node", "brand_of", "examine", "examine_machine", "examine_node", "wo
 
 
 async def brand_of(spec: EngineConfig, *, deadline: float) -> str:
-    """Which kind of engine answers at the URL. Raises `EngineLost`, or `EngineError` if it is none that is known."""
+    """Return the kind of engine that answers at the URL. Raises `EngineLost`, or `EngineError` if it is unknown."""
     http = EngineHttp(spec)
     try:
         for path, kind, mark in (
@@ -64,9 +64,9 @@ async def brand_of(spec: EngineConfig, *, deadline: float) -> str:
 
 
 def examine(spec: EngineConfig, node: Node | None = None, *, timeout: float = 10.0) -> list[Finding]:
-    """Everything about one engine of a node, the worst first. `spec.kind` may be "auto".
+    """Return all findings about one engine of a node, the worst first. `spec.kind` may be "auto".
 
-    Without a `node` it is judged for one whose config leaves everything open. Raises nothing that is its fault.
+    Without a `node`, the engine is judged for a node with the default config. Its faults are findings, never raised.
     """
     if problems := url_problems(spec.url):
         return [Finding(level="fail", what=f"the engine's url {problem}") for problem in problems]
@@ -85,7 +85,7 @@ def examine(spec: EngineConfig, node: Node | None = None, *, timeout: float = 10
 
 
 def _group(spec: EngineConfig, node: Node, environment: Mapping[str, str]) -> list[Finding]:
-    """For an engine that is asked to join groups: what keeps it out of them."""
+    """Return why an engine with the path "group" could not join groups, if so."""
     helper: dict[str, Helper] = {"sglang": "torch", "vllm": "vllm"}
     if spec.path != "group" or spec.kind not in helper:
         return []

@@ -1,4 +1,4 @@
-"""Arenas that are there already."""
+"""Arenas that exist already."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["held"]
 
 
 def held(config: NodeConfig) -> int:
-    """Bytes of this node's arenas that exist now: those of a running weightsyncd, which a new one would replace."""
+    """Return the bytes of this node's existing arenas: a running weightsyncd's, which a new one would replace."""
     nbytes = 0
     for file in Path(config.node.shm_dir).glob(f"weightsync-{os.geteuid()}-{config.node.name}-*"):
         with suppress(FileNotFoundError):  # removed meanwhile

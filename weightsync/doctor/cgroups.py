@@ -1,4 +1,4 @@
-"""Limits that a container, a systemd unit or Slurm sets, of both versions of cgroups."""
+"""Limits that a container, a systemd unit or Slurm sets, in either version of cgroups."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Limit", "tightest"]
 
-_NONE = 2**60  # version 1 has a number near 2**63 where there is no limit
+_NONE = 2**60  # version 1 shows a number near 2**63 if there is no limit
 
 
 class Limit(NamedTuple):
-    """One limit, and what is used of it; of memory, without what can be taken back at once."""
+    """One limit and its use. Use of memory leaves out what the kernel can reclaim at once."""
 
     limit: int
     used: int
@@ -28,9 +28,9 @@ class Limit(NamedTuple):
 def tightest(
     proc: Path, root: Path, second: tuple[str, str], first: tuple[str, str], *, controller: str = "memory"
 ) -> Limit | None:
-    """The limit on this process with the least left: its own group's, or that of a group around it. None: no limit.
+    """Return the limit on this process with the least left, of its own group or a group around it. None: no limit.
 
-    `second` and `first` are the files of a limit and of its use in version 2 and version 1.
+    `second` and `first` name the files of the limit and of its use, in version 2 and version 1.
     """
     found = []
     for line in _lines(proc / "self" / "cgroup"):
@@ -42,7 +42,7 @@ def tightest(
         else:
             continue
         for mount in mounts:
-            # in a container the path may be the host's, which is not to be seen: the mount itself is then its group
+            # in a container the path may be the host's and not visible: then the mount itself is the process's group
             group = mount / path.strip("/")
             for folder in (group, *group.parents):
                 if (limit := _read(folder, files)) is not None:
@@ -69,7 +69,7 @@ def _read(folder: Path, files: tuple[str, str]) -> Limit | None:
 
 
 def _reclaimable(folder: Path) -> int:
-    """Bytes of files that the kernel keeps and gives back before anybody is refused memory."""
+    """Return the bytes of cached files that the kernel gives up before it refuses memory."""
     stat = dict(line.split() for line in _lines(folder / "memory.stat") if line.count(" ") == 1)
-    found = stat.get("total_inactive_file", stat.get("inactive_file", "0"))  # version 1 has it of the group alone, too
+    found = stat.get("total_inactive_file", stat.get("inactive_file", "0"))  # version 1: "total_" includes subgroups
     return int(found) if found.isdecimal() else 0

@@ -1,4 +1,4 @@
-"""What is installed where an engine runs, beside what is installed here. Read from files: nothing is imported."""
+"""Compares packages installed where an engine runs with those here. Reads files, and imports nothing."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TORCH = re.compile(r"(/\S*/(?:site|dist)-packages)/torch/lib/lib(?:torch|c10)\w
 
 
 def examine_environment(pid: int, proc: Path = Path("/proc")) -> list[Finding]:
-    """The engine's process, against this one; nothing where its files may not be seen, or it has loaded no torch."""
+    """Compare the engine's packages with those here. No findings if its files are hidden or it has loaded no torch."""
     folder = packages_of(pid, proc)
     theirs = installed([folder]) if folder is not None else {}
     if not theirs:
@@ -35,7 +35,7 @@ def examine_environment(pid: int, proc: Path = Path("/proc")) -> list[Finding]:
 
 
 def packages_of(pid: int, proc: Path = Path("/proc")) -> Path | None:
-    """The folder that its torch was loaded from, as this process sees it: inside a container, too."""
+    """Return the folder that the process's torch was loaded from, as seen from here; works for containers too."""
     with suppress(OSError):
         maps = (proc / str(pid) / "maps").read_text(errors="replace")
         if (found := _TORCH.search(maps)) is not None:
@@ -45,7 +45,7 @@ def packages_of(pid: int, proc: Path = Path("/proc")) -> Path | None:
 
 
 def installed(folders: list[Path] | None = None) -> dict[str, str]:
-    """Versions of the packages that matter to a push, in some folders; without any, of this Python."""
+    """Return the versions of packages that matter to a push, in `folders`; None: in this Python."""
     found: dict[str, str] = {}
     for distribution in importlib.metadata.distributions(path=sys.path if folders is None else [*map(str, folders)]):
         name = re.sub(r"[-_.]+", "-", distribution.name or "").lower()

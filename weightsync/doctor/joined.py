@@ -1,4 +1,4 @@
-"""Nodes joined by NCCL: whether it is installed, and what has to be the same on all of them. It is not loaded."""
+"""Nodes joined by NCCL: whether it is installed, and what has to be alike on all of them. Does not load NCCL."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["examine_joined"]
 
 
 def examine_joined(config: NodeConfig, environment: Mapping[str, str]) -> list[Finding]:
-    """For a node whose slots lie on GPUs; nothing where it is joined to no other."""
+    """Examine a node whose slots lie on GPUs; no findings if it is joined to no other node."""
     cluster = config.cluster
     if not (cluster.peers or cluster.listen or cluster.seed):
         return []

@@ -27,11 +27,11 @@ __all__ = ["examine_machine", "holder"]
 
 _DESCRIPTORS = 1024  # weightsyncd has one for each rank and bridge, and a few for each engine and peer
 _PROCESSES = 256  # threads of weightsyncd, its bridges and keepers: about 20 each, and torch's
-_FIRST = {"ipc": 0xEFFFFFFF, "pid": 0xEFFFFFFC}  # the kernel's numbers of the namespaces that it starts with
+_FIRST = {"ipc": 0xEFFFFFFF, "pid": 0xEFFFFFFC}  # the kernel's numbers of its initial namespaces
 _ADAPTERS = Path("/sys/class/infiniband")
 _PROC, _CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _ADDRESS = "an address of this machine: ip address"
-_FIXES = {  # of what is wrong with a port
+_FIXES = {  # for errors of binding a port
     errno.EADDRINUSE: "another port",
     errno.EACCES: "a port from 1024 on, or sysctl net.ipv4.ip_unprivileged_port_start",
 }
@@ -39,7 +39,7 @@ _LIMITS = ("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.us
 
 
 def examine_machine(config: NodeConfig, proc: Path = _PROC, cgroups: Path = _CGROUPS) -> list[Finding]:
-    """What weightsyncd of this config would meet here, GPUs aside. Opens a port for an instant, and changes nothing."""
+    """Examine this machine for a weightsyncd with this config, GPUs aside. Binds ports briefly; changes nothing."""
     found = [_descriptors(), _memory(config, proc, cgroups)]
     found += _processes(proc, cgroups)
     found += _locked_memory(config)
@@ -58,10 +58,10 @@ def _descriptors() -> Finding:
 
 
 def _memory(config: NodeConfig, proc: Path, cgroups: Path) -> Finding:
-    """Arenas in host memory are counted to the container that writes them."""
+    """Judge available memory. Arenas in host memory count towards the limit of the container that writes them."""
     arena = config.arena
     need = max(config.node.bridges, 1) * arena.slots * stride(arena.slot_bytes) if arena.device == "cpu" else 0
-    there = held(config) if need else 0  # a new weightsyncd has that for its own
+    there = held(config) if need else 0  # a new weightsyncd can use this memory
     free, where = _available(proc) + there, "of memory are available"
     limit = tightest(proc, cgroups, *_LIMITS)
     if limit is not None and (left := min(limit.left + there, limit.limit)) < free:
@@ -94,7 +94,7 @@ def _processes(proc: Path, cgroups: Path) -> list[Finding]:
 
 
 def _locked_memory(config: NodeConfig) -> list[Finding]:
-    """NCCL registers memory with InfiniBand adapters, which locks it."""
+    """Judge how much memory a process may lock: NCCL locks the memory that it registers with InfiniBand adapters."""
     cluster = config.cluster
     joined = bool(cluster.peers or cluster.listen or cluster.seed)
     with suppress(OSError):
@@ -125,11 +125,11 @@ def _namespaces(proc: Path) -> list[Finding]:
 
 
 def holder(lock: Path, proc: Path = _PROC) -> int | None:
-    """The process that holds the lock of this file, by the kernel's own list; None where none does that is seen."""
+    """Return the process that holds this file's lock, from the kernel's list; None if none is seen."""
     with suppress(OSError):
         wanted = lock.stat()
         for line in (proc / "locks").read_text().splitlines():
-            fields = line.split()  # of another file system, or of one that lies over it, the number may be the same
+            fields = line.split()  # inode numbers repeat across file systems, so the holder's open files decide
             if "FLOCK" in fields and fields[-3].rpartition(":")[2] == str(wanted.st_ino):
                 for opened in (proc / fields[-4] / "fd").iterdir():
                     with suppress(OSError):
@@ -157,10 +157,10 @@ def _sockets(config: NodeConfig, proc: Path) -> list[Finding]:
 
 
 def _port(key: str, endpoint: str, daemon: int | None) -> Finding | None:
-    """Why weightsyncd could not listen there."""
+    """Return why weightsyncd could not listen there, or None."""
     parts = urlsplit(endpoint)
     host, port = parts.hostname or "", parts.port or 0
-    host = "" if host == "*" else host  # zmq's word for every address
+    host = "" if host == "*" else host  # "*" is zmq's name for every address
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -38,19 +38,19 @@ _REASONS = {
 
 
 class Node(NamedTuple):
-    """What engines are judged for."""
+    """The node that engines are judged for."""
 
-    config: NodeConfig  # with every choice made, unless it cannot be
+    config: NodeConfig  # with every choice made, if `placed` could make them
     gpus: tuple[Gpu, ...]  # this machine's, in the driver's order
 
     @property
     def on_gpus(self) -> bool:
-        """Whether slots are to lie there."""
+        """Whether slots would lie on GPUs."""
         return self.config.arena.device != "cpu"
 
 
 def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ) -> tuple[Node, list[Finding]]:
-    """What weightsyncd would meet if it were started here on this config. Calls nvidia-smi up to four times."""
+    """Examine this node for a weightsyncd that is started with this config. Calls nvidia-smi up to four times."""
     gpus: tuple[Gpu, ...] = ()
     found = []
     try:
@@ -70,13 +70,13 @@ def examine_node(config: NodeConfig, environment: Mapping[str, str] = os.environ
         found += examine_packages()
         found += _allocator(environment)
         found += examine_joined(config, environment)
-    if config.arena.device != "auto":  # else nobody knows how many slots there would be
+    if config.arena.device != "auto":  # still "auto" if `placed` failed: then the number of slots is not known
         found.append(room(config))
     return node, worst_first(found)
 
 
 def room(config: NodeConfig) -> Finding:
-    """Whether the files of all bridges fit into shared memory; those that this node has there now count as free."""
+    """Judge whether the files of all bridges fit into shared memory. This node's present files count as free."""
     arena, directory, bridges = config.arena, config.node.shm_dir, max(config.node.bridges, 1)
     control = stride(1) + stride(arena.slots * MAX_READERS * CELL_BYTES)
     if arena.device == "cpu":
@@ -100,13 +100,16 @@ def room(config: NodeConfig) -> Finding:
 
 
 def worst_first(found: Iterable[Finding]) -> list[Finding]:
-    """Failures, then warnings, then what is well."""
+    """Return the findings sorted: failures, warnings, then what is well."""
     order = {"fail": 0, "warn": 1, "ok": 2}
     return sorted(found, key=lambda finding: order[finding.level])
 
 
 def _arenas(config: NodeConfig, gpus: Sequence[Gpu]) -> list[Finding]:
-    """What each arena takes of its GPU; judged only while this node has none there, which would count as taken."""
+    """Judge whether each arena fits on its GPU.
+
+    Not judged if weightsyncd runs already, because its own arenas would count as taken.
+    """
     slots, slot_bytes = config.arena.slots, config.arena.slot_bytes
     found = []
     runs = held(config) > 0
@@ -133,7 +136,7 @@ def _arenas(config: NodeConfig, gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def _peers(gpus: Sequence[Gpu], chosen: Sequence[Gpu]) -> list[Finding]:
-    """Pairs of GPUs, with slots on one at least, that cannot map each other's memory; one finding for each reason."""
+    """Find pairs of GPUs, at least one with slots, that cannot map each other's memory; one finding for each reason."""
     if len(gpus) < 2 or not chosen:
         return []
     try:
@@ -159,7 +162,7 @@ def _peers(gpus: Sequence[Gpu], chosen: Sequence[Gpu]) -> list[Finding]:
 
 
 def _links(gpus: Sequence[Gpu]) -> list[Finding]:
-    """What lies between GPUs. That some pairs have NVLink and others have not is a fault more often than a design."""
+    """Examine the links between GPUs. NVLink between only some pairs is a fault more often than a design."""
     if len(gpus) < 2:
         return []
     try:
@@ -183,7 +186,7 @@ def _links(gpus: Sequence[Gpu]) -> list[Finding]:
 
 
 def _allocator(environment: Mapping[str, str]) -> list[Finding]:
-    """A setting that is known to break CUDA IPC elsewhere, and does not here."""
+    """Mention a setting that is known to break CUDA IPC elsewhere, but does not here."""
     return [
         Finding(
             level="ok",

@@ -1,4 +1,4 @@
-"""cupy, torch and the driver: whether their CUDA versions fit together. Imports neither, and makes no CUDA context."""
+"""Checks whether the CUDA versions of cupy, torch and the driver fit. Imports neither, and makes no CUDA context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from weightsync.gpus import driver_cuda
 
 __all__ = ["Cupy", "Torch", "examine_packages", "judge_packages"]
 
-_MAJORS = (12, 13)  # that weightsync has an extra for
+_MAJORS = (12, 13)  # CUDA versions that weightsync has an extra for
 
 
 class Cupy(NamedTuple):
@@ -23,18 +23,18 @@ class Cupy(NamedTuple):
 
     name: str
     version: str
-    major: int | None  # of the CUDA it is made for; None where it was built from source
+    major: int | None  # of the CUDA it is made for; None if it was built from source
 
 
 class Torch(NamedTuple):
     """The torch of this Python."""
 
     version: str
-    cuda: tuple[int, int] | None  # that it is built for; None: for a CPU
+    cuda: tuple[int, int] | None  # CUDA version that it is built for; None: built for a CPU
 
 
 def examine_packages() -> list[Finding]:
-    """This Python's, against the driver's CUDA version. Calls nvidia-smi once."""
+    """Compare this Python's cupy and torch with the driver's CUDA version. Calls nvidia-smi once."""
     try:
         driver, found = driver_cuda(), []
     except ConfigError as error:
@@ -46,7 +46,10 @@ def examine_packages() -> list[Finding]:
 
 
 def judge_packages(cupys: list[Cupy], torch: Torch | None, driver: tuple[int, int] | None) -> list[Finding]:
-    """What is wrong with them, or that nothing is. `driver` is the latest CUDA that it runs, None if unknown."""
+    """Return what is wrong with these versions, or one finding that they fit.
+
+    `driver` is the latest CUDA version that the driver runs, None if unknown.
+    """
     where = f"for {sys.executable}"
     extra = install_hint(f"cuda{_best(torch, driver)}")
     found = _judge_torch(torch, driver)
@@ -89,14 +92,14 @@ def _judge_torch(torch: Torch | None, driver: tuple[int, int] | None) -> list[Fi
 
 
 def _best(torch: Torch | None, driver: tuple[int, int] | None) -> int:
-    """Of the CUDA versions that weightsync has an extra for: torch's, if the driver runs it, else the driver's."""
+    """Return torch's CUDA version if the driver runs it, else the driver's, among those with an extra of weightsync."""
     most = driver[0] if driver is not None else _MAJORS[-1]
     wanted = torch.cuda[0] if torch is not None and torch.cuda is not None else most
     return max(_MAJORS[0], min(wanted, most, _MAJORS[-1]))
 
 
 def installed_cupys() -> list[Cupy]:
-    """Every distribution of cupy in this Python; more than one is a fault, for all bring the same package."""
+    """Return every distribution of cupy in this Python. More than one is a fault: all bring the same package."""
     found = set()
     for distribution in importlib.metadata.distributions():
         name = re.sub(r"[-_.]+", "-", distribution.name or "").lower()
@@ -107,8 +110,8 @@ def installed_cupys() -> list[Cupy]:
 
 
 def installed_torch() -> Torch | None:
-    """This Python's torch, read from its files; None where there is none."""
-    spec = importlib.util.find_spec("torch")  # looks, and imports nothing
+    """Return this Python's torch, read from its files; None if there is none."""
+    spec = importlib.util.find_spec("torch")  # imports nothing
     if spec is None or not spec.submodule_search_locations:
         return None
     text = Path(spec.submodule_search_locations[0], "version.py").read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""An engine's process, where it can be seen: what it shares with this one, which stands in for weightsyncd."""
+"""Examines an engine's process, if it can be seen: what it shares with this one, which stands in for weightsyncd."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NAMESPACES = {"ipc": "an IPC namespace", "pid": "a PID namespace"}
 
 
 def examine_process(url: str, node: Node) -> list[Finding]:
-    """The process that listens at `url`, for the slots of `node`."""
+    """Examine the process that listens at `url`, for the slots of `node`."""
     parts = urlsplit(url)
     host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
     if not is_here(host):
@@ -65,7 +65,7 @@ def examine_process(url: str, node: Node) -> list[Finding]:
 
 def _user(pid: int) -> list[Finding]:
     uid = os.geteuid()
-    with suppress(OSError):  # it has ended meanwhile
+    with suppress(OSError):  # the process has ended meanwhile
         uid = os.stat(f"/proc/{pid}").st_uid
     if uid == os.geteuid():
         return []
@@ -103,7 +103,7 @@ def _shared_memory(pid: int, directory: str) -> Finding:
 
 
 def _namespaces(pid: int) -> list[Finding]:
-    """Handles of CUDA IPC are good within one IPC and one PID namespace."""
+    """Judge namespaces: CUDA IPC handles are valid only within one IPC and one PID namespace."""
     found = []
     for kind, called in _NAMESPACES.items():
         same, fix = same_namespace(pid, kind), f"docker run --{kind}=host, for the engine and for weightsyncd"
@@ -119,7 +119,7 @@ def _namespaces(pid: int) -> list[Finding]:
 
 
 def _visible_gpus(theirs: Mapping[str, str], node: Node) -> list[Finding]:
-    """GPUs without slots are fine: an engine opens handles on its own GPU, whichever GPU the slots lie on."""
+    """Judge the engine's GPUs. GPUs without slots are fine: an engine opens any GPU's handles on its own GPU."""
     wanted = theirs.get("CUDA_VISIBLE_DEVICES", "").strip()
     try:
         seen = seen_by(theirs, [gpu.uuid for gpu in node.gpus])

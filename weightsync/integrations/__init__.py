@@ -1,4 +1,4 @@
-"""Training frameworks whose weights weightsync can push: what each needs is in docs/integrations.md.
+"""Integrations with training frameworks; docs/integrations.md says what each needs.
 
-Each module imports its framework, and nothing else of weightsync imports any of them.
+Each module imports its framework. No other part of weightsync imports these modules.
 """

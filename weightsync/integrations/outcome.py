@@ -1,4 +1,4 @@
-"""What a framework would not look at: engines that a push did not reach."""
+"""Warnings about engines that a push did not reach, since frameworks do not look at the report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ logger = logging.getLogger(__name__)
 
 
 def noted(report: PushReport) -> PushReport:
-    """Warn, on rank 0, of every engine that did not commit; a torn one answers no request until a push repairs it."""
+    """Warn, on rank 0, of every engine that did not commit. Returns `report`.
+
+    A torn engine answers no request until a push repairs it.
+    """
     if rank_and_world()[0] == 0:
         for engine in report.engines:
             if engine.outcome != "committed":

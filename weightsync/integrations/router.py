@@ -2,7 +2,8 @@
 
 The router's API, as run with sglang_router 0.3.2: `GET /workers` lists `{"workers": [{"id", "url", "is_healthy", …}]}`.
 `POST /workers` with `{"url", "worker_type"}` and `DELETE /workers/{id}` answer 202 before anything is done, and may
-then fail silently: a worker that does not answer is accepted and never listed. So both are waited for here.
+then fail silently: a worker that does not answer is accepted and never listed. So this module waits until the list
+shows the change.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ __all__ = ["Router", "up_to_date"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 0.1  # seconds between looks at whether the router has done what it was asked for
+_LOOK = 0.1  # seconds between looks at whether the router has made a change
 
 
 def up_to_date(engines: Iterable[EngineStatus]) -> list[EngineStatus]:
-    """The engines that serve the highest version served by any. One that was never pushed to is not among them."""
+    """Return the engines that serve the highest version that any serves. An engine without a push is not among them."""
     serving = [e for e in engines if e.state == "serving" and e.version is not None]
     latest = max((e.version for e in serving if e.version is not None), default=None)
     return [e for e in serving if e.version == latest]
@@ -46,7 +47,7 @@ class Router:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
     def workers(self) -> dict[str, str]:
-        """Its workers: url → id. Raises `RemoteProtocolError` for an answer that is not a router's."""
+        """Return the router's workers: url → id. Raises `RemoteProtocolError` for an answer that is not a router's."""
         answer = self._ask("GET", "/workers")
         try:
             return {str(w["url"]).rstrip("/"): str(w["id"]) for w in answer["workers"]}
@@ -56,10 +57,10 @@ class Router:
             ) from error
 
     def show(self, engines: Iterable[EngineStatus]) -> None:
-        """Make it pass requests to those of `engines` that are up to date and answer, and not to the rest of them.
+        """Have the router pass requests to those of `engines` that are up to date and answer, and not to the others.
 
-        Engines that it must not use are removed first. Workers that are not among `engines` stay as they are. Raises
-        `EngineError` at the end, naming each engine for which this failed.
+        The others are removed first. Workers that are not among `engines` stay as they are. Raises `EngineError` at the
+        end, naming each engine for which this failed.
         """
         engines = list(engines)
         wanted = [e for e in up_to_date(engines) if self._answers(e)]
@@ -92,7 +93,7 @@ class Router:
             )
 
     def _lists(self, url: str, wanted: bool) -> bool:
-        """Whether it lists the worker, if that is `wanted`, or does not."""
+        """Whether the router lists the worker if it is `wanted`, and does not list it otherwise."""
         return (url in self.workers()) is wanted
 
     def _answers(self, engine: EngineStatus) -> bool:
@@ -102,7 +103,7 @@ class Router:
             return False
 
     def _change(self, method: str, path: str, body: Any, done: Callable[[], bool]) -> str:
-        """Ask for a change and wait until it is `done`; what went wrong, "" if nothing did."""
+        """Ask for a change and wait until it is `done`. Returns what went wrong, or ""."""
         deadline = time.monotonic() + self._timeout
         never = threading.Event()
         try:

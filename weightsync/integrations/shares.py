@@ -1,4 +1,4 @@
-"""Trainers that make every tensor whole on every rank: each rank keeps some of them, and all push together."""
+"""For trainers that gather every tensor on every rank: each rank keeps a share of them, and all push together."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["rank_and_world", "share"]
 
 
 def rank_and_world() -> tuple[int, int]:
-    """This process's rank in `torch.distributed`, and how many there are; (0, 1) without it."""
+    """Return this process's rank and the world size in `torch.distributed`; (0, 1) without it."""
     dist: Any = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_available() or not dist.is_initialized():
         return 0, 1
@@ -20,9 +20,9 @@ def rank_and_world() -> tuple[int, int]:
 
 
 def share(weights: Iterable[tuple[str, Any]], rank: int, world: int) -> Iterator[tuple[str, Any]]:
-    """Of tensors that all ranks see in the same order, those that `rank` keeps; all keep about as many bytes.
+    """Yield the tensors that `rank` keeps; every rank keeps about the same number of bytes.
 
-    All are taken from `weights`, on every rank: making one whole is a collective.
+    All ranks see `weights` in the same order, and each iterates over all of them: gathering one is a collective.
     """
     held = [0] * world  # bytes
     for name, tensor in weights:

@@ -3,12 +3,12 @@
     --custom-megatron-init-path weightsync.integrations.slime.install
 
 slime has a fixed set of `UpdateWeight*` classes and no flag to add another. `install` runs in each training actor
-before it chooses one, and makes it choose `UpdateWeightFromWeightsync`. Options are in `args.weightsync`, a mapping
-that `--custom-config-path FILE.yaml` sets:
+before the actor chooses one, and makes it choose `UpdateWeightFromWeightsync`. Options are in `args.weightsync`, a
+mapping that `--custom-config-path FILE.yaml` sets:
 
     weightsync: {model: policy, pause: abort, timeout: 600, router: "http://10.0.0.1:30000"}
 
-slime is not on PyPI. This was written from its sources and not run with them: `slime/backends/megatron_utils/actor.py`
+slime is not on PyPI. This was written from its sources, and not run with them: `slime/backends/megatron_utils/actor.py`
 (028e290), `…/initialize.py` (1d907a2), `…/update_weight/update_weight_from_disk.py` (5a3552f),
 `…/hf_weight_iterator_direct.py` (102a6b3) and `slime/backends/sglang_utils/sglang_engine.py` (03b32d8).
 """
@@ -41,16 +41,16 @@ logger = logging.getLogger(__name__)
 
 _ACTOR = "slime.backends.megatron_utils.actor"
 _ITERATORS = "slime.backends.megatron_utils.update_weight.hf_weight_iterator"
-# What makes its updater: one of its classes or, in later versions, a function that is called as they are.
+# The actor's names of its updater: one of these classes or, in later versions, a function with the same arguments.
 _CHOICES = ("create_weight_updater", "UpdateWeightFromTensor", "UpdateWeightFromDistributed", "UpdateWeightFromDisk")
 _STATUS_SECONDS = 10.0  # a fresh look at all nodes takes as long as its slowest engine
-_PREFIX = "slime-"  # of the names of engines that slime made known here
+_PREFIX = "slime-"  # names of engines that this module adds begin with it
 
 
 def install(args: Any) -> None:
-    """Make slime's training actor in this process use `UpdateWeightFromWeightsync`, whichever it would have chosen.
+    """Make slime's training actor in this process use `UpdateWeightFromWeightsync` instead of its own classes.
 
-    Raises `ConfigError` if slime no longer looks as it did.
+    Raises `ConfigError` if this slime has none of the names that are replaced.
     """
     actor = import_module(_ACTOR)
     found = [name for name in _CHOICES if hasattr(actor, name)]
@@ -64,8 +64,8 @@ class UpdateWeightFromWeightsync:
     """A weight updater for slime's training actors, with the arguments and methods of slime's own.
 
     slime gathers every tensor on every rank, a few at a time, under its Hugging Face name. Each rank keeps its share of
-    them, and all push together. The lock that slime passes is not taken: two pushes of a model never run at once, and
-    the communicators are the daemon's.
+    the tensors, and all push together. The lock that slime passes is not taken: two pushes of a model never run at
+    once, and the communicators are the daemon's.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class UpdateWeightFromWeightsync:
         model_name: str,
         quantization_config: dict[str, Any] | None,
     ) -> None:
-        self.weight_version = 0  # as engines have it: slime compares
+        self.weight_version = 0  # slime compares it with the engines' version
         self.report: PushReport | None = None
         self._metrics: dict[str, float] = {}
         options = dict(getattr(args, "weightsync", None) or {})
@@ -120,10 +120,9 @@ class UpdateWeightFromWeightsync:
         """Do nothing: this process shares no group with an engine."""
 
     def update_weights(self) -> None:
-        """Push; all ranks call it. Then tell the `router`, if there is one, which engines have the new version. If that
-        fails it is logged, and tried again after the next push.
+        """Push; all ranks call it. Then tell the `router`, if there is one, which engines have the new version.
 
-        Raises what `push_weights` raises.
+        A failure at the router is logged, and tried again after the next push. Raises as `push_weights`.
         """
         version = self._versions.of(self.weight_version + 1)
         rank, world = rank_and_world()
@@ -132,7 +131,7 @@ class UpdateWeightFromWeightsync:
             self.report = noted(push_weights(mine, version=version, **self._options))
             self.weight_version = version
             self._metrics = {"weightsync/seconds": self.report.seconds, "weightsync/bytes": float(self.report.bytes)}
-        finally:  # those that are torn must not be asked, however the push ended
+        finally:  # however the push ended, the router must not pass requests to torn engines
             self._show()
 
     def _show(self) -> None:
@@ -142,11 +141,11 @@ class UpdateWeightFromWeightsync:
             self._router.show(self._engines())
         except (
             WeightSyncError
-        ):  # on this rank alone: raised here, it would end the training, or hide what the push says
+        ):  # happens on this rank alone; raised, it would end the training, or hide the push's own error
             logger.exception("the router does not pass requests as it should")
 
     def pop_metrics(self) -> dict[str, float]:
-        """What slime logs about the last update. Empty on a second call, until the next update."""
+        """Return what slime logs about the last update; nothing on a second call, until the next update."""
         metrics, self._metrics = self._metrics, {}
         return metrics
 
@@ -160,7 +159,7 @@ class UpdateWeightFromWeightsync:
 
 
 def _iterator(args: Any) -> Any:
-    """slime's own way from Megatron's parameters to Hugging Face's, as `--megatron-to-hf-mode` says."""
+    """Return slime's class that turns Megatron's parameters into Hugging Face's, by `--megatron-to-hf-mode`."""
     bridge = getattr(args, "megatron_to_hf_mode", "raw") == "bridge"
     kind, name = ("bridge", "HfWeightIteratorBridge") if bridge else ("direct", "HfWeightIteratorDirect")
     return getattr(import_module(f"{_ITERATORS}_{kind}"), name)

@@ -75,7 +75,7 @@ class WeightTransfer:
         self._syncs = 0
 
     def init_weight_transfer(self) -> None:
-        """Called on rank 0 alone, which therefore pushes in a process group of its own."""
+        """Make a process group of rank 0 alone for the pushes. TRL calls this on rank 0 only."""
         dist: Any = sys.modules.get("torch.distributed")
         if dist is not None and dist.is_available() and dist.is_initialized():
             alone = dist.new_group([dist.get_rank()], use_local_synchronization=True, backend="gloo")
@@ -98,7 +98,7 @@ class WeightTransfer:
 
 
 def push_to_vllm_server(**options: Any) -> None:
-    """Make TRL's trainers with `use_vllm=True, vllm_mode="server"` push where they would sync.
+    """Make TRL's trainers with `use_vllm=True, vllm_mode="server"` push instead of syncing.
 
     Call it before the trainer is made. TRL still generates through its vLLM server, which must be an engine of the
     node's weightsyncd. TRL syncs before it generates, once per step, from all ranks. It has no hook for this, so two

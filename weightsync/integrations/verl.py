@@ -48,34 +48,34 @@ class Pusher:
         version = self._versions.of(self._pushes if step is None else step)
         self._pushes += 1
         mine = dict(share(weights, *rank_and_world()))
-        # Made in this thread, whose GPU is this rank's; waited for in another, so that the actor goes on answering.
+        # Started in this thread, whose GPU is this rank's; awaited in another, so that the actor goes on answering.
         handle = push_weights_async(mine, version=version, **self._options)
         return noted(await asyncio.to_thread(handle.result))
 
 
 @CheckpointEngineRegistry.register("weightsync")
 class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
-    """Pushes what `send_weights` is given to the engines of the node's weightsyncd and of its peers."""
+    """A checkpoint engine that pushes the weights to the engines of the node's weightsyncd and of its peers."""
 
-    # Weights never pass through verl's rollout workers. Of its two formats this is the one in which a stream may be
-    # empty: their adapters then set the server's step, and leave its weights alone.
+    # Weights never pass through verl's rollout workers. Of verl's two formats only this one allows an empty stream: the
+    # workers' adapters then set the server's step, and leave its weights alone.
     wire_format: ClassVar[str] = "delta_flush"
 
     def __init__(self, bucket_size: int, is_master: bool = False, **options: Any) -> None:
-        """bucket_size, is_master: verl's, not used here (buckets are as large as the daemon's slots).
+        """bucket_size, is_master: verl's own, not used here (buckets are as large as the daemon's slots).
         options: those of `push_weights`.
         """
         self._pusher = Pusher(options)
 
     def prepare(self) -> dict[str, Any]:
-        """Do nothing: nothing is allocated, and other workers need to know nothing."""
+        """Do nothing: no memory is allocated, and other workers need no information."""
         return {}
 
     @classmethod
     def build_topology(
         cls, actor_wg_world_size: int, rollout_world_size: int, metadata: list[dict[str, Any]]
     ) -> tuple[dict[str, list[Any]], dict[str, list[Any]]]:
-        """No arguments for `init_process_group` on either side: no group joins actors and rollout workers."""
+        """Return no arguments for `init_process_group`: no group joins actors and rollout workers."""
         return {}, {}
 
     def init_process_group(self, **kwargs: Any) -> None:
@@ -100,9 +100,9 @@ class PushEngine(CheckpointEngine):  # type: ignore[misc]  # verl has no types
 
 
 def engines_of(replicas: Sequence[Any], kind: str, *, model: str = "default") -> list[EngineConfig]:
-    """verl's rollout replicas (`RolloutReplica`) as engines, for `weightsync.operator.change_engines(add=…)`.
+    """Return verl's rollout replicas (`RolloutReplica`) as engines, for `weightsync.operator.change_engines(add=…)`.
 
-    verl chooses its servers' ports as it starts them, so no node config can name them. kind: "vllm" or "sglang".
+    verl chooses its servers' ports when it starts them, so no node config can name them. kind: "vllm" or "sglang".
     """
     return [
         EngineConfig(name=f"verl-{r.replica_rank}", kind=kind, url=f"http://{r.server_address}", model=model)

@@ -2,10 +2,11 @@
 
     actor_rollout_ref.model.external_lib=weightsync.integrations.verl_hybrid
 
-There the checkpoint engine's backend is `naive`, and each actor worker calls `update_weights` of its own server adapter
-(`verl/workers/engine_workers.py`). verl imports `external_lib` as it reads the model's config, before it looks the
-adapter up by name in `verl.workers.rollout.base._ROLLOUT_REGISTRY`, where this module puts its own. Options are
-those of the checkpoint engine: `rollout.checkpoint_engine.engine_kwargs.weightsync`. Read with verl 0.9.1.
+In hybrid mode the checkpoint engine's backend is `naive`, and each actor worker calls `update_weights` of its own
+server adapter (`verl/workers/engine_workers.py`). verl imports `external_lib` when it reads the model's config, before
+it looks the adapter up by name in `verl.workers.rollout.base._ROLLOUT_REGISTRY`. This module puts its own adapters
+there. Options are those of the checkpoint engine: `rollout.checkpoint_engine.engine_kwargs.weightsync`. Read with verl
+0.9.1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _PARENTS = {
 
 
 class PushAdapter:
-    """Mixed into one of verl's server adapters: pushes full weights, and leaves everything else as it was."""
+    """A mixin for verl's server adapters: pushes full weights, and leaves everything else to the adapter."""
 
     config: Any  # verl's RolloutConfig
     _pusher: Pusher | None = None
@@ -44,7 +45,7 @@ class PushAdapter:
     ) -> None:
         """Push, then let verl's adapter set the server's step. Every actor rank calls it.
 
-        Raises `SourceError` for a LoRA adapter alone, and what `push_weights` raises.
+        Raises `SourceError` if verl passes a LoRA adapter instead of the weights; otherwise as `push_weights`.
         """
         parent: Any = super()
         if wire_format == "named_tensors":
@@ -61,7 +62,7 @@ class PushAdapter:
 
 
 def __getattr__(name: str) -> Any:
-    """The adapter classes; verl's own, which import their engine, are imported when one is asked for."""
+    """Make an adapter class when it is asked for, because verl's own adapter, its parent, imports its engine."""
     if name not in _PARENTS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     parent = import_module(_PARENTS[name][1]).ServerAdapter

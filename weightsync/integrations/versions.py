@@ -1,6 +1,6 @@
-"""Which version a step of a framework's trainer is pushed as.
+"""The version that a step of a framework's trainer is pushed as.
 
-Frameworks count from 0 in each run, while engines outlive runs and take only versions above what they serve.
+Frameworks count from 0 in each run, but engines outlive runs and take only versions above the one that they serve.
 """
 
 from __future__ import annotations
@@ -18,17 +18,18 @@ if TYPE_CHECKING:
 
 __all__ = ["Versions", "endpoint_of", "served_version"]
 
-_UNKNOWN = -2  # what rank 0 tells the others where it could not ask
+_UNKNOWN = -2  # rank 0 tells this to the others if it could not ask
 
 
 def endpoint_of(daemon: str | None) -> str:
-    """The endpoint that `push_weights(daemon=daemon)` pushes to."""
+    """Return the endpoint that `push_weights(daemon=daemon)` pushes to."""
     return daemon or os.environ.get("WEIGHTSYNC_DAEMON") or default_endpoint()
 
 
 def served_version(model: str, daemon: str | None = None) -> int:
-    """The highest version that an engine of `model` serves, or that the daemon has seen committed: it takes none that
-    is not above it, though every engine has restarted since. -1 where there is none. Raises `DaemonLost`.
+    """Return the highest version that an engine of `model` serves or that the daemon has seen committed; -1 if none.
+
+    The daemon takes only versions above it, even if every engine has restarted since. Raises `DaemonLost`.
     """
     status = fetch_status(endpoint_of(daemon))
     served = [e.version for e in status.engines if e.model == model and e.version is not None]
@@ -36,10 +37,10 @@ def served_version(model: str, daemon: str | None = None) -> int:
 
 
 class Versions:
-    """The versions of one run: the framework's own count, moved up where engines already serve later ones."""
+    """The versions of one run: the framework's own count, moved up if engines already serve later ones."""
 
     def __init__(self, options: Mapping[str, Any]) -> None:
-        """options: those that `push_weights` is called with: `model`, `daemon` and `process_group` are looked at."""
+        """options: those of `push_weights`, of which `model`, `daemon` and `process_group` are used."""
         self._model: str = options.get("model", "default")
         self._daemon: str | None = options.get("daemon")
         self._group: Any = options.get("process_group")
@@ -47,10 +48,10 @@ class Versions:
         self._last = -1
 
     def of(self, step: int) -> int:
-        """The version of `step`, above that of every earlier call. All ranks of the group call it alike.
+        """Return the version of `step`, higher than any returned before. All ranks of the group call it alike.
 
-        The first call asks the daemon of the process group's rank 0, which tells the others. Raises `DaemonLost`, on
-        every rank.
+        In the first call the process group's rank 0 asks its daemon and tells the others. Raises `DaemonLost`, on every
+        rank.
         """
         if self._moved is None:
             self._moved = max(0, self._agreed() + 1 - step)

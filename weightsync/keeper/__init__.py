@@ -1,5 +1,5 @@
-"""A process that keeps what was pushed last in host memory, and pushes it again to engines that come late.
+"""The keeper: a process that keeps the last push in host memory, and repeats it to engines that are late.
 
-It is a reader like any engine's worker while a push is under way, and a trainer of one rank when it pushes. Started by
-weightsyncd where `node.retain = "host"`, one for each model; see docs/faults.md.
+During a push it is a reader like any engine's worker; when it repeats one, it is a trainer of one rank. If
+`node.retain = "host"`, weightsyncd starts one for each model; see docs/faults.md.
 """

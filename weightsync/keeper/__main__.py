@@ -21,7 +21,7 @@ from weightsync.wire.pipe import Pipe
 
 logger = logging.getLogger("weightsync.keeper")
 
-_ANSWER_SECONDS = 30.0  # the daemon always reads: one that does not for so long is stuck
+_ANSWER_SECONDS = 30.0  # to send an answer; a daemon that does not read for so long is stuck
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,10 +56,10 @@ def _on_gpu() -> bool:
 
 
 def _gpu_lost() -> str:
-    """An error of a CUDA context is its end: another process begins with another. What it was, or ""."""
+    """Return the error that has ended this process's CUDA context, or "". Only a new process gets a new context."""
     if _on_gpu():
         try:
-            torch.cuda.current_stream().query()  # and no wait: what is stuck there is not gone
+            torch.cuda.current_stream().query()  # does not wait: a GPU that is merely busy is not lost
         except RuntimeError as error:
             return str(error)
     return ""
@@ -72,19 +72,19 @@ class _Keeper:
         self._store = Store(gpu)
 
     def warm(self) -> None:
-        """Do before the first push what takes a GPU its time. What fails now fails then, where somebody hears of it."""
+        """Get the GPU ready before the first push, since that takes time. A failure shows again in that push."""
         try:
             self._store.warm()
         except (WeightSyncError, RuntimeError) as error:
             logger.warning("the keeper's GPU is not ready: %s", error)
 
     def answer(self, command: c.Command) -> c.Reply:
-        """Do one command; what goes wrong is the answer."""
+        """Do one command. An error becomes the answer."""
         try:
             self._do(command)
         except WeightSyncError as error:
             return self._reply(error)
-        except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
+        except Exception as error:  # last resort: a bug's error, too, must reach the daemon, which waits for an answer
             logger.exception("%s.failed", type(command).__name__.lower())
             return self._reply(LocalProtocolError(f"the keeper failed: {type(error).__name__}: {error}"))
         return self._reply()
@@ -132,7 +132,7 @@ class _Keeper:
             report = push.run()
         finally:
             if _on_gpu():
-                torch.cuda.empty_cache()  # of what went through this GPU on its way into slots
+                torch.cuda.empty_cache()  # weights passed through this GPU on their way into slots
         failed = [
             f"{engine.engine}: {engine.error.message if engine.error is not None else engine.outcome}"
             for engine in report.engines

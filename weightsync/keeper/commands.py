@@ -1,6 +1,6 @@
-"""What weightsyncd says to a keeper, and what that answers: typed MessagePack over a socket pair, one at a time.
+"""Commands of weightsyncd to a keeper, and the keeper's reply: typed MessagePack over a socket pair, one at a time.
 
-Deadlines travel as they are: `time.monotonic()` is one clock for all processes of a machine.
+Deadlines are values of `time.monotonic()`, which is one clock for all processes of a machine.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ __all__ = ["Begin", "Command", "Commit", "Finish", "Hello", "Load", "Repeat", "R
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Tell what is kept."""
+    """Ask which version is kept."""
 
 
 class Begin(msgspec.Struct, frozen=True, tag=True):
-    """Open an update; forget one that is open. What is kept stays."""
+    """Open an update, and forget one that is open. The kept version stays."""
 
     version: int
     after: int | None  # the version that was committed last, on any engine
-    manifest: bytes  # as packed
+    manifest: bytes  # packed
     offers: tuple[bytes, ...]
     deadline: float
 
@@ -41,17 +41,17 @@ class Finish(msgspec.Struct, frozen=True, tag=True):
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Keep this update from now on, and forget what was kept before."""
+    """Keep this update from now on, and forget the version kept before."""
 
 
 class Settle(msgspec.Struct, frozen=True, tag=True):
     """The push is over: forget an update that is still open."""
 
-    whole: int | None  # its version, if it was committed and brought all that engines hold
+    whole: int | None  # the push's version, if it was committed and brought all that engines hold
 
 
 class Repeat(msgspec.Struct, frozen=True, tag=True):
-    """Push what is kept to these engines, and answer when they serve it."""
+    """Push the kept version to these engines, and answer when they serve it."""
 
     engines: tuple[str, ...]
     deadline: float
@@ -63,6 +63,6 @@ Command: TypeAlias = Hello | Begin | Load | Finish | Commit | Settle | Repeat
 class Reply(msgspec.Struct, frozen=True, omit_defaults=True):
     """The answer to any command."""
 
-    version: int | None = None  # kept
-    nbytes: int = 0  # kept
+    version: int | None = None  # the one kept, if it is whole
+    nbytes: int = 0  # of that version
     error: ErrorRecord | None = None

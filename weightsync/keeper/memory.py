@@ -1,9 +1,9 @@
-"""Host memory for buckets that come from a GPU: locked in place, and used again from push to push.
+"""Page-locked host memory for buckets that come from a GPU, reused from push to push.
 
-A copy engine reaches memory at the speed of its link only if the driver has locked it, and locking takes longer than
-the copy does: so what a push no longer needs stays locked for the next one. A bucket's memory is spare once no tensor
-looks at it any more. Spare memory that does not fit what is asked for is given back as more is taken, so that changing
-layouts take no more than one layout does: twice the model, one that is kept and one that comes.
+A copy engine reaches the speed of its link only if the driver has locked the memory, and locking takes longer than the
+copy. So memory that a push no longer needs stays locked for the next one. A bucket's memory is spare once no tensor
+uses it. If no spare block has the right size, as much spare memory is freed as is newly taken. So changing layouts take
+no more than one layout does: twice the model, one copy kept and one coming.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class _Block(NamedTuple):
 
 
 class LockedMemory:
-    """See the module. For one thread."""
+    """A pool of page-locked blocks, see the module. For one thread."""
 
     def __init__(
         self,
@@ -51,19 +51,19 @@ class LockedMemory:
         lock: Callable[[int, int, int], str] = lock_pages,
         unlock: Callable[[int, int], None] = unlock_pages,
     ) -> None:
-        """`device` is the GPU of this process that copies here; `lock` and `unlock` are the driver's."""
+        """`device` is the GPU of this process that copies into this memory; `lock` and `unlock` are the driver's."""
         self._device = device
         self._lock, self._unlock = lock, unlock
-        self._spare: list[_Block] = []  # the one that was in use the longest ago comes first
+        self._spare: list[_Block] = []  # the block given back first comes first
         self._refused = False
 
     @property
     def spare(self) -> int:
-        """Bytes that are this process's and hold nothing."""
+        """Bytes that this process has mapped and no tensor uses."""
         return sum(block.bytes.nbytes for block in self._spare)
 
     def take(self, nbytes: int) -> torch.Tensor:
-        """Uint8 [nbytes], of any content; it is spare again when the last tensor that looks at it is gone."""
+        """Return uint8 [nbytes] of any content. Its memory is spare again when the last tensor that uses it is gone."""
         size = max(1, -(-nbytes // _PAGE)) * _PAGE
         at = next((at for at, block in enumerate(self._spare) if block.bytes.nbytes == size), None)
         if at is not None:
@@ -71,7 +71,7 @@ class LockedMemory:
         else:
             self._make_room(size)
             block = self._map(size)
-        lent = block.bytes[:nbytes]  # an object that nobody else has: torch holds it as long as there is a tensor
+        lent = block.bytes[:nbytes]  # a new array object, which torch holds as long as a tensor uses it
         weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent)
 

@@ -1,4 +1,4 @@
-"""The weights of one push, whole, in host memory; and those of the next while they come."""
+"""The weights of the last push in host memory, and those of the next push while they come."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Kept:
     version: int
     aliases: dict[str, str]  # name of a tied tensor → name under which it was sent
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
-    whole: bool = False  # it is known to be all that an engine needs
+    whole: bool = False  # known to be all that an engine needs
 
     @property
     def nbytes(self) -> int:
@@ -40,41 +40,43 @@ class Kept:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def source(self) -> PartSource:
-        """All of it, to be pushed again; tied tensors under all their names."""
+        """Return all tensors as a source, to push them again; tied tensors under all their names."""
         parts = [Part(name, tuple(t.shape), (0,) * t.dim(), t) for name, t in self.tensors.items()]
         return PartSource(parts, self.aliases.items())
 
 
 class Store:
-    """See the module. An update replaces what is kept when it is committed, and leaves no trace otherwise: so there is
-    room for two while one is under way.
+    """The kept version and the update under way.
+
+    An update replaces the kept version when it is committed, and leaves no trace otherwise. So memory holds two
+    versions while an update is under way.
     """
 
     def __init__(self, gpu: int | None = None) -> None:
-        """`gpu` is the device of this process by which slots on GPUs are read; None: slots lie in host memory."""
+        """`gpu` is the device of this process that reads slots on GPUs; None: slots lie in host memory."""
         self.kept: Kept | None = None
         self._gpu = gpu
         self._locked = LockedMemory(gpu) if gpu is not None else None
         self._reader = SlotReader("cpu", through=partial(self._fetched, gpu) if gpu is not None else None)
-        self._manifest: tuple[bytes, Manifest] | None = None  # the last, as packed too
+        self._manifest: tuple[bytes, Manifest] | None = None  # the last one, packed and unpacked
         self._coming: Kept | None = None
-        self._table: TensorTable | None = None  # of the update that is open
+        self._table: TensorTable | None = None  # tensors of the open update
         self._after: int | None = None
         self._finished = False
 
     def warm(self) -> None:
-        """Have the GPU ready. Raises what torch does where it cannot be."""
+        """Get the GPU ready. Raises torch's errors."""
         if self._gpu is not None:
             self._fetched(self._gpu).warm()
 
     def begin(
         self, version: int, after: int | None, manifest: bytes, offers: Sequence[bytes], *, deadline: float
     ) -> None:
-        """Open an update. Raises as `SlotReader.begin`, and `EngineError` where there is no room for it."""
+        """Open an update. Raises as `SlotReader.begin`, and `EngineError` if there is no room for it."""
         self._coming, self._finished, self._after = None, False, after
         if self._manifest is None or self._manifest[0] != manifest:
             self._manifest = manifest, Manifest.unpack(manifest)
-        coming = self._manifest[1]  # the same object as before: what a GPU has of its layout is good still
+        coming = self._manifest[1]  # the same object for the same layout: the reader reuses the GPU's tables for it
         free = available() + (self._locked.spare if self._locked is not None else 0)
         self._reader.begin(coming, offers, deadline=deadline)
         if coming.nbytes > free:
@@ -96,13 +98,14 @@ class Store:
         assert table is not None, "an update is open"
         self._reader.finish()
         for name, dtype, shape in zip(table.names, table.dtypes, table.shapes, strict=True):
-            if name not in coming.tensors:  # of no elements: there was nothing to send
+            if name not in coming.tensors:  # it has no elements, so there was nothing to send
                 coming.tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype))
         self._finished = True
 
     def commit(self) -> None:
-        """Keep the update that was finished. Tensors that it did not bring stay, if they are those that engines have.
-        Raises `LocalProtocolError` where none was finished.
+        """Keep the finished update. Raises `LocalProtocolError` if none was finished.
+
+        Tensors that the update did not bring stay if the kept version is the one that was committed last before it.
         """
         if not self._finished:
             raise LocalProtocolError("no update was finished")
@@ -117,8 +120,9 @@ class Store:
         self.kept, self._coming, self._finished = now, None, False
 
     def settle(self, *, whole: int | None) -> None:
-        """The push is over. `whole` is its version, if it was committed and brought all that engines hold; else what is
-        kept is whole only if it was before, or if what it was laid over was.
+        """End a push. `whole` is its version, if it was committed and brought all that engines hold.
+
+        Otherwise the kept version is whole only if it was before, or if the version that it was laid over was.
         """
         self._coming, self._finished = None, False
         if self.kept is not None and self.kept.version == whole:
@@ -137,7 +141,7 @@ class Store:
 
 
 def available() -> int:
-    """Bytes of host memory that are free, or could be, as the kernel reckons."""
+    """Return the bytes of host memory that the kernel estimates to be available."""
     for line in Path("/proc/meminfo").read_text().splitlines():
         name, _, value = line.partition(":")
         if name == "MemAvailable":

@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument("--log-format", default="human", choices=("human", "json"))
     arguments = parser.parse_args()
 
-    # The daemon decides when a bridge ends. A Ctrl-C or a SIGTERM to the whole group must not get in between; the end
-    # of the pipe ends the process in any case.
+    # The daemon decides when a bridge ends: a Ctrl-C or SIGTERM to the whole process group must not end it first. If
+    # the daemon dies, its end of the pipe closes, which ends this process.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     logs.set_up(arguments.log_level, arguments.log_format, bridge=f"{arguments.node}/{arguments.index}")
-    # Only read when torch is loaded: its C++ log repeats, with a stack trace, every error that is raised and told here.
+    # torch reads this when it is loaded: its C++ log would repeat, with a stack trace, every error that we report
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     BridgeProcess(

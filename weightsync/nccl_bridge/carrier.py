@@ -1,11 +1,13 @@
-"""Weights from one node straight into engines of others: out of the memory that a trainer exposes there, through the
-bridges' communicator, into the places that engines show here.
+"""A bridge's part in deliveries.
 
-A delivery is prepared first, at all ends and on no wire: what is in which parcel; the copies that fill or empty each;
-the memory, mapped. That takes seconds the first time, and next to nothing as long as the layout stays. The sending
-bridge then packs a parcel while the last one is on the wire, and the others take parcels out while the next arrives.
-Nothing is checked here but that all are in the same delivery of the same parcels: what lies in engines afterwards is
-compared, tensor by tensor.
+Weights go from the memory that trainer ranks expose on one node, through the bridges' communicator, straight into the
+places that engines show on other nodes.
+
+Every bridge prepares a delivery before anything is sent: it works out the parcels and the copies that fill or empty
+each, and maps the memory. That takes seconds the first time, and next to nothing as long as the layout stays. Then the
+sending bridge packs a parcel while the previous one is on the wire, and the others unpack one while the next arrives.
+The only check here is that all bridges are in the same delivery of the same parcels. The bytes are compared afterwards,
+tensor by tensor, in the engines.
 """
 
 from __future__ import annotations
@@ -44,31 +46,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Carrier"]
 
-_NONE = -1  # no delivery's token
+_NONE = -1  # in place of a token: no delivery
 
 T = TypeVar("T")
 
 
 class _Plan(NamedTuple):
-    """What was worked out for a layout."""
+    """The parcels of one layout and the copies that fill or empty them; reused until the layout changes."""
 
     sizes: Sequence[int]
     copies: HostStaged | DeviceStaged
 
 
 class _Prepared(NamedTuple):
-    """The delivery that comes next."""
+    """A delivery that this bridge is ready for."""
 
     token: int
-    seal: int  # the token, and what the parcels are
+    seal: int  # token, mixed with a digest of the parcels: the same at all ends
     plan: _Plan
-    most: int
-    shown: tuple[Exposure, ...]  # what is read at the sending end, what is written at the other
-    packing: bool
+    most: int  # bytes that a parcel may have
+    shown: tuple[Exposure, ...]  # memory that the sending end reads, or that a receiving end writes
+    packing: bool  # whether this is the sending end
 
 
 class Carrier:
-    """One bridge's part in deliveries. What was worked out is kept, and what is mapped stays so until `release`."""
+    """One bridge's part in deliveries. Keeps the plans of the last layouts; memory stays mapped until `release`."""
 
     def __init__(self, arena: Arena, slots: DeviceSlots | None) -> None:
         gpu = slots.device if slots is not None else None
@@ -77,15 +79,17 @@ class Carrier:
         self._sources, self._targets = RegionMap(gpu), RegionMap(gpu, writable=True)
         self._manifests = SeenManifests(LAYOUTS)
         self._exposures, self._places = SeenExposures(LAYOUTS), SeenExposures(LAYOUTS)
-        self._read: dict[Hashable, tuple[Exposure, ...]] = {}  # the latest last, as plans
-        self._plans: dict[Hashable, _Plan] = {}
+        self._read: dict[Hashable, tuple[Exposure, ...]] = {}  # latest last
+        self._plans: dict[Hashable, _Plan] = {}  # latest last
         self._prepared: _Prepared | None = None
-        self._wanted = _NONE  # token of the delivery that was asked for last
+        self._wanted = _NONE  # token of the delivery that the daemon asked for last
         self._busy = threading.Lock()
 
     def prepare(self, command: Prepare, *, deadline: float) -> None:
-        """Get ready for the delivery of the command's token, in place of any other. Raises `TransportError`, and
-        `LocalProtocolError` for what cannot be delivered; in the phase `NEVER` where another attempt ends likewise.
+        """Get ready for the command's delivery; a delivery prepared before is dropped.
+
+        Raises `TransportError`, or `LocalProtocolError` if the weights cannot be delivered. The error's phase is
+        `NEVER` if another attempt would fail in the same way.
         """
         self._wanted = command.token
 
@@ -104,7 +108,7 @@ class Carrier:
             self._prepared = None
             prepared = self._worked_out(command, check)
             check()
-            if self._wanted == _NONE:  # weights have gone another way since; what was worked out is kept
+            if self._wanted == _NONE:  # `release` was called meanwhile; the plan is kept, but nothing is mapped
                 raise TransportClosed("nobody waits for this delivery any more")
             with _for_good(TransportBroken), self._regions(prepared).mapped(prepared.shown):
                 self._prepared = prepared
@@ -121,7 +125,8 @@ class Carrier:
         turns = {"turn": command.turn, "turns": command.turns}
         asked = () if command.whole else tuple(one.parts_digest for one in places)
         parcels = manifest.digest, command.parcel, *turns.values(), command.whole, asked
-        # where the trainer's parts are changes from push to push, and is looked up in each
+        # The sending end's key leaves out where the trainer's parts lie: that changes from push to push, so `run` looks
+        # it up each time.
         mine = tuple(one.shapes_digest if packing else (one.parts_digest, len(one.regions)) for one in shown)
 
         def work_out() -> _Plan:
@@ -145,8 +150,9 @@ class Carrier:
         packing: bool,
         deadline: float,
     ) -> None:
-        """Send, or take, the delivery that was prepared under this token; `slots` are used by nothing else. Raises
-        `TransportError`; nothing of it is under way then.
+        """Send or receive the delivery that was prepared under `token`. Nothing else may use `slots` meanwhile.
+
+        Raises `TransportError`; nothing of the delivery is under way any more then.
         """
         with self._alone(deadline, "a delivery"):
             ours, self._prepared = self._prepared, None
@@ -163,8 +169,9 @@ class Carrier:
                 self._way.run(communicator, load, deadline=deadline)
 
     def release(self) -> None:
-        """Let go of what is mapped, unless a delivery is under way: weights take another way now, and whoever has
-        shown memory wants it back. One that is being prepared maps nothing.
+        """Unmap all memory, because weights no longer travel as deliveries and its owners want it back.
+
+        Memory of a delivery under way stays mapped. A delivery that is being prepared ends without mapping any.
         """
         self._wanted = _NONE
         if self._busy.acquire(blocking=False):
@@ -179,7 +186,7 @@ class Carrier:
         return self._sources if prepared.packing else self._targets
 
     def _unpacked(self, told: Exposures, manifest: Manifest) -> tuple[Exposure, ...]:
-        """The same object each time, so that what is mapped is found again."""
+        """The exposures of all ranks: the same objects each time, because `RegionMap` finds mapped memory by them."""
         return _kept(
             self._read,
             (told.digest, manifest.digest),
@@ -198,7 +205,7 @@ class Carrier:
 
 @contextmanager
 def _for_good(kind: type[WeightSyncError]) -> Iterator[None]:
-    """What is raised in here comes again with the next attempt, as long as all is as it is."""
+    """Give errors of `kind` the phase `NEVER`: another attempt would fail in the same way."""
     try:
         yield
     except kind as error:
@@ -207,7 +214,7 @@ def _for_good(kind: type[WeightSyncError]) -> Iterator[None]:
 
 
 def _kept(kept: dict[Hashable, T], key: Hashable, make: Callable[[], T]) -> T:
-    """What was made for this key, of the last few: places and exposures of each layout, at most."""
+    """Return `kept`'s entry for `key`, made if it is missing. Keeps two entries a layout: places and exposures."""
     found = kept.pop(key) if key in kept else make()
     kept[key] = found
     for old in list(kept)[: -2 * LAYOUTS]:

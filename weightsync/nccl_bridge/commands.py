@@ -1,7 +1,7 @@
-"""What the daemon tells a bridge: one class for each command.
+"""The daemon's commands to a bridge, one class for each.
 
-Each names its reply: `Command[Exported]` is answered by `Exported` (`replies.py`), or by an `ErrorRecord`. How they
-travel is in `frames.py`.
+Each class names its reply: the bridge answers a `Command[Exported]` with an `Exported` (`replies.py`), or with an
+`ErrorRecord`. `frames.py` has the bytes of both.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ R = TypeVar("R", bound=Reply)
 
 
 class Command(msgspec.Struct, Generic[R], frozen=True, kw_only=True, tag_field="type"):
-    """Any command; `R` is the type of its reply, and `reply` the same for use at run time."""
+    """Any command; `R` is the type of its reply, and `reply` the same type at run time."""
 
     reply: ClassVar[type[Reply]]
 
@@ -83,7 +83,7 @@ class Hello(Command[Ready], frozen=True, kw_only=True, tag="hello"):
 
 
 class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
-    """Make the attach descriptor of one local reader, "engine/tp_rank", who takes the tickets of `transport`."""
+    """Make the attach descriptor of one local reader, "engine/tp_rank", which will get tickets of `transport`."""
 
     reply = Offered
     reader: Name
@@ -91,8 +91,9 @@ class Offer(Command[Offered], frozen=True, kw_only=True, tag="offer"):
 
 
 class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group"):
-    """Make the descriptor by which the ranks of an engine without our plugin join a process group with this bridge, as
-    its `readers`. One that stands is offered again, to the same `incarnation` of the engine.
+    """Make the descriptor by which the ranks of an engine without our plugin join a process group with this bridge.
+
+    The ranks are `readers` of the bridge. An existing group is offered again to the same `incarnation` of the engine.
     """
 
     reply = Offered
@@ -100,12 +101,13 @@ class OfferGroup(Command[Offered], frozen=True, kw_only=True, tag="offer_group")
     incarnation: Annotated[str, Meta(max_length=256)]
     readers: Names
     host: Name  # this node's address, where the group meets
-    helper: Literal["torch", "vllm"] = "torch"  # by which the engine's ranks join, see `weightsync.transports.group`
+    helper: Literal["torch", "vllm"] = "torch"  # code that the engine's ranks join with: `weightsync.transports.group`
 
 
 class JoinGroup(Command[Done], frozen=True, kw_only=True, tag="join_group"):
-    """Join what was offered to an engine, which is asked to at the same time; answers when that is done, or at once
-    where it is done already or is done with the first broadcast.
+    """Join the group that was offered to `engine`; the engine is told to join at the same time.
+
+    Answered when all have joined; at once if they have already, or if they join with the first broadcast.
     """
 
     reply = Done
@@ -113,8 +115,9 @@ class JoinGroup(Command[Done], frozen=True, kw_only=True, tag="join_group"):
 
 
 class LeaveGroup(Command[Done], frozen=True, kw_only=True, tag="leave_group"):
-    """Leave the group with an engine: it is gone, or has failed and may be in the middle of something. Answers at
-    once; whatever waits in the group ends.
+    """Leave the group with an engine that is gone, or has failed and may be in the middle of an operation.
+
+    Answered at once; operations that wait in the group end.
     """
 
     reply = Done
@@ -122,10 +125,10 @@ class LeaveGroup(Command[Done], frozen=True, kw_only=True, tag="leave_group"):
 
 
 class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
-    """Give the first `nbytes` of `slot` to local `readers` (each by the transport of its last `Offer`) and to `peers`,
-    bridges of other nodes.
+    """Give the first `nbytes` of `slot` to local `readers`, and to `peers`, which are bridges of other nodes.
 
-    Exporting the same slot and sequence again adds readers to it. Peers stay pending until `Send` has ended.
+    Each reader gets a ticket of the transport of its last `Offer`. Exporting the same slot and sequence again adds
+    readers to it. Peers stay pending until `Send` has ended.
     """
 
     reply = Exported
@@ -134,19 +137,21 @@ class Export(Command[Exported], frozen=True, kw_only=True, tag="export"):
     sequence: Natural
     readers: Names = ()
     peers: Names = ()
-    checksum: Annotated[int, Meta(ge=0)] | None = None  # as the trainer's ranks made it; None: compute one
+    checksum: Annotated[int, Meta(ge=0)] | None = None  # the trainer ranks' own; None: compute one
 
 
 class Pending(Command[PendingReaders], frozen=True, kw_only=True, tag="pending"):
-    """Who may still read from `slot`? Answered at once, whatever else the bridge is doing."""
+    """Ask which readers may still read from `slot`. Answered at once, whatever else the bridge is doing."""
 
     reply = PendingReaders
     slot: Natural
 
 
 class AwaitReleased(Command[PendingReaders], frozen=True, kw_only=True, tag="await_released"):
-    """Answer when none of `readers` may read from `slot` any more, and which of them had read something else;
-    `TransportTimeout` naming those who may if it takes too long."""
+    """Answer when none of `readers` may read from `slot` any more, with those whose read back differs.
+
+    Fails with a `TransportTimeout` that names the readers still pending at the deadline.
+    """
 
     reply = PendingReaders
     slot: Natural
@@ -154,7 +159,7 @@ class AwaitReleased(Command[PendingReaders], frozen=True, kw_only=True, tag="awa
 
 
 class Revoke(Command[Done], frozen=True, kw_only=True, tag="revoke"):
-    """Stop waiting for `reader`, which is lost: in one slot, or in all. Answered at once."""
+    """Stop waiting for `reader`, which is lost, in `slot` or in all slots. Answered at once."""
 
     reply = Done
     reader: Name
@@ -168,13 +173,13 @@ class Ledger(Command[LedgerBooks], frozen=True, kw_only=True, tag="ledger"):
 
 
 class Warm(Command[Done], frozen=True, kw_only=True, tag="warm"):
-    """Load what a communicator needs. It takes seconds, the first time, which no `Join` should have to spend."""
+    """Load the libraries of a communicator: the first time takes seconds, which a `Join` should not have to spend."""
 
     reply = Done
 
 
 class Host(Command[Hosted], frozen=True, kw_only=True, tag="host"):
-    """Open the rendezvous of `generation` on `host` (an address of this node), at any free port."""
+    """Open the rendezvous of `generation` on `host`, an address of this node, at any free port."""
 
     reply = Hosted
     generation: Natural
@@ -188,15 +193,17 @@ class Join(Command[Done], frozen=True, kw_only=True, tag="join"):
     generation: Natural
     rank: Natural
     world: Annotated[int, Meta(ge=1, le=4096)]
-    host: Name  # where the rendezvous listens, and …
-    port: Annotated[int, Meta(ge=1, le=65535)]  # … its port, from `Hosted`
+    host: Name  # address of the rendezvous
+    port: Annotated[int, Meta(ge=1, le=65535)]  # of the rendezvous, from `Hosted`
     address: Name  # this node's own address, to which the communicator's sockets are bound
-    key: Name  # secret shared by the members: keys of the rendezvous cannot be guessed without it
+    key: Name  # secret of the members, so that nobody else can guess the rendezvous's keys
 
 
 class Leave(Command[Done], frozen=True, kw_only=True, tag="leave"):
-    """Abort the communicator: a `Join`, `Send` or `Receive` under way fails with `TransportClosed`. No peer stays
-    pending. Leaving without having joined succeeds."""
+    """Abort the communicator: a `Join`, `Send` or `Receive` under way fails with `TransportClosed`.
+
+    No peer stays pending. Leaving without having joined succeeds.
+    """
 
     reply = Done
 
@@ -210,9 +217,9 @@ class Send(Command[Done], frozen=True, kw_only=True, tag="send"):
 
 
 class Receive(Command[Received], frozen=True, kw_only=True, tag="receive"):
-    """Take part in the broadcast that `ticket` announces, into `slot` of this bridge, and verify what came.
+    """Receive the broadcast that `ticket` announces into `slot` of this bridge, and verify the bytes.
 
-    `sequence` is the one under which the slot will be exported here; without it, the ticket's.
+    The slot will be exported here under `sequence`; if that is None, under the ticket's.
     """
 
     reply = Received
@@ -222,8 +229,9 @@ class Receive(Command[Received], frozen=True, kw_only=True, tag="receive"):
 
 
 class SendGroup(Command[Done], frozen=True, kw_only=True, tag="send_group"):
-    """Send the exported bytes of `slot` at `pieces` (little-endian i64 pairs: first byte, length) to the ranks of an
-    engine, through the `group` that its ticket names; answers when they have left.
+    """Send the exported bytes of `slot` at `pieces` to the ranks of an engine, through the `group` of its ticket.
+
+    `pieces` are little-endian i64 pairs: first byte, length. Answered when the bytes have left.
     """
 
     reply = Done
@@ -234,10 +242,10 @@ class SendGroup(Command[Done], frozen=True, kw_only=True, tag="send_group"):
 
 
 class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
-    """Give every other member the parts of the bucket in `slot` that are this member's, and take theirs, verified.
+    """Give every other member this member's parts of the bucket in `slot`, and take and verify theirs.
 
-    All members are told the same `parts`, and the same `token`, which no other exchange has. Their roots are ranks of
-    `generation`.
+    All members are told the same `parts`, whose roots are ranks of `generation`, and the same `token`, which no other
+    exchange has.
     """
 
     reply = Done
@@ -248,24 +256,26 @@ class Exchange(Command[Done], frozen=True, kw_only=True, tag="exchange"):
 
 
 class Prepare(Command[Done], frozen=True, kw_only=True, tag="prepare"):
-    """Get ready for one end of a delivery, see `weightsync.nccl_bridge.carrier`: the first time for a layout it takes
-    seconds. All ends are told the same, but for `places` and `exposures`.
+    """Get ready for one end of a delivery (`weightsync.nccl_bridge.carrier`); takes seconds when a layout is new.
+
+    All ends are told the same, except for `places` and `exposures`.
     """
 
     reply = Done
-    token: Natural  # that no other delivery has
+    token: Natural  # no other delivery has it
     parcel: Annotated[int, Meta(ge=64, lt=2**40)]  # bytes at most
-    turn: Natural  # of the …
-    turns: Annotated[int, Meta(ge=1, le=4096)]  # deliveries that are under way side by side
+    turn: Natural  # number of this delivery, from 0, …
+    turns: Annotated[int, Meta(ge=1, le=4096)]  # … among those that run side by side
     manifest: Bulk
-    whole: bool  # parcels are of a share of the whole model, and not of what one engine has places for
-    places: Bulk | None = None  # of the engine's ranks to which this goes; at the sending end, unless it is whole
-    exposures: Bulk | None = None  # at the sending end: what the trainer's ranks expose
+    whole: bool  # parcels hold a share of the whole model; else only tensors that the ranks have places for
+    places: Bulk | None = None  # of the engines' ranks that receive; the sending end has them unless `whole`
+    exposures: Bulk | None = None  # what the trainer's ranks expose; only at the sending end
 
 
 class Deliver(Command[Done], frozen=True, kw_only=True, tag="deliver"):
-    """Send what was prepared under the token to the other members of the communicator; answers when it has left. Slots
-    are used for it. Whatever the answer, nothing is read any more when it comes.
+    """Send the delivery that was prepared under `token` to the other members of the communicator, through free slots.
+
+    Answered when it has left. Whatever the answer, nothing is read any more after it.
     """
 
     reply = Done
@@ -274,8 +284,9 @@ class Deliver(Command[Done], frozen=True, kw_only=True, tag="deliver"):
 
 
 class Collect(Command[Done], frozen=True, kw_only=True, tag="collect"):
-    """Take that into the places it was prepared for; answers when it is there. Whatever the answer, nothing is written
-    any more when it comes.
+    """Receive the delivery that was prepared under `token` into the engines' places.
+
+    Answered when all of it is there. Whatever the answer, nothing is written any more after it.
     """
 
     reply = Done

@@ -1,4 +1,4 @@
-"""What communicators over gloo and NCCL share: who they are, one operation at a time, and being broken for good."""
+"""Base of the communicators over gloo and NCCL: membership, one operation at a time, and being broken for good."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Communicator:
         self._address = address
         self._busy = threading.Lock()
         self._closed = threading.Event()
-        self._broken = ""  # why; the error itself would keep its frames, and what they hold, alive
+        self._broken = ""  # why; the text only, since the error would keep its frames and their objects alive
 
     @property
     def closed(self) -> bool:
@@ -41,7 +41,7 @@ class Communicator:
 
     @contextmanager
     def _alone(self, what: str, deadline: float) -> Iterator[None]:
-        """While an operation is under way. Raises `TransportTimeout` when another is until the deadline."""
+        """Hold the communicator for one operation. Raises `TransportTimeout` if another runs until the deadline."""
         self._check(what)
         if not self._busy.acquire(timeout=seconds_left(deadline, what)):
             raise TransportTimeout(f"{what}: another operation was under way until the deadline")

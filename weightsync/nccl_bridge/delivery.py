@@ -1,4 +1,4 @@
-"""How parcels of a delivery travel, at either end: out of this bridge's staging memory or into it."""
+"""How a bridge sends or receives the parcels of a delivery, staged in its slots."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ if TYPE_CHECKING:
 
 __all__ = ["DeviceWay", "HostWay", "Load", "Way"]
 
-_ROOT = 0  # of every communicator: the bridge of the node that coordinates
+_ROOT = 0  # in every communicator, the bridge of the home node
 
 
 class Load(NamedTuple):
-    """What one end packs, or takes out, and where it may be staged."""
+    """One end's parcels, the copies that pack or unpack them, and the slots to stage them in."""
 
-    sizes: Sequence[int]  # bytes of the parcels
-    most: int  # bytes that each has at most
+    sizes: Sequence[int]  # bytes of each parcel
+    most: int  # bytes that a parcel may have
     copies: HostStaged | DeviceStaged
-    bases: Ints
-    slots: Sequence[int]  # that nothing else uses
-    seal: int  # which delivery it is, and of which parcels
-    packing: bool
+    bases: Ints  # addresses that the copies count from
+    slots: Sequence[int]  # nothing else uses them
+    seal: int  # token, mixed with a digest of the parcels: the same at all ends
+    packing: bool  # whether this is the sending end
 
 
 class Way(Protocol):
-    """In host memory, or on a GPU."""
+    """How parcels are staged and sent: in host memory (`HostWay`) or on a GPU (`DeviceWay`)."""
 
     def staged(
         self, parcels: Sequence[Sequence[Staged]], *, packing: bool, check: Callable[[], object]
     ) -> HostStaged | DeviceStaged:
-        """Copies, worked out once; `check` is called now and then and raises when there is no point in going on."""
+        """Make the copies of all parcels ready to run. `check`, called now and then, raises to give up."""
 
     def run(self, communicator: Any, load: Load, *, deadline: float) -> None:
-        """Send all parcels, or take them. Nothing is read or written any more when it returns or raises."""
+        """Send or receive all parcels. Nothing is read or written any more when it returns or raises."""
 
 
 class HostWay:
-    """One parcel after the other, in one slot."""
+    """Parcels one after the other, staged in one slot in host memory."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -71,7 +71,7 @@ class HostWay:
 
 
 def _check_seal(communicator: GlooCommunicator, seal: int, deadline: float) -> None:
-    """Raise `TransportBroken` where the sending end is in another delivery."""
+    """Raise `TransportBroken` if the sending end is in another delivery, or has other parcels."""
     theirs = np.array([seal], dtype=np.uint64)
     communicator.broadcast(theirs.view(np.uint8).data, _ROOT, deadline=deadline)
     if int(theirs[0]) != seal:
@@ -79,7 +79,7 @@ def _check_seal(communicator: GlooCommunicator, seal: int, deadline: float) -> N
 
 
 class DeviceWay:
-    """Packing, the wire and unpacking at the same time, in all slots."""
+    """Parcels staged in all idle slots on a GPU, so that packing, the wire and unpacking overlap."""
 
     def __init__(self, slots: DeviceSlots, slot_bytes: int) -> None:
         self._slots, self._slot_bytes = slots, slot_bytes

@@ -1,9 +1,13 @@
-"""A bucket that ranks of several nodes have written: each node's bridge has a part of it, and afterwards all of it.
+"""The exchange of a bucket that ranks of several nodes have written.
+
+Each node's bridge begins with a part of the bucket, and ends with all of it.
 
 In host memory the members of a communicator broadcast their parts in turn, in one order. A part that is one run of
-bytes goes straight from slot to slot; others are gathered first. What says that it arrived travels behind it: which
-exchange it is of, and its checksum. On GPUs all runs of all parts are launched together, straight from slot to slot;
-what arrived is checked by who reads the bucket, against what the trainer's ranks have written.
+bytes goes straight from slot to slot; other parts are gathered first. Behind each part travel the exchange's token and
+the part's checksum, which receivers compare.
+
+On GPUs all runs of all parts are launched together, straight from slot to slot. There the bucket's readers compare the
+bytes with those that the trainer's ranks wrote.
 """
 
 from __future__ import annotations
@@ -32,8 +36,9 @@ __all__ = ["DeviceExchange", "Exchange", "HostExchange", "runs_of"]
 
 
 def runs_of(part: MemberPart, room: int) -> list[tuple[int, int]]:
-    """First byte and length of each run. Raises `LocalProtocolError` where they do not lie in `room` bytes, ascending
-    and apart.
+    """Return first byte and length of each run of a part.
+
+    Raises `LocalProtocolError` unless the runs ascend, do not overlap, and lie within `room` bytes.
     """
     if len(part.runs) % 16 or not part.runs:
         raise LocalProtocolError(f"the part of rank {part.root} is no list of runs")
@@ -46,25 +51,25 @@ def runs_of(part: MemberPart, room: int) -> list[tuple[int, int]]:
 
 
 class Exchange(Protocol):
-    """One member's side of it. One at a time, as with any operation of a communicator."""
+    """One member's side of exchanges. Like all operations of a communicator, they run one at a time."""
 
     def run(self, slot: int, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
-        """Every member has the bytes of all `parts` in `slot` when its call returns; all give the same parts.
+        """Return when this member has the bytes of all `parts` in `slot`. All members give the same parts.
 
-        Raises `LocalProtocolError` before anything is sent; `TransportBroken` where a part differs from what its root
-        sent, or is of another exchange; what the communicator raises.
+        Raises `LocalProtocolError` before anything is sent; `TransportBroken` if a part differs from what its root
+        sent, or belongs to another exchange; and the communicator's errors.
         """
 
 
 class HostExchange:
-    """Of slots in host memory."""
+    """Exchange between slots in host memory."""
 
     def __init__(self, communicator: HostMember, arena: Arena, check: Callable[[], object]) -> None:
-        """`check` raises when there is no point in going on; it is called between blocks of a checksum."""
+        """`check` is called between blocks of a checksum, and raises to give up."""
         self._communicator = communicator
         self._arena = arena
         self._check = check
-        self._staging: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)  # kept: parts are alike in size
+        self._staging: npt.NDArray[np.uint8] = np.empty(0, dtype=np.uint8)  # reused: parts are alike in size
 
     def run(self, slot: int, token: int, parts: Sequence[MemberPart], *, deadline: float) -> None:
         """As `Exchange.run`."""
@@ -108,7 +113,7 @@ class HostExchange:
 
 
 class DeviceExchange:
-    """Of slots on GPUs."""
+    """Exchange between slots on GPUs."""
 
     def __init__(self, communicator: DeviceMember, slots: DeviceSlots, slot_bytes: int) -> None:
         self._communicator = communicator

@@ -1,8 +1,8 @@
 """Commands and replies as frames on the pipe between the daemon and a bridge.
 
 A frame is a little-endian u32 length and a MessagePack map, either a `Request` or a `Response`. Both ends are processes
-of one user that started from one installation, so nothing is negotiated; bytes are bounded and validated all the same,
-because a half-written frame of a killed process must be an error and not a strange command.
+of one user and one installation, so nothing is negotiated. Bytes are bounded and validated all the same: a half-written
+frame of a killed process must be an error and not a strange command.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ __all__ = [
     "frame_length",
 ]
 
-MAX_FRAME = 2**28  # bytes; a `Deliver` tells once where each tensor of a model lies, of which there may be 100,000
+MAX_FRAME = 2**28  # bytes; a `Prepare` may tell where each of a model's tensors lies, and there may be 100,000
 HEADER = struct.Struct("<I")
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
-    """A command on the pipe. `timeout` is in seconds from when the bridge reads it; it answers by then."""
+    """A command on the pipe. The bridge answers within `timeout` seconds of reading it."""
 
     id: Natural
     timeout: Annotated[float, Meta(ge=0, le=1e6)]
@@ -50,7 +50,7 @@ class Response(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def encode(message: Request | Response) -> bytes:
-    """The frame of one message, header included. Raises `CodecError` if it would be larger than `MAX_FRAME`."""
+    """Return the frame of one message, header included. Raises `CodecError` if it is larger than `MAX_FRAME`."""
     body = msgspec.msgpack.encode(message)
     if len(body) > MAX_FRAME:
         raise CodecError(f"a frame of {len(body)} bytes is larger than {MAX_FRAME}")
@@ -66,12 +66,12 @@ def frame_length(header: bytes) -> int:
 
 
 def decode_request(body: bytes) -> Request:
-    """The request in a frame's body. Raises `CodecError` only."""
+    """Return the request in a frame's body. Raises `CodecError` only."""
     return _decode(body, Request)
 
 
 def decode_response(body: bytes) -> Response:
-    """The response in a frame's body. Raises `CodecError` only."""
+    """Return the response in a frame's body. Raises `CodecError` only."""
     response = _decode(body, Response)
     if (response.reply is None) == (response.error is None):
         raise CodecError("a response holds either a reply or an error")

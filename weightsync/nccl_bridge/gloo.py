@@ -1,8 +1,8 @@
-"""The communicator: bridges of several nodes that broadcast slots to one another, over gloo.
+"""The communicator over gloo: bridges of several nodes broadcast slots in host memory to one another.
 
-A process group of our own is made from its parts: the default group of `torch.distributed` is not touched, so that any
-number of communicators, and a trainer's own groups, live beside one another. After any failed operation a communicator
-is broken for good, on every member; the daemons form another generation.
+It constructs gloo's process group itself and leaves the default group of `torch.distributed` alone, so any number of
+communicators, and a trainer's own groups, live beside one another. After any failed operation a communicator is broken
+for good, on every member; the daemons form another generation.
 """
 
 from __future__ import annotations
@@ -34,26 +34,28 @@ _CUT_AGAIN = 0.05  # seconds; an operation whose connections were cut ends withi
 
 
 class GlooCommunicator(Communicator):
-    """See the base class; `abort` from any thread."""
+    """A communicator over gloo. Any thread may call `abort`."""
 
     def __init__(
         self, *, generation: int, rank: int, world: int, address: str, one_by_one: threading.Lock | None = None
     ) -> None:
-        """`address` is this node's own, to which every socket of the communicator is bound. Call `join` next. Those of
-        one process that share `one_by_one` join one after the other, so that the end of one is not that of another.
+        """`address` is this node's own; every socket of the communicator is bound to it. Call `join` next.
+
+        Communicators of one process share `one_by_one`, which has them join one after the other: only then does each
+        know its own sockets, and aborting one does not cut another's.
         """
         super().__init__(generation=generation, rank=rank, world=world, address=address)
         self._group: Any = None  # torch.distributed.ProcessGroupGloo
         self._one_by_one = one_by_one if one_by_one is not None else threading.Lock()
-        self._window: Window | None = None  # of the sockets that are ours …
-        self._meeting: Sockets = frozenset()  # … and of those by which the members meet
+        self._window: Window | None = None  # the communicator's own sockets
+        self._meeting: Sockets = frozenset()  # the rendezvous's sockets
 
     def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
-        """Return when all members have joined. They all give the same `key`."""
+        """Return when all members have joined. All give the same `key`."""
         what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
         import torch.distributed
 
-        dist: Any = torch.distributed  # its stubs leave out what is needed here
+        dist: Any = torch.distributed  # its stubs lack the names used here
 
         def check() -> None:
             self._check(what)
@@ -66,15 +68,15 @@ class GlooCommunicator(Communicator):
             options = dist.ProcessGroupGloo._Options()
             options._timeout = timedelta(seconds=seconds_left(deadline, what))
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=self._address)]
-            options._threads = 1  # operations come one at a time
+            options._threads = 1  # enough, since operations come one at a time
             store = rendezvous.store(key, self.generation)
             self._group = dist.ProcessGroupGloo(store, self.rank, self.world, options)
 
     def broadcast(self, memory: memoryview, root: int, *, deadline: float) -> None:
-        """Copy `memory` of the member `root` into that of every other, which is writable and as long.
+        """Copy the root's `memory` into every other member's `memory`, which is writable and of the same length.
 
-        Straight out of and into `memory`. Returns when this member's part is done: at the root, when the bytes are on
-        their way and `memory` may change.
+        gloo reads and writes `memory` itself, without a copy. Returns when this member's part is done: at the root,
+        when the bytes are on their way and `memory` may change.
         """
         what = f"broadcast of {len(memory)} bytes from rank {root}, generation {self.generation}"
         if not 0 <= root < self.world:
@@ -93,26 +95,26 @@ class GlooCommunicator(Communicator):
             self._group.broadcast([torch.frombuffer(memory, dtype=torch.uint8)], options).wait()
 
     def close(self, *, deadline: float) -> None:
-        """Leave, after the operation under way, if there is one, has ended; by `deadline` at the latest, by force.
+        """Leave when the operation under way, if any, has ended; at `deadline` it is aborted.
 
-        The other members see it as broken if they are still in it.
+        Members that are still in the communicator find it broken.
         """
         start = time.monotonic()
         taken = self._busy.acquire(timeout=min(max(0.0, deadline - start), _LONGEST_CLOSE))
         while not taken:
-            self.abort()  # again and again, since a `join` may be about to connect
+            self.abort()  # repeated, since a `join` under way may open more connections
             taken = self._busy.acquire(timeout=_CUT_AGAIN)
             if not taken and time.monotonic() - start > _LONGEST_CLOSE:
                 logger.error("[generation=%d rank=%d] close.failed: gloo is wedged", self.generation, self.rank)
-                return  # nothing but the end of the process helps, and that is the daemon's to decide
+                return  # only the end of the process helps now, and the daemon decides on that
         try:
             self._closed.set()
-            self._group = None  # joins gloo's threads, which have nothing to do
+            self._group = None  # joins gloo's threads, which are idle
         finally:
             self._busy.release()
 
     def abort(self) -> None:
-        """End it now: an operation under way in another thread raises `TransportClosed`. `close` afterwards."""
+        """End at once: an operation under way in another thread raises `TransportClosed`. Call `close` afterwards."""
         self._closed.set()
         window = self._window
         if window is not None and self._busy.locked():

@@ -1,7 +1,7 @@
-"""Process groups of this bridge with engines that have none of ours, one for each engine: made, used, made anew.
+"""Process groups of this bridge with engines that do not run our plugin, one group for each engine.
 
-A group is offered before it is there; when the engine is told of it and joins, the bridge joins as rank 0. One that has
-broken, or whose engine has restarted or failed, is left behind for another under another name.
+A group is offered before it exists: when the engine is told of it and joins, the bridge joins as rank 0. A group that
+broke, or whose engine restarted or failed, is dropped for a new one under another name.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ __all__ = ["Groups"]
 
 logger = logging.getLogger(__name__)
 
-_JOINING = 20.0  # seconds for an engine that was told to join over gloo; other communicators wait for it
+_JOINING = 20.0  # seconds for an engine to join over gloo; other communicators of this process wait meanwhile
 _LEAVING = 1.0  # seconds that the last broadcast of an old group has to end by itself
-_OVER = "over"  # name of a group that there is none of
+_OVER = "over"  # a group name that no group has
 
 
 @dataclass
@@ -54,17 +54,17 @@ class _Group:
     rendezvous: Rendezvous  # the engine stays connected to it
     communicator: GlooCommunicator | NcclGroup
     sender: GroupSender
-    meet: Callable[[float], None]  # as rank 0, by a deadline
+    meet: Callable[[float], None]  # joins as rank 0, by a deadline
     joined: bool = False
 
     def stands(self, incarnation: str, world: int) -> bool:
-        """Whether it is one with this incarnation of the engine, and may be used."""
+        """Whether the group is with this incarnation of the engine, has `world` ranks, and is usable."""
         same = (self.incarnation, self.sender.terms.world) == (incarnation, world)
         return same and not self.communicator.unusable
 
 
 class Groups:
-    """Those of one bridge: over gloo, or over NCCL where its slots lie on a GPU."""
+    """One bridge's groups: over NCCL if its slots lie on a GPU, else over gloo."""
 
     def __init__(
         self,
@@ -84,10 +84,12 @@ class Groups:
         self._books: Any = {"ledger": ledger, "checksums": checksums}
         self._groups: dict[str, _Group] = {}
         self._lock = threading.Lock()
+        self._taking = threading.Lock()
 
     def offer(self, command: c.OfferGroup, *, deadline: float) -> bytes:
-        """How the engine joins its group; one that stands is offered again as it is. Raises `TransportError`, and
-        `ConfigError` where it could not.
+        """Return what the engine needs to join its group. A group that is still usable is offered again.
+
+        Raises `TransportError`, or `ConfigError` if the engine could not join such a group.
         """
         self._check(command)
         with self._alone(deadline):
@@ -99,7 +101,7 @@ class Groups:
             return known.sender.terms.pack()
 
     def join(self, engine: str, *, deadline: float) -> None:
-        """Join what was offered to it, if that is not done. Raises `TransportError`."""
+        """Join the group that was offered to `engine`, unless joined already. Raises `TransportError`."""
         group = self._groups.get(engine)
         if group is None:
             raise self._over(engine)
@@ -115,24 +117,26 @@ class Groups:
         logger.info("[engine=%s group=%s] join.complete", engine, group.sender.terms.name)
 
     def leave(self, engine: str) -> None:
-        """It is gone, or may be in the middle of something. What waits in its group ends; returns at once."""
+        """End the group of an engine that is gone or may be in the middle of an operation. Returns at once."""
         group = self._groups.get(engine)
         if group is not None:
             group.communicator.abort()
             threading.Thread(target=self._end, args=(engine, group), name=f"leave {engine}", daemon=True).start()
 
     def export(self, engine: str, slot: int, nbytes: int, sequence: int, reader: str) -> dict[str, bytes]:
-        """The ticket of one reader. Where its group is over that is a ticket for it all the same, which fails when the
-        bucket is sent: what an engine has brought about is told of that engine, and not of this bridge.
+        """Return the ticket of one reader.
+
+        If its group is over, the ticket names no group, so that `send` fails and not the export: only the engine that
+        caused the failure must bear it.
         """
         group = self._groups.get(engine)
         if group is not None and not group.sender.closed:
-            with suppress(TransportClosed):  # by now
+            with suppress(TransportClosed):  # closed since the check
                 return group.sender.export(slot, nbytes, sequence, [reader])
         return {reader: GroupTicket(group=_OVER, sequence=sequence).pack()}
 
     def pending(self, slot: int) -> tuple[str, ...]:
-        """Readers that may still read from `slot`: none of a group that is being left."""
+        """Return readers that may still read from `slot`. A group that is being left has none."""
         found: list[str] = []
         for group in list(self._groups.values()):
             with suppress(TransportClosed):
@@ -140,20 +144,20 @@ class Groups:
         return tuple(found)
 
     def revoke(self, slot: int, reader: str) -> None:
-        """Take the hold of a reader away, and its group with it."""
+        """Stop waiting for a reader that is lost, which ends its group."""
         group = self._groups.get(reader.rpartition("/")[0])
         if group is not None:
             with suppress(TransportClosed):
                 group.sender.revoke(slot, reader)
 
     def send(self, command: c.SendGroup, *, deadline: float) -> None:
-        """Send a bucket to an engine, which is about to be told to take it. Raises `TransportError`."""
+        """Send a bucket to an engine, which will be told to take it. Raises `TransportError`."""
         group = self._groups.get(command.engine)
         if group is None or group.sender.terms.name != command.group:
             raise self._over(command.engine)
         try:
             group.sender.send_pieces(command.slot, command.pieces, deadline=deadline)
-        except TransportError:  # the engine's ranks must not wait for what comes no more
+        except TransportError:  # the engine's ranks must not wait for tensors that will not come
             self._end(command.engine, group)
             raise
 
@@ -167,13 +171,21 @@ class Groups:
         return TransportBroken(f"the group of bridge {self._bridge} with engine {engine} is over")
 
     def _end(self, engine: str, group: _Group) -> None:
-        """Leave this group, unless that was done."""
-        if self._groups.get(engine) is group and self._groups.pop(engine, None) is group:
+        """Leave this group, unless it was left already."""
+        if self._taken_out(engine, group) is not None:
             self._close(engine, group)
+
+    def _taken_out(self, engine: str, only: _Group | None = None) -> _Group | None:
+        """Take the engine's group out of the list, so that one thread alone closes it; `only` this one, if given."""
+        with self._taking:
+            group = self._groups.get(engine)
+            if group is None or (only is not None and group is not only):
+                return None
+            return self._groups.pop(engine)
 
     @contextmanager
     def _alone(self, deadline: float) -> Iterator[None]:
-        """While groups are made and left."""
+        """Hold the lock under which groups are made and left."""
         what = f"bridge {self._bridge} makes or leaves another group"
         if not self._lock.acquire(timeout=seconds_left(deadline, what)):
             raise TransportTimeout(f"{what}, and did so until the deadline")
@@ -216,7 +228,7 @@ class Groups:
         )
 
     def _leave(self, engine: str) -> None:
-        group = self._groups.pop(engine, None)
+        group = self._taken_out(engine)
         if group is not None:
             self._close(engine, group)
 
@@ -226,5 +238,5 @@ class Groups:
         group.communicator.abort()
         try:
             group.communicator.close(deadline=time.monotonic() + _LEAVING)
-        except TransportTimeout as error:  # nothing but the end of this process would help
+        except TransportTimeout as error:  # only the end of this process would help
             logger.error("[engine=%s group=%s] leave.failed %s", engine, group.sender.terms.name, error)  # noqa: TRY400

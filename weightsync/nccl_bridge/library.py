@@ -1,11 +1,11 @@
-"""NCCL's C interface, as much of it as a bridge needs, and without waiting.
+"""The part of NCCL's C interface that a bridge needs, without calls that wait.
 
-The library is the one that cupy brings or finds, and torch uses too. Its calls are made through ctypes, because cupy's
-own wrapper raises on ncclInProgress, the answer on which everything here rests: a communicator that never blocks can be
-watched, given up at a deadline and aborted, also while it is being set up.
+The library is the one that cupy brings or finds, and that torch uses too. Calls go through ctypes, because cupy's own
+wrapper raises on ncclInProgress. Communicators here are non-blocking and return it all the time: only so can they be
+watched, given up at a deadline and aborted, even while they are being set up.
 
-Source: nccl.h of 2.28 and the "Fault Tolerance" chapter of NVIDIA's user guide. The layout of the configuration is that
-of 2.18, which later versions read by its own size and version.
+Source: nccl.h of 2.28 and the "Fault Tolerance" chapter of NVIDIA's user guide. `_Config` has the layout of 2.18, which
+later versions accept because it states its size and version.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ class _Config(ctypes.Structure):
 
 
 class Nccl:
-    """The library in this process. Every call returns at once, or raises `TransportBroken` with what NCCL says."""
+    """NCCL in this process. Every call returns at once, or raises `TransportBroken` with NCCL's text."""
 
     def __init__(self) -> None:
-        """Raises `ConfigError` where there is none."""
+        """Load it. Raises `ConfigError` if it cannot be loaded."""
         try:
-            from cupy.cuda import nccl  # loads it, from where this cupy has it
+            from cupy.cuda import nccl  # loads the library from wherever this cupy has it
 
-            self._library: Any = ctypes.CDLL("libnccl.so.2")  # … which this now finds loaded
+            self._library: Any = ctypes.CDLL("libnccl.so.2")  # finds the one that was just loaded
         except (ImportError, OSError) as error:
             raise ConfigError(
                 f"nodes whose slots lie on GPUs are joined by NCCL, which cannot be loaded here: {error}",
@@ -66,13 +66,13 @@ class Nccl:
         self._library.ncclGetLastError.restype = ctypes.c_char_p
 
     def unique_id(self) -> bytes:
-        """A new one. From now on this process listens for those who are told it."""
+        """Make a unique id. From now on this process listens for members that were told it."""
         made = _UniqueId()
         self._check("ncclGetUniqueId", self._library.ncclGetUniqueId(ctypes.byref(made)))
         return bytes(made)
 
     def begin(self, world: int, unique_id: bytes, rank: int) -> ctypes.c_void_p:
-        """A communicator on the current GPU, which is `ready` once all have begun it."""
+        """Begin to set up a communicator on the current GPU. It is `ready` once all members have begun."""
         communicator = ctypes.c_void_p()
         config = _Config(
             size=ctypes.sizeof(_Config),
@@ -93,22 +93,22 @@ class Nccl:
         return communicator
 
     def ready(self, communicator: ctypes.c_void_p) -> bool:
-        """Whether nothing that was asked of it is still in progress on the host."""
+        """Whether everything that the communicator was asked is done on the host."""
         state = ctypes.c_int()
         self._check("ncclCommGetAsyncError", self._library.ncclCommGetAsyncError(communicator, ctypes.byref(state)))
         self._check("NCCL", state.value, communicator)
         return state.value == _SUCCESS
 
     def group_start(self) -> None:
-        """What follows is launched together, by `group_end`."""
+        """Hold back the calls that follow, until `group_end` launches them together."""
         self._check("ncclGroupStart", self._library.ncclGroupStart())
 
     def group_end(self) -> None:
-        """Launch it; wait until the communicator is `ready` before the stream is given anything else."""
+        """Launch the group. Give the stream nothing else before the communicator is `ready`."""
         self._check("ncclGroupEnd", self._library.ncclGroupEnd())
 
     def broadcast(self, communicator: ctypes.c_void_p, address: int, nbytes: int, root: int, stream: int) -> None:
-        """Bytes at `address` of the GPU of `root` to `address` of everybody's, in order of their streams."""
+        """Queue a broadcast from `root` on `stream`, out of or into `nbytes` at `address` of this member's GPU."""
         where = ctypes.c_void_p(address)
         status = self._library.ncclBroadcast(
             where, where, ctypes.c_size_t(nbytes), _BYTE, ctypes.c_int(root), communicator, ctypes.c_void_p(stream)
@@ -116,7 +116,7 @@ class Nccl:
         self._check("ncclBroadcast", status, communicator)
 
     def sum_float(self, communicator: ctypes.c_void_p, address: int, stream: int) -> None:
-        """The sum of everybody's float at `address` of their GPU, to the same place."""
+        """Queue an all-reduce on `stream`: the float at `address` becomes the sum of all members'."""
         where = ctypes.c_void_p(address)
         status = self._library.ncclAllReduce(
             where, where, ctypes.c_size_t(1), _FLOAT, _SUM, communicator, ctypes.c_void_p(stream)
@@ -124,7 +124,7 @@ class Nccl:
         self._check("ncclAllReduce", status, communicator)
 
     def abort(self, communicator: ctypes.c_void_p) -> None:
-        """End it, and what runs of it on the GPU; it is not to be used again."""
+        """End the communicator and its kernels on the GPU. It must not be used again."""
         self._check("ncclCommAbort", self._library.ncclCommAbort(communicator))
 
     def _check(self, what: str, status: int, communicator: ctypes.c_void_p | None = None) -> None:
@@ -136,5 +136,5 @@ class Nccl:
 
 
 def settings_here(version: str, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """What has to be the same in all members of a communicator; `version` is that of this process's NCCL."""
+    """Return the settings that must agree in all members of a communicator; `version` is this process's NCCL's."""
     return {"version": version, **{name: environment.get(name, "unset") for name in _MUST_MATCH}}

@@ -1,4 +1,4 @@
-"""Where an engine's own code looks for what rank 0 of a group has left for its ranks: keys of a rendezvous.
+"""Keys of a rendezvous under which rank 0 of a group tells an engine's own code how to join.
 
 Source: `_new_process_group_helper` of torch.distributed and `broadcastUniqueNCCLID` of its ProcessGroupNCCL (torch 2.9
 and 2.11), as `init_custom_process_group` of SGLang calls them; `StatelessProcessGroup.broadcast_obj` and
@@ -17,15 +17,16 @@ if TYPE_CHECKING:
 
 __all__ = ["TorchMeeting", "VllmMeeting"]
 
-_FIRST = "0"  # communicators of a process group are counted
-_FIRST_OBJECT = "broadcast_from/0/0"  # of rank 0, which are counted too
+_FIRST = "0"  # torch counts the communicators of a process group
+_FIRST_OBJECT = "broadcast_from/0/0"  # vLLM counts the objects that rank 0 broadcasts
 _UNPICKLE = Global("_ctypes", "_unpickle")  # how Python pickles structures of C
 _UNIQUE_ID = Global("vllm.distributed.device_communicators.pynccl_wrapper", "ncclUniqueId")
 
 
 class TorchMeeting:
-    """Under the group's name, once for whoever wrote the engine's function and once for torch's, and under the device
-    that comes first for the backend. The name is the secret, and says which group.
+    """Keys of torch's process groups: the prefixes are the group's name, twice, and the backend's first device.
+
+    The engine's function adds the name once, torch once more. The name is secret, and tells groups apart.
     """
 
     def __init__(self, rendezvous: Rendezvous, name: str, *, device: str) -> None:
@@ -38,16 +39,19 @@ class TorchMeeting:
         return self._store
 
     def tell(self, unique_id: bytes) -> None:
-        """Leave NCCL's unique id, as long as `store` can be reached."""
+        """Leave NCCL's unique id where torch looks for it."""
         self._store.set(_FIRST, unique_id)
 
 
 class VllmMeeting:
-    """Objects, pickled, one after the other, whose keys are the same in every group: each has its own rendezvous."""
+    """Keys of vLLM's `StatelessProcessGroup`: numbered pickled objects.
+
+    The keys are the same in every group, so each group needs a rendezvous of its own.
+    """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
         self._store = rendezvous.raw
 
     def tell(self, unique_id: bytes) -> None:
-        """Leave NCCL's unique id."""
+        """Leave NCCL's unique id where vLLM looks for it."""
         self._store.set(_FIRST_OBJECT, dumps(Call(_UNPICKLE, (_UNIQUE_ID, ({}, unique_id)))))

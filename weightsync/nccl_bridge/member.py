@@ -1,4 +1,4 @@
-"""A bridge's part in one generation: its communicator, and what moves buckets through it, by where its slots lie."""
+"""A bridge's part in one generation: its communicator, and the sender, receiver and exchange that use it."""
 
 from __future__ import annotations
 
@@ -43,8 +43,9 @@ def new_member(
     one_by_one: threading.Lock,
     check: Callable[[], object],
 ) -> Member:
-    """One that has not joined yet. `name` is the bridge's; `one_by_one` is shared by the communicators of this process;
-    `check` raises when there is no point in going on.
+    """Make a member that has not joined yet: over NCCL if `slots` lie on a GPU, else over gloo.
+
+    `name` is the bridge's; the communicators of this process share `one_by_one`; `check` raises to give up.
     """
     place: Any = {
         "generation": command.generation,

@@ -1,12 +1,12 @@
-"""The communicator of bridges whose slots lie on GPUs: NCCL, one member for each node, one GPU each.
+"""The communicator over NCCL, for bridges whose slots lie on GPUs: one member on each node, one GPU each.
 
-No call of NCCL waits here. A member asks, then looks again and again whether it is done, whether a peer is gone,
-whether it was aborted, and whether its deadline has passed; whichever of these ends an operation early also ends the
-communicator, so that no kernel of it stays on the GPU. After that it is broken for good, on every member; the daemons
-form another generation.
+No call of NCCL waits here. After each call the member polls until the operation is done, a peer is gone, the
+communicator was aborted, or the deadline has passed. An operation that ends early also ends the communicator, so that
+none of its kernels stays on the GPU. The communicator is then broken for good, on every member; the daemons form
+another generation.
 
-Slots are not registered with NCCL. So nothing but this member's own kernels writes into them, and when those have ended
-no late peer can.
+Slots are not registered with NCCL. So only this member's own kernels write into its slots, and once those have ended no
+late peer can.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ __all__ = ["NcclCommunicator", "Tokens"]
 
 logger = logging.getLogger(__name__)
 
-_POLL_FIRST = 10e-6  # seconds between two looks at an operation, growing to …
-_POLL_LAST = 500e-6
-_POLL_AGREED = 2e-3  # seconds between two questions to the store
+_POLL_FIRST = 10e-6  # seconds between two polls of an operation, growing to …
+_POLL_LAST = 500e-6  # … this
+_POLL_AGREED = 2e-3  # seconds between two polls of the store
 _GROUP = 512  # broadcasts launched together: NCCL plans them into few kernels
 _AHEAD = 32  # broadcasts of a stream that are queued at a time
 _IDLE = 5.0  # seconds for the GPU to end what an aborted communicator was doing
@@ -55,10 +55,10 @@ _NOT_READY = 600  # cudaErrorNotReady
 
 
 class NcclCommunicator(Communicator):
-    """See the base class; `abort` from any thread."""
+    """A communicator over NCCL. Any thread may call `abort`."""
 
     def __init__(self, *, generation: int, rank: int, world: int, address: str, device: int = 0) -> None:
-        """`address` is this node's own, whose network interface NCCL is to use. Call `join` next."""
+        """`address` is this node's own; NCCL uses its network interface. Call `join` next."""
         super().__init__(generation=generation, rank=rank, world=world, address=address)
         self._device = device
         self._communicator: Any = None
@@ -66,9 +66,9 @@ class NcclCommunicator(Communicator):
         self._tokens: Tokens | None = None
 
     def join(self, rendezvous: Meeting, key: str, *, deadline: float) -> None:
-        """Return when all members have joined. They all give the same `key`.
+        """Return when all members have joined. All give the same `key`.
 
-        Raises `ConfigError` where NCCL is set up otherwise here than at rank 0.
+        Raises `ConfigError` if NCCL is set up differently here than at rank 0.
         """
         what = f"joining generation {self.generation} as rank {self.rank} of {self.world}"
         with self._operation(what, deadline):
@@ -83,11 +83,10 @@ class NcclCommunicator(Communicator):
             self._wait(what, deadline)
 
     def broadcast(self, pieces: Sequence[Piece], token: int, *, deadline: float) -> None:
-        """Every member has the bytes of all `pieces` when its call returns; all give pieces of the same roots and
-        sizes, in one order, and the same `token`, which no other broadcast has.
+        """Return when this member has the bytes of all `pieces`; for its own pieces, when their memory may change.
 
-        At a root: when the bytes are on their way, and may change. Raises `TransportBroken` where a root was in another
-        broadcast.
+        All members give pieces of the same roots and sizes, in the same order, and the same `token`, which no other
+        broadcast has. Raises `TransportBroken` if a root was in another broadcast.
         """
         nbytes = sum(piece.nbytes for piece in pieces)
         what = f"broadcast of {nbytes} bytes in {len(pieces)} pieces, generation {self.generation}"
@@ -121,10 +120,11 @@ class NcclCommunicator(Communicator):
         settled: Callable[[], bool],
         deadline: float,
     ) -> None:
-        """Broadcast `pieces` (address, bytes; the sizes alike at every member) from `root`, one after the other and
-        without waiting for the host in between. `before` and `after` queue what has to be done with each, given its
-        number and the stream (an address) that it travels on; returns when that has ended, too, and everything is
-        `settled`. All give the same `token`, which is compared before the first piece. Raises as `broadcast`.
+        """Broadcast `pieces` (address, bytes) from `root` one after the other, without a host wait in between.
+
+        Sizes are the same at every member. `before` and `after` queue the work that each piece needs, given its number
+        and the address of the stream it travels on. Returns when that work has ended too and `settled` is true. All
+        members give the same `token`, which is compared before the first piece. Raises as `broadcast`.
         """
         what = f"stream of {sum(nbytes for _, nbytes in pieces)} bytes in {len(pieces)} pieces from rank {root}"
         self.broadcast([Piece(root, 0, 0)], token, deadline=deadline)
@@ -135,15 +135,15 @@ class NcclCommunicator(Communicator):
                 self._launch([Piece(root, address, nbytes)], what, deadline)
                 after(number, self._stream.ptr)
                 ahead.append(self._stream.record())
-                if len(ahead) > _AHEAD:  # what a stream has no room for, its host would wait for without a deadline
+                if len(ahead) > _AHEAD:  # a launch into a full stream would block the host, without a deadline
                     self._wait(what, deadline, partial(_passed, ahead.popleft()))
             self._wait(what, deadline, lambda: self._drained() and settled())
 
     def close(self, *, deadline: float) -> None:
-        """Leave, after the operation under way, if there is one, has ended; by `deadline` at the latest, by force.
+        """Leave when the operation under way, if any, has ended; at `deadline` it is aborted.
 
-        The other members see it as broken if they are still in it. Raises `TransportTimeout` where NCCL does not let
-        go: nothing but the end of the process helps then.
+        Members that are still in the communicator find it broken. Raises `TransportTimeout` if NCCL does not return:
+        only the end of the process helps then.
         """
         start = time.monotonic()
         if not self._busy.acquire(timeout=min(max(0.0, deadline - start), _LONGEST_CLOSE)):
@@ -157,7 +157,7 @@ class NcclCommunicator(Communicator):
             self._busy.release()
 
     def abort(self) -> None:
-        """An operation under way in another thread ends and raises `TransportClosed`. `close` afterwards."""
+        """End at once: an operation under way in another thread raises `TransportClosed`. Call `close` afterwards."""
         self._closed.set()
 
     def _launch(self, pieces: Sequence[Piece], what: str, deadline: float) -> None:
@@ -171,14 +171,14 @@ class NcclCommunicator(Communicator):
         self._wait(what, deadline)
 
     def _wait(self, what: str, deadline: float, done: Callable[[], bool] = lambda: True) -> None:
-        """Until NCCL has done on the host what it was asked, and `done`. Raises `TransportBroken` for a peer's end."""
+        """Wait until NCCL is done on the host and `done` returns true. Raises `TransportBroken` if a peer has ended."""
         pause = _POLL_FIRST
         while not (nccl().ready(self._communicator) and done()):
             self._pause(pause, what, deadline)
             pause = min(1.2 * pause, _POLL_LAST)
 
     def _drained(self) -> bool:
-        """Whether the GPU has done all that it was given."""
+        """Whether the GPU has done all work on this communicator's stream."""
         return _idle(self._stream)
 
     def _pause(self, seconds: float, what: str, deadline: float) -> None:
@@ -198,14 +198,14 @@ class NcclCommunicator(Communicator):
                 self._broken = error.message
                 self._end()
                 raise
-            except RuntimeError as error:  # of CUDA, or of the store
+            except RuntimeError as error:  # from CUDA, or from the store
                 broken = translated(error, what)
                 self._broken = broken.message
                 self._end()
                 raise broken from error
 
     def _end(self) -> None:
-        """Abort it, and see that its kernels are off the GPU. Raises `TransportTimeout` as long as they are not."""
+        """Abort it and wait until its kernels have left the GPU. Raises `TransportTimeout` if they do not."""
         communicator, self._communicator = self._communicator, None
         with cupy().cuda.Device(self._device):
             if communicator is not None:
@@ -228,12 +228,12 @@ class NcclCommunicator(Communicator):
 
 
 def _idle(stream: Any) -> bool:
-    """Whether all that was given to a stream is done. Raises `TransportBroken` where its GPU has failed."""
+    """Whether all work given to a stream is done. Raises `TransportBroken` if its GPU has failed."""
     return _is_past(cupy().cuda.runtime.streamQuery(stream.ptr))  # cupy's own `done` takes an error for "not yet"
 
 
 def _passed(event: Any) -> bool:
-    """The same of what was given to it before an event."""
+    """Whether all work given to the stream before an event is done. Raises `TransportBroken` if its GPU has failed."""
     return _is_past(cupy().cuda.runtime.eventQuery(event.ptr))
 
 
@@ -244,7 +244,7 @@ def _is_past(status: int) -> bool:
 
 
 class Tokens:
-    """A word of each member, on the GPU and in host memory: roots send theirs along with their bytes."""
+    """One word for each member, on the GPU and in host memory: a root sends its word along with its bytes."""
 
     nbytes = 8
 
@@ -255,24 +255,24 @@ class Tokens:
         self._host = np.frombuffer(self._pinned, dtype=np.uint64, count=world)
 
     def address(self, root: int) -> int:
-        """Of a member's word on the GPU."""
+        """Address of a member's word on the GPU."""
         return int(self._device) + self.nbytes * root
 
     def of(self, root: int) -> int:
-        """What was fetched."""
+        """The token that `root` sent, as `fetch` copied it."""
         return int(self._host[root])
 
     def send(self, token: int, rank: int, stream: Any) -> None:
-        """Put this member's own in place."""
+        """Put this member's own token in place, on the stream."""
         self._host[rank] = token
         self._copy(self.address(rank), self._host[rank:].ctypes.data, self.nbytes, stream)
 
     def fetch(self, stream: Any) -> None:
-        """Copy all to host memory, on the stream."""
+        """Copy all tokens to host memory, on the stream."""
         self._copy(self._host.ctypes.data, int(self._device), self._host.nbytes, stream)
 
     def free(self) -> None:
-        """Nothing runs that uses it."""
+        """Free the GPU memory. Nothing that uses it may still run."""
         cupy().cuda.runtime.free(self._device)
 
     @staticmethod

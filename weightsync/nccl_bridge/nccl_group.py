@@ -1,7 +1,7 @@
-"""Rank 0 of an NCCL communicator whose other members are an engine's: it sets itself up as they expect, and sends.
+"""Rank 0 of an NCCL communicator whose other members are an engine's ranks: it sets up as they expect, and sends.
 
-Its tensors come one by one, each a collective of its own: NCCL lays out those that one member launches together in
-another way than one after the other, and engines launch each by itself.
+Every tensor is a collective of its own, because engines launch each by itself. NCCL lays out collectives that are
+launched together differently, so all members must launch in the same way.
 """
 
 from __future__ import annotations
@@ -25,17 +25,18 @@ _HINT = (
 
 
 class NcclGroup(NcclCommunicator):
-    """See the base class; `abort` from any thread."""
+    """A communicator with an engine's ranks. Any thread may call `abort`."""
 
     def __init__(self, *, world: int, address: str, greets: bool) -> None:
-        """`greets`: members add up a number as soon as they are there, as those of vLLM do."""
+        """`greets`: members do an all-reduce of one number as soon as they have joined, as vLLM's do."""
         super().__init__(generation=0, rank=0, world=world, address=address)
         self._greets = greets
         self._unique_id = b""
 
     def meet(self, tell: Callable[[bytes], None], *, deadline: float) -> None:
-        """Make the unique id and `tell` it to the engine's ranks. Returns when all members have joined; where those
-        do not greet, they join with their first broadcast.
+        """Make the unique id and `tell` it to the engine's ranks.
+
+        Returns when all members have joined if they greet; else at once, and they join with their first broadcast.
         """
         what = f"the group of {self.world} with an engine"
         with self._operation(what, deadline):
@@ -44,14 +45,12 @@ class NcclGroup(NcclCommunicator):
             tell(self._unique_id)
             if self._greets:
                 self._begin(what, deadline)
-                self._tokens = Tokens(1)  # of which only the memory is used
+                self._tokens = Tokens(1)  # only its memory is used
                 nccl().sum_float(self._communicator, self._tokens.address(0), self._stream.ptr)
                 self._wait(what, deadline, self._drained)
 
     def send(self, pieces: Sequence[tuple[int, int]], *, deadline: float) -> None:
-        """Give the bytes of each piece (address on this GPU, length) to the others, in that order. Returns when they
-        may change.
-        """
+        """Broadcast the bytes of each piece (address on this GPU, length), in order. Returns when they may change."""
         what = f"sending {len(pieces)} tensors to the {self.world - 1} ranks of an engine"
         with self._operation(what, deadline):
             if not self._unique_id:

@@ -1,12 +1,12 @@
 """The bridge process: reads commands from its pipe, runs each in its lane, answers, and does not outlive the daemon.
 
-Threads: the main one reads the pipe and answers what needs no waiting; `local` exports; `wire` works with the
-communicator; `fences` watches slots that somebody waits for; each command for a group has one of its own, and so have
-loading torch and preparing a delivery. Answers come in the order in which work ends; ids match them to requests.
+Threads: the main thread reads the pipe and answers commands that need no waiting; `local` exports; `wire` works with
+the communicator; `fence` watches the slots of `AwaitReleased`. Each command for a group has a thread of its own, and so
+have loading torch and preparing a delivery. Answers come in the order in which work ends; ids match them to requests.
 
-When the pipe ends, for whatever reason, the daemon is gone: the arena is removed and the process exits, without asking
-threads that may be stuck in a collective; at once, unless a stock engine is about to open what it was given. `Stop`
-does not wait for those threads either.
+When the pipe ends, for whatever reason, the daemon is gone: the process removes the arena and exits. It does not wait
+for threads that may be stuck in a collective, only a moment for stock engines that still have to open an export. `Stop`
+does not wait for threads either.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = ["BridgeProcess", "Options"]
 
 logger = logging.getLogger(__name__)
 
-_SEND_SECONDS = 30  # for an answer to fit into the pipe; a daemon that reads nothing for so long is taken for dead
-_LINGER = 2.0  # seconds that stock engines have to take what the daemon told them of before it was gone
-_POLL_FIRST = 50e-6  # seconds between two looks at the fences somebody waits for, growing to …
+_SEND_SECONDS = 30  # to send an answer; a daemon that reads nothing from the pipe for so long is taken for dead
+_LINGER = 2.0  # seconds that stock engines have to open the exports that the daemon told them of before it died
+_POLL_FIRST = 50e-6  # seconds between two looks at awaited fences, growing to …
 _POLL_LAST = 2e-3  # … this: under 1 % of a core however long the wait
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What a bridge is started with."""
+    """The options that a bridge is started with."""
 
     fd: int  # its end of the pipe, a connected stream socket
     node: str
@@ -53,11 +53,11 @@ class Options:
     slots: int
     slot_bytes: int
     readers: int
-    gpu: str = ""  # UUID of the one that this process sees, if the slots lie there
+    gpu: str = ""  # UUID of the one GPU that this process sees, if the slots lie there
 
     @property
     def name(self) -> str:
-        """Its name, also as a peer."""
+        """The bridge's name, "node/index", also as a peer."""
         return f"{self.node}/{self.index}"
 
 
@@ -96,7 +96,7 @@ class BridgeProcess:
         failed: WeightSyncError | None = None
         try:
             self._arena = self._make_arena()
-        except WeightSyncError as error:  # told in answer to the first command; there is nobody to tell it now
+        except WeightSyncError as error:  # each command is answered with it; there is none to answer yet
             failed = error
         lanes = None if self._arena is None else self._start_lanes(self._arena)
         while (request := self._read()) is not None:
@@ -135,7 +135,10 @@ class BridgeProcess:
         return None if body is None else frames.decode_request(body)
 
     def _read_exactly(self, count: int) -> bytes | None:
-        """`count` bytes of the pipe; None at its end. Waits as long as the daemon lives, which is a bridge's life."""
+        """Read `count` bytes from the pipe; None at its end.
+
+        Waits without a deadline, because a bridge lives exactly as long as its daemon.
+        """
         data = bytearray(count)
         view, got = memoryview(data), 0
         while got < count:
@@ -188,7 +191,7 @@ class Lanes:
             threading.Thread(target=work, args=(self._queues[lane],), name=lane.name.lower(), daemon=True).start()
 
     def take(self, request: frames.Request) -> None:
-        """Run one request, or queue it. Returns without waiting."""
+        """Run a request that needs no waiting, or queue it."""
         if isinstance(request.command, c.Leave):
             self._service.interrupt()
         task = Task(request.id, request.command, time.monotonic() + request.timeout, self._service.departures)
@@ -219,12 +222,12 @@ class Lanes:
             waiting = [task for task in waiting if not self._run(task)]
 
     def _run(self, task: Task) -> bool:
-        """Do it and answer. False if it is to be run again, and was not answered."""
+        """Run a task and answer it. Returns False if it was not answered and must be run again."""
         try:
             reply = self._do(task)
         except WeightSyncError as error:
             self._send(frames.Response(id=task.id, error=error.record()))
-        except Exception as error:  # the seam: what a bug raises here must reach whoever waits for it
+        except Exception as error:  # last resort: a bug's error, too, must reach the daemon, which waits for an answer
             logger.exception("%s.failed", type(task.command).__name__.lower())
             broken = TransportBroken(f"bridge {self._service.name}: {type(error).__name__}: {error}")
             self._send(frames.Response(id=task.id, error=broken.record()))

@@ -1,7 +1,7 @@
 """Where the members of a communicator find one another: a key-value store on one of their nodes.
 
-It listens on the one address it is given, not on all. Keys begin with a secret that the daemons tell their bridges over
-their own (authenticated) connections, so that a stranger who reaches the port can neither guess nor overwrite one.
+The store listens only on the address that it is given. Keys begin with a secret, which the daemons tell their bridges
+over their own (authenticated) connections. So a stranger who reaches the port can neither guess nor overwrite a key.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from weightsync.transports.base import seconds_left
 
 __all__ = ["Meeting", "Rendezvous", "load", "prefixed", "translated"]
 
-_LONGEST = 1e6  # seconds that a socket can be told to wait
-_PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo begins with where in its source it is
+_LONGEST = 1e6  # seconds; the longest timeout that is given to a socket
+_PLACE = re.compile(r"^\[\S+:\d+\] ")  # gloo's errors begin with file and line of its source
 
 
 class Meeting(Protocol):
     """What a communicator needs of a rendezvous."""
 
-    sockets: Sockets  # its own
+    sockets: Sockets  # the rendezvous's own
 
     def store(self, key: str, generation: int) -> Any:
-        """Where its members leave word for each other."""
+        """Return the store through which the members of one generation exchange what they need to connect."""
 
 
 class Rendezvous:
@@ -40,7 +40,7 @@ class Rendezvous:
 
     @classmethod
     def host(cls, host: str, *, deadline: float) -> Rendezvous:
-        """Listen on `host`, an address of this node, at any free port. Raises `TransportBroken` if that is not ours."""
+        """Listen on `host` at any free port. Raises `TransportBroken` if `host` is no address of this node."""
         what = f"rendezvous on {host}"
         left, window = seconds_left(deadline, what), Window()
         try:
@@ -66,9 +66,9 @@ class Rendezvous:
 
     @classmethod
     def connect(cls, host: str, port: int, *, deadline: float) -> Rendezvous:
-        """Connect to the store that another member hosts. Raises `TransportBroken` where nobody does."""
+        """Connect to the store that another member hosts. Raises `TransportBroken` if nothing listens there."""
         what = f"rendezvous at {host}:{port}"
-        try:  # torch tries several times, each for as long as it is given in all
+        try:  # a plain connection first: torch tries several times, and gives each try the whole timeout
             socket.create_connection((host, port), timeout=min(seconds_left(deadline, what), _LONGEST)).close()
         except TimeoutError as error:
             raise TransportTimeout(f"{what}: its deadline passed") from error
@@ -84,7 +84,7 @@ class Rendezvous:
         return cls(store, port, window.sockets())
 
     def store(self, key: str, generation: int) -> Any:
-        """The part of the store (a `torch.distributed.Store`) of one generation, behind the secret `key`."""
+        """Return one generation's part of the store (a `torch.distributed.Store`), behind the secret `key`."""
         return prefixed(self._store, f"weightsync/{key}/{generation}")
 
     @property
@@ -94,7 +94,7 @@ class Rendezvous:
 
 
 def prefixed(store: Any, *prefixes: str) -> Any:
-    """The part of a store below `prefixes`, the outermost first."""
+    """Return the part of a store below `prefixes`, the outermost first."""
     for prefix in prefixes:
         store = _torch().PrefixStore(prefix, store)
     return store
@@ -107,14 +107,14 @@ def _torch() -> Any:
 
 
 def load() -> None:
-    """Do now what the first rendezvous of this process would do: seconds of loading."""
+    """Load torch now, which takes seconds, so that this process's first rendezvous does not have to."""
     _torch()
 
 
 def translated(error: RuntimeError, what: str) -> TransportBroken | TransportTimeout:
-    """torch's error as ours. torch tells a timeout by its text alone."""
+    """Return torch's error as ours. Only its text tells a timeout from other failures."""
     text = _PLACE.sub("", str(error).split("\n", 1)[0]).partition(" This is typically caused by")[0]
-    text = text.partition(", keys:")[0].strip()  # they hold the secret
+    text = text.partition(", keys:")[0].strip()  # the keys contain the secret
     lowered = text.lower()
     if "timed out" in lowered or "timeout" in lowered:
         return TransportTimeout(f"{what}: {text}")

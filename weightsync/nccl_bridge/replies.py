@@ -1,4 +1,4 @@
-"""What a bridge answers the daemon, one class for each kind of answer; see `commands`."""
+"""A bridge's answers to the daemon, one class for each kind; see `commands`."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ __all__ = [
     "Tickets",
 ]
 
-NEVER = "never"  # the phase of an error about a delivery that cannot be prepared as things are
+NEVER = "never"  # phase of an error that every further attempt to prepare this delivery would end with
 
 Natural = Annotated[int, Meta(ge=0, lt=2**60)]
 Name = Annotated[str, Meta(min_length=1, max_length=256)]
 Text = Annotated[str, Meta(max_length=1024)]
 Blob = Annotated[bytes, Meta(max_length=64 * 1024)]
-Bulk = Annotated[bytes, Meta(min_length=16, max_length=2**28)]  # by its digest where it was told whole before
+Bulk = Annotated[bytes, Meta(min_length=16, max_length=2**28)]  # the bytes; 16: digest of bytes that were told before
 Names = Annotated[tuple[Name, ...], Meta(max_length=4096)]
 Tickets = Annotated[dict[Name, Blob], Meta(max_length=4096)]
 
@@ -47,11 +47,11 @@ class Reply(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Done(Reply, frozen=True, kw_only=True, tag="done"):
-    """It is done and there is nothing to tell."""
+    """The command is done, and there is nothing to tell."""
 
 
 class Ready(Reply, frozen=True, kw_only=True, tag="ready"):
-    """The bridge is up; `offer` lets a trainer rank attach its arena (`Arena.attach(offer, writable=True)`)."""
+    """The bridge is up. A trainer rank attaches its arena with `Arena.attach(offer, writable=True)`."""
 
     pid: Natural
     incarnation: Name
@@ -61,13 +61,13 @@ class Ready(Reply, frozen=True, kw_only=True, tag="ready"):
 
 
 class Offered(Reply, frozen=True, kw_only=True, tag="offered"):
-    """What one local reader needs to attach: `BucketReceiver.accept(offer)`."""
+    """What a reader needs to attach: for `BucketReceiver.accept`, or how an engine joins its group."""
 
     offer: Blob
 
 
 class Exported(Reply, frozen=True, kw_only=True, tag="exported"):
-    """Tickets by reader, and by peer; `checksum` is that of the bucket, by `algorithm`."""
+    """Tickets by reader and by peer, and the bucket's `checksum`, computed by `algorithm`."""
 
     tickets: Tickets
     peer_tickets: Tickets
@@ -76,7 +76,7 @@ class Exported(Reply, frozen=True, kw_only=True, tag="exported"):
 
 
 class PendingReaders(Reply, frozen=True, kw_only=True, tag="pending_readers"):
-    """Readers and peers that may still read from the slot, and readers that released it having read something else."""
+    """Readers and peers that may still read from the slot, and readers that released it but read back other bytes."""
 
     readers: Names
     damaged: Names = ()
@@ -95,7 +95,7 @@ class Hosted(Reply, frozen=True, kw_only=True, tag="hosted"):
 
 
 class Received(Reply, frozen=True, kw_only=True, tag="received"):
-    """A bucket lies in the slot, verified. `Export` of this slot and sequence does not compute its checksum again."""
+    """A verified bucket lies in the slot. `Export` of this slot and sequence does not compute its checksum again."""
 
     sequence: Natural
     nbytes: Natural

@@ -1,7 +1,8 @@
-"""What each command does: to the arena, the senders of its readers and, once joined, the communicator.
+"""What each command does to the arena, to the senders for its readers and, once joined, to the communicator.
 
-`lane` says in which thread a command runs, so that one that waits for a peer holds up neither the next export nor a
-question that is answered from memory. `handle` runs it. Nothing here knows of pipes or of the process's end.
+`lane` says in which thread a command runs: a command that waits for a peer must not hold up the next export, or a
+question that is answered from memory. `handle`, `handle_wire` and `handle_group` run it. Nothing here knows of pipes or
+of the process's end.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ __all__ = ["BridgeService", "Lane"]
 
 logger = logging.getLogger(__name__)
 
-_LOOK = 5e-3  # seconds between two looks at who still holds an export
+_LOOK = 5e-3  # seconds between two looks at whether exports are still held
 _LEAVING = 1.0  # seconds that the last operation of an old generation has to end by itself
 
 
@@ -71,7 +72,7 @@ _LANES: dict[type[c.AnyCommand], Lane] = {
 
 
 class BridgeService:
-    """The bridge called `name`, owner of `arena` and, where they lie on a GPU, of its `slots`."""
+    """The bridge called `name`, which owns `arena`; `slots` are None unless they lie on a GPU."""
 
     def __init__(self, name: str, incarnation: str, arena: Arena, slots: DeviceSlots | None = None) -> None:
         self.name = name
@@ -93,12 +94,12 @@ class BridgeService:
         self._hosted: Rendezvous | None = None
         self._member: Member | None = None
         self._departures = 0
-        self._lock = threading.Lock()  # over the two above
-        self._sequences: dict[int, int] = {}  # slot → what was exported from it last
+        self._lock = threading.Lock()  # over `_member` and `_departures`
+        self._sequences: dict[int, int] = {}  # slot → sequence of its last export
 
     @staticmethod
     def lane(command: c.AnyCommand) -> Lane:
-        """Where `command` runs."""
+        """Return where `command` runs."""
         return _LANES.get(type(command), Lane.NOW)
 
     def handle(self, command: c.AnyCommand) -> c.AnyReply:
@@ -126,7 +127,7 @@ class BridgeService:
         raise LocalProtocolError(f"{type(command).__name__} does not belong here")
 
     def handle_wire(self, command: c.AnyCommand, *, deadline: float, departures: int) -> c.AnyReply:
-        """Do a command of the lane WIRE; `departures` is what `departures` was when it was read from the pipe.
+        """Do a command of the lane WIRE; `departures` is the property's value when the command was read from the pipe.
 
         Raises `WeightSyncError`; `TransportClosed` if a `Leave` has been read since.
         """
@@ -137,7 +138,7 @@ class BridgeService:
                 return c.Done()
             case c.Host():
                 if self._slots is not None:
-                    prepare(command.host)  # what is wrong here is nobody else's fault
+                    prepare(command.host)  # now, so that a broken NCCL on this node fails here and not in other members
                 self._hosted = Rendezvous.host(command.host, deadline=deadline)
                 return c.Hosted(port=self._hosted.port)
             case c.Join():
@@ -193,11 +194,11 @@ class BridgeService:
 
     @property
     def departures(self) -> int:
-        """How often the communicator was told to be left."""
+        """How many `Leave` commands have been read."""
         return self._departures
 
     def interrupt(self) -> None:
-        """A `Leave` has been read: end what the wire lane is doing now, and what was read before and has not begun."""
+        """End the wire lane's command under way and all that wait before a `Leave`, which was just read."""
         with self._lock:
             self._departures += 1
             member = self._member
@@ -205,7 +206,7 @@ class BridgeService:
             member.communicator.abort()
 
     def released(self, command: c.AwaitReleased, *, deadline: float) -> c.PendingReaders | None:
-        """The answer, None as long as one of the readers may read. Raises `TransportTimeout` after `deadline`."""
+        """Return the answer, or None while one of the readers may read. Raises `TransportTimeout` after `deadline`."""
         held = [reader for reader in self.pending(command.slot) if reader in command.readers]
         if not held:
             damaged = tuple(reader for reader in self._damaged(command.slot) if reader in command.readers)
@@ -218,7 +219,7 @@ class BridgeService:
         return tuple(reader for sender in self._senders.values() for reader in sender.damaged(slot))
 
     def pending(self, slot: int) -> tuple[str, ...]:
-        """Readers, then peers, that may still read from `slot`."""
+        """Return readers, then peers, that may still read from `slot`."""
         readers = tuple(reader for sender in self._senders.values() for reader in sender.pending(slot))
         readers += self._groups.pending(slot)
         member = self._member
@@ -226,7 +227,7 @@ class BridgeService:
             return readers
         try:
             return readers + member.sender.pending(slot)
-        except TransportClosed:  # the communicator is being left, and nobody reads through it any more
+        except TransportClosed:  # the communicator is being left, so no peer reads any more
             return readers
 
     def _hello(self) -> c.Ready:
@@ -250,8 +251,9 @@ class BridgeService:
         return offer
 
     def linger(self, seconds: float) -> None:
-        """Wait until stock engines have let go of what they were given, for so long at most: one that was told of an
-        export and does not find it ends (SGLang's scheduler, 0.5.17 and 0.5.23).
+        """Wait up to `seconds` until stock engines have let go of their exports.
+
+        An engine that was told of an export and does not find it exits (SGLang's scheduler, 0.5.17 and 0.5.23).
         """
         until = time.monotonic() + seconds
         counted = [sender for sender in self._senders.values() if isinstance(sender, CountedSender)]
@@ -259,7 +261,7 @@ class BridgeService:
             threading.Event().wait(_LOOK)
 
     def close(self) -> None:
-        """Remove what was exported beside the arena, which the caller owns."""
+        """Remove exports that lie outside the arena. The arena itself is the caller's."""
         for sender in self._senders.values():
             sender.close()
 
@@ -276,7 +278,7 @@ class BridgeService:
         tickets = {}
         for transport, sender in self._senders.items():
             readers = [reader for reader in command.readers if self._transports.get(reader, "mapped") == transport]
-            if readers or transport == "mapped":  # … which checks what is asked, whoever the readers are
+            if readers or transport == "mapped":  # "mapped" even without readers: its sender checks the arguments
                 tickets.update(sender.export(slot, nbytes, sequence, readers))
         for reader in command.readers:
             if self._transports.get(reader) == "group":
@@ -293,7 +295,7 @@ class BridgeService:
         )
 
     def _check_idle(self, slot: int) -> None:
-        """Raise `LocalProtocolError` where other bytes are about to come into a slot that is still read."""
+        """Raise `LocalProtocolError` if a reader may still read from `slot`, which is about to get other bytes."""
         if held := self.pending(slot):
             raise LocalProtocolError(f"slot {slot} of bridge {self.name} is still held by {', '.join(held)}")
 

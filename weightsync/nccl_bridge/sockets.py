@@ -1,9 +1,9 @@
-"""The sockets a communicator has made, and cutting them: the way out of a gloo call that waits for a peer.
+"""The sockets that a communicator has opened, and cutting them: the way out of a gloo call that waits for a peer.
 
-gloo can neither cancel an operation nor be told to; but it notices a connection that ends, at once and in every thread.
-So who makes a communicator remembers which sockets of this process came up meanwhile, and to abort shuts those down. In
-a process with several communicators they are made one after the other, or one's end would take others along. (A
-listening socket must be left alone: gloo takes its end for a bug and terminates the process.)
+gloo cannot cancel an operation, but notices at once, in every thread, that a connection has ended. So a communicator
+remembers which sockets of this process came up while it was made, and shuts them down to abort. Communicators of one
+process are made one after the other; else aborting one would end others too. (A listening socket must be left alone:
+gloo takes its end for a bug and terminates the process.)
 """
 
 from __future__ import annotations
@@ -19,29 +19,32 @@ if TYPE_CHECKING:
 
 __all__ = ["Sockets", "Window", "cut", "forming", "open_sockets"]
 
-_TURN = 0.05  # seconds between two checks of who waits for a turn
+_TURN = 0.05  # seconds between two calls of `check` while waiting for a turn
 Sockets = frozenset[tuple[int, str]]  # descriptor and "socket:[inode]": a descriptor that was reused is another socket
 
 
 class Window:
-    """The sockets that came up while something was made, or have so far."""
+    """The sockets that came up while something was made; until `close`, those that have come up so far."""
 
     def __init__(self) -> None:
         self._before = open_sockets()
         self._after: Sockets | None = None
 
     def sockets(self) -> Sockets:
-        """Those that are open now, or were when it was made."""
+        """Return the new sockets that are open now; after `close`, those that were open then."""
         return (open_sockets() if self._after is None else self._after) - self._before
 
     def close(self) -> None:
-        """It is made."""
+        """End the window: sockets that come up later do not belong to it."""
         self._after = open_sockets()
 
 
 @contextmanager
 def forming(one_by_one: threading.Lock, check: Callable[[], object]) -> Iterator[Window]:
-    """While something that opens sockets is made; `check` raises when there is no point in waiting for one's turn."""
+    """Wait for a turn to make something that opens sockets, and yield the window of its sockets.
+
+    `check`, called during the wait, raises to give up.
+    """
     while not one_by_one.acquire(timeout=_TURN):
         check()
     window = Window()
@@ -53,7 +56,7 @@ def forming(one_by_one: threading.Lock, check: Callable[[], object]) -> Iterator
 
 
 def open_sockets() -> Sockets:
-    """Every socket of this process."""
+    """Return every socket of this process."""
     found = set()
     for entry in os.listdir("/proc/self/fd"):
         with suppress(OSError):  # closed meanwhile
@@ -64,17 +67,17 @@ def open_sockets() -> Sockets:
 
 
 def cut(sockets: Sockets) -> int:
-    """Shut down those of `sockets` that still are what they were and are TCP connections; returns how many."""
+    """Shut down the TCP connections among `sockets` that are still the same sockets. Returns how many."""
     count = 0
     for descriptor, link in sockets:
         with suppress(OSError):
-            mine = os.dup(descriptor)  # from here on it cannot become another file
+            mine = os.dup(descriptor)  # unlike `descriptor`, nobody can close and reuse `mine` after the check below
             if os.readlink(f"/proc/self/fd/{mine}") != link:
                 os.close(mine)
                 continue
             with socket.socket(fileno=mine) as connection:
                 if connection.family in (socket.AF_INET, socket.AF_INET6):
-                    connection.getpeername()  # raises for a listening one
+                    connection.getpeername()  # raises for a listening socket
                     connection.shutdown(socket.SHUT_RDWR)
                     count += 1
     return count

@@ -1,8 +1,8 @@
-"""How members of an NCCL communicator agree before any of them sets one up: through the store of their rendezvous.
+"""How members of an NCCL communicator agree, through the store of their rendezvous, before any of them sets it up.
 
-Rank 0 tells its settings; the others compare theirs and agree, or fail, each by itself; when all have agreed rank 0
-makes the unique id and tells it. Making one leaves a thread and a listening socket behind until all members have come,
-for which there is no way to give up; so none is made for those who do not fit.
+Rank 0 tells its settings. Each other rank compares them with its own, and agrees or fails. When all have agreed, rank 0
+makes the unique id and tells it. A unique id leaves a thread and a listening socket behind until all members have come,
+and cannot be given up. So none is made for members that do not fit.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UniqueId = Annotated[bytes, Meta(min_length=UNIQUE_ID_BYTES, max_length=UNIQUE_
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """What rank 0 tells at last: the unique id, or why there is none."""
+    """Rank 0's last message: the unique id, or why there is none."""
 
     unique_id: _UniqueId | None = None
     refusal: str = ""
@@ -37,14 +37,15 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 @cache
 def nccl() -> Nccl:
-    """The library, loaded once. Raises `ConfigError`."""
+    """Return the library, loaded once. Raises `ConfigError`."""
     return Nccl()
 
 
 @cache
 def prepare(address: str) -> None:
-    """Have NCCL use the network interface of `address`, this node's own, unless the environment says another; and see
-    that it can, once in a process. Raises `ConfigError`, or `TransportBroken` with what NCCL says.
+    """Have NCCL use the network interface of `address`, this node's own, and check that it can; once in a process.
+
+    A setting in the environment wins. Raises `ConfigError`, or `TransportBroken` with NCCL's text.
     """
     if name := interface_of(address):
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")
@@ -52,9 +53,9 @@ def prepare(address: str) -> None:
 
 
 def agree(store: Any, rank: int, world: int, pause: Callable[[], None]) -> bytes:
-    """The unique id, the same on every member. `pause` waits a moment, and raises when there is no point in going on.
+    """Return the unique id, the same on every member. `pause` waits a moment, and raises to give up.
 
-    Raises `ConfigError` where NCCL is set up otherwise here than at rank 0, `TransportBroken` where rank 0 gives up.
+    Raises `ConfigError` if NCCL is set up differently here than at rank 0, `TransportBroken` if rank 0 gives up.
     """
     mine = settings_here(nccl().version)
     if rank == 0:
@@ -95,7 +96,7 @@ def _decoded(data: bytes, kind: Any) -> Any:
 
 
 def check_settings(mine: dict[str, str], theirs: dict[str, str]) -> None:
-    """Raise `ConfigError` where NCCL would fail or hang for being set up differently; `theirs` are those of rank 0."""
+    """Raise `ConfigError` if `mine` differ from `theirs`, rank 0's settings: NCCL would fail or hang."""
     different = [name for name in sorted(mine.keys() | theirs.keys()) if mine.get(name) != theirs.get(name)]
     if different:
         told = ", ".join(f"{n} is {mine.get(n, 'unset')} here, {theirs.get(n, 'unset')} at rank 0" for n in different)
@@ -106,7 +107,7 @@ def check_settings(mine: dict[str, str], theirs: dict[str, str]) -> None:
 
 
 def interface_of(address: str) -> str | None:
-    """The network interface with this IPv4 address; None where it cannot be told, and NCCL is left to choose."""
+    """Return the network interface with this IPv4 address; None if there is none to be found, and NCCL chooses."""
     try:
         wanted = socket.inet_aton(socket.gethostbyname(address))
     except OSError:
@@ -116,7 +117,7 @@ def interface_of(address: str) -> str | None:
             request = name.encode()[:15].ljust(256, b"\0")
             try:
                 found = fcntl.ioctl(probe, _SIOCGIFADDR, request)
-            except OSError:  # an interface without one
+            except OSError:  # an interface without an IPv4 address
                 continue
             if found[20:24] == wanted:
                 return name

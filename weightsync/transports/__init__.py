@@ -21,9 +21,9 @@ RECEIVERS = {
 
 
 def receiver(name: str, **options: Any) -> BucketReceiver:
-    """The reading side of transport `name`. Its class names what it needs: shm nothing, cuda-ipc a device.
+    """Return the reading side of transport `name`. Raises `ConfigError` for an unknown name.
 
-    Raises `ConfigError` for a name that is unknown.
+    `options` are the arguments of its class: none for shm, a device for cuda-ipc.
     """
     where = RECEIVERS.get(name)
     if where is None:

@@ -1,8 +1,8 @@
-"""What gloo and NCCL share: a slot of this bridge is broadcast into slots of bridges on other nodes.
+"""Base of the transports over gloo and NCCL: a slot of this bridge is broadcast into slots of bridges on other nodes.
 
 Sender and receivers share a communicator, which their maker joins and closes; every member except the root receives
-each bucket. An offer says which communicator and who is root; a ticket what comes next. As in any collective, all
-members take the buckets in one order. Where the slots lie, and so what moves them, is for the subclasses to say.
+each bucket. An offer names the communicator and its root; a ticket names the bucket that comes next. As in any
+collective, all members take the buckets in one order. Subclasses say where the slots lie and what moves their bytes.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Arrival", "BroadcastOffer", "BroadcastReceiver", "BroadcastSender", "BroadcastTicket", "Member"]
 
-_REMEMBERED = 4096  # tickets; a second opening of an older one fails at its checksum, if it is not refused here
+_REMEMBERED = 4096  # opened tickets; opening an older one again is refused only by its checksum
 
 
 class Member(Protocol):
-    """What is needed of a joined communicator, whatever it moves."""
+    """What senders and receivers need of a joined communicator, over host or GPU memory."""
 
     generation: int
     rank: int
@@ -44,7 +44,7 @@ class Member(Protocol):
 
 
 class BroadcastOffer(msgspec.Struct, frozen=True, kw_only=True):
-    """What an offer says."""
+    """The contents of an offer."""
 
     generation: Natural
     root: Natural
@@ -52,7 +52,7 @@ class BroadcastOffer(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class BroadcastTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says."""
+    """The contents of a ticket."""
 
     generation: Natural
     root: Natural
@@ -72,7 +72,7 @@ class Arrival(NamedTuple):
 
 
 class BroadcastSender(BucketSender):
-    """The root. Its readers are the other members, each by one name."""
+    """The root of the broadcasts. Its readers are the other members, one name each."""
 
     mapped = False
 
@@ -134,7 +134,7 @@ class BroadcastSender(BucketSender):
 
     @abstractmethod
     def _broadcast(self, slot: int, nbytes: int, sequence: int, deadline: float) -> None:
-        """Send them from here. Returns when they may change."""
+        """Send the bytes of the slot from here. Returns when they may change."""
 
     def pending(self, slot: int) -> tuple[str, ...]:
         with self._lock:
@@ -143,7 +143,7 @@ class BroadcastSender(BucketSender):
             return tuple(export.waiting) if export is not None else ()
 
     def revoke(self, slot: int, reader: str) -> None:
-        """Stop waiting for `reader`. Its place in a broadcast under way is not given up: abort for that."""
+        """Stop waiting for `reader`. A broadcast under way still needs it; call `abort` to end that."""
         with self._lock:
             self._check_open()
             export = self._exports.get(slot)
@@ -151,7 +151,7 @@ class BroadcastSender(BucketSender):
                 self._ledger.revoked(reader)
 
     def close(self) -> None:
-        """Revoke what was never sent."""
+        """Close, and revoke exports that were never sent."""
         self._ended.set()
         with self._lock:
             for slot, export in self._exports.held().items():
@@ -162,7 +162,7 @@ class BroadcastSender(BucketSender):
         self._communicator.abort()
 
     def _end(self, slot: int, sequence: int, readers: list[str], *, arrived: bool) -> None:
-        """The broadcast is over: nobody reads this slot, and what failed is a revocation in the books."""
+        """End a broadcast: no reader of the slot is pending, and the ledger books a failure as a revocation."""
         with self._lock:
             export = self._exports.get(slot)
             if export is None or export.sequence != sequence:
@@ -190,7 +190,7 @@ class BroadcastSender(BucketSender):
 
 
 class BroadcastReceiver(BucketReceiver):
-    """A member that is not root. Buckets arrive in slots of its own `arena`, which the caller owns and closes."""
+    """A member that is not root. Receives buckets into slots of its own `arena`, which the caller owns and closes."""
 
     def __init__(self, communicator: Member, arena: Arena, reader: str) -> None:
         """`reader` is the name under which this member is exported to."""
@@ -209,7 +209,7 @@ class BroadcastReceiver(BucketReceiver):
         self._check_mine("the offer", wanted.generation, wanted.reader, wanted.root)
 
     def receive(self, ticket: bytes, *, deadline: float, verify: bool = True) -> Lease:
-        """See the base class; what can be verified here always is, since it decides whether the broadcast succeeded."""
+        """See the base class. `verify` is ignored: verification decides whether the broadcast succeeded."""
         wanted = self._wanted(ticket, deadline)
         slot = self._take_slot(deadline)
         try:
@@ -230,7 +230,7 @@ class BroadcastReceiver(BucketReceiver):
         return lease
 
     def receive_into(self, ticket: bytes, slot: int, *, deadline: float) -> Arrival:
-        """Like `receive`, into a slot that the caller knows to be free; there is no lease, the caller keeps order."""
+        """Like `receive`, into a slot that the caller knows to be free. There is no lease: the caller keeps it free."""
         wanted = self._wanted(ticket, deadline)
         self._receive(wanted, slot, deadline)
         return Arrival(wanted.sequence, wanted.nbytes, Checksum(wanted.algorithm, wanted.checksum))
@@ -258,7 +258,7 @@ class BroadcastReceiver(BucketReceiver):
         if wanted.nbytes > self._arena.slot_bytes:
             raise TransportBroken(f"{what}: {wanted.nbytes} bytes do not fit into a slot of {self._arena.slot_bytes}")
         with self._freed:
-            self._check_unopened(wanted)  # before waiting for a slot, so that a ticket is not refused by a timeout
+            self._check_unopened(wanted)  # first, so that an opened ticket does not wait for a slot and time out
         return wanted
 
     def _check_unopened(self, wanted: BroadcastTicket) -> None:
@@ -276,15 +276,15 @@ class BroadcastReceiver(BucketReceiver):
 
     @abstractmethod
     def _broadcast(self, slot: int, wanted: BroadcastTicket, deadline: float) -> None:
-        """Take them into the slot."""
+        """Receive the bytes that `wanted` describes into the slot."""
 
     @abstractmethod
     def _verify(self, slot: int, wanted: BroadcastTicket) -> None:
-        """Raise `TransportBroken` where what lies there now is not what was exported, as far as that can be told."""
+        """Raise `TransportBroken` if the slot's bytes are not the exported ones, as far as this can be told here."""
 
     @abstractmethod
     def _lend(self, slot: int, nbytes: int) -> memoryview | int:
-        """What a lease lends."""
+        """Return what a lease of this slot lends: a view, or an address on the GPU."""
 
     def _receive(self, wanted: BroadcastTicket, slot: int, deadline: float) -> None:
         with self._freed:

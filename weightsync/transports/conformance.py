@@ -1,8 +1,8 @@
-"""What every transport must do, as checks that know only the interface. Run them by `weightsync.testing`.
+"""Checks that every transport must pass, which know only the interface. Run them by `weightsync.testing`.
 
-A check takes `make_pair` and makes the pairs it needs. Where mapped and broadcast transports differ by their nature it
-asks `BucketSender.mapped`. The receivers of a pair may be proxies of other processes: nothing here looks at memory
-except through `fill` and `read`.
+A check takes `make_pair` and makes the pairs it needs. If mapped and broadcast transports differ by nature, it asks
+`BucketSender.mapped`. The receivers of a pair may be proxies of other processes, so checks touch memory only through
+`fill` and `read`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ __all__ = ["CHECKS", "warm_up"]
 
 
 def bytes_arrive(make_pair: MakePair) -> None:
-    """What is received equals what was exported, for no byte, one, an odd number and a full slot."""
+    """The received bytes equal the exported ones, for no byte, one, an odd number and a full slot."""
     slot_bytes = 100_003
     with attached(make_pair, 2, 2, slot_bytes) as pair:
         for sequence, nbytes in enumerate((0, 1, 4097, slot_bytes - 1, slot_bytes), start=1):
@@ -93,7 +93,7 @@ def a_ticket_opens_once(make_pair: MakePair) -> None:
 
 
 def altered_bytes(make_pair: MakePair) -> None:
-    """A slot that changed after it was exported is an error that names the sequence, and nobody holds it then."""
+    """A slot that changed after it was exported is an error that names the sequence, and the slot is not held then."""
     with attached(make_pair, 1, 1, 1000) as pair:
         pair.fill(0, made_bytes(1, 1000))
         tickets = pair.sender.export(0, 1000, 987654321, pair.readers)
@@ -152,7 +152,7 @@ def stale_release(make_pair: MakePair) -> None:
 
 
 def revocation(make_pair: MakePair) -> None:
-    """A revoked reader is not waited for; the others are. Where it maps the slot, its ticket is worthless."""
+    """A revoked reader is not waited for; the others are. In a mapped transport its ticket is worthless."""
     with attached(make_pair, 2, 1, 1000) as pair:
         pair.fill(0, made_bytes(1, 1000))
         tickets = pair.sender.export(0, 1000, 1, pair.readers)
@@ -195,7 +195,7 @@ def leases_end(make_pair: MakePair) -> None:
 
 
 def misuse(make_pair: MakePair) -> None:
-    """What the caller must not ask for is a `LocalProtocolError`, and changes nothing."""
+    """A request that breaks the interface's rules is a `LocalProtocolError`, and changes nothing."""
     with attached(make_pair, 2, 2, 1000) as pair:
         sender, readers = pair.sender, pair.readers
         pair.fill(0, made_bytes(1, 1000))
@@ -211,7 +211,7 @@ def misuse(make_pair: MakePair) -> None:
             (1, 1000, 6, [readers[0], readers[0]]),
             (0, 1000, 6, readers),  # held
             (0, 1000, 4, readers),  # in the past
-            (0, 1000, 5, readers[:1]),  # given to it before
+            (0, 1000, 5, readers[:1]),  # exported to this reader before
             (0, 999, 5, readers[1:]),  # the same sequence, other bytes
         ):
             with raises(LocalProtocolError):
@@ -259,7 +259,7 @@ def past_deadlines(make_pair: MakePair) -> None:
         with raises(TransportTimeout):
             receiver.accept(offer, deadline=past)
         receiver.accept(offer, deadline=soon())
-        sender.wait_released(0, deadline=past)  # nobody holds it: there is nothing to wait for
+        sender.wait_released(0, deadline=past)  # no reader holds the slot: there is nothing to wait for
         pair.fill(0, made_bytes(1, 1000))
         tickets = sender.export(0, 1000, 1, pair.readers)
         with raises(TransportTimeout):
@@ -273,7 +273,7 @@ def past_deadlines(make_pair: MakePair) -> None:
 
 
 def abort_unblocks_sender(make_pair: MakePair) -> None:
-    """`abort` of the sender ends what waits in it, promptly, with `TransportClosed`."""
+    """`abort` of the sender promptly ends its calls that wait, with `TransportClosed`."""
     with attached(make_pair, 1, 1, 1000) as pair:
         pair.fill(0, made_bytes(1, 1000))
         pair.sender.export(0, 1000, 1, pair.readers)
@@ -291,7 +291,7 @@ def abort_unblocks_sender(make_pair: MakePair) -> None:
 
 
 def abort_unblocks_receiver(make_pair: MakePair) -> None:
-    """`abort` of a receiver ends a `receive` that waits, promptly, with `TransportClosed`."""
+    """`abort` of a receiver promptly ends a `receive` that waits, with `TransportClosed`."""
     with attached(make_pair, 1, 1, 1000) as pair:
         pair.fill(0, made_bytes(1, 1000))
         tickets = pair.sender.export(0, 1000, 1, pair.readers)
@@ -391,7 +391,7 @@ CHECKS: dict[str, Callable[[MakePair], None]] = {
 
 
 def warm_up(make_pair: MakePair) -> None:
-    """Move one bucket, so that what is loaded and started only once is there before leaks are looked for."""
+    """Move one bucket, so that modules and threads that come up once are there before leaks are looked for."""
     with attached(make_pair, 1, 1, 1000) as pair:
         for lease in send(pair, 0, 1, made_bytes(1, 1000)):
             lease.release()

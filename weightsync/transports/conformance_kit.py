@@ -1,7 +1,7 @@
-"""What the conformance checks of transports are made with: the pair that is checked, and hands to use it.
+"""Helpers of the transports' conformance checks: the pair under test, and functions that use it.
 
-A bucket is moved by `deliver`, which runs `send` and each `receive` at the same time, so that it holds for mapped
-and broadcast transports alike.
+`deliver` moves a bucket. It runs `send` and every `receive` at the same time, which suits mapped and broadcast
+transports alike.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ __all__ = [
 
 SECONDS = 30.0  # for anything that should succeed
 SHORT = 0.2  # for a wait that should time out
-PROMPT = 5.0  # within which an abort must be felt
+PROMPT = 5.0  # for an abort to take effect
 
 
 class TransportPair(Protocol):
@@ -48,21 +48,21 @@ class TransportPair(Protocol):
 
     @property
     def sender(self) -> BucketSender:
-        """The one that is checked."""
+        """The sender under test."""
 
     @property
     def receivers(self) -> Sequence[BucketReceiver]:
-        """One for each reader."""
+        """One receiver for each reader."""
 
     @property
     def readers(self) -> Sequence[str]:
-        """Their names, in the same order."""
+        """The readers' names, in the order of `receivers`."""
 
     def fill(self, slot: int, data: bytes) -> None:
         """Write `data` to the beginning of a slot of the sender."""
 
     def read(self, lease: Lease) -> bytes:
-        """The bytes of a lease."""
+        """Return the bytes of a lease."""
 
 
 MakePair = Callable[[int, int, int], AbstractContextManager[TransportPair]]  # readers, slots, slot_bytes
@@ -83,13 +83,13 @@ class Call:
         return not self._thread.is_alive()
 
     def outcome(self) -> object:
-        """What the call returned or raised."""
+        """Return the call's result or its exception."""
         self._thread.join(2 * SECONDS)
         assert self.done, "the call hangs, past its deadline"
         return self._value if self._error is None else self._error
 
     def result(self) -> object:
-        """What the call returned; raises what it raised."""
+        """Return the call's result, or raise its exception."""
         outcome = self.outcome()
         if isinstance(outcome, BaseException):
             raise outcome
@@ -98,12 +98,12 @@ class Call:
     def _run(self) -> None:
         try:
             self._value = self._job()
-        except BaseException as error:  # noqa: BLE001 - handed to whoever asks
+        except BaseException as error:  # noqa: BLE001 - `outcome` and `result` hand it on
             self._error = error
 
 
 def deliver(pair: TransportPair, slot: int, tickets: Mapping[str, bytes]) -> list[object]:
-    """Send `slot` and open each ticket at its reader, all at once: a lease, or what was raised, for each reader."""
+    """Send `slot` and open each ticket at its reader, all at once. Returns a lease or an exception for each."""
 
     def receiving(receiver: BucketReceiver, ticket: bytes) -> Callable[[], object]:
         return lambda: receiver.receive(ticket, deadline=soon())
@@ -135,7 +135,7 @@ def send(pair: TransportPair, slot: int, sequence: int, data: bytes) -> list[Lea
 
 @contextmanager
 def attached(make_pair: MakePair, readers: int, slots: int, slot_bytes: int) -> Iterator[TransportPair]:
-    """A pair whose receivers have accepted their offers."""
+    """Yield a pair whose receivers have accepted their offers."""
     with make_pair(readers, slots, slot_bytes) as pair:
         for receiver, reader in zip(pair.receivers, pair.readers, strict=True):
             receiver.accept(pair.sender.offer(reader), deadline=soon())
@@ -154,7 +154,7 @@ def raises(kind: type[BaseException]) -> Iterator[list[BaseException]]:
 
 
 def hostile(good: bytes, *, seed: int) -> Iterator[bytes]:
-    """Every truncation, 500 mutations and 500 random strings, the same ones for one seed."""
+    """Yield every truncation of `good`, 500 mutations and 500 random strings, the same for the same seed."""
     chance = random.Random(seed)
     yield from (good[:length] for length in range(len(good)))
     yield good + b"\0"

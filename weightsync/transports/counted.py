@@ -1,12 +1,12 @@
-"""Exports for readers that know torch and nothing of ours: one for each of them, which torch itself counts.
+"""Base of exports to readers that know torch and nothing of ours: one export for each reader, counted by torch itself.
 
-Stock engines open what they are given with torch's own functions, and torch counts who holds it: a storage shared by
-file name has a reference count, a CUDA-IPC export has one too. Both say when a reader is done, which is the fence; both
-demand that every export is opened exactly once, so that each reader is given its own. Here is the bookkeeping that both
-share. What an export is, and how it is opened, is `torch_shm.py` (a copy) and `torch_cuda.py` (the slot itself).
+Stock engines open exports with torch's own functions, and torch keeps a reference count: for a storage shared by file
+name, and for a CUDA-IPC export. Either count says when a reader is done, which is the fence. torch demands that every
+export is opened exactly once, so each reader gets its own. This module has the bookkeeping; `torch_shm.py` exports a
+copy, `torch_cuda.py` the slot itself.
 
-There is no reading side of ours, so the conformance suite does not apply: tests open tickets with torch's own
-functions, in processes that know nothing of weightsync, and real engines do.
+There is no reading side of ours, so the conformance suite does not apply. Instead tests open tickets with torch's own
+functions, in processes that know nothing of weightsync, and in real engines.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class Counted(Protocol):
         """Whether its reader has opened it and let it go."""
 
     def ticket(self, reader: str, checksum: int) -> bytes:
-        """What the reader opens it by."""
+        """Return the ticket by which the reader opens this export."""
 
     def remove(self) -> None:
-        """Give back what it takes up; a reader that still has it open keeps what it has mapped."""
+        """Free the resources of this export. A reader that still has it open keeps its mapping."""
 
 
 class CountedSender(BucketSender):
@@ -56,18 +56,18 @@ class CountedSender(BucketSender):
         self._counted: dict[tuple[int, str], Counted] = {}  # (slot, reader)
         self._readers: set[str] = set()
         self._lock = threading.RLock()
-        self._exporting = threading.Lock()  # held over a checksum and a copy, which `_lock` is not
+        self._exporting = threading.Lock()  # held during a checksum and a copy, unlike `_lock`
 
     @abstractmethod
     def _check_possible(self) -> None:
-        """Raise `LocalProtocolError` or `TransportError` where such exports cannot be made at all."""
+        """Raise `LocalProtocolError` or `TransportError` if such exports cannot be made at all."""
 
     @abstractmethod
-    def _count(self, slot: int, nbytes: int) -> Counted:
-        """An export of a bucket. Raises `TransportError` when there is no room."""
+    def _make_export(self, slot: int, nbytes: int) -> Counted:
+        """Make an export of a bucket. Raises `TransportError` if there is no room."""
 
     def offer(self, reader: str) -> bytes:
-        """There is nothing to attach to: every ticket says all that its reader needs."""
+        """Note the reader; returns no bytes, because every ticket says all that its reader needs."""
         self._check_open()
         self._check_possible()
         with self._lock:
@@ -87,13 +87,13 @@ class CountedSender(BucketSender):
             made: dict[str, Counted] = {}
             try:
                 for name in names:
-                    made[name] = self._count(slot, nbytes)
+                    made[name] = self._make_export(slot, nbytes)
                 with self._lock:
                     self._check_open()
                     self._exports.record(slot, export)
                     return {name: self._ticket(slot, export, name, made.pop(name)) for name in names}
             finally:
-                for counted in made.values():  # those that were not handed out
+                for counted in made.values():  # exports that were not handed out
                     counted.remove()
 
     def _ticket(self, slot: int, export: Export, reader: str, counted: Counted) -> bytes:
@@ -104,7 +104,7 @@ class CountedSender(BucketSender):
         return counted.ticket(reader, export.checksum.value)
 
     def send(self, slot: int, *, deadline: float) -> None:
-        """Nothing to move: the readers look for themselves."""
+        """Do nothing but check: there is nothing to move, since readers open the exports themselves."""
         self._check_open()
         seconds_left(deadline, f"send of slot {slot}")
 
@@ -121,14 +121,14 @@ class CountedSender(BucketSender):
                 self._ledger.revoked(reader)
 
     def settle(self) -> None:
-        """Bring the ledger up to what the readers have done."""
+        """Book in the ledger what the readers have opened and closed so far."""
         with self._lock:
             for slot in self._exports.held():
                 self._settle(slot)
 
     @property
     def held(self) -> bool:
-        """Whether a reader has not let go of what it was given, or not opened it yet."""
+        """Whether an export is still open at its reader, or not opened yet."""
         self.settle()
         return bool(self._counted)
 
@@ -142,7 +142,7 @@ class CountedSender(BucketSender):
         self.close()
 
     def _settle(self, slot: int) -> tuple[str, ...]:
-        """Forget and book the readers of `slot` that are done; the others."""
+        """Forget and book the readers of `slot` that are done; returns the others."""
         export = self._exports.get(slot)
         if export is None:
             return ()

@@ -1,9 +1,8 @@
 """CUDA IPC: slots on a bridge's GPU, read where they lie by kernels on the reader's own GPU.
 
 Fences stay in the arena's file in host memory. A reader releases its lease when its stream is past the kernels that
-read; whoever fills does not say so before its own stream is past the writes. Both ends have synchronised with the host
-before the other side hears of it, so that no interprocess CUDA event is needed: the checksum that travels with the word
-"filled" has to reach the host in any case.
+read. A rank sends `Filled` when its stream is past the writes. Both have synchronised with the host by then, so no
+interprocess CUDA event is needed: the checksum that travels in `Filled` has to reach the host in any case.
 """
 
 from __future__ import annotations
@@ -37,8 +36,10 @@ def _flat_sum(address: int, nbytes: int, device: int) -> int:
 
 
 class DeviceChecksums(Checksums):
-    """Checksums of slots on a GPU. A push brings its own, made by the trainer's ranks while they fill: a bridge
-    computes none, and so launches no kernel between those of trainer and engine.
+    """Checksums of slots on a GPU.
+
+    In a push the trainer's ranks compute them while they fill. The bridge computes none, and so launches no kernel
+    between the trainer's and the engine's.
     """
 
     def __init__(self, arena: Arena, slots: DeviceSlots) -> None:
@@ -68,9 +69,9 @@ class CudaIpcSender(MappedSender):
 
 
 class _DeviceMapping:
-    """An arena mapped here: its fences, and its slots on this process's GPU.
+    """An arena mapped in this process: its fences, and its slots on this process's GPU.
 
-    Unmapped when the last lease is over: a kernel that reads what was unmapped ends the process's CUDA context.
+    Slots stay mapped until the last lease is over: a kernel that reads unmapped memory ends the process's CUDA context.
     """
 
     def __init__(self, arena: Arena, slots: DeviceSlots) -> None:
@@ -103,7 +104,7 @@ class _DeviceMapping:
 
 
 class CudaIpcReceiver(MappedReceiver):
-    """Reads slots on GPUs, by kernels on `device` of this process: the GPU that the reader itself works on."""
+    """Reads slots on GPUs, by kernels on `device`, the GPU that the reader itself works on."""
 
     def __init__(self, device: int) -> None:
         super().__init__()
@@ -111,7 +112,7 @@ class CudaIpcReceiver(MappedReceiver):
         self._lookout = Lookout(self._look, device)
 
     def _look(self) -> bool:
-        """Detach from arenas whose bridge has ended: there may be no room for its successor before that."""
+        """Detach from arenas whose bridge has ended: its successor may need the memory. True if any are left."""
         with self._lock:
             for nonce, mapping in list(self._mappings.items()):
                 if not mapping.arena.there:
@@ -129,7 +130,7 @@ class CudaIpcReceiver(MappedReceiver):
         return _DeviceMapping(arena, slots)
 
     def _verify(self, lent: memoryview | int, ticket: MappedTicket, between: Callable[[], None]) -> None:
-        """A checksum over tensors is left to who knows them, by `Lease.confirm`."""
+        """See the base class. A checksum over tensors is left to the reader, which calls `Lease.confirm`."""
         if ticket.algorithm != "fingerprint-64":
             return
         assert isinstance(lent, int)

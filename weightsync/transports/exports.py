@@ -1,4 +1,4 @@
-"""What a sender has exported: the part of the bookkeeping that is the same for every transport."""
+"""Bookkeeping of a sender's exports and checksums, the same for every transport."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Checksum", "Checksums", "Export", "Exports"]
 
 
 class Checksum(NamedTuple):
-    """Of a bucket's bytes, and how it was made."""
+    """The checksum of a bucket's bytes, and the algorithm that made it."""
 
     algorithm: Algorithm
     value: int
@@ -35,14 +35,14 @@ class Export:
     sequence: int
     nbytes: int
     checksum: Checksum = NONE
-    readers: set[str] = field(default_factory=set)  # all that it was ever given to
+    readers: set[str] = field(default_factory=set)  # all readers that ever got it
     waiting: dict[str, int] = field(default_factory=dict)  # pending readers and their fence cells
-    opened: set[str] = field(default_factory=set)  # those of `waiting` that were seen to have opened it
-    damaged: set[str] = field(default_factory=set)  # those that released it and had read back something else
+    opened: set[str] = field(default_factory=set)  # readers that were seen to have opened it
+    damaged: set[str] = field(default_factory=set)  # readers that released it but read back other bytes
 
 
 class Checksums:
-    """Checksums of an arena's slots in host memory, each known once for a sequence. Shared by the arena's senders."""
+    """Checksums of an arena's slots in host memory, computed once a sequence. The arena's senders share it."""
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
@@ -50,7 +50,7 @@ class Checksums:
         self._lock = threading.Lock()
 
     def of(self, slot: int, sequence: int, nbytes: int, between: Callable[[], None] | None = None) -> Checksum:
-        """The checksum of the first `nbytes` of `slot`. `between` is called every few MiB and may raise."""
+        """Return the checksum of the first `nbytes` of `slot`. `between` is called every few MiB and may raise."""
         with self._lock:
             known = self._known.get(slot)
         if known is not None and known[:2] == (sequence, nbytes):
@@ -60,17 +60,17 @@ class Checksums:
         return found
 
     def know(self, slot: int, sequence: int, nbytes: int, value: Checksum) -> None:
-        """Take `value` as the checksum of these bytes: whoever wrote them there has told it, or verified it."""
+        """Take `value` as the checksum of these bytes; their writer told it, or a receiver verified it."""
         with self._lock:
             self._known[slot] = (sequence, nbytes, value)
 
     def compute(self, slot: int, nbytes: int, between: Callable[[], None] | None) -> Checksum:
-        """The checksum of what lies there now."""
+        """Compute the checksum of the slot's present bytes."""
         return Checksum(ALGORITHM, checksum(self._arena.slot(slot)[:nbytes], between))
 
 
 class Exports:
-    """The current export of each slot of an arena. Not locked: its sender holds a lock."""
+    """The current export of each slot of an arena. Has no lock: its sender holds one."""
 
     def __init__(self, slots: int, slot_bytes: int) -> None:
         self._slots = slots
@@ -78,7 +78,7 @@ class Exports:
         self._by_slot: dict[int, Export] = {}
 
     def begin(self, slot: int, nbytes: int, sequence: int, readers: Sequence[str]) -> Export:
-        """Check what `export` was asked for. Returns the export of this sequence, not yet recorded if it is new.
+        """Check the arguments of `export`. Returns the export of this sequence, not yet recorded if it is new.
 
         Raises `LocalProtocolError` as `BucketSender.export` promises. Settle pending readers first.
         """
@@ -109,11 +109,11 @@ class Exports:
         self._by_slot[slot] = export
 
     def get(self, slot: int) -> Export | None:
-        """The current export of `slot`. Raises `LocalProtocolError` if there is no such slot."""
+        """Return the current export of `slot`. Raises `LocalProtocolError` if there is no such slot."""
         if not 0 <= slot < self._slots:
             raise LocalProtocolError(f"there is no slot {slot}, only {self._slots}")
         return self._by_slot.get(slot)
 
     def held(self) -> dict[int, Export]:
-        """Exports with pending readers, by slot."""
+        """Return the exports with pending readers, by slot."""
         return {slot: export for slot, export in self._by_slot.items() if export.waiting}

@@ -21,11 +21,11 @@ class HostMember(Member, Protocol):
     """A communicator that moves host memory (`weightsync.nccl_bridge.gloo.GlooCommunicator`)."""
 
     def broadcast(self, memory: memoryview, root: int, *, deadline: float) -> None:
-        """Copy `memory` of `root` into everybody else's."""
+        """Copy the root's `memory` into every other member's."""
 
 
 class GlooSender(BroadcastSender):
-    """See the base class."""
+    """The root of broadcasts over gloo."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class GlooSender(BroadcastSender):
 
 
 class GlooReceiver(BroadcastReceiver):
-    """See the base class. Everything that comes is verified."""
+    """A receiver of broadcasts over gloo. Verifies every bucket."""
 
     def __init__(self, communicator: HostMember, arena: Arena, reader: str) -> None:
         super().__init__(communicator, arena, reader)

@@ -1,9 +1,9 @@
-"""group: a slot of this bridge is sent, tensor by tensor, to the ranks of one engine that has none of ours.
+"""group: a slot of this bridge is sent, tensor by tensor, to the ranks of one engine that does not run our plugin.
 
-Engines have a way of their own to take weights from a process group: they join one that they are told of, and then
-broadcast into tensors of the shapes that they are told, rank 0 being the sender. Here that is the bridge. There is a
-group for each bridge and engine. An offer says how to join it; a ticket which group a bucket comes through; what is
-received is not checked, since no engine can.
+Engines have a protocol of their own to take weights from a process group: they join the group that they are told of,
+then receive broadcasts from rank 0 into tensors of the shapes that they are told. Here rank 0 is the bridge. There is a
+group for each bridge and engine. An offer says how to join it; a ticket names the group that a bucket comes through.
+The received bytes are not checked, since no engine can.
 
 Source: `init_weights_update_group` and `update_weights_from_distributed` of SGLang 0.5.17 and 0.5.23; the `nccl`
 backend of vLLM 0.26 and 0.32.
@@ -45,20 +45,21 @@ __all__ = [
 ]
 
 Helper = Literal["torch", "vllm"]
-"""How the engine's ranks look for the group: by torch's process groups, or by vLLM's communicators without torch."""
+"""The code that the engine's ranks join with: torch's process groups, or vLLM's communicators without torch."""
 
 HELPERS: dict[str, Helper] = {"group": "torch", "group-vllm": "vllm"}
-"""Transport of an engine that joins groups → by what."""
+"""Transport of an engine that joins groups → the code that its ranks join with."""
 
 ONE_SENDER = ("group-vllm",)
-"""Transports of engines that are in one group at a time, and so take all buckets from one bridge."""
+"""Transports of engines that can be in only one group at a time, and so take all buckets from one bridge."""
 
 _CUMEM = "NCCL_CUMEM_ENABLE"
 Text = Annotated[str, Meta(min_length=1, max_length=256)]
 
 
 def why_not(helper: Helper, *, on_gpu: bool, environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """What keeps an engine out of a group with a bridge whose slots lie `on_gpu`, and what mends it; or nothing.
+    """Return why an engine cannot join a group with a bridge whose slots lie `on_gpu`, and a remedy; None if it can.
+
     `environment` is the bridge's, and so weightsyncd's.
     """
     if helper == "vllm" and not on_gpu:
@@ -85,28 +86,28 @@ class GroupOffer(msgspec.Struct, frozen=True, kw_only=True):
     backend: Text
 
     def pack(self) -> bytes:
-        """As an offer."""
+        """Return the bytes of the offer."""
         return seal(b"J", self)
 
     @classmethod
     def unpack(cls, data: bytes) -> GroupOffer:
-        """Raises `CodecError`."""
+        """Return the offer in these bytes. Raises `CodecError`."""
         return unseal(data, b"J", cls)
 
 
 class GroupTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says."""
+    """The contents of a ticket."""
 
     group: Text
     sequence: Natural
 
     def pack(self) -> bytes:
-        """As a ticket."""
+        """Return the bytes of the ticket."""
         return seal(b"Q", self)
 
     @classmethod
     def unpack(cls, data: bytes) -> GroupTicket:
-        """Raises `CodecError`."""
+        """Return the ticket in these bytes. Raises `CodecError`."""
         return unseal(data, b"Q", cls)
 
 
@@ -114,13 +115,11 @@ class DeviceGroupMember(Member, Protocol):
     """Rank 0 of a group that moves GPU memory (`weightsync.nccl_bridge.nccl_group.NcclGroup`)."""
 
     def send(self, pieces: Sequence[tuple[int, int]], *, deadline: float) -> None:
-        """Give the bytes of each piece (address, length) to the others, in that order and one by one."""
+        """Broadcast the bytes of each piece (address, length) to the other members, in order and one by one."""
 
 
 class GroupSender(BroadcastSender):
-    """Rank 0 of the group that `terms` describe. Its readers are the engine's ranks; what they hold of a slot ends when
-    it was sent.
-    """
+    """Rank 0 of the group that `terms` describe. Its readers are the engine's ranks, pending until a slot is sent."""
 
     def __init__(
         self, communicator: Member, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
@@ -134,8 +133,9 @@ class GroupSender(BroadcastSender):
         return self.terms.pack()
 
     def send_pieces(self, slot: int, pieces: bytes, *, deadline: float) -> None:
-        """Send the tensors that lie at `pieces` of the slot (little-endian i64 pairs: first byte, length), in that
-        order. Otherwise as `send`; one at a time.
+        """Send the tensors at `pieces` of the slot, in order. Otherwise as `send`; call it one at a time.
+
+        `pieces` are little-endian i64 pairs: first byte, length.
         """
         pairs = np.frombuffer(pieces, dtype="<i8").reshape(-1, 2)
         if (pairs < 0).any() or (pairs.sum(axis=1) > self._arena.slot_bytes).any():
@@ -144,8 +144,9 @@ class GroupSender(BroadcastSender):
         self.send(slot, deadline=deadline)
 
     def revoke(self, slot: int, reader: str) -> None:
-        """As the base class; and one that has not got everything would take the next bucket for the rest of this: the
-        group is over.
+        """Stop waiting for `reader`, and end the group if the reader was pending.
+
+        A rank that has not received all of a bucket would take the next one for the rest of it.
         """
         if reader in self.pending(slot):
             super().revoke(slot, reader)
@@ -156,14 +157,14 @@ class GroupSender(BroadcastSender):
 
     @abstractmethod
     def _send(self, slot: int, pieces: Sequence[tuple[int, int]], deadline: float) -> None:
-        """Give these bytes of the slot to the others, a broadcast each."""
+        """Broadcast these pieces of the slot, one by one."""
 
     def _ticket(self, sequence: int, nbytes: int, value: Checksum, reader: str) -> bytes:
         return GroupTicket(group=self.terms.name, sequence=sequence).pack()
 
 
 class HostGroupSender(GroupSender):
-    """Over gloo."""
+    """A group over gloo, from slots in host memory."""
 
     def __init__(
         self, communicator: HostMember, arena: Arena, terms: GroupOffer, *, ledger: Ledger, checksums: Checksums
@@ -178,7 +179,7 @@ class HostGroupSender(GroupSender):
 
 
 class DeviceGroupSender(GroupSender):
-    """Over NCCL."""
+    """A group over NCCL, from slots on a GPU."""
 
     def __init__(
         self,

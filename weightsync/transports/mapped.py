@@ -1,8 +1,8 @@
-"""Readers on this node map the bridge's arena and read the slot where it lies: what host and GPU memory have in common.
+"""Base of the mapped transports: readers on this node map the bridge's arena and read the slot where it lies.
 
-The sender works in the arena's owner. A receiver maps each arena once, keeps it, and drops it when a newer incarnation
-of the same bridge is offered. The fence is a cell in the arena's file (`weightsync.ipc.fences`), also where the slots
-themselves lie on a GPU. How a slot is mapped and checked is `shm.py` and `cuda_ipc.py`.
+The sender runs in the process that owns the arena. A receiver maps each arena once, keeps it, and drops it when a newer
+incarnation of the same bridge is offered. The fence is a cell in the arena's file (`weightsync.ipc.fences`), even if
+the slots lie on a GPU. `shm.py` and `cuda_ipc.py` map and check slots.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["Attached", "MappedReceiver", "MappedSender", "MappedTicket"]
 
 
 class MappedTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says."""
+    """The contents of a ticket."""
 
     nonce: Annotated[bytes, Meta(min_length=16, max_length=16)]  # of the arena
     reader: ReaderName
@@ -47,18 +47,18 @@ class MappedTicket(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attached(Protocol):
-    """One arena as a receiver has it."""
+    """One arena that a receiver has mapped."""
 
     arena: Arena
 
     def lend(self, slot: int, nbytes: int) -> memoryview | int:
-        """The first bytes of a slot: a read-only view, or the address at which this process's GPU reads them."""
+        """Lend the first bytes of a slot: a read-only view, or their address on this process's GPU."""
 
     def returned(self) -> None:
-        """What was lent by one call of `lend` is not read any more."""
+        """Take back the memory of one call of `lend`: it is not read any more."""
 
     def close(self) -> None:
-        """Detach; what was lent stays valid until it is returned."""
+        """Detach. Lent memory stays valid until it is returned."""
 
 
 class MappedSender(BucketSender):
@@ -72,9 +72,9 @@ class MappedSender(BucketSender):
         self._ledger = ledger if ledger is not None else Ledger()
         self._checksums = checksums
         self._exports = Exports(arena.slots, arena.slot_bytes)
-        self._cells: dict[str, int] = {}  # reader → cell; the reader offered or exported to longest ago comes first
+        self._cells: dict[str, int] = {}  # reader → cell; least recently offered or exported to first
         self._lock = threading.RLock()
-        self._exporting = threading.Lock()  # held over a checksum, which `_lock` is not
+        self._exporting = threading.Lock()  # held during a checksum, unlike `_lock`
 
     def offer(self, reader: str) -> bytes:
         with self._lock:
@@ -101,7 +101,7 @@ class MappedSender(BucketSender):
                 return {name: self._ticket(slot, export, name) for name in names}
 
     def send(self, slot: int, *, deadline: float) -> None:
-        """Nothing to move: the readers look at the slot itself."""
+        """Do nothing but check: there is nothing to move, since readers map the slot itself."""
         self._check_open()
         seconds_left(deadline, f"send of slot {slot}")
 
@@ -127,7 +127,7 @@ class MappedSender(BucketSender):
             self._ledger.revoked(reader)
 
     def settle(self) -> None:
-        """Bring the ledger up to what the readers have done."""
+        """Book in the ledger what the readers have opened and closed so far."""
         with self._lock:
             self._check_open()
             for slot in self._exports.held():
@@ -158,7 +158,7 @@ class MappedSender(BucketSender):
         return seal(b"T", ticket)
 
     def _settle(self, slot: int) -> Export | None:
-        """Look at the cells of the slot's pending readers; forget and book those that are done."""
+        """Read the cells of the slot's pending readers; forget and book the readers that are done."""
         export = self._exports.get(slot)
         if export is None:
             return None
@@ -184,7 +184,7 @@ class MappedSender(BucketSender):
         self.settle()
         busy = {reader for export in self._exports.held().values() for reader in export.waiting}
         for reader in self._cells:
-            if reader not in busy:  # the longest ago of those that hold nothing: it left, or will be offered to again
+            if reader not in busy:  # the least recent idle reader: it has left, or will be offered a cell again
                 return self._cells.pop(reader)
         raise TransportError(f"all {self._arena.readers} readers of arena {self._arena.name} hold slots")
 
@@ -196,7 +196,7 @@ class MappedReceiver(BucketReceiver):
         super().__init__()
         self._mappings: dict[bytes, Attached] = {}  # by the arena's nonce
         self._lineages: dict[str, bytes] = {}  # bridge → nonce of its newest arena
-        self._readers: dict[bytes, dict[str, int]] = {}  # nonce → names by which it was offered here, and their cells
+        self._readers: dict[bytes, dict[str, int]] = {}  # nonce → names that it was offered to here, and their cells
         self._leases: set[Lease] = set()
         self._lock = threading.RLock()
 
@@ -264,7 +264,7 @@ class MappedReceiver(BucketReceiver):
 
     @abstractmethod
     def _verify(self, lent: memoryview | int, ticket: MappedTicket, between: Callable[[], None]) -> None:
-        """Raise `TransportBroken` unless the bytes are those that were exported. `between` may raise, to end early."""
+        """Raise `TransportBroken` unless the bytes are the exported ones. `between` may raise, to end early."""
 
     def _go_on(self, deadline: float, what: str) -> None:
         self._check_open()
@@ -290,7 +290,7 @@ class MappedReceiver(BucketReceiver):
         return lease
 
     def _drop(self, nonce: bytes | None) -> None:
-        """Let go of an arena; leases of it stay valid until they are released."""
+        """Detach from an arena. Its leases stay valid until they are released."""
         if nonce is not None and (mapping := self._mappings.pop(nonce, None)) is not None:
             self._readers.pop(nonce, None)
             mapping.close()

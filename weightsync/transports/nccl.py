@@ -1,8 +1,7 @@
 """NCCL: slots on GPUs, broadcast between nodes.
 
-What arrives is not verified once more by the bridge where its checksum is one over tensors, which a reader confirms
-when it copies the bytes: they are checked from the trainer's memory to the engine's, and no kernel of a bridge reads a
-slot for that.
+If a bucket's checksum is one over tensors, the receiving bridge does not verify it. The reader confirms it when it
+copies the bytes, so they are checked from the trainer's memory to the engine's without a kernel of a bridge.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ __all__ = ["DeviceMember", "NcclReceiver", "NcclSender", "Piece"]
 
 
 class Piece(NamedTuple):
-    """Bytes that the member `root` has and the others get, at an address of each one's own GPU."""
+    """Bytes that the member `root` has and the others get; `address` is this member's own, on its GPU."""
 
     root: int
     address: int
@@ -37,11 +36,11 @@ class DeviceMember(Member, Protocol):
     """A communicator that moves GPU memory (`weightsync.nccl_bridge.nccl.NcclCommunicator`)."""
 
     def broadcast(self, pieces: Sequence[Piece], token: int, *, deadline: float) -> None:
-        """Copy each piece of its root into everybody else's."""
+        """Copy each piece from its root to every other member."""
 
 
 class NcclSender(BroadcastSender):
-    """See the base class."""
+    """The root of broadcasts over NCCL."""
 
     def __init__(
         self,
@@ -63,7 +62,7 @@ class NcclSender(BroadcastSender):
 
 
 class NcclReceiver(BroadcastReceiver):
-    """See the base class."""
+    """A receiver of broadcasts over NCCL."""
 
     def __init__(self, communicator: DeviceMember, arena: Arena, slots: DeviceSlots, reader: str) -> None:
         super().__init__(communicator, arena, reader)

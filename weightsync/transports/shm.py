@@ -29,7 +29,7 @@ class ShmSender(MappedSender):
 
 
 class _HostMapping:
-    """An arena mapped here."""
+    """An arena in host memory, mapped in this process."""
 
     def __init__(self, arena: Arena) -> None:
         self.arena = arena

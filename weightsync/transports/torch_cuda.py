@@ -1,19 +1,19 @@
 """CUDA-IPC handles for stock engines: the slot itself, exported anew for each reader in torch's own format.
 
-torch's importer (`rebuild_cuda_tensor`) opens the handle, and when it frees what it made of it, it synchronises its
-stream and takes a reference counter down by one. Every export here has a counter of its own, 1 when it is made, so that
-0 means read and released: the fence. Serialising once and sending that to two readers would take one counter below zero
-and leave it to chance when; that is the leak that this avoids. torch keeps no books here: nothing of the bridge's is
-torch memory, so nothing waits for `ipc_collect`.
+torch's importer (`rebuild_cuda_tensor`) opens the handle. When its storage is freed, torch synchronises its stream and
+decrements a reference counter. Every export here has its own counter, 1 when it is made, so 0 means read and released:
+the fence. One serialised export sent to two readers would take its counter below zero, at a time left to chance; a
+counter for each reader avoids that leak. The bridge's slots are no torch memory, so torch keeps no books of them here,
+and nothing waits for `ipc_collect`.
 
 The formats, torch 2.6 to 2.13:
 - handle: a version byte, `c` for cudaMalloc memory, and the 64 bytes of cudaIpcMemHandle_t. Readers refuse versions
   above their own (3 in torch 2.13, 2 before) and read lower ones alike (`SHAREABLE_HANDLE_VERSION` in
   c10/cuda/CUDACachingAllocator.cpp);
-- counters: a file in /dev/shm of 64 bytes, whose first four count who has it mapped, and 10,000 little-endian int64
-  (`CudaIPCRefCountersFile` in torch/csrc/CudaIPCTypes.h). Readers remove the file when that count comes to 0, which
-  ours in it prevents.
-A reader puts its own device in the place of ours, which the adapters see to.
+- counters: a file in /dev/shm with a header of 64 bytes and 10,000 little-endian int64 (`CudaIPCRefCountersFile` in
+  torch/csrc/CudaIPCTypes.h). The header's first four bytes count the processes that map it. Readers remove the file
+  when this count comes to 0, so it includes the bridge.
+The adapters see to it that a reader opens the export on its own device.
 """
 
 from __future__ import annotations
@@ -42,32 +42,32 @@ __all__ = ["Counters", "TorchCudaSender", "TorchCudaTicket"]
 _COUNT = struct.Struct("<q")
 _CELLS = 10_000  # torch's CUDA_IPC_REF_COUNTER_FILE_SIZE
 _MAPPED = struct.Struct("<i")
-_HANDLE = b"\x01c"  # the lowest version there is: every torch reads it
+_HANDLE = b"\x01c"  # version 1, the lowest: every torch reads it
 Blob = Annotated[bytes, Meta(max_length=1024)]
 
 
 class TorchCudaTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says: the arguments of torch's `rebuild_cuda_tensor` for the bucket as uint8 [nbytes]."""
+    """The contents of a ticket: arguments of torch's `rebuild_cuda_tensor` for the bucket as uint8 [nbytes]."""
 
     reader: ReaderName
     nbytes: Natural
     checksum: Annotated[int, Meta(ge=0)]
     storage_handle: Blob
-    storage_offset: Natural  # bytes, of the bucket in what the handle opens
+    storage_offset: Natural  # bytes, from the start of the handle's allocation to the bucket
     counter_handle: Blob
     counter: Natural
 
     @classmethod
     def unpack(cls, ticket: bytes) -> Self:
-        """The ticket in bytes from outside. Raises `CodecError` only."""
+        """Return the ticket in bytes from outside. Raises `CodecError` only."""
         return unseal(ticket, b"U", cls)
 
 
 class Counters:
-    """A file of reference counters as torch lays it out. Made by a bridge, taken down by engines."""
+    """A file of reference counters in torch's format. A bridge sets them; engines count them down."""
 
     def __init__(self, name: str) -> None:
-        """Raises `TransportError` where there is no room for it."""
+        """Create the file. Raises `TransportError` if there is no room for it."""
         self.handle = b"/" + name.encode()
         self._path = os.path.join(DIRECTORY, name)
         size = HEADER_BYTES + _CELLS * _COUNT.size
@@ -88,7 +88,7 @@ class Counters:
         self._taken: set[int] = set()
 
     def take(self) -> int | None:
-        """A counter that nobody uses, set to 1; None if all are held, such as by readers that were lost."""
+        """Return an unused counter, set to 1; None if all are held, for example by readers that were lost."""
         for cell in itertools.islice(self._order, _CELLS):
             if cell not in self._taken and self.value(cell) <= 0:
                 self._taken.add(cell)
@@ -97,16 +97,16 @@ class Counters:
         return None
 
     def value(self, cell: int) -> int:
-        """What it stands at."""
+        """Return the present value of a counter."""
         count: int = _COUNT.unpack_from(self._map, HEADER_BYTES + cell * _COUNT.size)[0]
         return count
 
     def give_back(self, cell: int) -> None:
-        """Nobody waits for this counter any more."""
+        """Let a counter be used again, once it has come to 0."""
         self._taken.discard(cell)
 
     def close(self) -> None:
-        """Remove the file; readers that have yet to let go find it gone, which torch forgives."""
+        """Remove the file. Readers that release later find it gone, which torch tolerates."""
         self._map.close()
         with suppress(FileNotFoundError):
             os.unlink(self._path)
@@ -146,7 +146,7 @@ class TorchCudaSender(CountedSender):
 
     def __init__(self, arena: Arena, **books: Any) -> None:
         super().__init__(arena, **books)
-        self._counters: list[Counters] = []  # one file, and another whenever readers that were lost have used one up
+        self._counters: list[Counters] = []  # files; a further one if lost readers have used up all there are
 
     def _check_possible(self) -> None:
         if self._arena.memory is None:
@@ -161,14 +161,17 @@ class TorchCudaSender(CountedSender):
                 hint=f"leave node.shm_dir at {DIRECTORY}, or use the engine's plugin",
             )
 
-    def _count(self, slot: int, nbytes: int) -> _Export:
+    def _make_export(self, slot: int, nbytes: int) -> _Export:
         assert self._arena.memory is not None
-        cell = self._counters[-1].take() if self._counters else None
-        if cell is None:
-            self._counters.append(Counters(f"{self._arena.name}-x{len(self._counters)}"))
-            cell = self._counters[-1].take()
+        for counters in reversed(self._counters):
+            if (cell := counters.take()) is not None:
+                break
+        else:
+            counters = Counters(f"{self._arena.name}-x{len(self._counters)}")
+            self._counters.append(counters)
+            cell = counters.take()
             assert cell is not None, "a new file has counters"
-        return _Export(self._counters[-1], cell, self._arena.memory.handle, slot * self._arena.stride, nbytes)
+        return _Export(counters, cell, self._arena.memory.handle, slot * self._arena.stride, nbytes)
 
     def close(self) -> None:
         super().close()

@@ -1,13 +1,13 @@
 """Host memory for stock engines on a CPU.
 
-Every copy is a file, laid out as torch lays out a storage that it shares by file name: 64 bytes whose first four are a
-reference count, then the bucket. torch's own importer adds one when it maps the file, drops the one that was in flight,
-and drops its own when the storage is freed. So a count back at 1, which is ours, means read and released.
+Every copy is a file in the format of a torch storage that is shared by file name: 64 bytes, the first four of which are
+a reference count, then the bucket. torch's importer adds a reference when it maps the file, drops the one that was in
+flight, and drops its own when the storage is freed. So a count back at 1, which is ours, means read and released.
 (`RefcountedMapAllocator` in torch/aten/src/ATen/MapAllocator.cpp, `rebuild_storage_filename` in
 torch/multiprocessing/reductions.py; run with torch 2.13.)
 
-Only torch's name for the file is given away: torch's helper process removes it by that name if the reader dies, so
-names are never used twice.
+A ticket has only the file's name in torch's form. torch's helper process removes the file by this name if the reader
+dies, so names are never used twice.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ __all__ = ["HEADER_BYTES", "TorchShmSender", "TorchShmTicket"]
 
 HEADER_BYTES = 64  # torch's `map_alloc_alignment`
 _COUNT = struct.Struct("<i")
-_HANDED_OUT = 2  # ours, and the one in flight that the importer drops
+_HANDED_OUT = 2  # our reference, and the one in flight that the importer drops
 _OURS = 1
 
 
 class TorchShmTicket(msgspec.Struct, frozen=True, kw_only=True):
-    """What a ticket says: which storage to open, once."""
+    """The contents of a ticket: which storage to open, once."""
 
     reader: ReaderName
     handle: Annotated[bytes, Meta(min_length=2, max_length=255)]  # as torch names it: "/" and the file's name
@@ -45,12 +45,12 @@ class TorchShmTicket(msgspec.Struct, frozen=True, kw_only=True):
 
     @classmethod
     def unpack(cls, ticket: bytes) -> Self:
-        """The ticket in bytes from outside. Raises `CodecError` only."""
+        """Return the ticket in bytes from outside. Raises `CodecError` only."""
         return unseal(ticket, b"S", cls)
 
 
 class _File:
-    """A copy, mapped here as long as its reader may hold it."""
+    """A copy of a bucket, mapped here as long as its reader may hold it."""
 
     def __init__(self, name: str, data: memoryview) -> None:
         self._name = name
@@ -80,7 +80,7 @@ class _File:
 
     def remove(self) -> None:
         self._map.close()
-        with suppress(FileNotFoundError):  # torch's helper has removed it: its reader died
+        with suppress(FileNotFoundError):  # its reader died, and torch's helper has removed it
             os.unlink(self._path)
 
 
@@ -104,7 +104,7 @@ class TorchShmSender(CountedSender):
                 hint=f"leave node.shm_dir at {DIRECTORY}, or use the engine's plugin",
             )
 
-    def _count(self, slot: int, nbytes: int) -> _File:
+    def _make_export(self, slot: int, nbytes: int) -> _File:
         data = self._arena.slot(slot)[:nbytes]
         name = f"{self._arena.name}-x{next(self._numbers)}"
         try:

@@ -1,5 +1,5 @@
-"""What trainer ranks and daemons say to each other.
+"""What trainer ranks, operators' commands and daemons say to each other.
 
-`messages` (structs), `codec` (bytes), `trainer_link` and `daemon_links` (sockets), and the `keys` that links between
-machines need.
+`messages` (structs), `codec` (bytes), `trainer_link` and `daemon_links` (sockets), and the `keys` of links between
+machines.
 """

@@ -1,10 +1,9 @@
 """Messages ↔ bytes.
 
-A frame is one MessagePack map. `decode_untrusted` reads bytes that anybody may have sent: whatever they are, it
-returns a message or raises `CodecError`, and allocates no more than a small multiple of the frame. The frame is first
-walked without building anything (`_walk`), so that a header that claims a billion elements, or a thousand nested
-arrays of a thousand each, costs nothing; then decoded by msgpack; then validated by msgspec against the struct its
-`type` names.
+A frame is one MessagePack map. `decode_untrusted` reads bytes that anybody may have sent. It either returns a message
+or raises `CodecError`, and allocates no more than a small multiple of the frame. The frame is first walked without
+building anything (`_walk`), so that a header that claims a billion elements, or a thousand nested arrays of a thousand
+each, costs nothing. Then msgpack decodes it, and msgspec validates it against the struct that its `type` names.
 """
 
 from __future__ import annotations
@@ -21,9 +20,9 @@ from weightsync.wire.messages import LARGE, MESSAGES, Message
 __all__ = ["MAX_FRAME", "SMALL_FRAME", "VERSION", "VERSIONS", "decode_untrusted", "encode", "plain", "structured"]
 
 VERSION = 1
-VERSIONS = (1,)  # spoken
+VERSIONS = (1,)  # protocol versions that this codec reads
 MAX_FRAME = 2**28  # bytes; the layout of a million shards is about 40 MB
-SMALL_FRAME = 2**20  # bytes, for messages that do not grow with the model
+SMALL_FRAME = 2**20  # bytes; limit for messages that do not grow with the model
 MAX_DEPTH = 8
 MAX_ITEMS = 1_000_000  # array elements and map entries, all levels together
 
@@ -32,13 +31,13 @@ T = TypeVar("T")
 
 
 def encode(message: Message) -> bytes:
-    """The frame of a message of ours."""
+    """Return the frame of a message."""
     body = msgspec.to_builtins(message, builtin_types=(bytes,))
     return msgpack.packb({"v": VERSION, **body}, use_bin_type=True)  # type: ignore[no-any-return]
 
 
 def decode_untrusted(frame: bytes | memoryview) -> Message:
-    """The message in a frame from outside. Raises `CodecError`, and nothing else, for anything that is not one."""
+    """Return the message in a frame from outside. Raises `CodecError` only."""
     if not 1 <= len(frame) <= MAX_FRAME:
         raise CodecError(f"a frame has 1 to {MAX_FRAME} bytes, not {len(frame)}")
     _walk(frame)
@@ -71,12 +70,12 @@ def decode_untrusted(frame: bytes | memoryview) -> Message:
 
 
 def plain(struct_: msgspec.Struct) -> dict[str, Any]:
-    """A struct as the maps, arrays, strings, bytes and numbers that MessagePack knows."""
+    """Return a struct as the maps, arrays, strings, bytes and numbers that MessagePack knows."""
     return msgspec.to_builtins(struct_, builtin_types=(bytes,))  # type: ignore[no-any-return]
 
 
 def structured(body: Any, kind: type[T]) -> T:
-    """Plain data as a struct. Raises `CodecError` naming the field."""
+    """Return plain data as a struct. Raises `CodecError` naming the field."""
     try:
         return msgspec.convert(body, kind, builtin_types=(bytes,))
     except (msgspec.ValidationError, RecursionError) as error:
@@ -90,7 +89,7 @@ def _short(value: object) -> str:
 
 # --- the walk ------------------------------------------------------------------------------------------------------
 
-# First byte → (bytes of the length field, kind). Kinds: "s" that many bytes follow, "a" items, "m" pairs.
+# First byte → (bytes of the length field, kind). The length counts bytes ("s"), items ("a") or pairs ("m").
 _SIZED: dict[int, tuple[int, str]] = {
     0xC4: (1, "s"),
     0xC5: (2, "s"),
@@ -111,7 +110,7 @@ _LENGTHS = {1: struct.Struct(">B"), 2: struct.Struct(">H"), 4: struct.Struct(">I
 def _walk(frame: bytes | memoryview) -> None:
     """Check nesting, counts and lengths of exactly one MessagePack object without building any of it."""
     size, at, items = len(frame), 0, 1
-    open_counts = [1]  # objects still to come, by level
+    open_counts = [1]  # objects still to come at each level
     while open_counts:
         if open_counts[-1] == 0:
             open_counts.pop()

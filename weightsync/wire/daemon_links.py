@@ -1,7 +1,8 @@
 """A daemon's sockets, for asyncio: `ControlServer` listens, `PeerLink` calls another daemon.
 
-Both speak the messages of `wire.messages`, one frame each; a frame that cannot be read is answered or reported, never
-raised into a loop. Between machines both sides prove that they have the cluster's key (CURVE), and all is encrypted.
+Both speak the messages of `wire.messages`, one frame each. An unreadable frame is answered or logged, and never ends
+the loop that reads. Between machines both sides prove that they have the cluster's key (CURVE), and all traffic is
+encrypted.
 """
 
 from __future__ import annotations
@@ -34,17 +35,18 @@ __all__ = ["ControlServer", "PeerLink"]
 
 logger = logging.getLogger(__name__)
 
-_FAIR = 0.005  # seconds of reading frames before others on the loop have their turn
+_FAIR = 0.005  # seconds of reading frames before other tasks of the loop get a turn
 _REFUSED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 _WATCHED = _REFUSED | zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED
 
 
 class ControlServer:
-    """Where a daemon listens. Senders are known by an opaque identity that lasts as long as their connection."""
+    """The socket on which a daemon listens. A sender's opaque identity lasts as long as its connection."""
 
     def __init__(self, endpoint: str, name: str, *, key: ClusterKey | None = None, tag: bytes = b"here") -> None:
-        """`name` is the config's key for it. With a `key`, only those are heard who have it too. Identities begin with
-        `tag`, which tells those of several servers apart.
+        """`name` is the endpoint's key in the config. With a `key`, only senders that have it too are heard.
+
+        Identities begin with `tag`, which tells the senders of several servers apart.
         """
         self.endpoint = endpoint
         self._name = name
@@ -64,7 +66,7 @@ class ControlServer:
             self._authenticator = zmq.auth.asyncio.AsyncioAuthenticator(self._context)
             self._authenticator.start()
             self._authenticator.configure_curve_callback("*", _Holders(self._key))
-        previous = os.umask(0o077)  # the socket file must not be open to others for a moment either
+        previous = os.umask(0o077)  # the socket file must never be open to others, not even for a moment
         try:
             if path:
                 Path(path).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -75,16 +77,16 @@ class ControlServer:
             os.umask(previous)
 
     def remove_stale(self) -> None:
-        """Remove the socket file that a killed daemon left. Only for the holder of the node's lock."""
+        """Remove the socket file that a killed daemon left. Only the holder of the node's lock may call this."""
         path = socket_path(self.endpoint)
         if path and Path(path).is_socket():
             Path(path).unlink(missing_ok=True)
 
     async def frames(self, refused: Callable[[], None]) -> AsyncIterator[tuple[bytes, Message]]:
-        """Every readable message with its sender; an unreadable frame is answered with its error and dropped."""
+        """Yield every readable message with its sender. An unreadable frame is answered with its error and dropped."""
         since = time.monotonic()
         while True:
-            if time.monotonic() - since > _FAIR:  # a full socket never makes this coroutine wait
+            if time.monotonic() - since > _FAIR:  # while messages are queued, the read below never yields to the loop
                 await asyncio.sleep(0)
                 since = time.monotonic()
             parts = await self._socket.recv_multipart()
@@ -102,7 +104,7 @@ class ControlServer:
             yield identity, message
 
     def send(self, identity: bytes, message: Message) -> bool:
-        """Queue a message; False when the receiver is gone or lags too far behind."""
+        """Queue a message. Returns False if the receiver is gone or lags too far behind."""
         parts = [identity.removeprefix(self._tag), encode(message)]
         error = _refusal(self._socket.send_multipart(parts, flags=zmq.DONTWAIT))
         if error is not None:
@@ -119,13 +121,13 @@ class ControlServer:
 
 
 class _Holders:
-    """For the authenticator: those who have the key."""
+    """Tells the authenticator which callers have the key."""
 
     def __init__(self, key: ClusterKey) -> None:
         self._key = key
 
     def callback(self, _domain: str, public: bytes) -> bool:
-        """Whether who calls has proved to have the key's secret half: CURVE has seen to the proof."""
+        """Whether the caller has this key. CURVE itself has checked that the caller has its secret half."""
         return public == self._key.public
 
 
@@ -136,8 +138,8 @@ def _complaint(error: CodecError) -> ErrorReply:
 class PeerLink:
     """A daemon's line to another daemon: questions with ids, and answers.
 
-    It is of no use any more once its connection has `broken`: ZeroMQ connects again, but the other side answers what it
-    was asked before to the connection that is gone.
+    Once its connection has `broken` the link is of no use: ZeroMQ connects again, but the other daemon sends its
+    answers to earlier questions to the old connection.
     """
 
     def __init__(
@@ -148,7 +150,7 @@ class PeerLink:
         key: ClusterKey | None = None,
         on_news: Callable[[Message], None] | None = None,
     ) -> None:
-        """`on_news` gets what is said without having been asked. Raises `DaemonLost` for an endpoint that cannot be."""
+        """`on_news` gets messages that answer no question. Raises `DaemonLost` if the endpoint is impossible."""
         self.endpoint = endpoint
         self._on_news = on_news
         self.patience = patience
@@ -167,14 +169,14 @@ class PeerLink:
             raise DaemonLost(f"{endpoint} cannot be called: {error}") from error
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[Message]] = {}
-        self._refused = False  # since something was heard last
+        self._refused = False  # whether a handshake was refused since the last message
         self._tasks = (
             asyncio.create_task(self._read(), name=f"peer {endpoint}"),
             asyncio.create_task(self._watch(monitor), name=f"connection to {endpoint}"),
         )
 
     async def ask(self, message: Message, *, deadline: float) -> Message:
-        """Send a question and wait for its answer. Raises the error it is answered with, or `DaemonLost`."""
+        """Send a question and return its answer. Raises the error that it is answered with, or `DaemonLost`."""
         if self.broken.is_set():
             raise self._break()
         number = next(self._ids)
@@ -203,22 +205,22 @@ class PeerLink:
         if self.broken.is_set():
             return
         error = _refusal(self._socket.send(encode(message), flags=zmq.DONTWAIT))
-        if error is not None:  # a full queue: it is not reading, and `silent` will tell
+        if error is not None:  # the queue is full, so the other daemon does not read; `silent` will notice
             logger.debug("cannot send %s to %s: %s", type(message).__name__, self.endpoint, error)
 
     @property
     def silent(self) -> bool:
-        """Nothing was heard for `patience` seconds."""
+        """Whether nothing was heard for `patience` seconds."""
         return time.monotonic() - self.heard > self.patience
 
     def fail(self, error: DaemonError) -> None:
-        """Everything asked and not answered yet fails with `error`."""
+        """Have all unanswered questions fail with `error`."""
         for waiting in self._waiting.values():
             if not waiting.done():
                 waiting.set_exception(error)
 
     async def close(self) -> None:
-        """Let go of the line; what is unanswered fails."""
+        """Close the line. Unanswered questions fail."""
         self.fail(DaemonError(f"the line to {self.endpoint} was closed"))
         for task in self._tasks:
             task.cancel()
@@ -240,11 +242,11 @@ class PeerLink:
             elif message.id == 0 and self._on_news is not None:
                 try:
                     self._on_news(message)
-                except Exception:  # the seam: a bug in who listens must not look like a line that is dead
+                except Exception:  # a bug in the callback must not end this loop, which would look like a dead line
                     logger.exception("%s from %s failed", type(message).__name__, self.endpoint)
 
     async def _watch(self, monitor: zmq.asyncio.Socket) -> None:
-        """Note handshakes that fail, and the end of the first connection that came of one."""
+        """Note handshakes that are refused. Break the link when its first established connection ends."""
         connected = False
         while True:
             event = parse_monitor_message(await monitor.recv_multipart())["event"]
@@ -264,10 +266,10 @@ class PeerLink:
 
 
 def _refusal(sent: Awaitable[object]) -> BaseException | None:
-    """Why a send with DONTWAIT failed. pyzmq resolves such a send before it returns."""
+    """Return why a send with DONTWAIT failed, or None. pyzmq resolves such a send before it returns."""
     return sent.exception() if isinstance(sent, asyncio.Future) and sent.done() else None
 
 
 def _loop_time(deadline: float) -> float:
-    """A deadline of `time.monotonic()` on the running loop's clock."""
+    """Convert a deadline of `time.monotonic()` to the running loop's clock."""
     return asyncio.get_running_loop().time() + (deadline - time.monotonic())

@@ -1,4 +1,4 @@
-"""Between two daemons; see `messages`."""
+"""Messages between two daemons; see `messages`."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ class Attach(Message, frozen=True, tag="attach"):
 
 
 class Attached(Message, frozen=True, tag="attached"):
-    """What this node has to offer."""
+    """The answer to `Attach`: this node's engines and bridges."""
 
     node: Name
     incarnation: Name
     engines: tuple[EngineStatus, ...]
     slots: tuple[Natural, ...]  # by bridge
     slot_bytes: Natural
-    address: Name  # for communicators
-    peers: tuple[Name, ...] = ()  # other nodes that it coordinates pushes for itself
+    address: Name  # this node's own, for communicators
+    peers: tuple[Name, ...] = ()  # nodes that this one itself coordinates pushes for
     device: Literal["cpu", "cuda"] = "cpu"  # where its slots lie
-    gpus: tuple[Name, ...] = ()  # UUIDs, by bridge, if that is on GPUs
+    gpus: tuple[Name, ...] = ()  # UUIDs, by bridge, if slots lie on GPUs
 
 
 class Execute(Message, frozen=True, tag="execute"):
@@ -59,17 +59,17 @@ class Execute(Message, frozen=True, tag="execute"):
     version: Natural
     instruction: dict[str, Any]  # a `weightsync.session.instructions.Instruction`, checked when it is decoded
     timeout: Seconds
-    plan: Digest | None = None  # digest of the manifest the instruction is about
-    manifest: Column | None = None  # the manifest itself, once for each follower
+    plan: Digest | None = None  # of the instruction's manifest
+    manifest: Column | None = None  # the manifest itself, sent once to each follower
     fingerprints: Column | None = None  # for VerifyEngine: little-endian u64 for each tensor of the manifest
-    places: Digest | None = None  # for ShowPlaces: of those that the engine has shown last
+    places: Digest | None = None  # for ShowPlaces: of the places that the engine showed last
 
 
 class Executed(Message, frozen=True, tag="executed"):
     """The outcome: a `weightsync.session.events.Event`."""
 
     event: dict[str, Any]
-    places: Column | None = None  # packed `Exposures` that an engine has shown, where they are others than last
+    places: Column | None = None  # packed `Exposures` that an engine has shown, if they differ from the last ones
 
 
 class JoinRail(Message, frozen=True, tag="join_rail"):
@@ -83,7 +83,7 @@ class JoinRail(Message, frozen=True, tag="join_rail"):
     port: Natural
     key: Name
     timeout: Seconds
-    push: bool = True  # for one that is under way; else what a push may need is formed beforehand
+    push: bool = True  # for a push under way; False: formed beforehand, in case a push needs it
 
 
 class Receive(Message, frozen=True, tag="receive"):
@@ -98,39 +98,41 @@ class Receive(Message, frozen=True, tag="receive"):
 
 
 class Exchange(Message, frozen=True, tag="exchange"):
-    """Take part in the exchange of one bucket, of which a part may lie in the slot. Answered by `Executed` once all of
-    it is there, verified.
+    """Take part in the exchange of one bucket; this node's part, if any, lies in the slot.
+
+    Answered by `Executed` once all of the bucket is there, verified.
     """
 
     push: Name
     bucket: Natural
     rail: Natural
     slot: Natural
-    generation: Natural  # of the communicator that the parts' roots are ranks of
-    token: Natural  # that no other exchange has
+    generation: Natural  # of the communicator; the parts' roots are its ranks
+    token: Natural  # no other exchange has it
     parts: Annotated[tuple[MemberPart, ...], Meta(max_length=4096)]
     timeout: Seconds
-    checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, as the trainer's ranks made it
+    checksum: Annotated[int, Meta(ge=0)] | None = None  # of the whole bucket, from the trainer's ranks
 
 
 class Prepare(Message, frozen=True, tag="prepare"):
-    """Get ready to take what is delivered to engines, into the places that they have shown in this push. Answered by
-    `Executed`.
+    """Get ready for a delivery to these engines, into the places that they have shown in this push.
+
+    Answered by `Executed`.
     """
 
     push: Name
     rail: Natural
     engines: Annotated[tuple[Name, ...], Meta(min_length=1, max_length=4096)]
-    ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]  # of the one engine; none: a share of the model for all
-    token: Natural  # that no other delivery has
+    ranks: Annotated[tuple[Rank, ...], Meta(max_length=4096)]  # of the one engine; (): a share of the model, for all
+    token: Natural  # no other delivery has it
     parcel: Natural = msgspec.field(name="piece")  # bytes at most
-    turn: Natural  # of the …
-    turns: Natural  # deliveries that are under way side by side
+    turn: Natural  # number of this delivery, from 0, …
+    turns: Natural  # … among those that run side by side
     timeout: Seconds
 
 
 class Collect(Message, frozen=True, tag="collect"):
-    """Take the delivery that was prepared. Answered by `Executed` once it is there."""
+    """Receive the delivery that was prepared. Answered by `Executed` once all of it is there."""
 
     push: Name
     rail: Natural
@@ -140,7 +142,7 @@ class Collect(Message, frozen=True, tag="collect"):
 
 
 class Gather(Message, frozen=True, tag="gather"):
-    """Ranks of this trainer that call on your node take part in the push: `RankSays` is expected of each."""
+    """Let this trainer's ranks on your node take part in the push; answer with a `RankSays` whenever one speaks."""
 
     push: Name
     group: Name
@@ -149,7 +151,7 @@ class Gather(Message, frozen=True, tag="gather"):
 
 
 class RankSays(Message, frozen=True, tag="rank_says"):
-    """What a rank there said; or that it is lost, and why."""
+    """A rank of the sender's node said something; or it is lost, and why."""
 
     push: Name
     rank: Rank
@@ -158,7 +160,7 @@ class RankSays(Message, frozen=True, tag="rank_says"):
 
 
 class TellRank(Message, frozen=True, tag="tell_rank"):
-    """Something for a rank there."""
+    """A message to a rank on the receiver's node."""
 
     push: Name
     rank: Rank
@@ -166,14 +168,14 @@ class TellRank(Message, frozen=True, tag="tell_rank"):
 
 
 class Release(Message, frozen=True, tag="release"):
-    """The push has ended: the node is free for others, and engines that were only paused are let go."""
+    """The push has ended: the node is free for other pushes, and engines that were only paused resume."""
 
     push: Name
-    error: ErrorRecord | None = None  # for ranks that call only now
+    error: ErrorRecord | None = None  # for ranks that call later
 
 
 class Register(Message, frozen=True, tag="register"):
-    """To the seed: this node is there, and others reach it at the endpoint. Answered by `Registered`."""
+    """Tell the seed that this node is up, and at which endpoint others reach it. Answered by `Registered`."""
 
     node: Name
     endpoint: Name
@@ -184,4 +186,4 @@ class Registered(Message, frozen=True, tag="registered"):
     """All nodes that have registered, by name."""
 
     nodes: Annotated[dict[Name, Name], Meta(max_length=8192)]
-    complete: bool  # the seed has listened for long enough to know of every node that lives
+    complete: bool  # whether the seed has listened long enough to know every live node

@@ -1,4 +1,4 @@
-"""What messages are made of: the kinds of their fields, with limits, and their base."""
+"""The base of all messages, and the types of their fields with their limits."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ LoraName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]  #
 
 
 class Message(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Base of all messages. `large` types may use frames beyond `codec.SMALL_FRAME` bytes."""
+    """Base of all messages. Only types in `messages.LARGE` may use frames beyond `codec.SMALL_FRAME` bytes."""
 
     id: Natural = 0

@@ -1,7 +1,7 @@
-"""The key of a cluster: whoever has it may join the daemons' links over TCP, and nobody else is heard or can listen in.
+"""The key of a cluster. Only its holders can join the daemons' links over TCP, or listen in.
 
-One file for all nodes, made by `weightsync keygen`: a CURVE key pair in ZeroMQ's own form (https://rfc.zeromq.org/spec/26).
-Every daemon proves that it has the key, as the side that listens and as the side that calls.
+One file for all nodes, made by `weightsync keygen`: a CURVE key pair in ZeroMQ's own form
+(https://rfc.zeromq.org/spec/26). Every daemon proves that it has the key, whether it listens or calls.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ curve
 
 @dataclass(frozen=True)
 class ClusterKey:
-    """Both halves, 40 characters of Z85 each."""
+    """Both halves of a key pair, 40 characters of Z85 each."""
 
     public: bytes
     secret: bytes = field(repr=False)
 
 
 def make_key_file(path: str | os.PathLike[str]) -> ClusterKey:
-    """Write a new key to a new file of mode 0600. Raises `ConfigError` where there is a file already."""
+    """Write a new key to a new file of mode 0600. Raises `ConfigError` if the file exists."""
     key = ClusterKey(*zmq.curve_keypair())
     try:
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as out:
@@ -50,7 +50,7 @@ def make_key_file(path: str | os.PathLike[str]) -> ClusterKey:
 
 
 def read_key_file(path: str | os.PathLike[str]) -> ClusterKey:
-    """The key in a file. Raises `ConfigError` where it holds none, or where others than its owner may read it."""
+    """Return the key in a file. Raises `ConfigError` if it holds none, or if others than its owner may read it."""
     try:
         found = Path(path).stat()
         public, secret = zmq.auth.load_certificate(path)

@@ -1,7 +1,8 @@
 """Every message between a trainer rank, an operator's command and a daemon, and between two daemons.
 
 Each is a frozen struct; on the wire it is one MessagePack map `{v, type, id, …}`. `id` pairs an answer with its
-question and is 0 where there is none. Fields are only ever added, with a default; a changed meaning takes a new type.
+question, and is 0 if there is no question. Fields are only ever added, with a default; a changed meaning takes a new
+type.
 
     rank → daemon      Open, Describe, Filled, Exposed, Measured, Failed, Stopped, Heartbeat, PushLora
     daemon → rank      Welcome, AskDescription, Planned, Lease, AskExposure, Drawn, Ended, Heartbeat, LoraPushed
@@ -12,7 +13,7 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
                        Attached, Executed, RankSays, Registered, LoraPushed
     anyone             ErrorReply
 
-Everybody takes them from here; they are written down in `trainer_messages`, `operator_messages` and `daemon_messages`.
+Import them from here. They are defined in `trainer_messages`, `operator_messages` and `daemon_messages`.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ __all__ = [
 
 
 class ErrorReply(Message, frozen=True, tag="error"):
-    """The question of the same id, or a frame that could not be read, is answered with an error."""
+    """The error that answers the question of the same id, or a frame that could not be read."""
 
     error: ErrorRecord
 

@@ -1,4 +1,4 @@
-"""Between an operator's command and a daemon; see `messages`."""
+"""Messages between an operator's command and a daemon; see `messages`."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ __all__ = [
 
 
 class StatusRequest(Message, frozen=True, tag="status_request"):
-    """How are you?"""
+    """Ask for the daemon's state. Answered by `Status`."""
 
-    fresh: bool = False  # look at engines of other nodes, and after a push that has just ended at all, before answering
+    fresh: bool = False  # first wait for a push that is over to release everything, and ask other nodes
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +49,8 @@ class EngineStatus(msgspec.Struct, frozen=True, kw_only=True):
     software: str | None = None
     profile: str | None = None
     error: str | None = None
-    frozen: bool = False  # takes no pushes, whatever its model
-    replay: ReplayFacts | None = None  # of its last push, where our plugin is in it and loaded one
+    frozen: bool = False  # takes no pushes
+    replay: ReplayFacts | None = None  # of its last push, if it runs our plugin and has loaded one
 
 
 class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,12 +63,12 @@ class BridgeStatus(msgspec.Struct, frozen=True, kw_only=True):
     slots: Natural
     slot_bytes: Natural
     outstanding: Natural  # exports that no reader has closed yet
-    error: str | None = None  # why it is not there (`pid` is None), or why it was restarted last
-    gpu: str = ""  # UUID of the one that its slots lie on
+    error: str | None = None  # why it is down (`pid` is None), or why it was restarted last
+    gpu: str = ""  # UUID of the GPU that its slots lie on
     taken: Natural = 0  # slots that hold a bucket of the push under way
     exports: Natural = 0  # to readers, since it was started
-    revoked: Natural = 0  # … of which were taken away, since nobody waits for their reader any more
-    holding: dict[Name, Natural] = {}  # reader → exports that it has not closed yet; those with none are left out
+    revoked: Natural = 0  # exports that were revoked, because their reader is no longer waited for
+    holding: dict[Name, Natural] = {}  # reader → exports that it has not closed yet; readers with none are left out
 
 
 class EngineProgress(msgspec.Struct, frozen=True, kw_only=True):
@@ -91,24 +91,24 @@ class PushStatus(msgspec.Struct, frozen=True, kw_only=True):
     waiting_for: str
     buckets: Natural = 0
     engines: tuple[EngineProgress, ...] = ()
-    phases: dict[str, float] = {}  # seconds so far of those that are over or have paused
+    phases: dict[str, float] = {}  # seconds so far of phases that are over or have paused
 
 
 class FollowedPush(msgspec.Struct, frozen=True, kw_only=True):
     """A push that another node coordinates and this one takes part in."""
 
     push: Name
-    model: Text  # "" until it has asked for something of an engine
+    model: Text  # "" until the push has asked an engine for something
     version: Natural
     seconds: float
 
 
 class KeeperStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """The process that keeps what was pushed last of one model."""
+    """One model's keeper."""
 
     model: Name
-    pid: int | None  # None: it is not there
-    version: Natural | None  # kept; None: nothing is
+    pid: int | None  # None: it is not running
+    version: Natural | None  # the one kept; None: none is
     nbytes: Natural
 
 
@@ -120,7 +120,7 @@ class PeerStatus(msgspec.Struct, frozen=True, kw_only=True):
     endpoint: str
     engines: Natural
     bridges: Natural
-    device: str  # where its slots lie; "" where it was not reached yet
+    device: str  # where its slots lie; "" if it was not reached yet
 
 
 class Status(Message, frozen=True, tag="status"):
@@ -136,27 +136,27 @@ class Status(Message, frozen=True, tag="status"):
     push: PushStatus | None = None
     last: PushOutcome | None = None
     last_error: ErrorRecord | None = None
-    kept: dict[str, Natural] = msgspec.field(default_factory=dict)  # model → version kept to be pushed again
+    kept: dict[str, Natural] = msgspec.field(default_factory=dict)  # model → version that its keeper has
     pushed: dict[str, Natural] = msgspec.field(
         default_factory=dict
     )  # model → newest version that was committed here: only newer ones are taken
     keepers: tuple[KeeperStatus, ...] = ()
-    nodes: tuple[PeerStatus, ...] = ()  # the same as `peers`, with more about each
+    nodes: tuple[PeerStatus, ...] = ()  # the nodes of `peers`, with more about each
     device: Literal["cpu", "cuda"] = "cpu"  # where slots lie
     shm_free: Natural | None = None  # bytes, in node.shm_dir
     leaks: Natural = 0  # exports that a reader never gave back, since the daemon was started
     last_ago: float | None = None  # seconds since the last push ended
-    refused: ErrorRecord | None = None  # of the last call, by a rank 0, that came to nothing before it was a push
+    refused: ErrorRecord | None = None  # error of rank 0's last call that failed before it became a push
     refused_ago: float | None = None  # seconds
-    follows: FollowedPush | None = None  # what holds this node for another one
-    waiting: Natural = 0  # calls of push_weights that wait for it to be free
+    follows: FollowedPush | None = None  # the push of another node that this one is part of
+    waiting: Natural = 0  # calls of push_weights that wait for the node to be free
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
-    """What did a push that began on this node do when? Answered by `Traced`."""
+    """Ask for the trace of a push that began on this node. Answered by `Traced`."""
 
-    model: Text = ""  # "": of the push under way, or else the last, whichever model it was of
-    failed: bool = False  # of the last that failed
+    model: Text = ""  # "": the push under way, or else the last one, of any model
+    failed: bool = False  # the last push that failed
 
 
 class Traced(Message, frozen=True, tag="traced"):
@@ -168,9 +168,9 @@ class Traced(Message, frozen=True, tag="traced"):
 
 
 class ChangeEngines(Message, frozen=True, tag="change_engines"):
-    """Take some engines and leave others from now on, or once the push under way has ended. Answered by `Changed`."""
+    """Add and remove engines now, or when the push under way has ended. Answered by `Changed`."""
 
-    timeout: Seconds  # for that push to end; after it, nothing is changed
+    timeout: Seconds  # for that push to end; if it does not, nothing is changed
     add: tuple[EngineConfig, ...] = ()
     remove: tuple[Name, ...] = ()
 
@@ -178,4 +178,4 @@ class ChangeEngines(Message, frozen=True, tag="change_engines"):
 class Changed(Message, frozen=True, tag="changed"):
     """The change was made."""
 
-    engines: tuple[EngineStatus, ...]  # the new ones, as they were found
+    engines: tuple[EngineStatus, ...]  # the added ones, as first seen

@@ -1,4 +1,4 @@
-"""One end of a socket pair between a process and its child: length-prefixed frames, and a deadline for each."""
+"""One end of a socket pair between a process and its child: length-prefixed frames, each with a deadline."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
 __all__ = ["HEADER", "MAX_FRAME", "Pipe"]
 
 MAX_FRAME = 512 << 20  # bytes; manifests are the largest
-HEADER = struct.Struct("!I")  # of a frame: its length
+HEADER = struct.Struct("!I")  # the length of the frame that follows
 
 
 class Pipe:
-    """One end of a socket pair, as whole frames. Used by one thread at a time."""
+    """Sends and receives whole frames on one end of a socket pair. Used by one thread at a time."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
 
     def send(self, frame: bytes, *, deadline: float) -> None:
-        """Raises `TransportTimeout`, and `TransportBroken` when the other side is gone."""
+        """Send a frame. Raises `TransportTimeout`, `TransportBroken` if the other side is gone, or `CodecError`."""
         if len(frame) > MAX_FRAME:
             raise CodecError(f"a frame of {len(frame)} bytes is larger than {MAX_FRAME}")
         self._arm(deadline)
@@ -36,9 +36,9 @@ class Pipe:
             raise TransportBroken(f"the other side of the pipe is gone: {error}") from error
 
     def receive(self, *, deadline: float | None) -> bytes:
-        """The next frame; raises as `send` does.
+        """Return the next frame. Raises as `send` does.
 
-        Without a deadline, wait for as long as the other side lives: a worker has nothing else to do.
+        Without a deadline it waits as long as the other side lives: a child has nothing else to do.
         """
         size = HEADER.unpack(self._exactly(HEADER.size, deadline))[0]
         if size > MAX_FRAME:
@@ -46,7 +46,7 @@ class Pipe:
         return self._exactly(size, deadline)
 
     def fileno(self) -> int:
-        """For `select`."""
+        """Return the socket's descriptor, for `select`."""
         return self._socket.fileno()
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""What every socket of the control plane has in common: bounds, CURVE, and what its endpoint says."""
+"""Settings of every socket of the control plane: limits, CURVE, and the file of an ipc endpoint."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _QUEUE = 10_000  # messages a peer may lag behind before it is dropped
 
 
 def socket_path(endpoint: str) -> str:
-    """The file of an ipc endpoint, or "" for others."""
+    """Return the file of an ipc endpoint, or "" for others."""
     return endpoint.removeprefix("ipc://") if endpoint.startswith("ipc://") else ""
 
 
 def bounded(line: zmq.Socket[Any], endpoint: str) -> None:
-    """Set what every socket is limited to, before it is bound or connected to `endpoint`."""
+    """Set the limits of a socket that is about to be bound or connected to `endpoint`."""
     if "[" in endpoint:  # an IPv6 address
         line.setsockopt(zmq.IPV6, 1)
     line.setsockopt(zmq.LINGER, 0)
@@ -32,7 +32,7 @@ def bounded(line: zmq.Socket[Any], endpoint: str) -> None:
 
 
 def guarded(line: zmq.Socket[Any], key: ClusterKey | None, *, listens: bool) -> None:
-    """Have the socket talk under CURVE, if there is a key. Whoever listens needs an authenticator besides."""
+    """Have the socket use CURVE, if there is a key. A socket that listens also needs an authenticator."""
     if key is None:
         return
     line.setsockopt(zmq.CURVE_PUBLICKEY, key.public)

@@ -31,18 +31,18 @@ __all__ = ["TrainerLink"]
 
 logger = logging.getLogger(__name__)
 
-_KNOCK = 1.0  # seconds for a listening daemon's kernel to say that it is there
+_KNOCK = 1.0  # seconds to connect; the kernel accepts for a listening daemon, even a busy one
 
 
 class TrainerLink:
-    """One rank's line to its daemon, for one push after another; not for two at a time.
+    """One rank's line to its daemon, for one push at a time.
 
-    `send` never blocks. Between `start` and `rest`, `receive` raises `DaemonLost` as soon as the daemon hangs up, and
-    when it has been silent for `patience` seconds; an idle link costs nothing and says nothing.
+    `send` never blocks. Between `start` and `rest`, `receive` raises `DaemonLost` as soon as the daemon hangs up, or
+    when it has been silent for `patience` seconds. An idle link costs nothing and sends nothing.
     """
 
     def __init__(self, endpoint: str, *, patience: float = 10.0, key: ClusterKey | None = None) -> None:
-        """`key` is for a daemon elsewhere, which answers operators and nobody else."""
+        """`key` is for a daemon on another node, which answers only operators over such a line."""
         check_endpoint(endpoint, "daemon", keys=key is not None)
         self._key = key
         self.endpoint = endpoint
@@ -52,7 +52,7 @@ class TrainerLink:
         for end in (self._wake, roused):
             end.setsockopt(zmq.LINGER, 0)
         roused.bind(address := f"inproc://link-{id(self)}")
-        self._wake.connect(address)  # of the two, who connects can send at once
+        self._wake.connect(address)  # the end that connects can send at once
         self._lock = threading.Lock()
         self._outbox: queue.Queue[bytes | None] = queue.Queue()
         self._inbox: queue.Queue[Message | Exception] = queue.Queue()
@@ -63,7 +63,7 @@ class TrainerLink:
         self._thread.start()
 
     def start(self) -> None:
-        """Expect the daemon from now on. Raises `DaemonLost` at once where no daemon listens."""
+        """Begin to send heartbeats and to expect the daemon's. Raises `DaemonLost` at once if no daemon listens."""
         problem = _nobody_at(self.endpoint)
         if problem is not None:
             raise DaemonLost(
@@ -76,11 +76,11 @@ class TrainerLink:
         self._rouse()
 
     def rest(self) -> None:
-        """The push is over: no more heartbeats, and silence is fine."""
+        """End a push: send no more heartbeats, and tolerate silence."""
         self._listening = False
 
     def set_heartbeat(self, seconds: float) -> None:
-        """How often to be heard."""
+        """Set the interval of heartbeats, at most a third of `patience`."""
         self._interval = min(max(seconds, 0.01), self.patience / 3)
 
     def send(self, message: Message) -> None:
@@ -89,12 +89,12 @@ class TrainerLink:
         self._rouse()
 
     def announce(self, model: str) -> None:
-        """Say that a push to this model is coming, if anybody listens; no answer is waited for."""
+        """Tell the daemon, if one listens, that a push to this model is coming. Waits for no answer."""
         if _nobody_at(self.endpoint) is None:
             self.send(Heartbeat(coming=model))
 
     def receive(self, deadline: float) -> Message | None:
-        """The next message, or None when the deadline passes first. Raises `DaemonLost` or `CodecError`."""
+        """Return the next message, or None at the deadline. Raises `DaemonLost` or `CodecError`."""
         try:
             got = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
         except queue.Empty:
@@ -104,7 +104,7 @@ class TrainerLink:
         return got
 
     def close(self, *, flush: float = 1.0) -> None:
-        """End the thread and the socket; what is queued has `flush` seconds to leave. Closing twice does nothing."""
+        """End the thread and the socket. Queued messages have `flush` seconds to leave. Closing twice does nothing."""
         if self._context.closed:
             return
         self._flush = flush
@@ -118,7 +118,7 @@ class TrainerLink:
             self._context.term()
 
     def _rouse(self) -> None:
-        with self._lock, contextlib.suppress(zmq.ZMQError):  # the thread is gone: nobody to rouse
+        with self._lock, contextlib.suppress(zmq.ZMQError):  # an error means that the thread has ended
             self._wake.send(b"", zmq.DONTWAIT)
 
     def _run(self, wake: zmq.Socket[bytes]) -> None:
@@ -147,7 +147,7 @@ class TrainerLink:
             now = time.monotonic()
             if self._listening and not was_listening:
                 heard = said = now
-                _drained(hung_up)  # it may have restarted while nobody listened
+                _drained(hung_up)  # the daemon may have restarted between pushes
                 gone = False
             was_listening = self._listening
             gone = _drained(hung_up) or gone
@@ -161,13 +161,13 @@ class TrainerLink:
                     )
                 )
             if was_listening and now - said >= self._interval:
-                with contextlib.suppress(zmq.Again):  # it does not read: its silence will tell
+                with contextlib.suppress(zmq.Again):  # the daemon does not read; `patience` will notice
                     line.send(beat, zmq.DONTWAIT)
                 said = now
             due = min(said + self._interval, heard + self.patience) - now if was_listening else 60.0
             if was_listening and gone:
-                due = 0.0  # once its last words are read
-            while not self._outbox.empty():  # before waiting: who filled it may have called before anyone could hear
+                due = 0.0  # only its last messages are still to be read
+            while not self._outbox.empty():  # before the poll: a wake-up may have been sent before it could be heard
                 frame = self._outbox.get()
                 if frame is None:
                     return
@@ -199,11 +199,11 @@ def _drained(monitor: zmq.Socket[bytes]) -> bool:
 
 
 def _nobody_at(endpoint: str) -> str | None:
-    """Why nobody listens at the endpoint, if so. ZeroMQ itself would try again for ever without a word."""
+    """Return why nobody listens at the endpoint, or None. ZeroMQ itself would retry for ever without a word."""
     path = socket_path(endpoint)
     try:
         if path:
-            if os.stat(path).st_uid != os.geteuid():  # in a directory that others may write to
+            if os.stat(path).st_uid != os.geteuid():  # possible if others may write to its directory
                 return "the socket there belongs to another user"
             with socket.socket(socket.AF_UNIX) as knock:
                 knock.settimeout(_KNOCK)
@@ -212,7 +212,7 @@ def _nobody_at(endpoint: str) -> str | None:
             parts = urlsplit(endpoint)
             socket.create_connection((parts.hostname or "", parts.port or 0), timeout=_KNOCK).close()
     except (TimeoutError, BlockingIOError):
-        return None  # somebody does, and is busy
+        return None  # a busy daemon listens
     except OSError as error:
         return error.strerror or str(error)
     return None

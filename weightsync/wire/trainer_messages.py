@@ -1,4 +1,4 @@
-"""Between a trainer rank and its daemon; see `messages`."""
+"""Messages between a trainer rank and its daemon; see `messages`."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
 class Open(Message, frozen=True, tag="open"):
     """A rank calls `push_weights`."""
 
-    group: Name  # the same on all ranks of one trainer, another on every other
+    group: Name  # the same on all ranks of one trainer, different for every trainer
     rank: Rank
     world: Annotated[int, Meta(ge=1, le=2**20)]
     model: Name
@@ -46,20 +46,20 @@ class Open(Message, frozen=True, tag="open"):
     pause: Annotated[str, Meta(pattern="^(keep|wait|abort|none)$")]
     timeout: Seconds  # for the whole push
     layout: Digest
-    plan: Digest | None = None  # of the plan this rank has cached for the layout
+    plan: Digest | None = None  # of the plan that this rank has cached for the layout
     describe_seconds: Seconds = 0.0
     in_place: bool = False  # engines may read the weights where they lie
-    engines: tuple[Name, ...] = ()  # those alone, which the version is new to: what was pushed before is pushed again
+    engines: tuple[Name, ...] = ()  # of a repeat: only these engines, which do not have the version yet
     pid: Annotated[int, Meta(ge=0, lt=2**31)] = 0  # of the rank
-    started: Annotated[str, Meta(max_length=32)] = ""  # when that began, as `weightsync.processes` tells
+    started: Annotated[str, Meta(max_length=32)] = ""  # when that process began, in the form of `weightsync.processes`
     partial: bool = False  # the trainer has more tensors, which it was told to leave out
 
 
 class Welcome(Message, frozen=True, tag="welcome"):
-    """The daemon has heard; heartbeats go both ways from here to the end of the push."""
+    """The daemon has the rank's `Open`. From here to the end of the push heartbeats go both ways."""
 
     node: Name
-    heartbeat: Seconds  # how often it wants to hear from the rank
+    heartbeat: Seconds  # interval at which it wants to hear from the rank
 
 
 class AskDescription(Message, frozen=True, tag="ask_description"):
@@ -73,13 +73,13 @@ class Describe(Message, frozen=True, tag="describe"):
 
 
 class Planned(Message, frozen=True, tag="planned"):
-    """The plan. `manifest` and `fills` are left out when the rank said that it has them."""
+    """The plan. `manifest` and `fills` are left out if the rank said that it has them."""
 
     plan: Digest
-    offers: Annotated[tuple[Blob, ...], Meta(max_length=64)]  # by bridge: the arenas to write into
+    offers: Annotated[tuple[Blob, ...], Meta(max_length=64)]  # by bridge, of the arenas to write into
     manifest: Column | None = None  # a packed `Manifest`
     fills: Column | None = None  # little-endian i32: the shards this rank writes
-    expose: bool = False  # also say where they lie: `Exposed`, and then `Measured`
+    expose: bool = False  # also say where these shards lie: `Exposed`, and then `Measured`
 
 
 class Lease(Message, frozen=True, tag="lease"):
@@ -96,11 +96,11 @@ class Filled(Message, frozen=True, tag="filled"):
     bucket: Natural
     nbytes: Natural
     tensors: Column  # little-endian u32: index in the manifest
-    fingerprints: Column  # little-endian u64, as many
+    fingerprints: Column  # little-endian u64, one for each of `tensors`
 
 
 class Exposed(Message, frozen=True, tag="exposed"):
-    """The rank's weights may be read where the exposure with this digest says; or why they cannot be."""
+    """The rank's weights may be read where this exposure says; or `problem` says why not."""
 
     digest: Digest | None = None
     exposure: Column | None = None  # a packed `Exposure`, left out when the daemon was told before
@@ -108,7 +108,7 @@ class Exposed(Message, frozen=True, tag="exposed"):
 
 
 class AskExposure(Message, frozen=True, tag="ask_exposure"):
-    """The daemon does not know the exposure behind the digest: the whole `Exposed`, please."""
+    """The daemon does not know the exposure behind the digest, and asks for the whole `Exposed`."""
 
 
 class Measured(Message, frozen=True, tag="measured"):
@@ -116,11 +116,11 @@ class Measured(Message, frozen=True, tag="measured"):
 
     nbytes: Natural
     tensors: Column  # little-endian u32: index in the manifest
-    fingerprints: Column  # little-endian u64, as many
+    fingerprints: Column  # little-endian u64, one for each of `tensors`
 
 
 class Drawn(Message, frozen=True, tag="drawn"):
-    """Nobody reads what the rank exposes any more: it may change."""
+    """No engine or bridge reads the rank's exposed memory any more: it may change."""
 
 
 class Failed(Message, frozen=True, tag="failed"):
@@ -138,9 +138,9 @@ RankWords: TypeAlias = Describe | Filled | Exposed | Measured | Failed | Stopped
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
-    """I am here."""
+    """The sender is alive."""
 
-    coming: Text = ""  # the model that a rank is about to push to, once it has described what it holds
+    coming: Text = ""  # the model that a rank will push to, as soon as it has described its weights
 
 
 class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -149,16 +149,16 @@ class EngineOutcome(msgspec.Struct, frozen=True, kw_only=True):
     engine: Name
     node: Name
     outcome: Name  # committed | skipped | torn | lost
-    version: int | None  # it serves after the push; None where it serves none
+    version: int | None  # the one that it serves after the push; None: it serves none
     seconds: float  # from pause to resume
     checked: Natural = 0  # tensors whose resident bytes were compared with the trainer's
     not_pushed: Natural | None = msgspec.field(default=0, name="untouched")  # its tensors that were not in the push
-    drawn: bool = False  # its weights came from where the trainer has them, through no slots
+    drawn: bool = False  # it took its weights from the trainer's memory, not from slots
     error: ErrorRecord | None = None
 
 
 class PushOutcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What a push came to; a `PushReport` is made from it."""
+    """What a push came to. A `PushReport` is made from it."""
 
     model: Name
     version: Natural
@@ -178,16 +178,16 @@ class Ended(Message, frozen=True, tag="ended"):
 
 
 class PushLora(Message, frozen=True, tag="push_lora"):
-    """A trainer calls `push_lora`; or its daemon passes that on. Answered by `LoraPushed`."""
+    """A trainer calls `push_lora`, or its daemon passes the call on. Answered by `LoraPushed`."""
 
     model: Name
     name: LoraName  # engines serve it as name@version
     version: Natural
-    keep: Natural  # how many of the versions before stay loaded
+    keep: Natural  # how many earlier versions stay loaded
     timeout: Seconds
     config: Column  # adapter_config.json, as peft writes it
-    weights: Column  # adapter_model.safetensors, likewise
-    forward: bool  # to the engines of other nodes, too
+    weights: Column  # adapter_model.safetensors, as peft writes it
+    forward: bool  # also to the engines of other nodes
 
 
 class LoraOutcome(msgspec.Struct, frozen=True, kw_only=True):
