@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from functools import partial
 from typing import Any
 
@@ -248,3 +250,31 @@ def test_a_launch_over_a_table_does_what_the_loop_does(kernel, found):
     residents = known.held(manifest)
     sums = KernelSums(box_emulation.EmulatedKernel(kernel), torch.device("cpu"), residents).fingerprints(targets)
     assert sums == HostSums(residents).fingerprints(targets)
+
+
+def addresses(box):
+    """Of each of its elements, in row-major order."""
+    return [
+        box.offset + sum(at * stride for at, stride in zip(index, box.strides, strict=True))
+        for index in itertools.product(*map(range, box.sizes))
+    ]
+
+
+@pytest.mark.parametrize(("sizes", "views_followed"), [((12,), 1938), ((3, 4), 868), ((2, 6), 1046), ((2, 2, 3), 692)])
+def test_a_view_of_any_kind_is_composed_rightly_or_not_at_all(sizes, views_followed):
+    """Also one whose windows overlap, or that begins in the middle; `sizes` are of what was copied, without gaps."""
+    own = Box(0, sizes, tuple(math.prod(sizes[dim + 1 :]) for dim in range(len(sizes))))
+    source = Box(1000, sizes, tuple(range(100, 100 + 17 * len(sizes), 17)))  # neither joined nor in order there
+    comes_from = dict(zip(addresses(own), addresses(source), strict=True))
+    lengths, strides = (1, 2, 3, 4, 6, 8, 12), (1, 2, 3, 4, 6)
+    followed = 0
+    for offset, *dims in itertools.product(range(12), *[lengths, strides] * 2):
+        view = Box(offset, (dims[0], dims[2]), (dims[1], dims[3]))
+        composed = compose(view, own, source)
+        if composed is None:
+            continue
+        followed += 1
+        parts = [part for several in composed[1] for part in several]
+        found = Box(composed[0], tuple(part.size for part in parts), tuple(part.source for part in parts))
+        assert addresses(found) == [comes_from.get(at) for at in addresses(view)], view
+    assert followed == views_followed, "one more or less is no fault: see which, and whether it should be"

@@ -88,10 +88,9 @@ def compose(view: Box, own: Box, source: Box) -> tuple[int, list[list[Dim]]] | N
         room.append(size - 1 - at)
     if rest:
         return None
-    starts = [size - 1 - left for (_, size, _), left in zip(radix, room, strict=True)]
     dims: list[list[Dim]] = []
     for size, stride in zip(view.sizes, view.strides, strict=True):
-        parts = _walk(size, stride, radix, room, starts)
+        parts = _walk(size, stride, radix, room)
         if parts is None:
             return None
         dims.append(parts)
@@ -102,9 +101,7 @@ def _ordered(box: Box, order: list[int]) -> Box:
     return Box(box.offset, tuple(box.sizes[dim] for dim in order), tuple(box.strides[dim] for dim in order))
 
 
-def _walk(
-    size: int, stride: int, radix: list[tuple[int, int, int]], room: list[int], starts: list[int]
-) -> list[Dim] | None:
+def _walk(size: int, stride: int, radix: list[tuple[int, int, int]], room: list[int]) -> list[Dim] | None:
     """Return the parts of one dimension of a view, outermost first. Subtracts the steps that it walks from `room`."""
     if size == 1 or stride == 0:
         return [Dim(size, stride, 0)]
@@ -117,12 +114,10 @@ def _walk(
         room[at] -= several * (size - 1)
         return [Dim(size, stride, several * source)]
     inner = length // several
-    if inner < 2 or length % several or size % inner or starts[at] >= several:
-        return None
-    if several * (inner - 1) > room[at]:
+    if inner < 2 or size % inner or several * (inner - 1) > room[at]:
         return None
     room[at] -= several * (inner - 1)
-    outer = _walk(size // inner, stride * inner, radix, room, starts)
+    outer = _walk(size // inner, stride * inner, radix, room)
     return None if outer is None else [*outer, Dim(inner, stride, several * source)]
 
 
