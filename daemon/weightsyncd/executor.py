@@ -153,7 +153,8 @@ class NodeExecutor:
                 if known not in engine.accepted or (broken and engine.accepted[known]):  # it needs all: let it say so
                     engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
                 names, draws = engine.accepted[known], hand.draws(manifest)  # who can copy it can show where to
-                return ev.EngineAccepted(engine=name, not_pushed=None if names is None else len(names), draws=draws)
+                left = None if names is None else len(names)
+                return ev.EngineAccepted(engine=name, not_pushed=left, needs_all=broken, draws=draws)
             case do.PauseEngine():
                 if name not in context.begun and (engine.info is None or not engine.info.paused):
                     engine.paused_by_us = True

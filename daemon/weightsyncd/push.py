@@ -77,7 +77,6 @@ class Push:
         config = services.config
         now = time.monotonic()
         self.repeat = bool(first.engines)  # of what a keeper has kept
-        self.partial = False  # a rank was told to leave tensors out
         self.done = asyncio.Event()
         self._ended = asyncio.Event()  # its outcome is decided
         self.outcome: msg.PushOutcome | None = None
@@ -179,7 +178,6 @@ class Push:
             self.ranks.tell(message.rank, msg.Ended(error=self.session.error), rank)
             return
         self.ranks.add(message.rank, rank)
-        self.partial = self.partial or message.partial
         if terms != self._terms or message.rank >= message.world:
             names = ("version", "model", "world size", "pause")
             differ = [f"{n} {b!r}, not {a!r}" for n, a, b in zip(names, self._terms, terms, strict=True) if a != b]
@@ -197,6 +195,7 @@ class Push:
                 slots=self.ranks.slots_there(rank.node),
                 describe_seconds=message.describe_seconds,
                 in_place=message.in_place,
+                partial=message.partial,
             )
         )
 

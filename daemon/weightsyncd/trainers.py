@@ -228,7 +228,7 @@ class Trainers:
         keeper = self._services.executor.engines.keepers.get(session.model)
         if keeper is not None and not push.repeat:
             until = time.monotonic() + self._services.config.timeouts.grace
-            whole = session.committed and brought_all(session.fleet, partial=push.partial)
+            whole = session.committed and brought_all(session.fleet, partial=session.partial)
             await keeper.settle(whole=session.version if whole else None, deadline=until)
         answering = [e.name for e in session.fleet if e.node == node and str(e.stage) != "lost"]
         await asyncio.gather(*(self._look(name) for name in answering))

@@ -262,7 +262,8 @@ def test_what_an_engine_took_before_it_is_asked_anew_while_it_is_not_whole(chang
         for info in (plain, plain, other, other):
             engine.learned(info)
             accepted = await executor.execute(context, do.AcceptEngine(engine="e", deadline=soon()))
-            assert accepted == ev.EngineAccepted(engine="e", not_pushed=0, draws=False)
+            needs_all = info is not plain and bool(changes)
+            assert accepted == ev.EngineAccepted(engine="e", not_pushed=0, needs_all=needs_all, draws=False)
 
     asyncio.run(run())
     assert hand.asked == (2 if changes else 1)

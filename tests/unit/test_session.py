@@ -546,6 +546,31 @@ def test_the_version_of_a_torn_engine_does_not_count():
     assert world.session.state is State.COMMITTED
 
 
+@pytest.mark.parametrize(
+    ("partial", "needs_all", "not_pushed", "refused"),
+    [
+        (True, True, None, True),
+        (True, True, 0, False),  # it has looked: nothing of it is left out
+        (True, False, None, False),  # it serves, and keeps what it has of the rest
+        (False, True, None, False),
+    ],
+)
+def test_a_part_is_refused_by_who_needs_all_and_cannot_tell_what_that_is(partial, needs_all, not_pushed, refused):
+    world = World(world=2, engines={"a": "home", "b": "home"})
+    for rank in range(2):
+        world.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node="home", partial=partial and rank == 1))
+    accept = world.run_until(do.AcceptEngine, engine="b")
+    world.pending.remove(accept)
+    world.hear(ev.EngineAccepted(engine="b", not_pushed=not_pushed, needs_all=needs_all))
+    world.run()
+    assert world.session.state is (State.ABORTED if refused else State.COMMITTED)
+    if refused:
+        assert world.session.error is not None
+        assert world.session.error.kind == "PushRefused"
+        assert "engine b is torn or asleep, so it needs the whole model" in world.session.error.message
+        assert not any(model.begun for model in world.models.values())
+
+
 def test_an_engine_that_has_left_answers_while_the_others_commit():
     """Its update has begun, and it serves: it is told to pause whenever that is heard."""
     world = World(world=1, engines={"a": "home", "b": "away"}, buckets=1, pause="none")

@@ -64,6 +64,7 @@ class RankOpened(Event, frozen=True):
     slots: tuple[int, ...] = ()  # of that node's bridges, if it is another
     describe_seconds: float = 0.0
     in_place: bool = False  # engines may read its weights where they lie
+    partial: bool = False  # it was told to leave tensors out
 
 
 class LayoutReceived(Event, frozen=True):
@@ -171,6 +172,7 @@ class EngineAccepted(Event, frozen=True):
 
     engine: str
     not_pushed: int | None = 0
+    needs_all: bool = False  # it is torn or sleeps: what is not pushed would belong to no version
     draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
 
 

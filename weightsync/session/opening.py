@@ -47,6 +47,7 @@ def on_rank_opened(push: PushState, event: ev.RankOpened) -> None:
     push.opened.add(event.rank)
     if event.in_place:
         push.in_place.add(event.rank)
+    push.partial = push.partial or event.partial
     push.rank_nodes[event.rank] = event.node or push.home
     push.nodes.add(event.node or push.home)
     for bridge, count in enumerate(event.slots):
@@ -153,9 +154,13 @@ def on_engine_probed(push: PushState, event: ev.EngineProbed) -> None:
 
 def on_engine_accepted(push: PushState, event: ev.EngineAccepted) -> None:
     engine = answered(push, event.engine, "accept")
-    if engine is not None:
-        engine.stage, engine.not_pushed = EngineStage.ACCEPTED, event.not_pushed
-        engine.draws = event.draws and not engine.keeper
+    if engine is None:
+        return
+    engine.stage, engine.not_pushed = EngineStage.ACCEPTED, event.not_pushed
+    engine.draws = event.draws and not engine.keeper
+    if push.partial and event.needs_all and event.not_pushed is None:
+        message = f"engine {engine.name} is torn or asleep, so it needs the whole model, and only a part is pushed"
+        fail(push, record(push, "PushRefused", message, hint="push without only=", engine=engine.name))
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

@@ -79,6 +79,7 @@ class PushState:
         self.rank_nodes: dict[int, str] = {}
         self.awaited_layouts: set[int] = set()
         self.planning = self.planned = False
+        self.partial = False  # a rank was told to leave tensors out
         self.in_place: set[int] = set()  # ranks whose weights may be read where they lie
         self.unexposed: set[int] = set()  # ranks that were asked where that is, and have not said
         self.unmeasured: set[int] = set()  # ranks of which the fingerprints of that have not come

@@ -33,7 +33,7 @@ _OPENING: dict[type[ev.Event], Row] = {
     ev.PlanFailed: (opening.on_plan_failed, (_ABORT,)),
     ev.RailsFormed: (opening.on_rails_formed, (_T, _ABORT)),
     ev.EngineProbed: (opening.on_engine_probed, (_ABORT,)),
-    ev.EngineAccepted: (opening.on_engine_accepted, (_T,)),
+    ev.EngineAccepted: (opening.on_engine_accepted, (_T, _ABORT)),
     ev.EngineFailed: (failing.on_engine_failed, (_T, _ABORT)),
     ev.NodeLost: (failing.on_node_lost, (_T, _ABORT)),
     ev.BridgeLost: (failing.on_bridge_lost, ()),
