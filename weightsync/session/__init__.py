@@ -1,5 +1,5 @@
 """One push as a pure state machine: events in, instructions out; no socket, tensor or clock.
 
-Read `events` for what a session hears, `instructions` for what it answers, `machine` for how it comes to that, and
-`transitions` for which rule an event is given to.
+`events` has the inputs and `instructions` the outputs. `machine` explains how one leads to the other, and `transitions`
+says which rule handles which event.
 """

@@ -41,7 +41,7 @@ def on_engine_resumed(push: PushState, event: ev.EngineResumed) -> None:
         return
     engine.stage = EngineStage.COMMITTED
     engine.seconds = push.now - engine.began
-    for keeper in push.live():  # what one engine serves is worth keeping; nobody waits long for that
+    for keeper in push.live():  # a version that one engine serves is worth keeping, but not a long wait
         if keeper.keeper and keeper.stage is EngineStage.VERIFIED:
             keeper.stage = EngineStage.RESUMING
             ask(push, keeper, "resume")
@@ -53,7 +53,7 @@ def on_engine_resumed(push: PushState, event: ev.EngineResumed) -> None:
 
 
 def begin_commit(push: PushState) -> None:
-    """Everything is loaded, and nobody reads the weights themselves any more: ranks may change them again."""
+    """Have every engine finish, since all is loaded. Nothing reads exposed weights any more: ranks may change them."""
     push.state = State.COMMITTING
     if any(engine.draws for engine in push.live()):
         push.issue(do.ReleaseWeights())
@@ -64,11 +64,12 @@ def begin_commit(push: PushState) -> None:
 
 
 def commit_on(push: PushState) -> None:
-    """All engines that are still in change over together, so that a fleet serves two versions as briefly as it
-    can. Also those that this push did not pause: an earlier one may have left them so, or they paused themselves.
-    None before all have released what they read, long before in most pushes: one that has read other bytes than
-    were sent is found out then, and may not be resumed. One that never releases is evicted within the time of an
-    operation after it has loaded.
+    """Resume all live engines but keepers together, once each is verified: two versions are served only briefly.
+
+    Engines that were paused before this push are resumed, too: an earlier push may have left them so, or they paused
+    themselves. No engine is resumed before all have released their buckets, which in most pushes happened long before:
+    the release shows whether an engine read other bytes than were sent, and such an engine must not serve. An engine
+    that never releases is evicted within the time of one operation after it has loaded.
     """
     live = push.live()
     if all(engine.stage is EngineStage.VERIFIED for engine in live) and not push.held():

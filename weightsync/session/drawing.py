@@ -1,7 +1,8 @@
 """Weights without buckets.
 
-An engine beside the trainer draws them: it reads the memory that ranks of its node expose. To those on other nodes
-bridges deliver what they have places for out of that memory, to all at once. Who cannot after all is given buckets.
+An engine on the trainer's node draws its weights: it reads the memory that ranks expose. To engines on other nodes,
+bridges deliver weights from that memory into the engines' places, to all engines at once. An engine that turns out to
+be unable to draw or to be delivered to is given buckets.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ __all__ = [
 
 
 def choose_who_draws(push: PushState) -> None:
-    """Engines beside which all of the trainer's ranks are, if these offer their weights in place; and those on
-    other nodes, if that goes for all of them: the buckets that one needs pass all of their nodes.
+    """Decide which engines draw: none, unless every rank is at home and offers its weights in place.
+
+    Engines on other nodes are delivered to only if all of them can be: buckets for one would pass every remote node
+    anyway.
     """
     offered = len(push.in_place) == push.world and set(push.rank_nodes.values()) == {push.home}
     elsewhere = all(engine.draws for engine in _away(push))
@@ -48,7 +51,7 @@ def on_rank_exposed(push: PushState, event: ev.RankExposed) -> None:
     if event.rank not in push.unexposed:
         return
     push.unexposed.discard(event.rank)
-    if event.problem:  # then all of it goes through slots
+    if event.problem:  # then all weights go through slots
         push.unexposed.clear()
         push.unmeasured.clear()
         push.phases.stop("fill", push.now)
@@ -60,7 +63,7 @@ def on_rank_measured(push: PushState, event: ev.RankMeasured) -> None:
     if event.rank not in push.unmeasured:
         return
     push.unmeasured.discard(event.rank)
-    if all(engine.draws for engine in push.live()):  # else what is filled is counted
+    if all(engine.draws for engine in push.live()):  # else the bytes filled into slots are counted
         push.filled_bytes += event.nbytes
     if not push.unmeasured:
         push.phases.stop("fill", push.now)
@@ -92,7 +95,7 @@ def on_weights_delivered(push: PushState, event: ev.WeightsDelivered) -> None:
         engine = succeeded(push, name, "deliver")
         if engine is None:  # it has left
             continue
-        if event.problem:  # buckets bring every byte of it again, out of arenas of which one may be another by now
+        if event.problem:  # buckets bring every byte again; it is begun anew, as an arena may have been replaced
             engine.stage = EngineStage.PAUSED
             _takes_buckets(push, engine)
         else:
@@ -103,7 +106,7 @@ def on_weights_delivered(push: PushState, event: ev.WeightsDelivered) -> None:
 
 
 def draw(push: PushState, engine: EngineTrack) -> None:
-    """Once every rank has said where its weights lie: begin one that draws or is delivered to, then have it so."""
+    """Once every rank has exposed its weights, begin the engine, then have it draw or be delivered to."""
     if push.unexposed:
         return
     if engine.stage is EngineStage.PAUSED:
@@ -121,14 +124,14 @@ def draw(push: PushState, engine: EngineTrack) -> None:
 
 
 def _deliver(push: PushState) -> None:
-    """To all engines elsewhere, once each has shown its places."""
+    """Deliver to all engines on other nodes, once each has shown its places."""
     away = _away(push)
     if push.delivering or any(engine.asked or not engine.shown for engine in away):
         return
     push.delivering = frozenset(engine.node for engine in away)
     for engine in away:
         ask(push, engine, "deliver")
-    # one call for the whole model, so its time grows with that; half of the push is left to buckets
+    # one call delivers the whole model, so its time grows with the bytes; half of the push's time is left for buckets
     usual = push.operation_timeout / 2 + push.nbytes / do.SLOWEST
     until = push.now + min((push.push_deadline - push.now) / 2, usual)
     names, nodes = (tuple(getattr(engine, of) for engine in away) for of in ("name", "node"))
@@ -136,10 +139,10 @@ def _deliver(push: PushState) -> None:
 
 
 def _takes_buckets(push: PushState, engine: EngineTrack) -> None:
-    """After all. What is filled is counted from here on: no slot is leased before all have drawn."""
+    """Fall back to buckets. `filled_bytes` restarts at zero: no slot is leased before every engine has drawn."""
     engine.draws, push.filled_bytes = False, 0
 
 
 def _away(push: PushState) -> list[EngineTrack]:
-    """Engines that are on other nodes than the trainer."""
+    """Return the live engines that are not on the trainer's node."""
     return [engine for engine in push.live() if engine.node != push.home]

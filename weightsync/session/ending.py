@@ -1,4 +1,4 @@
-"""How a push ends, and what is still awaited then: outcomes of what was under way, up to a grace period."""
+"""How a push ends, and the wait after it for outcomes of work that was under way, up to a grace period."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ SETTLED: dict[type[Event], str] = {
     ev.EnginePaused: "pause",
     ev.EngineBegun: "begin",
 }
-"""Successes of engines that change nothing after the end, and the instruction that each answers."""
+"""An engine's successes before any weights, and the instruction that each answers. After the end they come too late."""
 
 
 # --- the push as a whole --------------------------------------------------------------------------------------------
 
 
 def end_when_all_ended(push: PushState) -> None:
-    """It has ended well if an engine serves what was pushed, and badly if none is left that could."""
+    """End the push if no engine but keepers may still commit: well if one has committed, else as a failure."""
     if push.ended or push.worth_it():
         return
     if not push.committed:
         fail_without_engines(push)
-    elif not push.live():  # what a keeper is about to keep is waited for
+    elif not push.live():  # a keeper that may still commit is waited for
         _end(push, State.COMMITTED, None)
 
 
@@ -65,9 +65,9 @@ def fail_without_engines(push: PushState) -> None:
 
 
 def fail(push: PushState, error: ErrorRecord) -> None:
-    """End the push as a whole: engines not touched are let go, touched ones stay paused."""
+    """End the push as a failure. Engines that were not touched are let go; touched engines stay paused."""
     error = about(error, model=push.model, version=push.version)
-    if error.kind not in PUSH_ERRORS:  # of an engine, a bridge, a rank: what broke is told, how it ends is ours
+    if error.kind not in PUSH_ERRORS:  # an engine's, bridge's or rank's: the push keeps its message, not its kind
         error = about(error, kind="PushAborted")
     for engine in push.live():
         if engine.asked is None:
@@ -95,22 +95,23 @@ def _end(push: PushState, state: State, error: ErrorRecord | None) -> None:
 
 
 def drop_node(push: PushState, node: str, error: ErrorRecord, phase: str, *, lost: bool = False) -> None:
-    """A follower is out of this push, with each of its engines that has not ended. The push goes on without; unless
-    there are trainer ranks: without what they hold there is nothing to go on with.
+    """Take a follower out of this push, with each of its engines that has not ended. The push goes on without them.
+
+    If trainer ranks that are still needed run there, the push fails: it cannot go on without the weights they hold.
     """
     if node not in push.nodes or node == push.home:
         return
     push.nodes.discard(node)
     for engine in push.live():
         if engine.node == node:
-            engine.at_rest = lost  # there is nobody to tell
+            engine.at_rest = lost  # a lost node cannot be told to pause or resume
             evict(push, engine, about(error, engine=engine.name, phase=phase), lost=lost)
     ranks = push.ranks_on(node)
     for bucket in push.buckets:
         copy = bucket.copies.get(node)
-        if copy is None or copy.exporting:  # what is exported just now has holds to be revoked
+        if copy is None or copy.exporting:  # once its export has ended, its readers' holds have to be revoked
             continue
-        if not (copy.relaying or bucket.unfilled.intersection(ranks)):  # nor may others have what is written to
+        if not (copy.relaying or bucket.unfilled.intersection(ranks)):  # the next push may not get a slot still written
             del bucket.copies[node]
     if ranks and push.state in (State.OPENING, State.TRANSFERRING):
         who = f"trainer rank{'s' if len(ranks) > 1 else ''} {listed(ranks)} of node {node}"
@@ -119,7 +120,7 @@ def drop_node(push: PushState, node: str, error: ErrorRecord, phase: str, *, los
 
 
 def retire(push: PushState, node: str, bridge: int, reason: str) -> None:
-    """Somebody may still write into its arena who cannot be stopped."""
+    """Replace a bridge and its arena, because a process that cannot be stopped may still write into the arena."""
     until = push.now + push.operation_timeout
     push.issue(do.RetireBridge(node=node, bridge=bridge, reason=reason, deadline=until))
 
@@ -128,14 +129,14 @@ def retire(push: PushState, node: str, bridge: int, reason: str) -> None:
 
 
 def settle_engine(push: PushState, event: Event) -> None:
-    """A late success of an engine in a push that has failed: it is not going to commit."""
+    """Evict an engine whose late success arrives after the push has ended: it cannot commit any more."""
     engine = answered(push, getattr(event, "engine", ""), SETTLED[type(event)])
     if engine is not None:
         evict_late(push, engine)
 
 
 def on_last_answer(push: PushState, event: Event) -> None:
-    """A success of an engine that has left meanwhile; of no other was it asked for in this state."""
+    """Note the last success of an engine that has left. In this state no other engine is asked for it."""
     engine = push.engines.get(getattr(event, "engine", ""))
     if engine is not None and engine.stage.ended:
         answered(push, engine.name, SETTLED[type(event)])
@@ -147,7 +148,7 @@ def on_stop_after_end(push: PushState, event: ev.StopRequested) -> None:
 
 
 def abandon(push: PushState) -> None:
-    """The grace is over. Whoever has not answered is given up; arenas they may still touch are replaced."""
+    """Give up on engines that have not answered: the grace is over. Arenas that may still be in use are replaced."""
     words, _ = waited_for(push)
     error = record(push, "PushTimeout", f"no answer within the grace period; waited for {words}")
     for engine in push.engines.values():
@@ -171,4 +172,4 @@ def abandon(push: PushState) -> None:
 
 
 def ignore(push: PushState, event: Event) -> None:
-    """Late, early or twice: of no consequence in this state."""
+    """Ignore an event that comes late, early or twice."""

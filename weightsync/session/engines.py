@@ -1,7 +1,7 @@
-"""One engine of a push: it is asked for one thing at a time, answers, and may leave before its time.
+"""One engine of a push: it is asked for one thing at a time, answers, and may leave early.
 
-A *touched* engine that leaves is torn: paused where it still served, and never resumed. An untouched one is let go: it
-is resumed if this push paused it.
+A *touched* engine that leaves is torn: it is paused if it may still serve, and never resumed. An untouched engine that
+leaves is resumed if this push paused it.
 """
 
 from __future__ import annotations
@@ -27,28 +27,30 @@ _PHASES = {
     "resume": "finalise",
     "verify": "verify",
 }
-"""Those of a report that work of an engine counts as, by instruction."""
+"""The phase of the report that an engine's work counts as, by instruction."""
 
 
 # --- what it is asked -----------------------------------------------------------------------------------------------
 
 
 def ask(push: PushState, engine: EngineTrack, what: str) -> None:
-    """Something is under way at the engine from now on. What it is asked once it has left counts as no phase."""
+    """Note that the instruction `what` is under way at the engine. `let_rest` does not call this, so that work of an
+    engine that has left counts as no phase.
+    """
     engine.asked, engine.phase = what, _PHASES.get(what)
     if engine.phase is not None:
         push.phases.start(engine.phase, push.now)
 
 
 def nothing_asked(push: PushState, engine: EngineTrack) -> None:
-    """Nothing is under way at it any more, or nobody waits for it."""
+    """Note that nothing is under way at the engine any more, or that its answer is given up."""
     if engine.phase is not None:
         push.phases.stop(engine.phase, push.now)
     engine.asked = engine.phase = None
 
 
 def answered(push: PushState, name: str, asked: str) -> EngineTrack | None:
-    """The engine that has just ended what it was `asked`, or None when that is of no consequence any more."""
+    """Return the engine that has answered the instruction `asked`, or None if the answer changes nothing any more."""
     engine = push.engines.get(name)
     if engine is None or engine.asked != asked:
         return None
@@ -60,7 +62,7 @@ def answered(push: PushState, name: str, asked: str) -> EngineTrack | None:
 
 
 def succeeded(push: PushState, name: str, asked: str) -> EngineTrack | None:
-    """As `answered`, for work on weights: done after the push has ended it is too late, and its engine leaves."""
+    """Do as `answered`, for work on weights: if it ends after the push has, evict the engine and return None."""
     engine = answered(push, name, asked)
     if engine is not None and push.ended:
         evict_late(push, engine)
@@ -72,9 +74,9 @@ def succeeded(push: PushState, name: str, asked: str) -> EngineTrack | None:
 
 
 def evict(push: PushState, engine: EngineTrack, error: ErrorRecord, *, lost: bool = False) -> None:
-    """Take the engine out of this push; its readers' holds are revoked, since what it may still read is never served.
+    """Take the engine out of this push, and revoke its readers' holds: weights that they still read are never served.
 
-    One that answers is torn where it was touched, and let go where it was not.
+    If the engine is not `lost`, it is torn if this push touched it or it was torn before, else skipped.
     """
     engine.error = engine.error or error
     for index, bucket in enumerate(push.buckets):
@@ -91,7 +93,7 @@ def evict(push: PushState, engine: EngineTrack, error: ErrorRecord, *, lost: boo
 
 
 def evict_late(push: PushState, engine: EngineTrack) -> None:
-    """The push has ended without it."""
+    """Evict an engine that answers after the push has ended."""
     evict(push, engine, push.error or record(push, "PushAborted", "the push had ended"))
 
 
@@ -100,9 +102,9 @@ def revoke(push: PushState, engine: str, bucket: int) -> None:
 
 
 def let_rest(push: PushState, engine: EngineTrack) -> None:
-    """Once an ended engine has nothing under way: pause it if it serves a mixture, resume it if we paused it.
+    """Once nothing is under way at an ended engine, pause it if it may serve a mixture, or resume it if we paused it.
 
-    A lost engine may only be slow, and serve: it is told to pause all the same.
+    A lost engine is told to pause, too: it may only be slow, and still serve.
     """
     if engine.asked is not None or engine.at_rest:
         return

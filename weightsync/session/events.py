@@ -1,8 +1,7 @@
-"""What a session hears. Each event is a fact that has happened: a message of a trainer rank, or the outcome of an
-instruction.
+"""Events: what a session hears. Each is a fact: a trainer rank's message, an instruction's outcome, or a loss.
 
 Events name things by id and count bytes; they hold no tensor. They are plain data, because a follower node sends the
-outcomes of the instructions it carried out back to the coordinating node in this same form.
+outcomes of its instructions to the coordinating node in this same form.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ __all__ = [
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of everything a session hears."""
+    """Base of all events."""
 
 
 # --- from the trainer ranks ---------------------------------------------------------------------------------------
@@ -60,8 +59,8 @@ class RankOpened(Event, frozen=True):
 
     rank: int
     layout: bytes  # digest of its layout
-    node: str = ""  # that it runs on; "" for the trainer's node that coordinates, home
-    slots: tuple[int, ...] = ()  # of that node's bridges, if it is another
+    node: str = ""  # where it runs; "" means home
+    slots: tuple[int, ...] = ()  # slots of each bridge of that node, unless it is home
     describe_seconds: float = 0.0
     in_place: bool = False  # engines may read its weights where they lie
     partial: bool = False  # it was told to leave tensors out
@@ -82,17 +81,17 @@ class RankFilled(Event, frozen=True):
 
 
 class RankExposed(Event, frozen=True):
-    """The rank's weights lie where it has said, and may be read there."""
+    """The rank has said where its weights lie, and they can be read there, unless there is a `problem`."""
 
     rank: int
-    problem: str = ""  # why they cannot
+    problem: str = ""  # why they cannot be read
 
 
 class RankMeasured(Event, frozen=True):
-    """The rank has told the fingerprints of all that it exposes."""
+    """The rank has sent the fingerprints of all the weights that it exposes."""
 
     rank: int
-    nbytes: int  # that it exposes
+    nbytes: int  # bytes that it exposes
 
 
 class RankFailed(Event, frozen=True):
@@ -119,7 +118,7 @@ class RankStopped(Event, frozen=True):
 
 
 class LayoutsMissing(Event, frozen=True):
-    """No plan is cached for these layouts, and those of `ranks` are not known."""
+    """No plan is cached for the ranks' layouts, and the layouts of `ranks` are not known."""
 
     ranks: tuple[int, ...]
 
@@ -166,14 +165,12 @@ class EngineProbed(Event, frozen=True):
 
 
 class EngineAccepted(Event, frozen=True):
-    """The engine can take every tensor of the manifest; `not_pushed` of its own tensors are not in it, None where it
-    cannot tell.
-    """
+    """The engine can take every tensor of the manifest."""
 
     engine: str
-    not_pushed: int | None = 0
-    needs_all: bool = False  # it is torn or sleeps: what is not pushed would belong to no version
-    draws: bool = False  # it can read these weights where ranks of its node expose them, or show where to write them
+    not_pushed: int | None = 0  # how many of its own tensors are not in the manifest; None: it cannot tell
+    needs_all: bool = False  # it is torn or asleep: tensors that are not pushed would belong to no version
+    draws: bool = False  # it can read these weights where ranks of its node expose them, or show places for them
 
 
 class EnginePaused(Event, frozen=True):
@@ -189,29 +186,25 @@ class EngineBegun(Event, frozen=True):
 
 
 class WeightsDrawn(Event, frozen=True):
-    """The engine has read what it needs out of the trainer's memory, and reads no more; or found that it cannot, and
-    has to load buckets.
-    """
+    """The engine has stopped reading the trainer's memory."""
 
     engine: str
-    drawn: bool
+    drawn: bool  # it has read all that it needs; if not, it could not, and has to load buckets
 
 
 class PlacesShown(Event, frozen=True):
-    """Bridges may write into the engine's places, which it has shown."""
+    """The engine has shown its places, and bridges can write into them, unless there is a `problem`."""
 
     engine: str
-    problem: str = ""  # why they cannot
+    problem: str = ""  # why they cannot be written
 
 
 class BucketLoaded(Event, frozen=True):
-    """The engine answered that it loaded the bucket, and those after it, `count` in all. It may still be reading their
-    slots.
-    """
+    """The engine answered that it loaded `count` buckets, beginning with `bucket`. It may still read their slots."""
 
     engine: str
     bucket: int
-    count: int = 1  # as it was asked for
+    count: int = 1  # as many as it was asked to load
 
 
 class BucketReleased(Event, frozen=True):
@@ -230,10 +223,10 @@ class EngineFinished(Event, frozen=True):
 
 
 class EngineVerified(Event, frozen=True):
-    """What lies in its memory is what the trainer holds (`checked` tensors compared), as far as it lets one look."""
+    """The engine's memory holds the trainer's weights, as far as the engine can compare them."""
 
     engine: str
-    checked: int = 0
+    checked: int = 0  # tensors compared
 
 
 class EngineResumed(Event, frozen=True):
@@ -243,7 +236,7 @@ class EngineResumed(Event, frozen=True):
 
 
 class EngineFailed(Event, frozen=True):
-    """The instruction called `phase` failed on the engine; `lost` when it does not answer any more."""
+    """The instruction called `phase` failed on the engine; `lost` if the engine does not answer any more."""
 
     engine: str
     phase: str
@@ -262,7 +255,7 @@ class BucketExported(Event, frozen=True):
 
 
 class BucketRelayed(Event, frozen=True):
-    """The broadcast has ended: `nodes` hold the bucket, `failed` do not."""
+    """The broadcast or exchange has ended: `nodes` hold the bucket, `failed` do not."""
 
     bucket: int
     nodes: tuple[str, ...]
@@ -270,10 +263,10 @@ class BucketRelayed(Event, frozen=True):
 
 
 class WeightsDelivered(Event, frozen=True):
-    """The bridges have brought all that these engines need, and write no more."""
+    """The bridges have delivered all that these engines need, unless there is a `problem`, and write no more."""
 
     engines: tuple[str, ...]
-    problem: str = ""  # why not; some of it may have been written
+    problem: str = ""  # why they could not; some bytes may have been written
 
 
 class BridgeLost(Event, frozen=True):
@@ -299,6 +292,6 @@ class Tick(Event, frozen=True):
 
 
 class StopRequested(Event, frozen=True):
-    """The daemon is stopping and has waited long enough."""
+    """The daemon is stopping and has waited long enough, or its own work on the push failed unexpectedly."""
 
     reason: str

@@ -1,4 +1,4 @@
-"""What may go wrong, and what it means: one engine is out, one node is out, or the push fails as a whole."""
+"""Rules for failures: one engine is out, one node is out, or the push fails as a whole."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def on_engine_failed(push: PushState, event: ev.EngineFailed) -> None:
         return
     evict(push, engine, event.error, lost=event.lost)
     refused = event.error.kind == "EngineRefused" and not engine.keeper
-    if refused and not push.ended:  # it is well, and what was asked is wrong
+    if refused and not push.ended:  # the engine is well, but cannot take what is pushed
         message = f"engine {engine.name} cannot take these weights: {event.error.message}"
         fail(push, about(event.error, kind="PushRefused", message=message, engine=engine.name))
-    end_when_all_ended(push)  # before there is a plan, too
+    end_when_all_ended(push)  # `go_on` does so only once there is a plan
 
 
 def on_node_lost(push: PushState, event: ev.NodeLost) -> None:
@@ -49,10 +49,10 @@ def on_node_lost(push: PushState, event: ev.NodeLost) -> None:
     for engine in push.engines.values():
         if engine.node == event.node:
             nothing_asked(push, engine)
-    if event.node != push.home:  # nor is an export heard of that was under way there when it was dropped
+    if event.node != push.home:  # an export that was under way there will have no outcome
         for index in range(len(push.buckets)):
             lose_copy(push, index, event.node)
-    end_when_all_ended(push)  # before there is a plan, too
+    end_when_all_ended(push)  # `go_on` does so only once there is a plan
 
 
 def on_bridge_lost(push: PushState, event: ev.BridgeLost) -> None:
@@ -76,7 +76,7 @@ def on_rank_failed(push: PushState, event: ev.RankFailed) -> None:
 
 
 def on_rank_lost(push: PushState, event: ev.RankLost) -> None:
-    """The rank may be alive and still writing: the arenas it holds leases in are replaced."""
+    """Replace the arenas in which the rank holds leases: it may be alive and still writing. Fail if it is needed."""
     bucket, phase = _at_work(push, event.rank)
     node = push.rank_nodes.get(event.rank, push.home)
     held = {b.copies[node].slot.bridge for b in push.buckets if event.rank in b.unfilled and node in b.copies}
@@ -89,12 +89,12 @@ def on_rank_lost(push: PushState, event: ev.RankLost) -> None:
 
 
 def on_rank_stopped(push: PushState, event: ev.RankStopped) -> None:
-    """Of a push that has ended, of which it has heard."""
+    """Note that the rank has heard of the end of the push, and writes no more."""
     rank_writes_no_more(push, event.rank)
 
 
 def _at_work(push: PushState, rank: int) -> tuple[int | None, str]:
-    """The bucket that the rank was filling, if it was, and the phase it was in."""
+    """Return the bucket that the rank is filling, or None, and the phase that it is in."""
     bucket = next((i for i, b in enumerate(push.buckets) if rank in b.unfilled), None)
     filling = bucket is not None or rank in push.unexposed or rank in push.unmeasured
     return bucket, "fill" if filling else phase_of(push)

@@ -1,7 +1,7 @@
-"""What a session answers: things to do. Each is carried out by the daemon's dispatcher and ends in exactly one event.
+"""Instructions: what a session answers, and the daemon carries out. Each class names the events that it ends in.
 
-Every instruction that waits for somebody else carries `deadline`, absolute seconds on the clock that `handle(…, now)`
-was given. An instruction past its deadline ends in the event that says so (`EngineFailed`, `BridgeLost`, …).
+An instruction that waits for an engine or a bridge has a `deadline`, in absolute seconds on the clock of
+`handle(…, now)`. Past its deadline it ends in the event for that failure (`EngineFailed`, `BridgeLost`, …).
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import msgspec
 
 from weightsync.errors import ErrorRecord
 
-MOST_LOADED = 8  # buckets in one call, which has the time of one operation
-SLOWEST = 1e9  # bytes a second: a delivery, which is of a whole model, is given so much time, and slower wires buckets
+MOST_LOADED = 8  # buckets in one call, because a call has the time of one operation
+SLOWEST = 1e9  # bytes a second: a delivery of the whole model has time for this rate; slower wires get buckets
 __all__ = [
     "MOST_LOADED",
     "SLOWEST",
@@ -47,7 +47,7 @@ __all__ = [
 
 
 class Slot(msgspec.Struct, frozen=True):
-    """One bucket-sized piece of the arena of one bridge of one node."""
+    """One bucket-sized division of a bridge's arena."""
 
     node: str
     bridge: int
@@ -55,12 +55,12 @@ class Slot(msgspec.Struct, frozen=True):
 
 
 class Instruction(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Base of everything a session answers."""
+    """Base of all instructions."""
 
     deadline: float = 0.0
 
 
-# --- towards the trainer ranks; these end at once, in no event ---------------------------------------------------
+# --- towards the trainer ranks: messages, and the events are the ranks' answers -----------------------------------
 
 
 class AskLayout(Instruction, frozen=True):
@@ -70,15 +70,17 @@ class AskLayout(Instruction, frozen=True):
 
 
 class AnnouncePlan(Instruction, frozen=True):
-    """Send every rank the manifest (where it has it not), what it fills, and the offers of the arenas. `expose`: each
-    is also to say where its weights lie; ends in one `RankExposed` and, where that went well, one `RankMeasured` each.
+    """Send every rank the manifest (unless it has it), the parts that it fills, and the offers of the arenas.
+
+    With `expose`, each rank is also asked where its weights lie. It answers with one `RankExposed` and, if that has no
+    problem, one `RankMeasured`.
     """
 
     expose: bool = False
 
 
 class GrantLease(Instruction, frozen=True):
-    """`ranks`, all on the slot's node, may write their parts of the bucket into it. Ends in one `RankFilled` each."""
+    """Let `ranks`, all on the slot's node, write their parts of the bucket there. Ends in one `RankFilled` each."""
 
     bucket: int
     slot: Slot
@@ -86,11 +88,11 @@ class GrantLease(Instruction, frozen=True):
 
 
 class ReleaseWeights(Instruction, frozen=True):
-    """Tell every rank that nobody reads what it exposes any more."""
+    """Tell every rank that the weights that it exposes are not read any more. Ends in no event."""
 
 
 class EndPush(Instruction, frozen=True):
-    """Tell every rank the outcome: the report, or the error that is raised on all of them alike."""
+    """Tell every rank the outcome: the report, or the error that all of them raise. Ends in no event."""
 
     error: ErrorRecord | None = None
 
@@ -103,7 +105,7 @@ class MakePlan(Instruction, frozen=True):
 
 
 class FormRails(Instruction, frozen=True):
-    """See that the communicator reaches `nodes`. Ends in `RailsFormed` of the same number."""
+    """Have the communicators reach `nodes`. Ends in `RailsFormed` of the same number."""
 
     nodes: tuple[str, ...]
     number: int
@@ -144,16 +146,15 @@ class DrawWeights(Instruction, frozen=True):
 
 
 class ShowPlaces(Instruction, frozen=True):
-    """Have the engine, which is on another node than the trainer, show where it has places for what it needs. Ends in
-    `PlacesShown`.
-    """
+    """Have an engine on another node than the trainer's show its places. Ends in `PlacesShown`."""
 
     engine: str
 
 
 class LoadBucket(Instruction, frozen=True):
-    """Hand each tensor-parallel rank of the engine its tickets for the bucket, and for those after it, `count` in all.
-    Ends in one `BucketLoaded` of the same.
+    """Hand each tensor-parallel rank of the engine its tickets for `count` buckets, beginning with `bucket`.
+
+    Ends in one `BucketLoaded` for all of them.
     """
 
     engine: str
@@ -162,14 +163,14 @@ class LoadBucket(Instruction, frozen=True):
 
 
 class AwaitRelease(Instruction, frozen=True):
-    """Wait for the fence of this engine's readers. Ends in `BucketReleased`, with `leaked` once the deadline passed."""
+    """Wait for the fence of this engine's readers. Ends in `BucketReleased`, with `leaked` if the deadline passes."""
 
     engine: str
     bucket: int
 
 
 class FinishEngine(Instruction, frozen=True):
-    """Everything is loaded: post-process, flush, set the version."""
+    """Have the engine post-process, flush and set the version: everything is loaded."""
 
     engine: str
 
@@ -181,7 +182,7 @@ class VerifyEngine(Instruction, frozen=True):
 
 
 class ResumeEngine(Instruction, frozen=True):
-    """Serve again."""
+    """Have the engine serve again."""
 
     engine: str
 
@@ -211,8 +212,9 @@ class RelayBucket(Instruction, frozen=True):
 
 
 class ExchangeBucket(Instruction, frozen=True):
-    """Ranks of several nodes have written parts of the bucket, each into its own node's slot of `slots`: have the
-    bridges give them to one another, so that all have it whole. Ends in `BucketRelayed`, which names home, too.
+    """Have the bridges exchange the parts of a bucket, which ranks have written into their own nodes' slots of `slots`.
+
+    Then each of these slots has the whole bucket. Ends in `BucketRelayed`, which names home, too.
     """
 
     bucket: int
@@ -220,23 +222,24 @@ class ExchangeBucket(Instruction, frozen=True):
 
 
 class DeliverWeights(Instruction, frozen=True):
-    """Have the bridges bring what these engines have places for, each on its node of `nodes`, out of the memory that
-    the trainer's ranks expose straight into these places. Ends in `WeightsDelivered`.
+    """Have the bridges bring weights straight from the memory that ranks expose into the places of these engines.
+
+    Ends in `WeightsDelivered`.
     """
 
     engines: tuple[str, ...]
-    nodes: tuple[str, ...]
+    nodes: tuple[str, ...]  # of each engine
 
 
 class RevokeBucket(Instruction, frozen=True):
-    """The engine is out: take its readers' hold on the bucket away. Ends in no event."""
+    """Revoke the hold on the bucket of an engine's readers, because the engine was evicted. Ends in no event."""
 
     engine: str
     bucket: int
 
 
 class RetireBridge(Instruction, frozen=True):
-    """Somebody who cannot be reached may still write into this bridge's arena: replace both. Ends in no event."""
+    """Replace a bridge and its arena, because an unreachable process may still write there. Ends in no event."""
 
     node: str
     bridge: int

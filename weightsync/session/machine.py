@@ -1,27 +1,28 @@
-"""The rules of one push.
+"""The session of one push: turns events into instructions.
 
-`PushSession.handle(event, now)` answers with instructions; the daemon carries them out and every outcome, failures and
-deadlines included, comes back as an event. `TRANSITIONS` is the whole of it: one row for each state and event says
-which rule decides and which states may follow; the diagram in docs/ is drawn from it.
+`PushSession.handle(event, now)` returns instructions. The daemon carries them out, and reports every outcome as an
+event, failures and deadlines included. `TRANSITIONS` has one row for each state and event: the rule that decides, and
+the states that may follow. The diagram in docs/ is drawn from it.
 
     OPENING        ranks arrive, engines are probed, the plan is made, every engine accepts the manifest
     TRANSFERRING   engines are paused, slots leased, filled, exported, relayed and loaded
-    COMMITTING     everything is loaded: engines finish, verify, let go of slots, and, when all have, resume together
+    COMMITTING     everything is loaded: engines finish, verify and release slots; when all have, they resume together
     COMMITTED      every engine that was not evicted on the way serves the new version
     ABORTED        ended with no engine touched
-    TORN           ended with at least one engine touched; `torn` lists those that are left so
+    TORN           ended with at least one engine touched; `torn` lists the engines that are left torn
 
 Three rules hold throughout. An engine is *touched* from the moment `BeginEngine` is issued; a touched engine that
 does not commit is torn and is never resumed. A slot is leased again only when its fillers have reported and each of
-its readers has released it or was evicted. And one failing engine is evicted while the others go on; the push itself
-fails only when a trainer rank, the bytes or the last engine is gone, or an engine refuses what was asked.
+its readers has released it or was evicted. If one engine fails, it is evicted and the others go on. The push itself
+fails only if it is refused or stopped, if a trainer rank, the bytes or the last engine is gone, or if time is up.
 
-After the end (`ended`) outcomes still under way are awaited, for `grace` seconds at most; then the session is `done`
-and the slots are free for the next push.
+After the end (`ended`) the session waits for outcomes still under way, for `operation_timeout + grace` seconds at most.
+Then it is `done`, and the slots are free for the next push.
 
-The rules are plain functions over one `PushState`, in a module for each part of a push: `opening`, `drawing`,
-`transferring`, `committing`, `ending`, and `failing` for whenever. A rule notes what was heard, and asks for what
-follows from that alone. Then `go_on` asks for whatever has become possible: no rule has to know what waited for it.
+The rules are plain functions over one `PushState`. Each part of a push has a module of rules: `opening`, `drawing`,
+`transferring`, `committing` and `ending`; `failing` has the rules for failures at any time. A rule notes the event and
+issues the instructions that follow from it alone. Then `go_on` issues all instructions that have become possible, so
+that no rule has to know which work waited for it.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ __all__ = ["TRANSITIONS", "PushSession", "State"]
 class PushSession(PushState):
     """One push of one version of one model by one group of trainer ranks.
 
-    After construction, carry out `start(now)`; then give every event to `handle` and carry out what it returns. Call
-    `handle(Tick(), now)` when `deadline()` is reached.
+    After construction, carry out the instructions that `start(now)` returns. Then give every event to `handle`, and
+    carry out the instructions that it returns. Call `handle(Tick(), now)` when `deadline()` is reached.
     """
 
     def start(self, now: float) -> list[Instruction]:
@@ -62,7 +63,7 @@ class PushSession(PushState):
         return self.out
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Hear one event. A duplicate or late one changes nothing."""
+        """Handle one event. An event that nothing waits for, such as a duplicate, changes nothing."""
         rule, follows = TRANSITIONS[self.state, type(event)]
         before = self.state
         self.now, self.out = now, []
@@ -73,7 +74,7 @@ class PushSession(PushState):
         return self.out
 
     def waiting_for(self) -> str:
-        """What keeps the push from going on, in words, for errors and status."""
+        """Say in words what the push waits for, for errors and status."""
         return waited_for(self)[0]
 
     def validate(self) -> None:
@@ -82,32 +83,30 @@ class PushSession(PushState):
 
 
 def go_on(push: PushState) -> None:
-    """Ask for whatever has become possible; a second time, without another event, there is nothing."""
+    """Issue all instructions that have become possible. A second call without another event issues none."""
     free_slots(push)
     if push.state is State.OPENING:
         open_on(push)
-    if push.state is State.TRANSFERRING:  # perhaps just now, and so below
+    if push.state is State.TRANSFERRING:  # `open_on` may just have changed the state, as `transfer_on` may below
         transfer_on(push)
     if push.state is State.COMMITTING:
         commit_on(push)
 
 
 def transfer_on(push: PushState) -> None:
-    """Slots and relays in bucket order, and each engine by itself: by buckets, or without. Once all that are left have
-    everything: commit.
-    """
+    """Lease slots and relay buckets in order, and let each engine draw or load. Commit once all have everything."""
     if not push.worth_it():
         end_when_all_ended(push)
         return
     live = push.live()
     drawing = any(engine.draws and not push.has_all(engine) for engine in live)
     if not (drawing or push.delivering or all(engine.draws for engine in live)):
-        grant(push)  # not before: an engine that finds that it cannot draw needs every bucket
+        grant(push)  # not earlier: an engine that turns out to be unable to draw needs every bucket
     relay(push)
     for engine in live:
         if engine.asked is None:
             (draw if engine.draws else load)(push, engine)
     loaded = all(engine.stage is EngineStage.LOADING and push.has_all(engine) for engine in live)
     measured = not (push.unmeasured and any(engine.draws for engine in live))
-    if loaded and measured and not push.delivering:  # a delivery to one that was lost reads the weights still
+    if loaded and measured and not push.delivering:  # a delivery reads the weights even after its engine was lost
         begin_commit(push)

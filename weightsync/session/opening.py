@@ -106,12 +106,10 @@ def on_plan_failed(push: PushState, event: ev.PlanFailed) -> None:
 
 
 def plan_anew(push: PushState) -> None:
-    """A bridge at home was lost. Nothing was leased yet: its successor will do, once the plan and the rails stand on
-    it.
-    """
+    """Plan again, because a bridge at home was lost. Nothing was leased yet, so its successor can take its place."""
     if push.planned:
         push.planned = push.rails_ready = False
-        push.rails_number += 1  # what is being formed stands on the old one
+        push.rails_number += 1  # rails that are being formed include the old bridge
         _plan(push)
 
 
@@ -119,7 +117,7 @@ def plan_anew(push: PushState) -> None:
 
 
 def _form_rails(push: PushState) -> None:
-    """Of nodes with engines, and with ranks that write: replicas elsewhere need not be reached."""
+    """Form rails between the nodes that have engines or ranks that write. Nodes with replicas alone leave the push."""
     writers = {push.rank_nodes[rank] for rank in frozenset[int]().union(*(b.fillers for b in push.buckets))}
     push.spread = bool(writers - {push.home})
     push.nodes &= {push.home, *writers, *(e.node for e in push.live())}
@@ -135,7 +133,7 @@ def _form_rails(push: PushState) -> None:
 
 
 def on_rails_formed(push: PushState, event: ev.RailsFormed) -> None:
-    if push.rails_ready or event.number != push.rails_number:  # asked for once more since
+    if push.rails_ready or event.number != push.rails_number:  # rails have been asked for again since
         return
     push.rails_ready = True
     for node, error in event.failed:
@@ -167,8 +165,8 @@ def on_engine_accepted(push: PushState, event: ev.EngineAccepted) -> None:
 
 
 def open_on(push: PushState) -> None:
-    """Once the plan is made and the rails stand: show the plan to every engine that has answered its probe; once
-    all have accepted it, begin.
+    """Show the plan to all engines once it is made, the rails stand and every engine has answered its probe. Begin the
+    transfer once all have accepted the plan.
     """
     if not (push.planned and push.rails_ready):
         return
@@ -186,7 +184,7 @@ def open_on(push: PushState) -> None:
 
 
 def _version_rises(push: PushState) -> bool:
-    """Whether every engine serves an older version; if not, the push is refused."""
+    """Return whether the version is above all that engines serve or that was pushed before; refuse the push if not."""
     served = {e.version: e.name for e in push.live() if e.version is not None and not (e.was_torn or e.keeper)}
     newest = max(served, default=None)
     if newest is not None and newest >= push.version:

@@ -1,4 +1,4 @@
-"""What holds of a push after every event, whatever happens; tests ask it each time."""
+"""Promises that hold after every event of a push, whatever happens. Tests check them each time."""
 
 from __future__ import annotations
 

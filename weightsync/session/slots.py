@@ -1,4 +1,4 @@
-"""Slots of bridges: leased in bucket order, and taken back when nobody uses what lies in them."""
+"""Slots of bridges: leased in bucket order, and taken back when no process uses the bucket in them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ __all__ = ["forget_arena", "free_slots", "grant", "lose_copy", "rank_writes_no_m
 
 
 def grant(push: PushState) -> None:
-    """Lease slots, in bucket order. Where ranks of several nodes write, a bucket gets its slots on all nodes at
-    once: one that waited for a slot while later ones held them all would wait for ever.
+    """Lease slots, in bucket order.
+
+    If ranks of several nodes write, a bucket gets its slots on all nodes at once. Otherwise later buckets could hold
+    all slots of a node for which an earlier bucket waits, and neither would go on.
     """
     nodes = sorted(push.nodes) if push.spread else [push.home]
     for owner, waiting in push.ungranted.items():
@@ -37,7 +39,7 @@ def grant(push: PushState) -> None:
 
 
 def free_slots(push: PushState) -> None:
-    """Take back each copy that nobody writes, sends or reads any more."""
+    """Take back the slot of each copy that is no longer written, sent or read."""
     remote = push.receivers()
     for index in list(push.active):
         bucket = push.buckets[index]
@@ -52,7 +54,7 @@ def free_slots(push: PushState) -> None:
 
 
 def lose_copy(push: PushState, index: int, node: str) -> None:
-    """Its arena is gone, or nobody will be heard of it any more."""
+    """Forget the bucket's copy on a node: its arena is gone, or no more events about it will come."""
     copies = push.buckets[index].copies
     copy = copies.pop(node, None)
     if copy is not None and copy.exporting:
@@ -62,7 +64,7 @@ def lose_copy(push: PushState, index: int, node: str) -> None:
 
 
 def forget_arena(push: PushState, node: str, bridge: int) -> None:
-    """It is gone, with every lease and export in it; its successor is empty."""
+    """Forget the leases and exports in an arena that is gone. The arena that succeeds it is empty."""
     for index in push.active:
         bucket = push.buckets[index]
         copy = bucket.copies.get(node)
@@ -75,7 +77,7 @@ def forget_arena(push: PushState, node: str, bridge: int) -> None:
 
 
 def rank_writes_no_more(push: PushState, rank: int) -> None:
-    """Whatever it was leased."""
+    """End the rank's part in every bucket that is leased to it."""
     for bucket in push.buckets:
         bucket.unfilled.discard(rank)
 

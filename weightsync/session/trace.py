@@ -1,8 +1,8 @@
-"""What a push did when: spans from each instruction to the event that ended it.
+"""Records what a push did when: spans from each instruction to the event that ended it.
 
-Pure: a `Trace` is told what a session was given and what it answered, and by which clock. It only notes that, which is
-cheap enough for every push; spans are made when somebody asks for them, and `weightsync.chrome_trace` puts them into a
-file. Every node is a process there, and the trainer another; lanes are ranks, bridges and engines.
+Pure: a `Trace` is told each event and each answer of a session, with its time. It only notes them, which is cheap
+enough for every push. `Trace.spans` makes spans of the notes, and `weightsync.chrome_trace` puts them into a file. In
+that file each node is a process, and the trainer is another; lanes are ranks, bridges and engines.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["NOTES", "TRAINER", "Span", "Trace"]
 
-NOTES = 100_000  # of one push; after them those of single buckets are left out
-LAST = 10_000  # notes more that there may be, of what is few: failures, each engine's steps, the end
+NOTES = 100_000  # in one push; after them, notes of single buckets are left out
+LAST = 10_000  # more notes, for what is rare: failures, each engine's steps, the end
 
 _STEPS: dict[type[do.Instruction], str] = {
     do.ProbeEngine: "probe",
@@ -44,7 +44,7 @@ _ENDS: dict[type[ev.Event], str] = {
     ev.EngineVerified: "verify",
     ev.EngineResumed: "resume",
 }
-# of single buckets, and well: as many as there are buckets, for each rank or engine
+# successes of single buckets, which come for each bucket and each rank or engine
 _MANY = (ev.RankFilled, ev.BucketExported, ev.BucketRelayed, ev.BucketLoaded, ev.BucketReleased)
 _MANY_TOLD = (do.GrantLease, do.ExportBucket, do.RelayBucket, do.ExchangeBucket, do.LoadBucket, do.AwaitRelease)
 _OF_BUCKETS = ("fill", "export", "wire", "load", "release")
@@ -54,7 +54,7 @@ _Key = tuple[object, ...]
 
 @dataclass(slots=True)
 class Span:
-    """One piece of work. `begin` and `end` are seconds of the session's clock; no end: it was under way at the last."""
+    """One piece of work. `begin` and `end` are seconds of the session's clock; `end` is None while it is under way."""
 
     process: str  # a node, or the trainer
     lane: str
@@ -64,33 +64,33 @@ class Span:
     end: float | None = None
     failed: str = ""
     bucket: int | None = None
-    count: int = 1  # of buckets, this and those after it
+    count: int = 1  # number of buckets, beginning with `bucket`
     nbytes: int = 0
     engine: str = ""
     rank: int | None = None
-    cut: bool = False  # it was under way when the trace was full: `end` is when that was
+    cut: bool = False  # it was under way when the trace became full, and `end` is that time
 
 
 class Trace:
     """The spans of one push."""
 
     def __init__(self, home: str, engines: Mapping[str, str], start: float) -> None:
-        """`engines` says on which node each is."""
+        """`engines` maps each engine's name to its node."""
         self.home = home
         self.start = start
         self.dropped = 0  # notes that were left out
         self._engines = engines
         self._times = array("d")
         self._notes: list[ev.Event | list[do.Instruction]] = []  # what was heard, and what was answered
-        self._cut: tuple[int, float] | None = None  # before which note the first was left out, and when
+        self._cut: tuple[int, float] | None = None  # where the first left-out note would have been, and its time
 
     def told(self, instructions: list[do.Instruction], now: float) -> None:
-        """What the session has answered. The list is kept: it must not be changed any more."""
+        """Note what the session has answered. The list is kept, so it must not be changed any more."""
         if instructions:
             self._note(instructions, now)
 
     def heard(self, event: ev.Event, now: float) -> None:
-        """What the session was given."""
+        """Note what the session was given."""
         if not isinstance(event, ev.Tick):
             self._note(event, now)
 
@@ -107,7 +107,7 @@ class Trace:
         self._notes.append(note)
 
     def spans(self) -> list[Span]:
-        """All that is known by now, in the order of their beginnings as they were told."""
+        """Return all spans known by now, in the order in which they became known."""
         reading = _Reading(self.home, self._engines)
         notes, (cut, full) = tuple(self._notes), self._cut or (-1, 0.0)  # a push under way adds to them meanwhile
         for i, (now, note) in enumerate(zip(self._times, notes, strict=False)):
@@ -124,7 +124,7 @@ class Trace:
 
 
 def _few(note: ev.Event | list[do.Instruction]) -> ev.Event | list[do.Instruction] | None:
-    """What of it is noted even when a trace is full: itself, a part or nothing."""
+    """Return what a full trace still takes of a note: all of it, some of its instructions, or None."""
     if isinstance(note, list):
         few = [instruction for instruction in note if not isinstance(instruction, _MANY_TOLD)]
         return note if len(few) == len(note) else few or None
@@ -147,7 +147,7 @@ class _Reading:
         self._full = False
 
     def cut(self, now: float) -> None:
-        """From here on nothing is told of single buckets but what went wrong: nobody knows when those under way end."""
+        """End the spans of single buckets that are under way: from here on, only failures of buckets are noted."""
         self._full = True
         for key in [key for key, span in self._open.items() if span.step in _OF_BUCKETS]:
             span = self._open.pop(key)
@@ -281,7 +281,7 @@ class _Reading:
         return bool(keys)
 
     def _beyond(self, span: Span, wrong: str) -> None:
-        """What went wrong when the trace was full, with a piece whose beginning is not in it: a span without length."""
+        """Add a span without length for a failure that a full trace noted, but whose beginning it did not."""
         if self._full and wrong:
             span.end, span.failed = span.begin, wrong
             self.spans.append(span)

@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 __all__ = ["PHASES", "BucketTrack", "Copy", "EngineStage", "EngineTrack", "PhaseClock"]
 
 PHASES = ("describe", "plan", "fill", "export", "wire", "load", "finalise", "verify")
-"""The phases of a report, in order. They overlap; each counts the seconds in which it was under way at all."""
+"""The phases of a report, in order. They overlap; each counts the seconds in which any of its work was under way."""
 
 
 class EngineStage(StrEnum):
-    """Where one engine stands in one push. The last four are ends."""
+    """Where one engine stands in one push. In the last four stages it has ended."""
 
     PROBING = "probing"
     KNOWN = "known"
@@ -34,7 +34,7 @@ class EngineStage(StrEnum):
     COMMITTED = "committed"  # serves the new version
     SKIPPED = "skipped"  # untouched: still what it was before the push
     TORN = "torn"  # touched and not completed: paused until repaired
-    LOST = "lost"  # does not answer, or not any more
+    LOST = "lost"  # does not answer (any more)
 
     @property
     def ended(self) -> bool:
@@ -50,23 +50,23 @@ class EngineTrack:
 
     name: str
     node: str
-    keeper: bool = False  # serves nobody: it takes what is pushed to push it again, and decides nothing
+    keeper: bool = False  # serves nothing: keeps the push to repeat it, and has no say in how the push ends
     stage: EngineStage = EngineStage.PROBING
-    asked: str | None = "probe"  # the one instruction under way at this engine, by phase
-    phase: str | None = None  # of the report, that it counts as
+    asked: str | None = "probe"  # name of the one instruction that is under way at this engine
+    phase: str | None = None  # the report's phase that this instruction counts as
     touched: bool = False  # True from the moment BeginEngine was issued
     was_paused: bool = False  # before this push
     was_torn: bool = False
     paused_by_us: bool = False
-    at_rest: bool = False  # ended, and paused or resumed as that end demands
+    at_rest: bool = False  # ended, and told to pause or resume if its end demands that
     version: int | None = None  # served before this push
     next_bucket: int = 0  # buckets are loaded in order; this one is under way or next
-    loading: int = 0  # how many it was asked to load in the call that is under way, or was last
+    loading: int = 0  # number of buckets in its current or last call to load
     loaded: int = 0
     checked: int = 0  # tensors compared after the push
     not_pushed: int | None = 0  # tensors it holds that this push leaves as they are; None: it cannot tell
-    draws: bool = False  # it reads the trainer's memory, or has it delivered, and no buckets
-    shown: bool = False  # bridges know where to deliver it
+    draws: bool = False  # it takes no buckets: it draws its weights, or has them delivered
+    shown: bool = False  # it has shown its places, so that bridges can deliver to it
     error: ErrorRecord | None = None
     began: float = 0.0  # when it was asked to pause
     seconds: float = 0.0  # from pause to resume
@@ -80,20 +80,20 @@ class Copy:
     exported: bool = False
     exporting: bool = False
     relaying: bool = False  # a broadcast reads from this slot; an exchange writes into it, too
-    readers: set[str] = field(default_factory=set)  # engines whose fence has not passed; fixed when exported
-    named: frozenset[str] = frozenset()  # engines it was exported to
+    readers: set[str] = field(default_factory=set)  # engines of `named` whose fence has not passed
+    named: frozenset[str] = frozenset()  # engines that the export is for
 
 
 @dataclass(slots=True)
 class BucketTrack:
-    """One bucket: who still writes it, and where it lies."""
+    """One bucket: the ranks that still write it, and where it lies."""
 
     nbytes: int
     owner: int
     fillers: frozenset[int]
     unfilled: set[int] = field(default_factory=set)  # ranks that hold a lease and have not reported
     filled: bool = False
-    relayed: bool = False  # or nobody needs it elsewhere
+    relayed: bool = False  # its broadcast or exchange has ended
     copies: dict[str, Copy] = field(default_factory=dict)  # by node
 
 

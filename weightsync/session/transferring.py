@@ -1,6 +1,6 @@
-"""Weights by buckets: slots are filled, exported, relayed to other nodes, and loaded; leased and freed by `slots`.
+"""Weights by buckets: slots are filled, exported, relayed to other nodes, and loaded. `slots` leases and frees them.
 
-Engines that take none (see `drawing`) may be in the same push; where none takes buckets, no slot is leased.
+Engines that take no buckets (see `drawing`) may be in the same push. If no engine takes buckets, no slot is leased.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ __all__ = [
     "relay",
 ]
 
-_RELAYS = 2  # broadcasts of one bridge that are asked for at a time
+_RELAYS = 2  # broadcasts that one bridge is asked for at a time
 
 
 def begin_transfer(push: PushState) -> None:
-    """Everybody has accepted the plan: ranks are told of it, engines are paused."""
+    """Tell the ranks of the plan, which all engines have accepted, and pause the engines."""
     push.state = State.TRANSFERRING
     push.issue(do.AnnouncePlan(expose=bool(push.unexposed)))
-    for engine in push.live():  # with "none" too: what comes nearest to it is the engine's own affair
+    for engine in push.live():  # also with "none": each adapter does what comes nearest to that
         engine.stage, engine.paused_by_us, engine.began = EngineStage.PAUSING, True, push.now
         ask(push, engine, "pause")
         push.issue(do.PauseEngine(engine=engine.name, mode=push.pause, deadline=push.until()))
@@ -56,7 +56,7 @@ def on_engine_paused(push: PushState, event: ev.EnginePaused) -> None:
 
 
 def begin_engine(push: PushState, engine: EngineTrack) -> None:
-    """From here on it is touched."""
+    """Open the engine's update. From here on the engine is touched."""
     engine.stage, engine.touched = EngineStage.BEGINNING, True
     ask(push, engine, "begin")
     push.issue(do.BeginEngine(engine=engine.name, deadline=push.until()))
@@ -69,9 +69,10 @@ def on_engine_begun(push: PushState, event: ev.EngineBegun) -> None:
 
 
 def load(push: PushState, engine: EngineTrack) -> None:
-    """Begin the engine at its first bucket, then load what has been exported, several buckets in one call: it costs
-    a real engine as much as a small bucket. Half of the slots at most, the larger half of an odd number of them:
-    the rest is filled meanwhile.
+    """Begin the engine once its first bucket lies ready, then have it load the buckets that lie ready.
+
+    One call loads several buckets, because a call costs a real engine as much as a small bucket. It loads half of the
+    node's slots at most, rounded up, so that the others are filled meanwhile, and never more than `MOST_LOADED`.
     """
     there = _exported(push, engine, most=min((slots_of(push, engine.node) + 1) // 2, do.MOST_LOADED))
     if engine.stage is EngineStage.PAUSED and (there or not push.buckets):
@@ -84,7 +85,7 @@ def load(push: PushState, engine: EngineTrack) -> None:
 
 
 def _exported(push: PushState, engine: EngineTrack, most: int) -> int:
-    """How many of the buckets that come next for this engine, up to `most`, lie ready for it."""
+    """Return how many of the engine's next buckets, up to `most`, lie exported on its node."""
     for count in range(most):
         copy = push.copy(engine.next_bucket + count, engine.node)
         if copy is None or not copy.exported:
@@ -99,7 +100,7 @@ def on_bucket_loaded(push: PushState, event: ev.BucketLoaded) -> None:
     engine = succeeded(push, event.engine, "load")
     if engine is None:
         return
-    if event.count != engine.loading:  # a follower of another version: it knows nothing of several, and has loaded one
+    if event.count != engine.loading:  # the follower runs a version that loads one bucket in a call
         what = f"{event.count} of {buckets(event.bucket, engine.loading)}"
         message = f"node {engine.node} says that it loaded {what} into {engine.name}"
         hint = "install the same weightsync on all nodes"
@@ -121,7 +122,7 @@ def on_bucket_released(push: PushState, event: ev.BucketReleased) -> None:
         return
     copy.readers.discard(event.engine)
     if (event.leaked or event.damaged) and not engine.stage.ended:
-        # one that never lets go may still read a slot that is about to be filled again
+        # an engine that never released may still read a slot that is about to be filled again
         what = "never released" if event.leaked else "read back other bytes than were sent of"
         message = f"engine {engine.name} {what} bucket {event.bucket}"
         error = record(push, "EngineError", message, engine=engine.name, bucket=event.bucket, phase="load")
@@ -152,7 +153,7 @@ def _export(push: PushState, index: int, node: str) -> None:
     copy.readers = {e.name for e in push.live() if e.node == node and not e.draws}
     copy.named = frozenset(copy.readers)
     if bucket.relayed and not copy.readers:
-        copy.exported = True  # to nobody: it was only on its way
+        copy.exported = True  # no engine here reads it, and it is sent no further
         return
     copy.exporting = True
     push.phases.start("export", push.now)
@@ -166,14 +167,15 @@ def on_bucket_exported(push: PushState, event: ev.BucketExported) -> None:
         return
     copy.exporting, copy.exported = False, True
     push.phases.stop("export", push.now)
-    for name in sorted(copy.named - copy.readers):  # evicted meanwhile: only now is there a hold to revoke
+    for name in sorted(copy.named - copy.readers):  # evicted during the export: only now is there a hold to revoke
         revoke(push, name, event.bucket)
 
 
 def relay(push: PushState) -> None:
-    """Broadcasts on each bridge, in bucket order, as soon as every remote node has a free slot. One is asked for
-    while another is under way, so that no wire waits for daemons; an exchange is not, since who breaks one that
-    follows a broken one is not to blame.
+    """Broadcast on each bridge, in bucket order, as soon as every remote node has a free slot.
+
+    A second broadcast is asked for while one is under way, so that no wire waits for daemons. Exchanges go one at a
+    time: a broken exchange would break the next one too, and a node that is not at fault would be blamed.
     """
     remote = push.receivers()
     if not remote:
@@ -193,7 +195,7 @@ def relay(push: PushState) -> None:
 
 
 def _relaying(push: PushState, rail: int) -> int:
-    """Buckets of which a broadcast or an exchange is under way on a bridge."""
+    """Return how many broadcasts and exchanges are under way on a rail."""
     mine = (push.buckets[index] for index in push.active if push.buckets[index].owner == rail)
     return sum(any(copy.relaying for copy in bucket.copies.values()) for bucket in mine)
 

@@ -1,7 +1,7 @@
-"""The table: for each state and event, which rule decides and which states may follow.
+"""The table: for each state and event, the rule that decides and the states that may follow.
 
-It is the whole of a push's behaviour in one place; the diagram in docs/ is drawn from it. An event that is not listed
-for a state is ignored there: it is late, early or a duplicate.
+The diagram in docs/ is drawn from it. An event that is not listed for a state is ignored there: it is late, early or a
+duplicate.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _TRANSFERRING: dict[type[ev.Event], Row] = {
     ev.BucketRelayed: (transferring.on_bucket_relayed, (_C, _ABORT, _TORN)),
     ev.BucketLoaded: (transferring.on_bucket_loaded, (_C, _TORN)),  # torn: a follower of another version
     ev.BucketReleased: (transferring.on_bucket_released, (_C, _ABORT, _TORN)),
-    ev.EngineResumed: (committing.on_engine_resumed, ()),  # of one that has left untouched
+    ev.EngineResumed: (committing.on_engine_resumed, ()),  # of an engine that has left untouched
     ev.EngineFailed: (failing.on_engine_failed, (_C, _ABORT, _TORN)),
     ev.NodeLost: (failing.on_node_lost, (_C, _ABORT, _TORN)),
     ev.BridgeLost: (failing.on_bridge_lost, (_C, _ABORT, _TORN)),
@@ -70,12 +70,12 @@ _COMMITTING: dict[type[ev.Event], Row] = {  # everything is loaded: the push no 
     ev.EngineFinished: (committing.on_engine_finished, ()),
     ev.EngineVerified: (committing.on_engine_verified, ()),
     ev.EngineResumed: (committing.on_engine_resumed, (_OK,)),
-    ev.EnginePaused: (transferring.on_engine_paused, ()),  # of one that has left torn, or lost
+    ev.EnginePaused: (transferring.on_engine_paused, ()),  # of an engine that has left torn, or lost
     ev.EngineProbed: (ending.on_last_answer, ()),
     ev.EngineAccepted: (ending.on_last_answer, ()),
     ev.EngineBegun: (ending.on_last_answer, ()),
-    ev.BucketLoaded: (transferring.on_bucket_loaded, ()),  # of one that has left
-    ev.WeightsDrawn: (drawing.on_weights_drawn, ()),  # likewise, as the next two
+    ev.BucketLoaded: (transferring.on_bucket_loaded, ()),  # of an engine that has left, as the next three
+    ev.WeightsDrawn: (drawing.on_weights_drawn, ()),
     ev.PlacesShown: (drawing.on_places_shown, ()),
     ev.WeightsDelivered: (drawing.on_weights_delivered, ()),
     ev.BucketRelayed: (transferring.on_bucket_relayed, ()),

@@ -1,4 +1,4 @@
-"""What a push says: whom it waits for, and how its errors are put."""
+"""The words of a push: what it waits for, and its errors."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ if TYPE_CHECKING:
 __all__ = ["PUSH_ERRORS", "about", "buckets", "listed", "phase_of", "rank_failed", "record", "waited_for"]
 
 PUSH_ERRORS = frozenset({"PushRefused", "PushAborted", "PushTimeout"})
-"""How a push as a whole may end, besides well."""
+"""The kinds of error that a push as a whole may end with."""
 
 
 # --- errors -------------------------------------------------------------------------------------------------------
 
 
 def record(push: PushState, kind: str, message: str, *, hint: str | None = None, **where: object) -> ErrorRecord:
-    """An error of this push; `where` is any of rank, engine, bucket and phase."""
+    """Return an error of this push; `where` is any of rank, engine, bucket and phase."""
     return about(ErrorRecord(kind=kind, message=message, model=push.model, version=push.version, hint=hint), **where)
 
 
 def about(error: ErrorRecord, **changes: object) -> ErrorRecord:
-    """The same error with who and where filled in; `message` and `kind` replace, the rest only fills gaps."""
+    """Return the error with `changes`. `message` and `kind` are replaced; other fields are set only if None."""
     fill = {k: v for k, v in changes.items() if k in ("message", "kind") or getattr(error, k) is None}
     return msgspec.structs.replace(error, **fill)
 
 
 def rank_failed(rank: int, error: ErrorRecord) -> ErrorRecord:
-    """What a push ends with on all ranks when one of them has failed with `error`."""
+    """Return the error that a push ends with on all ranks if one of them has failed with `error`."""
     if error.kind in PUSH_ERRORS:
         return about(error, rank=rank)
     return about(error, kind="PushAborted", message=f"trainer rank {rank} failed: {error.message}", rank=rank)
 
 
 def phase_of(push: PushState) -> str:
-    """Where the push is, for an error that is of nothing in particular."""
+    """Return the phase of the push as a whole, for an error of no particular rank, engine or bucket."""
     return {State.OPENING: "open", State.TRANSFERRING: "transfer"}.get(push.state, "finalise")
 
 
-# --- whom it waits for ----------------------------------------------------------------------------------------------
+# --- what it waits for ----------------------------------------------------------------------------------------------
 
 
 def waited_for(push: PushState) -> tuple[str, dict[str, int | str]]:
-    """What keeps the push from going on, in words and as fields of an error."""
+    """Return what the push waits for, in words and as fields of an error."""
     if push.state is State.OPENING:
         missing = [r for r in range(push.world) if r not in push.opened]
         if missing:
@@ -96,11 +96,11 @@ def _engines_that_work(push: PushState) -> tuple[str, dict[str, int | str]]:
 
 
 def buckets(first: int, count: int) -> str:
-    """Some buckets, one after the other, in words."""
+    """Return consecutive buckets in words."""
     return f"bucket {first}" if count == 1 else f"buckets {first} to {first + count - 1}"
 
 
 def listed(numbers: list[int]) -> str:
-    """Some numbers in words, not all of many."""
+    """Return some numbers in words: eight of them, and how many more there are."""
     shown = ", ".join(str(n) for n in numbers[:8])
     return shown if len(numbers) <= 8 else f"{shown} and {len(numbers) - 8} more"
