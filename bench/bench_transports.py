@@ -1,7 +1,6 @@
 """How fast each transport moves a bucket, against the copies of one core: `python -m bench transports --json PATH`.
 
 \b
-
 * `shm`: this process fills a slot from private memory and exports it. Another process receives, verifies and copies it
   into its own private memory. That makes two copies and two checksums, one after the other.
 * `gloo`: two bridge processes; export, broadcast over loopback from slot to slot, checksum at the receiver. Its two
