@@ -1,1 +1,1 @@
-"""Measurements: `python -m bench --help`. Each prints a table and, writes JSON where `--json` says."""
+"""Measurements: `python -m bench --help`. Each prints a table, and writes JSON to the path that `--json` names."""

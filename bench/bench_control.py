@@ -1,9 +1,9 @@
-"""What a bucket costs beside its bytes: processor time of each process, in pushes of many tiny buckets.
+"""What a bucket costs besides its bytes: processor time of each process, in pushes of many tiny buckets.
 
     python -m bench control --tp 2 --json out.json
 
-What is left of the speed of the wires when buckets are small or many: the daemon hears of each from every rank, has it
-exported, loaded and given back. Medians over the pushes, minimum beside them: processes share this machine's cores.
+This cost limits pushes of many or small buckets: for each bucket the daemon hears from every rank, and has it exported,
+loaded and released. Figures are medians over the pushes, and the least, since processes share this machine's cores.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Figures:
 
 
 def processor_seconds(pid: int) -> float:
-    """That a process has had so far, all its threads, to the nanosecond."""
+    """Return the processor time of a process so far, over all its threads, exact to the nanosecond."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 

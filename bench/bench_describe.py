@@ -1,10 +1,10 @@
-"""What describing a rank's weights costs before a push: the first time, and again when nothing but values has changed.
+"""What describing a rank's weights costs before a push: the first time, and again when only values have changed.
 
     python -m bench describe --json out.json
 
-"Changed" is a push after one parameter was replaced by one of another shape: everything is described anew. "Moved" is
-one after every tensor got other memory. "Located" comes on top where slots lie on GPUs: addresses and strides.
-Collections of garbage that fall into a run count, as they do in a trainer.
+"Changed" is a push after one parameter was replaced by one of another shape: everything is described anew. "Moved" is a
+push after every tensor got other memory. "Located" is added if slots lie on GPUs: addresses and strides. Garbage
+collections during a run count, as they do in a trainer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 LAYERS, LEAVES = (
     47,
     404,
-)  # of 30 billion parameters: 128 experts of three weights in each layer, and what is around them
+)  # as in a model of 30 billion parameters: each layer has 128 experts of three weights, and 20 other weights
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,17 @@ class Leaf(nn.Module):
 
 
 def experts(make: Callable[[], torch.Tensor]) -> nn.Module:
-    """As many small weights as a mixture of experts has, each in a submodule."""
+    """Make a module with as many weights as a mixture of experts has, all small, each in its own submodule."""
     return nn.ModuleList(nn.ModuleDict({f"w{i}": Leaf(make) for i in range(LEAVES)}) for _ in range(LAYERS))
 
 
 def small() -> torch.Tensor:
-    """A float32 matrix."""
+    """Make a small float32 matrix."""
     return torch.zeros(2, 2)
 
 
 def measured(case: str, weights: Any, move: Callable[[], object] | None, change: Callable[[], object]) -> Figures:
-    """Describe, again and again."""
+    """Measure describing `weights`: repeatedly, and after `move` and `change`."""
     start = time.perf_counter()
     source = source_of(weights)
     first = time.perf_counter() - start

@@ -1,13 +1,13 @@
-"""Pushes between GPUs of one host: FSDP2 shards into reference engines on the same GPUs, beside what the wires can do.
+"""Pushes between GPUs of one host: FSDP2 shards into reference engines on them, beside the ceilings of the wires.
 
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines tp --json out.json
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines apart   # half of the GPUs to the other half
     python -m bench.bench_gpu --shape qwen3-30b-a3b --engines away   # the same, as two nodes
     python -m bench.bench_gpu --shape qwen3-30b-a3b --layers 12 --retain   # a copy of each push is kept in host memory
 
-Weights are random, shapes and names a real model's (`python -m bench models`; the reference engine serves Qwen3's).
-Every push is verified: each engine's tensors are fingerprinted where they lie and compared with the trainer's. Seconds
-are medians over the pushes after two that warm up.
+Weights are random. Shapes and names are a real model's (`python -m bench models`; the reference engine serves Qwen3's).
+Every push is verified: each engine's tensors are fingerprinted in its memory and compared with the trainer's. Seconds
+are medians over the pushes, after two that warm up.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def main() -> None:
         ["whole push, into each GPU", f"{rate:.0f} GB/s"],
         *([name, f"{value:.0f} GB/s"] for name, value in ceilings.items()),
         *([f"whole push / {name}", f"{rate / value:.2f}"] for name, value in plain.items()),
-        # of one that delivers what it has mapped counts as its own
+        # a bridge that delivers has memory of others mapped, which would count as its own
         *([] if delivered else [["GPU memory of a bridge beside its slots", f"{figures['bridge_extra_mib']} MiB"]]),
     ]
     figures["gpu"] = {"name": torch.cuda.get_device_name(0), "count": gpus, "torch": torch.__version__}
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run the pushes and put the ranks' figures together; and, between nodes, what plain broadcasts do there."""
+    """Run the pushes. Returns the ranks' figures together, and those of plain broadcasts between the halves, if any."""
     gpus = torch.cuda.device_count()
     away, halves = arguments.engines == "away", arguments.engines in HALVES
     with Fleet() as fleet:
@@ -200,7 +200,7 @@ def push(arguments: argparse.Namespace) -> tuple[dict[str, Any], dict[str, float
 
 
 def _users() -> dict[int, float]:
-    """MiB of GPU memory, by process."""
+    """Return the MiB of GPU memory that each process uses."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     pairs = (line.split(",") for line in listed.splitlines() if line.strip())

@@ -2,9 +2,9 @@
 
     python -m bench.bench_megatron --json out.json
 
-A real megatron-core model of 48 layers with 128 experts each and very small weights, all of it on one rank: as many
-parameters, and parts of checkpoint tensors, as Qwen3-30B-A3B has. "Moved" is a push after every parameter got other
-memory. "Located" comes on top where slots lie on GPUs: addresses and strides. Needs `weightsync[megatron]`.
+The model is a real megatron-core model of 48 layers with 128 experts each and very small weights, all on one rank. It
+has as many parameters, and parts of checkpoint tensors, as Qwen3-30B-A3B. "Moved" is a push after every parameter got
+other memory. "Located" is added if slots lie on GPUs: addresses and strides. Needs `weightsync[megatron]`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Figures:
 
 
 def measured(case: str, shape: Shape, *, like_te: bool) -> Figures:
-    """Describe, again and again."""
+    """Measure describing a model of `shape`: repeatedly, and after its parameters have moved."""
     (model,) = build(shape, like_te=like_te)
     start = time.perf_counter()
     source = MegatronSource(model, shape.facts())

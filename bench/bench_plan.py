@@ -1,11 +1,11 @@
-"""What planning costs: layouts taken in, planned, the manifest sent on, and the same again when it is known.
+"""What planning costs: layouts are unpacked and planned, the manifest is sent on; and the cost of a known plan.
 
 \b
     python -m bench plan --json out.json
     python -m bench plan --shape deepseek-v3 --ranks 256
 
-Layouts are handed over as bytes, one per rank, as a daemon receives them. "Parts" is what one trainer rank then works
-out for itself, "known" what a push costs whose layouts were planned before: a look-up by the tuple of their digests.
+Layouts are given as bytes, one per rank, as a daemon receives them. "Parts" is the work of one trainer rank that has
+got the manifest. "Known" is a push whose layouts were planned before: a look-up by the tuple of their digests.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Figures:
 
 
 def experts(count: int) -> tuple[str, ...]:
-    """Names of a mixture of experts: 128 experts a layer, three tensors each."""
+    """Return names of tensors as in a mixture of experts: 128 experts a layer, three tensors each."""
     return tuple(
         f"model.layers.{i // 384}.mlp.experts.{i % 384 // 3}.{PROJECTIONS[i % 3]}_proj.weight" for i in range(count)
     )
@@ -63,7 +63,7 @@ def table(count: int, shape: tuple[int, int]) -> TensorTable:
 
 
 def rows_of(tensors: TensorTable, rank: int, ranks: int) -> Layout:
-    """What FSDP leaves on one rank: its rows of every tensor."""
+    """Return the layout of one rank under FSDP: its rows of every tensor."""
     count = len(tensors)
     offset, shape = np.zeros((count, 2), np.int64), tensors.dims.copy()
     rows = tensors.dims[:, 0]
@@ -73,7 +73,7 @@ def rows_of(tensors: TensorTable, rank: int, ranks: int) -> Layout:
 
 
 def measured(case: str, layouts: list[Layout], slot_bytes: int) -> Figures:
-    """Plan these once, cold, as a daemon and its ranks would."""
+    """Measure planning these layouts once, cold, as a daemon and its ranks do."""
     packed = [layout.pack() for layout in layouts]
 
     def unpack() -> list[Layout]:
@@ -113,7 +113,7 @@ def measured(case: str, layouts: list[Layout], slot_bytes: int) -> Figures:
 
 
 def once(job: Callable[[], T]) -> tuple[T, float]:
-    """What a job gives, and its seconds."""
+    """Run a job once. Returns its result and its seconds."""
     start = time.perf_counter()
     result = job()
     return result, time.perf_counter() - start

@@ -7,13 +7,13 @@ Ways, in turn, with the same tensors, layout and engine ranks:
 
 \b
   push             weightsync, every byte checked in the engines' own memory
-  retain           the same, where the node keeps a copy for engines that come late (node.retain = "host")
+  retain           the same, and the node keeps a copy for engines that come late (node.retain = "host")
   broadcast        a torch.distributed broadcast of each tensor over gloo, which the engines load
-  broadcast-check  the same, and then what lies in the engines is compared as a push compares it
-  torchstore       torchstore's put_state_dict and get_state_dict, one trainer rank; left out where it is not installed
+  broadcast-check  the same, and then the engines' weights are compared as a push compares them
+  torchstore       torchstore's put_state_dict and get_state_dict, one trainer rank; left out if it is not installed
 
-Weights are random; names, shapes and types are the model's. Each byte of a push is copied into a slot, and from there
-into each engine: "of memcpy" is the rate of these copies to what one core copies alone in the same run.
+Weights are random; names, shapes and types are the model's. A push copies each byte into a slot, and from there into
+each engine. "Of memcpy" is the rate of these copies, divided by the rate at which one core copies in the same run.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from weightsync.fleet import Daemon, Engine, Fleet
 if TYPE_CHECKING:
     from pathlib import Path
 
-# Qwen3-0.6B's shapes with 44 layers instead of 28, and a head of its own: 2.0 GB in bfloat16
+# Qwen3-0.6B's shapes with 44 layers instead of 28 and an untied head: 2.0 GB in bfloat16
 MODEL = ModelConfig(
     vocab_size=151936,
     hidden_size=1024,
@@ -65,11 +65,11 @@ MODEL = ModelConfig(
     head_dim=128,
     dtype="bfloat16",
 )
-_TORCHSTORE = ("torchstore", "monarch")  # packages; no dependencies of ours
+_TORCHSTORE = ("torchstore", "monarch")  # packages that weightsync does not depend on
 
 
 class Name(StrEnum):
-    """Of a way."""
+    """The name of a way."""
 
     push = "push"
     retain = "retain"
@@ -80,7 +80,7 @@ class Name(StrEnum):
 
 @dataclass(frozen=True)
 class Case:
-    """What is pushed, and into what."""
+    """A model, and the trainer and engines that it is pushed between."""
 
     model: shapes.Model
     ranks: int
@@ -92,7 +92,7 @@ class Case:
 
     @property
     def copied(self) -> int:
-        """Bytes, each as often as it is copied: into a slot, and into every engine."""
+        """Bytes copied, all copies counted: into a slot, and into every engine."""
         return self.model.nbytes * (1 + self.engines)
 
 
@@ -124,7 +124,7 @@ def main(
 
 
 def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
-    """The ways in turn, and what one core copies before and after them all."""
+    """Run the ways in turn, and measure the copies of one core before and after all of them."""
     ways = possible(case, ways)
     before = copy_ceiling()
     with Fleet() as fleet:
@@ -162,7 +162,7 @@ def measure(case: Case, ways: list[Name], rounds: int) -> dict[str, Any]:
 
 
 def possible(case: Case, ways: list[Name]) -> list[Name]:
-    """Those for which what they need is here; of the others it is told. Raises `ConfigError` if none is left."""
+    """Return the ways that can run here, and say why the others cannot. Raises `ConfigError` if none is left."""
     missing = [package for package in _TORCHSTORE if importlib.util.find_spec(package) is None]
     if Name.torchstore not in ways or not (missing or case.ranks > 1):
         return ways
@@ -272,7 +272,7 @@ def _folder(fleet: Fleet, name: Name, turn: int) -> Path:
 
 
 def _peaks(daemon: Daemon, engines: list[Engine]) -> dict[str, int]:
-    """Of the daemon, its bridge and keeper, and the engines' ranks."""
+    """Return the peak bytes of the daemon, its bridge and keeper, and the engines' ranks."""
     found: dict[str, int] = {"daemon": peak_bytes(daemon.pid)}
     for child in psutil.Process(daemon.pid).children():
         kind = "keeper" if "keeper" in " ".join(child.cmdline()) else "bridge"

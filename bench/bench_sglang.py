@@ -6,11 +6,11 @@
 Ways into one and the same server, in turn:
 
 \b
-  plugin   weightsync with its plugin in the server: every bucket checked where it is read, loads replayed
+  plugin   weightsync with its plugin in the server: every bucket is checked where it is read, loads are replayed
   tensor   weightsync through the stock server's /update_weights_from_tensor
   slime    the same route as slime drives it: buckets of 512 MB, handles gathered over gloo (engines/peer_slime.py)
 
-The server starts with dummy weights. Needs `make engines`; on a machine with GPUs, this still measures its processors.
+The server starts with dummy weights. Needs `make engines`. On a machine with GPUs, too, it measures the processors.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ from weightsync.testing import eventually
 
 _ROOT = Path(__file__).resolve().parent.parent
 _FLAGS = ("--load-format", "dummy", "--context-length", "512", "--max-total-tokens", "1024", "--skip-tokenizer-init")
-_COPIES = {"plugin": 2, "tensor": 3, "slime": 3}  # of each byte: slot, engine; and one for a file that torch opens
-_SKIP = 60  # ports: tests of this machine that start engines take the first free ones
+_COPIES = {"plugin": 2, "tensor": 3, "slime": 3}  # of each byte: into slot and engine; and into a file that torch opens
+_SKIP = 60  # ports to skip, because tests on this machine that start engines take the first free ones
 _WAIT = 600.0  # seconds for all pushes of one way
 
 
 class Name(StrEnum):
-    """Of a way."""
+    """The name of a way."""
 
     plugin = "plugin"
     tensor = "tensor"
@@ -140,7 +140,7 @@ class Bench:
         self._version = 0
 
     def push(self, name: Name, turn: int) -> Way:
-        """weightsync, by one of its ways."""
+        """Push with weightsync, by one of its ways."""
         busy = load()
         daemon = self._daemon(name, turn)
         out = self._fleet.root / f"{name}{turn}"
@@ -174,7 +174,7 @@ class Bench:
         )
 
     def slime(self, turn: int) -> Way:
-        """SGLang's own route, driven as slime drives it."""
+        """Push through SGLang's own route, as slime does."""
         busy = load()
         out = self._fleet.root / f"slime{turn}"
         out.mkdir()
@@ -236,7 +236,7 @@ class Bench:
         return daemon
 
     def _next(self) -> int:
-        """A version above all that the ways before may have pushed."""
+        """Return a version above all that earlier ways may have pushed."""
         self._version += 1 + self._pushes + WARM
         return self._version
 
@@ -246,7 +246,7 @@ class Bench:
         return [front, *front.children(recursive=True)]
 
     def _forget_peaks(self) -> None:
-        """What the server's processes hold from now on is their peak (clear_refs in proc(5))."""
+        """Have the peaks of the server's processes begin anew (clear_refs in proc(5))."""
         for process in self._processes():
             with contextlib.suppress(OSError):
                 Path(f"/proc/{process.pid}/clear_refs").write_text("5")

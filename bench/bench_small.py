@@ -1,4 +1,4 @@
-"""Pushes of one small tensor, to an engine of TP 1 and one of TP 2: what a push takes whatever its bytes.
+"""Pushes of one small tensor, to an engine of TP 1 and one of TP 2: the time that a push takes even with few bytes.
 
 python -m bench small --json out.json
 """

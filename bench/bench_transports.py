@@ -1,16 +1,15 @@
-"""How fast each transport moves a bucket, against what one core copies: `python -m bench transports --json PATH`.
+"""How fast each transport moves a bucket, against the copies of one core: `python -m bench transports --json PATH`.
 
 \b
-
-* `shm`: this process fills a slot from private memory and exports it, another one receives, verifies and copies it into
-  private memory of its own. Two copies and two checksums, one after the other, as a bucket lives them.
+* `shm`: this process fills a slot from private memory and exports it. Another process receives, verifies and copies it
+  into its own private memory. That makes two copies and two checksums, one after the other.
 * `gloo`: two bridge processes; export, broadcast over loopback from slot to slot, checksum at the receiver. Its two
   copies are the kernel's, into the socket and out of it.
-* `exchange`: of the same, each has half of the bucket and gives it to the other. `exchange, runs`: the halves are many
-  runs of 192 KiB, as of tensors that FSDP has cut between two nodes; these are put together before and taken apart
-  after: four copies.
+* `exchange`: each of two bridges has half of the bucket and gives it to the other. `exchange, runs`: the halves are
+  many runs of 192 KiB, as from tensors that FSDP has cut between two nodes. Runs are packed before and unpacked after,
+  which makes four copies.
 
-Figures are of warm slots: the first pass over a slot, which pays for its page faults, is `first`.
+Figures are of warm slots. The first pass over a slot, which pays for its page faults, is `first`.
 """
 
 from __future__ import annotations
@@ -53,14 +52,14 @@ class Figure:
     seconds: float  # median, for one bucket from full private memory to full private memory (gloo: slot to slot)
     first: float  # seconds of the first bucket
     gb_per_s: float
-    ratio: float  # to what one core copies
-    copies: int  # made of each byte; checksums, which read it once more each, are not counted
+    ratio: float  # to the rate at which one core copies
+    copies: int  # of each byte; checksums, which read it once more each, are not counted
     ratio_per_copy: float
     phases: dict[str, float]  # median seconds
 
 
 def measure_shm(nbytes: int, runs: int, ceiling: float) -> Figure:
-    """Fill, export, receive with verification, copy out."""
+    """Measure filling, exporting, receiving with verification, and copying out."""
     ours, theirs = multiprocessing.get_context("spawn").Pipe()
     child = multiprocessing.get_context("spawn").Process(target=_read, args=(theirs, nbytes), daemon=True)
     child.start()
@@ -91,7 +90,7 @@ def measure_shm(nbytes: int, runs: int, ceiling: float) -> Figure:
 
 
 def _read(pipe: Connection, nbytes: int) -> None:
-    """The reader's process."""
+    """Run the reader's process."""
     reader = receiver("shm")
     reader.accept(pipe.recv_bytes(), deadline=time.monotonic() + WAIT)
     target = np.ones(nbytes, np.uint8)
@@ -107,7 +106,7 @@ def _read(pipe: Connection, nbytes: int) -> None:
 
 
 async def measure_gloo(sizes: tuple[int, ...], runs: int, ceiling: float) -> tuple[list[Figure], dict[str, int]]:
-    """Export, send and receive between two bridges; also their resident memory before and after they join."""
+    """Measure export, send and receive between two bridges, and a bridge's resident memory before and after joining."""
     configs = [
         BridgeConfig(node=f"bench-{rank}", index=0, slots=1, slot_bytes=max(sizes), log_level="warning")
         for rank in range(2)
@@ -207,7 +206,7 @@ def _figure(transport: str, nbytes: int, phases: list[dict[str, float]], ceiling
 
 
 def _resident(bridge: Bridge) -> int:
-    """Bytes in RAM, libraries included, without the shared slots: those are the node's."""
+    """Return a bridge's resident bytes with libraries, without the shared slots, which belong to the node."""
     status = Path(f"/proc/{bridge.pid}/status").read_text()
     fields = dict(line.split(":", 1) for line in status.splitlines())
     return 1024 * (int(fields["VmRSS"].split()[0]) - int(fields["RssShmem"].split()[0]))

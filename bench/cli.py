@@ -1,6 +1,6 @@
 """`python -m bench`, and `weightsync bench` in a source tree: every measurement, its table, its plots.
 
-A suite is a module of its own with options of its own, imported only when it is asked for.
+Each suite is a module with its own options, imported only when that suite is run.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUITES = {
     "sglang": "Pushes into a real SGLang server (CPU), beside SGLang's own tensor path; needs `make engines`.",
     "gpu": "Pushes between the GPUs of this host, beside what its wires can do; needs GPUs.",
 }
-ALL = ("describe", "plan", "transports", "control", "small", "push")  # that any machine can run, in minutes
+ALL = ("describe", "plan", "transports", "control", "small", "push")  # suites that any machine runs in minutes
 TOOLS = {
     "models": "The models whose shapes come along: tensors and bytes of each.",
     "compare": "Two pytest-benchmark files (`make bench-pure`), as ratios.",
@@ -92,7 +92,7 @@ def run_all(
 
 
 def main() -> None:
-    """Errors in words, exit status 1."""
+    """Run the command line. An error is told in words, with exit status 1."""
     try:
         app(prog_name="python -m bench")
     except WeightSyncError as error:

@@ -1,10 +1,10 @@
-"""Two pytest-benchmark files beside each other: how many times as long does everything take now?
+"""Compares two pytest-benchmark files: how many times as long does everything take now?
 
 \b
     python -m bench compare NOW.json [BASELINE.json] [--fail-above 1.5]
 
-Without --fail-above it tells and judges nothing: a ratio of files from different machines, or from one that was busy,
-is about these. The least time of each is compared, which other work on a machine disturbs least.
+Without --fail-above the ratios are shown and not judged: if the machines differ or one was busy, a ratio is about the
+machines. The least times are compared, because other work disturbs these least.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Row(NamedTuple):
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A file of pytest-benchmark. Raises `ConfigError`."""
+    """Read a file of pytest-benchmark. Raises `ConfigError`."""
     try:
         document: dict[str, Any] = json.loads(path.read_bytes())
         if not {"machine_info", "benchmarks"} <= document.keys():
@@ -48,13 +48,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def compare(before: dict[str, Any], now: dict[str, Any]) -> list[Row]:
-    """Every benchmark of either, in the order of the second."""
+    """Return a row for every benchmark of either file, in the order of `now`."""
     old, new = ({one["fullname"]: one["stats"]["min"] for one in file["benchmarks"]} for file in (before, now))
     return [Row(name.rpartition("::")[2], old.get(name), new.get(name)) for name in dict.fromkeys([*new, *old])]
 
 
 def machine(document: dict[str, Any]) -> str:
-    """Where a file is from."""
+    """Return the machine that a file was measured on."""
     info = document["machine_info"]
     cpu = info.get("cpu", {})
     return f"{info.get('node', '?')}: {cpu.get('count', '?')} x {cpu.get('brand_raw', '?')}, {info.get('release', '?')}"
@@ -67,7 +67,7 @@ def main(
         float | None, typer.Option(help="Exit with status 1 if a ratio is above this.", show_default=False)
     ] = None,
 ) -> None:
-    """Print the table; judge if asked to."""
+    """Print the table, and fail if a ratio is above `fail_above`."""
     files = read(before), read(now)
     rows = compare(*files)
     table = Table(title=f"before: {machine(files[0])}\nnow: {machine(files[1])}")

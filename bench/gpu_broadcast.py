@@ -1,5 +1,7 @@
-"""What torch.distributed over NCCL does between GPUs that a push between nodes joins: rank i of the first half sends to
-rank i of the second, all at once. `broadcasts` starts it with torchrun; rank 0 writes JSON.
+"""Measures NCCL broadcasts of torch.distributed between the GPUs that a push between nodes connects.
+
+Rank i of the first half sends to rank i of the second, all pairs at once. `broadcasts` starts it with torchrun; rank 0
+writes JSON.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ WAIT = 120.0  # seconds, for all of it
 
 
 def broadcasts(fleet: Fleet, model: Path, bucket: int, gpus: int) -> dict[str, float]:
-    """GB/s between each pair of GPUs, in buckets of so many bytes and tensor by tensor. Raises `FleetError`."""
+    """Return GB/s between each pair of GPUs, in buckets of `bucket` bytes and tensor by tensor. Raises `FleetError`."""
     out = fleet.root / "broadcasts.json"
     options = ["--model", str(model), "--bucket", str(bucket), "--out", str(out)]
     plain = fleet.torchrun("broadcasts", __file__, gpus, options)

@@ -1,6 +1,6 @@
-"""What this host's GPUs can do: plain copies by our own kernel, one process a GPU, memory mapped by CUDA IPC.
+"""Ceilings of this host's GPUs: plain copies by our own kernel, one process a GPU, memory mapped by CUDA IPC.
 
-Every figure is GB/s (1e9 bytes) into, or out of, each GPU with all of them busy at once; the slowest GPU's median.
+Every figure is GB/s (1e9 bytes) into, or out of, each GPU while all are busy; it is the slowest GPU's median.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ROW = 4096  # bytes: a hidden size of 2048
 
 
 def measure() -> dict[str, float]:
-    """Copy on one GPU; every GPU reading from, or writing to, all GPUs at once, in equal parts."""
+    """Measure copies on one GPU, and from every GPU reading or writing all GPUs at once, in equal parts."""
     context = multiprocessing.get_context("spawn")
     gpus = torch.cuda.device_count()
     barrier = context.Barrier(gpus)
@@ -44,7 +44,7 @@ def measure() -> dict[str, float]:
 
 
 def measure_to_host() -> float:
-    """GB/s of one GPU's copy engine into locked host memory, which nothing else uses."""
+    """Return the GB/s of one GPU's copy engine into locked host memory, while nothing else uses it."""
     there = torch.empty(NBYTES, dtype=torch.uint8, device="cuda")
     here = torch.empty(NBYTES, dtype=torch.uint8, pin_memory=True)
     seconds = []
@@ -58,7 +58,7 @@ def measure_to_host() -> float:
 
 
 def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:
-    """One GPU's part."""
+    """Run one GPU's part."""
     from weightsync.device.launch import COPY, SUM, BoxKernel
     from weightsync.device.table import Place, box_items
     from weightsync.ipc.arena import ArenaOffer
@@ -100,7 +100,7 @@ def worker(rank: int, gpus: int, barrier: Any, pipe: Connection) -> None:
     pushes = [flat(Place(0, p * part, (1,)), Place(1 + p, rank * part, (1,)), part) for p in range(gpus)]
 
     def mixed(bases_of: list[tuple[Place, Place]]) -> Any:
-        """All peers in one launch, taking turns: no link waits for another."""
+        """Make one launch for all peers, which take turns, so that no link waits for another."""
         every = [box_items((part,), 1, src, dst, tensor_shape=(part,), offset=(0,)) for src, dst in bases_of]
         return kernel.table(np.stack(every, axis=1).reshape(-1))
 

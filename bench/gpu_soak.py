@@ -1,18 +1,18 @@
-"""Many pushes between GPUs: is anything left behind, and does a slow reader ever see a bucket that is filled again?
+"""Many pushes between GPUs: is anything left behind, and does a slow reader ever see its slot filled again?
 
     python -m bench.gpu_soak --pushes 1000 --races 500 --json out.json
 
 Leak: a 2 GB model to an engine of tp 2. GPU memory of every process, this trainer's allocated and reserved bytes, the
-ledger and /dev/shm after the last push, against what they were after the second.
-Race: one slot on each GPU, readers whose GPUs dawdle at random before they read, two sets of weights in turn. Readers
-copy each bucket whole and compare the checksum of what they got with the trainer's; the engine's tensors are compared
-after each push as always. Then the same with readers that give buckets back before they have read them, which must be
-found out.
+ledger and /dev/shm are compared after the second push and after the last.
+Race: one slot on each GPU, readers whose GPUs wait at random before they read, two sets of weights in turn. Readers
+copy each bucket whole and compare the checksum of their copy with the trainer's. The engine's tensors are compared
+after each push as always. Then the same with readers that release buckets before they have read them, which the
+checks must detect.
 
     python -m bench.gpu_soak --collectives 200 --json out.json
 
-Collectives, and nothing else: a trainer of two ranks, on two nodes of a GPU each, reduces over NCCL on the same GPUs
-without a pause while it pushes. No push may hang or miss an engine, and in each the trainer's own work has to go on.
+Collectives, and nothing else: a trainer of two ranks, on two nodes of a GPU each, runs all-reduces over NCCL on these
+GPUs without a pause while it pushes. No push may hang or miss an engine, and during each the all-reduces have to go on.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
-    """Random weights on this process's GPU."""
+    """Make random weights on this process's GPU."""
     torch.manual_seed(seed)
     return {
         name: torch.empty(shape, dtype=torch.bfloat16, device="cuda").uniform_()
@@ -93,7 +93,7 @@ def weights(config: ModelConfig, seed: int) -> dict[str, torch.Tensor]:
 
 
 def start(fleet: Fleet, config: ModelConfig, flags: list[str], **arena: Any) -> Daemon:
-    """An engine of tp 2 without weights, and its daemon."""
+    """Start an engine of tp 2 without weights, and its daemon."""
     (fleet.root / "model").mkdir()
     write_config(config, fleet.root / "model")
     options = ["--load-format", "dummy", *flags]
@@ -102,7 +102,7 @@ def start(fleet: Fleet, config: ModelConfig, flags: list[str], **arena: Any) -> 
 
 
 def soak(fleet: Fleet, pushes: int) -> dict[str, Any]:
-    """Push again and again; what every process held after push 2 and holds after the last."""
+    """Push repeatedly, and compare what every process held after push 2 and after the last."""
     daemon = start(fleet, TWO_GB, [], slots=3, slot_bytes="256MiB")
     sent = weights(TWO_GB, 0)
     before: dict[str, Any] = {}
@@ -133,7 +133,7 @@ def soak(fleet: Fleet, pushes: int) -> dict[str, Any]:
 
 
 def race(fleet: Fleet, pushes: int, *, hasty: bool) -> dict[str, Any]:
-    """Two sets of weights in turn through one slot a GPU, to readers that dawdle."""
+    """Push two sets of weights in turn through one slot a GPU, to slow readers. `hasty` ones release before reading."""
     trial = ["--trial", json.dumps({"slow": 0.004, "hasty": hasty})]
     daemon = start(fleet, SMALL, trial, slots=1, slot_bytes="8MiB")
     sent = [weights(SMALL, seed) for seed in range(2)]
@@ -152,10 +152,10 @@ def race(fleet: Fleet, pushes: int, *, hasty: bool) -> dict[str, Any]:
 
 
 def beside_collectives(fleet: Fleet, pushes: int, out: Path | None) -> None:
-    """See the module; reports what it found."""
+    """Push beside a trainer's own collectives, as the module says, and report."""
     random_checkpoint(SMALL, fleet.root / "model", 0)
     daemons: list[Daemon] = []
-    for gpu in (1, 0):  # the first has the other for a peer
+    for gpu in (1, 0):  # the daemon of GPU 0 starts last, because its peer has to exist
         uuid = f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
         env = {"CUDA_VISIBLE_DEVICES": uuid}
         engine = fleet.start_engine(f"e{gpu}", fleet.root / "model", tp=2, device="cuda", env=env)
@@ -198,7 +198,7 @@ def beside_collectives(fleet: Fleet, pushes: int, out: Path | None) -> None:
 
 
 def held() -> dict[str, Any]:
-    """What is held now: MiB on GPUs by process, this trainer's bytes, files in /dev/shm."""
+    """Return what is held now: MiB on GPUs by process, this trainer's bytes, files in /dev/shm."""
     torch.cuda.synchronize()
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout

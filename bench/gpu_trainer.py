@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def shards(model: str, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """This rank's part of every tensor, random, dimension 0 in chunks as FSDP2 cuts it."""
+    """Return this rank's part of every tensor, random: dimension 0 is cut into chunks, as FSDP2 does."""
     config = read_config(model)
     dtype = getattr(torch, config.dtype)
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -84,7 +84,7 @@ def shards(model: str, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
 
 
 def change(weights: dict[str, torch.Tensor]) -> None:
-    """Other values in the same memory, of some tensors: enough for a push that did nothing to be found out."""
+    """Change some tensors' values in place: enough to notice a push that did nothing."""
     with torch.no_grad():
         for tensor in list(weights.values())[:50]:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

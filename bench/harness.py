@@ -1,5 +1,5 @@
-"""What every measurement shares: seconds and their spread, the ceiling of this machine's memory, the table, the JSON
-with its circumstances, and how a suite is a command.
+"""Helpers of all measurements: seconds and their spread, the ceiling of this machine's memory, the printed table, the
+JSON with its circumstances, and the command line of a suite.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SlotOption = Annotated[str, typer.Option(help="arena.slot_bytes")]
 SlotsOption = Annotated[int, typer.Option(min=1, help="arena.slots")]
 JsonOption = Annotated[Path | None, typer.Option("--json", help="Write the figures there.", show_default=False)]
 _PACKAGES = ("weightsync", "torch", "numpy", "msgspec", "msgpack", "pyzmq")
-_LOAD = os.getloadavg()  # when this process began: what else the machine was doing
+_LOAD = os.getloadavg()  # when this process began: shows what else the machine was doing
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Spread:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Spread:
-        """Of one run at least."""
+        """Summarise the seconds of one run or more."""
         every = tuple(seconds)
         ordered = sorted(every)
         nearest = ordered[math.ceil(0.99 * len(ordered)) - 1]
@@ -85,7 +85,7 @@ class Timing:
 
 
 def timed(job: Callable[[], object], *, runs: int = 5, warmup: int = 1) -> Timing:
-    """Seconds that `job` takes, over `runs` runs after `warmup` that do not count."""
+    """Measure the seconds that `job` takes, over `runs` runs after `warmup` runs that do not count."""
     for _ in range(warmup):
         job()
     seconds = []
@@ -97,14 +97,14 @@ def timed(job: Callable[[], object], *, runs: int = 5, warmup: int = 1) -> Timin
 
 
 def copy_ceiling(nbytes: int = 2**28, *, runs: int = 7) -> float:
-    """Bytes per second (of the source) that one core copies from memory to memory; the best run."""
+    """Return the bytes per second (of the source) that one core copies from memory to memory, in the best run."""
     source = np.ones(nbytes, np.uint8)
     target = np.ones(nbytes, np.uint8)  # written once here, so that no page fault is measured
     return nbytes / timed(lambda: np.copyto(target, source), runs=runs).best
 
 
 def size(text: str) -> int:
-    """Bytes that a text such as "64MiB" or "1.5GB" means. Raises `typer.BadParameter`."""
+    """Return the bytes that a text such as "64MiB" or "1.5GB" means. Raises `typer.BadParameter`."""
     number = text.rstrip("BKMGTi")
     unit = text[len(number) :]
     powers = {"": 1, "B": 1} | {
@@ -117,13 +117,13 @@ def size(text: str) -> int:
 
 
 def peak_bytes(pid: int | str = "self") -> int:
-    """The most memory that a process has had resident at a time, mapped shared memory included."""
+    """Return the most bytes that a process has had resident at a time, mapped shared memory included."""
     status = Path(f"/proc/{pid}/status").read_text()
     return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
 
 
 def hardware() -> dict[str, Any]:
-    """What this was measured on."""
+    """Describe the machine that this is measured on."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -164,8 +164,9 @@ def report(
 
 
 def circumstances() -> dict[str, Any]:
-    """The exact command, what it ran on, with which versions, and what else the machine was doing: averages of how many
-    processes wanted a core in the last 1, 5 and 15 minutes, at the start and now.
+    """Return the exact command, the hardware, the versions, and the machine's load at the start and now.
+
+    Load is the average number of processes that wanted a core in the last 1, 5 and 15 minutes.
     """
     return {
         "command": command(),
@@ -183,7 +184,7 @@ def _version(package: str) -> str:
 
 
 def command() -> str:
-    """The command line of this process, without the folders of what was started."""
+    """Return the command line of this process, without the folder of the program or script."""
     first, *rest = sys.orig_argv[1:]
     if first == "-m":
         return "python -m " + shlex.join(rest)
@@ -191,7 +192,7 @@ def command() -> str:
 
 
 def suite(main: Callable[..., None]) -> typer.Typer:
-    """A command line of this one function: `python -m bench NAME`, or the module alone."""
+    """Make a command line of this one function, for `python -m bench NAME` or the module by itself."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(help=sys.modules[main.__module__].__doc__)(main)
     return app

@@ -1,5 +1,5 @@
-"""The table of `engines.gpu_speed` and `gpu_apart`: pushes into real engines on GPUs, ours and what people use instead,
-in one run.
+"""The table of `engines.gpu_speed` and `gpu_apart`: pushes into real engines on GPUs in one run, by weightsync and by
+the tools that people use instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from bench.ways import ratio
 
 __all__ = ["loaders"]
 
-_BROADCAST = "NCCL broadcast, buckets"  # of `bench.gpu_broadcast`, by which pushes to other GPUs are measured
+_BROADCAST = "NCCL broadcast, buckets"  # figure of `bench.gpu_broadcast` that pushes to other GPUs are compared with
 
 _OURS = (
     "plugin",
@@ -19,12 +19,12 @@ _OURS = (
     "plugin in place",
     "extension in place",
     "plugin delivered",
-)  # ways through our plugin, by which the others of their engine are measured
-_LEAST = 0.0095  # seconds of a phase that is worth its place
+)  # ways through our plugin, which the engine's other ways are compared with
+_LEAST = 0.0095  # seconds: shorter phases are not shown
 
 
 def loaders(document: dict[str, Any], table: Any) -> list[str]:
-    """Lines of Markdown. `table` makes some of columns and rows."""
+    """Return lines of Markdown. `table` makes lines from columns and rows."""
     engines = list(dict.fromkeys(way["engine"] for way in document["ways"]))
     found = [way for way in document["ways"] if "seconds_each" in way]
     found.sort(key=lambda way: engines.index(way["engine"]))
@@ -78,14 +78,14 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
 
 
 def counted(way: dict[str, Any]) -> tuple[list[float], list[float]]:
-    """Seconds of the pushes that count, and of those before them."""
+    """Return the seconds of the pushes that count, and of the pushes that warmed up."""
     each = way["seconds_each"]
-    warm = way.get("warm", 4 if way["way"] in _OURS else 1)  # files that do not say it are of runs that did so
+    warm = way.get("warm", 4 if way["way"] in _OURS else 1)  # files without the number are of runs with these numbers
     return (each[warm:], each[:warm]) if each[warm:] else (each[-1:], each[:-1])
 
 
 def name(way: dict[str, Any]) -> str:
-    """Of a way, as readers know it."""
+    """Return the name of a way as readers know it."""
     if way.get("peer"):
         return str(way["way"])
     if way["way"].endswith("in place"):
@@ -96,12 +96,12 @@ def name(way: dict[str, Any]) -> str:
 
 
 def phases(found: dict[str, float]) -> str:
-    """Those that take time, in milliseconds."""
+    """Return the phases that take noticeable time, in milliseconds."""
     return ", ".join(f"{phase} {seconds * 1e3:,.0f}" for phase, seconds in found.items() if seconds >= _LEAST) + " ms"
 
 
 def note(way: dict[str, Any]) -> str:
-    """What a peer was, or why it is missing; "" for our own ways that went well."""
+    """Say what a peer was, or that a way failed; "" for our own ways that went well."""
     if "seconds_each" not in way:
         return f"- {way['way']} into {way['engine']}: failed in this run"
     if not way.get("peer"):

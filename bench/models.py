@@ -1,4 +1,4 @@
-"""The models whose shapes come with the benchmarks, with the tensors and bytes that their published configs come to."""
+"""Lists the models whose shapes come with the benchmarks: tensors and bytes, computed from their published configs."""
 
 from __future__ import annotations
 

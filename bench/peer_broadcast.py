@@ -1,11 +1,12 @@
-"""What one would write by hand: torch.distributed over gloo broadcasts every tensor to the engines, which load it.
+"""The way that one would write by hand: torch.distributed broadcasts every tensor over gloo, and the engines load it.
 
-Started with torchrun. The first --ranks processes are the trainer's: they put each tensor together (`full_tensor`)
-where it is sharded, and rank 0 sends it, name after name in an order that all know. The others are engines' ranks, of
---tp each: they receive the tensor into new memory and copy what is theirs into their parameters, in the layout of the
-reference engine. With --check, the trainer's ranks fingerprint what they hold and engines what lies in their parameters
-in the end, and all of an engine's ranks must together have what was sent: what a push of weightsync checks too. Nothing
-is paused, and one process that dies takes all with it. Writes rankN.json.
+Started with torchrun. The first --ranks processes are the trainer's. They gather each sharded tensor (`full_tensor`),
+and rank 0 sends all tensors in an order that every process knows. The others are engines' ranks, --tp for each engine.
+They receive a tensor into new memory and copy their slices into parameters, in the layout of the reference engine.
+
+With --check, trainer ranks fingerprint their weights, and engines their parameters after loading. The fingerprints of
+an engine's ranks must add up to the trainer's, as in a push of weightsync. Nothing is paused, and if one process dies,
+all do. Writes rankN.json.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
 
 
 def compare(told: list[dict[Box, int]], ranks: int, tp: int) -> None:
-    """Raise unless every engine's boxes, each counted once, add up to what the trainer's ranks hold."""
+    """Raise unless every engine's boxes, each counted once, add up to the boxes of the trainer's ranks."""
     parts: dict[str, list[int]] = {}
     for one in told[:ranks]:
         for (name, _, _), value in one.items():
@@ -94,7 +95,7 @@ def compare(told: list[dict[Box, int]], ranks: int, tp: int) -> None:
 
 
 def summed(tensor: torch.Tensor, box: Box, of: tuple[int, ...]) -> int:
-    """The fingerprint of a box that lies in `tensor`."""
+    """Return the fingerprint of a box that lies in `tensor`."""
     _, offset, shape = box
     data = tensor.view(torch.uint8).numpy()
     return fingerprint(data, itemsize=tensor.element_size(), global_shape=of, offset=offset, shape=shape)
@@ -130,7 +131,7 @@ class Trainer:
 
 
 class Engine:
-    """An engine's rank: parameters fused, stacked and split as the reference engine has them."""
+    """An engine's rank, with parameters fused, stacked and split as in the reference engine."""
 
     def __init__(self, model: Model, config: str, tp: int, tp_rank: int, group: Any) -> None:
         layout = rank_layout(read_config(config), tp, tp_rank)
@@ -149,12 +150,12 @@ class Engine:
             self.load(name, received)
 
     def load(self, name: str, tensor: torch.Tensor) -> None:
-        """Copy what is this rank's of a whole tensor into the parameters."""
+        """Copy this rank's slices of a whole tensor into the parameters."""
         for one in self.slices.get(name, ()):
             self._place(one).copy_(tensor[tuple(map(slice, one.offset, _ends(one.offset, one.shape)))])
 
     def whole_places(self) -> dict[str, torch.Tensor]:
-        """The tensors that lie whole in one parameter: the views of it that they are."""
+        """Return a view of a parameter for each tensor that lies whole in it."""
         alone = {name: boxes[0] for name, boxes in self.slices.items() if len(boxes) == 1}
         of = {name: tuple(tensor.shape) for name, tensor in self.model.tensors.items()}
         return {name: self._place(one) for name, one in alone.items() if tuple(one.shape) == of[name]}

@@ -1,9 +1,9 @@
-"""torchstore: the trainer puts its state dict into a store, from which engines get it, all of them monarch actors.
+"""torchstore: the trainer puts its state dict into a store, and engines get it from there. All are monarch actors.
 
-The script is the controller of the job, as monarch wants it: it spawns the store's volume, the trainer and each rank of
-each engine as processes of their own. An engine's rank gets whole tensors, straight into its parameters where one lies
-in them as a whole, in the layout of the reference engine. Nothing is checked while time is taken; after the last push,
-what lies in the engines is compared as in peer_broadcast. Writes rank0.json.
+The script is the controller of the job, as monarch requires. It spawns the store's volume, the trainer and each rank of
+each engine as separate processes. An engine's rank gets whole tensors, in the layout of the reference engine; a tensor
+that lies whole in a parameter is read straight into it. Nothing is checked during the measurement. After the last push,
+the engines' weights are compared as in peer_broadcast. Writes rank0.json.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bench.weights import change, whole
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_KEY = "weights"  # of every push: the store replaces what is there
+_KEY = "weights"  # the same for every push: the store replaces the last one
 
 
 def main() -> None:
@@ -51,11 +51,13 @@ def main() -> None:
 
 
 def make_async() -> None:
-    """Let torchmonarch after 0.1 take the controller of torchstore 0.1.2: refused since are actors that have plain and
-    async methods, so its plain ones become async, and do the same. Every process that names the controller needs it.
+    """Make the plain methods of torchstore 0.1.2's controller async.
+
+    Torchmonarch after 0.1 refuses actors that have plain and async methods. The methods do the same as before. Every
+    process that names the controller needs this.
     """
     for name in dir(Controller):
-        method = getattr(getattr(Controller, name), "_method", None)  # what an endpoint is around
+        method = getattr(getattr(Controller, name), "_method", None)  # the function that an endpoint wraps
         if method is not None and not inspect.iscoroutinefunction(method):
             setattr(Controller, name, endpoint(_awaited(method)))
 
@@ -69,7 +71,7 @@ def _awaited(method: Callable[..., Any]) -> Any:
 
 
 async def push(arguments: argparse.Namespace) -> None:
-    """All pushes, and what was measured."""
+    """Make all pushes, and write the figures."""
     await torchstore.initialize()
     trainer = await spawn_actors(1, Trainer, "trainer", shape=arguments.shape)
     engines = await spawn_actors(
@@ -144,7 +146,7 @@ class Engine(Actor):
 
     @endpoint
     async def ready(self) -> None:
-        """Answer once its parameters are there."""
+        """Answer once the actor has its parameters."""
 
     @endpoint
     async def get(self) -> float:
@@ -161,6 +163,6 @@ class Engine(Actor):
 
 
 if __name__ == "__main__":
-    from bench import peer_torchstore  # by its name other processes find its actors; as __main__ they could not
+    from bench import peer_torchstore  # other processes find the actors by this module's name, not by __main__
 
     peer_torchstore.main()

@@ -1,4 +1,4 @@
-"""Pictures of JSON files: seconds of the ways of `push` and `sglang`, speeds of `transports`.
+"""Draws pictures of JSON files: seconds of the ways of `push` and `sglang`, speeds of `transports`.
 
 \b
     python -m bench plot docs/benchmarks/cpu/transports.json --out transports.svg
@@ -24,7 +24,7 @@ Document = dict[str, Any]
 
 
 def draw(document: Document, out: Path) -> None:
-    """Write a picture; the name's ending says of which kind. Raises `ConfigError` for figures that have none."""
+    """Write a picture, in the format of the name's ending. Raises `ConfigError` for figures that have no picture."""
     import matplotlib as mpl
 
     mpl.use("agg")
@@ -75,7 +75,7 @@ def main(
     files: Annotated[list[Path], typer.Argument(help="JSON that a suite has written.", show_default=False)],
     out: Annotated[Path, typer.Option(help="x.png or x.svg; for several files, a folder for SVGs.")] = Path(),
 ) -> None:
-    """Draw."""
+    """Draw a picture of each file."""
     targets = [out if out.suffix in (".png", ".svg") else out / f"{path.stem}.svg" for path in files]
     if twice := sorted({str(target) for target in targets if targets.count(target) > 1}):
         raise ConfigError(f"several files would be drawn as {', '.join(twice)}", hint="give each an --out of its own")

@@ -1,6 +1,4 @@
-"""Scripts of this folder as child processes of a fleet, each of which pushes a model again and again and writes what it
-measured.
-"""
+"""Runs scripts of this folder as child processes of a fleet. Each pushes a model repeatedly and writes its figures."""
 
 from __future__ import annotations
 
@@ -25,14 +23,17 @@ _HERE = Path(__file__).parent
 def torchrun(
     fleet: Fleet, model: Model, script: str, world: int, out: Path, more: list[str], pushes: int
 ) -> list[dict[str, Any]]:
-    """Run a script in `world` processes, which push a model so often, and two times before; what each wrote."""
+    """Run a script in `world` processes, which push a model `pushes` times after two that warm up.
+
+    Returns the figures that each process wrote.
+    """
     options, env = _prepare(model, out, more, pushes)
     child = fleet.torchrun(out.name, _HERE / script, world, options, env=env)
     return [_result(fleet, child, out, rank) for rank in range(world)]
 
 
 def alone(fleet: Fleet, model: Model, script: str, out: Path, more: list[str], pushes: int) -> dict[str, Any]:
-    """The same, where the script starts processes of its own and writes for all."""
+    """Do as `torchrun`, for a script that starts its own processes and writes one file for all of them."""
     options, env = _prepare(model, out, more, pushes)
     return _result(fleet, fleet.spawn(out.name, [str(_HERE / script), *options], env=env), out, 0)
 

@@ -1,7 +1,7 @@
 """The measured parts of docs/benchmarks.md, from the JSON files beside it: `python -m bench table [--check]`.
 
-What stands between `<!-- bench: KIND FILE -->` and `<!-- end -->` is written by the function of that kind, from that
-file in docs/benchmarks; the rest of the page is left as it is.
+The function of KIND writes the text between `<!-- bench: KIND FILE -->` and `<!-- end -->`, from FILE in
+docs/benchmarks. The rest of the page is left as it is.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Document = dict[str, Any]
 
 
 def render(page: str, folder: Path) -> str:
-    """The page with every measured part made anew. Raises `ConfigError` for one that cannot be."""
+    """Return the page with every measured part made anew. Raises `ConfigError` for a part that cannot be made."""
 
     def part(found: re.Match[str]) -> str:
         begin, kind, name, _, end = found.groups()
@@ -46,13 +46,13 @@ def render(page: str, folder: Path) -> str:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of Markdown."""
+    """Return the lines of a Markdown table."""
     lines = [columns, ["---"] * len(columns), *rows]
     return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def ways(document: Document) -> list[str]:
-    """Ways to bring the same weights into the same engines, in one run."""
+    """Tabulate ways to bring the same weights into the same engines, in one run."""
     figures = document["figures"]
     found, nbytes, ceiling = figures["ways"], figures["bytes"], figures["memcpy_bytes_per_second"]
     best = min(way["seconds"]["p50"] for way in found)
@@ -97,10 +97,10 @@ def ways(document: Document) -> list[str]:
 
 
 def first_push(document: Document) -> list[str]:
-    """The first file of pushes, before there were others to stand beside them."""
+    """Tabulate the first file of pushes, which was measured before other ways were compared."""
     model, empty = document["figures"]["model"], document["figures"]["empty"]
     seconds = model["phases_median"]
-    # before they were told apart, what a node exports to its own engines was of the wire
+    # files without the phase "export" count exports to the node's own engines as "wire"
     seconds = {"export": seconds["wire"], **seconds}
     phases = [f"{seconds[name] * 1e3:.0f}" for name in ("fill", "export", "load", "verify")]
     rows = [
@@ -123,7 +123,7 @@ def first_push(document: Document) -> list[str]:
 
 
 def small(document: Document) -> list[str]:
-    """Pushes of one small tensor."""
+    """Tabulate pushes of one small tensor."""
     figures = document["figures"]
     seconds = figures["seconds"]
     spread = " / ".join(f"{seconds[key] * 1e3:.1f}" for key in ("p50", "p99", "max"))
@@ -133,7 +133,7 @@ def small(document: Document) -> list[str]:
 
 
 def transports(document: Document) -> list[str]:
-    """One bucket over each transport."""
+    """Tabulate one bucket over each transport."""
     found: dict[str, dict[int, Any]] = {}
     for one in document["figures"]["transports"]:
         found.setdefault(one["transport"], {})[one["nbytes"]] = one
@@ -152,7 +152,7 @@ def transports(document: Document) -> list[str]:
 
 
 def describe(document: Document) -> list[str]:
-    """Describing weights."""
+    """Tabulate describing weights."""
     rows = [
         [f["case"], *(f"{f[key] * 1e3:.1f} ms" for key in ("first", "again", "located"))] for f in document["figures"]
     ]
@@ -160,14 +160,14 @@ def describe(document: Document) -> list[str]:
 
 
 def control(document: Document) -> list[str]:
-    """Processor time of a bucket."""
+    """Tabulate the processor time of a bucket."""
     figures = document["figures"]
     row = [f"{f['median'] * 1e3:.2f} ms" for f in figures]
     return table([f["process"] for f in figures], [row])
 
 
 def plan(document: Document) -> list[str]:
-    """Planning."""
+    """Tabulate planning."""
     rows = [
         [
             f["case"],
@@ -183,7 +183,7 @@ def plan(document: Document) -> list[str]:
 
 
 def pure(document: Document) -> list[str]:
-    """The baseline of what is pure."""
+    """Tabulate the baseline of the pure parts."""
     rows = [
         [
             one["name"].removeprefix("test_").replace("_", " "),
@@ -211,7 +211,7 @@ def main(
     page: Annotated[Path, typer.Argument(help="The page; its JSON is in a folder of its name.")] = PAGE,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; exit with status 1 if it is not so.")] = False,
 ) -> None:
-    """Write the page, or look at it."""
+    """Write the page, or check it."""
     before = page.read_text()
     after = render(before, page.with_suffix(""))
     if check and before != after:

@@ -1,4 +1,4 @@
-"""What every way to bring weights into engines is reported as, so that they stand in one table."""
+"""The report of one way to bring weights into engines. All ways have the same one, so that they stand in one table."""
 
 from __future__ import annotations
 
@@ -28,22 +28,23 @@ class Way:
     software: str  # what carried the bytes, with its version and settings
     seconds: Spread  # from the first rank's call until every engine has the weights
     blocked: Spread | None  # how long the trainer's weights may not change
-    paused: Spread | None  # how long an engine does not serve; None: nobody pauses it
+    paused: Spread | None  # how long an engine does not serve; None: it is not paused
     checked: str  # which bytes were compared with the trainer's
     peak: dict[str, int]  # the most memory that a process of each kind had resident
-    copied: int = 0  # bytes, each as often as it is copied from host memory to host memory; 0 where it is not known
+    copied: int = 0  # bytes copied from host memory to host memory, all copies of a byte counted; 0: not known
     phases: dict[str, float] = field(default_factory=dict)  # medians
-    load: tuple[float, ...] = ()  # processes that wanted a core in the minute before, each time that it was run
+    load: tuple[float, ...] = ()  # for each run, the processes that wanted a core in the minute before it
 
 
 def load() -> float:
-    """How many processes wanted a core in the last minute."""
+    """Return how many processes wanted a core in the last minute."""
     return round(os.getloadavg()[0], 2)
 
 
 def in_turn(ways: Sequence[Callable[[int], Way]], rounds: int) -> list[Way]:
-    """Run all ways so often, in turn, so that what else the machine does meets them alike. Each is told its round, and
-    each round begins with another way.
+    """Run all ways in turn, in so many `rounds`, so that other work of the machine slows all of them alike.
+
+    Each way is called with the number of its round. Each round begins with another way.
     """
     found: list[list[Way]] = [[] for _ in ways]
     for turn in range(rounds):
@@ -72,7 +73,10 @@ def _together(runs: Sequence[Way]) -> Way:
 
 
 def rows(ways: Sequence[Mapping[str, Any]], nbytes: int, ceiling: float) -> list[list[str]]:
-    """Of ways as their JSON has them: each for `nbytes` of weights, `ceiling` in bytes a second. The first is ours."""
+    """Return the table's rows for ways from their JSON. Each moved `nbytes`; `ceiling` is in bytes a second.
+
+    The first way is ours.
+    """
     first = ways[0]["seconds"]["p50"]
     found = []
     for way in ways:
@@ -95,7 +99,7 @@ def rows(ways: Sequence[Mapping[str, Any]], nbytes: int, ceiling: float) -> list
 
 
 def fastest(ways: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence that says which way has the least median, ours or not, and whose range overlaps with its own."""
+    """Say which way has the least median, ours or not, and which ways' ranges overlap with its range."""
     best, *others = sorted(ways, key=lambda way: way["seconds"]["p50"])
     longest = extent(best["seconds"])[1]
     level = [way["name"] for way in others if extent(way["seconds"])[0] <= longest]
@@ -103,10 +107,10 @@ def fastest(ways: Sequence[Mapping[str, Any]]) -> str:
 
 
 def extent(seconds: Mapping[str, Any]) -> tuple[float, float]:
-    """The shortest and the longest of a `Spread` as its JSON has it."""
+    """Return the shortest and the longest run of a `Spread`, from its JSON."""
     return min(seconds["all"]), seconds["max"]
 
 
 def ratio(value: float) -> str:
-    """With two digits: a few runs on a machine that others use tell no more."""
+    """Format a ratio with two digits, because a few runs on a shared machine tell no more."""
     return f"{value:.0f}" if value >= 9.95 else f"{value:#.2g}"

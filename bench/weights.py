@@ -14,16 +14,16 @@ if TYPE_CHECKING:
 
 __all__ = ["change", "shards", "whole"]
 
-_BLOCK = 1 << 22  # bytes: of random ones for each tensor, repeated
+_BLOCK = 1 << 22  # random bytes made for each tensor, then repeated
 
 
 def whole(model: Model) -> dict[str, torch.Tensor]:
-    """Every tensor of the model."""
+    """Return every tensor of the model, whole."""
     return {name: _random(tensor.shape, tensor.dtype) for name, tensor in model.tensors.items()}
 
 
 def shards(model: Model, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
-    """This rank's part of every tensor: dimension 0 in chunks, as a DTensor."""
+    """Return this rank's part of every tensor, as DTensors: dimension 0 is cut into chunks."""
     rank, world = mesh.get_local_rank(), mesh.size()
     weights: dict[str, torch.Tensor] = {}
     for name, (shape, dtype) in model.tensors.items():
@@ -44,7 +44,7 @@ def shards(model: Model, mesh: DeviceMesh) -> dict[str, torch.Tensor]:
 
 
 def change(weights: dict[str, torch.Tensor]) -> None:
-    """Other values in the same memory, of some tensors: enough for a push that did nothing to be found out."""
+    """Change some tensors' values in place: enough to notice a push that did nothing."""
     with torch.no_grad():
         for tensor in list(weights.values())[1:50]:
             local = tensor.to_local() if isinstance(tensor, DTensor) else tensor

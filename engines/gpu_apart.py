@@ -1,12 +1,12 @@
-"""gpu_apart.py: pushes into real vLLM, and SGLang, on GPUs of their own, ours beside those of vLLM's `nccl` trainer.
+"""gpu_apart.py: pushes into real vLLM and SGLang servers on other GPUs, by weightsync and by vLLM's `nccl` trainer API.
 
     python -m engines.gpu_apart --model DIR --plugins DIR --vllm vllm --vllm-python vllm-python --json apart.json
     python -m engines.gpu_apart … --sglang "python -m sglang.launch_server"          # and into SGLang
 
-DIR holds a config.json and tokenizer files. One half of this machine's GPUs is the trainer's, with FSDP2 shards of a
-rank on each (with two GPUs: one rank, whole tensors), the other half is the servers', each of a TP of all of it. A
-server takes one backend, and workers of a stock one are in one group for as long as they live, so there are several,
-which are up at the same time. Weights are dummies, random ones are pushed, one way after the other:
+DIR holds a config.json and tokenizer files. One half of this machine's GPUs is the trainer's, with a rank and its FSDP2
+shards on each (with two GPUs: one rank, whole tensors). Servers run on the other half, each with a TP of all its GPUs.
+Several servers are up at the same time, because a server takes one backend, and a stock worker joins only one group in
+its life. Servers start with dummy weights. Random weights are pushed, one way after the other:
 
     plugin            our plugin, by slots on all GPUs: engines read over NVLink what CUDA IPC maps
     plugin in place   the same, out of the trainer's memory
@@ -14,10 +14,10 @@ which are up at the same time. Weights are dummies, random ones are pushed, one 
     group             a stock server and a weightsyncd on the trainer's GPUs, joined by NCCL
     vllm-nccl         a stock server and vLLM's trainer API (`engines/peer_vllm_nccl.py`), joined by NCCL
 
-The plugin records, proves and replays in its first pushes, which do not count; nor does any way's first. Prints a
-table, the last column of which is the model's bytes a second as a share of what NCCL broadcasts of 1 GiB come to
-between a trainer's GPU and a server's in the same run, all such pairs at once. A way that fails says why in the JSON,
-which is written after each, and loses no other.
+The plugin records, proves and replays in its first pushes, which do not count; nor does the first push of any way.
+Prints a table. Its last column is the model's bytes a second, divided by the rate of NCCL broadcasts of 1 GiB between a
+trainer's GPU and a server's in the same run, all such pairs at once. The JSON is written after each way. If a way
+fails, the JSON says why, and the other ways go on.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SERVERS = {
 }
 FLAGS: dict[str, tuple[str, ...]] = {"sglang": ("--load-format", "dummy")}
 FLAGS["vllm"] = (*FLAGS["sglang"], "--kv-cache-memory-bytes", str(2 << 30))
-BUCKET = 1 << 30  # bytes, of the broadcasts
+BUCKET = 1 << 30  # bytes of one broadcast
 
 
 def main() -> int:
@@ -114,7 +114,7 @@ def main() -> int:
 
 
 def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
-    """Start the servers, side by side, and push every way, vLLM's own last."""
+    """Start the servers side by side, and push every way, vLLM's own last."""
     wanted = {
         which: [way for way in ways if way in options.ways]
         for which, ways in SERVERS.items()
@@ -139,7 +139,7 @@ def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
             kind = server.case.kind
             try:
                 done = one(way, server, first, software[kind], options)
-            except WeightSyncError as error:  # of the daemon or the trainer: the others have their own
+            except WeightSyncError as error:  # only this way fails: each has its own daemon and trainer
                 done = failed(kind, way, str(error), server.tail())
             keep(done)
             software[kind] = done["engine"] if done["good"] else software[kind]
@@ -147,7 +147,10 @@ def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
 
 
 def one(way: str, server: Server, first: int, engine: str, options: argparse.Namespace) -> dict[str, Any]:
-    """All pushes of one way, as a row; versions begin at `first`. `engine` is what the one before was into."""
+    """Make all pushes of one way, and return a row. Versions begin at `first`.
+
+    `engine` names the server in the row of vLLM's own way; for other ways the daemon knows it.
+    """
     if way == peers.APART.name:
         arguments = ["--model", str(options.model), "--url", server.url, "--pushes", str(options.stock)]
         arguments += ["--first", str(first)]
@@ -168,7 +171,7 @@ def one(way: str, server: Server, first: int, engine: str, options: argparse.Nam
 
 
 def whole(slot: str, shapes: Iterable[tuple[int, ...]], itemsize: int) -> str:
-    """A slot that holds the largest of the tensors, too: a stock server takes whole ones only."""
+    """Return a slot's size that holds the largest tensor, too: a stock server takes whole tensors only."""
     largest = max(map(prod, shapes)) * itemsize
     return slot if size(slot) >= largest else f"{-(-largest // 2**20)}MiB"
 

@@ -1,12 +1,12 @@
-"""gpu_groups.py: push into real, stock vLLM and SGLang servers on other GPUs, which join groups over NCCL.
+"""gpu_groups.py: push into real, stock vLLM and SGLang servers on other GPUs, through groups over NCCL.
 
     python -m engines.gpu_groups --models DIR --vllm vllm --sglang "python -m sglang.launch_server" --json groups.json
 
 DIR holds the checkpoints dense-base and dense-new. Nothing of weightsync is in the servers, and no memory is shared
-with them: the trainer and a weightsyncd are on the first GPU (and, of four, on the second), the servers on the others.
-For each engine a server is started on NEW and asked for greedy tokens and logprobs; another, started on BASE, is pushed
-to NEW, asked the same, pushed back, pushed to --soak times, and has its bridge killed, between two pushes and within
-one; after each it is pushed to again and asked. Prints what it found, exits 1 unless all agree.
+with them: the trainer and a weightsyncd are on the first half of the GPUs, the servers on the others.
+For each engine a server is started on NEW and asked for greedy tokens and logprobs. Another is started on BASE, pushed
+to NEW, asked the same, pushed back, and pushed to --soak times. Then the bridges are killed, once between two pushes
+and once within one; after each, the server is pushed to again and asked. Prints its findings, exits 1 unless all agree.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from weightsync.trainer.client import PushHandle
 
-_WARM = 5  # pushes, after which nothing is allocated for the first time
+_WARM = 5  # pushes after which no memory is allocated for the first time
 
 
 def main() -> int:
@@ -107,7 +107,7 @@ def prove(case: Case, server: Server, oracle: Server, homes: list[int], options:
         wait_loading(handle, endpoint)
         kill_bridges(endpoint)
         within = outcome(handle)
-        try:  # of its own an engine may not come back from that, and then the error has to say so
+        try:  # an engine may not recover from this by itself, and then the error has to say so
             once_more = f"complete in {push('new').seconds:.3f} s"
             after_within = compare(server.generate(), wanted)[0]
         except WeightSyncError as error:
@@ -157,13 +157,13 @@ def outcome(handle: PushHandle) -> str:
 
 
 def on_gpus(tensors: dict[str, torch.Tensor], homes: list[int]) -> dict[str, torch.Tensor]:
-    """On the trainer's first GPU: buckets go to the slots of all of its node, whichever it is."""
+    """Put the tensors on the trainer's first GPU: buckets go to the slots of all of its node's GPUs in any case."""
     return {name: tensor.to(f"cuda:{homes[0]}") for name, tensor in tensors.items()}
 
 
 @contextmanager
 def daemon(case: Case, server: Server, homes: list[int], options: argparse.Namespace) -> Iterator[str]:
-    """A weightsyncd on the GPUs `homes`, which knows the server."""
+    """Run a weightsyncd on the GPUs `homes`, which knows the server; yields its endpoint."""
     endpoint = f"ipc://{options.logs}/{case.kind}.sock"
     uuids = ", ".join(f'"{torch.cuda.get_device_properties(home).uuid}"' for home in homes)
     lines = ["[node]", f'name = "groups-{case.kind}"', f'listen = "{endpoint}"', f"gpus = [{uuids}]"]
@@ -179,7 +179,7 @@ def daemon(case: Case, server: Server, homes: list[int], options: argparse.Names
     config.write_text("\n".join(lines) + "\n")
     with (options.logs / f"{case.kind}-daemon.log").open("wb") as out:
         command = [sys.executable, "-m", "weightsyncd", "--node-config", str(config)]
-        alike = {"NCCL_CUMEM_ENABLE": "0"} if case.kind == "sglang" else {}  # as SGLang has it in its workers
+        alike = {"NCCL_CUMEM_ENABLE": "0"} if case.kind == "sglang" else {}  # as SGLang sets it in its workers
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=os.environ | alike)
     try:
         deadline = time.monotonic() + 60

@@ -3,11 +3,11 @@
     python -m engines.gpu_mixed --models DIR --plugins DIR --vllm vllm --sglang "python -m sglang.launch_server"
 
 DIR holds the checkpoints dense-base and dense-new. The nodes are two daemons with a GPU each. Servers are started on
-base; other servers, on new, say what is to be generated. After a push of new all say the same, and after one of base
-what they said before. Then both are pushed in turn, as often as --soak says: is anything left on a GPU, by an engine
-or a bridge? (The trainer, this process, may take a block of 2 MiB more when two of its copies overlap; it is told.)
---in-place: weights lie on the first GPU, and the engine there reads them in place, other memory in every push.
-Prints a table, exits 1 unless all agree.
+base; other servers, on new, generate the expected tokens. After a push of new, all servers must generate these, and
+after a push of base their first tokens again. Then both are pushed in turn, --soak times in all: does an engine or a
+bridge leave anything on a GPU? (The trainer, this process, may take a block of 2 MiB more when two of its copies
+overlap; the table shows it.) --in-place: weights lie on the first GPU, and the engine there reads them in place, from
+other memory in every push. Prints a table, exits 1 unless all agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
 from weightsync.trainer.client import push_source
 
-_WARM = 20  # pushes, after which nothing is allocated for the first time
+_WARM = 20  # pushes after which no memory is allocated for the first time
 VLLM, SGLANG = Case("vllm", "plugin"), Case("sglang", "plugin")
 
 
@@ -86,7 +86,7 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
     }
     if options.in_place:
         sources = {tag: {n: w.cuda() for n, w in weights(options, tag).items()} for tag in sources}
-    drawn: list[list[str]] = []  # by each push, of its engines
+    drawn: list[list[str]] = []  # for each push, the engines that drew
 
     def push(tag: str) -> Any:
         report = push_source(
@@ -161,7 +161,7 @@ def weights(options: argparse.Namespace, tag: str) -> Any:
 
 
 def daemons(fleet: Fleet, stack: ExitStack, options: argparse.Namespace, servers: list[Server], reference: str) -> str:
-    """Start both nodes; the endpoint of the one that has the other for a peer."""
+    """Start both nodes. Returns the endpoint of the node that has the other as its peer."""
     vllm, sglang = servers
     uuids = [str(torch.cuda.get_device_properties(i).uuid) for i in range(2)]
     engines = [

@@ -1,11 +1,11 @@
-"""gpu_proof.py: push into real vLLM and SGLang servers on this machine's GPUs, and compare what they then generate.
+"""gpu_proof.py: push into real vLLM and SGLang servers on this machine's GPUs, and compare what they generate.
 
     python -m engines.gpu_proof --models DIR --vllm vllm --sglang "python -m sglang.launch_server" --json proof.json
 
 DIR holds pairs of checkpoints NAME-base and NAME-new of one shape. For every case (engine, quantisation,
-tensor-parallel size) a server is started on NEW and asked for greedy tokens and logprobs; then others are started on
-BASE, one for each way into the engine, pushed to NEW, asked the same, and pushed back to BASE. What is refused has to
-be left as it was. Prints a table, exits 1 unless all agree. Servers of a round run side by side. Needs weightsync
+tensor-parallel size) a server is started on NEW and asked for greedy tokens and logprobs. Others are started on BASE,
+one for each way into the engine, pushed to NEW, asked the same, and pushed back to BASE. A server that refuses a push
+has to be unchanged. Prints a table, exits 1 unless all agree. Servers of a round run side by side. Needs weightsync
 importable, and CUDA.
 """
 
@@ -51,7 +51,7 @@ class Daemon:
     """One weightsyncd for the servers of a round."""
 
     def __init__(self, servers: list[Server], options: argparse.Namespace, model: str = "") -> None:
-        """Each engine takes pushes of its own name, or all take those of `model`."""
+        """Each engine's model is its own name, or `model` for all if that is given."""
         self.endpoint = f"ipc://{options.logs}/d.sock"
         config = options.logs / "node.toml"
         lines = [
@@ -118,7 +118,7 @@ def prove(case: Case, server: Server, daemon: Daemon, wanted: list[Any], options
 
 
 def soak(servers: list[Server], options: argparse.Namespace) -> dict[str, Any]:
-    """Push base and new in turn to all engines at once: is any memory left behind on a GPU, by any process?"""
+    """Push base and new in turn to all engines at once: does any process leave memory behind on a GPU?"""
     daemon = Daemon(servers, options, model="soak")
     before: dict[int, int] = {}
     seconds, incomplete, problem = [], 0, ""
@@ -179,7 +179,7 @@ def play(
     options: argparse.Namespace,
     port: int,
 ) -> None:
-    """One round: the servers on BASE, and beside them those on NEW whose answers are not known yet."""
+    """Play one round: start the servers on BASE, and those on NEW whose answers are not known yet, and prove each."""
     began = time.monotonic()
     firsts = {c.oracle: Case(c.kind, "", c.model, c.tp, c.quantization) for c in batch if c.oracle not in wanted}
     oracles = start(list(firsts.values()), "new", gpus, options, port)

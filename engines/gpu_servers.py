@@ -22,7 +22,7 @@ __all__ = ["Case", "Server", "compare", "gpu_memory"]
 PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
 TOKENS = 8
 START = 240.0
-# of vLLM, by our way through it; "nccl" is that of its own trainer
+# vLLM's weight transfer backend for each way; the way "nccl" is vLLM's own trainer API
 BACKENDS = {"ipc": "ipc", "group": "nccl", "plugin": "weightsync", "nccl": "nccl"}
 EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
 
@@ -100,7 +100,7 @@ class Server:
         return [*command, *common]
 
     def wait(self) -> str:
-        """ "" when it answers; else why not."""
+        """Wait until the server answers. Returns "", or else why it does not."""
         deadline = time.monotonic() + START
         while time.monotonic() < deadline:
             if self.process.poll() is not None:
@@ -119,7 +119,7 @@ class Server:
         return " | ".join(line.strip()[-200:] for line in telling[-3:])
 
     def generate(self) -> list[tuple[list[int], list[float]]]:
-        """With nothing cached: a prefix computed before gives other roundings."""
+        """Return greedy tokens and logprobs for each prompt. Caches are flushed: a cached prefix rounds differently."""
         self._post("/reset_prefix_cache" if self.case.kind == "vllm" else "/flush_cache", {})
         return [self._generate(prompt) for prompt in PROMPTS]
 
@@ -158,7 +158,7 @@ def compare(found: list[Any], wanted: list[Any]) -> tuple[bool, float]:
 
 
 def gpu_memory() -> dict[int, int]:
-    """MiB on all GPUs, by process."""
+    """Return the MiB that each process uses, on all GPUs together."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     used: dict[int, int] = {}
     for line in subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines():

@@ -2,14 +2,14 @@
 
     python -m engines.gpu_speed --model DIR --plugins DIR --vllm vllm --sglang "python -m sglang.launch_server" --tp 2
 
-DIR holds a config.json, and tokenizer files where a server wants them. Weights are dummies, and random ones are pushed,
-in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's `ipc`) and
-through our plugin: the first is recorded, the second proves what was recorded, the third is replayed and compared, and
-from then on weights are pulled straight out of the slots. What engines hold is compared with what was sent in every
-push that says how many tensors were checked. Then the same in place: engines read the trainer's memory, without slots,
-from the second push of that daemon on. Then come the ways of `--peers`, what people use instead, each into the
-server of its kind and in its environment: `--sglang-python` and `--vllm-python` are the commands that run Python there.
-Prints a line of JSON for each way, and writes what is known after each; ceilings of the same run come last.
+DIR holds a config.json, and tokenizer files if a server wants them. Servers start with dummy weights. Random weights
+are pushed, in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's
+`ipc`) and through our plugin. There the first push is recorded, the second proves the recording, and the third is
+replayed and compared; from then on weights are pulled straight out of the slots. Engines' weights are compared with
+those sent in every push that says how many tensors were checked. Then the same in place: engines read the trainer's
+memory, without slots, from the second push of that daemon on. Last come the ways of `--peers`, which people use
+instead, each into the server of its kind and in that server's environment. `--sglang-python` and `--vllm-python` run
+Python there. Prints a line of JSON for each way, and writes the JSON after each. Ceilings of the same run come last.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
-IN_PLACE = " in place"  # of a way: engines read the trainer's memory
-DELIVERED = " delivered"  # of a way: the engine's GPUs are another node's, whose bridges write into its parameters
+IN_PLACE = " in place"  # suffix of ways in which engines read the trainer's memory
+DELIVERED = " delivered"  # suffix of ways to an engine on another node, whose bridges write into its parameters
 _WARM = {
     way + place: 4 for way in ("plugin", "extension") for place in ("", IN_PLACE, DELIVERED)
 }  # pushes that do not count
@@ -94,8 +94,9 @@ def main() -> int:
 
 
 def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None]) -> None:
-    """Start what there is, side by side, and push into one after the other. Peers come last: what one that fails leaves
-    of a server is then nobody else's trouble.
+    """Start the servers side by side, and push into one after the other.
+
+    Peers come last, because a peer that fails may leave a server broken for all ways after it.
     """
     gpus = ",".join(map(str, range(options.tp)))
     dummy = ("--load-format", "dummy")
@@ -142,7 +143,7 @@ def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
 
 
 def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Pushes of a peer."""
+    """Make the pushes of a peer."""
     arguments = ["--model", str(options.model), "--url", server.url, "--pushes", str(options.stock)]
     arguments += ["--first", str(first)]
     python, ranks = getattr(options, f"{peer.kind}_python"), torch.cuda.device_count()
@@ -162,9 +163,10 @@ def push(
     gpus: Sequence[str] = (),
     far: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Pushes one way, from a daemon and trainer ranks of their own: so many `ranks`, on the first GPUs, and a daemon on
-    the `gpus` with these UUIDs; both on all of them by default. The server's GPUs are `far` if it has a daemon to
-    itself.
+    """Make the pushes of one way, with their own daemon and trainer ranks, and return a row.
+
+    `ranks` trainer ranks run on the first GPUs, and the daemon on the GPUs with the UUIDs `gpus`; on all by default. If
+    `far` has the UUIDs of the server's GPUs, the server has its own daemon there.
     """
     ranks = ranks or torch.cuda.device_count()
     with Fleet() as fleet:

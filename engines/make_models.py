@@ -1,9 +1,9 @@
-"""make_models.py FOLDER: tiny checkpoints with seeded random weights, and what a model with them must generate.
+"""make_models.py FOLDER: tiny checkpoints with seeded random weights, and the tokens that they must generate.
 
 dense (Qwen3, fp32), moe (Qwen3-MoE of 8 experts, fp32) and tied (Qwen3 with tied embeddings, bf16), each as NAME_base
-and NAME_pert: base with noise on every tensor, so that every prompt goes on differently. The tokenizer knows bytes and
-needs no download. `oracle.json` in each folder holds greedy tokens and their logprobs of the transformers model itself,
-computed in fp32: an oracle that shares no code with the engines' models and needs no server to be started.
+and NAME_pert. NAME_pert is base with noise on every tensor, so that every prompt goes on differently. The tokenizer
+knows bytes and needs no download. `oracle.json` in each folder holds greedy tokens and their logprobs of the
+transformers model itself, computed in fp32. This oracle shares no code with the engines' models and needs no server.
 """
 
 import json
@@ -59,7 +59,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def greedy(model: torch.nn.Module, prompt: list[int]) -> dict[str, list[float]]:
-    """Each token is the likeliest after all before it; nothing ends the text early."""
+    """Return `TOKENS` greedy tokens after the prompt, and their logprobs. No token ends the text early."""
     ids, logprobs = list(prompt), []
     for _ in range(TOKENS):
         with torch.no_grad():

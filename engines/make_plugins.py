@@ -1,6 +1,6 @@
-"""make_plugins.py FOLDER: this checkout's weightsync as a package with entry points, for an engine's PYTHONPATH.
+"""make_plugins.py FOLDER: makes this checkout's weightsync a package with entry points, for an engine's PYTHONPATH.
 
-The engines' environments stay as their makers pinned them: they see weightsync only while this folder is on their path.
+The engines' environments stay as their makers pinned them: they see weightsync only if FOLDER is on their path.
 """
 
 import sys

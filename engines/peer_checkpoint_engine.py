@@ -1,14 +1,14 @@
-"""checkpoint-engine's way into SGLang, as SGLang's own example goes it (sglang.srt.checkpoint_engine.update).
+"""checkpoint-engine's way into SGLang, as in SGLang's own example (sglang.srt.checkpoint_engine.update).
 
 Runs in an environment with checkpoint-engine 0.1.2, started with torchrun, one process on each GPU of the engine. Its
-ParameterServer holds a checkpoint in pinned memory of the host, whole tensors, each with one rank. `update` brings them
-to GPUs in buckets (of up to 8 GiB, its default, less where less memory is free), broadcasts each over NCCL, and the
-engine reads it there through CUDA IPC, told what it holds over ZeroMQ, within one /update_weights_from_ipc.
+ParameterServer holds a checkpoint in pinned host memory: whole tensors, each on one rank. `update` brings them to GPUs
+in buckets (of up to 8 GiB, its default, or less if less memory is free) and broadcasts each over NCCL. The engine reads
+each bucket there through CUDA IPC, within one /update_weights_from_ipc, and learns its contents over ZeroMQ.
 
-Shards are gathered, and the first half of all tensors is registered with the first rank, the second with the second, as
-in that example. This happens once and is told apart: only `gather_metas` and `update` are timed, although a trainer has
-to gather and register again whenever weights have changed (0.1.2 takes new pinned memory each time). Generation is not
-paused, as the example does not; its last request flushes the cache. Nothing is compared with what was sent.
+Shards are gathered, and each rank registers an equal share of the tensors, in their order, as in that example. This
+happens once and is reported apart: only `gather_metas` and `update` are timed. But a trainer has to gather and register
+again whenever weights have changed (0.1.2 takes new pinned memory each time). As in the example, generation is not
+paused, and the last request flushes the cache. Nothing is compared with the weights that were sent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ ANSWER = 200.0  # seconds for the one request that an update is
 def main() -> None:
     arguments = options(__doc__)
     weights = start(arguments.model)
-    sys.modules["mooncake"] = None  # its way between machines would look for RDMA devices, and there may be none
-    parameter_server._get_ip = lambda: "127.0.0.1"  # asks a network that may be missing, for use between machines
+    sys.modules["mooncake"] = None  # used between machines: would look for RDMA devices, and there may be none
+    parameter_server._get_ip = lambda: "127.0.0.1"  # used between machines: asks a network that may be missing
     server = parameter_server.ParameterServer()
     before = register(server, weights)
 
@@ -58,7 +58,7 @@ def main() -> None:
 
 @torch.no_grad()
 def register(server, weights) -> dict[str, float]:
-    """This rank's share of all tensors, to pinned memory; the seconds that it took."""
+    """Gather and register this rank's share of all tensors, in pinned memory. Returns the seconds of each step."""
     each = -(-len(weights) // dist.get_world_size())
     mine = set(list(weights)[dist.get_rank() * each :][:each])
     began = time.perf_counter()
@@ -74,7 +74,7 @@ def register(server, weights) -> dict[str, float]:
 
 
 def request(url: str, paths: dict[str, str], version: int) -> None:
-    """Have the engine come to the ranks' sockets; returns when it has all."""
+    """Have the engine connect to the ranks' sockets. Returns when it has loaded everything."""
     if dist.get_rank():
         return
     body = {"zmq_handles": paths, "flush_cache": True, "weight_version": str(version)}
@@ -86,11 +86,11 @@ def request(url: str, paths: dict[str, str], version: int) -> None:
         failed = f"{type(error).__name__}: {error}"
     if failed:
         print(f"/update_weights_from_ipc: {failed}", flush=True)
-        os._exit(1)  # nobody else would tell the ranks, which wait for an engine that is not coming
+        os._exit(1)  # the ranks would wait for ever for an engine that does not come
 
 
 def check(url: str, version: int) -> None:
-    """The server says that it holds this version."""
+    """Fail unless the server says that it holds this version."""
     if dist.get_rank() == 0:
         held = httpx.get(f"{url}/model_info", timeout=ANSWER).json()["weight_version"]
         assert held == str(version), f"the server holds {held}, not {version}"

@@ -1,8 +1,8 @@
-"""What trainer ranks of every peer do alike: a rank on each GPU, and FSDP2 shards as bench/gpu_trainer.py makes them.
+"""Shared by the trainer ranks of all peers: a rank on each GPU, and FSDP2 shards as bench/gpu_trainer.py makes them.
 
-Weights change before each push. Its time begins when all ranks have come so far, and ends when the last rank's push has
-returned, as rank 0 sees it. Every rank writes rankN.json, with rows of the form that gpu_trainer's have. Nothing is
-compared with what was sent. Without a GPU ranks meet over gloo, with which all that needs none can be tried.
+Weights change before each push. A push's time begins when all ranks have come to it, and ends when the last rank's push
+has returned, as rank 0 sees it. Every rank writes rankN.json, with rows of the same form as gpu_trainer's. Nothing is
+compared with the weights that were sent. Without GPUs the ranks meet over gloo, so that a script can be tried.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def options(about: str) -> argparse.Namespace:
 
 
 def start(model: str) -> dict[str, torch.Tensor]:
-    """Join the other ranks; this one's shards."""
+    """Join the other ranks. Returns this rank's shards."""
     if torch.cuda.is_available():
         gpu = int(os.environ["LOCAL_RANK"])
         torch.cuda.set_device(gpu)
@@ -58,11 +58,11 @@ def run(
     after: Callable[[int], object] | None = None,
     held: Sequence[str] = (),
 ) -> None:
-    """Push so often, and end this process.
+    """Make all pushes, and end this process.
 
-    `push(version)` returns the seconds of its phases. `held` names those within which weights may not change.
-    `before` are those of what was done once for all pushes and is not in their time: where `held` names none, a trainer
-    may go on when that is done, so it is how long it is held up. `after(version)` looks at what a push has done.
+    `push(version)` returns the seconds of its phases. `held` names the phases within which weights may not change.
+    `before` has the seconds of work that was done once for all pushes and is not in their time. If `held` is empty, the
+    trainer is held up during that work only, or without `before` for the whole push. `after(version)` checks a push.
     """
     rows = []
     for version in range(arguments.first, arguments.first + arguments.pushes):
@@ -95,18 +95,18 @@ def run(
     (arguments.out / f"rank{dist.get_rank()}.json").write_text(json.dumps(found))
     dist.barrier()
     sys.stdout.flush()
-    os._exit(0)  # what a library's threads still do may end a rank that has done its work
+    os._exit(0)  # threads of a library could still make a rank fail that has done its work
 
 
 def until_filled(before: Mapping[str, float] | None, held: Sequence[float], seconds: float) -> float:
-    """How long a trainer is held up by a push."""
+    """Return the seconds that a push holds a trainer up."""
     if held:
         return sum(held)
     return sum(before.values()) if before else seconds
 
 
 def whole(weights: Mapping[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor, on every rank, when it is asked for."""
+    """Yield every tensor, whole, on every rank. Each is gathered when it is asked for."""
     with torch.no_grad():
         for name, tensor in weights.items():
             yield name, tensor.full_tensor()

@@ -1,15 +1,16 @@
-"""SGLang's own way for a trainer on the same machine, as slime goes it (its update_weight_from_tensor.py, 2026-08).
+"""SGLang's own way for a trainer on the same machine, as slime uses it (its update_weight_from_tensor.py, 2026-08).
 
-Runs in SGLang's environment, started with torchrun, one process for each tensor-parallel rank of the engine. Each push:
-pause and flush; then for every 512 MB of whole tensors each rank flattens them into a new tensor, serialises its handle
-with SGLang's serializer, the handles are gathered over gloo, and rank 0 posts them and waits; then generation goes on.
-0.5.21 and later need a session around it, which Miles opens and so does this. slime calls the server through Ray; here
-it is the HTTP request that Ray's actor would make. Nothing is compared with what was sent.
+Runs in SGLang's environment, started with torchrun, one process for each tensor-parallel rank of the engine. Each push
+pauses and flushes. Then each rank flattens every 512 MB of whole tensors into a new tensor and serialises its handle
+with SGLang's serializer. The handles are gathered over gloo, and rank 0 posts them and waits. At the end generation
+goes on. SGLang 0.5.21 and later need a session around this, which Miles opens, and so does this script. slime calls the
+server through Ray; this script makes the HTTP request that Ray's actor would make. Nothing is compared with the weights
+that were sent.
 
-What is pushed are whole tensors in this process's memory (`--tensors`), which on a CPU are shared by moving buckets
-into files of /dev/shm, a copy that CUDA IPC would not make; or FSDP2 shards (`--model`), gathered tensor by tensor, all
-of a bucket under way at once, over NCCL, as slime's FSDP trainer does (update_weight_utils.py). On GPUs the handles are
-those of CUDA IPC, and after each bucket the allocator's cache is emptied.
+With `--tensors`, whole tensors in this process's memory are pushed. On a CPU they are shared by moving buckets into
+files of /dev/shm, a copy that CUDA IPC would not make. With `--model`, FSDP2 shards are pushed. They are gathered over
+NCCL tensor by tensor, all of a bucket at once, as slime's FSDP trainer does (update_weight_utils.py). On GPUs the
+handles are CUDA IPC handles, and after each bucket the allocator's cache is emptied.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Replicate
 
 if not torch.cuda.is_available():
-    import serve_sglang  # noqa: F401 - what lets SGLang be imported on any CPU
+    import serve_sglang  # noqa: F401 - lets SGLang be imported on any CPU
 
 from sglang.srt.utils import MultiprocessingSerializer
 from sglang.srt.utils.patch_torch import monkey_patch_torch_reductions
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def from_memory() -> None:
-    """Whole tensors of this process, on a CPU."""
+    """Push whole tensors of this process, on a CPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tensors", type=Path, required=True, help="JSON: [name, shape, dtype] of each")
     parser.add_argument("--url", required=True)
@@ -80,13 +81,13 @@ def from_memory() -> None:
 
 
 def from_shards() -> None:
-    """Shards of all ranks."""
+    """Push the shards of all ranks."""
     from peer_ranks import options, run, start
 
     arguments = options(__doc__)
     weights = start(arguments.model)
     if torch.cuda.is_available():
-        monkey_patch_torch_reductions()  # a handle names its GPU so that whoever opens it finds it
+        monkey_patch_torch_reductions()  # a handle then names its GPU, so that the server finds it
     else:
         torch.multiprocessing.set_sharing_strategy("file_system")
     group = dist.new_group(backend="gloo")
@@ -102,7 +103,7 @@ def from_shards() -> None:
 
 
 def update(url: str, weights: dict[str, torch.Tensor], version: int, group: Any) -> dict[str, float]:
-    """One push. Seconds until handles were gathered, and until the server had answered."""
+    """Make one push. Returns the seconds until handles were gathered, and until the server had answered."""
     first = dist.get_rank() == 0
     session = tuple(int(part) for part in re.findall(r"\d+", __version__)[:3]) >= SESSIONS
     phases = {"gather": 0.0, "load": 0.0}
@@ -139,7 +140,7 @@ def update(url: str, weights: dict[str, torch.Tensor], version: int, group: Any)
 
 
 def check(url: str, version: int) -> None:
-    """The server says that it holds this version."""
+    """Fail unless the server says that it holds this version."""
     if dist.get_rank() == 0:
         held = post(url, "model_info", None)["weight_version"]
         assert held == str(version), f"the server holds {held}, not {version}"
@@ -147,7 +148,7 @@ def check(url: str, version: int) -> None:
 
 @torch.no_grad()
 def whole(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
-    """Its tensors, gathered from all ranks where they are shards, all of them under way at once."""
+    """Return the bucket's tensors, whole. Shards are gathered from all ranks, all tensors at once."""
     asked = [
         (name, t.redistribute(placements=[Replicate()] * t.device_mesh.ndim, async_op=True).to_local())
         if isinstance(t, DTensor)
@@ -158,7 +159,7 @@ def whole(bucket: list[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tenso
 
 
 def buckets(weights: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, torch.Tensor]]]:
-    """Neighbours of up to 512 MB together; a tensor that is larger, alone."""
+    """Group neighbours into buckets of up to 512 MB. A larger tensor is a bucket by itself."""
     found: list[list[tuple[str, torch.Tensor]]] = [[]]
     held = 0
     for name, tensor in weights:
@@ -172,7 +173,7 @@ def buckets(weights: list[tuple[str, torch.Tensor]]) -> list[list[tuple[str, tor
 
 
 def post(url: str, route: str, body: Any) -> Any:
-    """The answer, which must not say that it failed; a GET where there is no body."""
+    """Send a POST, or a GET if there is no body. Returns the answer; raises if it says that the request failed."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(f"{url}/{route}", data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=300) as answer:

@@ -1,12 +1,16 @@
 """vLLM's own way for a trainer on the same GPUs: the trainer's API of its `ipc` backend, packed, over HTTP.
 
-Runs in vLLM's environment, started with torchrun, one process on each GPU of the engine. Each push, as in vLLM's
-examples for FSDP and for HTTP (rlhf_ipc_fsdp_ep.py, rlhf_http_ipc.py): pause, start_weight_update; then
-`IPCWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffer of 1 GiB, to which every rank
-brings whole tensors, gathered one after the other with `full_tensor()`; then finish_weight_update, resume. All of it is
-vLLM's code but the loop over tensors; it is the API of 0.26, and later versions have another. Nothing is compared with
-what was sent. The server needs the weight transfer backend "ipc" and VLLM_SERVER_DEV_MODE=1; the trainer needs, as does
-the server, VLLM_ALLOW_INSECURE_SERIALIZATION=1.
+Runs in vLLM's environment, started with torchrun, one process on each GPU of the engine. Each push follows vLLM's
+examples for FSDP and for HTTP (rlhf_ipc_fsdp_ep.py, rlhf_http_ipc.py):
+
+1. pause, start_weight_update
+2. `IPCWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffer of 1 GiB. Every rank brings
+   whole tensors to it, gathered one after the other with `full_tensor()`.
+3. finish_weight_update, resume
+
+All of this but the loop over tensors is vLLM's code. It is the API of 0.26; later versions have another. Nothing is
+compared with the weights that were sent. The server needs the weight transfer backend "ipc" and VLLM_SERVER_DEV_MODE=1.
+Server and trainer need VLLM_ALLOW_INSECURE_SERIALIZATION=1.
 """
 
 from __future__ import annotations

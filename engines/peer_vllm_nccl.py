@@ -1,13 +1,18 @@
 """vLLM's own way for a trainer on other GPUs: the trainer's API of its `nccl` backend, packed, over HTTP.
 
 Runs in vLLM's environment, started with torchrun, one process on each of the trainer's GPUs. Rank 0 and the server's
-workers make one NCCL group before the first push. Each push, as in vLLM's examples for HTTP and for FSDP
-(rlhf_http_nccl.py, rlhf_nccl_fsdp_ep.py): pause, start_weight_update; then, while the server is at update_weights,
-`NCCLWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffers, two of 1 GiB, into which
-rank 0 brings whole tensors, gathered one after the other with `full_tensor()` in which the other ranks join; then
-finish_weight_update, resume. All of it is vLLM's code but the loop over tensors; it is the API of 0.26, and later
-versions have another. Nothing is compared with what was sent. Weights may change once they have been sent. The server
-needs the weight transfer backend "nccl", no other group so far, and VLLM_SERVER_DEV_MODE=1.
+workers make one NCCL group before the first push. Each push follows vLLM's examples for HTTP and for FSDP
+(rlhf_http_nccl.py, rlhf_nccl_fsdp_ep.py):
+
+1. pause, start_weight_update
+2. `NCCLWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffers, two of 1 GiB, while the
+   server is at update_weights. Rank 0 brings whole tensors to it, gathered one after the other with `full_tensor()`,
+   which the other ranks join.
+3. finish_weight_update, resume
+
+All of this but the loop over tensors is vLLM's code. It is the API of 0.26; later versions have another. Nothing is
+compared with the weights that were sent. Weights may change once they have been sent. The server needs the weight
+transfer backend "nccl", no other group so far, and VLLM_SERVER_DEV_MODE=1.
 """
 
 from __future__ import annotations
@@ -25,8 +30,8 @@ from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerSendWeightsArgs, NCCLWeightTransferEngine
 
 PAUSE = 60.0  # seconds for the server to stop generating, or to go on
-WAIT = 120.0  # seconds for it to have joined, or to have loaded all
-_beside = ThreadPoolExecutor(1)  # the server is asked there, while this thread meets its workers over NCCL
+WAIT = 120.0  # seconds for the server to join, or to load everything
+_beside = ThreadPoolExecutor(1)  # sends requests to the server, while this thread meets its workers over NCCL
 
 
 def main() -> None:
@@ -81,7 +86,7 @@ def main() -> None:
 
 
 def join(client: HTTPVLLMWeightSyncClient):
-    """The NCCL group of this rank and all workers of the server."""
+    """Make the NCCL group of this rank and all workers of the server."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,7 +100,7 @@ def join(client: HTTPVLLMWeightSyncClient):
 
 
 def ask(call, body) -> Future:
-    """Ask the server beside this thread, which would wait in NCCL for ever if it refuses: so that ends this process."""
+    """Send a request from another thread. If it fails, end the process: this thread would wait in NCCL for ever."""
 
     def answered(done: Future) -> None:
         if error := done.exception():

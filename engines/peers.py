@@ -1,8 +1,8 @@
-"""What people use instead, as further ways of `engines.gpu_speed` and `gpu_apart` into the servers that are up.
+"""Peers: tools that people use instead of weightsync, as further ways of `engines.gpu_speed` and `gpu_apart`.
 
-Each is a script that torchrun starts in the engine's own environment, one rank on each of the trainer's GPUs, with the
-same shards of the same model (`engines/peer_ranks.py`). It drives the framework's or the engine's own code, and says
-version and settings.
+Each peer is a script that torchrun starts in the engine's own environment, one rank on each of the trainer's GPUs, with
+the same shards of the same model (`engines/peer_ranks.py`). It drives the framework's or the engine's own code, and
+reports version and settings.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from weightsync.fleet import Fleet
 
 _HERE = Path(__file__).resolve().parent
-WAIT = 200.0  # seconds for all pushes of one: imports, shards and, for checkpoint-engine, 61 GB to the host included
-WARM = 1  # pushes of one before those that count
+WAIT = 200.0  # seconds for all of a peer: imports, shards, pushes and, for checkpoint-engine, 61 GB to the host
+WARM = 1  # pushes of a peer before those that count
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Peer:
     script: str
 
 
-# into servers on the trainer's GPUs; of one kind the riskier come later: checkpoint-engine's worker waits for ever for
-# a trainer that has died
+# into servers on the trainer's GPUs. Of one kind the riskier come later: if a trainer dies, checkpoint-engine's worker
+# waits for it for ever
 PEERS = {
     peer.name: peer
     for peer in (
@@ -53,7 +53,7 @@ APART = Peer("vllm-nccl", "vllm", "peer_vllm_nccl.py")  # into servers on GPUs o
 def run(
     fleet: Fleet, peer: Peer, python: str, arguments: Sequence[str], *, logs: Path, engine: str, ranks: int, tp: int
 ) -> dict[str, Any]:
-    """All pushes of one peer, as a row beside those of `gpu_speed.push`; a row that is not good says why."""
+    """Make all pushes of one peer, and return a row like those of `gpu_speed.push`. A row that is not good says why."""
     out = fleet.root / peer.name
     out.mkdir()
     command = [*shlex.split(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
@@ -82,13 +82,16 @@ def run(
 
 
 def environment(around: Mapping[str, str]) -> dict[str, str]:
-    """Where a peer finds `bench` and weightsync; a wrapper that sets PYTHONPATH itself adds EXTRA_PYTHONPATH to it."""
+    """Return the variables by which a peer finds `bench` and weightsync.
+
+    A wrapper that sets PYTHONPATH itself adds EXTRA_PYTHONPATH to it.
+    """
     root = str(_HERE.parent)
     return {"EXTRA_PYTHONPATH": root, "PYTHONPATH": ":".join(filter(None, (root, around.get("PYTHONPATH"))))}
 
 
 def row(peer: Peer, ranks: Sequence[Mapping[str, Any]], *, engine: str, tp: int) -> dict[str, Any]:
-    """What all ranks have written, as one row."""
+    """Make one row of the figures that all ranks have written."""
     first = ranks[0]
     pushes = first["pushes"]
     counted = pushes[WARM:] or pushes[-1:]

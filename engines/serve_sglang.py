@@ -1,14 +1,15 @@
-"""serve_sglang.py [flags]: SGLang's server on a machine with any CPU, whose scheduler and detokenizer fork from it.
+"""serve_sglang.py [flags]: SGLang's server on a machine with any CPU. Its scheduler and detokenizer fork from it.
 
-SGLang's CPU engine imports kernels that exist for CUDA or AMX only, though Qwen3 runs without them. What is put in
-their place is the least that lets it start:
+SGLang's CPU engine imports kernels that exist for CUDA or AMX only, though Qwen3 runs without them. They are replaced
+with the least that lets the server start:
 
 - `sgl_kernel`: names can be imported; calling one raises. None is called here.
 - `torchvision`: the wheel is built against a CUDA torch; without the operator `nms` its import ends in an error.
-- `pin_memory`: its LoRA layers ask for pinned memory, of which a machine without a GPU has none.
+- `pin_memory`: SGLang's LoRA layers ask for pinned memory, which a machine without a GPU does not have.
 - `Tensor.cuda`, `torch.cuda.synchronize`: called by `/weights_checker` and by checkpoint-engine's worker even on CPU.
 
-It spawns its processes, and each imports SGLang anew, half of the start; so they fork, and inherit all of this.
+SGLang spawns its processes, and each imports SGLang anew, which takes half of the start. So here they fork, and inherit
+the replacements.
 """
 
 import functools

@@ -1,6 +1,6 @@
 """serve_sglang_fp8.py [flags]: `serve_sglang.py`, for `--quantization fp8` on a CPU without AMX.
 
-SGLang has no kernel for such layers there. They quantise as on a GPU, and multiply with what that comes to.
+SGLang has no kernel for such layers there. They quantise as on a GPU, and multiply with the dequantised weights.
 """
 
 import runpy

@@ -1,6 +1,6 @@
-"""serve_vllm.py MODEL [flags]: `vllm serve`, whose engine core and workers fork from it.
+"""serve_vllm.py MODEL [flags]: `vllm serve`, with an engine core and workers that fork from it.
 
-vLLM spawns them on CPU, and each imports vLLM anew: half of the start. Nothing else is changed.
+On CPU vLLM spawns them, and each imports vLLM anew, which takes half of the start. Nothing else is changed.
 """
 
 import multiprocessing

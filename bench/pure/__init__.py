@@ -1,1 +1,1 @@
-"""What is pure, by pytest-benchmark: `make bench-pure` measures and compares with the baseline."""
+"""Benchmarks of the pure parts, with pytest-benchmark: `make bench-pure` measures and compares with the baseline."""

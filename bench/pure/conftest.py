@@ -1,4 +1,4 @@
-"""What a file of measurements keeps: the figures, not each round of them; and what else the machine was doing."""
+"""Trims a file of measurements: it keeps the figures, not each round, and the machine's load."""
 
 from __future__ import annotations
 

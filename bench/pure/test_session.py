@@ -1,4 +1,4 @@
-"""The session's share of a push: every event of it, heard and answered, with its own invariants checked each time."""
+"""The session's share of a push: all of its events are handled, and its promises checked after each."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def _push(**world: int) -> int:
-    """A push from beginning to end; how many events the session heard."""
-    one = World(**world)  # type: ignore[arg-type]  # of its numbers only
+    """Run a push from beginning to end. Returns how many events the session heard."""
+    one = World(**world)  # type: ignore[arg-type]  # only parameters that are numbers
     one.open_all()
     one.run()
     assert one.session.ended

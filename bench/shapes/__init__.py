@@ -1,8 +1,8 @@
 """Shapes of published models, without weights: every tensor's Hugging Face name, shape and type, from its config alone.
 
-`NAME.json` beside this file holds the values of a published `config.json` that tensors follow from, where they were
-published, and what Hugging Face counts in the checkpoint, which the tests compare. `--shape` also takes the path of
-such a file, or of a bare `config.json` of one of these families. No torch.
+`NAME.json` beside this file holds the values of a published `config.json` that determine the tensors, its URL, and the
+counts that Hugging Face gives for the checkpoint, which the tests compare. `--shape` also takes the path of such a
+file, or of a bare `config.json` of one of these families. Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Named = tuple[str, "Tensor"]
 
 
 class Tensor(NamedTuple):
-    """What a checkpoint says of one tensor."""
+    """Shape and type of one tensor of a checkpoint."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -45,12 +45,12 @@ class Model:
 
     name: str
     source: str  # URL of its config
-    published: dict[str, Any]  # what is counted in the checkpoint: parameters by type, tensors
+    published: dict[str, Any]  # counts of the published checkpoint: parameters by type, tensors
     config: Config
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        """By name, in the checkpoint's order. A tied head is no tensor of its own."""
+        """All tensors by name, in the checkpoint's order. A tied head is not listed."""
         return dict(FAMILIES[self.config["model_type"]](self.config))
 
     @property
@@ -59,7 +59,7 @@ class Model:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def with_layers(self, layers: int | None) -> Model:
-        """The same with the first `layers` layers only (None: all of them)."""
+        """Return this model with `layers` layers instead of its own number (None: unchanged)."""
         if layers is None:
             return self
         most = self.config["num_hidden_layers"]
@@ -68,7 +68,7 @@ class Model:
         return Model(self.name, self.source, self.published, self.config | {"num_hidden_layers": layers})
 
     def fitting(self, nbytes: int) -> Model:
-        """The same with as many layers as come to no more than `nbytes`, one at least."""
+        """Return this model with the most layers that fit into `nbytes`, one at least."""
         low, high = 1, int(self.config["num_hidden_layers"])
         while low < high:
             middle = (low + high + 1) // 2
@@ -81,12 +81,12 @@ class Model:
 
 
 def names() -> list[str]:
-    """Of the shape files that come with the benchmarks."""
+    """Return the names of the shape files that come with the benchmarks."""
     return sorted(path.stem for path in Path(__file__).parent.glob("*.json"))
 
 
 def load(name: str) -> Model:
-    """A model by its name in `names()`, or by the path of a shape file or `config.json`. Raises `ConfigError`."""
+    """Load a model by its name in `names()`, or by the path of a shape file or `config.json`. Raises `ConfigError`."""
     path = Path(__file__).with_name(f"{name}.json") if name in names() else Path(name)
     try:
         document = json.loads(path.read_bytes())
@@ -238,6 +238,6 @@ def _head_dim(config: Config) -> int:
 
 
 def _block(config: Config) -> tuple[int, int]:
-    """Rows and columns that share a scale; zeros where nothing is quantised."""
+    """Return the rows and columns of a block that shares a scale; zeros if nothing is quantised."""
     high, wide = config.get("quantization_config", {}).get("weight_block_size", (0, 0))
     return high, wide
