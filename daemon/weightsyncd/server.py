@@ -84,6 +84,7 @@ class Server:
                 key=key,
                 on_lost=self._peer_lost,
                 on_rank=lambda node, said: self.trainers.route_from(node, said),
+                on_free=lambda: self.trainers.go_on(),
                 taken=lambda node, names: self.changes.names_taken(node, names),
             ),
             spawn=self.reception.spawn,
@@ -103,6 +104,8 @@ class Server:
             self.bridges,
             self.peers,
             busy=lambda: self.trainers.busy,
+            leads=lambda claimant: self.trainers.holder(claimant),
+            awaits=lambda group: group in self.trainers.waiting.groups(),
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
             rails=self.rails,
@@ -247,6 +250,8 @@ class Server:
         self.members.settle()
         self.trainers.go_on()
         self.loras.go_on()
+        if not self.busy:
+            self.follower.tell_free()
 
     async def see_peers(self) -> None:
         """Look at the engines of other nodes anew."""

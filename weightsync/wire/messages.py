@@ -9,7 +9,7 @@ question and is 0 where there is none. Fields are only ever added, with a defaul
     daemon → operator  Status, Traced, Changed
     daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Prepare, Collect, Gather, TellRank,
                        Release, Register, Heartbeat, PushLora
-                       Attached, Executed, RankSays, Registered, LoraPushed
+                       Attached, Executed, RankSays, Registered, LoraPushed, Free
     anyone             ErrorReply
 
 Everybody takes them from here; they are written down in `trainer_messages`, `operator_messages` and `daemon_messages`.
@@ -21,11 +21,14 @@ from weightsync.errors import ErrorRecord
 from weightsync.wire.daemon_messages import (
     Attach,
     Attached,
+    Claim,
     Collect,
     Exchange,
     Execute,
     Executed,
+    Free,
     Gather,
+    Holder,
     JoinRail,
     Prepare,
     RankSays,
@@ -85,6 +88,7 @@ __all__ = [
     "BridgeStatus",
     "ChangeEngines",
     "Changed",
+    "Claim",
     "Collect",
     "Describe",
     "Drawn",
@@ -100,8 +104,10 @@ __all__ = [
     "Failed",
     "Filled",
     "FollowedPush",
+    "Free",
     "Gather",
     "Heartbeat",
+    "Holder",
     "JoinRail",
     "KeeperStatus",
     "Lease",
@@ -178,6 +184,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Traced,
     Prepare,
     Collect,
+    Free,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {
@@ -189,6 +196,7 @@ LARGE: frozenset[type[Message]] = frozenset(
         Filled,
         Status,
         Ended,
+        Attach,
         Attached,
         Executed,
         Exchange,
