@@ -91,7 +91,9 @@ class Server:
             on_gone=self.executor.exports.forget,
             on_change=lambda: self.rails.break_up(),
         )
-        self.changes = Changes(config, self.members, self.engines, self.peers, self.reception.spawn)
+        self.changes = Changes(
+            config, self.members, self.engines, self.peers, self.reception.spawn, lambda: self.see_peers()
+        )
         self.rails = Rails(config, self.bridges, self.peers)
         self.traces = Traces(config.node.name, config.log.trace_dir)
         services = Services(
@@ -254,8 +256,9 @@ class Server:
             self.follower.tell_free()
 
     async def see_peers(self) -> None:
-        """Look at the engines of other nodes anew."""
-        await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
+        """Look at the engines of other nodes anew; those that do not answer soon stay as they were known."""
+        if looks := [asyncio.create_task(peer.refresh()) for peer in self.peers.values()]:
+            await asyncio.wait(looks, timeout=self.config.timeouts.liveness / 5)
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
         gpu = keeper_gpu(self.config.node.gpus, len(self.engines.keepers))
