@@ -118,4 +118,5 @@ EXAMPLES: tuple[msg.Message, ...] = (
         id=20, push="p", rail=1, engines=("e0",), ranks=(0, 2), token=77, parcel=65536, turn=1, turns=2, timeout=5.0,
     ),
     msg.Collect(id=20, push="p", rail=1, generation=3, token=77, timeout=5.0),
+    msg.Free(),
 )  # fmt: skip

@@ -29,6 +29,7 @@ A push led elsewhere
 
 Between nodes
     peers           other nodes: attached, asked, lost
+    claims          nodes that a push is for, held for it before it begins
     seed            the node that tells the others of each other
     rails           communicators between bridges, and who forms them
     joining         this node's bridges become members of rails that others form

@@ -15,7 +15,7 @@ from weightsync.wire import messages as msg
 from weightsyncd.membership import as_in, need_restart, with_engines
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 
     from weightsync.config import NodeConfig
     from weightsyncd.engines import Engines
@@ -37,12 +37,15 @@ class Changes:
         engines: Engines,
         peers: Mapping[str, Peer],
         spawn: Callable[[Coroutine[None, None, None]], None],
+        look: Callable[[], Awaitable[None]],
     ) -> None:
+        """`look` sees what engines the peers have now."""
         self._config = config
         self._members = members
         self._engines = engines
         self._peers = peers
         self._spawn = spawn
+        self._look = look
 
     def reload(self, load: Callable[[], NodeConfig], started: NodeConfig) -> None:
         """Take the engines and peers of the config file as it is now. Mistakes are logged, and change nothing.
@@ -59,6 +62,7 @@ class Changes:
 
     async def _reload(self, file: NodeConfig) -> None:
         try:
+            await self._look()
             edit = self._apart_from_peers(lambda config: as_in(config, file))
             await self._members.change(edit, timeout=self._config.timeouts.operation)
         except WeightSyncError as error:
@@ -73,6 +77,8 @@ class Changes:
                 "engines are added and removed over a private socket only",
                 hint="leave node.listen away; or edit the node config, and send weightsyncd a SIGHUP",
             )
+        if message.add:  # what has just left another node may be added here
+            await self._look()
         edit = self._apart_from_peers(lambda config: with_engines(config, message.add, message.remove))
         await self._members.change(edit, timeout=min(message.timeout, self._config.timeouts.operation))
         until = time.monotonic() + self._config.timeouts.probe

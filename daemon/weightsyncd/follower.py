@@ -1,9 +1,9 @@
 """Following: this node's part in a push that another daemon coordinates, one push at a time.
 
-What the coordinator says arrives here. It holds this node from its first instruction, or from when a rank of its
-trainer has called here, until it releases it, goes on to another push, comes back under another connection, or falls
-silent; whichever it is, what it left under way is stopped, engines it only paused are let go, and those it has touched
-stay paused.
+What the coordinator says arrives here. It holds this node from when it claims it, from its first instruction, or from
+when a rank of its trainer has called here, until it releases it, goes on to another push, comes back under another
+connection, or falls silent; whichever it is, what it left under way is stopped, engines it only paused are let go, and
+those it has touched stay paused.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ __all__ = ["Follower"]
 logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
+_GROUPS = 64  # trainers that are remembered to have had ranks here
+_TURNED_AWAY = 1024  # who is told when this node is free
 
 
 class Follower:
@@ -64,6 +66,8 @@ class Follower:
         peers: Collection[str],
         *,
         busy: Callable[[], bool],
+        leads: Callable[[str], msg.Holder | None],
+        awaits: Callable[[str], bool],
         wind_up: Callable[[float], Awaitable[None]],
         on_free: Callable[[], None],
         rails: Takers,
@@ -74,6 +78,8 @@ class Follower:
         """`peers` are the nodes that this one pushes to. `rails` hear of a coordinator that takes a bridge for its
         own communicator; `on_missed` when a push has failed that ranks of this node may still call for, `on_late` of
         calls that came too late for one. `on_free` is called, too, when ranks that wait here may take part in a push.
+        `leads` says what another node that claims this one has to wait for here; `awaits`, whether ranks of a trainer
+        wait here for its push.
         """
         self._config = config
         self._incarnation = incarnation
@@ -81,6 +87,7 @@ class Follower:
         self._bridges = bridges
         self._peers = peers
         self._busy = busy
+        self._leads, self._awaits = leads, awaits
         self._wind_up = wind_up
         self._on_free = on_free
         self._joining = Joining(config, bridges, rails)
@@ -95,6 +102,8 @@ class Follower:
         self._attached = -float("inf")  # when a node did last
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
         self._released: deque[tuple[bytes, str]] = deque(maxlen=64)  # pushes whose late instructions are refused
+        self._turned_away: dict[bytes, None] = {}  # who has claimed this node in vain, in the order in which they came
+        self._groups: OrderedDict[str, None] = OrderedDict()  # trainers that have had ranks here
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
 
     @property
@@ -106,6 +115,11 @@ class Follower:
     def context(self) -> PushContext | None:
         """What is known of that push."""
         return self._held.context if self._held is not None else None
+
+    @property
+    def holder(self) -> msg.Holder | None:
+        """The same, as other nodes are told of it."""
+        return self._held.holder() if self._held is not None else None
 
     @property
     def known(self) -> bool:
@@ -143,6 +157,11 @@ class Follower:
                 send=self._send,
                 forward=lambda message: self._send(identity, message),
             )
+            held.begun = True
+            self._groups[call.group] = None
+            self._groups.move_to_end(call.group)
+            while len(self._groups) > _GROUPS:
+                self._groups.popitem(last=False)
         return held.branch if held.branch.takes(rank, message) else None
 
     def gather(self, identity: bytes, message: msg.Gather) -> None:
@@ -180,6 +199,11 @@ class Follower:
         held = self._held
         if held is not None and held.identity != identity and self._nodes.get(held.identity) == message.node:
             await self._let_go(held, f"node {message.node} came back")
+        if message.claim is None:
+            holder, claimed = self.holder or self._leads(""), False
+        else:
+            holder = await self._claim(identity, message.node, message.claim)
+            claimed = self.following == message.claim.push
         return msg.Attached(
             node=self._config.node.name,
             incarnation=f"{self._incarnation}:{':'.join(b.incarnation or '-' for b in self._bridges)}",
@@ -190,7 +214,42 @@ class Follower:
             peers=tuple(sorted(self._peers)),
             device="cuda" if self._config.arena.device == "cuda" else "cpu",
             gpus=tuple(self._config.node.gpus),
+            holder=holder,
+            claimed=claimed,
         )
+
+    async def _claim(self, identity: bytes, node: str, claim: msg.Claim) -> msg.Holder | None:
+        """Another node is about to lead a push. Returns what is in its way here. If nothing is, this node is held for
+        it, where it is concerned.
+        """
+        if self._stopping or not self._concerned(claim):
+            return None
+        held = self._held
+        if held is not None and held.identity == identity and held.context.push != claim.push:
+            end = self._letting_go(held, "its coordinator has gone on")
+            await asyncio.wait([end], timeout=self._config.timeouts.liveness / 5)
+            held = self._held
+        holder = None
+        if held is not None and (held.identity, held.context.push) != (identity, claim.push):
+            holder = held.holder()
+        elif held is None and (holder := self._leads(node)) is None and (identity, claim.push) not in self._released:
+            held = self._take(identity, PushContext(claim.push, claim.model, claim.version))
+            held.claim, held.begun = claim, False
+        if holder is not None and len(self._turned_away) < _TURNED_AWAY:
+            self._turned_away[identity] = None
+        return holder
+
+    def _concerned(self, claim: msg.Claim) -> bool:
+        """Whether engines or ranks of this node are to take part in it."""
+        engines = self._executor.engines.of_model(claim.model)
+        asked = [name for name in engines if not claim.engines or name in claim.engines]
+        return bool(asked) or claim.group in self._groups or self._awaits(claim.group)
+
+    def tell_free(self) -> None:
+        """Nothing of this node is in the way of who has claimed it in vain: they may try again."""
+        turned_away, self._turned_away = self._turned_away, {}
+        for identity in turned_away:
+            self._send(identity, msg.Free())
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:
         """Carry out one instruction."""
@@ -293,13 +352,13 @@ class Follower:
                     raise PushRefused(f"node {node} is stopping")
                 held = self._take(identity, PushContext(push, model, version))
             if held.context.push == push and held.end is None:
-                held.heard = time.monotonic()
+                held.heard, held.begun = time.monotonic(), True
                 return held
             await self._let_go(held, "its coordinator has gone on")
 
     def _take(self, identity: bytes, context: PushContext) -> HeldPush:
         self._free.clear()
-        self._held = HeldPush(identity, context, time.monotonic())
+        self._held = HeldPush(identity, context, time.monotonic(), self._nodes.get(identity, ""))
         return self._held
 
     def _check_free(self, identity: bytes) -> None:

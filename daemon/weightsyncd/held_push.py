@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from weightsync.wire import messages as msg
+
 if TYPE_CHECKING:
     from weightsyncd.branch import Branch
     from weightsyncd.context import PushContext
@@ -21,10 +23,28 @@ class HeldPush:
     identity: bytes  # of the coordinator's connection
     context: PushContext
     heard: float
+    node: str = ""  # that coordinates it
+    claim: msg.Claim | None = None  # that it began with
+    begun: bool = True  # it has done more than to claim this node
     branch: Branch | None = None  # this node's ranks in it
     rails: set[tuple[int, asyncio.Task[object] | None]] = field(default_factory=set)  # what may be under way on each
     tasks: set[asyncio.Task[object]] = field(default_factory=set)  # instructions under way
     end: asyncio.Task[None] | None = None  # set once it is being let go
+
+    def holder(self) -> msg.Holder:
+        """As others are told of it."""
+        context, claim = self.context, self.claim
+        call = claim or (self.branch.call if self.branch is not None else None)
+        return msg.Holder(
+            node=self.node or "?",
+            push=context.push,
+            group=call.group if call is not None else "",
+            model=context.model or "?",
+            version=context.version,
+            pending=not self.begun,
+            ending=self.end is not None,
+            repeat=claim is not None and claim.repeat,
+        )
 
 
 class Working:

@@ -55,10 +55,12 @@ class Peer:
         key: ClusterKey | None,
         on_lost: Callable[[str, ErrorRecord], None],
         on_rank: Callable[[str, msg.RankSays], None],
+        on_free: Callable[[], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
-        """`key` is for TCP alone. `on_rank` gets what trainer ranks there say. `taken(node, engine names)` returns why
-        the node cannot be attached, if it cannot.
+        """`key` is for TCP alone. `on_rank` gets what trainer ranks there say; `on_free` is called when a push ends for
+        which that node could not be had. `taken(node, engine names)` returns why the node cannot be attached, if it
+        cannot.
         """
         self.name = name
         self.endpoint = endpoint
@@ -68,6 +70,7 @@ class Peer:
         self._key = key if endpoint.startswith("tcp://") else None
         self._on_lost = on_lost
         self._on_rank = on_rank
+        self._on_free = on_free
         self._taken = taken
         self._link: PeerLink | None = None
         self._lost_at = -float("inf")
@@ -126,17 +129,23 @@ class Peer:
     def _hear(self, message: msg.Message) -> None:
         if isinstance(message, msg.RankSays):
             self._on_rank(self.name, message)
+        elif isinstance(message, msg.Free):
+            self._on_free()
 
-    async def refresh(self) -> None:
+    async def refresh(self, claim: msg.Claim | None = None) -> msg.Attached | None:
         """Look again at its engines and its incarnation; `info` says what came of it. One that was lost just now may be
-        back.
+        back. A push that is about to begin claims it. Returns its answer, if it gives one.
         """
         lately = time.monotonic() - self._lost_at < self._config.timeouts.liveness
-        if self._link is not None and (self.info is not None or lately):
-            await self._attach(self._link)
+        if self._link is None or (self.info is None and not lately):
+            return None
+        return await self._attach(self._link, claim)
 
-    async def _attach(self, link: PeerLink, *, again: bool = False) -> None:
-        question, patience = msg.Attach(node=self._config.node.name), self._config.timeouts.liveness
+    async def _attach(
+        self, link: PeerLink, claim: msg.Claim | None = None, *, again: bool = False
+    ) -> msg.Attached | None:
+        question = msg.Attach(node=self._config.node.name, claim=claim)
+        patience = self._config.timeouts.liveness
         asked, late = time.monotonic(), []  # whether this loop was itself far behind, half-way to the deadline
         half = asyncio.get_running_loop().call_later(
             patience / 2, lambda: late.append(time.monotonic() - asked > patience * 3 / 4)
@@ -145,30 +154,31 @@ class Peer:
             answer = await link.ask(question, deadline=asked + patience)
         except WeightSyncError as error:
             if link is not self._link or (self.info is not None and not link.silent):
-                return  # replaced meanwhile; or heard, if too late for this question
+                return None  # replaced meanwhile; or heard, if too late for this question
             if self.info is None:
                 self.problem = error.message + (f"; {error.hint}" if error.hint else "")
             elif any(late) and not again:  # who was held up itself has heard nobody
-                await self._attach(link, again=True)
+                return await self._attach(link, claim, again=True)
             else:
                 await self._lose(link, f"it has not been heard for {patience:g} s")
-            return
+            return None
         finally:
             half.cancel()
         if link is not self._link:
-            return  # replaced meanwhile
+            return None  # replaced meanwhile
         problem = self._problem_of(answer)
         if problem is not None or not isinstance(answer, msg.Attached):
             self.problem = problem or "its answer makes no sense"
             if self.info is not None:
                 await self._lose(link, self.problem)
-            return
+            return None
         before, self.info, self._engines = self.info, answer, answer.engines
         if before is not None and _daemon_of(before) != _daemon_of(answer):
             link.fail(DaemonLost(f"node {self.name} was restarted"))
             self._on_lost(self.name, DaemonLost(f"node {self.name} was restarted").record())
         if before is None or before.incarnation != answer.incarnation:
             logger.info("[node=%s] attached: %d engines, %d bridges", self.name, len(answer.engines), len(answer.slots))
+        return answer
 
     def _problem_of(self, answer: msg.Message) -> str | None:
         """Why the daemon that gives this answer cannot be a peer, if it cannot."""

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from weightsync.config import NodeConfig
+    from weightsyncd.claims import Claim
     from weightsyncd.executor import NodeExecutor
     from weightsyncd.peers import Peer
     from weightsyncd.plans import Plans
@@ -68,15 +69,18 @@ class Push:
         engines: dict[str, str],
         last_version: int | None,
         keeper: str | None = None,
+        claim: Claim | None = None,
         *,
         on_failed: Callable[[Push, ErrorRecord], None],
     ) -> None:
-        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here.
-        `on_failed` is called as soon as it has: what it has begun may take until `done` to end.
+        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here, and
+        `claim` is what other nodes know of this push already. `on_failed` is called as soon as it has: what it has
+        begun may take until `done` to end.
         """
         config = services.config
         now = time.monotonic()
         self.repeat = bool(first.engines)  # of what a keeper has kept
+        self.held_up: dict[str, str] = {}  # node on which a rank of it waits → the push from there that it waits for
         self.done = asyncio.Event()
         self._ended = asyncio.Event()  # its outcome is decided
         self.outcome: msg.PushOutcome | None = None
@@ -88,8 +92,9 @@ class Push:
         self._tasks: set[asyncio.Task[None]] = set()
         self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
+        self._claimed = claim.nodes if claim is not None else set[str]()
         # a name of its own for every attempt: what is late from an earlier one must not be taken for it
-        name = f"{self._home}-{secrets.token_hex(8)}"
+        name = claim.terms.push if claim is not None else f"{self._home}-{secrets.token_hex(8)}"
         self.context = PushContext(push=name, model=first.model, version=first.version)
         self.call = msg.Gather(push=name, group=first.group, model=first.model, version=first.version)
         self.ranks = ranks = Ranks(self.call, first.world, self._home, services.send, services.peers)
@@ -337,7 +342,7 @@ class Push:
         if self._chores:
             await asyncio.wait(list(self._chores), timeout=self._services.config.timeouts.operation)
         if self.done.is_set():
-            self.ranks.release(set(self._engines.values()), self.session.error)
+            self.ranks.release(self._claimed | set(self._engines.values()), self.session.error)
         left = [*self._tasks, *self._chores]
         for task in left:
             task.cancel()

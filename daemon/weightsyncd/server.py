@@ -84,13 +84,16 @@ class Server:
                 key=key,
                 on_lost=self._peer_lost,
                 on_rank=lambda node, said: self.trainers.route_from(node, said),
+                on_free=lambda: self.trainers.go_on(),
                 taken=lambda node, names: self.changes.names_taken(node, names),
             ),
             spawn=self.reception.spawn,
             on_gone=self.executor.exports.forget,
             on_change=lambda: self.rails.break_up(),
         )
-        self.changes = Changes(config, self.members, self.engines, self.peers, self.reception.spawn)
+        self.changes = Changes(
+            config, self.members, self.engines, self.peers, self.reception.spawn, lambda: self.see_peers()
+        )
         self.rails = Rails(config, self.bridges, self.peers)
         self.traces = Traces(config.node.name, config.log.trace_dir)
         services = Services(
@@ -103,6 +106,8 @@ class Server:
             self.bridges,
             self.peers,
             busy=lambda: self.trainers.busy,
+            leads=lambda claimant: self.trainers.holder(claimant),
+            awaits=lambda group: group in self.trainers.waiting.groups(),
             wind_up=lambda until: self.trainers.wind_up(until),
             on_free=self._freed,
             rails=self.rails,
@@ -247,10 +252,13 @@ class Server:
         self.members.settle()
         self.trainers.go_on()
         self.loras.go_on()
+        if not self.busy:
+            self.follower.tell_free()
 
     async def see_peers(self) -> None:
-        """Look at the engines of other nodes anew."""
-        await asyncio.gather(*(peer.refresh() for peer in self.peers.values()))
+        """Look at the engines of other nodes anew; those that do not answer soon stay as they were known."""
+        if looks := [asyncio.create_task(peer.refresh()) for peer in self.peers.values()]:
+            await asyncio.wait(looks, timeout=self.config.timeouts.liveness / 5)
 
     def _make_keeper(self, model: str) -> KeeperAdapter:
         gpu = keeper_gpu(self.config.node.gpus, len(self.engines.keepers))

@@ -4,8 +4,9 @@ The node of rank 0 coordinates; ranks of the same trainer on other nodes take pa
 (`weightsyncd.branch`).
 
 One push at a time. A rank that calls while another trainer's push is under way is refused; one that calls while the
-last push only lets go of its slots, or while another daemon pushes to this node, waits. A rank that calls for a push
-that has just failed without it is told so: its siblings were.
+last push only lets go of its slots waits. What other nodes lead, or are about to, is found out before a push begins
+(`weightsyncd.claims`): where it is of the same model, the call is refused; of another, it waits. A rank that calls for
+a push that has just failed without it is told so: its siblings were.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout
 from weightsync.session import events as ev
 from weightsync.session.words import rank_failed
 from weightsync.wire import messages as msg
+from weightsyncd.claims import Claim, Claims, is_refused
 from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
 from weightsyncd.metrics import UNKNOWN
@@ -65,8 +67,11 @@ class Trainers:
         self.waiting = Waiting()
         self._failures = Failures()
         self._ending: asyncio.Task[None] | None = None
-        self._looking: asyncio.Task[None] | None = None
-        self._seen = False  # the peers, just now
+        self._claims = Claims(services.config, services.peers, lambda: follower.holder)
+        self._claim: Claim | None = None  # of the call that is to begin the next push
+        self._claiming: asyncio.Task[None] | None = None
+        self._behind: list[tuple[Call, msg.Holder]] = []  # calls that wait, and for what; to try again when it is over
+        self._freed = False  # something was over, since the last claim was made
 
     # --- a call of push_weights -----------------------------------------------------------------------------------
 
@@ -92,18 +97,26 @@ class Trainers:
                 version, model = push.session.version, push.session.model
                 reason = f"a push of version {version} of {model!r} by another trainer is under way"
                 self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
-            else:  # the push that it takes part in waits for this node
+            elif not self._failed_without(call):  # the push that it takes part in waits for this node
                 self._wait(call)
+                self._held_up(call, push)
         elif (branch := self._follower.branch_for(call.identity, message)) is not None:
             branch.open(call)
-        elif (error := self._failures.tell(message)) is not None:
-            self._services.send(call.identity, msg.Ended(id=message.id, error=error))
+        elif self._failed_without(call):
+            pass
         elif self.stopping:
             self._refuse(call, "weightsyncd is stopping", None)
-        elif push is None and self._follower.following is None and self._leads(message) and self._peers_seen():
+        elif push is None and self._leads(message) and self._may_begin(call):
             self._begin(call)
         else:
             self._wait(call)
+
+    def _failed_without(self, call: Call) -> bool:
+        """Whether the push that it is for has failed already; if it has, the rank is told."""
+        error = self._failures.tell(call.message)
+        if error is not None:
+            self._services.send(call.identity, msg.Ended(id=call.message.id, error=error))
+        return error is not None
 
     def _wait(self, call: Call) -> None:
         message = call.message
@@ -115,33 +128,104 @@ class Trainers:
         self.waiting.add(call)
         self._failures.tries_again(message)
 
+    def _held_up(self, call: Call, push: Push) -> None:
+        """The rank waits for a push from here: who leads its own hears of it, lest each wait for the other."""
+        if (found := self._follower.calls.get(call.message.group)) is not None:
+            identity, summons = found
+            words = msg.RankSays(push=summons.push, rank=call.message.rank, waits_for=push.call.push)
+            self._services.send(identity, words)
+            self._give_way(push)
+
+    def _give_way(self, push: Push) -> None:
+        """Two pushes that have begun may wait for ranks on each other's nodes. That of the first node by name goes on;
+        nothing of the other has been touched.
+        """
+        if push.ranks.complete or push.session.ended:
+            return
+        found = (self._follower.calls.get(group) for group in self.waiting.groups())
+        here = {waits[1].push for waits in found if waits is not None}
+        for node, other in push.held_up.items():
+            if node < self._services.config.node.name and other in here:
+                reason = (
+                    f"a rank of this trainer waits on node {node} for push {other}, which needs a rank that is here"
+                )
+                hint = "one push at a time on a node; try again when that has ended"
+                error = PushRefused(reason, model=push.call.model, version=push.call.version, hint=hint)
+                push.hear(ev.RankFailed(rank=0, error=error.record()))
+                return
+
     def _leads(self, message: msg.Open) -> bool:
         """Whether this rank's node coordinates: that of rank 0, and where no other node is known any."""
         joined = self._services.config.cluster.listen or self._services.peers or self._follower.known
         return message.rank == 0 or not joined
 
-    def _peers_seen(self) -> bool:
-        """Whether the other nodes were looked at for the push that is to begin; if not, they are, and calls wait.
-
-        A node that has restarted since its last heartbeat would be lost to the push that finds out.
+    def _may_begin(self, call: Call) -> bool:
+        """Whether all other nodes that the push needs are held for it; if that is not known, they are asked, and the
+        call waits. They are looked at anew, too: one that has restarted since its last heartbeat would be lost to the
+        push that finds out.
         """
-        seen = self._seen or not self._services.peers
-        if not seen and self._looking is None:
-            self._looking = asyncio.create_task(self._see_peers(), name="see peers")
-        return seen
+        if not self._services.peers:
+            return self._follower.following is None
+        if self._claim is not None:
+            return self._claim.granted and self._claim.call is call
+        if not any(call is waits for waits, _ in self._behind):
+            self._freed, self._claim = False, self._claims.new(call)
+            self._claiming = asyncio.create_task(self._make(self._claim), name="claim")
+        return False
 
-    async def _see_peers(self) -> None:
-        soon = self._services.config.timeouts.liveness / 5  # who answers later is found out by the push
-        looks = [asyncio.create_task(peer.refresh()) for peer in self._services.peers.values()]
-        done = (await asyncio.wait(looks, timeout=soon))[0] if looks else ()
-        for look in done:
-            if (error := look.exception()) is not None:
-                logger.error("a look at another node failed in an unexpected way", exc_info=error)
-        self._looking, self._seen = None, True
+    async def _make(self, claim: Claim) -> None:
+        """Begin the push of the call for which other nodes are claimed, or let it wait or be refused."""
+        call, begun = claim.call, False
         try:
-            self.go_on()
+            holder = await self._claims.make(claim)
+            claim.granted = holder is None and self.push is None
+            if claim.granted:
+                self._take_turns()
+                begun = self.push is not None and self.push.call.push == claim.terms.push
         finally:
-            self._seen = False
+            self._claim = None
+            if not begun:
+                self._claims.withdraw(claim)
+                if self._follower.following is None:
+                    self._follower.tell_free()
+        if holder is not None and call in self.waiting:
+            if is_refused(call, holder) or (call.message.engines and self._follower.following is None):
+                self.waiting.drop(call)
+                reason = f"a push of version {holder.version} of {holder.model!r} by another trainer is under way"
+                hint = "one push of a model at a time; try again when it has ended"
+                self._refuse(call, f"{reason}, which node {holder.node} leads", hint)
+            elif not self._freed:
+                self._behind.append((call, holder))
+        if not begun:
+            self._take_turns()
+
+    def holder(self, claimant: str) -> msg.Holder | None:
+        """What a node that claims this one has to wait for here: a push from here, or one that is about to begin,
+        unless the claimant comes first by name. "": nobody claims it, but asks.
+        """
+        node, push, claim = self._services.config.node.name, self.push, self._claim
+        if push is not None:
+            return msg.Holder(
+                node=node,
+                push=push.call.push,
+                group=push.call.group,
+                model=push.call.model,
+                version=push.call.version,
+                ending=push.session.ended,
+                repeat=push.repeat,
+            )
+        if claim is None or "" < claimant < node:
+            return None
+        terms = claim.terms
+        return msg.Holder(
+            node=node,
+            push=terms.push,
+            group=terms.group,
+            model=terms.model,
+            version=terms.version,
+            pending=True,
+            repeat=terms.repeat,
+        )
 
     def _refuse(self, call: Call, reason: str, hint: str | None) -> None:
         message = call.message
@@ -153,6 +237,10 @@ class Trainers:
     def _time_is_up(self, call: Call) -> None:
         message, following = call.message, self._follower.following
         what = f"push {following} of another node" if following is not None else "the node to be free"
+        for holder in (holder for waits, holder in self._behind if waits is call):
+            what = (
+                f"push {holder.push}, of version {holder.version} of {holder.model!r}, which node {holder.node} leads"
+            )
         if following is None and self.push is None and not self._leads(message):
             what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
         reason = f"the push did not start within {message.timeout:g} s; it was waiting for {what}"
@@ -194,7 +282,7 @@ class Trainers:
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         last = self.newest.get(message.model) if not message.engines else None  # which is what is pushed again
-        self.push = Push(self._services, first, engines, last, keeper, on_failed=self._failed)
+        self.push = Push(self._services, first, engines, last, keeper, self._claim, on_failed=self._failed)
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
         self.go_on()  # other ranks may have called before
@@ -254,7 +342,11 @@ class Trainers:
         return time.monotonic() + self._services.config.timeouts.operation
 
     def go_on(self) -> None:
-        """The node may be free: whoever waits tries again."""
+        """This node may be free, or another: whoever waits tries again."""
+        self._freed, self._behind = True, []
+        self._take_turns()
+
+    def _take_turns(self) -> None:
         for call in self.waiting.take():
             self._admit(call)
 
@@ -275,7 +367,7 @@ class Trainers:
         """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
         push = self.push
         self.stopping = True
-        for task in (self._looking, self._ending):
+        for task in (self._claiming, self._ending):
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
@@ -314,6 +406,8 @@ class Trainers:
             self._time_is_up(call)
         for call in self.waiting.silent(now, liveness):
             self._fell_silent(call, liveness)
+        if self._behind:  # whoever is in their way may have gone without a word
+            self.go_on()
 
     def _fell_silent(self, call: Call, liveness: float) -> None:
         """A call is dropped whose rank is gone, by all signs: a push that began with it would find nobody."""
@@ -372,5 +466,9 @@ class Trainers:
         if push is None or push.context.push != message.push:
             extra = {"rank": message.rank}
             logger.debug("rank %d of node %s, in no push of this node", message.rank, node, extra=extra)
+            return
+        if message.waits_for:
+            push.held_up[node] = message.waits_for
+            self._give_way(push)
             return
         passed_on(push, node, message, self._services.plans)

@@ -50,6 +50,17 @@ class Waiting:
         calls, self._calls = self._calls, []
         return calls
 
+    def groups(self) -> set[str]:
+        """The trainers of which ranks wait."""
+        return {call.message.group for call in self._calls}
+
+    def __contains__(self, call: object) -> bool:
+        return any(call is one for one in self._calls)
+
+    def drop(self, call: Call) -> None:
+        """It waits no longer."""
+        self._taken(lambda one: one is call)
+
     def given_up(self, identity: bytes, number: int) -> list[Call]:
         """Those that a rank says it has given up."""
         return self._taken(lambda call: (call.identity, call.message.id) == (identity, number))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.faults.kit import ARENA, TIMEOUTS, TINY, TRAINER, Node, segments, until
+from tests.faults.leaders import all_is_well, daemons_of, two_leaders
 from tests.own import free_port, named
 from weightsync.adapters.reference.checkpoint import random_checkpoint
 from weightsync.fleet import Fleet
@@ -107,6 +108,20 @@ def pair(_two_nodes: Node) -> Iterator[Node]:
 def node(_one_node: Node) -> Iterator[Node]:
     """One node, whose two engines serve checkpoint `node.before`; whatever a test does to it, the next push mends."""
     yield from tried(_one_node)
+
+
+@pytest.fixture(scope="session")
+def _leaders() -> Iterator[Node]:
+    with two_leaders(prepared, no_surprises) as node:
+        yield node
+
+
+@pytest.fixture
+def leaders(_leaders: Node) -> Iterator[Node]:
+    """Two nodes that are each other's peers, on either of which trainers push; see `tests/faults/leaders.py`."""
+    _leaders.marks = {daemon.name: _leaders.log_length(daemon) for daemon in daemons_of(_leaders)}
+    yield _leaders
+    all_is_well(_leaders)
 
 
 def tried(node: Node) -> Iterator[Node]:

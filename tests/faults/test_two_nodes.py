@@ -253,16 +253,16 @@ def test_the_coordinator_that_is_killed(pair, stage, pause):
     assert rank.error()["kind"] == "DaemonLost"
 
 
-def test_a_node_that_has_a_push_of_its_own_is_left_out(pair):
-    """Its trainer pushes to its own engines; the other node's push does without them, and does not disturb."""
+def test_a_node_that_has_a_push_of_its_own_is_not_disturbed(pair):
+    """Its trainer pushes to its own engines; a push that they are to take part in, too, is refused."""
     away = pair.others[0]
     own, other = pair.start_ranks(2)
     own.push(**pair.terms(0, 1, version=pair.next_version(), gate=["read", 5]) | {"endpoint": away.endpoint})
     own.wait_at("read")
     other.push(**pair.terms(0, 1, version=pair.next_version(), group="another"))
-    report = other.report()
-    assert outcomes(report) == {"home": "committed", "away1": "skipped", "away2": "skipped"}
-    assert f"{away.name} is busy with a push of its own" in errors(report)["away1"]
+    error = other.error()
+    assert error["kind"] == "PushRefused"
+    assert f"by another trainer is under way, which node {away.name} leads" in error["message"]
     own.go()
     assert own.report()["complete"]
 

@@ -148,6 +148,7 @@ def peer_of(far: Far, lost: list[str], liveness: float = 50.0) -> Peer:
         key=None,
         on_lost=lambda node, error: lost.append(f"{node}: {error.message}"),
         on_rank=lambda node, said: None,
+        on_free=lambda: None,
         taken=lambda node, names: None,
     )
 

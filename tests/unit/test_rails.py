@@ -154,6 +154,8 @@ def following(bridge, *, busy=lambda: False, may=True):
         [bridge],
         (),
         busy=busy,
+        leads=lambda node: None,
+        awaits=lambda group: False,
         wind_up=lambda until: let_go(None, until),
         on_free=lambda: None,
         rails=SimpleNamespace(taken=lambda node, *, push: may, given_back=lambda node: None),

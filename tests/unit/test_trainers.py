@@ -28,7 +28,9 @@ class World:
     def __init__(self) -> None:
         self.metrics = Metrics(["policy"])
         self.told: list[msg.Message] = []
-        self.follower = SimpleNamespace(branch=None, following=None, known=False, branch_for=lambda *_: None)
+        self.follower = SimpleNamespace(
+            branch=None, following=None, holder=None, known=False, branch_for=lambda *_: None
+        )
         services: Any = SimpleNamespace(
             config=CONFIG,
             peers={},

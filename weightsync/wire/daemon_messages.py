@@ -15,11 +15,14 @@ from weightsync.wire.operator_messages import EngineStatus
 __all__ = [
     "Attach",
     "Attached",
+    "Claim",
     "Collect",
     "Exchange",
     "Execute",
     "Executed",
+    "Free",
     "Gather",
+    "Holder",
     "JoinRail",
     "Prepare",
     "RankSays",
@@ -31,10 +34,39 @@ __all__ = [
 ]
 
 
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """A push that the sender is about to lead. A node that it concerns is held for it from now on, if it is free."""
+
+    push: Name
+    group: Name
+    model: Name
+    version: Natural
+    engines: Annotated[tuple[Name, ...], Meta(max_length=4096)] = ()  # of a repeat, to these alone
+
+    @property
+    def repeat(self) -> bool:
+        """Of what a keeper has kept, which no trainer has asked for."""
+        return bool(self.engines)
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """The push that holds a node."""
+
+    node: Name  # that leads it
+    push: Name
+    group: Text = ""  # "" where it is not known
+    model: Name
+    version: Natural
+    pending: bool = False  # it is about to begin, or may not
+    ending: bool = False  # it has ended, and lets go
+    repeat: bool = False
+
+
 class Attach(Message, frozen=True, tag="attach"):
     """The sender wants to coordinate pushes that reach this node's engines."""
 
     node: Name
+    claim: Claim | None = None
 
 
 class Attached(Message, frozen=True, tag="attached"):
@@ -49,6 +81,12 @@ class Attached(Message, frozen=True, tag="attached"):
     peers: tuple[Name, ...] = ()  # nodes that this one itself coordinates pushes for
     device: Literal["cpu", "cuda"] = "cpu"  # where its slots lie
     gpus: tuple[Name, ...] = ()  # UUIDs, by bridge, if slots lie on GPUs
+    holder: Holder | None = None  # that is in the way of what is claimed; where nothing is, whatever holds this node
+    claimed: bool = False  # this node is held for what is claimed
+
+
+class Free(Message, frozen=True, tag="free"):
+    """To who claimed this node in vain: no push holds it any more."""
 
 
 class Execute(Message, frozen=True, tag="execute"):
@@ -151,12 +189,13 @@ class Gather(Message, frozen=True, tag="gather"):
 
 
 class RankSays(Message, frozen=True, tag="rank_says"):
-    """A rank of the sender's node said something; or it is lost, and why."""
+    """A rank of the sender's node said something; or it is lost, and why; or it waits there for another push to end."""
 
     push: Name
     rank: Rank
     body: Column = b""  # the frame of an Open, Describe, Filled, Failed or Stopped
     lost: Text = ""
+    waits_for: Text = ""  # a push that the sender leads
 
 
 class TellRank(Message, frozen=True, tag="tell_rank"):

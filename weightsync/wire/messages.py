@@ -10,7 +10,7 @@ type.
     daemon → operator  Status, Traced, Changed
     daemon → daemon    Attach, Execute, JoinRail, Receive, Exchange, Prepare, Collect, Gather, TellRank,
                        Release, Register, Heartbeat, PushLora
-                       Attached, Executed, RankSays, Registered, LoraPushed
+                       Attached, Executed, RankSays, Registered, LoraPushed, Free
     anyone             ErrorReply
 
 Import them from here. They are defined in `trainer_messages`, `operator_messages` and `daemon_messages`.
@@ -22,11 +22,14 @@ from weightsync.errors import ErrorRecord
 from weightsync.wire.daemon_messages import (
     Attach,
     Attached,
+    Claim,
     Collect,
     Exchange,
     Execute,
     Executed,
+    Free,
     Gather,
+    Holder,
     JoinRail,
     Prepare,
     RankSays,
@@ -86,6 +89,7 @@ __all__ = [
     "BridgeStatus",
     "ChangeEngines",
     "Changed",
+    "Claim",
     "Collect",
     "Describe",
     "Drawn",
@@ -101,8 +105,10 @@ __all__ = [
     "Failed",
     "Filled",
     "FollowedPush",
+    "Free",
     "Gather",
     "Heartbeat",
+    "Holder",
     "JoinRail",
     "KeeperStatus",
     "Lease",
@@ -179,6 +185,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Traced,
     Prepare,
     Collect,
+    Free,
 )
 LARGE: frozenset[type[Message]] = frozenset(
     {
@@ -190,6 +197,7 @@ LARGE: frozenset[type[Message]] = frozenset(
         Filled,
         Status,
         Ended,
+        Attach,
         Attached,
         Executed,
         Exchange,
