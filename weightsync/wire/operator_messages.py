@@ -150,6 +150,7 @@ class Status(Message, frozen=True, tag="status"):
     refused_ago: float | None = None  # seconds
     follows: FollowedPush | None = None  # what holds this node for another one
     waiting: Natural = 0  # calls of push_weights that wait for it to be free
+    seed: str = ""  # why cluster.seed, which tells of other nodes, is not reached; "" where it is, or there is none
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
