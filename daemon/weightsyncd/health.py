@@ -19,7 +19,7 @@ from weightsync.errors import ConfigError
 from weightsyncd.status import accounts_of, slots_taken
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from weightsync.session.machine import PushSession
     from weightsync.wire import messages as msg
@@ -40,9 +40,9 @@ def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcom
         metrics.push_failures.labels(session.model, session.error.kind).inc()
     if outcome is None:
         return
+    metrics.expect((), [engine.engine for engine in outcome.engines])
     for engine in outcome.engines:
         metrics.engine_outcomes.labels(engine.engine, engine.outcome).inc()
-        metrics.outcomes.add((engine.engine, engine.outcome))
     for phase, seconds in outcome.phases.items():
         metrics.phase_seconds.labels(session.model, phase).inc(seconds)
     if session.committed:
@@ -60,10 +60,13 @@ async def measure_node(server: Server) -> None:
         for state in _STATES:
             metrics.engine_state.remove(gone, state)
     metrics.engines = names
-    known = names.union(*({engine.name for engine in peer.engines} for peer in server.peers.values()))
-    for name, outcome in [pair for pair in metrics.outcomes if pair[0] not in known and pair[0] not in server.engines]:
-        metrics.engine_outcomes.remove(name, outcome)
-        metrics.outcomes.discard((name, outcome))
+    everywhere = [e.status(server.config.node.name) for e in server.engines]
+    everywhere += [e for peer in server.peers.values() for e in peer.engines]
+    for gone in metrics.pushed - {e.name for e in everywhere}:
+        if gone not in server.engines:  # as keepers are
+            metrics.forget(gone)
+    taking = [e for e in everywhere if not e.frozen]
+    metrics.expect({e.model for e in taking}, {e.name for e in taking})
     for engine in server.engines:
         version = engine.info.version if engine.info is not None else None
         metrics.engine_version.labels(engine.name).set(-1 if version is None else version)
@@ -73,7 +76,7 @@ async def measure_node(server: Server) -> None:
         for state in _STATES:
             metrics.engine_state.labels(engine.name, state).set(engine.state == state)
     metrics.exports_leaked.set(server.executor.exports.leaks)
-    _measure_pushes(server)
+    _measure_pushes(server, everywhere)
     for gone in metrics.peers - server.peers.keys():
         metrics.peer_connected.remove(gone)
     metrics.peers = set(server.peers)
@@ -107,12 +110,10 @@ def _measure_readers(metrics: Metrics) -> None:
             gauge.labels(reader).set(count)
 
 
-def _measure_pushes(server: Server) -> None:
+def _measure_pushes(server: Server, engines: Sequence[msg.EngineStatus]) -> None:
     metrics, push, followed = server.metrics, server.trainers.push, server.follower.context
     since = [push.session.started] if push is not None else [followed.since] if followed is not None else []
     metrics.push_under_way.set(time.monotonic() - since[0] if since else 0)
-    engines = [e.status(server.config.node.name) for e in server.engines]
-    engines += [e for peer in server.peers.values() for e in peer.engines]
     for model, newest in server.trainers.newest.items():
         metrics.newest_version.labels(model).set(newest)
         serving = [-1 if e.version is None else e.version for e in engines if e.model == model and not e.frozen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -17,6 +16,7 @@ __all__ = ["UNKNOWN", "Metrics"]
 UNKNOWN = "unknown"  # the label of models that no engine serves: callers may name any
 
 _OUTCOMES = ("committed", "aborted", "torn")
+_OF_ENGINES = ("committed", "skipped", "torn", "lost")
 _FAILURES = ("PushRefused", "PushAborted", "PushTimeout")
 
 _SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120, 300)
@@ -26,8 +26,7 @@ class Metrics:
     """Every metric of weightsyncd. Names start with `weightsync_`."""
 
     def __init__(self, models: Iterable[str] = ()) -> None:
-        """Pushes of `models` are counted from 0 on, so that the first that fails is a rise."""
-        models = list(models)
+        """Pushes of `models` are counted from 0 on: see `expect`."""
         self.registry = CollectorRegistry()
         self.pushes = Counter(
             "weightsync_pushes", "Pushes by how they ended", ["model", "outcome"], registry=self.registry
@@ -68,7 +67,7 @@ class Metrics:
         self.push_bytes = Counter(
             "weightsync_push_bytes", "Bytes of committed pushes", ["model"], registry=self.registry
         )
-        self.outcomes: set[tuple[str, str]] = set()  # engines and outcomes that the next one shows
+        self.pushed: set[str] = set()  # engines that the next one shows
         self.engine_outcomes = Counter(
             "weightsync_engine_outcomes",
             "What pushes came to, by engine",
@@ -121,8 +120,26 @@ class Metrics:
         self.frames_refused = Counter(
             "weightsync_frames_refused", "Frames that were no message of ours", registry=self.registry
         )
-        for model in models:
-            for outcome in _OUTCOMES:
+        self.models: set[str] = set()  # that are counted from 0 on
+        self.expect({*models, UNKNOWN}, ())
+
+    def expect(self, models: Iterable[str], engines: Iterable[str]) -> None:
+        """Count what pushes of these come to from 0 on: a counter that begins at 1 has not risen, for Prometheus, and
+        nobody would be told of the first that fails.
+        """
+        for model in set(models) - self.models:
+            self.models.add(model)
+            for outcome in _OUTCOMES if model != UNKNOWN else ():
                 self.pushes.labels(model, outcome)
-        for model, kind in itertools.product({*models, UNKNOWN}, _FAILURES):
-            self.push_failures.labels(model, kind)
+            for kind in _FAILURES:
+                self.push_failures.labels(model, kind)
+        for engine in set(engines) - self.pushed:
+            self.pushed.add(engine)
+            for outcome in _OF_ENGINES:
+                self.engine_outcomes.labels(engine, outcome)
+
+    def forget(self, engine: str) -> None:
+        """Show no more what pushes came to for it."""
+        self.pushed.discard(engine)
+        for outcome in _OF_ENGINES:
+            self.engine_outcomes.remove(engine, outcome)

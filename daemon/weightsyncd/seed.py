@@ -79,7 +79,7 @@ class Seeker:
         self._key = key
         self._learn = learn
         self._link: PeerLink | None = None
-        self._problem = ""
+        self.problem = ""  # why the seed is not reached
 
     async def keep(self) -> None:
         """Register again and again, for ever."""
@@ -91,12 +91,12 @@ class Seeker:
                 except PushRefused:  # it goes on for longer than a change waits
                     pass
                 except WeightSyncError as error:
-                    if str(error) != self._problem:
+                    if str(error) != self.problem:
                         logger.warning("seed %s: %s", self._config.cluster.seed, error)
-                    self._problem = str(error)
+                    self.problem = str(error)
                     await self._hang_up()
                 else:
-                    self._problem = ""
+                    self.problem = ""
                 await asyncio.sleep(patience / 5)
         finally:
             await self._hang_up()

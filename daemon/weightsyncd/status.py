@@ -77,6 +77,7 @@ async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
         refused_ago=time.monotonic() - trainers.refused_at if trainers.refused is not None else None,
         follows=_followed(server.follower.context),
         waiting=len(trainers.waiting),
+        seed=server.seeker.problem if server.seeker is not None else "",
     )
 
 

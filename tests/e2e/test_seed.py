@@ -56,9 +56,12 @@ class Nodes:
 def test_nodes_find_each_other():
     with Fleet() as fleet:
         nodes = Nodes(fleet, 5.0)
-        second, seed = nodes.start(1), nodes.start(0)  # the seed need not be first
+        second = nodes.start(1)  # the seed need not be first
+        until(lambda: "did not answer" in fetch_status(second.endpoint).seed, "it says that it looks for the seed")
+        seed = nodes.start(0)
         connected(seed, N[1])
         connected(second, N[0])
+        assert fetch_status(second.endpoint).seed == ""
         assert nodes.push(second, 1) == {"e0", "e1"}
 
 

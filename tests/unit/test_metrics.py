@@ -142,6 +142,21 @@ def test_the_first_failure_of_a_model_is_a_rise():
     assert metrics.registry.get_sample_value("weightsync_pushes_total", labels) == 0.0
 
 
+def test_so_it_is_of_a_model_that_comes_later_and_of_an_engine(node):
+    """By `weightsync engines add`, or with another node: the node of a trainer may have no engine of its own."""
+    node.peers["n1"].engines += (FakeEngine("e3", None, "late"), FakeEngine("kept", 1, "reward", frozen=True))
+    asyncio.run(measure_node(node))
+    value = node.metrics.registry.get_sample_value
+    for model in ("policy", "late"):
+        assert value("weightsync_push_failures_total", {"model": model, "kind": "PushAborted"}) == 0.0
+        assert value("weightsync_pushes_total", {"model": model, "outcome": "torn"}) == 0.0
+    assert value("weightsync_push_failures_total", {"model": "reward", "kind": "PushAborted"}) is None
+    for engine in ("e0", "e3"):
+        assert value("weightsync_engine_outcomes_total", {"engine": engine, "outcome": "torn"}) == 0.0
+    for engine in ("ref", "kept"):  # frozen: nothing is pushed to it
+        assert value("weightsync_engine_outcomes_total", {"engine": engine, "outcome": "torn"}) is None
+
+
 class FakeBridge:
     def __init__(self, index: int, *accounts: Account) -> None:
         self.name, self.restarts, self.config = f"n0/{index}", index, SimpleNamespace(index=index)
@@ -229,15 +244,20 @@ def test_readers_that_are_gone_are_shown_no_more(node):
 def test_outcomes_of_engines_that_are_gone_are_shown_no_more(node):
     """Engines of other nodes are pushed to from here, too."""
 
-    def outcomes() -> list[str]:
+    def outcomes() -> dict[str, float]:
         asyncio.run(measure_node(node))
         (family,) = [f for f in node.metrics.registry.collect() if f.name == "weightsync_engine_outcomes"]
-        return sorted(s.labels["engine"] for s in family.samples if s.name.endswith("_total"))
+        return {
+            s.labels["engine"]: s.value
+            for s in family.samples
+            if s.labels.get("outcome") == "skipped"
+            if s.name.endswith("_total")
+        }
 
     measure_push(node.metrics, ended(), outcome_of("e0", "e2", "removed"), repeat=False)
-    assert outcomes() == ["e0", "e2"]
+    assert outcomes() == {"e0": 1, "e1": 0, "e2": 1, "old": 0}
     node.peers = {}
-    assert outcomes() == ["e0"]
+    assert outcomes() == {"e0": 1, "e1": 0}
 
 
 def test_a_keepers_push_that_fails_is_no_failure_of_push_weights(node):

@@ -50,6 +50,7 @@ def node(tmp_path, pid: int | None = 4712) -> Any:
         peers={},
         executor=SimpleNamespace(exports=SimpleNamespace(leaks=0)),
         follower=SimpleNamespace(context=None),
+        seeker=None,
         trainers=SimpleNamespace(
             push=None, last=None, last_error=None, last_at=None, newest={}, refused=None, refused_at=0.0, waiting=[]
         ),

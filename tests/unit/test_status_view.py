@@ -83,6 +83,13 @@ def test_what_is_wrong_is_in_whole_sentences():
     assert "engine e1: its push ended half-way, and it is paused until the next one repairs it, which any" in text
     assert "bridge n0/0: exports that were not closed, with no push under way: e1/0 1, e1/7 1" in text
     assert "1 exports were never given back" in text
+    assert "cluster.seed" not in text
+    lonely = " ".join(
+        shown(msgspec.structs.replace(STATUS, seed="the daemon at tcp://n1:29600 did not answer")).split()
+    )
+    assert (
+        "cluster.seed is not reached, so nodes that come stay unknown: the daemon at tcp://n1:29600 did not" in lonely
+    )
     under_way = " ".join(shown(msgspec.structs.replace(STATUS, push=PUSH)).split())
     assert "with no push under way" not in under_way  # they are what a push is made of
 

@@ -80,6 +80,8 @@ def _wrong(status: dict[str, Any]) -> Any:
         if bridge["holding"] and status["push"] is None and status["follows"] is None:
             readers = ", ".join(f"{reader} {count}" for reader, count in bridge["holding"].items())
             yield Text(f"{name}: exports that were not closed, with no push under way: {readers}", style="red")
+    if status["seed"]:
+        yield Text(f"cluster.seed is not reached, so nodes that come stay unknown: {status['seed']}", style="red")
     if status["leaks"]:
         yield Text(f"{status['leaks']} exports were never given back since the start, and were revoked", style="red")
     needs = sum(b["slots"] * b["slot_bytes"] for b in status["bridges"])

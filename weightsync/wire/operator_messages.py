@@ -150,6 +150,7 @@ class Status(Message, frozen=True, tag="status"):
     refused_ago: float | None = None  # seconds
     follows: FollowedPush | None = None  # the push of another node that this one is part of
     waiting: Natural = 0  # calls of push_weights that wait for the node to be free
+    seed: str = ""  # why cluster.seed cannot be reached; "" if it is reached, or there is none
 
 
 class TraceRequest(Message, frozen=True, tag="trace_request"):
