@@ -8,6 +8,8 @@ The server and its sockets
 A push here
     trainers        who may push now, who has to wait, and what becomes of each call
     waiting         calls of `push_weights` that wait for the node to be free
+    turns           which of them begins the next push
+    refusals        calls that come to nothing, and who is told
     failures        pushes that failed before all their ranks had called
     push            one push: events to its session, instructions to whoever carries them out
     context         what one node knows of a push under way
@@ -22,6 +24,7 @@ A push here
 
 A push led elsewhere
     follower        this node's part in a push that another daemon coordinates
+    hold            holds this node for that push, and lets go of it
     held_push       that push, and what this node is doing for it
     follower_rails  what this node's bridges do on rails for it
     branch          this node's ranks in it

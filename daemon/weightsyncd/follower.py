@@ -9,15 +9,13 @@ those it has touched stay paused.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import logging
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weightsync.errors import CodecError, PushRefused, RemoteProtocolError
+from weightsync.errors import CodecError, RemoteProtocolError
 from weightsync.plan.manifest import Manifest
 from weightsync.session import events as ev
 from weightsync.session import instructions as do
@@ -26,26 +24,24 @@ from weightsync.wire.codec import plain, structured
 from weightsyncd.branch import Branch
 from weightsyncd.context import PushContext
 from weightsyncd.follower_rails import FollowerRails
-from weightsyncd.held_push import HeldPush, Working
+from weightsyncd.held_push import Working
+from weightsyncd.hold import Hold
 from weightsyncd.joining import Joining
 from weightsyncd.peers import INSTRUCTIONS, MANIFEST_UNKNOWN
-from weightsyncd.rails import leave
 from weightsyncd.remote_calls import RemoteCalls
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Collection, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from weightsync.config import NodeConfig
     from weightsync.errors import ErrorRecord, WeightSyncError
     from weightsyncd.bridges import Bridge
     from weightsyncd.executor import NodeExecutor
     from weightsyncd.follower_rails import AtRail
+    from weightsyncd.hold import Leading
     from weightsyncd.joining import Takers
-    from weightsyncd.waiting import Call
 
 __all__ = ["Follower"]
-
-logger = logging.getLogger(__name__)
 
 _MANIFESTS = 16  # kept: as many as a coordinator keeps plans
 _GROUPS = 64  # trainers that are remembered to have had ranks here
@@ -53,9 +49,9 @@ _TURNED_AWAY = 1024  # who is told when this node is free
 
 
 class Follower:
-    """See the module. `busy` says whether this node has a push of its own, and `wind_up` waits for one that has ended;
-    `on_free` is called when the node is let go.
-    """
+    """See the module. `leading` is what this node leads itself; whoever does that sets it."""
+
+    leading: Leading
 
     def __init__(
         self,
@@ -65,61 +61,45 @@ class Follower:
         bridges: Sequence[Bridge],
         peers: Collection[str],
         *,
-        busy: Callable[[], bool],
-        leads: Callable[[str], msg.Holder | None],
-        awaits: Callable[[str], bool],
-        wind_up: Callable[[float], Awaitable[None]],
-        on_free: Callable[[], None],
         rails: Takers,
         send: Callable[[bytes, msg.Message], bool],
-        on_missed: Callable[[msg.Gather, Collection[int], ErrorRecord], None],
-        on_late: Callable[[Sequence[Call]], None],
+        on_free: Callable[[], None],
     ) -> None:
-        """`peers` are the nodes that this one pushes to. `rails` hear of a coordinator that takes a bridge for its
-        own communicator; `on_missed` when a push has failed that ranks of this node may still call for, `on_late` of
-        calls that came too late for one. `on_free` is called, too, when ranks that wait here may take part in a push.
-        `leads` says what another node that claims this one has to wait for here; `awaits`, whether ranks of a trainer
-        wait here for its push.
+        """`peers` are the nodes that this one pushes to. `rails` hear of a coordinator that takes a bridge for its own
+        communicator. `on_free` is called when the node is let go, and when ranks that wait here may take part in a
+        push.
         """
         self._config = config
         self._incarnation = incarnation
         self._executor = executor
         self._bridges = bridges
         self._peers = peers
-        self._busy = busy
-        self._leads, self._awaits = leads, awaits
-        self._wind_up = wind_up
+        self._send = send
         self._on_free = on_free
+        self.calls = RemoteCalls()
+        self._hold = Hold(config, executor, bridges, self.calls, lambda: self.leading, on_free)
         self._joining = Joining(config, bridges, rails)
         self._own_rails = FollowerRails(config, executor, bridges)
-        self._send = send
-        self._on_missed, self._on_late = on_missed, on_late
-        self.calls = RemoteCalls()
-        self._held: HeldPush | None = None
-        self._free = asyncio.Event()
-        self._free.set()
-        self._stopping = False
         self._attached = -float("inf")  # when a node did last
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
-        self._released: deque[tuple[bytes, str]] = deque(maxlen=64)  # pushes whose late instructions are refused
-        self._turned_away: dict[bytes, None] = {}  # who has claimed this node in vain, in the order in which they came
+        self._turned_away: dict[bytes, None] = {}  # connections that have claimed this node in vain, in order
         self._groups: OrderedDict[str, None] = OrderedDict()  # trainers that have had ranks here
         self._manifests: OrderedDict[bytes, Manifest] = OrderedDict()
 
     @property
     def following(self) -> str | None:
         """The push elsewhere that holds this node, if one does."""
-        return self._held.context.push if self._held is not None else None
+        return self._hold.held.context.push if self._hold.held is not None else None
 
     @property
     def context(self) -> PushContext | None:
         """What is known of that push."""
-        return self._held.context if self._held is not None else None
+        return self._hold.held.context if self._hold.held is not None else None
 
     @property
     def holder(self) -> msg.Holder | None:
         """The same, as other nodes are told of it."""
-        return self._held.holder() if self._held is not None else None
+        return self._hold.held.holder() if self._hold.held is not None else None
 
     @property
     def known(self) -> bool:
@@ -131,22 +111,22 @@ class Follower:
     @property
     def branch(self) -> Branch | None:
         """Those of the push that holds this node, if they take part in it."""
-        return self._held.branch if self._held is not None else None
+        return self._hold.held.branch if self._hold.held is not None else None
 
     def branch_for(self, rank: bytes, message: msg.Open) -> Branch | None:
         """What a rank that calls now is to take part in. None if nobody has called for its trainer's ranks, or the node
         is not free for that yet.
         """
         found = self.calls.get(message.group)
-        if found is None or self._busy() or self._stopping:
+        if found is None or self.leading.busy or self._hold.stopping:
             return None
         identity, call = found
-        held = self._held
+        held = self._hold.held
         if held is None:
             if not self._send(identity, msg.Heartbeat()):  # that connection is gone, and so is whoever called
                 self.calls.drop(identity)
                 return None
-            held = self._take(identity, PushContext(call.push, call.model, call.version))
+            held = self._hold.take(identity, PushContext(call.push, call.model, call.version), self._node(identity))
         if held.identity != identity or held.context.push != call.push or held.end is not None:
             return None
         if held.branch is None:
@@ -176,16 +156,16 @@ class Follower:
 
     def tell(self, identity: bytes, message: msg.TellRank) -> None:
         """The coordinator has something for a rank of this node. Raises `CodecError`."""
-        held = self._held
-        if held is not None and held.identity == identity and held.context.push == message.push and held.branch:
+        held = self._hold.of(identity, message.push)
+        if held is not None and held.branch is not None:
             held.branch.tell(message)
 
     # --- what a coordinator says ----------------------------------------------------------------------------------
 
     def heard(self, identity: bytes) -> None:
         """Something has come from this connection."""
-        if self._held is not None and self._held.identity == identity:
-            self._held.heard = time.monotonic()
+        if (held := self._hold.held) is not None and held.identity == identity:
+            held.heard = time.monotonic()
 
     async def attach(self, identity: bytes, message: msg.Attach) -> msg.Attached:
         """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
@@ -196,11 +176,11 @@ class Follower:
         self._nodes[identity] = message.node
         while len(self._nodes) > 1024:
             self._nodes.popitem(last=False)
-        held = self._held
+        held = self._hold.held
         if held is not None and held.identity != identity and self._nodes.get(held.identity) == message.node:
-            await self._let_go(held, f"node {message.node} came back")
+            await self._hold.let_go(held, f"node {message.node} came back")
         if message.claim is None:
-            holder, claimed = self.holder or self._leads(""), False
+            holder, claimed = self.holder or self.leading.holder(""), False
         else:
             holder = await self._claim(identity, message.node, message.claim)
             claimed = self.following == message.claim.push
@@ -222,19 +202,20 @@ class Follower:
         """Another node is about to lead a push. Returns what is in its way here. If nothing is, this node is held for
         it, where it is concerned.
         """
-        if self._stopping or not self._concerned(claim):
+        if self._hold.stopping or not self._concerned(claim):
             return None
-        held = self._held
+        held = self._hold.held
         if held is not None and held.identity == identity and held.context.push != claim.push:
-            end = self._letting_go(held, "its coordinator has gone on")
+            end = self._hold.letting_go(held, "its coordinator has gone on")
             await asyncio.wait([end], timeout=self._config.timeouts.liveness / 5)
-            held = self._held
-        holder = None
-        if held is not None and (held.identity, held.context.push) != (identity, claim.push):
-            holder = held.holder()
-        elif held is None and (holder := self._leads(node)) is None and (identity, claim.push) not in self._released:
-            held = self._take(identity, PushContext(claim.push, claim.model, claim.version))
-            held.claim, held.begun = claim, False
+            held = self._hold.held
+        if held is not None:
+            holder = held.holder() if self._hold.of(identity, claim.push) is None else None
+        else:
+            holder = self.leading.holder(node)
+            if holder is None and (identity, claim.push) not in self._hold.released:
+                held = self._hold.take(identity, PushContext(claim.push, claim.model, claim.version), node)
+                held.claim, held.begun = claim, False
         if holder is not None and len(self._turned_away) < _TURNED_AWAY:
             self._turned_away[identity] = None
         return holder
@@ -243,7 +224,7 @@ class Follower:
         """Whether engines or ranks of this node are to take part in it."""
         engines = self._executor.engines.of_model(claim.model)
         asked = [name for name in engines if not claim.engines or name in claim.engines]
-        return bool(asked) or claim.group in self._groups or self._awaits(claim.group)
+        return bool(asked) or claim.group in self._groups or self.leading.awaits(claim.group)
 
     def tell_free(self) -> None:
         """Nothing of this node is in the way of who has claimed it in vain: they may try again."""
@@ -258,9 +239,9 @@ class Follower:
             raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
         instruction = structured({**message.instruction, "deadline": self._until(message.timeout)}, kind)
         self._check_slots(instruction)
-        if self._busy():
-            await self._wind_up(instruction.deadline)
-        held = await self._hold(identity, message.push, message.model, message.version)
+        if self.leading.busy:
+            await self.leading.wind_up(instruction.deadline)
+        held = await self._hold.work(identity, message.push, self._node(identity), message.model, message.version)
         context = held.context
         context.model, context.version = message.model, message.version  # a bridge may have been asked before
         if message.manifest is not None:
@@ -291,7 +272,7 @@ class Follower:
         if isinstance(message, msg.JoinRail):
             await self._join(identity, message, self._until(message.timeout))
         else:
-            held = await self._hold(identity, message.push)
+            held = await self._hold.work(identity, message.push, self._node(identity))
             # of a delivery it is the whole model: it has more time than a single bucket
             manifest = held.context.manifest if isinstance(message, msg.Collect) else None
             until = self._until(message.timeout, manifest.nbytes if manifest is not None else 0)
@@ -300,104 +281,42 @@ class Follower:
         return msg.Executed(event={})
 
     async def _join(self, identity: bytes, message: msg.JoinRail, until: float) -> None:
-        if self._busy():
-            await self._wind_up(until)
-        if self._held is not None and self._held.end is not None:
-            await self._let_go(self._held, None)  # its `Leave` must not come after our `Join`
-        node = self._nodes.get(identity, "")
-        await self._joining.join(node, message, lambda: self._check_free(identity), until=until)
-        if self._held is not None:  # what was under way in the last communicator is over
-            self._held.rails = {(rail, task) for rail, task in self._held.rails if rail != message.rail}
+        if self.leading.busy:
+            await self.leading.wind_up(until)
+        if (held := self._hold.held) is not None and held.end is not None:
+            await self._hold.let_go(held, None)  # its `Leave` must not come after our `Join`
+        node = self._node(identity)
+        await self._joining.join(node, message, lambda: self._hold.check_free(identity), until=until)
+        if (held := self._hold.held) is not None:  # what was under way in the last communicator is over
+            held.rails = {(rail, task) for rail, task in held.rails if rail != message.rail}
 
     async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:
         """The coordinator is done with the push, which has failed if there is an error."""
-        self._released.append((identity, push))
-        held = self._held
-        if held is not None and (held.identity, held.context.push) != (identity, push):
-            held = None
+        self._hold.released.append((identity, push))
+        held = self._hold.of(identity, push)
+        called = held.branch.ranks if held is not None and held.branch is not None else ()
         for call in self.calls.drop(identity, push):
             if error is not None:
-                self._on_missed(call, held.branch.ranks if held is not None and held.branch is not None else (), error)
+                self.leading.missed(call, called, error)
                 self._on_free()
         if held is not None:
-            await self._let_go(held, None, error)
+            await self._hold.let_go(held, None, error)
 
     # --- holding and letting go -----------------------------------------------------------------------------------
 
     def check(self, liveness: float) -> None:
         """Let go of a push whose coordinator has fallen silent, which goes on behind. To be called now and then."""
-        held = self._held
+        held = self._hold.held
         if held is not None and time.monotonic() - held.heard > liveness:
-            self._letting_go(held, f"its coordinator has not been heard for {liveness:g} s")
+            self._hold.letting_go(held, f"its coordinator has not been heard for {liveness:g} s")
 
     async def finish(self, until: float) -> None:
-        """Follow nobody any more; the push that holds this node has half of the time to end, and is let go then."""
-        self._stopping = True
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout((until - time.monotonic()) / 2):
-                await self._free.wait()
-        if self._held is not None:
-            await self._let_go(self._held, "weightsyncd is stopping")
+        """See `Hold.finish`."""
+        await self._hold.finish(until)
 
-    async def _hold(self, identity: bytes, push: str, model: str = "", version: int = 0) -> HeldPush:
-        """The push's place here, taken at its first instruction. Raises `PushRefused` while another holds it."""
-        node = self._config.node.name
-        while True:
-            self._check_free(identity)
-            if (identity, push) in self._released:
-                raise PushRefused(f"push {push} has ended")
-            held = self._held
-            if held is None:
-                if self._stopping:
-                    raise PushRefused(f"node {node} is stopping")
-                held = self._take(identity, PushContext(push, model, version))
-            if held.context.push == push and held.end is None:
-                held.heard, held.begun = time.monotonic(), True
-                return held
-            await self._let_go(held, "its coordinator has gone on")
-
-    def _take(self, identity: bytes, context: PushContext) -> HeldPush:
-        self._free.clear()
-        self._held = HeldPush(identity, context, time.monotonic(), self._nodes.get(identity, ""))
-        return self._held
-
-    def _check_free(self, identity: bytes) -> None:
-        """Raise `PushRefused` while a push that is not of this coordinator holds the node."""
-        node = self._config.node.name
-        if self._busy():
-            raise PushRefused(f"node {node} is busy with a push of its own")
-        if self._held is not None and self._held.identity != identity:
-            raise PushRefused(f"node {node} is busy with push {self._held.context.push}")
-
-    async def _let_go(self, held: HeldPush, why: str | None, error: ErrorRecord | None = None) -> None:
-        await asyncio.shield(self._letting_go(held, why, error))
-
-    def _letting_go(self, held: HeldPush, why: str | None, error: ErrorRecord | None = None) -> asyncio.Task[None]:
-        if held.end is None:
-            self.calls.drop(held.identity, held.context.push)
-            if why is not None:
-                words = held.context.model, held.context.version, held.context.push, why
-                logger.warning("[model=%s v=%d] push %s is let go: %s", *words, extra={"push": held.context.push})
-            held.end = asyncio.create_task(self._end(held, why, error))
-        return held.end
-
-    async def _end(self, held: HeldPush, why: str | None, error: ErrorRecord | None) -> None:
-        for task in held.tasks:
-            task.cancel()
-        await asyncio.gather(*held.tasks, return_exceptions=True)
-        try:
-            try:
-                # nothing of a broadcast that was under way writes into a slot after this
-                await asyncio.gather(*(leave(self._bridges[rail]) for rail in {rail for rail, _ in held.rails}))
-                if held.branch is not None:
-                    self._on_late(await held.branch.end(why, error, grace=self._config.timeouts.grace))
-            finally:
-                await self._executor.let_go(held.context, self._until(self._config.timeouts.operation))
-        finally:
-            if self._held is held:
-                self._held = None
-                self._free.set()
-                self._on_free()
+    def _node(self, identity: bytes) -> str:
+        """Return the node that attached by this connection; "" if none has."""
+        return self._nodes.get(identity, "")
 
     # --- what may be asked ------------------------------------------------------------------------------------------
 

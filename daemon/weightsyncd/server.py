@@ -105,15 +105,9 @@ class Server:
             self.executor,
             self.bridges,
             self.peers,
-            busy=lambda: self.trainers.busy,
-            leads=lambda claimant: self.trainers.holder(claimant),
-            awaits=lambda group: group in self.trainers.waiting.groups(),
-            wind_up=lambda until: self.trainers.wind_up(until),
-            on_free=self._freed,
             rails=self.rails,
             send=self.reception.send,
-            on_missed=lambda call, ranks, error: self.trainers.missed(call, ranks, error),
-            on_late=lambda calls: self.trainers.again(calls),
+            on_free=self._freed,
         )
         self.registry = Registry(config.timeouts.liveness)
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None

@@ -14,24 +14,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from weightsync.errors import ErrorRecord, PushAborted, PushRefused, PushTimeout, WeightSyncError
+from weightsync.errors import ErrorRecord, PushRefused, WeightSyncError
 from weightsync.session import events as ev
-from weightsync.session.words import rank_failed
 from weightsync.wire import messages as msg
-from weightsyncd.claims import Claim, Claims, is_refused
-from weightsyncd.failures import Failures
 from weightsyncd.health import measure_push
-from weightsyncd.metrics import UNKNOWN
 from weightsyncd.outcomes import brought_all
 from weightsyncd.push import Push, Services
-from weightsyncd.push_engines import engines_for, engines_of
+from weightsyncd.push_engines import engines_for
 from weightsyncd.rank_messages import passed_on, rank_said
+from weightsyncd.refusals import Refusals
+from weightsyncd.turns import Turns
 from weightsyncd.waiting import Call, Waiting
 
 if TYPE_CHECKING:
@@ -56,22 +53,25 @@ class Trainers:
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
         self.last_at: float | None = None
-        self.refused: ErrorRecord | None = None  # of the last call that came to nothing before it was a push
-        self.refused_at = 0.0
         self.stopping = False
         self._services = services
         self._metrics = metrics
         self._follower = follower
+        follower.leading = self
         self._on_free = on_free
         self.newest: dict[str, int] = {}  # model → newest version committed on any engine
         self.waiting = Waiting()
-        self._failures = Failures()
+        self.refusals = Refusals(services, metrics, leads=self._leads, on_siblings_told=self.go_on)
+        self._turns = Turns(
+            services.config,
+            services.peers,
+            follower,
+            self.waiting,
+            begun=lambda: None if self.push is None else self.push.call.push,
+            take_turns=self._take_turns,
+            refuse=self.refusals.refuse,
+        )
         self._ending: asyncio.Task[None] | None = None
-        self._claims = Claims(services.config, services.peers, lambda: follower.holder)
-        self._claim: Claim | None = None  # of the call that is to begin the next push
-        self._claiming: asyncio.Task[None] | None = None
-        self._behind: list[tuple[Call, msg.Holder]] = []  # calls that wait, and for what; to try again when it is over
-        self._freed = False  # something was over, since the last claim was made
 
     # --- a call of push_weights -----------------------------------------------------------------------------------
 
@@ -89,44 +89,37 @@ class Trainers:
                 push.open(call.identity, message)
                 return
             if self.stopping:
-                self._refuse(call, "weightsyncd is stopping", None)
+                self.refusals.refuse(call, "weightsyncd is stopping", None)
                 return
             if push.repeat and not message.engines:  # whoever has new weights need not know of it
                 self._wait(call)
             elif self._leads(message):
                 version, model = push.session.version, push.session.model
                 reason = f"a push of version {version} of {model!r} by another trainer is under way"
-                self._refuse(call, reason, "one push at a time on a node; try again when it has ended")
-            elif not self._failed_without(call):  # the push that it takes part in waits for this node
+                self.refusals.refuse(call, reason, "one push at a time on a node; try again when it has ended")
+            elif not self.refusals.failed_without(call):  # the push that it takes part in waits for this node
                 self._wait(call)
                 self._held_up(call, push)
         elif (branch := self._follower.branch_for(call.identity, message)) is not None:
             branch.open(call)
-        elif self._failed_without(call):
+        elif self.refusals.failed_without(call):
             pass
         elif self.stopping:
-            self._refuse(call, "weightsyncd is stopping", None)
-        elif push is None and self._leads(message) and self._may_begin(call):
+            self.refusals.refuse(call, "weightsyncd is stopping", None)
+        elif push is None and self._leads(message) and self._turns.has(call):
             self._begin(call)
         else:
             self._wait(call)
 
-    def _failed_without(self, call: Call) -> bool:
-        """Whether the push that it is for has failed already; if it has, the rank is told."""
-        error = self._failures.tell(call.message)
-        if error is not None:
-            self._services.send(call.identity, msg.Ended(id=call.message.id, error=error))
-        return error is not None
-
     def _wait(self, call: Call) -> None:
         message = call.message
         if len(self.waiting) >= _MAX_WAITING:
-            self._refuse(call, f"{_MAX_WAITING} ranks wait already", None)
+            self.refusals.refuse(call, f"{_MAX_WAITING} ranks wait already", None)
             return
         words = (message.model, message.version, message.rank)
         logger.debug("[model=%s v=%d] rank %d waits", *words, extra={"rank": message.rank})
         self.waiting.add(call)
-        self._failures.tries_again(message)
+        self.refusals.failures.tries_again(message)
 
     def _held_up(self, call: Call, push: Push) -> None:
         """The rank waits for a push from here: who leads its own hears of it, lest each wait for the other."""
@@ -159,112 +152,33 @@ class Trainers:
         joined = self._services.config.cluster.listen or self._services.peers or self._follower.known
         return message.rank == 0 or not joined
 
-    def _may_begin(self, call: Call) -> bool:
-        """Whether all other nodes that the push needs are held for it; if that is not known, they are asked, and the
-        call waits. They are looked at anew, too: one that has restarted since its last heartbeat would be lost to the
-        push that finds out.
-        """
-        if not self._services.peers:
-            return self._follower.following is None
-        if self._claim is not None:
-            return self._claim.granted and self._claim.call is call
-        if not any(call is waits for waits, _ in self._behind):
-            self._freed, self._claim = False, self._claims.new(call)
-            self._claiming = asyncio.create_task(self._make(self._claim), name="claim")
-        return False
-
-    async def _make(self, claim: Claim) -> None:
-        """Begin the push of the call for which other nodes are claimed, or let it wait or be refused."""
-        call, begun = claim.call, False
-        try:
-            holder = await self._claims.make(claim)
-            claim.granted = holder is None and self.push is None
-            if claim.granted:
-                self._take_turns()
-                begun = self.push is not None and self.push.call.push == claim.terms.push
-        finally:
-            self._claim = None
-            if not begun:
-                self._claims.withdraw(claim)
-                if self._follower.following is None:
-                    self._follower.tell_free()
-        if holder is not None and call in self.waiting:
-            if is_refused(call, holder) or (call.message.engines and self._follower.following is None):
-                self.waiting.drop(call)
-                reason = f"a push of version {holder.version} of {holder.model!r} by another trainer is under way"
-                hint = "one push of a model at a time; try again when it has ended"
-                self._refuse(call, f"{reason}, which node {holder.node} leads", hint)
-            elif not self._freed:
-                self._behind.append((call, holder))
-        if not begun:
-            self._take_turns()
-
     def holder(self, claimant: str) -> msg.Holder | None:
         """What a node that claims this one has to wait for here: a push from here, or one that is about to begin,
         unless the claimant comes first by name. "": nobody claims it, but asks.
         """
-        node, push, claim = self._services.config.node.name, self.push, self._claim
-        if push is not None:
-            return msg.Holder(
-                node=node,
-                push=push.call.push,
-                group=push.call.group,
-                model=push.call.model,
-                version=push.call.version,
-                ending=push.session.ended,
-                repeat=push.repeat,
-            )
-        if claim is None or "" < claimant < node:
-            return None
-        terms = claim.terms
+        push = self.push
+        if push is None:
+            return self._turns.holder(claimant)
         return msg.Holder(
-            node=node,
-            push=terms.push,
-            group=terms.group,
-            model=terms.model,
-            version=terms.version,
-            pending=True,
-            repeat=terms.repeat,
+            node=self._services.config.node.name,
+            push=push.call.push,
+            group=push.call.group,
+            model=push.call.model,
+            version=push.call.version,
+            ending=push.session.ended,
+            repeat=push.repeat,
         )
 
-    def _refuse(self, call: Call, reason: str, hint: str | None) -> None:
-        message = call.message
-        words = (message.model, message.version, reason)
-        logger.warning("[model=%s v=%d] refused: %s", *words, extra={"rank": message.rank})
-        error = PushRefused(reason, model=message.model, version=message.version, hint=hint)
-        self._end(call, error.record())
-
     def _time_is_up(self, call: Call) -> None:
-        message, following = call.message, self._follower.following
-        what = f"push {following} of another node" if following is not None else "the node to be free"
-        for holder in (holder for waits, holder in self._behind if waits is call):
-            what = (
-                f"push {holder.push}, of version {holder.version} of {holder.model!r}, which node {holder.node} leads"
-            )
-        if following is None and self.push is None and not self._leads(message):
+        following, holder = self._follower.following, self._turns.in_the_way(call)
+        if following is None and self.push is None and not self._leads(call.message):
             what = "rank 0 of its trainer, to call on this node or on one that has this one among its cluster.peers"
-        reason = f"the push did not start within {message.timeout:g} s; it was waiting for {what}"
-        error = PushTimeout(reason, model=message.model, version=message.version, phase="open")
-        self._end(call, error.record())
-
-    def _end(self, call: Call, error: ErrorRecord) -> None:
-        """A call comes to nothing. With rank 0's do those of its siblings, which wait for it here and elsewhere."""
-        message = call.message
-        self._services.send(call.identity, msg.Ended(id=message.id, error=error))
-        if message.rank == 0 and not message.engines:  # a keeper tries again
-            self.refused, self.refused_at = error, time.monotonic()
-            model = message.model if engines_of(self._services, message.model) else UNKNOWN
-            self._metrics.push_failures.labels(model, error.kind).inc()
-        if message.rank != 0 or message.world == 1:
-            return
-        self._failures.note(message, {0}, error, until=self._later())
-        push = f"{self._services.config.node.name}-{secrets.token_hex(8)}"
-        summons = msg.Gather(push=push, group=message.group, model=message.model, version=message.version)
-        for peer in self._services.peers.values():
-            if peer.info is not None:
-                peer.tell(summons)
-                peer.tell(msg.Release(push=push, error=error))
-        self.go_on()
+        elif holder is not None:
+            version, model = holder.version, holder.model
+            what = f"push {holder.push}, of version {version} of {model!r}, which node {holder.node} leads"
+        else:
+            what = f"push {following} of another node" if following is not None else "the node to be free"
+        self.refusals.time_is_up(call, what)
 
     def _begin(self, call: Call) -> None:
         message = call.message
@@ -275,26 +189,21 @@ class Trainers:
         try:
             engines = engines_for(self._services, message, self.newest.get(message.model))
         except PushRefused as error:
-            self._refuse(call, error.message, error.hint)
+            self.refusals.refuse(call, error.message, error.hint)
             return
         keeper = self._services.executor.engines.keeper_of(message.model) if not message.engines else None
-        self._failures.forget(message.group)
+        self.refusals.failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
         last = self.newest.get(message.model) if not message.engines else None  # which is what is pushed again
-        self.push = Push(self._services, first, engines, last, keeper, self._claim, on_failed=self._failed)
+        self.push = Push(
+            self._services, first, engines, last, keeper, self._turns.claim, on_failed=self.refusals.push_failed
+        )
         self._ending = asyncio.create_task(self._when_done(self.push), name="push")
         self.push.open(call.identity, message)
         self.go_on()  # other ranks may have called before
 
     # --- its end --------------------------------------------------------------------------------------------------
-
-    def _failed(self, push: Push, error: ErrorRecord) -> None:
-        """Those of its ranks that have not called yet hear of it when they do."""
-        if not push.ranks.complete:
-            session = push.session
-            until = min(session.push_deadline, session.finished + self._services.config.timeouts.operation)
-            self._failures.note(push.call, push.ranks, error, until=until)
 
     async def _when_done(self, push: Push) -> None:
         await push.done.wait()
@@ -328,23 +237,22 @@ class Trainers:
             until = time.monotonic() + self._services.config.timeouts.probe
             await self._services.executor.engines[name].probe(until)
 
+    def awaits(self, group: str) -> bool:
+        """Whether ranks of a trainer wait here for its push."""
+        return group in self.waiting.groups()
+
+    def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
+        """Note a push from elsewhere that has failed, which ranks of this node may still call for."""
+        self.refusals.missed(call, ranks, error)
+
     def again(self, calls: Sequence[Call]) -> None:
         """Ranks that another node's push has no use for wait for the next."""
         for call in calls:
             self._wait(call)
 
-    def missed(self, call: msg.Gather, ranks: Collection[int], error: ErrorRecord) -> None:
-        """A push that another node coordinated has failed, perhaps before all ranks of this node had called."""
-        self._failures.note(call, ranks, error, until=self._later())
-
-    def _later(self) -> float:
-        """Until when a rank may be on its way to a push that its siblings have called for."""
-        return time.monotonic() + self._services.config.timeouts.operation
-
     def go_on(self) -> None:
-        """This node may be free, or another: whoever waits tries again."""
-        self._freed, self._behind = True, []
-        self._take_turns()
+        """Let whoever waits try again: this node may be free, or another."""
+        self._turns.again()
 
     def _take_turns(self) -> None:
         for call in self.waiting.take():
@@ -361,16 +269,16 @@ class Trainers:
             if not await self._wait_done(self.push, left / 4):
                 logger.warning("the push did not let go in time; stopping all the same")
         for call in self.waiting.take():
-            self._refuse(call, "weightsyncd is stopping", None)
+            self.refusals.refuse(call, "weightsyncd is stopping", None)
 
     async def close(self, until: float) -> None:
         """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
         push = self.push
         self.stopping = True
-        for task in (self._claiming, self._ending):
-            if task is not None:
-                task.cancel()
-                await asyncio.gather(task, return_exceptions=True)
+        await self._turns.close()
+        if self._ending is not None:
+            self._ending.cancel()
+            await asyncio.gather(self._ending, return_exceptions=True)
         if push is not None:
             await push.close()
             if not push.done.is_set():
@@ -405,18 +313,8 @@ class Trainers:
         for call in self.waiting.late(now):
             self._time_is_up(call)
         for call in self.waiting.silent(now, liveness):
-            self._fell_silent(call, liveness)
-        if self._behind:  # whoever is in their way may have gone without a word
-            self.go_on()
-
-    def _fell_silent(self, call: Call, liveness: float) -> None:
-        """A call is dropped whose rank is gone, by all signs: a push that began with it would find nobody."""
-        message, reason = call.message, f"it was not heard for {liveness:g} s while it waited for the node to be free"
-        model, version, rank = message.model, message.version, message.rank
-        logger.warning("[model=%s v=%d] rank %d: %s", model, version, rank, reason, extra={"rank": rank})
-        error = PushAborted(reason, model=model, version=version, rank=rank, phase="open").record()
-        self._siblings_hear(call, error)
-        self._end(call, error)
+            self.refusals.fell_silent(call, liveness)
+        self._turns.look_again()
 
     def hear(self, event: ev.Event) -> None:
         """Something has happened that concerns the push under way, if there is one."""
@@ -444,21 +342,11 @@ class Trainers:
         rank = push.ranks.rank_of(identity) if push is not None else None
         if push is None or rank is None or push.ranks[rank].number != message.id:
             if isinstance(message, msg.Failed):
-                self._gave_up(identity, message)
+                for call in self.waiting.given_up(identity, message.id):
+                    self.refusals.gave_up(call, message.error)
             logger.debug("%s from nobody in a push", type(message).__name__)
             return
         rank_said(push, rank, message, self._services.plans)
-
-    def _gave_up(self, identity: bytes, message: msg.Failed) -> None:
-        """A rank that waited has failed; those of its trainer need not wait for it."""
-        for call in self.waiting.given_up(identity, message.id):
-            error = rank_failed(call.message.rank, message.error)
-            self._siblings_hear(call, error)
-            self._end(call, error)
-
-    def _siblings_hear(self, call: Call, error: ErrorRecord) -> None:
-        if not self._leads(call.message):
-            self._failures.note(call.message, {call.message.rank}, error, until=self._later())
 
     def route_from(self, node: str, message: msg.RankSays) -> None:
         """As `route` and `open`, for a rank on another node."""

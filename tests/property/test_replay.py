@@ -77,10 +77,7 @@ def views(draw: Any, example: torch.Tensor, copies: bool) -> list[Any]:
 @st.composite
 def loads(draw: Any, copies: bool) -> tuple[dict[str, tuple[Any, torch.dtype]], dict[str, torch.Tensor], Any]:
     """Tensors to push, the parameters that they are loaded into, and the loader."""
-    shapes = {
-        f"t{i}": tuple(draw(st.lists(st.integers(1, 6), max_size=3)))
-        for i in range(draw(st.integers(1, 4)))
-    }
+    shapes = {f"t{i}": tuple(draw(st.lists(st.integers(1, 6), max_size=3))) for i in range(draw(st.integers(1, 4)))}
     dtypes = {name: draw(st.sampled_from(DTYPES)) for name in shapes}
     parts: list[list[tuple[str, list[Any]]]] = []
     parameters: dict[str, torch.Tensor] = {}

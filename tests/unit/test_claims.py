@@ -130,7 +130,7 @@ def test_who_has_claimed_a_node_in_vain_hears_when_it_is_free():
         follower.tell_free()
         assert await follower._claim(b"two", "n2", CLAIM) is None
         assert follower.holder == msg.Holder(
-            node="?", push="n2-a", group="one", model="policy", version=3, pending=True
+            node="n2", push="n2-a", group="one", model="policy", version=3, pending=True
         )
         assert await follower._claim(b"two", "n2", CLAIM) is None  # once more
         assert (await follower._claim(b"three", "n3", msgspec.structs.replace(CLAIM, push="n3-a"))).push == "n2-a"

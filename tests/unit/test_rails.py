@@ -140,6 +140,32 @@ class Recorder:
 JOIN = msg.JoinRail(rail=0, generation=8, rank=1, world=2, host="127.0.0.1", port=1, key="k", timeout=5.0)
 
 
+class Leads:
+    """A node that leads no push, but where it says that it is `busy`."""
+
+    def __init__(self, busy):
+        self._busy = busy
+
+    @property
+    def busy(self):
+        return self._busy()
+
+    def holder(self, claimant):
+        return None
+
+    def awaits(self, group):
+        return False
+
+    async def wind_up(self, until):
+        pass
+
+    def missed(self, call, ranks, error):
+        pass
+
+    def again(self, calls):
+        pass
+
+
 def following(bridge, *, busy=lambda: False, may=True):
     """A follower that a push holds, of whose broadcasts on rail 0 one has failed. `may`: others may take a bridge."""
 
@@ -153,17 +179,12 @@ def following(bridge, *, busy=lambda: False, may=True):
         executor,
         [bridge],
         (),
-        busy=busy,
-        leads=lambda node: None,
-        awaits=lambda group: False,
-        wind_up=lambda until: let_go(None, until),
         on_free=lambda: None,
         rails=SimpleNamespace(taken=lambda node, *, push: may, given_back=lambda node: None),
         send=lambda identity, message: True,
-        on_late=lambda calls: None,
-        on_missed=lambda call, ranks, error: None,
     )
-    held = follower._take(b"identity", PushContext("p", "m", 1))
+    follower.leading = Leads(busy)
+    held = follower._hold.take(b"identity", PushContext("p", "m", 1), "")
     held.rails.add((0, None))
     return follower
 
@@ -183,7 +204,7 @@ def test_a_bridge_joins_once_the_last_push_has_left():
             finally:
                 await may_end.wait()
 
-        follower._held.tasks.add(asyncio.create_task(work()))
+        follower._hold.held.tasks.add(asyncio.create_task(work()))
         await begun.wait()
         ending = asyncio.create_task(follower.release(b"identity", "p", None))
         joining = asyncio.create_task(follower.at_rail(b"identity", JOIN))
@@ -203,7 +224,7 @@ def test_a_delivery_that_cannot_be_prepared_breaks_no_communicator():
     async def main():
         bridge = Recorder()
         follower = following(bridge)
-        follower._held.rails.clear()
+        follower._hold.held.rails.clear()
         prepare = msg.Prepare(
             push="p", rail=0, engines=("e",), ranks=(), token=1, parcel=256, turn=0, turns=1, timeout=5.0
         )
@@ -323,7 +344,7 @@ def test_what_is_formed_for_a_push_waits_for_nothing_that_is_formed_beforehand()
     async def main():
         bridge = Slow()
         follower = following(bridge)
-        follower._held = None
+        follower._hold.held = None
         first = asyncio.create_task(follower.at_rail(b"a", msgspec.structs.replace(JOIN, push=False)))
         await bridge.begun.wait()
         await follower.at_rail(b"b", JOIN)
@@ -341,7 +362,7 @@ def test_what_is_formed_for_a_push_waits_for_none_in_line_either():
     async def main():
         bridge = Slow()
         follower = following(bridge)
-        follower._held = None
+        follower._hold.held = None
         before = msgspec.structs.replace(JOIN, push=False)
         first = asyncio.create_task(follower.at_rail(b"a", before))
         await bridge.begun.wait()
@@ -522,7 +543,7 @@ def test_who_watches_does_not_wait_until_a_silent_coordinator_is_let_go_of():
             await asyncio.sleep(0.01)
         assert follower.following == "p"
         leaves.set()
-        await follower._free.wait()
+        await follower._hold._free.wait()
         return bridge.commands
 
     assert asyncio.run(main()) == ["Leave"]

@@ -52,7 +52,13 @@ def node(tmp_path, pid: int | None = 4712) -> Any:
         follower=SimpleNamespace(context=None),
         seeker=None,
         trainers=SimpleNamespace(
-            push=None, last=None, last_error=None, last_at=None, newest={}, refused=None, refused_at=0.0, waiting=[]
+            push=None,
+            last=None,
+            last_error=None,
+            last_at=None,
+            newest={},
+            refusals=SimpleNamespace(last=None, last_at=0.0),
+            waiting=[],
         ),
     )
 
@@ -68,7 +74,7 @@ def test_what_the_node_follows_and_what_it_refused(tmp_path):
     before = asyncio.run(status_of(server))
     assert (before.follows, before.refused, before.refused_ago) == (None, None, None)
     server.follower.context = PushContext("n1-ab", "policy", 3, since=time.monotonic() - 7)
-    server.trainers.refused, server.trainers.refused_at = ERROR, time.monotonic() - 9
+    server.trainers.refusals.last, server.trainers.refusals.last_at = ERROR, time.monotonic() - 9
     after = asyncio.run(status_of(server))
     assert after.follows is not None
     assert (after.follows.push, after.follows.model, after.follows.version) == ("n1-ab", "policy", 3)

@@ -65,7 +65,7 @@ def test_a_refusal_is_kept_for_whoever_looks_at_the_status():
     world.call(model="typo", version=5)
     (_, ended) = world.told
     assert isinstance(ended, msg.Ended)
-    error = world.trainers.refused
+    error = world.trainers.refusals.last
     assert error is not None
     assert error == ended.error
     assert (error.kind, error.model, error.version) == ("PushRefused", "typo", 5)
@@ -80,8 +80,8 @@ def test_a_call_that_waits_in_vain_is_kept_too():
     world.call(timeout=0.0)
     world.trainers.check_alive(5.0)
     assert world.failures == {("policy", "PushTimeout"): 1}
-    assert world.trainers.refused is not None
-    assert "waiting for push n1-ab of another node" in world.trainers.refused.message
+    assert world.trainers.refusals.last is not None
+    assert "waiting for push n1-ab of another node" in world.trainers.refusals.last.message
 
 
 @pytest.mark.parametrize(
@@ -100,4 +100,4 @@ def test_a_keeper_that_is_refused_is_no_failure_of_a_trainer(changes, words):
     assert ended.error is not None
     assert words in ended.error.message
     assert world.failures == {}
-    assert world.trainers.refused is None
+    assert world.trainers.refusals.last is None
