@@ -993,3 +993,64 @@ def test_nothing_is_committed_before_there_is_something_to_compare_it_with():
     world.say()
     world.run()
     assert world.session.state is State.COMMITTED
+
+
+def test_waiting_for_a_layout_does_not_count_as_planning():
+    world = World(world=1)
+    world.open_all()
+    make = world.run_until(do.MakePlan)
+    world.now += 1
+    world.pending.remove(make)
+    world.hear(ev.LayoutsMissing(ranks=(0,)))
+    world.now += 5
+    world.hear(ev.LayoutReceived(rank=0))
+    make = world.run_until(do.MakePlan)
+    world.now += 2
+    world.succeed(make)
+    assert world.session.phases.seconds["plan"] == 3
+    world.run()
+    assert world.session.state is State.COMMITTED
+
+
+def test_filling_counts_from_the_first_lease_to_the_last_word_of_a_rank():
+    world = World(world=1, buckets=1, owners=1)
+    world.open_all()
+    while not world.leases:
+        world.succeed(world.pending[0])
+    world.now += 4
+    world.fill(*world.leases[0])
+    world.now += 3
+    world.run()
+    assert world.session.phases.seconds["fill"] == 4
+
+
+def test_reading_in_place_counts_as_filling_until_all_is_measured():
+    world = World(world=2, draws=("a", "b"), buckets=2)
+    world.open_all()
+    world.run_until(do.DrawWeights, engine="a")
+    world.now += 4
+    world.run()
+    assert world.session.phases.seconds["fill"] == 4
+    assert world.session.state is State.COMMITTED
+
+
+@pytest.mark.parametrize("broken", ["slot", "phase", "touched", "error"])
+def test_a_broken_promise_is_found(broken):
+    """What random orders are held against must be able to fail."""
+    world = World(world=1, buckets=2)
+    world.open_all()
+    world.run_until(do.ExportBucket)
+    session = world.session
+    session.validate()
+    if broken == "slot":
+        copy = session.buckets[0].copies["home"]
+        session.free["home", copy.slot.bridge].append(copy.slot.index)
+    elif broken == "phase":
+        session.phases.start("verify", world.now)
+    elif broken == "touched":
+        session.engines["a"].stage = EngineStage.SKIPPED
+        session.engines["a"].touched = True
+    else:
+        session.error = ERROR
+    with pytest.raises(AssertionError):
+        session.validate()
