@@ -1,9 +1,10 @@
-"""Claims: before a push begins, the nodes that it is for are held for it, or say what is in its way.
+"""Claims: before a push begins, each node that it concerns is held for it, or says what is in its way.
 
 Trainers on several nodes may call at the same time. A push that found half of its nodes taken would bring its version
-to the other half alone, and two that each held what the other needs would wait for ever. So a call that is to lead a
-push asks all nodes at once, in the look at them that there is anyway. Whoever is not given all of them gives back the
-rest, and waits without holding anything. Of claims that meet, the one from the first node by name goes on.
+to the other half alone. Two pushes that each held nodes that the other needs would wait for ever. So a call that is to
+begin a push claims all nodes at once, with the `attach` that each push sends anyway. If one node is not granted, the
+others are given back, and the call waits without holding anything. If two claims meet, the one from the first node by
+name goes on.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ __all__ = ["Claim", "Claims", "is_refused"]
 
 logger = logging.getLogger(__name__)
 
-_MOMENT = 0.05  # seconds; others that have claimed a node begin within that, or give it back
+_MOMENT = 0.05  # seconds; other claims begin their push within that time, or give their nodes back
 
 
 @dataclass(eq=False)
 class Claim:
-    """That of one call."""
+    """The claim of one call."""
 
     call: Call
     terms: msg.Claim
-    nodes: set[str] = field(default_factory=set)  # that are held for it, or may be
+    nodes: set[str] = field(default_factory=set)  # nodes that are held for it, or may be
     granted: bool = False  # its push may begin
 
 
 class Claims:
-    """Those of one node, one at a time. `following` is the push elsewhere that holds this node."""
+    """Makes the claims of one node, one at a time. `following` returns the push elsewhere that holds this node."""
 
     def __init__(
         self, config: NodeConfig, peers: Mapping[str, Peer], following: Callable[[], msg.Holder | None]
@@ -56,7 +57,7 @@ class Claims:
         self._following = following
 
     def new(self, call: Call) -> Claim:
-        """Nobody has heard of it yet."""
+        """Return a claim of which no node has heard yet."""
         words = call.message
         terms = msg.Claim(
             push=f"{self._home}-{secrets.token_hex(8)}",
@@ -68,12 +69,12 @@ class Claims:
         return Claim(call, terms)
 
     async def make(self, claim: Claim) -> msg.Holder | None:
-        """Returns what is in its way; None: all nodes that answer are held for it."""
+        """Claim all nodes. Returns what is in the way; None if all nodes that answer are held for the claim."""
         while True:
             if (held := self._following()) is not None:
                 return await self._as_its_leader_says(held)
             found = await self._ask(claim)
-            if (held := self._following()) is not None:  # it has given way meanwhile
+            if (held := self._following()) is not None:  # this node has given way to another claim meanwhile
                 found.append(await self._as_its_leader_says(held))
             certain = [holder for holder in found if not holder.pending or holder.node < self._home]
             if certain:
@@ -82,17 +83,19 @@ class Claims:
                 return None
             if time.monotonic() - claim.call.since > claim.call.message.timeout:
                 return found[0]
-            await asyncio.sleep(_MOMENT)  # those that come after this node give way, or have begun
+            await asyncio.sleep(_MOMENT)  # claims of nodes after this one by name give way, unless they have begun
 
     def withdraw(self, claim: Claim) -> None:
-        """Its push does not begin."""
+        """Give back all nodes, because the push does not begin."""
         for node in claim.nodes:
             if (peer := self._peers.get(node)) is not None:
                 peer.tell(msg.Release(push=claim.terms.push))
 
     async def _ask(self, claim: Claim) -> list[msg.Holder]:
-        """What stands in its way at any node. One that has engines for it and was heard lately has until it is lost to
-        say so; of others that do not answer soon, the push finds out itself.
+        """Claim each node once. Returns what is in the way, from the nodes that answer.
+
+        A connected node with engines of the model may take until it counts as lost. Other nodes are not waited for:
+        the push finds out itself.
         """
         terms, known = claim.terms, self._timeouts.liveness
         concerned: list[asyncio.Task[msg.Attached | None]] = []
@@ -120,7 +123,7 @@ class Claims:
             claim.nodes.discard(node)
 
     async def _as_its_leader_says(self, held: msg.Holder) -> msg.Holder:
-        """The push that holds this node may have ended: its leader alone knows, and is asked where it is a peer."""
+        """Ask the leader of the push that holds this node whether the push has ended; only the leader knows."""
         peer = self._peers.get(held.node)
         answer = await peer.refresh() if peer is not None else None
         if answer is not None and answer.holder is not None and answer.holder.push == held.push:
@@ -129,8 +132,8 @@ class Claims:
 
 
 def is_refused(call: Call, holder: msg.Holder) -> bool:
-    """Whether what holds a node is no reason to wait: another trainer pushes the same model."""
+    """Whether the call is refused because of `holder`, rather than waits: another trainer pushes the same model."""
     words = call.message
     another = holder.group not in ("", words.group)
-    trainers = not (holder.repeat or words.engines)  # who has new weights need not know of a repeat
+    trainers = not (holder.repeat or words.engines)  # a trainer with new weights need not know of a repeat
     return holder.model == words.model and another and trainers and not holder.ending

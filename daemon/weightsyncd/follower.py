@@ -1,9 +1,9 @@
 """Following: this node's part in a push that another daemon coordinates, one push at a time.
 
-What the coordinator says arrives here. It holds this node from when it claims it, from its first instruction, or from
-when a rank of its trainer has called here, until it releases it, goes on to another push, comes back under another
-connection, or falls silent; whichever it is, what it left under way is stopped, engines it only paused are let go, and
-those it has touched stay paused.
+The coordinator's messages arrive here. It holds this node from its claim, its first instruction, or the first call of
+one of its trainer's ranks here. The hold ends when the coordinator releases the push, goes on to another one, comes
+back under another connection, or falls silent. Then work that it left under way is stopped, engines that it only
+paused are resumed, and engines that it has touched stay paused.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _TURNED_AWAY = 1024  # who is told when this node is free
 
 
 class Follower:
-    """See the module. `leading` is what this node leads itself; whoever does that sets it."""
+    """See the module. `leading` is this node's own trainers (`Trainers`), which set it."""
 
     leading: Leading
 
@@ -80,7 +80,7 @@ class Follower:
         self._hold = Hold(config, executor, bridges, self.calls, lambda: self.leading, on_free)
         self._joining = Joining(config, bridges, rails)
         self._own_rails = FollowerRails(config, executor, bridges)
-        self._attached = -float("inf")  # when a node did last
+        self._attached = -float("inf")  # when a node last attached
         self._nodes: OrderedDict[bytes, str] = OrderedDict()  # identity → the node that attached by it
         self._turned_away: dict[bytes, None] = {}  # connections that have claimed this node in vain, in order
         self._groups: OrderedDict[str, None] = OrderedDict()  # trainers that have had ranks here
@@ -88,7 +88,7 @@ class Follower:
 
     @property
     def following(self) -> str | None:
-        """The push elsewhere that holds this node, if one does."""
+        """The name of the push elsewhere that holds this node, if one does."""
         return self._hold.held.context.push if self._hold.held is not None else None
 
     @property
@@ -98,24 +98,25 @@ class Follower:
 
     @property
     def holder(self) -> msg.Holder | None:
-        """The same, as other nodes are told of it."""
+        """That push, as other nodes are told of it."""
         return self._hold.held.holder() if self._hold.held is not None else None
 
     @property
     def known(self) -> bool:
-        """Whether this node is some other's peer: those attach again and again."""
+        """Whether another node has this one as a peer: such nodes attach again and again."""
         return time.monotonic() - self._attached < self._config.timeouts.liveness
 
     # --- this node's ranks in pushes that are coordinated elsewhere -----------------------------------------------
 
     @property
     def branch(self) -> Branch | None:
-        """Those of the push that holds this node, if they take part in it."""
+        """This node's ranks in the push that holds it, if any take part."""
         return self._hold.held.branch if self._hold.held is not None else None
 
     def branch_for(self, rank: bytes, message: msg.Open) -> Branch | None:
-        """What a rank that calls now is to take part in. None if nobody has called for its trainer's ranks, or the node
-        is not free for that yet.
+        """Return the branch that a rank that calls now belongs to.
+
+        Returns None if no node has called for its trainer's ranks, or this node is not free for that push yet.
         """
         found = self.calls.get(message.group)
         if found is None or self.leading.busy or self._hold.stopping:
@@ -123,7 +124,7 @@ class Follower:
         identity, call = found
         held = self._hold.held
         if held is None:
-            if not self._send(identity, msg.Heartbeat()):  # that connection is gone, and so is whoever called
+            if not self._send(identity, msg.Heartbeat()):  # that connection is gone, and with it the coordinator
                 self.calls.drop(identity)
                 return None
             held = self._hold.take(identity, PushContext(call.push, call.model, call.version), self._node(identity))
@@ -145,17 +146,17 @@ class Follower:
         return held.branch if held.branch.takes(rank, message) else None
 
     def gather(self, identity: bytes, message: msg.Gather) -> None:
-        """Ranks of a trainer are called for."""
+        """Note that a coordinator calls for a trainer's ranks."""
         self.calls.add(identity, message)
         self._on_free()
 
     def bridge_lost(self, error: WeightSyncError) -> None:
-        """A bridge of this node has ended."""
+        """Note that a bridge of this node has ended."""
         if (branch := self.branch) is not None:
             branch.bridge_lost(error)
 
     def tell(self, identity: bytes, message: msg.TellRank) -> None:
-        """The coordinator has something for a rank of this node. Raises `CodecError`."""
+        """Pass a message of the coordinator on to a rank of this node. Raises `CodecError`."""
         held = self._hold.of(identity, message.push)
         if held is not None and held.branch is not None:
             held.branch.tell(message)
@@ -163,12 +164,12 @@ class Follower:
     # --- what a coordinator says ----------------------------------------------------------------------------------
 
     def heard(self, identity: bytes) -> None:
-        """Something has come from this connection."""
+        """Note that a connection is alive."""
         if (held := self._hold.held) is not None and held.identity == identity:
             held.heard = time.monotonic()
 
     async def attach(self, identity: bytes, message: msg.Attach) -> msg.Attached:
-        """What this node has to offer. A coordinator that attaches anew has lost what it was doing."""
+        """Answer with what this node offers. A coordinator that attaches anew has lost what it was doing."""
         self.heard(identity)
         self._attached = time.monotonic()
         for other in [i for i, node in self._nodes.items() if node == message.node and i != identity]:
@@ -199,8 +200,9 @@ class Follower:
         )
 
     async def _claim(self, identity: bytes, node: str, claim: msg.Claim) -> msg.Holder | None:
-        """Another node is about to lead a push. Returns what is in its way here. If nothing is, this node is held for
-        it, where it is concerned.
+        """Hold this node for a push that `node` is about to lead, if the push concerns it and nothing is in the way.
+
+        Returns what is in the way.
         """
         if self._hold.stopping or not self._concerned(claim):
             return None
@@ -221,19 +223,19 @@ class Follower:
         return holder
 
     def _concerned(self, claim: msg.Claim) -> bool:
-        """Whether engines or ranks of this node are to take part in it."""
+        """Whether engines or ranks of this node take part in the push."""
         engines = self._executor.engines.of_model(claim.model)
         asked = [name for name in engines if not claim.engines or name in claim.engines]
         return bool(asked) or claim.group in self._groups or self.leading.awaits(claim.group)
 
     def tell_free(self) -> None:
-        """Nothing of this node is in the way of who has claimed it in vain: they may try again."""
+        """Tell nodes that have claimed this one in vain that they may try again."""
         turned_away, self._turned_away = self._turned_away, {}
         for identity in turned_away:
             self._send(identity, msg.Free())
 
     async def execute(self, identity: bytes, message: msg.Execute) -> msg.Message:
-        """Carry out one instruction."""
+        """Carry out one instruction. Raises `CodecError`, `RemoteProtocolError` or `PushRefused`."""
         kind = INSTRUCTIONS.get(str(message.instruction.get("type")))
         if kind is None:
             raise CodecError(f"no instruction is called {message.instruction.get('type')!r}")
@@ -243,7 +245,7 @@ class Follower:
             await self.leading.wind_up(instruction.deadline)
         held = await self._hold.work(identity, message.push, self._node(identity), message.model, message.version)
         context = held.context
-        context.model, context.version = message.model, message.version  # a bridge may have been asked before
+        context.model, context.version = message.model, message.version  # unknown until now if a bridge was asked first
         if message.manifest is not None:
             manifest = Manifest.unpack(message.manifest)
             self._manifests[manifest.digest] = manifest
@@ -267,16 +269,16 @@ class Follower:
         )
 
     async def at_rail(self, identity: bytes, message: AtRail) -> msg.Message:
-        """Something for a bridge."""
+        """Have a bridge do what the coordinator asks."""
         self._own_rails.check(message)
         if isinstance(message, msg.JoinRail):
             await self._join(identity, message, self._until(message.timeout))
         else:
             held = await self._hold.work(identity, message.push, self._node(identity))
-            # of a delivery it is the whole model: it has more time than a single bucket
+            # a delivery moves the whole model, so it has more time than a bucket
             manifest = held.context.manifest if isinstance(message, msg.Collect) else None
             until = self._until(message.timeout, manifest.nbytes if manifest is not None else 0)
-            with Working(held, None if isinstance(message, msg.Prepare) else message.rail):  # that is on no wire
+            with Working(held, None if isinstance(message, msg.Prepare) else message.rail):  # preparing uses no wire
                 await self._own_rails.do(held, message, until)
         return msg.Executed(event={})
 
@@ -287,11 +289,11 @@ class Follower:
             await self._hold.let_go(held, None)  # its `Leave` must not come after our `Join`
         node = self._node(identity)
         await self._joining.join(node, message, lambda: self._hold.check_free(identity), until=until)
-        if (held := self._hold.held) is not None:  # what was under way in the last communicator is over
+        if (held := self._hold.held) is not None:  # work in the last communicator is over
             held.rails = {(rail, task) for rail, task in held.rails if rail != message.rail}
 
     async def release(self, identity: bytes, push: str, error: ErrorRecord | None) -> None:
-        """The coordinator is done with the push, which has failed if there is an error."""
+        """Let go of a push that its coordinator has ended, with an error if it failed."""
         self._hold.released.append((identity, push))
         held = self._hold.of(identity, push)
         called = held.branch.ranks if held is not None and held.branch is not None else ()
@@ -305,7 +307,7 @@ class Follower:
     # --- holding and letting go -----------------------------------------------------------------------------------
 
     def check(self, liveness: float) -> None:
-        """Let go of a push whose coordinator has fallen silent, which goes on behind. To be called now and then."""
+        """Begin to let go of a push whose coordinator has fallen silent. Call it regularly."""
         held = self._hold.held
         if held is not None and time.monotonic() - held.heard > liveness:
             self._hold.letting_go(held, f"its coordinator has not been heard for {liveness:g} s")
@@ -321,7 +323,7 @@ class Follower:
     # --- what may be asked ------------------------------------------------------------------------------------------
 
     def _until(self, timeout: float, nbytes: int = 0) -> float:
-        """Nobody elsewhere keeps an engine or a bridge of this node busy for longer than its own config allows."""
+        """Return the deadline of work that another node asks for; this node's own config limits it."""
         return time.monotonic() + min(timeout, self._config.timeouts.operation + nbytes / do.SLOWEST)
 
     def _check_slots(self, instruction: do.Instruction) -> None:

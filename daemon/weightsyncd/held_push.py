@@ -32,7 +32,7 @@ class HeldPush:
     end: asyncio.Task[None] | None = None  # set once it is being let go
 
     def holder(self) -> msg.Holder:
-        """As others are told of it."""
+        """Return the push as other nodes are told of it."""
         context, claim = self.context, self.claim
         call = claim or (self.branch.call if self.branch is not None else None)
         return msg.Holder(

@@ -113,7 +113,7 @@ class Server:
         self.seeker = Seeker(config, key, self._learn_nodes) if config.cluster.seed else None
         self.trainers = Trainers(services, self.metrics, self.follower, self._freed)
         for model in {engine.config.model for engine in self.engines if not engine.config.frozen}:
-            self.engines.keeper_of(model)  # to be there before the first push
+            self.engines.keeper_of(model)  # starts now, so that it is there before the first push
         self.repeats = Repeats(
             self.engines.keepers,
             config.timeouts,
@@ -126,7 +126,7 @@ class Server:
 
     @property
     def busy(self) -> bool:
-        """A push holds this node's engines and slots."""
+        """Whether a push, from here or elsewhere, holds this node's engines and slots."""
         return self.trainers.busy or self.follower.following is not None
 
     # --- life -----------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ class Server:
         """Serve until `stop` is set. Raises `ConfigError` when it cannot start; leaves nothing behind either way."""
         check_endpoint(self.config.endpoint, "node.listen")
         with self._only_one():
-            until = time.monotonic()  # when it fails to start, there is nothing to wait for
+            until = time.monotonic()  # if it fails to start, there is nothing to wait for
             try:
                 await self._start()
                 async with self._loops(stop):
@@ -169,7 +169,7 @@ class Server:
         killed = kill_orphans(node.name, node.shm_dir)
         if killed:
             logger.warning("ended %d bridges that a killed daemon had left", killed)
-        self.reception.remove_stale()  # the lock is ours: whoever made the socket is gone
+        self.reception.remove_stale()  # the lock is ours, so the process that made the socket is gone
         until = time.monotonic() + self.config.timeouts.bridge_start
         starts = (bridge.start(deadline=until) for bridge in self.bridges)
         failures = [f for f in await asyncio.gather(*starts, return_exceptions=True) if f is not None]
@@ -179,7 +179,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def _loops(self, stop: asyncio.Event) -> Any:
-        """Everything that runs for ever; the block begins when `stop` is set, and they go on meanwhile."""
+        """Run all loops. The block begins when `stop` is set, and the loops go on until it ends."""
         with contextlib.ExitStack() as stack:
             if self.config.http.listen:
                 page = HealthPage(self.config.http.listen, self.metrics)
@@ -202,7 +202,7 @@ class Server:
             try:
                 done, _ = await asyncio.wait([*loops, stopped], return_when=asyncio.FIRST_COMPLETED)
                 for task in done - {stopped}:
-                    task.result()  # a loop that ends has failed: let it be seen
+                    task.result()  # a loop that ends has failed: raise its error
                 yield
             finally:
                 for task in [*loops, stopped]:
@@ -212,7 +212,7 @@ class Server:
     async def _take_down(self, until: float) -> None:
         left = until - time.monotonic()
         end = time.monotonic() + min(max(left / 2, _BRIDGE_STOP_LEAST), _BRIDGE_STOP)
-        # together: what waits for a bridge that does not answer goes on when that is killed
+        # together, because work that waits for a silent bridge goes on when that bridge is killed
         await asyncio.gather(self.trainers.close(until), *(bridge.stop(deadline=end) for bridge in self.bridges))
         await self.executor.settle(until)
         await self.traces.settle(min(until, time.monotonic() + self.config.timeouts.grace))
@@ -230,7 +230,7 @@ class Server:
         while True:
             before = time.monotonic()
             await asyncio.sleep(liveness / 5)
-            # who was held up itself has heard nobody: what arrived meanwhile is read before anyone is given up
+            # if this process was held up itself, it reads what has arrived before it gives anyone up
             late = not late and time.monotonic() - before > liveness / 2
             if not late:
                 self.trainers.check_alive(liveness)
@@ -242,7 +242,7 @@ class Server:
         await self.members.learn(nodes, complete=complete, timeout=self.config.timeouts.operation)
 
     def _freed(self) -> None:
-        """No push holds this node any more."""
+        """Let calls, LoRA pushes and membership changes go on: no push holds this node any more."""
         self.members.settle()
         self.trainers.go_on()
         self.loras.go_on()
@@ -250,7 +250,7 @@ class Server:
             self.follower.tell_free()
 
     async def see_peers(self) -> None:
-        """Look at the engines of other nodes anew; those that do not answer soon stay as they were known."""
+        """Look at the engines of other nodes anew. Nodes that do not answer soon stay as they were known."""
         if looks := [asyncio.create_task(peer.refresh()) for peer in self.peers.values()]:
             await asyncio.wait(looks, timeout=self.config.timeouts.liveness / 5)
 

@@ -1,12 +1,12 @@
-"""The daemon's trainers: who may push now, who has to wait, and what each rank's messages mean for the push.
+"""The daemon's trainers: decides which call of `push_weights` begins a push, joins one, waits or is refused.
 
-The node of rank 0 coordinates; ranks of the same trainer on other nodes take part through their own daemons
+The node of rank 0 coordinates. Ranks of the same trainer on other nodes take part through their own daemons
 (`weightsyncd.branch`).
 
-One push at a time. A rank that calls while another trainer's push is under way is refused; one that calls while the
-last push only lets go of its slots waits. What other nodes lead, or are about to, is found out before a push begins
-(`weightsyncd.claims`): where it is of the same model, the call is refused; of another, it waits. A rank that calls for
-a push that has just failed without it is told so: its siblings were.
+A node has one push at a time. A call is refused while another trainer's push is under way, and waits while the last
+push only lets go of its slots. Before a push begins, other nodes are asked what they lead (`weightsyncd.turns`): the
+call is refused if that is a push of the same model, and waits if it is of another. A rank that calls for a push that
+has just failed without it gets that push's error, as its siblings did.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Trainers:
     """See the module. `follower` knows what other daemons do with this node."""
 
     def __init__(self, services: Services, metrics: Metrics, follower: Follower, on_free: Callable[[], None]) -> None:
-        """`on_free` is called when a push has ended; it ends in `go_on`."""
+        """`on_free` is called when a push has ended; it must call `go_on`."""
         self.push: Push | None = None
         self.last: msg.PushOutcome | None = None
         self.last_error: ErrorRecord | None = None
@@ -91,13 +91,13 @@ class Trainers:
             if self.stopping:
                 self.refusals.refuse(call, "weightsyncd is stopping", None)
                 return
-            if push.repeat and not message.engines:  # whoever has new weights need not know of it
+            if push.repeat and not message.engines:  # a trainer with new weights need not know of a repeat
                 self._wait(call)
             elif self._leads(message):
                 version, model = push.session.version, push.session.model
                 reason = f"a push of version {version} of {model!r} by another trainer is under way"
                 self.refusals.refuse(call, reason, "one push at a time on a node; try again when it has ended")
-            elif not self.refusals.failed_without(call):  # the push that it takes part in waits for this node
+            elif not self.refusals.failed_without(call):  # its own push, led elsewhere, waits for this node
                 self._wait(call)
                 self._held_up(call, push)
         elif (branch := self._follower.branch_for(call.identity, message)) is not None:
@@ -122,7 +122,7 @@ class Trainers:
         self.refusals.failures.tries_again(message)
 
     def _held_up(self, call: Call, push: Push) -> None:
-        """The rank waits for a push from here: who leads its own hears of it, lest each wait for the other."""
+        """Tell the node that leads the rank's own push that it waits for a push from here: one of them must give way."""
         if (found := self._follower.calls.get(call.message.group)) is not None:
             identity, summons = found
             words = msg.RankSays(push=summons.push, rank=call.message.rank, waits_for=push.call.push)
@@ -130,8 +130,9 @@ class Trainers:
             self._give_way(push)
 
     def _give_way(self, push: Push) -> None:
-        """Two pushes that have begun may wait for ranks on each other's nodes. That of the first node by name goes on;
-        nothing of the other has been touched.
+        """End this push if it and another wait for ranks on each other's nodes, and the other's node is first by name.
+
+        Neither has touched anything yet, because ranks are missing.
         """
         if push.ranks.complete or push.session.ended:
             return
@@ -148,14 +149,12 @@ class Trainers:
                 return
 
     def _leads(self, message: msg.Open) -> bool:
-        """Whether this rank's node coordinates: that of rank 0, and where no other node is known any."""
+        """Whether this node coordinates the rank's push: as the node of rank 0, or because it knows no other node."""
         joined = self._services.config.cluster.listen or self._services.peers or self._follower.known
         return message.rank == 0 or not joined
 
     def holder(self, claimant: str) -> msg.Holder | None:
-        """What a node that claims this one has to wait for here: a push from here, or one that is about to begin,
-        unless the claimant comes first by name. "": nobody claims it, but asks.
-        """
+        """Return what a node that claims this one has to wait for: a push from here, or a claim (`Turns.holder`)."""
         push = self.push
         if push is None:
             return self._turns.holder(claimant)
@@ -195,7 +194,7 @@ class Trainers:
         self.refusals.failures.forget(message.group)
         self._follower.calls.forget(message.group)
         first = msgspec.structs.replace(message, timeout=left)
-        last = self.newest.get(message.model) if not message.engines else None  # which is what is pushed again
+        last = self.newest.get(message.model) if not message.engines else None  # a repeat pushes just that version
         self.push = Push(
             self._services, first, engines, last, keeper, self._turns.claim, on_failed=self.refusals.push_failed
         )
@@ -210,7 +209,7 @@ class Trainers:
         try:
             with push.context.lines():
                 await self._close(push)
-        finally:  # whatever went wrong with its tail, the next push may begin
+        finally:  # the next push may begin, whatever went wrong here
             self.push = None
             self._on_free()
 
@@ -232,8 +231,8 @@ class Trainers:
         measure_push(self._metrics, session, push.outcome, repeat=push.repeat)
 
     async def _look(self, name: str) -> None:
-        """Note what an engine serves now, for status and metrics."""
-        with contextlib.suppress(WeightSyncError):  # Engine.probe has logged it and shows it as lost
+        """Probe an engine, for status and metrics."""
+        with contextlib.suppress(WeightSyncError):  # `Engine.probe` has logged the error and shows the engine as lost
             until = time.monotonic() + self._services.config.timeouts.probe
             await self._services.executor.engines[name].probe(until)
 
@@ -246,7 +245,7 @@ class Trainers:
         self.refusals.missed(call, ranks, error)
 
     def again(self, calls: Sequence[Call]) -> None:
-        """Ranks that another node's push has no use for wait for the next."""
+        """Let calls wait that came too late for a push from elsewhere."""
         for call in calls:
             self._wait(call)
 
@@ -259,7 +258,7 @@ class Trainers:
             self._admit(call)
 
     async def finish(self, until: float) -> None:
-        """Begin no push any more; let the one under way end, or end it. Takes three quarters of the time at most."""
+        """Begin no more pushes. Let the one under way end, or end it, within three quarters of the time."""
         self.stopping = True
         left = until - time.monotonic()
         if self.push is not None:
@@ -272,7 +271,7 @@ class Trainers:
             self.refusals.refuse(call, "weightsyncd is stopping", None)
 
     async def close(self, until: float) -> None:
-        """Drop whatever is still under way: engines that were only paused are let go, touched ones are paused."""
+        """Drop what is still under way: engines that were only paused are resumed, touched ones stay paused."""
         push = self.push
         self.stopping = True
         await self._turns.close()
@@ -294,7 +293,7 @@ class Trainers:
     # --- what ranks say during a push -------------------------------------------------------------------------------
 
     def heard(self, identity: bytes) -> None:
-        """A rank has shown that it is alive."""
+        """Note that a rank is alive."""
         self.waiting.heard(identity)
         if self.push is not None:
             self.push.ranks.rank_of(identity)
@@ -302,9 +301,7 @@ class Trainers:
             branch.heard(identity)
 
     def check_alive(self, liveness: float) -> None:
-        """Notice ranks that have fallen silent, in a push or waiting for one, and those that have waited for as long as
-        they would. To be called now and then.
-        """
+        """Drop ranks that have fallen silent, and calls whose timeout is over. Call it regularly."""
         if self.push is not None:
             self.push.check_alive(liveness)
         if (branch := self._follower.branch) is not None:
@@ -317,13 +314,14 @@ class Trainers:
         self._turns.look_again()
 
     def hear(self, event: ev.Event) -> None:
-        """Something has happened that concerns the push under way, if there is one."""
+        """Give an event to the push under way, if there is one."""
         if self.push is not None:
             self.push.hear(event)
 
     async def wind_up(self, until: float) -> None:
-        """Wait for a push from here that has ended and only lets go of what it held, but for none that is under way;
-        unless that is a repeat, which no trainer has asked for.
+        """Wait for a push from here that has ended and only lets go of what it held, or for a repeat.
+
+        A push under way that a trainer has asked for is not waited for.
         """
         push = self.push
         if push is not None and (push.session.ended or push.repeat) and self._ending is not None:
@@ -335,7 +333,7 @@ class Trainers:
         return self.push is not None
 
     def route(self, identity: bytes, message: msg.RankWords) -> None:
-        """Give a rank's message to the push it is for. Raises `CodecError` for a layout that is none."""
+        """Give a rank's message to its push. Raises `CodecError` if its layout cannot be read."""
         push, branch = self.push, self._follower.branch
         if branch is not None and branch.route(identity, message):
             return
@@ -349,7 +347,7 @@ class Trainers:
         rank_said(push, rank, message, self._services.plans)
 
     def route_from(self, node: str, message: msg.RankSays) -> None:
-        """As `route` and `open`, for a rank on another node."""
+        """Do as `route` and `open`, for a rank on another node."""
         push = self.push
         if push is None or push.context.push != message.push:
             extra = {"rank": message.rank}

@@ -18,7 +18,7 @@ __all__ = ["Call", "Waiting"]
 
 @dataclass(frozen=True)
 class Call:
-    """One rank's."""
+    """One rank's call of `push_weights`."""
 
     identity: bytes
     message: msg.Open
@@ -26,51 +26,51 @@ class Call:
 
 
 class Waiting:
-    """In the order in which they came."""
+    """The calls that wait, in the order in which they came."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
-        self._heard: dict[bytes, float] = {}  # by identity, when it last was
+        self._heard: dict[bytes, float] = {}  # identity → when the rank was last heard
 
     def __len__(self) -> int:
         return len(self._calls)
 
     def add(self, call: Call) -> None:
-        """It waits, perhaps again."""
+        """Let a call wait, perhaps again."""
         self._calls.append(call)
         self._heard[call.identity] = max(call.since, self._heard.get(call.identity, 0.0))
 
     def heard(self, identity: bytes) -> None:
-        """Somebody is alive, who may be waiting."""
+        """Note that a rank is alive, whether it waits or not."""
         if identity in self._heard:
             self._heard[identity] = time.monotonic()
 
     def take(self) -> list[Call]:
-        """All of them: they wait no longer, unless they are added again before long."""
+        """Take out all calls. Those that are added again soon keep their place in time."""
         calls, self._calls = self._calls, []
         return calls
 
     def groups(self) -> set[str]:
-        """The trainers of which ranks wait."""
+        """The trainers that have ranks waiting."""
         return {call.message.group for call in self._calls}
 
     def __contains__(self, call: object) -> bool:
         return any(call is one for one in self._calls)
 
     def drop(self, call: Call) -> None:
-        """It waits no longer."""
+        """Take out one call."""
         self._taken(lambda one: one is call)
 
     def given_up(self, identity: bytes, number: int) -> list[Call]:
-        """Those that a rank says it has given up."""
+        """Take out the calls that a rank says it has given up."""
         return self._taken(lambda call: (call.identity, call.message.id) == (identity, number))
 
     def late(self, now: float) -> list[Call]:
-        """Those that have waited for as long as they would."""
+        """Take out the calls that have waited for their whole timeout."""
         return self._taken(lambda call: now - call.since >= call.message.timeout)
 
     def silent(self, now: float, liveness: float) -> list[Call]:
-        """Those of ranks that have been silent for so long that they are lost. To be called now and then."""
+        """Take out the calls of ranks that have been silent for so long that they are lost. Call it regularly."""
         here = {call.identity for call in self._calls}
         self._heard = {identity: at for identity, at in self._heard.items() if identity in here}
         return self._taken(lambda call: is_lost(now - self._heard[call.identity], liveness, call.message))
