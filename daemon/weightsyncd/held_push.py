@@ -48,8 +48,8 @@ class HeldPush:
 
 
 class Working:
-    """While inside, the current task is one that ends with the push it works for; if it waits for a rail, that may be
-    left at work.
+    """Marks the current task as work for a push, and a rail as busy: letting go of the push cancels the task, and leaves
+    the rail's communicator if the task did not end well.
     """
 
     def __init__(self, held: HeldPush, rail: int | None = None) -> None:

@@ -122,7 +122,7 @@ class Trainers:
         self.refusals.failures.tries_again(message)
 
     def _held_up(self, call: Call, push: Push) -> None:
-        """Tell the node that leads the rank's own push that it waits for a push from here: one of them must give way."""
+        """Tell the node that leads the rank's own push that it waits for a push from here: one must give way."""
         if (found := self._follower.calls.get(call.message.group)) is not None:
             identity, summons = found
             words = msg.RankSays(push=summons.push, rank=call.message.rank, waits_for=push.call.push)
