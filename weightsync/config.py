@@ -81,7 +81,7 @@ class TimeoutConfig(_Section, frozen=True):
 
     operation: Seconds = 60.0  # one step at one engine, bridge or node
     liveness: Seconds = 5.0  # silence after which a trainer rank or a node counts as lost
-    grace: Seconds = 5.0  # after a push has ended, for answers still under way
+    grace: Seconds = 5.0  # beyond `operation`, for work still under way when a push has ended
     probe: Seconds = 2.0  # one look at an engine
     probe_every: Seconds = 5.0  # between looks at idle engines
     stop: Seconds = 15.0  # on SIGTERM, for a push under way to end

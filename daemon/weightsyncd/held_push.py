@@ -48,8 +48,9 @@ class HeldPush:
 
 
 class Working:
-    """Marks the current task as work for a push, and a rail as busy: letting go of the push cancels the task, and leaves
-    the rail's communicator if the task did not end well.
+    """Marks the current task as work for a push, and a rail as busy.
+
+    Letting go of the push cancels the task, and leaves the rail's communicator unless the task has ended well.
     """
 
     def __init__(self, held: HeldPush, rail: int | None = None) -> None:
