@@ -74,7 +74,7 @@ def on_weights_drawn(push: PushState, event: ev.WeightsDrawn) -> None:
     if engine is None:
         return
     if event.drawn:
-        engine.next_bucket = engine.loaded = len(push.buckets)
+        engine.loaded = len(push.buckets)
     else:
         _takes_buckets(push, engine)
 
@@ -99,7 +99,7 @@ def on_weights_delivered(push: PushState, event: ev.WeightsDelivered) -> None:
             engine.stage = EngineStage.PAUSED
             _takes_buckets(push, engine)
         else:
-            engine.next_bucket = engine.loaded = len(push.buckets)
+            engine.loaded = len(push.buckets)
 
 
 # --- going on -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def _slots_hold_one_bucket_each(push: PushState) -> None:
 
 
 def _engine_is_whole_or_stands_still(push: PushState, engine: EngineTrack) -> None:
-    assert engine.next_bucket <= len(push.buckets)
+    assert engine.loaded <= len(push.buckets)
     if engine.stage is EngineStage.COMMITTED:
         assert engine.loaded == len(push.buckets), f"{engine.name} committed without every bucket"
         assert push.state in (State.COMMITTING, State.COMMITTED, State.TORN)

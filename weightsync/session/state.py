@@ -160,7 +160,7 @@ class PushState:
 
     def has_all(self, engine: EngineTrack) -> bool:
         """Return whether the engine has loaded everything."""
-        return engine.asked is None and engine.next_bucket == len(self.buckets)
+        return engine.asked is None and engine.loaded == len(self.buckets)
 
     def remote_nodes(self) -> list[str]:
         return sorted(self.nodes - {self.home})

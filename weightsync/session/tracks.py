@@ -60,9 +60,8 @@ class EngineTrack:
     paused_by_us: bool = False
     at_rest: bool = False  # ended, and told to pause or resume if its end demands that
     version: int | None = None  # served before this push
-    next_bucket: int = 0  # buckets are loaded in order; this one is under way or next
+    loaded: int = 0  # buckets; they are loaded in order, so this is also the index of the one under way or next
     loading: int = 0  # number of buckets in its current or last call to load
-    loaded: int = 0
     checked: int = 0  # tensors compared after the push
     not_pushed: int | None = 0  # tensors it holds that this push leaves as they are; None: it cannot tell
     draws: bool = False  # it takes no buckets: it draws its weights, or has them delivered

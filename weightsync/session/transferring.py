@@ -80,14 +80,14 @@ def load(push: PushState, engine: EngineTrack) -> None:
     elif engine.stage is EngineStage.LOADING and there:
         engine.loading = there
         ask(push, engine, "load")
-        first = engine.next_bucket
+        first = engine.loaded
         push.issue(do.LoadBucket(engine=engine.name, bucket=first, count=there, deadline=push.until()))
 
 
 def _exported(push: PushState, engine: EngineTrack, most: int) -> int:
     """Return how many of the engine's next buckets, up to `most`, lie exported on its node."""
     for count in range(most):
-        copy = push.copy(engine.next_bucket + count, engine.node)
+        copy = push.copy(engine.loaded + count, engine.node)
         if copy is None or not copy.exported:
             return count
     return most
@@ -95,7 +95,7 @@ def _exported(push: PushState, engine: EngineTrack, most: int) -> int:
 
 def on_bucket_loaded(push: PushState, event: ev.BucketLoaded) -> None:
     known = push.engines.get(event.engine)
-    if known is None or known.next_bucket != event.bucket:
+    if known is None or known.loaded != event.bucket:
         return
     engine = succeeded(push, event.engine, "load")
     if engine is None:
@@ -108,7 +108,6 @@ def on_bucket_loaded(push: PushState, event: ev.BucketLoaded) -> None:
         evict(push, engine, error)
         return
     for bucket in range(event.bucket, event.bucket + event.count):
-        engine.next_bucket += 1
         engine.loaded += 1
         push.issue(do.AwaitRelease(engine=engine.name, bucket=bucket, deadline=push.until()))
 

@@ -86,12 +86,12 @@ def waited_for(push: PushState) -> tuple[str, dict[str, int | str]]:
 
 def _engines_that_work(push: PushState) -> tuple[str, dict[str, int | str]]:
     busy = [e for e in push.engines.values() if e.asked]
-    loads = {e.name: f", {buckets(e.next_bucket, e.loading)}" for e in busy if e.asked == "load"}
+    loads = {e.name: f", {buckets(e.loaded, e.loading)}" for e in busy if e.asked == "load"}
     words = ", ".join(f"{e.name} ({e.asked}{loads.get(e.name, '')})" for e in busy)
     first = busy[0]
     fields: dict[str, int | str] = {"engine": first.name, "phase": first.asked or ""}
     if first.asked == "load":
-        fields["bucket"] = first.next_bucket
+        fields["bucket"] = first.loaded
     return f"engine {words}", fields
 
 
