@@ -19,7 +19,7 @@ A push here
     rank_weights    what ranks tell of their weights: fingerprints, and where they lie
     planning        the plan of one push
     plans           layouts and plans that were seen before
-    outcomes        what a push came to, and how far it is
+    outcomes        outcome and progress of a push, as ranks and operators are told
     repeats         the last push once more, to engines that come late
 
 A push led elsewhere
@@ -34,7 +34,7 @@ Between nodes
     peers           other nodes: attached, asked, lost
     claims          nodes that a push is for, held for it before it begins
     seed            the node that tells the others of each other
-    rails           communicators between bridges, and who forms them
+    rails           communicators between bridges, and which node forms them
     joining         this node's bridges become members of rails that others form
     relays          a bridge broadcasts a bucket to other nodes
     exchanges       bridges of several nodes give one another their parts of a bucket
@@ -52,8 +52,8 @@ This node's engines and bridges
 
 Operating
     status          the answer to `weightsync status`
-    metrics         what Prometheus is told
-    health          how it is measured; /metrics and /healthz
+    metrics         the metrics for Prometheus
+    health          measures them; the pages /metrics and /healthz
     traces          traces of pushes, for `weightsync trace`
     changes         engines and peers as operators change them: a command, or an edited config
     membership      engines and nodes that come and go between pushes

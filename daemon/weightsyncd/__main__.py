@@ -25,12 +25,12 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 def _set_up_logging(config: NodeConfig) -> None:
     logs.set_up(config.log.level, config.log.format)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # one line for each request is not for an operator
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request is of no use to operators
     logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 
 async def serve(path: Path, changes: list[str], config: NodeConfig) -> None:
-    """Run until SIGTERM or SIGINT, by the config in this file; SIGHUP: look at the file again."""
+    """Run the daemon with `config` until SIGTERM or SIGINT. On SIGHUP, read the file at `path` again."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     server = Server(placed(config))
@@ -41,7 +41,7 @@ async def serve(path: Path, changes: list[str], config: NodeConfig) -> None:
     )
     try:
         await server.run(stop)
-    finally:  # nothing is left: a signal that comes now must not make the end look like a failure
+    finally:  # all is shut down: a signal that comes now must not make the exit look like a failure
         signal.pthread_sigmask(signal.SIG_BLOCK, _STOPS)
 
 

@@ -1,5 +1,7 @@
-"""This node's ranks in a push that another node coordinates: what they say goes there, and what they are told comes
-from there. The slots they write into are this node's own.
+"""This node's ranks in a push that another node coordinates.
+
+The ranks' messages are forwarded to the coordinator, and its messages to the ranks. Ranks write into slots of their own
+node.
 """
 
 from __future__ import annotations
@@ -34,10 +36,10 @@ logger = logging.getLogger(__name__)
 class _Rank:
     call: Call
     heard: float
-    taken: bool = False  # the coordinator has spoken to it
-    told: bool = False  # the outcome
+    taken: bool = False  # the coordinator has sent it something
+    told: bool = False  # it knows the outcome
     stopped: bool = False  # it writes nothing more
-    leases: dict[int, tuple[int, str | None]] = field(default_factory=dict)  # bucket it may be writing → bridge, arena
+    leases: dict[int, tuple[int, str | None]] = field(default_factory=dict)  # bucket → bridge and its incarnation
 
     @property
     def identity(self) -> bytes:
@@ -45,12 +47,12 @@ class _Rank:
 
     @property
     def number(self) -> int:
-        """The rank's own of this push; each message of and to it carries it."""
+        """The id of the rank's call. Each message from and to the rank carries it."""
         return self.call.message.id
 
 
 class Branch:
-    """See the module. `send` reaches a rank by its identity, `forward` the node that coordinates."""
+    """See the module. `send` reaches a rank by its identity, `forward` the coordinator."""
 
     def __init__(
         self,
@@ -67,12 +69,14 @@ class Branch:
         self._bridges = bridges
         self._send = send
         self._forward = forward
-        self._arenas: tuple[str | None, ...] = ()  # incarnations of the bridges that ranks were offered
-        self._at_rest = asyncio.Event()  # no rank may write
+        self._arenas: tuple[str | None, ...] = ()  # incarnations of the bridges when ranks got their offers
+        self._at_rest = asyncio.Event()  # set once every rank has stopped
 
     def takes(self, identity: bytes, message: msg.Open) -> bool:
-        """Whether this call is for this push. One of a rank that has called for it, by another number, is for the next;
-        it may have given this one up, or have been told its outcome before the others.
+        """Return whether this call is for this push.
+
+        A second call of a rank, with another number, is for the next push. The rank may have given up this one, or have
+        heard its outcome before the others.
         """
         known = self.ranks.get(message.rank)
         return known is None or known.identity != identity or known.number == message.id
@@ -80,7 +84,7 @@ class Branch:
     # --- from the ranks -------------------------------------------------------------------------------------------
 
     def open(self, call: Call) -> None:
-        """A rank has called `push_weights`."""
+        """Take a rank's call of `push_weights`, and forward it."""
         identity, message = call.identity, call.message
         known = self.ranks.get(message.rank)
         if known is not None:
@@ -93,7 +97,7 @@ class Branch:
         self._say(message.rank, message)
 
     def heard(self, identity: bytes) -> int | None:
-        """Which rank shows by this that it is alive, if one does."""
+        """Note that the rank with this identity is alive, and return its number. None if it takes no part."""
         for number, rank in self.ranks.items():
             if rank.identity == identity:
                 rank.heard = time.monotonic()
@@ -101,7 +105,7 @@ class Branch:
         return None
 
     def route(self, identity: bytes, message: msg.RankWords) -> bool:
-        """Pass on what a rank says of this push. False where it is of another."""
+        """Forward a rank's message to the coordinator. Returns False if it is not about this push."""
         number = self.heard(identity)
         if number is None or self.ranks[number].number != message.id:
             return False
@@ -116,7 +120,7 @@ class Branch:
         return True
 
     def check_alive(self, liveness: float) -> None:
-        """Tell of ranks that have fallen silent. To be called now and then."""
+        """Report silent ranks to the coordinator as lost. Call it regularly."""
         now = time.monotonic()
         for number, rank in self.ranks.items():
             if is_lost(now - rank.heard, liveness, rank.call.message):
@@ -134,7 +138,7 @@ class Branch:
     # --- to the ranks -----------------------------------------------------------------------------------------------
 
     def tell(self, message: msg.TellRank) -> None:
-        """Give a rank what the coordinator has for it. Raises `CodecError` for what no rank is told."""
+        """Pass the coordinator's message on to a rank. Raises `CodecError` if it is not one for ranks."""
         rank = self.ranks.get(message.rank)
         if rank is None:
             return
@@ -166,12 +170,12 @@ class Branch:
     # --- bridges ------------------------------------------------------------------------------------------------------
 
     def check_arena(self, index: int) -> None:
-        """Raise `TransportBroken` where the bridge is not the one whose arena the ranks were offered."""
+        """Raise `TransportBroken` if the bridge was replaced since ranks were offered its arena."""
         if self._arenas and self._bridges[index].incarnation != self._arenas[index]:
             raise TransportBroken(f"bridge {self._bridges[index].name} was replaced after ranks had written into it")
 
     def bridge_lost(self, error: WeightSyncError) -> None:
-        """With its arena goes what ranks have written: the coordinator has to know before it takes that for sent."""
+        """Report the ranks as failed: the bytes they wrote are lost, and the coordinator must not count them in."""
         for number, rank in self.ranks.items():
             if self._arenas and not rank.told and not rank.stopped:
                 self._say(number, msg.Failed(id=rank.number, error=error.record()))
@@ -179,12 +183,12 @@ class Branch:
     # --- its end ------------------------------------------------------------------------------------------------------
 
     async def end(self, why: str | None, error: ErrorRecord | None, *, grace: float) -> list[Call]:
-        """The push is over here: its coordinator is done with it, or nobody waits for that one, for the reason `why`.
+        """End the push on this node. `why` is the reason unless its coordinator released it.
 
-        Ranks that were not told its outcome hear `error`, or else `why`, and have `grace` seconds to stop writing; the
-        arenas of those that do not are replaced. The coordinator, should it still live, hears of it. Returns the calls
-        of ranks that it has not spoken to, if it had all that it needed: they came too late for this push, and are for
-        the next.
+        Ranks that do not know the outcome are told `error`, or else `why`. All have `grace` seconds to stop writing.
+        Then arenas that they may still write into are replaced. The coordinator is told, if it still lives. Without
+        `why` and `error`, returns the calls of ranks that the coordinator never addressed: they came too late for this
+        push, and are for the next.
         """
         late = []
         if why is None and error is None:
@@ -209,6 +213,6 @@ class Branch:
         return PushAborted(why, model=self.call.model, version=self.call.version, rank=rank).record()
 
     def _written_into(self) -> list[int]:
-        """Bridges into whose arenas ranks may still write."""
+        """Return the bridges, by index, with arenas that ranks may still write into."""
         leases = {lease for rank in self.ranks.values() if not rank.stopped for lease in rank.leases.values()}
         return sorted(index for index, arena in leases if self._bridges[index].incarnation == arena)

@@ -40,18 +40,17 @@ logger = logging.getLogger(__name__)
 
 R = TypeVar("R", bound=c.Reply)
 
-_MARGIN = (
-    0.5  # seconds, or a tenth of the time there is: what a bridge gets less, so that it answers before the deadline
-)
+# seconds, or a tenth of the time left if that is less: the bridge's own deadline is earlier, so that it answers in time
+_MARGIN = 0.5
 _LONGEST = 1e6  # seconds that a command can be given
-_FAIR = 1.0  # seconds; a bridge that was asked in a hurry has as long to answer late before it is taken for wedged
+_FAIR = 1.0  # seconds; no bridge is taken for wedged sooner after a request, however short the deadline was
 _REAP = 5.0  # seconds from SIGKILL to the end of a process; longer only if the kernel itself is stuck
 _ROOT = str(Path(next(iter(weightsync.__path__))).parent)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BridgeConfig:
-    """What one bridge is started with."""
+    """The config that one bridge is started with."""
 
     node: str
     index: int
@@ -59,7 +58,7 @@ class BridgeConfig:
     slot_bytes: int
     readers: int = MAX_READERS
     directory: str = DIRECTORY
-    gpu: str = ""  # UUID of the one its slots lie on
+    gpu: str = ""  # UUID of the GPU that its slots lie on
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["human", "json"] = "human"
 
@@ -86,7 +85,7 @@ class BridgeLink:
 
     @classmethod
     async def open(cls, config: BridgeConfig, *, deadline: float) -> BridgeLink:
-        """Start a bridge and wait until it has its arena. Raises what it failed with; nothing is left of it then."""
+        """Start a bridge and wait until it has its arena. If that fails, raises why, and nothing of it is left."""
         incarnation = secrets.token_hex(8)
         ours, theirs = socket.socketpair()
         try:
@@ -111,7 +110,7 @@ class BridgeLink:
         return link
 
     async def call(self, command: c.Command[R], *, deadline: float) -> R:
-        """Send `command`, return its reply. As `weightsyncd.bridges.Bridge.call`."""
+        """Send `command` and return its reply. Raises as `weightsyncd.bridges.Bridge.call` does."""
         if self.ended.done():
             raise self._lost(self.ended.result())
         assert self._writer is not None  # set by `open`, the only way to a link
@@ -120,7 +119,7 @@ class BridgeLink:
             raise TransportTimeout(f"{_what(command)} of bridge {self.config.name}: its deadline passed")
         number, self._next_id = self._next_id, self._next_id + 1
         make = partial(_frame, number, left - min(_MARGIN, left / 10), command)
-        # one with a model's worth of numbers takes tenths of a second, in which nobody else would be heard
+        # encoding the tables of a whole model takes tenths of a second, which would hold up the event loop
         frame = await asyncio.to_thread(make) if isinstance(command, c.Prepare) else make()
         if self.ended.done():
             raise self._lost(self.ended.result())
@@ -176,17 +175,17 @@ class BridgeLink:
         self._remove_arena()
 
     def _remove_arena(self) -> None:
-        """Its own alone: a daemon elsewhere on this machine may call its node the same."""
+        """Remove the arena of this incarnation alone: another daemon of this machine may use the same node name."""
         name = segment_name(self.config.node, self.config.index, self.incarnation)
         discard(self.config.directory, name)
         discard_exports(name)
 
     def give_up(self, reason: str) -> None:
-        """Take it for lost: whatever it was asked fails now, and `ended` is set."""
+        """Take the bridge for lost: pending calls fail now, and `ended` is set."""
         self._end(TransportBroken(f"bridge {self.config.name} was replaced: {reason}"))
 
     def _doubt(self, answer: asyncio.Future[frames.Response], command: c.Command[R], waited: float) -> None:
-        """It did not answer in time: it is wedged, unless it never had the time that any answer takes."""
+        """Take a bridge that missed a deadline for wedged, once it has had `_FAIR` seconds to answer."""
 
         def decide() -> None:
             if not answer.done():
@@ -198,14 +197,14 @@ class BridgeLink:
             asyncio.get_running_loop().call_later(_FAIR - waited, decide)
 
     def _end(self, error: WeightSyncError) -> None:
-        """It is over: tell who waits for an answer, and who watches `ended`."""
+        """Set `ended` to the reason, and fail every pending call."""
         if self.ended.done():
             return
         self.ended.set_result(error)
         for answer in list(self._waiting.values()):
             if not answer.done():
                 answer.set_exception(self._lost(error))
-                answer.exception()  # who asked may have given up waiting; that is no fault worth a log line
+                answer.exception()  # marks it as seen: asyncio need not log it if the caller has given up waiting
 
     def _lost(self, error: WeightSyncError) -> WeightSyncError:
         if isinstance(error, TransportClosed):
@@ -227,7 +226,7 @@ class BridgeLink:
             self._end(TransportBroken(f"bridge {self.config.name} sent nonsense: {error.message}"))
 
     async def _how(self) -> str:
-        """How the process ended, if that is known soon."""
+        """Return how the process ended, for a message; empty if that is not known within a second."""
         with suppress(TimeoutError):
             async with asyncio.timeout(1.0):
                 code = await self._process.wait()
@@ -270,7 +269,7 @@ async def _spawn(config: BridgeConfig, incarnation: str, fd: int) -> asyncio.sub
 
 
 def _frame(number: int, timeout: float, command: c.Command[R]) -> bytes:
-    """The bytes of a request. Checked here: to the bridge, bytes that it cannot take mean that the pipe is broken."""
+    """Return the bytes of a request. They are checked here: a bridge takes malformed bytes for a broken pipe."""
     try:
         frame = frames.encode(frames.Request(id=number, timeout=timeout, command=command))  # type: ignore[arg-type]
         frames.decode_request(frame[frames.HEADER.size :])

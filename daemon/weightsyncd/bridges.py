@@ -1,9 +1,9 @@
 """The daemon's bridges: started, spoken to, watched, ended, and started again when they are lost.
 
 A bridge is *lost* when its process ends, when its pipe breaks, or when it does not answer in time: a communicator can
-wedge for good, and ending its process is the only sure way out. It is then killed, reaped, its arena removed, and a
-successor with another incarnation is started in the background, at once the first time and then with growing pauses.
-What was in the old arena is gone; trainers and readers attach anew with the new offers.
+wedge for good, and ending its process is the only sure way out. The process is then killed and reaped, and its arena
+removed. A successor with another incarnation is started in the background: at once the first time, then with growing
+pauses. The contents of the old arena are gone. Trainer ranks and readers attach again, with new offers.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class BridgeStatus:
 
 
 def bridges_of(config: NodeConfig) -> list[BridgeConfig]:
-    """What the bridges of this node are started with."""
+    """Return the configs of this node's bridges."""
     return [
         BridgeConfig(
             node=config.node.name,
@@ -86,8 +86,8 @@ class Bridge:
         on_lost: Callable[[Bridge, WeightSyncError], None] | None = None,
         on_ready: Callable[[Bridge], None] | None = None,
     ) -> None:
-        """`on_lost` is called with the reason whenever it is lost, `on_ready` whenever a successor is ready (not for
-        the first start, which `start` waits for). Both are called from the loop and must return soon."""
+        """`on_lost` is called with the reason whenever the bridge is lost, `on_ready` whenever a successor is ready
+        (not at the first start, which `start` waits for). Both are called from the loop and must return soon."""
         self.config = config
         self.state: State = "stopped"
         self.restarts = 0
@@ -105,7 +105,7 @@ class Bridge:
 
     @property
     def pid(self) -> int | None:
-        """Its process, None unless ready."""
+        """The id of its process; None unless ready."""
         return link.pid if (link := self._alive()) is not None else None
 
     @property
@@ -119,7 +119,7 @@ class Bridge:
         return link.offer if (link := self._alive()) is not None else None
 
     async def start(self, *, deadline: float) -> None:
-        """Start it and wait until it is ready. Raises what it failed with (a full /dev/shm: `ConfigError`)."""
+        """Start it and wait until it is ready. Raises the error it failed with: `ConfigError` if /dev/shm is full."""
         before = self.state
         if before != "stopped":
             raise LocalProtocolError(f"bridge {self.name} is {before} already")
@@ -131,7 +131,7 @@ class Bridge:
                 self.last_error = error.record()
             self._become("stopped")
             raise
-        if self.state != "starting":  # `stop` did not wait for this
+        if self.state != "starting":  # `stop` was called meanwhile
             await link.end()
             raise TransportClosed(f"bridge {self.name} was stopped while it started")
         self._link = link
@@ -139,12 +139,12 @@ class Bridge:
         self._supervisor = asyncio.create_task(self._supervise(link), name=f"bridge {self.name}")
 
     async def ready(self, *, deadline: float) -> None:
-        """Wait until it is ready (again). `TransportTimeout` gives the last error; `TransportClosed`: it is stopped."""
+        """Wait until it is ready. Raises `TransportTimeout` with the last error; `TransportClosed` if it is stopped."""
         while self._alive() is None:
             await self._change(deadline)
 
     async def _change(self, deadline: float) -> None:
-        """Wait for another state, or for another attempt to have failed."""
+        """Wait for the next change of state, or the next failed restart. Raises as `ready` does."""
         if self.state == "stopped":
             raise TransportClosed(f"bridge {self.name} is stopped")
         try:
@@ -158,9 +158,10 @@ class Bridge:
         return f"bridge {self.name} is not ready{why}"
 
     async def prompt(self, *, deadline: float) -> None:
-        """Wait until it is ready and answers: one that is wedged is found out, and replaced, now and not in the middle
-        of something. Raises as `ready` does, and `TransportBroken` at once when only an operator can help, such as by
-        making room for its arena.
+        """Wait until it is ready and answers. So a wedged bridge is found and replaced before it is given work.
+
+        Raises as `ready` does, and `TransportBroken` at once if only an operator can help, such as by making room for
+        its arena.
         """
         while True:
             while self._alive() is None:
@@ -177,12 +178,13 @@ class Bridge:
                 return
 
     async def warm(self, *, longest: float, deadline: float) -> None:
-        """Have it load what communicators need. As `work`."""
+        """Have it load the libraries that communicators need. Waits and raises as `work` does."""
         await self.work(Warm(), "loading", longest=longest, deadline=deadline)
 
     async def work(self, command: Command[R], what: str, *, longest: float, deadline: float) -> R:
-        """Have it do what is on no wire, and wait for it until `deadline`. It has `longest` seconds, so that one that
-        is slow is not taken for wedged, and goes on when nobody waits any more. Raises `TransportError`.
+        """Have it do local work, and wait for that until `deadline`. Raises `TransportError`.
+
+        The bridge itself has `longest` seconds. So a slow bridge is not taken for wedged, and goes on after `deadline`.
         """
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
@@ -193,7 +195,7 @@ class Bridge:
             ) from None
 
     def retire(self, reason: str) -> None:
-        """Take it for lost, whatever it is doing: it is killed and replaced. Nothing happens where none is ready."""
+        """Take it for lost, whatever it is doing: it is killed and replaced. Does nothing unless it is ready."""
         link = self._alive()
         if link is not None:
             link.give_up(reason)
@@ -201,9 +203,10 @@ class Bridge:
     async def call(self, command: Command[R], *, deadline: float) -> R:
         """Send one command and return its reply.
 
-        Raises the error that the bridge answers (a wait that ends in time: `TransportTimeout`, and the bridge lives);
-        `TransportBroken` naming the bridge when it is not ready or ends under way; `TransportTimeout` when no answer
-        came by `deadline`: the bridge is then taken for wedged, killed, and restarted in the background.
+        Raises the error that the bridge answers; a `TransportTimeout` among these is of a wait, and the bridge lives.
+        Raises `TransportBroken` naming the bridge if it is not ready or ends under way, and `TransportClosed` if it is
+        stopped. Raises `TransportTimeout` if no answer comes by `deadline`. The bridge is then taken for wedged, killed
+        and restarted in the background.
         """
         link = self._alive()
         if link is None:
@@ -224,7 +227,7 @@ class Bridge:
             await link.end(deadline=deadline)
 
     def status(self) -> BridgeStatus:
-        """How it is."""
+        """Return its state as plain data."""
         return BridgeStatus(
             name=self.name,
             state=self.state,
@@ -275,7 +278,7 @@ class Bridge:
             return
         try:
             callback(*args, **kwargs)
-        except Exception:  # the seam: a bug in who listens must not end the supervision
+        except Exception:  # the seam: a bug in a callback must not end the supervision
             logger.exception("[bridge=%s] a callback failed", self.name)
 
     def _become(self, state: State) -> None:
@@ -285,7 +288,7 @@ class Bridge:
 
 
 async def _finish(ending: asyncio.Future[None]) -> None:
-    """Wait for it, and go on waiting if this task is cancelled: a process half ended would be left behind."""
+    """Wait for `ending` even if this task is cancelled, so that no process is left half ended."""
     try:
         await asyncio.shield(ending)
     except asyncio.CancelledError:

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class Changes:
-    """See the module. `spawn` runs what nobody waits for."""
+    """See the module. `spawn` runs work in the background."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Changes:
         spawn: Callable[[Coroutine[None, None, None]], None],
         look: Callable[[], Awaitable[None]],
     ) -> None:
-        """`look` sees what engines the peers have now."""
+        """`look` asks the peers for the engines that they have now."""
         self._config = config
         self._members = members
         self._engines = engines
@@ -48,8 +48,9 @@ class Changes:
         self._look = look
 
     def reload(self, load: Callable[[], NodeConfig], started: NodeConfig) -> None:
-        """Take the engines and peers of the config file as it is now. Mistakes are logged, and change nothing.
-        What else differs from the file as it was when the daemon started is logged too.
+        """Take engines and peers from the config file as it is now. A mistake in it is logged, and changes nothing.
+
+        Other keys that differ from `started`, the config at the daemon's start, are logged: they need a restart.
         """
         try:
             file = load()
@@ -71,23 +72,23 @@ class Changes:
             logger.info("reload.complete: %d engines, %d peers", len(list(self._engines)), len(self._peers))
 
     async def change_engines(self, message: msg.ChangeEngines) -> msg.Message:
-        """As an operator asks, between two pushes. Raises `ConfigError`, and `PushRefused` where a push goes on."""
-        if not self._config.endpoint.startswith("ipc://"):  # where anybody on this machine may call
+        """Add and remove engines, between two pushes. Raises `ConfigError`, or `PushRefused` if a push goes on."""
+        if not self._config.endpoint.startswith("ipc://"):  # any user of this machine may call a TCP endpoint
             raise ConfigError(
                 "engines are added and removed over a private socket only",
                 hint="leave node.listen away; or edit the node config, and send weightsyncd a SIGHUP",
             )
-        if message.add:  # what has just left another node may be added here
+        if message.add:  # an engine that another node has just removed may be added here
             await self._look()
         edit = self._apart_from_peers(lambda config: with_engines(config, message.add, message.remove))
         await self._members.change(edit, timeout=min(message.timeout, self._config.timeouts.operation))
         until = time.monotonic() + self._config.timeouts.probe
         added = [self._engines[engine.name] for engine in message.add]
-        await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # its status says how
+        await asyncio.gather(*(engine.probe(until) for engine in added), return_exceptions=True)  # status shows errors
         return msg.Changed(engines=tuple(engine.status(self._config.node.name) for engine in added))
 
     def _apart_from_peers(self, edit: Edit) -> Edit:
-        """The same edit, refused where an engine would have the name of another node's."""
+        """Return the edit with a check: it raises `ConfigError` if an engine has the name of another node's engine."""
 
         def edited(config: NodeConfig) -> NodeConfig:
             after, known = edit(config), self._names_elsewhere()
@@ -101,7 +102,7 @@ class Changes:
         return edited
 
     def names_taken(self, node: str, names: Sequence[str]) -> str | None:
-        """What is wrong with a peer that has engines of these names, as a sentence; None: nothing."""
+        """Return why a peer's engines cannot have these names, as a sentence; None if they can."""
         known = {**{e.name: self._config.node.name for e in self._engines}, **self._names_elsewhere(node)}
         for name in names:
             if name in known:
@@ -109,5 +110,5 @@ class Changes:
         return None
 
     def _names_elsewhere(self, but: str = "") -> dict[str, str]:
-        """The names of peers' engines, and on which node each is; without those of one node."""
+        """Map the names of peers' engines to their nodes, leaving out the node `but`."""
         return {e.name: node for node, peer in self._peers.items() if node != but for e in peer.engines}

@@ -1,5 +1,7 @@
-"""Weights into engines of other nodes without slots: this node's bridges pack them out of the memory that trainer ranks
-expose, and those nodes' write them into the engines' places, on all rails at the same time.
+"""Deliveries: weights for engines on other nodes, without slots, on all rails at the same time.
+
+This node's bridges pack the weights out of the memory that trainer ranks expose. The other nodes' bridges write them
+into the engines' places.
 """
 
 from __future__ import annotations
@@ -34,13 +36,13 @@ __all__ = ["Deliveries"]
 
 logger = logging.getLogger(__name__)
 
-_PARCEL = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them in a GPU's slots
-_LONGEST = 300.0  # seconds that a bridge may work out a layout, for a later push if this one does not wait
-_REMEMBERED = 600.0  # seconds for which what cannot be delivered is not tried again
+_PARCEL = 256 * 2**20  # bytes at most: long enough for any wire, and a dozen of them fit into a GPU's slots
+_LONGEST = 300.0  # seconds for a bridge to work out a layout; a later push uses it if this one does not wait
+_REMEMBERED = 600.0  # seconds before an impossible delivery is tried again
 
 
 class _Told(NamedTuple):
-    """What one bridge remembers."""
+    """What one bridge has been told and remembers."""
 
     incarnation: str | None
     manifests: ToldManifests
@@ -52,24 +54,22 @@ class _Deal(NamedTuple):
     """One rail's part of a delivery."""
 
     rail: int
-    turn: int  # of the …
-    turns: int  # deals
-    ranks: tuple[int, ...] = ()  # of the one engine; none: its share of the model, for any number of engines
+    turn: int  # the number of this deal …
+    turns: int  # among so many
+    ranks: tuple[int, ...] = ()  # of the only engine; empty: the rail brings a share of the model to all engines
 
 
 class Deliveries:
-    """Those that this node's bridges send and take."""
+    """The deliveries that this node's bridges send and take."""
 
     def __init__(self) -> None:
         self._told: dict[str, _Told] = {}  # by bridge
-        self._refused: tuple[tuple[object, ...], float, str] | None = None  # what could not be, until when, and why
+        self._refused: tuple[tuple[object, ...], float, str] | None = None  # what is impossible, until when, and why
 
     async def deliver(
         self, rails: Rails, context: PushContext, instruction: do.DeliverWeights, ended: asyncio.Event
     ) -> ev.WeightsDelivered:
-        """Bring engines elsewhere what they have places for. Where that fails, buckets bring everything. It is given up
-        when the push has `ended`.
-        """
+        """Deliver to engines on other nodes; if that fails, they are given buckets. Given up once the push `ended`."""
         engines = instruction.engines
         try:
             problem = await _unless(ended, self._deliver(rails, context, instruction))
@@ -84,14 +84,14 @@ class Deliveries:
     async def prepare_to_collect(
         self, context: PushContext, bridge: Bridge, message: msg.Prepare, until: float
     ) -> None:
-        """Get ready for what a coordinator delivers to engines of this node. Raises `WeightSyncError`."""
+        """Have a bridge prepare for a coordinator's delivery to engines of this node. Raises `WeightSyncError`."""
         if missing := [name for name in message.engines if name not in context.shown]:
             raise LocalProtocolError(f"engine {missing[0]} has not shown its places in this push", engine=missing[0])
         shown = [context.shown[name] for name in message.engines]
         await self._prepare(context, bridge, message, places=_together(shown, message.ranks), until=until)
 
     async def _deliver(self, rails: Rails, context: PushContext, instruction: do.DeliverWeights) -> str:
-        """Why it was not, or ""."""
+        """Deliver. Returns why that failed, or ""."""
         until, names = instruction.deadline, sorted(set(instruction.nodes))
         exposures, shown = context.exposures, [context.shown[name] for name in instruction.engines]
         infos = [info for node in names if (info := rails.peer(node).info) is not None]
@@ -121,13 +121,13 @@ class Deliveries:
         token: int,
         parcel: int,
     ) -> dict[str, ErrorRecord]:
-        """Have all ends of every rail get ready. Returns the nodes that cannot, and why."""
+        """Have all ends of every rail prepare. Returns the nodes that cannot, and why."""
         until = instruction.deadline
         by_node: dict[str, tuple[str, ...]] = {}
         for engine, node in zip(instruction.engines, instruction.nodes, strict=True):
             by_node[node] = (*by_node.get(node, ()), engine)
         shown = [context.shown[name] for name in instruction.engines]
-        works: dict[asyncio.Task[object], str] = {}  # → the node that it is done on
+        works: dict[asyncio.Task[object], str] = {}  # → the node that does it
         for deal in deals:
             question = msg.Prepare(
                 push=context.push,
@@ -152,7 +152,7 @@ class Deliveries:
             await asyncio.wait(works, return_when=asyncio.FIRST_EXCEPTION)
         finally:
             for work in works:
-                work.cancel()  # where one cannot, nobody waits for the others to get ready
+                work.cancel()  # if one end cannot, the others need not be waited for
             outcomes = await asyncio.gather(*works, return_exceptions=True)
         failed: dict[str, ErrorRecord] = {}
         for where, outcome in zip(works.values(), outcomes, strict=True):
@@ -204,14 +204,16 @@ async def _unless(ended: asyncio.Event, delivery: Coroutine[None, None, str]) ->
     finally:
         end.cancel()
         work.cancel()
-        await asyncio.gather(work, end, return_exceptions=True)  # bridges have let go of it
+        await asyncio.gather(work, end, return_exceptions=True)  # until bridges have let go of it
 
 
 async def _carry(
     rails: Rails, context: PushContext, nodes: Sequence[str], deals: Sequence[_Deal], token: int, until: float
 ) -> dict[str, ErrorRecord]:
-    """What was prepared, on all rails at a time. Returns the node that broke it, and how; nothing where all is there.
-    One that fails breaks the communicators, whoever broke it.
+    """Carry out the prepared delivery, on all rails at the same time.
+
+    Returns the node that broke it, and its error; empty if all arrived. A failure breaks the communicators for every
+    node.
     """
     generation = rails.generation
     broken: dict[str, ErrorRecord] = {}
@@ -241,7 +243,7 @@ async def _carry(
                 for node in nodes:
                     group.create_task(take(node, deal.rail))
                 group.create_task(send(deal.rail))
-    except asyncio.CancelledError:  # nobody wants it any more: nothing of it is read here after this
+    except asyncio.CancelledError:  # the push has ended: after this, bridges read nothing that ranks expose
         await give_up(rails.home, PushAborted("the push of this delivery has ended").record())
         raise
     finally:
@@ -251,8 +253,10 @@ async def _carry(
 
 
 def _dealt(shown: Sequence[Exposures], gpus: Sequence[str], rails: int) -> list[_Deal]:
-    """What each rail brings: to a single engine, to each of its ranks what it has places for, by the bridge on its own
-    GPU as far as rails go; to several engines, a share of the model.
+    """Divide a delivery among the rails.
+
+    A single engine's ranks are served by the bridges on their own GPUs, as far as there are rails. To several engines,
+    each rail brings a share of the model.
     """
     if len(shown) > 1:
         return [_Deal(rail, rail, rails) for rail in range(rails)]
@@ -265,7 +269,10 @@ def _dealt(shown: Sequence[Exposures], gpus: Sequence[str], rails: int) -> list[
 
 
 def _together(shown: Sequence[Exposures], ranks: Sequence[int]) -> Exposures:
-    """The places of engines, or of these ranks of the one. Raises `LocalProtocolError` for ranks that it has not."""
+    """Return the places of all engines, or of these ranks if there is one engine.
+
+    Raises `LocalProtocolError` for ranks that the engine does not have.
+    """
     every = [one for engine in shown for one in zip(engine.ranks, engine.digests, strict=True)]
     if any(rank >= len(every) for rank in ranks) or (ranks and len(shown) > 1):
         raise LocalProtocolError(

@@ -27,7 +27,7 @@ __all__ = ["SOON", "Engine", "Engines"]
 
 logger = logging.getLogger(__name__)
 
-SOON = 0.5  # seconds after a probe in which no engine is another one: loading its code alone takes longer
+SOON = 0.5  # seconds after a probe in which an engine cannot have restarted: loading its code alone takes longer
 
 
 class _Ahead(NamedTuple):
@@ -37,14 +37,14 @@ class _Ahead(NamedTuple):
     work: asyncio.Task[EngineInfo]
 
     def answer(self) -> EngineInfo | None:
-        """What it was told, if it was, and not long ago."""
+        """Return the engine's answer, if it has come and the probe began less than `SOON` ago."""
         work = self.work
         told = work.done() and not work.cancelled() and work.exception() is None
         return work.result() if told and time.monotonic() - self.began < SOON else None
 
 
 class Engine:
-    """One engine: its adapter and the last that is known of it."""
+    """One engine: its adapter, and what is known of it."""
 
     def __init__(self, config: EngineConfig, hand: EngineAdapter) -> None:
         self.config = config
@@ -52,16 +52,16 @@ class Engine:
         self.adapter = hand
         self.info: EngineInfo | None = None
         self.error: ErrorRecord | None = None
-        # (manifest digest, whether the engine was torn or asleep, and needed all) → names that are left alone
+        # (manifest digest, whether the engine was torn or asleep, so that it needs all) → names that are not pushed
         self.accepted: dict[tuple[bytes, bool], tuple[str, ...] | None] = {}
         self.paused_by_us = False  # and neither resumed nor touched since: it is owed a resume
-        self.begun = False  # an update of ours, which it has not been resumed from
-        self.owed_until = 0.0  # … even if it is not paused yet: a pause that nobody waited for may come late
-        self.asked_at = 0.0  # when what it answered last was asked
-        self.done_to_at = 0.0  # when something was last done to it, under the lock
+        self.begun = False  # an update of ours was begun, and it has not been resumed since
+        self.owed_until = 0.0  # … even if it is not paused yet: a pause that was given up may take effect late
+        self.asked_at = 0.0  # when the last probe that it answered was sent
+        self.done_to_at = 0.0  # when an operation other than a probe was last begun, under the lock
         self._ahead: _Ahead | None = None
         self.gone = False  # no engine of this node any more
-        self.lock = asyncio.Lock()  # held while something is done to it: what comes later comes after
+        self.lock = asyncio.Lock()  # held during an operation, so that operations happen in order
 
     @property
     def state(self) -> str:
@@ -70,7 +70,7 @@ class Engine:
             return "lost"
         if self.info is None:
             return "unknown"
-        if self.info.torn or (self.begun and self.info.paused):  # its own word, or a begin that went wrong
+        if self.info.torn or (self.begun and self.info.paused):  # it says so, or a begin went wrong
             return "torn"
         if self.info.asleep:
             return "asleep"
@@ -122,38 +122,39 @@ class Engine:
         return info
 
     def look_ahead(self, deadline: float) -> None:
-        """Begin to ask what a push that is about to begin will ask, if nothing is being done to it."""
+        """Begin the probe that a coming push will need, unless an operation is under way."""
         ahead = self._ahead
         if self.lock.locked() or (ahead is not None and (not ahead.work.done() or ahead.answer() is not None)):
             return
         self._ahead = _Ahead(time.monotonic(), asyncio.create_task(self._probe_locked(deadline)))
-        self._ahead.work.add_done_callback(lambda work: work.cancelled() or work.exception())  # `look` asks again
+        self._ahead.work.add_done_callback(lambda work: work.cancelled() or work.exception())  # seen: `look` asks again
 
     async def _probe_locked(self, deadline: float) -> EngineInfo:
         async with self.lock:
             return await self.probe(deadline)
 
     async def look(self, deadline: float) -> EngineInfo:
-        """As `probe`, for who has the lock: what `look_ahead` was told just now, and before nothing else was done, is
-        not asked once more.
+        """Return what `look_ahead` was told, if that is fresh and nothing was done to the engine since; else `probe`.
+
+        The caller holds the lock.
         """
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
             info = ahead.answer()
             if info is not None and ahead.began > self.done_to_at:
                 return info
-            ahead.work.cancel()  # it stands in line behind whoever asks here
+            ahead.work.cancel()  # it waits for the lock, which the caller holds
         return await self.probe(deadline)
 
     async def close(self) -> None:
-        """Let go of it as it is."""
+        """Close the adapter. The engine stays as it is."""
         if self._ahead is not None:
             self._ahead.work.cancel()
             await asyncio.wait([self._ahead.work], timeout=SOON)
         await self.adapter.close()
 
     def status(self, node: str) -> EngineStatus:
-        """How it is, for operators."""
+        """Return its status, for operators."""
         info = self.info
         return EngineStatus(
             name=self.name,
@@ -173,7 +174,7 @@ class Engine:
 
 
 class Engines:
-    """All engines of this node, looked at now and then while no push holds them."""
+    """All engines of this node, probed regularly while no push is under way."""
 
     def __init__(
         self,
@@ -182,11 +183,11 @@ class Engines:
         busy: Callable[[], bool],
         make_keeper: Callable[[str], KeeperAdapter] | None = None,
     ) -> None:
-        """`make_keeper` makes the keeper of a model, where what is pushed is to be kept."""
+        """`busy` says whether a push is under way. `make_keeper` makes the keeper of a model; None: nothing is kept."""
         self._engines = {config.name: Engine(config, adapter(config)) for config in configs}
         self._make_keeper = make_keeper
         self.keepers: dict[str, KeeperAdapter] = {}  # by model
-        self._keeping: dict[str, Engine] = {}  # the same, as engines of a push, by name
+        self._keeping: dict[str, Engine] = {}  # the keepers as engines of a push, by name
         self._timeouts = timeouts
         self._busy = busy
 
@@ -197,16 +198,17 @@ class Engines:
         return name in self._engines or name in self._keeping
 
     def __getitem__(self, name: str) -> Engine:
-        """The engine, or keeper, of that name. Raises `EngineLost` where there is none."""
+        """Return the engine, or keeper, of that name. Raises `EngineLost` if there is none."""
         engine = self._engines.get(name) or self._keeping.get(name)
         if engine is None:
             raise EngineLost(f"this node has no engine called {name!r}", engine=name)
         return engine
 
     def become(self, configs: Iterable[EngineConfig]) -> list[Engine]:
-        """Have an engine for each of these; one whose config is as it was stays. Returns those that are gone.
+        """Have an engine for each of these configs, and return the engines that are gone.
 
-        Raises `ConfigError` for one that no adapter takes, and has then changed nothing.
+        An engine stays if its config has not changed. Raises `ConfigError` for a config that no adapter takes; nothing
+        has changed then.
         """
         before, after = self._engines, dict[str, Engine]()
         for config in configs:
@@ -225,20 +227,20 @@ class Engines:
         return gone
 
     def of_model(self, model: str) -> list[str]:
-        """Names of the engines that take what is pushed to `model`."""
+        """Return the names of the engines that take pushes to `model`."""
         return [e.name for e in self._engines.values() if e.config.model == model and not e.config.frozen]
 
     def look_ahead(self, model: str) -> None:
-        """A push to this model is about to begin: ask its engines how they are meanwhile."""
+        """Probe the model's engines ahead of a push that is about to begin, unless another is under way."""
         if not self._busy():
             for name in self.of_model(model):
                 self._engines[name].look_ahead(time.monotonic() + self._timeouts.probe)
 
     def keeper_of(self, model: str) -> str | None:
-        """The name that the model's keeper has in a push; None where nothing is kept."""
+        """Return the name that the model's keeper has in a push, making it if need be. None if nothing is kept."""
         if self._make_keeper is None:
             return None
-        name = f"{model}:keeper"  # no engine's: those have no colon
+        name = f"{model}:keeper"  # names of engines have no colon
         if name not in self._keeping:
             hand = self.keepers[model] = self._make_keeper(model)
             self._keeping[name] = Engine(EngineConfig(name=name, kind="keeper", url="", model=model), hand)
@@ -253,7 +255,7 @@ class Engines:
             await asyncio.sleep(self._timeouts.probe_every)
 
     async def _look(self, engine: Engine, until: float) -> None:
-        """See how it is, and put right what a push could not because the engine, or a daemon, did not answer."""
+        """Probe an engine, and pause or resume it if a push could not: the engine, or a daemon, did not answer then."""
         try:
             info = await engine.probe(until)
             if (info.torn and not info.paused) or engine.paused_by_us:
@@ -279,11 +281,11 @@ class Engines:
 
     @staticmethod
     async def let_go(engine: Engine) -> None:
-        """Close the adapter of an engine that is gone, after all that is still to be done to it."""
+        """Close the adapter of an engine that is gone, after operations that hold or await its lock."""
         async with engine.lock:
             await engine.close()
 
     async def close(self) -> None:
-        """Let go of every engine as it is."""
+        """Close every adapter. Engines stay as they are; keepers end."""
         engines = [*self._engines.values(), *self._keeping.values()]
         await asyncio.gather(*(engine.close() for engine in engines))

@@ -30,11 +30,11 @@ logger = logging.getLogger(__name__)
 async def exchange(
     rails: Rails, context: PushContext, instruction: do.ExchangeBucket, runs: Mapping[str, bytes]
 ) -> ev.BucketRelayed:
-    """Have every node of the instruction's slots hold the whole bucket; `runs` are what the ranks of each have written.
+    """Have every node of the instruction's slots hold the whole bucket. `runs` maps each node to what its ranks wrote.
 
-    One that fails breaks the communicator for every node, whoever broke it. So it is formed again, without the node
-    that broke it if that has written nothing, and they do it once more: what is written still lies in the slots. Nobody
-    holds the bucket where one whose part is needed breaks it twice.
+    A failed exchange breaks the communicator for every node. It is formed again, without the node that failed if that
+    node wrote nothing, and the exchange is repeated: written parts still lie in the slots. No node holds the bucket if
+    nodes that wrote parts, or home, fail twice.
     """
     slots = {slot.node: slot for slot in instruction.slots}
     failed: dict[str, ErrorRecord] = {}
@@ -46,9 +46,9 @@ async def exchange(
         failed.update(missing)
         slots = {node: slot for node, slot in slots.items() if node not in missing}
         if missing.keys() & runs.keys():
-            return _relayed(instruction, (), failed)  # without its part nobody has the bucket
+            return _relayed(instruction, (), failed)  # without its part no node can have the bucket
         if slots.keys() == {rails.home}:
-            return _relayed(instruction, slots, failed)  # what it has written is the bucket
+            return _relayed(instruction, slots, failed)  # only home wrote, so it has the whole bucket
         broken = await _attempt(rails, context, instruction.bucket, slots, runs, until)
         where = context.at(instruction.bucket)
         if not broken:
@@ -81,7 +81,7 @@ async def _attempt(
     runs: Mapping[str, bytes],
     until: float,
 ) -> dict[str, ErrorRecord]:
-    """Returns the node that broke it, and how; nothing where all hold the bucket."""
+    """Attempt the exchange once. Returns the node that broke it, and its error; empty if all hold the bucket."""
     home, generation, token = rails.home, rails.generation, secrets.randbits(59)
     nodes = sorted(set(slots) - {home})
     ranks = {node: rank for rank, node in enumerate([home, *nodes])}  # in the communicator
@@ -114,7 +114,7 @@ async def _attempt(
         problem = await quietly(bridge.call(command, deadline=until))
         if problem is not None and not broken:
             broken[home] = problem
-            await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
+            await rails.give_up(bridge, generation)  # its own communicator may be whole, so that others still wait
 
     async with asyncio.TaskGroup() as group:
         for node in nodes:

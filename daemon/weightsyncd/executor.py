@@ -1,8 +1,7 @@
 """Carries out one node's part of a push: instructions in, one event each out.
 
 The coordinating daemon calls it for its own engines and bridges; a following daemon calls it for a coordinator
-elsewhere. Whatever happens to an instruction is told in the event it returns; only cancellation gets out as an
-exception.
+elsewhere. The returned event tells how an instruction ended, failures included; only cancellation is raised.
 """
 
 from __future__ import annotations
@@ -33,11 +32,11 @@ __all__ = ["NodeExecutor", "phase_of"]
 
 logger = logging.getLogger(__name__)
 
-_LATE_PAUSE = 60.0  # seconds after which a pause that was given up comes no more
+_LATE_PAUSE = 60.0  # seconds after which a pause that was given up no longer takes effect
 
 
 def phase_of(instruction: do.Instruction) -> str:
-    """The phase an engine instruction is called by in events and errors: "load" for `LoadBucket`."""
+    """Return an engine instruction's phase in events and errors, such as "load" for `LoadBucket`; "" for others."""
     return {
         do.ProbeEngine: "probe",
         do.AcceptEngine: "accept",
@@ -53,7 +52,7 @@ def phase_of(instruction: do.Instruction) -> str:
 
 
 class NodeExecutor:
-    """This node's engines, and by `exports` its bridges, as instructions see them."""
+    """Carries out instructions on this node's engines and, through `exports`, on its bridges."""
 
     def __init__(self, node: str, address: str, engines: Engines, bridges: Sequence[Bridge]) -> None:
         self.engines = engines
@@ -62,7 +61,7 @@ class NodeExecutor:
         self._letting_go: set[asyncio.Task[ev.Event]] = set()
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
-        """Carry out one instruction. None for the kinds that end in no event."""
+        """Carry out one instruction. Returns None for the kinds that end in no event."""
         match instruction:
             case do.ExportBucket():
                 return await self.exports.export(context, instruction)
@@ -109,12 +108,12 @@ class NodeExecutor:
         if name in self.engines:
             if lost:
                 self.engines[name].lost(error)
-            if name in context.begun:  # what it is ready to take now, it has to be asked
+            if name in context.begun:  # it may not accept now what it accepted before
                 self.engines[name].accepted.clear()
         extra |= {"error": type(error).__name__}
         record = error.record()
         bucket, message = first, record.message
-        if first is not None and count > 1:  # which of them, if that is known
+        if first is not None and count > 1:  # name the bucket that failed, if it is known
             bucket = record.bucket if record.bucket in range(first, first + count) else None
             message = message if bucket is not None else f"{message} ({buckets(first, count)})"
         logger.warning("[engine=%s v=%d] %s.failed bucket=%s: %s", *words, bucket, message, extra=extra)
@@ -130,7 +129,7 @@ class NodeExecutor:
         return ev.EngineFailed(engine=name, phase=phase, error=record, lost=lost)
 
     def _hint(self, name: str) -> str | None:
-        """What to do about an engine that is silent, where that can be guessed."""
+        """Return what to do about a silent engine, if there is a likely cause."""
         if name in self.engines and joins_group(self.engines[name]) and self.engines[name].begun:
             return "its workers may wait in a broadcast that a bridge has left, over NCCL for ever: restart it"
         return None
@@ -147,12 +146,12 @@ class NodeExecutor:
             case do.AcceptEngine():
                 manifest = context.known_manifest()
                 if joins_group(engine):
-                    await self.exports.offers_for(engine, deadline)  # or tell what is wrong with the config
+                    await self.exports.offers_for(engine, deadline)  # raises now if the config is wrong
                 broken = engine.info is not None and (engine.info.torn or engine.info.asleep)
                 known = manifest.digest, broken
-                if known not in engine.accepted or (broken and engine.accepted[known]):  # it needs all: let it say so
+                if known not in engine.accepted or (broken and engine.accepted[known]):  # ask anew: it needs all
                     engine.accepted[known] = await hand.accept(manifest, deadline=deadline)
-                names, draws = engine.accepted[known], hand.draws(manifest)  # who can copy it can show where to
+                names, draws = engine.accepted[known], hand.draws(manifest)  # an engine that can draw can show places
                 left = None if names is None else len(names)
                 return ev.EngineAccepted(engine=name, not_pushed=left, needs_all=broken, draws=draws)
             case do.PauseEngine():
@@ -165,7 +164,7 @@ class NodeExecutor:
             case do.BeginEngine():
                 manifest, offers = context.known_manifest(), await self.exports.offers_for(engine, deadline)
                 await self._check_unchanged(context, engine, deadline)
-                context.shown.pop(name, None)  # what it showed before counts no more
+                context.shown.pop(name, None)  # places shown before are void
                 context.begun.add(name)
                 engine.begun, engine.paused_by_us = True, False  # only a whole update may take it back to serving
                 begin = hand.begin(context.version, manifest, offers, deadline=deadline)
@@ -209,7 +208,7 @@ class NodeExecutor:
                 return ev.EngineVerified(engine=name, checked=checked or 0)
             case do.ResumeEngine():
                 await hand.resume(deadline=deadline)
-                if name in context.begun and engine.info is not None:  # it was found right, and has said so
+                if name in context.begun and engine.info is not None:  # it has been verified
                     info = msgspec.structs.replace(engine.info, version=context.version, torn=False, paused=False)
                     engine.learned(info)
                 engine.begun = engine.paused_by_us = False
@@ -228,8 +227,10 @@ class NodeExecutor:
             await load
 
     async def _together(self, engine: Engine, *both: Coroutine[Any, Any, None]) -> None:
-        """What an engine does in a group with bridges, and what these do. Without the one, the other waits for nothing;
-        and who was in the middle of something would take what comes next for the rest of it: their groups are over.
+        """Run the engine's side and the bridges' side of a group operation. If one fails, the other is cancelled.
+
+        The bridges then leave their groups with the engine: a member that was stopped half-way would take the next
+        operation for the rest of this one.
         """
         works = [asyncio.ensure_future(one) for one in both]
         try:
@@ -244,9 +245,10 @@ class NodeExecutor:
 
     @staticmethod
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
-        """The bytes may have been long in coming. An engine that restarted meanwhile is another one, and serves; one
-        that somebody resumed must not serve while it loads. One that is about to read weights in place waited for no
-        bytes: it is not asked once more what it has just answered.
+        """Check that an engine has not restarted, and pause it again if it was resumed by somebody else.
+
+        The first bytes may have been long in coming. An engine that restarted meanwhile serves: raises `EngineLost`. An
+        engine that is about to draw waited for no bytes, so it is not probed again soon after a probe.
         """
         known, expected = engine.info, context.incarnations.get(engine.name)
         same = known is not None and known.incarnation == expected and engine.error is None
@@ -266,8 +268,10 @@ class NodeExecutor:
     # --- the end of a push -------------------------------------------------------------------------------------------
 
     async def let_go(self, context: PushContext, deadline: float) -> None:
-        """Nobody drives the push any more: engines that it paused and never touched are resumed, and those that it has
-        touched are left torn, and paused. Returns when that is on its way, and before anything that comes later.
+        """Let go of a push that is not driven any more.
+
+        Engines that it paused and never touched are resumed. Engines that it touched are left torn, and paused. Returns
+        once each operation waits for its engine's lock, ahead of later ones.
         """
         await self.exports.sweep(context)
         ends: list[do.Instruction] = [
@@ -283,10 +287,10 @@ class NodeExecutor:
             work = asyncio.create_task(self._at_engine(context, instruction))
             self._letting_go.add(work)
             work.add_done_callback(self._letting_go.discard)
-        await asyncio.sleep(0)  # each stands in line for its engine now
+        await asyncio.sleep(0)  # each task now holds or awaits its engine's lock
 
     async def settle(self, deadline: float) -> None:
-        """Wait until every engine that was let go has heard of it; for a daemon that ends."""
+        """Wait for what `let_go` began, and cancel the rest at `deadline`. For a daemon that stops."""
         if self._letting_go:
             await asyncio.wait(list(self._letting_go), timeout=max(0.0, deadline - time.monotonic()))
         for work in list(self._letting_go):

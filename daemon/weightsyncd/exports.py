@@ -1,4 +1,4 @@
-"""This node's slots as its engines are given them: offers, exports, fences, and what is taken away in the end."""
+"""This node's slots as its engines are given them: offers, exports, fences and revocations."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ __all__ = ["NodeExports", "joins_group"]
 
 logger = logging.getLogger(__name__)
 
-_REVOKE = 5.0  # seconds for a bridge to take a reader's hold away
+_REVOKE = 5.0  # seconds for a bridge to revoke a reader's hold
 
 
 def joins_group(engine: Engine) -> bool:
-    """Whether it takes buckets from a process group, which it has to be told of beforehand."""
+    """Return whether the engine takes buckets from a process group, which has to be offered to it beforehand."""
     return engine.info is not None and engine.info.transport in HELPERS
 
 
@@ -59,16 +59,16 @@ class NodeExports:
         self._leaving: set[asyncio.Task[None]] = set()
 
     async def prompt(self, deadline: float) -> None:
-        """See that every arena is there, each with a bridge that answers. Raises as `Bridge.prompt` does."""
+        """Wait until every bridge answers and has its arena. Raises as `Bridge.prompt` does."""
         ready = False
         while not ready:
             await asyncio.gather(*(bridge.prompt(deadline=deadline) for bridge in self.bridges))
             ready = all(bridge.offer is not None for bridge in self.bridges)  # one may end while another is waited for
 
     async def offers_for(self, engine: Engine, deadline: float) -> list[list[bytes]]:
-        """One attach descriptor for each tp rank of the engine and each arena of this node."""
+        """Return offers by tp rank of the engine: for each arena of this node, or for each group with its bridges."""
         readers = self._readers(engine)
-        if joins_group(engine):  # who restarted, or whose group has broken, gets another
+        if joins_group(engine):  # an engine that restarted, or lost its group, gets another
             offers = [await self._offer_group(bridge, engine, deadline) for bridge in self._senders(engine)]
             return [offers] * len(readers)
         return [
@@ -77,12 +77,12 @@ class NodeExports:
         ]
 
     async def join_groups(self, engine: Engine, deadline: float) -> None:
-        """Have the bridges join what was offered to an engine that is told to. Raises `TransportError`."""
+        """Have the bridges join the groups that were offered to an engine. Raises `TransportError`."""
         join = commands.JoinGroup(engine=engine.name)
         await asyncio.gather(*(bridge.call(join, deadline=deadline) for bridge in self._senders(engine)))
 
     def leave_groups(self, engine: str) -> None:
-        """Have the bridges leave theirs with an engine, if it has any: it has failed, or is gone. Goes on behind."""
+        """Have the bridges leave their groups with an engine that has failed or is gone, in the background."""
         for bridge in self.bridges if engine in self._grouped else ():
             work = asyncio.create_task(self._leave_group(bridge, engine))
             self._leaving.add(work)
@@ -93,11 +93,11 @@ class NodeExports:
     async def _leave_group(bridge: Bridge, engine: str) -> None:
         try:
             await bridge.call(commands.LeaveGroup(engine=engine), deadline=time.monotonic() + _REVOKE)
-        except TransportError as error:  # it has ended, and its groups with it
+        except TransportError as error:  # the bridge has ended, and its groups with it
             logger.debug("[engine=%s bridge=%s] leave: %s", engine, bridge.name, error.message)
 
     def _senders(self, engine: Engine) -> Sequence[Bridge]:
-        """The bridges that it takes buckets from."""
+        """Return the bridges that the engine takes buckets from."""
         one = engine.info is not None and engine.info.transport in ONE_SENDER
         return self.bridges[:1] if one else self.bridges
 
@@ -116,8 +116,9 @@ class NodeExports:
     async def send_to_group(
         self, context: PushContext, engine: Engine, first: int, tickets: Sequence[Sequence[bytes]], deadline: float
     ) -> None:
-        """Have bridges send the buckets from `first` on, one after the other, to an engine that is asked to take them
-        from their groups; `tickets` has those of each. Raises `TransportError`.
+        """Have bridges send the buckets from `first` on, in order, while the engine takes them from its groups.
+
+        `tickets` has the tickets of each bucket. Raises `TransportError`.
         """
         manifest = context.known_manifest()
         for bucket, of_bucket in enumerate(tickets, first):
@@ -133,38 +134,38 @@ class NodeExports:
             await self.bridges[slot.bridge].call(command, deadline=deadline)
 
     async def _offer(self, bridge: Bridge, reader: str, transport: str, deadline: float) -> bytes:
-        """The descriptor with which one reader attaches to one arena; made once for each incarnation of the bridge."""
+        """Return the offer by which one reader attaches to one arena; made once for each incarnation of the bridge."""
         key = (bridge.incarnation or "", reader, transport)
         if key not in self._offers:
             reply = await bridge.call(commands.Offer(reader=reader, transport=transport), deadline=deadline)
             alive = {b.incarnation for b in self.bridges}
-            self._offers = {  # a bridge knows one transport of a reader, the last
+            self._offers = {  # a bridge knows only the last transport of a reader
                 known: offer for known, offer in self._offers.items() if known[0] in alive and known[:2] != key[:2]
             }
             self._offers[key] = reply.offer
         return self._offers[key]
 
     def forget(self, engine: str) -> None:
-        """It is an engine of this node no longer; one of that name that comes later is offered to anew."""
+        """Forget the offers of an engine that is gone, so that a later engine of that name gets new ones."""
         self._offers = {key: offer for key, offer in self._offers.items() if key[1].rpartition("/")[0] != engine}
         self.leave_groups(engine)
 
     @staticmethod
     def _readers(engine: Engine) -> dict[str, str]:
-        """The readers of an engine, by tp rank, and the transport of each."""
+        """Return the readers of an engine, by tp rank, and the transport of each."""
         if engine.info is None:
             raise EngineLost(f"engine {engine.name} has not been probed", engine=engine.name)
         return {f"{engine.name}/{rank}": engine.info.transport for rank in range(engine.info.tp_size)}
 
     async def export(self, context: PushContext, instruction: do.ExportBucket) -> ev.Event:
-        """Runs to its end even when nobody waits any more: what was exported has to be revoked by `sweep`."""
+        """Export a bucket. This runs to its end even if the caller is cancelled: `sweep` has to revoke all exports."""
         work = asyncio.create_task(self._export_now(context, instruction))
         context.exporting.add(work)
 
         def ended(work: asyncio.Task[ev.Event]) -> None:
             context.exporting.discard(work)
             if not work.cancelled():
-                work.exception()  # whoever asked may be gone: then it is no fault worth a log line
+                work.exception()  # marks it as seen: asyncio need not log it if the caller is gone
 
         work.add_done_callback(ended)
         return await asyncio.shield(work)
@@ -189,7 +190,7 @@ class NodeExports:
         try:
             for ranks in readers.values():
                 for reader, transport in ranks.items():
-                    if transport not in HELPERS:  # those were offered to when they were shown the manifest
+                    if transport not in HELPERS:  # they got their offers when they accepted the manifest
                         await self._offer(bridge, reader, transport, instruction.deadline)
             reply = await bridge.call(command, deadline=instruction.deadline)
         except (TransportError, LocalProtocolError) as error:
@@ -201,14 +202,15 @@ class NodeExports:
 
     @staticmethod
     def checksum_of(context: PushContext, bucket: int, bridge: Bridge) -> int | None:
-        """What its ranks say a bucket on a GPU sums up to; None where the bridge has heard or computes it itself."""
+        """Return the checksum of a bucket on a GPU, as its ranks told it. None: the bridge knows or computes it."""
         return context.sums.get(bucket) if bridge.config.gpu else None
 
     def bridge_lost(
         self, index: int, incarnation: str | None, error: WeightSyncError, bucket: int | None = None
     ) -> ev.BridgeLost:
-        """The event for a bridge that failed while it was `incarnation`. If it still is, it is replaced: the session
-        takes its arena for gone.
+        """Return the event for a bridge that failed while it was `incarnation`.
+
+        The bridge is replaced if it still is that incarnation: the session takes its arena for gone.
         """
         bridge = self.bridges[index]
         if incarnation is not None and bridge.incarnation == incarnation:
@@ -221,7 +223,7 @@ class NodeExports:
         )
 
     def sequence_of(self, context: PushContext, bucket: int, slot: do.Slot) -> int:
-        """The number under which this bucket's bytes in this slot are exported; new for every filling of a slot."""
+        """Return the sequence number under which a bucket in a slot is exported; new for every filling of a slot."""
         place = context.slots.get(bucket)
         if place is None or place[0] != slot:
             place = context.slots[bucket] = (slot, next(self._sequences))
@@ -229,7 +231,7 @@ class NodeExports:
 
     async def receive(self, context: PushContext, bucket: int, slot: do.Slot, ticket: bytes, deadline: float) -> None:
         """Take part in the broadcast of a bucket into `slot`. Raises `TransportError`."""
-        # numbered by this node, whose bridge counts on: a coordinator that was restarted begins at 1 again
+        # numbered by this node, because its bridge counts on: a restarted coordinator would begin at 1 again
         sequence = next(self._sequences)
         receive = commands.Receive(ticket=ticket, slot=slot.index, sequence=sequence)
         bridge = self.bridges[slot.bridge]
@@ -252,7 +254,7 @@ class NodeExports:
             self.leaks += 1
             await self.revoke(context, engine, bucket, time.monotonic() + _REVOKE)
             return ev.BucketReleased(engine=engine, bucket=bucket, leaked=True)
-        except TransportError as error:  # the arena is gone, and every hold on it: on_lost tells the session
+        except TransportError as error:  # the arena is gone, and all holds on it: on_lost tells the session
             logger.debug("[engine=%s bucket=%d] fence: %s", engine, bucket, error.message)
             return released
         context.held.discard((engine, bucket))
@@ -287,13 +289,13 @@ class NodeExports:
         bridge.retire(instruction.reason)
 
     async def sweep(self, context: PushContext) -> None:
-        """The push is over: take away whatever its readers still hold, so that the next may use every slot."""
+        """Revoke everything that readers still hold after a push, so that the next push may use every slot."""
         if context.exporting:
             await asyncio.wait(list(context.exporting), timeout=_REVOKE)
         until = time.monotonic() + _REVOKE
         await asyncio.gather(*(self.revoke(context, *hold, until) for hold in list(context.held)))
         for index in context.suspects:
-            # torch gives a reader that still has a slot open the same storage again, and counts the new export as given
-            # back at once: only memory of another address is safe from that
+            # if a reader still has a slot open, torch gives it the same storage again, and counts the new export as
+            # given back at once: only memory at another address is safe from that
             self.bridges[index].retire("a stock engine may still have its slots open")
         context.suspects.clear()

@@ -1,4 +1,4 @@
-"""Pushes that have failed before all their ranks had called: those that call only now are told, and need not wait."""
+"""Pushes that failed before all their ranks had called. Ranks that call later are told at once, and need not wait."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class _Failed:
     version: int
     told: set[int]  # ranks that know: they had called, or have been told since
     error: ErrorRecord
-    until: float  # how long the others may still be on their way
+    until: float  # when no call of another rank can be for this push any more
 
 
 class Failures:
-    """The last such push of each trainer."""
+    """The last push of each trainer, if it failed before all ranks had called."""
 
     def __init__(self) -> None:
         self._failed: OrderedDict[str, _Failed] = OrderedDict()
 
     def note(self, push: msg.Open | msg.Gather, told: Iterable[int], error: ErrorRecord, *, until: float) -> None:
-        """The push that this is of has failed; ranks that call for it before `until` and were not `told` are."""
+        """Note that this push has failed. Ranks that are not in `told` are told if they call for it before `until`."""
         self._failed[push.group] = _Failed(push.model, push.version, set(told), error, until)
         self._failed.move_to_end(push.group)
         while len(self._failed) > _MAX_TRAINERS:
             self._failed.popitem(last=False)
 
     def tell(self, call: msg.Open) -> ErrorRecord | None:
-        """The error of the push that this rank calls for, if that has failed without it. Told once only."""
+        """Return the error of the push that this rank calls for, if it failed without the rank. Each is told once."""
         failed = self._failed.get(call.group)
         if failed is None or time.monotonic() > failed.until or call.rank in failed.told:
             return None
@@ -51,11 +51,11 @@ class Failures:
         return failed.error
 
     def tries_again(self, call: msg.Open) -> None:
-        """A rank waits. If it is one that knows of the failure, what its siblings call for is the next attempt, too."""
+        """Note a rank that waits. If it knows of the failure, its siblings' calls are for the next attempt, too."""
         failed = self._failed.get(call.group)
         if failed is not None and call.rank in failed.told:
             del self._failed[call.group]
 
     def forget(self, group: str) -> None:
-        """This trainer's next push begins."""
+        """Forget a trainer's failure: its next push begins."""
         self._failed.pop(group, None)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 __all__ = ["AtRail", "FollowerRails"]
 
 AtRail = msg.JoinRail | msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
-"""What comes for a bridge."""
+"""A coordinator's messages for a bridge."""
 Work = msg.Receive | msg.Exchange | msg.Prepare | msg.Collect
 
 
 class FollowerRails:
-    """Of one node."""
+    """See the module."""
 
     def __init__(self, config: NodeConfig, executor: NodeExecutor, bridges: Sequence[Bridge]) -> None:
         self._node, self._slots = config.node.name, config.arena.slots
@@ -33,19 +33,19 @@ class FollowerRails:
         self._bridges = bridges
 
     def check(self, message: AtRail) -> None:
-        """Raise `RemoteProtocolError` for a bridge or a slot that there is not."""
+        """Raise `RemoteProtocolError` if a message is for a bridge or a slot that does not exist."""
         if message.rail >= len(self._bridges):
             raise RemoteProtocolError(f"node {self._node} has no bridge {message.rail}")
         if isinstance(message, msg.Receive | msg.Exchange):
             self.check_slot(do.Slot(self._node, message.rail, message.slot))
 
     def check_slot(self, slot: do.Slot) -> None:
-        """The same for a slot that an instruction names."""
+        """Raise `RemoteProtocolError` if a slot that an instruction names does not exist."""
         if not (0 <= slot.bridge < len(self._bridges) and 0 <= slot.index < self._slots):
             raise RemoteProtocolError(f"node {self._node} has no slot {slot.bridge}/{slot.index}")
 
     async def do(self, held: HeldPush, message: Work, until: float) -> None:
-        """Take part, for the push that holds this node. Raises `TransportError`."""
+        """Carry out a message at its bridge, for the push that holds this node. Raises `WeightSyncError`."""
         bridge, context = self._bridges[message.rail], held.context
         match message:
             case msg.Receive():

@@ -1,4 +1,4 @@
-"""The metrics of a daemon, and the pages /metrics and /healthz."""
+"""Measures a daemon for its metrics, and serves the pages /metrics and /healthz."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _STATES = ("serving", "paused", "asleep", "torn", "blank", "lost", "unknown")
 
 
 def measure_push(metrics: Metrics, session: PushSession, outcome: msg.PushOutcome | None, *, repeat: bool) -> None:
-    """Count a push that has ended. One that fails is no failure of `push_weights` where it was a keeper's `repeat`."""
+    """Count a push that has ended. If a keeper's `repeat` fails, that is no failure of `push_weights`."""
     metrics.pushes.labels(session.model, str(session.state)).inc()
     if session.error is not None and not repeat:
         metrics.push_failures.labels(session.model, session.error.kind).inc()
@@ -63,7 +63,7 @@ async def measure_node(server: Server) -> None:
     everywhere = [e.status(server.config.node.name) for e in server.engines]
     everywhere += [e for peer in server.peers.values() for e in peer.engines]
     for gone in metrics.pushed - {e.name for e in everywhere}:
-        if gone not in server.engines:  # as keepers are
+        if gone not in server.engines:  # keepers are in there, too
             metrics.forget(gone)
     taking = [e for e in everywhere if not e.frozen]
     metrics.expect({e.model for e in taking}, {e.name for e in taking})
@@ -89,13 +89,13 @@ async def measure_node(server: Server) -> None:
         metrics.slots.labels(bridge.name).set(server.config.arena.slots)
         metrics.slots_taken.labels(bridge.name).set(slots_taken(server, bridge.config.index))
         accounts = await accounts_of(bridge, server.config.timeouts.operation)
-        if accounts is not None:  # else what it showed last is as near as can be
+        if accounts is not None:  # else the last ones it showed stay
             metrics.books[bridge.name] = accounts
     _measure_readers(metrics)
 
 
 def _measure_readers(metrics: Metrics) -> None:
-    """A reader has an account at every bridge; one that no bridge knows has gone, or its bridge was replaced."""
+    """Show each reader's accounts, summed over bridges. A reader unknown to all is gone, or its bridge was replaced."""
     books: dict[str, list[int]] = {}
     for account in itertools.chain(*metrics.books.values()):
         counts = books.setdefault(account.reader, [0, 0, 0, 0])
@@ -121,7 +121,7 @@ def _measure_pushes(server: Server, engines: Sequence[msg.EngineStatus]) -> None
 
 
 class HealthPage:
-    """/metrics for Prometheus and /healthz for whoever asks whether the daemon lives; loopback only."""
+    """Serves /metrics for Prometheus, and /healthz for checks whether the daemon lives; loopback only."""
 
     def __init__(self, listen: str, metrics: Metrics) -> None:
         host, _, port = listen.rpartition(":")
@@ -143,7 +143,7 @@ class HealthPage:
         self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
 
     def serve(self) -> None:
-        """Answer from a thread of its own."""
+        """Answer requests, in another thread."""
         self._thread.start()
         logger.info("metrics at http://%s:%d/metrics", *self._server.server_address[:2])
 
@@ -155,7 +155,7 @@ class HealthPage:
 
 
 class _Pages(ThreadingMixIn, WSGIServer):
-    """A thread for each connection: who connects and says nothing keeps nobody waiting, least of all `close`."""
+    """A thread for each connection: a client that connects and sends nothing holds up neither others nor `close`."""
 
     daemon_threads = True
     block_on_close = False

@@ -1,4 +1,4 @@
-"""Joining: bridges of this node become members of communicators that other daemons form, one at a time each."""
+"""Joining: this node's bridges join communicators that other daemons form. Each bridge joins one at a time."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _MAX_IN_LINES = 64  # communicators that wait to be formed
 
 
 class Takers(Protocol):
-    """This node's own communicators, to which a bridge that another daemon takes is lost (see `weightsyncd.rails`)."""
+    """This node's own communicators, which lose a bridge that another daemon takes (see `weightsyncd.rails`)."""
 
     def taken(self, node: str, *, push: bool) -> bool:
-        """The daemon of `node` takes a bridge; whether it may."""
+        """Let the daemon of `node` take a bridge. Returns whether it may."""
 
     def given_back(self, node: str) -> None:
-        """It has not come to that."""
+        """Note that the daemon of `node` has not taken the bridge after all."""
 
 
 class _Line(asyncio.Lock):
-    """One bridge, and who has it join."""
+    """The lock of one bridge, held while the bridge joins a communicator."""
 
-    push = False  # whether that is for a push
-    pushes = 0  # that wait for it: who has it for none gives it up
+    push = False  # whether the holder joins for a push
+    pushes = 0  # how many joins for a push wait; a holder that joins for none gives up for them
 
 
 class Joining:
@@ -50,8 +50,10 @@ class Joining:
         self._in_lines = 0
 
     async def join(self, node: str, message: msg.JoinRail, check_free: Callable[[], None], *, until: float) -> None:
-        """Return when the bridge has joined what `node` forms. `check_free` raises while a push that is not that node's
-        needs it. What is formed for a push waits for nothing that is formed beforehand.
+        """Have a bridge join a communicator that `node` forms, and return when it has.
+
+        `check_free` raises while a push of another coordinator needs the bridge. A join for a push does not wait for
+        one that is made between pushes.
         """
         line, bridge = self._lines[message.rail], self._bridges[message.rail]
         check_free()
@@ -91,8 +93,8 @@ class Joining:
 
     async def _join(self, bridge: Bridge, message: msg.JoinRail, check: Callable[[], None], until: float) -> None:
         await bridge.prompt(deadline=until)
-        # Who forms another generation has given up what this bridge may still be doing in the last; and first, since
-        # whatever else is asked of the bridge waits until that has ended.
+        # A node that forms a new generation has given up the last one. The bridge leaves that before anything else,
+        # because its next operation on a communicator would wait for the one under way.
         await leave(bridge)
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         check()  # a push may have begun meanwhile

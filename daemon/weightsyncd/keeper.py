@@ -1,8 +1,8 @@
-"""The daemon's hand on a keeper: the process that keeps what was pushed last in host memory.
+"""Drives a keeper: the process that keeps the last push in host memory.
 
-To a push it is an engine of one rank that serves nobody and is never torn: what it keeps stays until a newer push is
-committed. It is started when it is first asked for, ends with the daemon, and is replaced where it does not answer:
-then nothing is kept until the next push.
+To a push, a keeper is an engine of one rank that serves no requests and is never torn: it keeps a version until a newer
+push is committed. The process starts when it is first needed and ends with the daemon. A keeper that does not answer is
+replaced, and nothing is kept until the next push.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["KeeperAdapter"]
 
 logger = logging.getLogger(__name__)
 
-_PROBE = 10.0  # seconds for it to start, or to answer, where a push waits for that
+_PROBE = 10.0  # seconds for a keeper to start, or to answer, while a push waits
 _REAP = 5.0  # seconds from SIGKILL to the end of a process; longer only if the kernel itself is stuck
 _ROOT = str(Path(next(iter(weightsync.__path__))).parent)
 
@@ -51,13 +51,13 @@ class _Process(NamedTuple):
 
 
 class KeeperAdapter(EngineAdapter):
-    """See the module. What is asked while it is at work waits for its turn."""
+    """See the module. Commands wait while the keeper works on an earlier one."""
 
     def __init__(
         self, model: str, endpoint: str, log: LogConfig, newest: Callable[[str], int | None], *, gpu: str = ""
     ) -> None:
-        """`endpoint` is where trainers call this node's daemon: so does the keeper when it pushes. `newest` is the
-        version of a model that was committed last. `gpu` is the UUID of the one by which it reads slots on GPUs.
+        """`endpoint` is the daemon's: the keeper calls it as a trainer does when it pushes. `newest` returns the last
+        committed version of a model. `gpu` is the UUID of the GPU through which it reads slots on GPUs.
         """
         self._newest = newest
         self._gpu = gpu
@@ -73,22 +73,22 @@ class KeeperAdapter(EngineAdapter):
 
     @property
     def alive(self) -> bool:
-        """It runs."""
+        """Whether the process runs."""
         return self._alive() is not None
 
     @property
     def version(self) -> int | None:
-        """Of the push that is kept, if one is."""
+        """The version that is kept, if one is."""
         return self._kept.version if self._alive() is not None else None
 
     def status(self) -> msg.KeeperStatus:
-        """How it is, for operators."""
+        """Return its status, for operators."""
         running = self._alive()
         pid, kept = (running.process.pid, self._kept) if running is not None else (None, c.Reply())
         return msg.KeeperStatus(model=self._model, pid=pid, version=kept.version, nbytes=kept.nbytes)
 
     async def warm(self, *, deadline: float) -> None:
-        """Start it before it is needed: what it imports takes it seconds. One that does not start is logged only."""
+        """Start the process before it is needed: its imports take seconds. A failure is only logged."""
         try:
             await self._ask(c.Hello(), deadline)
         except EngineLost as error:
@@ -97,7 +97,7 @@ class KeeperAdapter(EngineAdapter):
     # --- as an engine of a push -----------------------------------------------------------------------------------
 
     async def probe(self, *, deadline: float) -> EngineInfo:
-        """Start it if it does not run, and see what it keeps. A push does not wait long for that."""
+        """Start the process if it does not run, and ask what it keeps. Takes at most `_PROBE` seconds of a push."""
         reply = await self._ask(c.Hello(), min(deadline, time.monotonic() + _PROBE))
         return EngineInfo(
             software="weightsync keeper",
@@ -110,7 +110,7 @@ class KeeperAdapter(EngineAdapter):
         )
 
     async def accept(self, manifest: Manifest, *, deadline: float) -> tuple[str, ...]:
-        """It takes anything; whether there is room for it, `begin` finds out."""
+        """Accept any manifest. `begin` finds out whether there is room for it."""
         return ()
 
     async def pause(self, mode: PauseMode, *, deadline: float) -> None:
@@ -120,53 +120,54 @@ class KeeperAdapter(EngineAdapter):
     async def begin(
         self, version: int, manifest: Manifest, offers: Sequence[Sequence[bytes]], *, deadline: float
     ) -> None:
-        """What is kept stays until `resume` of an update that was finished."""
+        """Begin an update. The kept version stays until a finished update is resumed."""
         self._finished = False
         await self._ask(
             c.Begin(version, self._newest(self._model), manifest.pack(), tuple(offers[0]), deadline), deadline
         )
 
     async def load(self, bucket: int, tickets: Sequence[bytes], *, deadline: float) -> None:
-        """Copy it; the slot is free when this returns."""
+        """Have it copy a bucket; the slot is free when this returns."""
         await self._ask(c.Load(bucket, tickets[0], deadline), deadline)
 
     async def finish(self, version: int, *, deadline: float) -> None:
-        """See that everything came."""
+        """Have it check that everything came."""
         await self._ask(c.Finish(), deadline)
         self._finished = True
 
     async def verify(self, manifest: Manifest, expected: Words, *, deadline: float) -> int | None:
-        """Buckets were checked as they came; the engines that get them once more are looked at then."""
+        """Check nothing: buckets were checked as they came, and a repeat verifies the engines that get them."""
         return None
 
     async def resume(self, *, deadline: float) -> None:
-        """All engines hold the update, whole: it is what is kept from now on."""
+        """Have it keep the finished update from now on: an engine serves it."""
         if self._finished:
             self._finished = False
             await self._ask(c.Commit(), deadline)
         self._paused = False
 
     async def settle(self, *, whole: int | None, deadline: float) -> None:
-        """The push is over; `whole` is its version, if it was committed and brought all that engines hold."""
+        """Tell it that the push is over. `whole`: its version, if it committed and brought all that engines hold."""
         if self.alive:
             with suppress(EngineLost):
                 await self._ask(c.Settle(whole), deadline)
 
     async def close(self) -> None:
-        """End the process, whatever it is doing; with it goes what it keeps."""
+        """End the process, whatever it is doing. What it kept is lost."""
         await self._end()
 
     # --- as a trainer ---------------------------------------------------------------------------------------------
 
     async def repeat(self, engines: Sequence[str], *, deadline: float) -> None:
-        """Have it push what it keeps to these engines. Raises what the push failed with, or on which of them."""
+        """Have it push what it keeps to these engines. Raises the push's error; `PushAborted` names failed engines."""
         await self._ask(c.Repeat(tuple(engines), deadline), deadline)
 
     # --- the process ----------------------------------------------------------------------------------------------
 
     async def _ask(self, command: c.Command, deadline: float) -> c.Reply:
-        """Raises `EngineLost` where it does not answer, and what it answers. Who gives up waiting does not put what is
-        said next out of step: the answer is still waited for.
+        """Send a command and return the reply. Raises the error of the reply, or `EngineLost` if there is none.
+
+        If the caller gives up waiting, the reply is still read, so that the next command gets its own.
         """
         asking = asyncio.create_task(self._exchange(command, deadline))
         self._asking.add(asking)
@@ -179,7 +180,7 @@ class KeeperAdapter(EngineAdapter):
     def _asked(self, asking: asyncio.Task[c.Reply]) -> None:
         self._asking.discard(asking)
         if not asking.cancelled() and (error := asking.exception()) is not None:
-            logger.debug("[model=%s] keeper.failed: %s", self._model, error)  # whoever asked may have given up
+            logger.debug("[model=%s] keeper.failed: %s", self._model, error)  # the caller may have given up
 
     async def _exchange(self, command: c.Command, deadline: float) -> c.Reply:
         what = type(command).__name__.lower()
@@ -268,5 +269,5 @@ async def _said(running: _Process, command: c.Command) -> c.Reply:
 
 
 def _grace(deadline: float) -> float:
-    """Seconds that a keeper has beyond a deadline, by which it answers itself, before it is taken for wedged."""
+    """Return for how many seconds beyond a deadline a keeper's own answer at that deadline is waited for."""
     return min(1.0, max(0.0, deadline - time.monotonic()) / 10)

@@ -1,10 +1,10 @@
-"""LoRA adapters on their way to engines: written once a node as a directory, which each engine is told to read.
+"""Pushes of LoRA adapters: each node writes one as a directory, which its engines are told to read.
 
-An adapter is megabytes: it goes through the daemon's socket, and no slot, plan or session is needed. Each version has a
-name of its own (`policy@12`), so that no engine ever mixes two: the new one is loaded beside the old, and when the
-engine lists it the old is unloaded. An engine that fails goes on with what it had. Of what is loaded the engines are
-asked each time; of directories the newest two of a name are kept, since vLLM may read one again for a request that
-goes on.
+A LoRA adapter is megabytes: it goes through the daemon's socket, without slots, plan or session. Each version has its
+own name (`policy@12`), so that no engine ever mixes two. The new version is loaded beside the old one, and the old one
+is unloaded when the engine lists the new one. An engine that fails goes on with the old version. Engines are asked each
+time what they have loaded. Beside the new directory, the newest older one of its name stays, and `keep` more: vLLM may
+read it again for a request that goes on.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["Loras", "older_versions"]
 
 logger = logging.getLogger(__name__)
 
-_NEW = ".new-"  # how directories begin that are being written
+_NEW = ".new-"  # prefix of directories that are being written
 
 
 class Loras:
@@ -59,16 +59,17 @@ class Loras:
         busy: Callable[[], bool],
         spawn: Callable[[Coroutine[None, None, None]], None],
     ) -> None:
-        """`busy` says whether a push of weights holds this node; `spawn` runs what nobody waits for."""
+        """`busy` says whether a push of weights holds this node; `spawn` runs work in the background."""
         self._node, self._timeouts = config.node.name, config.timeouts
         self._engines, self._peers, self._busy, self._spawn = engines, peers, busy, spawn
         self._one = asyncio.Lock()
         self._freed = asyncio.Event()
 
     async def push(self, message: msg.PushLora) -> msg.LoraPushed:
-        """Have every engine of the model load the adapter. What is under way on this node, of adapters or of weights,
-        is waited for. Raises `PushRefused` before any of this node's engines was touched, and `PushTimeout` where what
-        is waited for does not end.
+        """Have every engine of the model load the LoRA adapter, after other pushes of this node have ended.
+
+        Raises `PushRefused` before any of this node's engines is touched, and `PushTimeout` if another push does not
+        end.
         """
         until = time.monotonic() + message.timeout
         mine = [self._engines[name] for name in self._engines.of_model(message.model)]
@@ -93,7 +94,7 @@ class Loras:
         return msg.LoraPushed(engines=tuple(outcome for some in outcomes for outcome in some))
 
     async def _turn(self, message: msg.PushLora, until: float) -> None:
-        """Take `_one` in turn. A push of weights is over for the trainer before it is for the node."""
+        """Take `_one` when the node is free. A push of weights ends for the trainer before it ends for the node."""
         busy = "an earlier LoRA adapter"
         try:
             async with asyncio.timeout_at(until):
@@ -111,12 +112,12 @@ class Loras:
             ) from error
 
     def go_on(self) -> None:
-        """The node may be free: who waits for that looks again."""
+        """Wake pushes that wait here: the node may be free."""
         self._freed.set()
         self._freed.clear()
 
     def _elsewhere(self, message: msg.PushLora) -> list[tuple[Peer, list[msg.EngineStatus]]]:
-        """Other nodes, and those of their engines that take the model."""
+        """Return the peers with engines that take the model, and these engines."""
         found = [
             (peer, [e for e in peer.engines if e.model == message.model and not e.frozen])
             for peer in self._peers.values()
@@ -126,7 +127,7 @@ class Loras:
     async def _held(
         self, message: msg.PushLora, engines: Iterable[Engine], until: float
     ) -> dict[str, list[str] | WeightSyncError]:
-        """By engine, the adapters that it has loaded, or why it does not say."""
+        """Return, by engine, the LoRA adapters that it has loaded, or why it does not say. Raises `PushRefused`."""
         soon = min(until, time.monotonic() + self._timeouts.probe)
 
         async def ask(engine: Engine) -> tuple[str, list[str] | WeightSyncError]:
@@ -175,7 +176,10 @@ class Loras:
         return [msg.LoraOutcome(engine=engine.name, node=self._node, outcome=how, error=error.record())]
 
     async def _unload(self, engine: Engine, names: Iterable[str]) -> None:
-        """Nobody waits for it: SGLang lets requests under way end first. What stays is unloaded by the next push."""
+        """Unload old versions; runs in the background, since SGLang lets requests under way end first.
+
+        If that fails, the next push unloads them.
+        """
         for name in names:
             try:
                 await _routes(engine).unload(name, deadline=time.monotonic() + self._timeouts.operation)
@@ -198,13 +202,13 @@ class Loras:
 
 
 def older_versions(name: str, version: int, keep: int, held: Iterable[str]) -> list[str]:
-    """Of the adapters that an engine holds, the versions of `name` before `version`, but for the newest `keep`."""
+    """Return those of an engine's LoRA adapters that are versions of `name` before `version`, but the newest `keep`."""
     older = sorted((v, one) for v, one in _versions(name, held) if v < version)
     return [one for _, one in older[: len(older) - keep]] if keep < len(older) else []
 
 
 def _versions(name: str, held: Iterable[str]) -> list[tuple[int, str]]:
-    """The versions of `name` among what is held, with the names in full."""
+    """Return the versions of `name` among `held`, each with its full name."""
     pattern = re.compile(rf"{re.escape(name)}@(\d{{1,19}})")
     return [(int(found[1]), one) for one in held if (found := pattern.fullmatch(one))]
 
@@ -225,12 +229,12 @@ def _refused(message: msg.PushLora, reason: str, hint: str | None = None) -> Pus
 
 
 def _write(node: str, message: msg.PushLora) -> Path:
-    """The adapter as peft saves it, in a directory of this user's alone; older ones of its name go, but for one."""
+    """Write the LoRA adapter as peft saves it, in a private directory. Of older versions the last `keep` + 1 stay."""
     folder = private_directory(runtime_dir()) / f"{node}.loras" / quote(message.model, safe="")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     there = sorted((v, one) for v, one in _versions(message.name, [p.name for p in folder.iterdir()]))
     older = [one for v, one in there if v < message.version]
-    left = [one for v, one in there if v >= message.version]  # by an earlier run: engines that answer have none of them
+    left = [one for v, one in there if v >= message.version]  # of an earlier run: engines that answer have none of them
     for one in (*older[: -1 - message.keep], *left, *(p.name for p in folder.glob(f"{_NEW}*"))):
         shutil.rmtree(folder / one, ignore_errors=True)
     path = folder / f"{message.name}@{message.version}"

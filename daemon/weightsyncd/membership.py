@@ -1,7 +1,7 @@
 """Engines and other nodes that come and go while the daemon runs: between two pushes, and never in one.
 
 A change is an edit of the node's config: by an operator (`weightsync engines add`), or by SIGHUP, after which the file
-holds again. What is not engines or peers needs a restart.
+holds again. Changes of other keys need a restart.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 def with_engines(config: NodeConfig, add: tuple[EngineConfig, ...], remove: tuple[str, ...]) -> NodeConfig:
-    """The config with some engines more and some fewer. Raises `ConfigError`, also for a name that it does not have."""
+    """Return the config with engines added and removed. Raises `ConfigError`, also if one to remove is not there."""
     names = [engine.name for engine in config.engines]
     if unknown := sorted(set(remove) - set(names)):
         raise ConfigError(
@@ -40,17 +40,17 @@ def with_engines(config: NodeConfig, add: tuple[EngineConfig, ...], remove: tupl
         )
     left = tuple(engine for engine in config.engines if engine.name not in remove)
     after = msgspec.structs.replace(config, engines=(*left, *add))
-    return checked(after) if add else after  # nothing becomes wrong by what is taken away
+    return checked(after) if add else after  # removing engines makes no config invalid
 
 
 def as_in(config: NodeConfig, file: NodeConfig) -> NodeConfig:
-    """The config with the engines and peers of its file as that is now. Raises `ConfigError`."""
+    """Return the config with the engines and peers of its file as that is now. Raises `ConfigError`."""
     cluster = msgspec.structs.replace(config.cluster, peers=file.cluster.peers)
     return checked(msgspec.structs.replace(config, engines=file.engines, cluster=cluster))
 
 
 def need_restart(before: NodeConfig, after: NodeConfig) -> list[str]:
-    """The keys that differ between two versions of a file, and that only a restart puts into force."""
+    """Return the keys that differ between two versions of a file and take effect only after a restart."""
     return [
         f"{section}.{key}"
         for section in before.__struct_fields__
@@ -62,7 +62,7 @@ def need_restart(before: NodeConfig, after: NodeConfig) -> list[str]:
 
 
 class Membership:
-    """The engines and peers of a daemon: `engines` and `peers`, at which everybody looks, and which change in place."""
+    """The engines and peers of a daemon. `engines` and `peers` change in place, because other modules hold them."""
 
     def __init__(
         self,
@@ -76,8 +76,8 @@ class Membership:
         on_gone: Callable[[str], None],
         on_change: Callable[[], None],
     ) -> None:
-        """`on_gone` is called with an engine that has gone, by name; `on_change` when a peer has come or gone; `spawn`
-        runs what nobody waits for.
+        """`on_gone` is called with the name of an engine that has gone, `on_change` when a peer has come or gone.
+        `spawn` runs work in the background.
         """
         self.config = config
         self._seeded: dict[str, str] = {}  # peers that a seed has told of, besides those of the config
@@ -105,8 +105,9 @@ class Membership:
             self._group = None
 
     async def change(self, edit: Edit, *, timeout: float) -> None:
-        """Have the config as `edit` makes it, as soon as no push is under way. Raises what `edit` raises, and
-        `PushRefused` where a push outlasts `timeout` seconds: then nothing has changed.
+        """Edit the config as soon as no push is under way. Raises what `edit` raises.
+
+        Raises `PushRefused` if a push outlasts `timeout` seconds; nothing has changed then.
         """
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((edit, done))
@@ -115,15 +116,16 @@ class Membership:
             async with asyncio.timeout(timeout):
                 await done
         except TimeoutError:
-            if not done.cancelled():  # it was made in this very moment
+            if not done.cancelled():  # the change was made in this very moment
                 return done.result()
             raise PushRefused(
                 f"a push has been under way for {timeout:g} s", hint="engines come and go between pushes; try again"
             ) from None
 
     async def learn(self, nodes: dict[str, str], *, complete: bool, timeout: float) -> None:
-        """A seed has told of these other nodes: have them for peers. Those that it told of before and does not any more
-        have left, if it is `complete`. Raises `PushRefused` where a push outlasts the timeout.
+        """Have the nodes that a seed has told of as peers. Nodes that it told of before have left if `complete`.
+
+        Raises `PushRefused` if a push outlasts the timeout.
         """
         seeded = nodes if complete else {**self._seeded, **nodes}
         if seeded == self._seeded:
@@ -136,16 +138,16 @@ class Membership:
         await self.change(edit, timeout=timeout)
 
     def settle(self) -> None:
-        """Make the changes that wait, unless a push is under way. To be called when one has ended."""
+        """Make the changes that wait, unless a push is under way. Call it when a push has ended."""
         while self._waiting and not self._busy():
             edit, done = self._waiting.popleft()
-            if done.done():  # nobody waits for it any more
+            if done.done():  # its caller has given up
                 continue
             try:
                 self._become(edit(self.config))
             except WeightSyncError as error:
                 done.set_exception(error)
-            except Exception as error:  # the seam: whoever asked must hear of it, and the daemon goes on
+            except Exception as error:  # the seam: the caller must hear of it, and the daemon goes on
                 logger.exception("a change of engines or peers failed in an unexpected way")
                 done.set_exception(LocalProtocolError(f"weightsyncd failed: {error!r}"))
             else:
@@ -168,7 +170,7 @@ class Membership:
             logger.info("[node=%s] is no longer a peer", name)
             del self._peers[name]
             if name in self._keeping:
-                self._keeping.pop(name).cancel()  # its end closes the line
+                self._keeping.pop(name).cancel()  # its end closes the connection
         for name in [name for name in after if name not in self._peers]:
             logger.info("[node=%s] is a peer from now on", name)
             self._peers[name] = self._make_peer(name, after[name])

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 __all__ = ["UNKNOWN", "Metrics"]
 
-UNKNOWN = "unknown"  # the label of models that no engine serves: callers may name any
+UNKNOWN = "unknown"  # the label of models that no engine serves, since callers may name any
 
 _OUTCOMES = ("committed", "aborted", "torn")
 _OF_ENGINES = ("committed", "skipped", "torn", "lost")
@@ -67,14 +67,14 @@ class Metrics:
         self.push_bytes = Counter(
             "weightsync_push_bytes", "Bytes of committed pushes", ["model"], registry=self.registry
         )
-        self.pushed: set[str] = set()  # engines that the next one shows
+        self.pushed: set[str] = set()  # engines that `engine_outcomes` shows
         self.engine_outcomes = Counter(
             "weightsync_engine_outcomes",
             "What pushes came to, by engine",
             ["engine", "outcome"],
             registry=self.registry,
         )
-        self.engines: set[str] = set()  # that the next three show
+        self.engines: set[str] = set()  # engines that the next three gauges show
         self.engine_replayed = Gauge(
             "weightsync_engine_replayed_bytes",
             "Bytes of the last push that an engine's worker loaded without the engine's loader",
@@ -90,8 +90,8 @@ class Metrics:
         self.bridge_restarts = Gauge(
             "weightsync_bridge_restarts", "Times a bridge was restarted", ["bridge"], registry=self.registry
         )
-        self.books: dict[str, tuple[Account, ...]] = {}  # by bridge, as they were last shown
-        self.readers: set[str] = set()  # that the next four show
+        self.books: dict[str, tuple[Account, ...]] = {}  # accounts by bridge, as it last showed them
+        self.readers: set[str] = set()  # readers that the next four gauges show
         self.exports = Gauge("weightsync_exports", "Exports so far, by reader", ["reader"], registry=self.registry)
         self.exports_outstanding = Gauge(
             "weightsync_exports_outstanding",
@@ -113,19 +113,20 @@ class Metrics:
             "weightsync_slots_taken", "Slots of a bridge that hold a bucket", ["bridge"], registry=self.registry
         )
         self.shm_free = Gauge("weightsync_shm_free_bytes", "Free bytes of node.shm_dir", registry=self.registry)
-        self.peers: set[str] = set()  # that the next one shows
+        self.peers: set[str] = set()  # peers that `peer_connected` shows
         self.peer_connected = Gauge(
             "weightsync_peer_connected", "1 for a node that is reached, else 0", ["peer"], registry=self.registry
         )
         self.frames_refused = Counter(
             "weightsync_frames_refused", "Frames that were no message of ours", registry=self.registry
         )
-        self.models: set[str] = set()  # that are counted from 0 on
+        self.models: set[str] = set()  # models with counters that began at 0
         self.expect({*models, UNKNOWN}, ())
 
     def expect(self, models: Iterable[str], engines: Iterable[str]) -> None:
-        """Count what pushes of these come to from 0 on: a counter that begins at 1 has not risen, for Prometheus, and
-        nobody would be told of the first that fails.
+        """Begin the counters of these models and engines at 0.
+
+        To Prometheus, a counter that begins at 1 has not risen: the first failure would raise no alert.
         """
         for model in set(models) - self.models:
             self.models.add(model)
@@ -139,7 +140,7 @@ class Metrics:
                 self.engine_outcomes.labels(engine, outcome)
 
     def forget(self, engine: str) -> None:
-        """Show no more what pushes came to for it."""
+        """Remove the counters of an engine's outcomes."""
         self.pushed.discard(engine)
         for outcome in _OF_ENGINES:
             self.engine_outcomes.remove(engine, outcome)

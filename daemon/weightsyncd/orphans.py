@@ -33,7 +33,7 @@ class _Found(NamedTuple):
 def kill_orphans(node: str, directory: str = DIRECTORY, *, timeout: float = 5.0) -> int:
     """End bridges of `node` that a dead daemon left behind, and remove the arenas that no living bridge owns.
 
-    For the start of a daemon. Blocks until they have ended, at most `timeout` seconds. Returns how many were ended.
+    For the start of a daemon. Blocks until they have ended, at most `timeout` seconds. Returns how many it ended.
     """
     ended = 0
     keep = set()
@@ -78,7 +78,7 @@ def _kill(pid: int, node: str, directory: str, deadline: float) -> bool:
     except OSError:
         return False
     try:
-        again = _bridge(pid, node, directory)  # what the handle stands for cannot become another process any more
+        again = _bridge(pid, node, directory)  # with the handle open, the pid cannot come to mean another process
         if again is None or not again.orphan:
             return False
         signal.pidfd_send_signal(handle, signal.SIGKILL)

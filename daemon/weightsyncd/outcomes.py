@@ -1,4 +1,4 @@
-"""What a push came to, and how far it is, as ranks and operators are told."""
+"""The outcome and the progress of a push, as ranks and operators are told."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ __all__ = ["account_of", "brought_all", "outcome_of", "status_of_push"]
 
 
 def brought_all(engines: Iterable[EngineTrack], *, partial: bool) -> bool:
-    """Whether a push brought all that these engines hold. Those that cannot tell are taken to hold what the trainer
-    does, of which a `partial` push left something out.
+    """Return whether a push brought all that these engines hold.
+
+    An engine that cannot tell is taken to hold what the trainer holds; a `partial` push left out some of that.
     """
     told = [engine.not_pushed for engine in engines]
     return not any(told) and not (partial and None in told)
 
 
 def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutcome:
-    """Of a push that has just ended; `manifest` is None where none was planned."""
+    """Return the outcome of a push that has just ended. `manifest` is None if no plan was made."""
     return msg.PushOutcome(
         model=session.model,
         version=session.version,
@@ -54,7 +55,7 @@ def outcome_of(session: PushSession, manifest: Manifest | None) -> msg.PushOutco
 
 
 def status_of_push(session: PushSession) -> msg.PushStatus:
-    """Of one that is under way."""
+    """Return the status of a push that is under way."""
     return msg.PushStatus(
         model=session.model,
         version=session.version,
@@ -72,7 +73,7 @@ def status_of_push(session: PushSession) -> msg.PushStatus:
 
 
 def account_of(session: PushSession, push: str, began: float, now: float) -> dict[str, Any]:
-    """What a trace says of its push as a whole; `began` is by the wall clock, `now` by the session's."""
+    """Return what a trace says of its push as a whole. `began` is by the wall clock, `now` by the session's."""
     error = session.error
     return {
         "push": push,

@@ -1,7 +1,7 @@
-"""Other nodes: those whose engines this daemon reaches.
+"""Other nodes, and how this daemon reaches their engines.
 
-Every daemon can coordinate. The one whose trainer pushes sends the instructions that concern another node's engines
-there, inside `Execute`, and gets each outcome back as the event it would have had at home. The bytes go by `rails`.
+Every daemon can coordinate. The coordinator of a push sends instructions for another node's engines to that node,
+inside `Execute`. Each outcome comes back as the event that it would be at home. The bytes go by `rails`.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ class Peer:
         on_free: Callable[[], None],
         taken: Callable[[str, Sequence[str]], str | None],
     ) -> None:
-        """`key` is for TCP alone. `on_rank` gets what trainer ranks there say; `on_free` is called when a push ends for
-        which that node could not be had. `taken(node, engine names)` returns why the node cannot be attached, if it
+        """`key` is for TCP alone. `on_rank` gets what trainer ranks there say. `on_free` is called when the node has
+        refused a claim and may be free now. `taken(node, engine names)` returns why the node cannot be attached, if it
         cannot.
         """
         self.name = name
@@ -80,19 +80,20 @@ class Peer:
 
     @property
     def engines(self) -> tuple[msg.EngineStatus, ...]:
-        """Its engines. Those of a lost node are lost and not forgotten: a push must say that it missed them."""
+        """Its engines. A lost node's engines are shown as lost, not dropped: a push must say that it missed them."""
         if self.info is not None:
             return self.info.engines
         return tuple(msgspec.structs.replace(e, state="lost", error=self.problem) for e in self._engines)
 
     @property
     def state(self) -> str:
-        """connected, or why not."""
+        """ "connected", or why it is not."""
         return "connected" if self.info is not None else self.problem
 
     async def keep(self) -> None:
-        """Attach, look again with every heartbeat, and attach again after a loss, for ever; at once where it is a
-        connection that broke: both sides of it may live.
+        """Attach, ask again with every heartbeat, and attach again after a loss, for ever.
+
+        After a connection broke, this attaches again at once, since both sides may live.
         """
         patience = self._config.timeouts.liveness
         try:
@@ -118,7 +119,7 @@ class Peer:
             await self._hang_up("")
 
     async def _hang_up(self, reason: str) -> None:
-        """Let go of the link; a node that was attached is lost."""
+        """Close the link. A node that was attached counts as lost."""
         link = self._link
         if link is not None and self.info is not None:
             await self._lose(link, reason)
@@ -133,8 +134,10 @@ class Peer:
             self._on_free()
 
     async def refresh(self, claim: msg.Claim | None = None) -> msg.Attached | None:
-        """Look again at its engines and its incarnation; `info` says what came of it. One that was lost just now may be
-        back. A push that is about to begin claims it. Returns its answer, if it gives one.
+        """Ask the node for its engines and incarnation, and update `info`. Returns its answer, if it gives one.
+
+        A node that was lost just now is asked, too: it may be back. With `claim`, a push that is about to begin claims
+        the node.
         """
         lately = time.monotonic() - self._lost_at < self._config.timeouts.liveness
         if self._link is None or (self.info is None and not lately):
@@ -146,7 +149,7 @@ class Peer:
     ) -> msg.Attached | None:
         question = msg.Attach(node=self._config.node.name, claim=claim)
         patience = self._config.timeouts.liveness
-        asked, late = time.monotonic(), []  # whether this loop was itself far behind, half-way to the deadline
+        asked, late = time.monotonic(), []  # `late`: whether this event loop was far behind, half-way to the deadline
         half = asyncio.get_running_loop().call_later(
             patience / 2, lambda: late.append(time.monotonic() - asked > patience * 3 / 4)
         )
@@ -154,10 +157,10 @@ class Peer:
             answer = await link.ask(question, deadline=asked + patience)
         except WeightSyncError as error:
             if link is not self._link or (self.info is not None and not link.silent):
-                return None  # replaced meanwhile; or heard, if too late for this question
+                return None  # the link was replaced; or the node lives, and answers too late
             if self.info is None:
                 self.problem = error.message + (f"; {error.hint}" if error.hint else "")
-            elif any(late) and not again:  # who was held up itself has heard nobody
+            elif any(late) and not again:  # this event loop was held up, and could hear nothing
                 return await self._attach(link, claim, again=True)
             else:
                 await self._lose(link, f"it has not been heard for {patience:g} s")
@@ -181,7 +184,7 @@ class Peer:
         return answer
 
     def _problem_of(self, answer: msg.Message) -> str | None:
-        """Why the daemon that gives this answer cannot be a peer, if it cannot."""
+        """Return why the daemon that gives this answer cannot be a peer, if it cannot."""
         if not isinstance(answer, msg.Attached) or answer.node != self.name:
             return f"the daemon there calls itself {getattr(answer, 'node', '?')!r}"
         if answer.slot_bytes < self._config.arena.slot_bytes:
@@ -192,7 +195,7 @@ class Peer:
         return self._taken(self.name, [e.name for e in answer.engines])
 
     async def _lose(self, link: PeerLink, reason: str) -> None:
-        """It is gone. With the link goes what was queued for it: a daemon that comes back must not carry it out."""
+        """Take the node for lost. Messages queued for it are dropped: a daemon that comes back must not get them."""
         logger.warning("[node=%s] lost: %s", self.name, reason)
         self.info, self.problem, self._link = None, reason, None
         self._lost_at = time.monotonic()
@@ -202,18 +205,18 @@ class Peer:
         await link.close()
 
     async def ask(self, message: msg.Message, deadline: float) -> msg.Message:
-        """One question to that node. Raises `DaemonLost`, or the error it is answered with."""
+        """Ask the node something and return the answer. Raises `DaemonLost`, or the error that the node answers."""
         if self._link is None or self.info is None:
             raise DaemonLost(f"node {self.name} is not connected: {self.problem}")
         return await self._link.ask(message, deadline=deadline)
 
     def tell(self, message: msg.Message) -> None:
-        """Say something that needs no answer."""
+        """Send a message that needs no answer."""
         if self._link is not None:
             self._link.tell(message)
 
     async def execute(self, context: PushContext, instruction: do.Instruction) -> ev.Event | None:
-        """Have one instruction carried out there; a node that does not answer ends in `EngineFailed` or `NodeLost`."""
+        """Have the node carry out one instruction. If it does not answer, returns `EngineFailed` or `NodeLost`."""
         incarnation = self.info.incarnation if self.info is not None else ""
         manifest = context.manifest
         send = manifest is not None and (incarnation, manifest.digest) not in self._known
@@ -230,7 +233,7 @@ class Peer:
             fingerprints=expected.tobytes() if expected is not None else None,
             places=shown.digest if shown is not None else None,
         )
-        # the far side keeps the same deadline; its answer needs a moment more
+        # the node keeps the same deadline; its answer takes a moment more
         try:
             answer = await self.ask(question, instruction.deadline + self._config.timeouts.liveness)
             if not isinstance(answer, msg.Executed):
@@ -240,7 +243,7 @@ class Peer:
             return self._event_of(answer, instruction, context)
         except WeightSyncError as error:
             if manifest is not None and not send and error.phase == MANIFEST_UNKNOWN:
-                self._known.discard((incarnation, manifest.digest))  # it keeps only so many: send it again
+                self._known.discard((incarnation, manifest.digest))  # it keeps only the latest: send it again
                 return await self.execute(context, instruction)
             lost = isinstance(error, DaemonLost)
             engine = getattr(instruction, "engine", None)
@@ -249,7 +252,7 @@ class Peer:
             return ev.NodeLost(node=self.name, error=error.record())
 
     def _event_of(self, answer: msg.Executed, instruction: do.Instruction, context: PushContext) -> ev.Event | None:
-        """What has come of an instruction. Raises `CodecError`, and `ProtocolError` for half an answer."""
+        """Return the event of an answer, if it has one. Raises `CodecError`; `ProtocolError` if places are missing."""
         if not answer.event:
             return None
         event = structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))

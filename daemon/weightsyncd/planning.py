@@ -1,4 +1,4 @@
-"""The plan of one push: made out of the ranks' layouts, for arenas that are there, and told to every rank."""
+"""The plan of one push: made from the ranks' layouts once all arenas are there, and told to every rank."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 class Planning:
-    """See the module. `engines` maps the name of each engine that is pushed to to its node."""
+    """See the module. `engines` maps the name of each engine of the push to its node."""
 
     def __init__(self, services: Services, context: PushContext, ranks: Ranks, engines: Mapping[str, str]) -> None:
         self.announced = False
         self._services, self._context, self._ranks, self._engines = services, context, ranks, engines
         self._home = services.config.node.name
-        self._names: list[str] = []  # of the nodes where ranks are, as the plan counts them
+        self._names: list[str] = []  # nodes with ranks, in the plan's order
         self._plan: CachedPlan | None = None
 
     async def make(self, deadline: float) -> ev.Event:
-        """Plan, and see that the arenas it is for are there: a bridge may just be restarting, or be wedged."""
+        """Make the plan, and wait for this node's arenas: a bridge may be restarting, or be wedged."""
         until = min(deadline, time.monotonic() + self._services.config.timeouts.bridge_start)
         ranks, plans = self._ranks, self._services.plans
         digests = tuple(ranks[rank].layout for rank in range(ranks.world))
@@ -50,12 +50,12 @@ class Planning:
             return ev.LayoutsMissing(ranks=tuple(missing))
         try:
             self._plan = await plans.plan(digests, owners, nodes)
-            await self._services.rails.overrule()  # what engines join in their groups would wait for it, too
+            await self._services.rails.overrule()  # engines' groups would wait for it, too
             await self._services.executor.exports.prompt(until)
         except WeightSyncError as error:
             return ev.PlanFailed(error=error.record())
         manifest = self._plan.manifest
-        if not manifest.tensors.sizes.any():  # a version that is the one before it under another number
+        if not manifest.tensors.sizes.any():  # it would be the version before it under another number
             nothing = PushRefused("no rank has a tensor to push", hint="look at what `only` chooses, on every rank")
             return ev.PlanFailed(error=nothing.record())
         self._context.manifest = manifest
@@ -73,7 +73,7 @@ class Planning:
         for rank in self._ranks:
             known = self._ranks[rank]
             has_it = known.call.plan == plan.digest
-            here = known.node == self._home  # elsewhere it is told of that node's arenas, by its own daemon
+            here = known.node == self._home  # a rank elsewhere gets offers of its own node's arenas, from its daemon
             self._ranks.tell(
                 rank,
                 msg.Planned(
@@ -86,7 +86,7 @@ class Planning:
             )
 
     def runs(self, bucket: int) -> dict[str, bytes]:
-        """By node, what its ranks write of a bucket, where ranks of several do."""
+        """Return, by node, the runs of a bucket that its ranks write, if ranks of several nodes do."""
         return {self._names[share.node]: share.runs for share in self._made().shares[bucket]}
 
     def _made(self) -> CachedPlan:
@@ -94,7 +94,7 @@ class Planning:
         return self._plan
 
     def _owners(self) -> int:
-        """How many bridges of each node get buckets: one, where an engine of this node takes them from one alone."""
+        """Return how many bridges of each node get buckets: one, if an engine of this node takes them from one only."""
         engines = self._services.executor.engines
         here = [engines[name] for name, node in self._engines.items() if node == self._home and name in engines]
         owners = self._services.rails.count(sorted({*self._names, *self._engines.values()} - {self._home}))

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["CachedPlan", "Plans"]
 
 _PLANS = 16  # kept: models × layouts that alternate on one node
-_MAX_RUNS = 2**21  # bytes that tell of the runs of one bucket: 131,072 runs
-_LAYOUTS = 4096  # kept: ranks of a trainer × the same, or all of a trainer that has more
+_MAX_RUNS = 2**21  # bytes that describe the runs of one bucket: 131,072 runs
+_LAYOUTS = 4096  # kept: ranks of a trainer × models and layouts that alternate; more for a trainer with more ranks
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class Plans:
         self._tables: dict[bytes, TensorTable] = {}
 
     def missing(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> list[int]:
-        """Ranks whose layouts are needed for a plan and not known."""
+        """Return the ranks whose layouts are needed for a plan and not known."""
         if self._key(digests, owners, nodes) in self._plans:
             return []
         return [rank for rank, digest in enumerate(digests) if digest not in self._layouts]
 
     def learn(self, packed: bytes, world: int = 1) -> bytes:
-        """Note a layout, of a trainer of so many ranks, and return its digest. Raises `CodecError`."""
+        """Note a layout of a trainer with `world` ranks, and return its digest. Raises `CodecError`."""
         layout = Layout.unpack(packed, self._tables)
         self._layouts[layout.digest] = layout
         self._layouts.move_to_end(layout.digest)
@@ -65,8 +65,9 @@ class Plans:
         return layout.digest
 
     async def plan(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> CachedPlan:
-        """The plan for these layouts; `nodes` are those of the ranks, home being 0. Raises `PushRefused` where they
-        contradict each other or do not fit.
+        """Return the plan for these layouts; `nodes` has each rank's node, and 0 is home.
+
+        Raises `PushRefused` if the layouts contradict each other or do not fit.
         """
         key = self._key(digests, owners, nodes)
         known = self._plans.get(key)
@@ -95,7 +96,7 @@ class Plans:
         return CachedPlan(whole.digest(), manifest, buckets, fills, plan.shares)
 
     def _key(self, digests: tuple[bytes, ...], owners: int, nodes: tuple[int, ...]) -> bytes:
-        """What a plan depends on, in 16 bytes."""
+        """Return a 16-byte digest of everything that a plan depends on."""
         whole = hashlib.blake2b(digest_size=16)
         whole.update(f"{self._arena.slot_bytes}:{self._arena.alignment}:{owners}:{len(digests)}:{nodes}:".encode())
         for digest in digests:
@@ -104,7 +105,7 @@ class Plans:
 
 
 def _check_runs(plan: Plan) -> None:
-    """Raise `PushRefused` where what ranks of different nodes write lies so mixed that telling it takes too long."""
+    """Raise `PushRefused` if ranks of different nodes write runs that are too many to describe in `_MAX_RUNS` bytes."""
     for index, shares in enumerate(plan.shares):
         if (needed := sum(len(share.runs) for share in shares)) > _MAX_RUNS:
             piece = plan.manifest.bucket_pieces(index)[0]

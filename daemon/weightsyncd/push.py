@@ -1,8 +1,8 @@
 """One push in a daemon: gives events to its session and has the instructions carried out.
 
 This is the only place where the two sides meet: `hear` takes an event, asks the session what to do, and sends each
-instruction to the trainer ranks, to this node's executor, or to another node. What an instruction comes to is heard
-again.
+instruction to the trainer ranks, to this node's executor, or to another node. The outcome of an instruction is heard as
+an event again.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Services:
 
 
 class Push:
-    """One push under way. `done` is set when its session is: the next push may begin."""
+    """One push under way. `done` is set when its session is done; the next push may begin after `close`."""
 
     def __init__(
         self,
@@ -73,14 +73,14 @@ class Push:
         *,
         on_failed: Callable[[Push, ErrorRecord], None],
     ) -> None:
-        """`engines` maps the name of each engine that is pushed to to its node; `keeper` keeps what is pushed here, and
-        `claim` is what other nodes know of this push already. `on_failed` is called as soon as it has: what it has
-        begun may take until `done` to end.
+        """`engines` maps the name of each engine of this push to its node. `keeper` is the keeper that keeps it, and
+        `claim` the claim by which other nodes know it already. `on_failed` is called as soon as the push fails: its
+        work under way may go on until `done`.
         """
         config = services.config
         now = time.monotonic()
-        self.repeat = bool(first.engines)  # of what a keeper has kept
-        self.held_up: dict[str, str] = {}  # node on which a rank of it waits → the push from there that it waits for
+        self.repeat = bool(first.engines)  # a keeper pushes what it has kept
+        self.held_up: dict[str, str] = {}  # node where a rank of this push waits → the push there that the rank awaits
         self.done = asyncio.Event()
         self._ended = asyncio.Event()  # its outcome is decided
         self.outcome: msg.PushOutcome | None = None
@@ -90,10 +90,10 @@ class Push:
         self._home = config.node.name
         self._engines = engines = engines | ({keeper: self._home} if keeper is not None else {})
         self._tasks: set[asyncio.Task[None]] = set()
-        self._chores: set[asyncio.Task[None]] = set()  # those of them that must be done even after the end
+        self._chores: set[asyncio.Task[None]] = set()  # tasks that must be done even after the end
         self._timer: asyncio.TimerHandle | None = None
         self._claimed = claim.nodes if claim is not None else set[str]()
-        # a name of its own for every attempt: what is late from an earlier one must not be taken for it
+        # each attempt has its own name, so that late messages of an earlier one are not mistaken for this one's
         name = claim.terms.push if claim is not None else f"{self._home}-{secrets.token_hex(8)}"
         self.context = PushContext(push=name, model=first.model, version=first.version)
         self.call = msg.Gather(push=name, group=first.group, model=first.model, version=first.version)
@@ -165,9 +165,9 @@ class Push:
     # --- trainer ranks ----------------------------------------------------------------------------------------------
 
     def open(self, identity: bytes, message: msg.Open, node: str = "") -> None:
-        """A rank has called `push_weights`, here or on another `node`."""
+        """Take a rank's call of `push_weights`, made here or on another `node`."""
         if self.session.ended and self.ranks.complete:
-            return  # it is for the next push: its daemon has it wait for that when it hears that this one is over
+            return  # it is for the next push: once its daemon hears that this one is over, it has the rank wait
         terms = (message.version, message.model, message.world, message.pause)
         rank = Rank(identity, message, time.monotonic(), node or self._home)
         known = self.ranks.get(message.rank)
@@ -205,7 +205,7 @@ class Push:
         )
 
     def check_alive(self, liveness: float) -> None:
-        """Tell the session of ranks that have fallen silent. To be called now and then."""
+        """Tell the session of ranks that have fallen silent. Call it regularly."""
         model, version = self.session.model, self.session.version
         if not self.session.ended:
             self.ranks.call_on_nodes()
@@ -305,7 +305,7 @@ class Push:
         self._ended.set()
         self.outcome = outcome_of(session, self.context.manifest)
         if error is not None:
-            refused = error.kind == "PushRefused"  # nothing was touched, and nobody but the trainer has to do anything
+            refused = error.kind == "PushRefused"  # nothing was touched, so only the trainer has to act
             words = (session.model, session.version, "refused" if refused else session.state, error.message)
             level = logging.WARNING if refused else logging.ERROR
             logger.log(level, "[model=%s v=%d] %s: %s", *words, extra=of_error(error))
@@ -326,11 +326,11 @@ class Push:
             self._on_failed(self, error)
 
     def status(self) -> msg.PushStatus:
-        """How far it is."""
+        """Return how far it is."""
         return status_of_push(self.session)
 
     def trace(self) -> PushTrace:
-        """What it did so far, and when."""
+        """Return the trace of what it has done so far."""
         session, now = self.session, time.monotonic()
         about = account_of(session, self.context.push, self._began, now)
         return PushTrace(self._trace, now, session.model, session.version, about)

@@ -1,4 +1,4 @@
-"""Which engines a push is for, of this node and of those it knows."""
+"""Chooses the engines of a push, on this node and on its peers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["engines_for", "engines_of", "models_of"]
 
 
 def engines_of(services: Services, model: str) -> dict[str, str]:
-    """Name → node of every engine that takes what is pushed to the model, wherever it is."""
+    """Return name → node of every engine, on any node, that takes pushes to the model."""
     engines = dict.fromkeys(services.executor.engines.of_model(model), services.config.node.name)
     for name, peer in services.peers.items():
         engines.update({e.name: name for e in peer.engines if e.model == model and not e.frozen})
@@ -23,14 +23,14 @@ def engines_of(services: Services, model: str) -> dict[str, str]:
 
 
 def models_of(services: Services) -> list[str]:
-    """Of all engines that take pushes; a frozen one's is told as such."""
+    """Return the models of all engines. A model with frozen engines only is marked as such."""
     found = {(e.model, e.frozen) for e in _everywhere(services)}
     taken = {model for model, frozen in found if not frozen}
     return sorted(taken | {f"{model} (frozen)" for model, _ in found if model not in taken})
 
 
 def engines_for(services: Services, message: msg.Open, newest: int | None) -> dict[str, str]:
-    """Name → node of those that this call is for. Raises `PushRefused` where there are none."""
+    """Return name → node of the engines that this call is for. Raises `PushRefused` if there are none."""
     engines = engines_of(services, message.model)
     if message.engines:
         if gone := sorted(set(message.engines) - engines.keys()):
@@ -45,8 +45,9 @@ def engines_for(services: Services, message: msg.Open, newest: int | None) -> di
 
 
 def _still_late(services: Services, message: msg.Open, engines: dict[str, str], newest: int | None) -> dict[str, str]:
-    """Of the engines that are to get what was pushed before, those that still lack it: this may have waited. None of
-    them do where something newer has been committed, as `newest` says.
+    """Return the engines of a repeat that still lack its version, since the call may have waited.
+
+    There are none if a newer version has been committed, as `newest` says.
     """
     if newest is not None and newest > message.version:
         return {}

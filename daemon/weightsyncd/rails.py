@@ -1,6 +1,6 @@
 """Between nodes, bytes go from bridge to bridge: through one communicator per bridge index, a *rail*.
 
-It is formed again, with a new generation, whenever its members have changed.
+A rail is formed again, with a new generation, whenever its members have changed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["MOMENT", "Rails", "leave", "quietly", "sentences"]
 logger = logging.getLogger(__name__)
 
 _LEAVE = 5.0  # seconds for a bridge to abort its communicator
-MOMENT = 1.0  # seconds more than the other node has, for its answer to arrive
+MOMENT = 1.0  # seconds beyond another node's deadline, for its answer to arrive
 
 
 class Rails:
@@ -47,33 +47,35 @@ class Rails:
         self._peers = peers
         self.generation = 0  # of the communicators that were formed last
         self._members: tuple[tuple[str, str], ...] = ()  # (node, incarnation), of the standing generation
-        self._taken: str | None = None  # by this node's daemon, whose communicators these bridges have joined since
+        self._taken: str | None = None  # the node whose daemon has since taken bridges into its communicators
         self._keeping: asyncio.Task[dict[str, ErrorRecord]] | None = None  # communicators being formed for no push
-        self._ours = False  # it was this daemon that formed the last one
+        self._ours = False  # this daemon formed the last generation that its bridges joined
         self._used: frozenset[str] = frozenset()  # nodes of the last push, as long as nothing has changed since
         self._lock = asyncio.Lock()
 
     def count(self, nodes: Sequence[str]) -> int:
-        """How many rails there are to these nodes: as many as the node with the fewest bridges has."""
+        """Return how many rails there are to these nodes: as many as the node with the fewest bridges has."""
         infos = [self._peers[node].info for node in nodes if node in self._peers]
         return min([len(self.bridges), *(len(info.slots) for info in infos if info is not None)])
 
     def break_up(self, generation: int | None = None) -> None:
-        """The standing generation is not to be used again, if it is this one."""
+        """Stop using the standing generation, if it is this one; None: whichever it is."""
         if generation in (None, self.generation):
             self._members, self._used = (), frozenset()
 
     async def give_up(self, bridge: Bridge, generation: int) -> None:
-        """End what the bridge does in this generation. One that was formed since is left alone: of several operations
-        that a broken communicator ends, the last to hear of it must not break its successor.
+        """End the bridge's work in this generation. A generation that was formed since is left alone.
+
+        One broken communicator ends several operations, and the last to hear of it must not break the successor.
         """
         if generation == self.generation:
             await leave(bridge)
 
     def taken(self, node: str, *, push: bool) -> bool:
-        """Another daemon, of `node`, takes a bridge of this one into a communicator of its own, for a `push` or before
-        any. False, and it may not: two that each wait in a communicator of their own for the other would wait for ever,
-        so of those that form between pushes the first by name goes on.
+        """Let the daemon of `node` take a bridge into its communicator, for a `push` or between pushes.
+
+        Returns False if it may not. Two daemons that wait for each other, each in its own communicator, would wait for
+        ever. So of daemons that form between pushes, the first by name goes on.
         """
         if self._keeping and not push and node > self.home:
             return False
@@ -81,21 +83,22 @@ class Rails:
         return True
 
     def given_back(self, node: str) -> None:
-        """The daemon of a node has not joined after all, or is gone, and its communicators with it."""
+        """Note that the daemon of a node has not taken a bridge after all, or is gone with its communicators."""
         if self._taken == node:
             self._taken = None
 
     def state_of(self, name: str) -> str:
-        """How it stands with one peer, for operators: "connected" when a push can reach it at once."""
+        """Return the state of one peer, for operators: "connected" if a push can reach it at once."""
         nodes = self._likely()
         if name in nodes and self._taken is None and not self.stands(nodes) and not self._yields(nodes):
             return "joining"
         return self._peers[name].state
 
     async def keep(self, busy: Callable[[], bool]) -> None:
-        """Between pushes, form what is broken, for ever: the first push after a fault should not wait for it. What
-        another daemon has taken is left to it until this one pushes, and of nodes that are each other's peers the first
-        by name forms (see `taken`).
+        """Between pushes, form communicators that are broken, for ever: the first push after a fault need not wait.
+
+        Bridges that another daemon has taken are left to it until this one pushes. Of nodes that are each other's
+        peers, the first by name forms (see `taken`).
         """
         told: dict[str, str] = {}
         while True:
@@ -114,7 +117,7 @@ class Rails:
                 continue  # a push has begun
             failed = task.result()
             if self._was_taken() or any(error.kind == "PushRefused" for error in failed.values()):
-                continue  # others push, or come first
+                continue  # another daemon pushes, or comes first
             problems = {node: error.message for node, error in failed.items()}
             for node in problems.keys() - {node for node, problem in told.items() if problem == problems.get(node)}:
                 logger.warning("[node=%s] no communicator: %s", node, problems[node])
@@ -123,7 +126,7 @@ class Rails:
                 await asyncio.sleep(self._config.timeouts.probe_every)
 
     async def overrule(self) -> None:
-        """A push begins: it waits for nothing that is formed for none, and no bridge goes on waiting in that."""
+        """Stop forming communicators between pushes, because a push begins. Bridges that wait in one leave it."""
         if (forming := self._keeping) is None:
             return
         forming.cancel()
@@ -133,26 +136,27 @@ class Rails:
             await asyncio.gather(*(leave(bridge) for bridge in self.bridges))
 
     def _was_taken(self) -> bool:
-        """As `_taken`, which changes while something is awaited."""
+        """Return whether another daemon has taken a bridge by now; `_taken` changes during awaits."""
         return self._taken is not None
 
     def _likely(self) -> list[str]:
-        """The nodes that the next push will reach, most likely: those of the last one, or all that have engines."""
+        """Return the nodes that the next push will likely reach: those of the last push, or all that have engines."""
         connected = {name: peer.info for name, peer in sorted(self._peers.items()) if peer.info is not None}
         if self._used and self._used <= connected.keys():
             return sorted(self._used)
         return [name for name, info in connected.items() if info.engines]
 
     async def use(self, nodes: Sequence[str], deadline: float) -> dict[str, ErrorRecord]:
-        """As `form`, for a push."""
+        """Form for a push, as `form` does, and remember its nodes."""
         await self.overrule()
         failed = await self.form(nodes, deadline)
         self._used = frozenset(nodes) - failed.keys()
         return failed
 
     async def form(self, nodes: Sequence[str], deadline: float, *, push: bool = True) -> dict[str, ErrorRecord]:
-        """See that every rail reaches `nodes`, for a push that is under way. Returns those that cannot be reached,
-        which are left out, and why.
+        """Have every rail reach `nodes`. Returns the nodes that cannot be reached, which are left out, and why.
+
+        Without `push`, bridges that another daemon has taken are left to it.
         """
         async with self._lock:
             failed: dict[str, ErrorRecord] = {}
@@ -173,7 +177,7 @@ class Rails:
                     break
                 bad = await self._rendezvous(wanted, deadline, push)
                 if not bad:
-                    await self._refresh(wanted)  # a bridge that was starting has joined as another than it was
+                    await self._refresh(wanted)  # a bridge that was starting has another incarnation now
                     self._members = self._present(wanted, failed)
                     break
                 failed.update(bad)
@@ -183,15 +187,16 @@ class Rails:
             return failed
 
     def peer(self, node: str) -> Peer:
-        """The peer of that name, which may have gone while a communicator was formed. Raises `DaemonLost`."""
+        """Return the peer of that name. Raises `DaemonLost` if it has gone while a communicator was formed."""
         peer = self._peers.get(node)
         if peer is None:
             raise DaemonLost(f"node {node} is a peer no longer")
         return peer
 
     def _yields(self, nodes: Sequence[str]) -> bool:
-        """Whether forming is another's: one of these nodes comes first, and has this one for a peer. Whoever has formed
-        last goes on, however.
+        """Return whether forming is left to another node: one that is first by name and has this node as a peer.
+
+        If this daemon formed the last generation, it goes on forming.
         """
         if self._ours:
             return False
@@ -200,7 +205,7 @@ class Rails:
         return any(info is not None and node < me and me in info.peers for node, info in infos.items())
 
     def stands(self, nodes: Sequence[str]) -> bool:
-        """Whether the standing generation is one of exactly these nodes, as far as is known here."""
+        """Return whether the standing generation has exactly these nodes, as far as is known here."""
         missing: dict[str, ErrorRecord] = {}
         return self._present(nodes, missing) == self._members and not missing
 
@@ -229,7 +234,7 @@ class Rails:
         await asyncio.gather(*(self._peers[node].refresh() for node in nodes if node in self._peers))
 
     async def _rendezvous(self, nodes: Sequence[str], deadline: float, push: bool) -> dict[str, ErrorRecord]:
-        """Form a new generation on every rail. Returns who is to be left out of the next attempt."""
+        """Form a new generation on every rail. Returns the nodes to leave out of the next attempt, and why."""
         self.generation += 1
         self._members, self._taken = (), None
         until = min(deadline, time.monotonic() + self._config.timeouts.operation / 2)
@@ -246,9 +251,9 @@ class Rails:
         return {}
 
     async def _join_all(self, rail: int, nodes: Sequence[str], until: float, push: bool) -> None:
-        """One rail of the new generation. Raises `_NodeFailed` naming who failed first: without one, all others do."""
+        """Form one rail of the new generation. Raises `_NodeFailed` for the node that failed first, so that all do."""
         bridge, address, key = self.bridges[rail], self._config.cluster.address, secrets.token_hex(16)
-        await leave(bridge)  # whatever else is asked of it waits until what it is doing has ended
+        await leave(bridge)  # else the next operation would wait for the one under way
         await bridge.warm(longest=self._config.timeouts.bridge_start, deadline=until)
         generation, world = self.generation, len(nodes) + 1
         hosted = await bridge.call(commands.Host(generation=generation, host=address), deadline=until)
@@ -272,7 +277,7 @@ class Rails:
                 await self.peer(node).ask(question, until + MOMENT)
             except WeightSyncError as error:
                 first.append(_NodeFailed(node, error.record()))
-                if not self._was_taken():  # else it has left this one, and may be in another
+                if not self._was_taken():  # else the bridge has left this communicator, and may be in another
                     await leave(bridge)
 
         own = commands.Join(
@@ -306,8 +311,9 @@ def _elsewhere(what: str) -> TransportClosed:
 
 
 async def leave(bridge: Bridge) -> None:
-    """End what its communicator is doing: nobody can complete a collective that one member has left. A bridge that does
-    not let go is replaced: what it was doing may go on, and write into a slot that others are given.
+    """Have a bridge leave its communicator, which ends its collective: no member can complete one that another left.
+
+    A bridge that does not leave is replaced: its collective may go on, and write into a slot that is leased again.
     """
     incarnation = bridge.incarnation
     problem = await quietly(bridge.call(commands.Leave(), deadline=time.monotonic() + _LEAVE))
@@ -316,7 +322,7 @@ async def leave(bridge: Bridge) -> None:
 
 
 async def quietly(call: Awaitable[object]) -> ErrorRecord | None:
-    """The error a bridge call ends with, as a value: its siblings must run to their own ends."""
+    """Return the error that a bridge call ends with instead of raising it: sibling tasks must run to their own ends."""
     try:
         await call
     except WeightSyncError as error:
@@ -325,5 +331,5 @@ async def quietly(call: Awaitable[object]) -> ErrorRecord | None:
 
 
 def sentences(errors: dict[str, ErrorRecord]) -> str:
-    """Errors by node as one line for a log."""
+    """Return errors by node as one line for a log."""
     return "; ".join(f"{node}: {error.message}" for node, error in sorted(errors.items()))

@@ -1,4 +1,4 @@
-"""Each message of a trainer rank in a push, from here or another node, and what the session hears of it."""
+"""Turns each message of a trainer rank in a push, from here or another node, into events for the session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["passed_on", "rank_said"]
 
 
 def rank_said(push: Push, rank: int, message: msg.RankWords, plans: Plans) -> None:
-    """A rank that takes part has said something. Raises `CodecError` for a layout that is none."""
+    """Handle a message of a rank that takes part. Raises `CodecError` for a malformed layout."""
     match message:
         case msg.Describe():
             digest = plans.learn(message.layout, push.ranks.world)
@@ -40,7 +40,7 @@ def rank_said(push: Push, rank: int, message: msg.RankWords, plans: Plans) -> No
 
 
 def passed_on(push: Push, node: str, message: msg.RankSays, plans: Plans) -> None:
-    """The daemon of another node has passed on what a rank there said, or says that the rank is lost."""
+    """Handle a message that another node's daemon passed on from a rank there, or its word that the rank is lost."""
     if message.lost:
         if push.ranks.is_on(message.rank, node):
             push.hear(ev.RankLost(rank=message.rank, reason=message.lost))

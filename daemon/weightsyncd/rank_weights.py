@@ -1,4 +1,4 @@
-"""What trainer ranks tell of their weights in a push: fingerprints of what they wrote, and where they lie."""
+"""What trainer ranks tell of their weights in a push: fingerprints, and where exposed weights lie."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ __all__ = ["KnownExposures", "RankWeights"]
 
 logger = logging.getLogger(__name__)
 
-_KEPT = 1 << 30  # bytes: of hundreds of ranks, and of the models and layouts that alternate on one node
+_KEPT = 1 << 30  # bytes: for hundreds of ranks, and for the models and layouts that alternate on one node
 
 
 class KnownExposures:
-    """The daemon's memory of what ranks have exposed, by digest: a second push of a layout tells the digest alone."""
+    """The daemon's memory of exposures, by digest: in the second push of a layout a rank tells the digest alone."""
 
     def __init__(self) -> None:
         self._packed: OrderedDict[bytes | None, bytes] = OrderedDict()
         self._nbytes = 0
 
     def learn(self, packed: bytes) -> bytes:
-        """Note one, and return its digest."""
+        """Note a packed exposure, and return its digest."""
         digest = digest_of(packed)
         if digest not in self._packed:
             self._packed[digest] = packed
@@ -58,7 +58,7 @@ class KnownExposures:
 
 
 class RankWeights:
-    """In one push."""
+    """What the ranks of one push have told of their weights."""
 
     def __init__(
         self,
@@ -73,7 +73,7 @@ class RankWeights:
         self._measured: set[int] = set()
 
     def filled(self, rank: int, message: msg.Filled) -> None:
-        """A rank has written its parts of a bucket."""
+        """Note that a rank has written its parts of a bucket."""
         context, buckets = self._context, self._session.buckets
         sums = self._sums(rank, message)
         if sums is None:
@@ -88,7 +88,7 @@ class RankWeights:
         self._hear(ev.RankFilled(rank=rank, bucket=message.bucket, nbytes=message.nbytes))
 
     def exposed(self, rank: int, message: msg.Exposed) -> None:
-        """A rank has said where its weights lie, or why nobody else can read them there."""
+        """Note where a rank's weights lie, or why no other process can read them there."""
         model, version = self._context.model, self._context.version
         if message.problem:
             words = (model, version, rank, message.problem)
@@ -110,7 +110,7 @@ class RankWeights:
         self._hear(ev.RankExposed(rank=rank, problem=message.problem))
 
     def measured(self, rank: int, message: msg.Measured) -> None:
-        """A rank has told the fingerprints of what it exposes."""
+        """Note the fingerprints of what a rank exposes."""
         sums = self._sums(rank, message)
         if sums is None:
             return
@@ -123,7 +123,7 @@ class RankWeights:
     def _sums(
         self, rank: int, message: msg.Filled | msg.Measured
     ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint64]] | None:
-        """Tensors and their fingerprints; None, and the rank has failed, where they make no sense."""
+        """Return tensor numbers and their fingerprints. If they make no sense, fail the rank and return None."""
         expected = self._context.expected
         tensors = np.frombuffer(message.tensors, dtype="<u4") if len(message.tensors) % 4 == 0 else None
         sums = np.frombuffer(message.fingerprints, dtype="<u8") if len(message.fingerprints) % 8 == 0 else None

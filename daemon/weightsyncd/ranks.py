@@ -23,13 +23,14 @@ __all__ = ["Rank", "Ranks", "is_lost"]
 
 logger = logging.getLogger(__name__)
 
-_BUSY = 3  # times `timeouts.liveness` for one that is there
+_BUSY = 3  # times `timeouts.liveness` that a rank may be silent while its process runs
 
 
 def is_lost(silent: float, liveness: float, call: msg.Open) -> bool:
-    """Whether the rank of this node that made this call is lost, not heard for `silent` seconds. One whose process is
-    there, and was not stopped, is held up in something that keeps Python's other threads from running, such as a
-    library that comes from a slow disk: it has longer. Where the process is not to be seen, silence is all that tells.
+    """Return whether the rank of this node that made this call is lost after `silent` seconds without a message.
+
+    A process that runs, and was not stopped, has longer: something may keep Python's other threads from running, such
+    as a library that comes from a slow disk. If the process cannot be seen, silence alone decides.
     """
     if silent <= liveness:
         return False
@@ -38,7 +39,7 @@ def is_lost(silent: float, liveness: float, call: msg.Open) -> bool:
 
 @dataclass
 class Rank:
-    """One that has called."""
+    """A rank that has called."""
 
     identity: bytes  # of its connection; b"" on another node, whose daemon knows it
     call: msg.Open
@@ -47,7 +48,7 @@ class Rank:
 
     @property
     def number(self) -> int:
-        """The rank's own of this push; each message of and to it carries it."""
+        """The id of the rank's call. Each message from and to the rank carries it."""
         return self.call.id
 
     @property
@@ -67,14 +68,14 @@ class Ranks:
         send: Callable[[bytes, msg.Message], bool],
         peers: Mapping[str, Peer],
     ) -> None:
-        """`call` is how ranks elsewhere are called for; `send` reaches one of this node by its identity."""
+        """`call` asks other nodes for their ranks; `send` reaches a rank of this node by its identity."""
         self.world = world
         self._call = call
         self._home = home
         self._send = send
         self._peers = peers
         self._known: dict[int, Rank] = {}
-        self._called: set[str] = set()  # nodes that know that this push takes ranks of theirs
+        self._called: set[str] = set()  # nodes that `call` was sent to
 
     def __iter__(self) -> Iterator[int]:
         return iter(self._known)
@@ -86,20 +87,20 @@ class Ranks:
         return self._known[rank]
 
     def get(self, rank: int) -> Rank | None:
-        """It, if it has called."""
+        """Return a rank, if it has called."""
         return self._known.get(rank)
 
     @property
     def complete(self) -> bool:
-        """All have called."""
+        """Whether all ranks have called."""
         return len(self._known) >= self.world
 
     def add(self, rank: int, known: Rank) -> None:
-        """It has called."""
+        """Note that a rank has called."""
         self._known[rank] = known
 
     def rank_of(self, identity: bytes) -> int | None:
-        """Which rank of this node shows by this that it is alive, if one does."""
+        """Note that the rank of this node with this identity is alive, and return its number; None if it has none."""
         for rank, known in self._known.items():
             if known.node == self._home and known.identity == identity:
                 known.heard = time.monotonic()
@@ -107,14 +108,12 @@ class Ranks:
         return None
 
     def is_on(self, rank: int, node: str) -> bool:
-        """Whether the rank has called there."""
+        """Return whether the rank has called on that node."""
         known = self._known.get(rank)
         return known is not None and known.node == node
 
     def silent(self, liveness: float) -> list[int]:
-        """Ranks of this node that have been silent for so long that they are lost (`is_lost`), each told once; other
-        nodes watch theirs.
-        """
+        """Return the ranks of this node that are lost (`is_lost`), each only once. Other nodes watch their own."""
         now = time.monotonic()
         here = {rank: known for rank, known in self._known.items() if known.node == self._home}
         found = [rank for rank, known in here.items() if is_lost(now - known.heard, liveness, known.call)]
@@ -123,16 +122,16 @@ class Ranks:
         return found
 
     def nodes(self) -> list[str]:
-        """Where they are: this node, and then the others by name."""
+        """Return the nodes with ranks: this node, and then the others by name."""
         return [self._home, *sorted({known.node for known in self._known.values()} - {self._home})]
 
     def slots_there(self, node: str) -> tuple[int, ...]:
-        """By bridge, how many slots another node has; nothing while it is not connected."""
+        """Return another node's number of slots by bridge; empty while it is not connected."""
         peer = self._peers.get(node)
         return peer.info.slots if peer is not None and peer.info is not None else ()
 
     def tell(self, rank: int, message: msg.Message, to: Rank | None = None) -> None:
-        """Say something to a rank, or to another that takes itself for it."""
+        """Send a message to a rank, or to `to`, another caller that takes itself for this rank."""
         known = to or self._known[rank]
         message = msgspec.structs.replace(message, id=known.number)
         if known.node == self._home:
@@ -143,7 +142,7 @@ class Ranks:
     # --- other nodes ----------------------------------------------------------------------------------------------
 
     def call_on_nodes(self) -> None:
-        """Say on the other nodes that ranks of this trainer take part here; again on one that was lost and is back."""
+        """Call on other nodes for ranks of this trainer; again on a node that was lost and is back."""
         if self.world == 1 or self.complete:
             return
         for node, peer in self._peers.items():
@@ -152,11 +151,11 @@ class Ranks:
                 self._called.add(node)
 
     def node_lost(self, node: str) -> None:
-        """It has forgotten that it was told."""
+        """Note that a node has forgotten the call."""
         self._called.discard(node)
 
     def release(self, nodes: set[str], error: ErrorRecord | None) -> None:
-        """The push has ended for these nodes and those with ranks. One whose ranks may yet call hears of its error."""
+        """Release these nodes and those with ranks. Unless all ranks have called, they are told the push's error."""
         over = msg.Release(push=self._call.push, error=None if self.complete else error)
         for node in (nodes | self._called | set(self.nodes())) - {self._home}:
             if (peer := self._peers.get(node)) is not None:

@@ -1,6 +1,6 @@
-"""What arrives at a daemon's sockets: whom it is for, and an answer to everyone who asks.
+"""Gives each message that arrives at a daemon's sockets to the part that it is for, and sends the answers.
 
-A frame that cannot be read, and a message that nobody here takes, is answered with an error, and no more comes of it.
+A frame that cannot be read, or a message that no part takes, is answered with an error and dropped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Reception"]
 
 logger = logging.getLogger(__name__)
 
-_FAR = b"far"  # before the identity of whoever is connected to cluster.listen
+_FAR = b"far"  # prefix of the identities of connections to cluster.listen
 _FROM_AFAR = (
     msg.Heartbeat,
     msg.StatusRequest,
@@ -48,7 +48,7 @@ _FROM_AFAR = (
 
 
 class Reception:
-    """The sockets of one daemon: its own, and that of the cluster if there is one."""
+    """The sockets of one daemon: its own, and the cluster's if there is one."""
 
     def __init__(self, config: NodeConfig, key: ClusterKey | None) -> None:
         self._node = config.node.name
@@ -66,33 +66,33 @@ class Reception:
             logger.info("node %s listens at %s", self._node, socket.endpoint)
 
     def remove_stale(self) -> None:
-        """Remove the socket's file that a killed daemon has left. Only for the holder of the node's lock."""
+        """Remove the socket file that a killed daemon has left. Only for the holder of the node's lock."""
         self._here.remove_stale()
 
     def send(self, identity: bytes, message: msg.Message) -> bool:
-        """Queue a message for whoever has this identity; False when it is gone or lags too far behind."""
+        """Queue a message for the connection with this identity. Returns False if it is gone or lags too far behind."""
         socket = self._far if self._far is not None and identity.startswith(_FAR) else self._here
         return socket.send(identity, message)
 
     def spawn(self, work: Coroutine[None, None, None]) -> None:
-        """Have something done meanwhile; what is not done by `settle` is cancelled there."""
+        """Run work in the background. `settle` cancels work that has not ended by then."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def settle(self) -> None:
-        """Leave nothing running that `spawn` was given."""
+        """Cancel what `spawn` was given, and wait until it has ended."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def close(self) -> None:
-        """Listen no more."""
+        """Close the sockets."""
         for socket in self.sockets:
             socket.close()
 
     async def listen(self, socket: ControlServer, server: Server) -> None:
-        """Give what arrives at one of the sockets to those parts of the server that it is for. Ends when cancelled."""
+        """Give what arrives at one of the sockets to the parts of the server, until cancelled."""
         async for identity, message in socket.frames(refused=server.metrics.frames_refused.inc):
             try:
                 if socket is self._far and not isinstance(message, _FROM_AFAR):
@@ -158,7 +158,7 @@ class Reception:
             raise
         except WeightSyncError as error:
             answer = msg.ErrorReply(error=error.record())
-        except Exception as error:  # the seam: whoever asked must not wait for an answer that never comes
+        except Exception as error:  # the seam: the caller must not wait for an answer that never comes
             logger.exception("a question failed in an unexpected way")
             answer = msg.ErrorReply(error=LocalProtocolError(f"weightsyncd failed: {error!r}").record())
         self.send(identity, msgspec.structs.replace(answer, id=number))

@@ -1,4 +1,4 @@
-"""Buckets on their way to other nodes: a bridge broadcasts the slot of one into slots of theirs."""
+"""Relays buckets to other nodes: a bridge broadcasts a slot into slots of the other nodes' bridges."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ logger = logging.getLogger(__name__)
 
 
 async def relay(rails: Rails, context: PushContext, instruction: do.RelayBucket, sequence: int) -> ev.BucketRelayed:
-    """Broadcast one bucket. Raises `TransportError` when this node's bridge cannot even export it.
+    """Broadcast one bucket. Raises `TransportError` if this node's bridge cannot even export it.
 
-    A broadcast that fails breaks the communicator for every node, whoever broke it. So it is formed again with
-    those that can be reached, and they get the bucket in a second broadcast.
+    A failed broadcast breaks the communicator for every node. So it is formed again with the nodes that can be reached,
+    and these get the bucket in a second broadcast.
     """
     targets = {target.node: target for target in instruction.targets}
     failed: dict[str, ErrorRecord] = {}
@@ -59,7 +59,7 @@ async def _broadcast(
     sequence: int,
     until: float,
 ) -> dict[str, ErrorRecord]:
-    """One attempt. Returns the nodes that do not hold the bucket, and why."""
+    """Attempt the broadcast once. Returns the nodes that do not hold the bucket, and why."""
     bridge, generation = rails.bridges[instruction.slot.bridge], rails.generation
     readers = {node: f"{node}/{target.bridge}" for node, target in targets.items()}  # bridges are peers by name
     peers = tuple(sorted(readers.values()))
@@ -68,7 +68,7 @@ async def _broadcast(
     export = commands.Export(slot=slot, nbytes=nbytes, sequence=sequence, peers=peers, checksum=checksum)
     try:
         reply = await bridge.call(export, deadline=until)
-    except (ProtocolError, TransportClosed) as error:  # it has restarted, or is leaving what another relay broke
+    except (ProtocolError, TransportClosed) as error:  # it has restarted, or is leaving a broken communicator
         rails.break_up(generation)
         return dict.fromkeys(targets, error.record())
     failed: dict[str, ErrorRecord] = {}
@@ -94,7 +94,7 @@ async def _broadcast(
             logger.warning(
                 "[model=%s v=%d bucket=%d] send.failed: %s", *context.at(instruction.bucket), problem.message
             )
-            await rails.give_up(bridge, generation)  # its communicator may be whole, and the others wait in theirs
+            await rails.give_up(bridge, generation)  # its own communicator may be whole, so that others still wait
         return problem
 
     async with asyncio.TaskGroup() as group:

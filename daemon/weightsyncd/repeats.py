@@ -1,8 +1,7 @@
-"""Engines that come late: what is kept of the last push is pushed to them again, between pushes.
+"""Repeats: between pushes, a keeper pushes the version that it keeps to engines that are late.
 
-Late is an engine that serves an older version than is kept, none at all because it has restarted or joined, or that an
-aborted push has left torn. What another node has pushed since is newer than what is kept here, and nothing is repeated
-then: a fleet goes forward.
+An engine is late if it serves an older version than is kept, serves none because it has restarted or joined, or was
+left torn by a push. If another node has pushed a newer version since, nothing is repeated: a fleet only goes forward.
 """
 
 from __future__ import annotations
@@ -28,13 +27,13 @@ __all__ = ["Repeats", "engines_everywhere", "late_engines"]
 
 logger = logging.getLogger(__name__)
 
-_IDLE_LOOKS = 3  # at a node that is not busy, in a row, while a keeper says that it pushes
+_IDLE_LOOKS = 3  # looks in a row that find no push under way, after which a keeper that is to push is wedged
 _LONGEST = 600.0  # seconds; as long as a push has
-_PATIENCE = 300.0  # seconds at most between two attempts at an engine
+_PATIENCE = 300.0  # seconds at most between two attempts at an engine, to which up to as much is added at random
 
 
 def late_engines(engines: Iterable[EngineStatus], model: str, version: int) -> list[str]:
-    """Names of those that a repeat of this version would bring up to date; none where one is beyond it."""
+    """Return the engines that a repeat of this version would bring up to date; none if one serves a newer version."""
     ours = [e for e in engines if e.model == model and not e.frozen]
     if any(e.version is not None and e.version > version for e in ours):
         return []
@@ -42,7 +41,7 @@ def late_engines(engines: Iterable[EngineStatus], model: str, version: int) -> l
 
 
 def engines_everywhere(node: str, engines: Iterable[Engine], peers: Iterable[Peer]) -> list[EngineStatus]:
-    """Of this node and of those it knows, as they were last seen."""
+    """Return the engines of this node and of its peers, as they were last seen."""
     return [e.status(node) for e in engines] + [e for peer in peers for e in peer.engines]
 
 
@@ -59,9 +58,8 @@ class Repeats:
         newest: Callable[[str], int | None],
         busy: Callable[[], bool],
     ) -> None:
-        """`keepers` are those of each model; `engines` gives all that are known here, of other nodes too, as
-        they were last seen; `refresh` looks at other nodes anew. `newest` is the version of a model that was committed
-        last.
+        """`keepers` are by model. `engines` returns all engines known here, of other nodes too, as they were last seen.
+        `refresh` asks other nodes anew. `newest` returns the version of a model that was committed last.
         """
         self._keepers = keepers
         self._timeouts = timeouts
@@ -87,11 +85,11 @@ class Repeats:
         version, newest = keeper.version, self._newest(model)
         if version is None or (newest is not None and newest > version) or not self._late(model, version):
             return
-        await self._refresh()  # what was just pushed may not be known of other nodes yet
+        await self._refresh()  # it may not be known here yet what other nodes' engines were just pushed
         late = self._late(model, version)
         if not late or self._busy():
             return
-        # one that refuses ends the push for all: those that have failed are tried one by one
+        # an engine that refuses ends the push for all, so engines that have failed are tried one by one
         late = [name for name in late if name not in self._failures] or late[:1]
         logger.info("[model=%s v=%d] repeat.started engines=%s", model, version, ",".join(late))
         try:
@@ -100,14 +98,14 @@ class Repeats:
             for name in late:
                 times = self._failures.get(name, (0, 0.0))[0] + 1
                 pause = min(_PATIENCE, self._timeouts.probe_every * 2**times)
-                pause *= 1 + random.random()  # two nodes in each other's way are not so again
+                pause *= 1 + random.random()  # two nodes that collided do not collide again
                 self._failures[name] = times, time.monotonic() + pause
             logger.warning("[model=%s v=%d] repeat.failed: %s", model, version, error.message)
         else:
             logger.info("[model=%s v=%d] repeat.complete engines=%s", model, version, ",".join(late))
 
     async def _repeat(self, keeper: KeeperAdapter, engines: list[str]) -> None:
-        """Raises what the push failed with; a keeper that does not answer when it has ended is wedged, and replaced."""
+        """Have the keeper push. Raises the push's error. A keeper that does not answer after its push is replaced."""
         work = asyncio.ensure_future(keeper.repeat(engines, deadline=time.monotonic() + _LONGEST))
         try:
             idle = 0
@@ -121,7 +119,7 @@ class Repeats:
             work.cancel()
 
     def _late(self, model: str, version: int) -> list[str]:
-        """Those that it is time to try. Who is late no more has not failed, either."""
+        """Return the late engines that it is time to try. Forget the failures of engines that are not late any more."""
         engines, now = list(self._engines()), time.monotonic()
         late = late_engines(engines, model, version)
         for engine in engines:

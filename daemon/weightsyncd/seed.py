@@ -1,7 +1,7 @@
-"""A seed: one node that all others know, and that tells them of each other.
+"""The seed: one node that all others know, and that tells them of each other.
 
-Every node with a `cluster.seed` registers there now and then, and has the nodes that it is told of for peers. The seed
-itself does so too, with itself. When it is down the others stay as they are.
+Every node with a `cluster.seed` registers there regularly, and has the nodes that it is told of as peers. The seed
+registers with itself, too. While the seed is down, the others keep the peers that they have.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Seeker:
     def __init__(
         self, config: NodeConfig, key: ClusterKey | None, learn: Callable[[dict[str, str], bool], Awaitable[None]]
     ) -> None:
-        """`learn(nodes, complete)` is called when the nodes have changed; without `complete` there may be more."""
+        """`learn(nodes, complete)` is called with each answer of the seed; unless `complete`, more nodes may exist."""
         self._config = config
         self._key = key
         self._learn = learn
@@ -88,7 +88,7 @@ class Seeker:
             while True:
                 try:
                     await self._look(patience)
-                except PushRefused:  # it goes on for longer than a change waits
+                except PushRefused:  # a push goes on for longer than a change waits: the next answer brings it again
                     pass
                 except WeightSyncError as error:
                     if str(error) != self.problem:
@@ -102,7 +102,7 @@ class Seeker:
             await self._hang_up()
 
     async def leave(self) -> None:
-        """This node goes for good: nobody need wait for it to come back."""
+        """Tell the seed that this node goes for good, so that no node waits for it to come back."""
         link = self._link
         if link is not None:
             with contextlib.suppress(WeightSyncError):

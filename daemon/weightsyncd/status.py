@@ -1,4 +1,4 @@
-"""Looking at a daemon: the answer to `weightsync status`."""
+"""The answer to `weightsync status`."""
 
 from __future__ import annotations
 
@@ -29,8 +29,9 @@ _GLANCE = 1.0  # seconds an operator waits for a bridge's ledger
 
 
 async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...] | None:
-    """The bridge's books; None where it shows none, which says nothing of what is in them. One that does not show them
-    within `patience` seconds is taken for wedged, and replaced.
+    """Return the accounts in a bridge's ledger; None if it does not show them, which says nothing of their content.
+
+    A bridge that does not show them within `patience` seconds is taken for wedged, and replaced.
     """
     try:
         books = await bridge.call(commands.Ledger(), deadline=time.monotonic() + patience)
@@ -41,7 +42,7 @@ async def accounts_of(bridge: Bridge, patience: float) -> tuple[Account, ...] | 
 
 
 async def status_of(server: Server, *, fresh: bool = False) -> msg.Status:
-    """Everything an operator asks for first; `fresh`: of engines as they are now, not as they were last seen."""
+    """Return everything an operator asks for first. With `fresh`, peers are first asked for their engines anew."""
     config, trainers = server.config, server.trainers
     if fresh:
         await trainers.wind_up(time.monotonic() + config.timeouts.probe)
@@ -91,7 +92,7 @@ def _followed(context: PushContext | None) -> msg.FollowedPush | None:
 async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
     how, config = bridge.status(), server.config
     accounts: tuple[Account, ...] = ()
-    with contextlib.suppress(TimeoutError):  # a question that somebody gave up on condemns nobody
+    with contextlib.suppress(TimeoutError):  # giving up here does not make the bridge wedged
         async with asyncio.timeout(_GLANCE):
             accounts = await accounts_of(bridge, config.timeouts.operation) or ()
     return msg.BridgeStatus(
@@ -112,7 +113,7 @@ async def _bridge(server: Server, bridge: Bridge) -> msg.BridgeStatus:
 
 
 def slots_taken(server: Server, bridge: int) -> int:
-    """Slots that hold a bucket; for a push from elsewhere, those that an engine here still reads."""
+    """Return how many slots hold a bucket; for a push from elsewhere, how many an engine here still reads."""
     if server.trainers.push is not None:
         return server.trainers.push.session.taken(server.config.node.name, bridge)
     context = server.follower.context

@@ -1,5 +1,6 @@
-"""Traces of pushes that began on this node: of each model the last push and the last that failed, for `weightsync
-trace`; and, where `log.trace_dir` is set, the newest as files.
+"""Traces of pushes that began on this node, for `weightsync trace`: each model's last push, and its last that failed.
+
+If `log.trace_dir` is set, the newest traces are written there as files, too.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ __all__ = ["PushTrace", "Traces", "write_trace"]
 logger = logging.getLogger(__name__)
 
 _KEPT = 20  # files
-_WAITING = 4  # traces that wait for a disk that is slow; each may take 15 MB
+_WAITING = 4  # traces that may wait for a slow disk; each may take 15 MB
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class PushTrace:
     """The trace of a push, and what is known of the push itself."""
 
     trace: Trace
-    until: float  # when it was looked at, or let go
+    until: float  # when the trace was taken
     model: str
     version: int
     about: dict[str, Any]
@@ -58,14 +59,14 @@ class Traces:
         self._writer: threading.Thread | None = None
 
     def keep(self, trace: PushTrace, *, failed: bool) -> None:
-        """A push has ended."""
+        """Keep the trace of a push that has ended."""
         self._newest = trace.model
         self._last[trace.model] = trace
         if failed:
             self._failed[trace.model] = trace
 
     def write(self, trace: PushTrace, push: str) -> None:
-        """Have the file written, where there is a directory, by a thread that no push waits for: a disk may hang."""
+        """Have a thread write the file, if there is a directory. No push waits for it: a disk may hang."""
         if not self._directory:
             return
         if self._writer is None:  # a daemon thread: the process ends without it
@@ -77,7 +78,7 @@ class Traces:
             logger.warning("log.trace_dir: %s is slow; the trace of push %s is left out", self._directory, push)
 
     async def settle(self, until: float) -> bool:
-        """Wait for the files, but no longer than `until`; whether they are written."""
+        """Wait for the files, but no longer than `until`. Returns whether all are written."""
         while self._unwritten.unfinished_tasks and time.monotonic() < until:  # noqa: ASYNC110 - the thread knows no loop
             await asyncio.sleep(0.01)
         if left := self._unwritten.unfinished_tasks:
@@ -95,7 +96,7 @@ class Traces:
                 self._unwritten.task_done()
 
     async def answer(self, question: msg.TraceRequest, current: PushTrace | None) -> msg.Traced:
-        """The trace that is asked for; `current` is that of the push under way. Raises `ConfigError` for none."""
+        """Return the trace that is asked for. `current` is the push under way. Raises `ConfigError` if none is kept."""
         found = self._find(question, current)
         if found is None:
             what = f"of model {question.model!r} " if question.model else ""
@@ -116,8 +117,8 @@ class Traces:
 
 
 def write_trace(directory: str, name: str, document: dict[str, Any]) -> None:
-    """Write one, and remove those beyond the newest. A directory that cannot be written to is a warning: the push it is
-    of has ended, and well or badly for other reasons.
+    """Write one trace, and remove all but the newest. If the directory cannot be written to, only warn: the push has
+    ended, and that does not change its outcome.
     """
     folder = Path(directory)
     try:
