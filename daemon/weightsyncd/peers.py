@@ -252,10 +252,16 @@ class Peer:
             return ev.NodeLost(node=self.name, error=error.record())
 
     def _event_of(self, answer: msg.Executed, instruction: do.Instruction, context: PushContext) -> ev.Event | None:
-        """Return the event of an answer, if it has one. Raises `CodecError`; `ProtocolError` if places are missing."""
+        """Return the event of an answer, if it has one.
+
+        Raises `CodecError`; `ProtocolError` if the event is of another engine, or places are missing.
+        """
         if not answer.event:
             return None
         event = structured(answer.event, EVENTS.get(str(answer.event.get("type")), ev.Tick))
+        told, asked = (getattr(of, "engine", None) for of in (event, instruction))
+        if told is not None and told != asked:
+            raise ProtocolError(f"node {self.name} was asked for engine {asked!r} and answered for {told!r}")
         if isinstance(instruction, do.ShowPlaces) and isinstance(event, ev.PlacesShown) and not event.problem:
             engine = instruction.engine
             if answer.places is not None:

@@ -11,9 +11,13 @@ import pytest
 
 from tests.unit.test_keys import free_endpoint
 from weightsync.config import parse_node_config
-from weightsync.errors import DaemonLost
+from weightsync.errors import DaemonLost, ProtocolError
+from weightsync.session import events as ev
+from weightsync.session import instructions as do
 from weightsync.wire import messages as msg
+from weightsync.wire.codec import plain
 from weightsync.wire.daemon_links import ControlServer, PeerLink
+from weightsyncd.context import PushContext
 from weightsyncd.peers import Peer
 
 if TYPE_CHECKING:
@@ -140,17 +144,32 @@ def test_a_daemon_that_is_not_there_yet_breaks_nothing(no_leaks):
     asyncio.run(main())
 
 
-def peer_of(far: Far, lost: list[str], liveness: float = 50.0) -> Peer:
+def made_peer(
+    name: str, endpoint: str = "tcp://127.0.0.1:1", lost: list[str] | None = None, liveness: float = 50.0
+) -> Peer:
     return Peer(
-        "b",
-        far.endpoint,
+        name,
+        endpoint,
         parse_node_config(f'[node]\nname = "a"\n[timeouts]\nliveness = {liveness}\n'),
         key=None,
-        on_lost=lambda node, error: lost.append(f"{node}: {error.message}"),
+        on_lost=lambda node, error: None if lost is None else lost.append(f"{node}: {error.message}"),
         on_rank=lambda node, said: None,
         on_free=lambda: None,
         taken=lambda node, names: None,
     )
+
+
+@pytest.mark.parametrize(
+    ("instruction", "event"),
+    [
+        (do.PauseEngine(engine="e", mode="keep", deadline=1), ev.EnginePaused(engine="other")),
+        (do.RetireBridge(node="b", bridge=0, reason="", deadline=1), ev.EnginePaused(engine="e")),
+    ],
+)
+def test_a_node_answers_for_the_engine_that_it_was_asked_of(instruction, event):
+    """What another engine did is not the answer: the push would wait for the one that it has asked."""
+    with pytest.raises(ProtocolError, match=f"asked for engine .* answered for '{event.engine}'"):
+        made_peer("b")._event_of(msg.Executed(event=plain(event)), instruction, PushContext("p", "m", 1))
 
 
 @pytest.mark.timeout(20)
@@ -160,7 +179,7 @@ def test_a_node_whose_connection_breaks_is_lost_once_and_attached_again(no_leaks
     async def main() -> list[str]:
         lost: list[str] = []
         async with Far() as far:
-            peer = peer_of(far, lost)
+            peer = made_peer("b", far.endpoint, lost)
             keeping = asyncio.create_task(peer.keep())
             try:
                 await until(lambda: peer.info is not None)
@@ -190,7 +209,7 @@ def test_a_daemon_that_stands_still_itself_does_not_lose_a_node_for_that(no_leak
         lost: list[str] = []
         async with Far() as far:
             far.hold_up = (lambda count: 2 <= count <= 3) if often else (lambda count: count == 2)
-            peer = peer_of(far, lost, liveness=1.0)
+            peer = made_peer("b", far.endpoint, lost, liveness=1.0)
             keeping = asyncio.create_task(peer.keep())
             try:
                 await until(lambda: len(far.asked) >= 5 and peer.info is not None)
