@@ -1,8 +1,9 @@
-"""Writes the diagrams of docs/session.md and docs/concepts.md, and the former's tables, from
-`weightsync.session.machine.TRANSITIONS`.
+"""Writes the diagrams of docs/session.md and docs/concepts.md, and the tables of docs/session.md.
+
+They are made from `weightsync.session.machine.TRANSITIONS`.
 
 python docs/make_state_diagram.py            write
-python docs/make_state_diagram.py --check    exit status 1 when a page is not what the table says
+python docs/make_state_diagram.py --check    write nothing; exit status 1 if a page is out of date
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ BEGIN, END = "<!-- made by make_state_diagram.py -->", "<!-- end -->"
 
 
 def edges() -> dict[tuple[State, State], list[str]]:
-    """Which states lead to which other ones, by which events."""
+    """Return the events by which one state leads to another, by pair of states."""
     found: dict[tuple[State, State], list[str]] = {}
     for (state, event), (rule, follows) in TRANSITIONS.items():
         for target in follows:
@@ -28,7 +29,7 @@ def edges() -> dict[tuple[State, State], list[str]]:
 
 
 def diagram(*, events: bool) -> str:
-    """The states and what leads from one to another, as Mermaid."""
+    """Return the states, and the events that lead from one to another, as Mermaid."""
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.OPENING}"]
     for (state, target), names in edges().items():
         label = ", ".join(names) if len(names) <= 3 else f"{', '.join(names[:2])} and {len(names) - 2} more"
@@ -38,7 +39,7 @@ def diagram(*, events: bool) -> str:
 
 
 def rows(state: State) -> list[tuple[str, str, str]]:
-    """What each event means in a state: the event, the rule that decides, the states that may follow."""
+    """Return a row for each event in a state: the event, the rule that decides, the states that may follow."""
     return [
         (
             f"`{event.__name__}`",
@@ -51,12 +52,12 @@ def rows(state: State) -> list[tuple[str, str, str]]:
 
 
 def folded(title: str, lines: list[str]) -> list[str]:
-    """A table behind a line that opens it."""
+    """Return a table that is folded behind a line with its title."""
     return ["", f"<details markdown><summary>{title}</summary>", "", *lines, "", "</details>"]
 
 
 def tables() -> str:
-    """What leads from one state to another; folded, what leads nowhere, and what ended pushes still hear."""
+    """Return the table of events that change the state; folded, those that do not, and those of ended pushes."""
     moving = ["| state | event | decided by | may lead to |", "|---|---|---|---|"]
     staying = ["| state | event | decided by |", "|---|---|---|"]
     for state in (s for s in State if not s.ended):

@@ -1,4 +1,4 @@
-"""What mkdocs is told beside mkdocs.yml: two pages lie in the repository's root, where people look for them."""
+"""Hooks for mkdocs: two pages of the site lie in the repository's root, where people look for them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FROM_ROOT = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md
 
 
 def on_files(files: Any, *, config: Any) -> Any:
-    """Add them, with links that are right from docs/."""
+    """Add the pages of `FROM_ROOT`, with links that are right from docs/."""
     for page, file in FROM_ROOT.items():
         text = (ROOT / file).read_text().replace("](docs/", "](")
         files.append(File.generated(config, page, content=text))

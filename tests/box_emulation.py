@@ -1,4 +1,4 @@
-"""The GPU's kernel run by this machine's processor: `boxes.cu` compiled by a C++ compiler, a thread at a time."""
+"""Runs the GPU kernel on the CPU: `boxes.cu`, compiled by a C++ compiler, one thread at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def library(directory: Path) -> ctypes.CDLL:
 def run(
     library: ctypes.CDLL, items: Any, bases: list[int], totals: int, mode: int, slot: int = 0, threads: int = 1
 ) -> list[int]:
-    """The sums after one launch of one block; what was copied lies in memory."""
+    """Launch one block once, and return the sums. The copies are made in memory."""
     table = np.ascontiguousarray(items)
     addresses = np.array(bases or [0], dtype=np.uint64)
     sums = np.zeros(max(1, totals), dtype=np.uint64)
@@ -62,7 +62,7 @@ def run(
 
 
 class EmulatedKernel:
-    """As `weightsync.device.launch.BoxKernel`, on memory of this process."""
+    """Stands for `weightsync.device.launch.BoxKernel`, on memory of this process."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library

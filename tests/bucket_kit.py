@@ -1,4 +1,4 @@
-"""For tests of who reads buckets: an arena, its sender, and a plan over some tensors, filled as a trainer would."""
+"""For tests of bucket readers: an arena, its sender, and a plan over some tensors, filled as a trainer would."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Buckets:
         self.offer = self.sender.offer("e/0")
 
     def ticket(self, bucket: int) -> bytes:
-        """Fill it, and export it."""
+        """Fill the slot with a bucket, export it, and return the reader's ticket."""
         slot, self.sequence = self.arena.slot(0), self.sequence + 1
         m = self.manifest
         for piece in m.bucket_pieces(bucket):
@@ -60,7 +60,7 @@ class Buckets:
         return self.sender.export(0, int(m.bucket_nbytes[bucket]), self.sequence, ["e/0"])["e/0"]
 
     def close(self) -> None:
-        """Nothing is left."""
+        """Close the sender, and remove the arena."""
         self.sender.close()
         self.arena.close()
         self.arena.unlink()

@@ -19,16 +19,16 @@ settings.register_profile(
     "weightsync",
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
-    phases=[phase for phase in Phase if phase is not Phase.explain],  # which takes longer than a test may
-    derandomize=True,  # what a change is judged by is the same for all; `make test-all` looks for more
+    phases=[phase for phase in Phase if phase is not Phase.explain],  # explaining takes longer than a test may
+    derandomize=True,  # every change is judged by the same examples; `make test-all` looks for more
 )
 settings.register_profile("weightsync-random", settings.get_profile("weightsync"), derandomize=False)
 settings.load_profile("weightsync")
 
-# Two processes share these tests on few cores, and each of theirs would have torch spin on all of them.
+# Two test processes share few cores, and torch in each of their processes would spin on all of them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A shell starts what runs in its background deaf to Ctrl-C, and what that starts too: tests send it to processes.
+# A shell has its background processes ignore SIGINT, and so do their children; but tests send it to processes.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -36,8 +36,9 @@ PROCESSES = [Path(__file__).with_name(name) for name in ("e2e", "faults")]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The limit of a test is there for one that hangs. Module fixtures count too: where they start engines and daemons,
-    and two of these processes share few cores, a first test may well take a minute.
+    """Give tests with engines and daemons 300 seconds: the limit is only there for tests that hang.
+
+    A first test also pays for its module's fixtures, and may take a minute when two test processes share few cores.
     """
     for item in items:
         if any(folder in item.path.parents for folder in PROCESSES) and item.get_closest_marker("timeout") is None:
@@ -46,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _guard():
-    """Nothing that a test starts outlives the process that runs it."""
+    """End all processes that tests started when the test process ends."""
     with guarded():
         yield
 
@@ -57,7 +58,7 @@ def _open_fds() -> dict[str, str]:
         try:
             fds[fd] = os.readlink(f"/proc/self/fd/{fd}")
         except OSError:
-            continue  # it was the listing's own
+            continue  # it was the descriptor of the listing itself
     return fds
 
 
@@ -87,9 +88,9 @@ def no_leaks():
     def new_children() -> list[psutil.Process]:
         return [c for c in psutil.Process().children(recursive=True) if c.pid not in children]
 
-    # What was told to end may take its time to.
+    # Processes that were told to end may take their time.
     assert eventually(lambda: not new_children(), seconds=10), f"left processes: {new_children()}"
-    # A leak stays. What other processes of these tests make is held by nobody at times; what comes now is theirs.
+    # A leak stays. Segments of other test processes are at times held by no process; new ones from now on are theirs.
     made = _segments() - segments
     assert eventually(lambda: not _left(made), seconds=10), f"left shared memory: {_left(made)}"
     assert eventually(lambda: not new_threads(), seconds=10), f"left threads: {new_threads()}"
@@ -97,11 +98,11 @@ def no_leaks():
     def new_fds() -> dict[str, str]:
         return {fd: what for fd, what in _open_fds().items() if fd not in fds}
 
-    # An idle line to a daemon that has ended, of some earlier test, tries now and then to reach it.
+    # An earlier test's idle connection to a daemon that has ended tries to reconnect from time to time.
     assert eventually(lambda: not new_fds(), seconds=10), f"left file descriptors: {new_fds()}"
 
 
 @pytest.fixture
 def unused_port() -> int:
-    """A TCP port on loopback that nobody listens on right now."""
+    """A TCP port on loopback that no process listens on right now."""
     return free_port()

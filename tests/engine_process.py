@@ -41,7 +41,7 @@ class EngineProcess:
     """One engine, front and workers. `kind`, `name`, `url` and `api_key` make it the spec of its own adapter."""
 
     kind = "reference"
-    ca_file, path, gpus, target = None, "auto", (), "all"  # what other brands' adapters ask for
+    ca_file, path, gpus, target = None, "auto", (), "all"  # needed by adapters of other brands
 
     def __init__(self, process: subprocess.Popen[bytes], name: str, directory: Path, api_key: str | None) -> None:
         self.process = process
@@ -53,7 +53,7 @@ class EngineProcess:
 
     @property
     def log(self) -> str:
-        """What front and workers wrote to stderr so far."""
+        """Output of front and workers so far."""
         return (self._directory / "log").read_text()
 
     @property
@@ -68,7 +68,7 @@ class EngineProcess:
         return self.request("POST", path, b"" if body is None else json.dumps(body).encode(), seconds=seconds)
 
     def request(self, method: str, path: str, body: bytes, *, seconds: float = 30.0) -> Answer:
-        """One request over a connection of its own."""
+        """Make one request, over a new connection."""
         address = urlsplit(self.url)
         assert address.hostname is not None
         connection = http.client.HTTPConnection(address.hostname, address.port, timeout=seconds)
@@ -101,11 +101,11 @@ class EngineProcess:
         return answer.body
 
     def kill_worker(self, tp_rank: int) -> None:
-        """SIGKILL, as a crash would end it."""
+        """Kill a worker with SIGKILL, as in a crash."""
         os.kill(self._workers[tp_rank].pid, signal.SIGKILL)
 
     def wait_exit(self, *, seconds: float = 20.0) -> int:
-        """The exit status of the front; fails the test if it lives on, or any worker does."""
+        """Wait until front and workers have ended, and return the front's exit status. Fails if any lives on."""
         status = self.process.wait(timeout=seconds)
         deadline = time.monotonic() + seconds
         while alive := [worker for worker in self._workers if _runs(worker)]:
@@ -135,11 +135,11 @@ class EngineProcess:
                 self.process.kill()
                 self.process.wait(timeout=15)
         for worker in psutil.wait_procs(self._workers, timeout=5)[1]:
-            worker.kill()  # a stopped one, or a bug that a test of its own has to find
+            worker.kill()  # it was stopped; or there is a bug, which another test has to find
 
 
 def _runs(process: psutil.Process) -> bool:
-    """Whether it still executes; one that nobody reaps, as an orphan in a container without an init, does not."""
+    """Return whether the process still executes. A zombie does not; orphans stay such in a container without init."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -158,7 +158,7 @@ def running_engine(
     arguments: tuple[str, ...] = (),
     start_seconds: float = 50.0,
 ) -> Iterator[EngineProcess]:
-    """An engine that is ready; ended at the end of the block, if it is not already."""
+    """Start an engine and wait until it is ready. It is ended at the end of the block."""
     with tempfile.TemporaryDirectory(prefix="weightsync-engine-") as directory:
         root = Path(directory)
         command = [

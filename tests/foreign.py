@@ -1,4 +1,4 @@
-"""Several processes share these tests, and several runs of them a machine: which of what is found is another's."""
+"""Tells the shared memory of other test processes apart: several share one run, and several runs share a machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["foreign_segments"]
 
 
 def foreign_segments(names: set[str]) -> set[str]:
-    """Of these files in /dev/shm, those that a process has open or mapped which was not started from here."""
+    """Return those of these files in /dev/shm that a process not started from here has open or mapped."""
     if not names:
         return set()
     foreign: set[str] = set()
@@ -20,14 +20,14 @@ def foreign_segments(names: set[str]) -> set[str]:
     for process in psutil.process_iter():
         orphan = False
         with contextlib.suppress(psutil.Error):
-            orphan = process.ppid() == 1  # of whoever: perhaps of a daemon that a test from here has killed
+            orphan = process.ppid() == 1  # its parent may be a daemon that a test from here has killed
         if process.pid not in mine and not orphan:
             foreign |= names & _held(process.pid)
     return foreign
 
 
 def _held(pid: int) -> set[str]:
-    """Names of the files in /dev/shm that a process has open or mapped, as far as this user may see."""
+    """Return the names of files in /dev/shm that a process has open or mapped, as far as this user may see."""
     held: set[str] = set()
     with contextlib.suppress(OSError):
         lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()

@@ -1,7 +1,8 @@
-"""Kills what a test process has started, when that ends: `python guard.py NAME=VALUE`, with a pipe from it as stdin.
+"""Kills all processes that a test process started, once it has ended: `python guard.py NAME=VALUE`.
 
-A test process may end without a word, by SIGKILL or a timeout of pytest, and what it has stopped would stand for ever.
-All that it starts, in whatever session or group, has NAME=VALUE in its environment.
+The guard's stdin is a pipe from the test process. That process may end by SIGKILL or a pytest timeout, and processes
+that it has stopped would then stay for ever. All its descendants, in any session or group, have NAME=VALUE in their
+environment.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ import sys
 import time
 from pathlib import Path
 
-_SECONDS = 10.0  # for all of them to be gone
+_SECONDS = 10.0  # for all processes to be gone
 
 
 def marked(mark: bytes) -> list[int]:
-    """Living processes with the mark in their environment."""
+    """Return the pids of living processes with the mark in their environment."""
     found = []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -27,9 +28,9 @@ def marked(mark: bytes) -> list[int]:
 
 
 def main(mark: str) -> None:
-    sys.stdin.buffer.read()  # until nobody can write any more
+    sys.stdin.buffer.read()  # returns once every writer has ended
     deadline = time.monotonic() + _SECONDS
-    while (pids := marked(mark.encode())) and time.monotonic() < deadline:  # one of them may just have started another
+    while (pids := marked(mark.encode())) and time.monotonic() < deadline:  # one may just have started another
         for pid in pids:
             with contextlib.suppress(OSError):
                 os.kill(pid, signal.SIGKILL)

@@ -29,13 +29,13 @@ Tensors = dict[str, tuple[str, tuple[int, ...], bytes]]  # name → dtype, shape
 
 
 def soon(seconds: float = 30.0) -> float:
-    """A deadline."""
+    """Return a deadline this many seconds from now."""
     return time.monotonic() + seconds
 
 
 @asynccontextmanager
 async def connected(spec: EngineSpec) -> AsyncIterator[EngineAdapter]:
-    """The adapter of an engine, closed at the end of the block."""
+    """Make the adapter of an engine, and close it at the end of the block."""
     hands = adapter(spec)
     try:
         yield hands
@@ -44,7 +44,7 @@ async def connected(spec: EngineSpec) -> AsyncIterator[EngineAdapter]:
 
 
 def as_bytes(named: Iterable[tuple[str, object]]) -> Tensors:
-    """Torch tensors as plain bytes."""
+    """Return torch tensors as plain bytes."""
     import torch
 
     out: Tensors = {}
@@ -56,7 +56,7 @@ def as_bytes(named: Iterable[tuple[str, object]]) -> Tensors:
 
 
 def manifest_of(tensors: Tensors, *, slot_bytes: int, aliases: Iterable[tuple[str, str]] = ()) -> Manifest:
-    """The manifest of whole tensors that one rank holds."""
+    """Return the manifest for one rank that holds these tensors whole."""
     shards = [Shard(name, dtype, shape, (0,) * len(shape), shape) for name, (dtype, shape, _) in tensors.items()]
     return plan_push([Layout.of(shards, aliases)], slot_bytes=slot_bytes, owners=1).manifest
 
@@ -115,7 +115,7 @@ class HandPush:
         aliases: Iterable[tuple[str, str]] = (),
         pause: PauseMode = "keep",
     ) -> int | None:
-        """A whole push to one engine; how many tensors were found in it as they were sent."""
+        """Make a whole push to one engine. Returns how many tensors `verify` compared."""
         info = await adapter.probe(deadline=soon())
         manifest = self.manifest(tensors, aliases)
         await adapter.accept(manifest, deadline=soon())
@@ -131,7 +131,7 @@ class HandPush:
 
 
 def sent(manifest: Manifest, tensors: Tensors) -> Words:
-    """The fingerprint of each of the manifest's tensors, worked out from the whole of it."""
+    """Return the fingerprint of each of the manifest's tensors, computed over the whole tensor."""
     table = manifest.tensors
     sums = [
         fingerprint(

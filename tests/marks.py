@@ -10,5 +10,5 @@ __all__ = ["slow"]
 
 
 def slow(*values: Any) -> Any:
-    """These values of a test's parameters, of which others are much alike: in `make test-all` only."""
+    """Mark these parameters as much like others: tested in `make test-all` only."""
     return pytest.param(*values, marks=pytest.mark.slow)

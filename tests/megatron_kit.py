@@ -1,7 +1,7 @@
 """For tests of Megatron trainers: real megatron-core models on the CPU, and a checkpoint put into them.
 
-What a parameter holds is worked out here from whole tensors, by reshaping and `chunk` along the dimension that Megatron
-itself marks, and by its own `get_transformer_layer_offset`: not by any rule of `weightsync.sources.megatron`.
+The values of a parameter are computed here from whole tensors, without any rule of `weightsync.sources.megatron`: by
+reshaping, by `chunk` along the dimension that Megatron itself marks, and by its own `get_transformer_layer_offset`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Shape:
         return self.model_type in ("qwen3", "qwen3_moe")
 
     def facts(self) -> dict[str, Any]:
-        """What `MegatronSource` is told of the checkpoint."""
+        """Return the facts of the checkpoint that `MegatronSource` needs."""
         return {
             "model_type": self.model_type,
             "vocab_size": self.vocab_size,
@@ -56,7 +56,7 @@ class Shape:
 
 
 def checkpoint(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    """Random tensors under the names of the family's Hugging Face checkpoint, the same on each rank."""
+    """Return random tensors under the names of the family's Hugging Face checkpoint, the same on each rank."""
     h, d = shape.hidden_size, shape.head_dim
     q, kv = shape.num_attention_heads * d, shape.num_key_value_heads * d
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab_size, h), "model.norm.weight": (h,)}
@@ -98,7 +98,7 @@ def checkpoint(shape: Shape, dtype: torch.dtype = torch.float32) -> dict[str, to
 
 
 def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32, **options: Any) -> TransformerConfig:
-    """Megatron's configuration of this model, for the parallel state as it is now."""
+    """Return Megatron's configuration of this model, for the parallel state as it is now."""
     moe: dict[str, Any] = {}
     if shape.num_experts:
         moe = {
@@ -140,7 +140,7 @@ def transformer_config(shape: Shape, dtype: torch.dtype = torch.float32, **optio
 
 
 def without_gpus() -> None:
-    """Let megatron-core run where there are none: what it moves to the GPU stays, and experts need no kernels."""
+    """Let megatron-core run without GPUs: tensors that it moves to one stay, and experts need no kernels."""
     device = torch.device("cpu")
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     torch.cuda.current_device = lambda: device  # type: ignore[assignment, return-value]
@@ -148,7 +148,7 @@ def without_gpus() -> None:
 
 
 class NormedColumns(ColumnParallelLinear):  # type: ignore[misc]
-    """As Transformer Engine's `LayerNormLinear`: the norm in front of the layer has its scale in it."""
+    """Stands for Transformer Engine's `LayerNormLinear`: it holds the scale of the norm in front of it."""
 
     def __init__(self, input_size: int, output_size: int, **options: Any) -> None:
         super().__init__(input_size, output_size, **options)
@@ -156,9 +156,9 @@ class NormedColumns(ColumnParallelLinear):  # type: ignore[misc]
 
 
 class GroupedLinear(torch.nn.Module):
-    """As Megatron's `TEGroupedLinear`: a weight for each of this rank's experts, all marked as cut along dimension 0.
+    """Stands for Megatron's `TEGroupedLinear`: a weight for each expert of this rank, all marked as cut on dimension 0.
 
-    Megatron keeps the way they are cut from Transformer Engine, whose `reset_parameters` then marks all alike.
+    Megatron does not tell Transformer Engine how they are cut, so its `reset_parameters` marks all alike.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class RowGrouped(GroupedLinear):
 
 
 def as_transformer_engine(block: Any) -> Any:
-    """The block of local layers with parameters where Transformer Engine's layers have them."""
+    """Change a block of local layers so that parameters are where Transformer Engine's layers have them."""
     for spec in block.layer_specs:
         layer = spec.submodules
         layer.input_layernorm = IdentityOp
@@ -209,7 +209,7 @@ def as_transformer_engine(block: Any) -> Any:
 def build(
     shape: Shape, *, pad: int = 16, like_te: bool = False, dtype: torch.dtype = torch.float32, **options: Any
 ) -> list[GPTModel]:
-    """This rank's stages, in order; the vocabulary is padded to a multiple of `pad` for each rank."""
+    """Build this rank's stages, in order. The vocabulary is padded to a multiple of `pad` for each rank."""
     config = transformer_config(shape, dtype, **options)
     stages = mpu.get_virtual_pipeline_model_parallel_world_size()
     padded = -(-shape.vocab_size // (pad * config.tensor_model_parallel_size)) * pad * config.tensor_model_parallel_size
@@ -293,7 +293,7 @@ def _of_rank(
                 _mlp(weights, f"{block}experts.{first + e}.", names, rest.endswith("1"), world, rank).t()
                 for e in range(here)
             ]
-            # as it lies: one expert's matrix behind the other's
+            # as it lies in memory: one expert's matrix behind the other's
             return torch.cat([one.reshape(-1) for one in each]).view(parameter.shape)
         number = rest.split(".")[3] if "local_experts" in rest else rest.rsplit("weight", 1)[1]
         block += f"experts.{first + int(number)}."

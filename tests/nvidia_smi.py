@@ -1,4 +1,4 @@
-"""An nvidia-smi that answers as one on two H200s did, or otherwise, and counts how often it is asked."""
+"""A fake nvidia-smi that records its calls. It answers as a real one did on two H200s, unless it is told otherwise."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ Legend:
 
 
 def matrix(*rows: str) -> str:
-    """What `topo -p2p r` prints for such cells, with its tabs and spaces."""
+    """Return what `topo -p2p r` prints for these cells, with its tabs and spaces."""
     head = " \t" + "".join(f"GPU{i}\t" for i in range(len(rows)))
     lines = [f" GPU{i}\t" + "".join(f"{cell}\t" for cell in row.split()) for i, row in enumerate(rows)]
     return "\n".join([head, *lines]) + "\n" + _LEGEND
 
 
 class FakeNvidiaSmi:
-    """Put first on PATH by `install`. Each answer can be replaced before or after."""
+    """An nvidia-smi that `install` puts first on PATH. Each answer can be replaced before or after."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
@@ -70,18 +70,18 @@ exit $(cat status)
         return self
 
     def gpus(self, *rows: tuple[str, str, str]) -> None:
-        """UUID, free MiB and MIG mode of each."""
+        """Set the GPUs: UUID, free MiB and MIG mode of each."""
         self.says("".join(f"GPU-{uuid}, {free}, {mig}\n" for uuid, free, mig in rows))
 
     def says(self, text: str) -> None:
-        """Asked for its GPUs."""
+        """Set the answer to a query for GPUs."""
         (self._directory / "gpus").write_text(text)
 
     def peers(self, *rows: str) -> None:
         (self._directory / "peers").write_text(matrix(*rows))
 
     def links(self, *rows: str) -> None:
-        """As `topo -m` shows them, beside a network adapter and the affinities."""
+        """Set the links, as `topo -m` shows them beside a network adapter and the affinities."""
         columns = "".join(f"GPU{i}\t" for i in range(len(rows)))
         head = f"\t\x1b[4m{columns}NIC0\tCPU Affinity\tNUMA Affinity\tGPU NUMA ID\x1b[0m\n"
         lines = [
@@ -97,7 +97,7 @@ exit $(cat status)
         (self._directory / "version").write_text(f"{text}{name}: {version}\n")
 
     def status(self, status: int) -> None:
-        """With which it exits."""
+        """Set the exit status."""
         (self._directory / "status").write_text(str(status))
 
     @property

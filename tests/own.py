@@ -1,7 +1,7 @@
-"""What is a test process's own on a machine that several share: names of nodes, ports, and processes that end with it.
+"""Resources of one test process on a machine that several share: node names, ports, and processes that end with it.
 
-Nodes of one name clear up after each other, in /dev/shm and among processes: tests that kill them, or count what they
-leave, need names that no other test process has which lives at that time, of the same run or of another.
+Nodes with the same name remove each other's remains, in /dev/shm and among processes. So tests that kill nodes, or
+count what they leave, need names that no other live test process has, in the same run or another.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["free_port", "guarded", "named"]
 
 GUARD = Path(__file__).with_name("guard.py")
 MARK = "WEIGHTSYNC_TEST_PROCESS"  # in the environment of everything that is started from here
-PORTS = range(20_000, 32_000, 200)  # below those that the kernel gives to whoever asks for any
+PORTS = range(20_000, 32_000, 200)  # below the kernel's ephemeral ports
 
 
 @functools.cache
 def _claim() -> tuple[int, socket.socket]:
-    """The lowest number that no other test process has, and what holds it: the kernel lets go of that at the end."""
+    """Return the lowest number that no other test process has, and the socket that holds it until its holders end."""
     for number in range(len(PORTS)):
         claim = socket.socket(socket.AF_UNIX)
         try:
@@ -41,8 +41,9 @@ def _claim() -> tuple[int, socket.socket]:
 
 
 def named(stem: str) -> str:
-    """The name of this process's node, bridge or file called `stem`. The same number comes back in a later run, whose
-    daemons thus remove what an interrupted one has left in /dev/shm.
+    """Return the name of this process's node, bridge or file called `stem`.
+
+    A later run uses the same numbers. So its daemons remove what an interrupted run has left in /dev/shm.
     """
     return f"{stem}-{_claim()[0]}"
 
@@ -54,7 +55,7 @@ def _ports() -> Iterator[int]:
 
 
 def free_port() -> int:
-    """A port of this process's own range: nobody else gets it by chance while who listens there restarts."""
+    """Return a free port of this process's own range. No other process gets it by chance while its server restarts."""
     for port in itertools.islice(_ports(), PORTS.step):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
@@ -64,11 +65,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """What is started in the block ends with it or, however that ends, with this process: what stands still, too."""
+    """End processes that are started in the block with the block, or however this process ends; stopped ones, too."""
     _, claim = _claim()
     before = dict(os.environ)
     mark = f"{os.getpid()}-{os.urandom(4).hex()}"
-    # The guard holds the claim as long as it lives: nobody gets the number before it has done.
+    # The guard holds the claim while it lives, so that no process gets the number before the guard is done.
     guard = subprocess.Popen(
         [sys.executable, str(GUARD), f"{MARK}={mark}"],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Writes what a test pushes into the places that an engine's workers show, as bridges of their node do."""
+"""Writes a test's tensors into the places that an engine's workers show, as bridges of their node do."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ class _Job(msgspec.Struct):
 
 
 def write(ranks: Sequence[bytes], manifest: Manifest, tensors: Tensors, gpu: int | None = None) -> None:
-    """Fill all places of these ranks, packed exposures, with their boxes of whole tensors. On a GPU the copies are a
-    launch of our kernel, in host memory numpy's.
+    """Fill all places of these ranks, given as packed exposures, with their boxes of whole tensors.
+
+    On a GPU our kernel makes the copies, in host memory numpy does.
     """
     table = manifest.tensors
     shown = [Exposure.unpack(rank, table) for rank in ranks]
@@ -72,7 +73,7 @@ def _write_on(gpu: int, copies: list[Draw], sources: list[np.ndarray], targets: 
 
 
 def write_elsewhere(ranks: Sequence[bytes], manifest: Manifest, tensors: Tensors, gpu: int | None = None) -> None:
-    """The same, by another process."""
+    """Do the same in another process."""
     job = msgspec.msgpack.encode(_Job(list(ranks), manifest.pack(), tensors, gpu))
     done = subprocess.run(
         [sys.executable, "-m", "tests.places_kit"], input=job, cwd=_ROOT, capture_output=True, timeout=50, check=False

@@ -1,4 +1,4 @@
-"""For tests of plans and sources: buckets filled and read back with nothing but numpy."""
+"""For tests of plans and sources: fills buckets and reads them back, with numpy alone."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def raw_dtype(name: str) -> np.dtype:
-    """The unsigned integers that stand for elements of this dtype."""
+    """Return the unsigned dtype that stands for elements of this dtype."""
     return np.dtype(_RAW[BY_NAME[name].itemsize])
 
 
 def window(offset: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
-    """The index of a box."""
+    """Return the index of a box."""
     return tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))
 
 
 def whole(name: str, dtype: str, shape: tuple[int, ...]) -> Shard:
-    """A tensor that one rank holds all of."""
+    """Return the shard of a rank that holds the whole tensor."""
     return Shard(name, dtype, shape, (0,) * len(shape), shape)
 
 
 def rows(name: str, shape: tuple[int, ...], begin: int, end: int, dtype: str = "float32") -> Shard:
-    """Rows [begin, end) of a tensor."""
+    """Return the shard of rows [begin, end) of a tensor."""
     rest = shape[1:]
     return Shard(name, dtype, shape, (begin, *(0 for _ in rest)), (end - begin, *rest))
 
 
 def rank(*shards: Shard) -> Layout:
-    """The layout of a rank with these shards."""
+    """Return the layout of a rank with these shards."""
     return Layout.of(shards)
 
 
 def filled(plan: Plan, layouts: Sequence[Layout], shards: Sequence[Sequence[np.ndarray]]) -> list[np.ndarray]:
-    """Every bucket as the ranks write it from their shards' data; bytes that nobody writes are 0xEE."""
+    """Return every bucket as the ranks write it from their shards' data. Bytes that no rank writes are 0xEE."""
     m = plan.manifest
     buckets = [np.full(n, 0xEE, np.uint8) for n in m.bucket_nbytes.tolist()]
     for layout, fills, data in zip(layouts, plan.fills, shards, strict=True):
@@ -58,14 +58,14 @@ def filled(plan: Plan, layouts: Sequence[Layout], shards: Sequence[Sequence[np.n
 
 
 def piece_view(m: Manifest, bucket: np.ndarray, piece: int) -> np.ndarray:
-    """A piece in its bucket, as raw elements in its box's shape."""
+    """Return a view of a piece in its bucket: raw elements in its box's shape."""
     begin = int(m.piece_offset[piece])
     dtype = raw_dtype(m.tensors.dtypes[m.piece_tensor[piece]])
     return bucket[begin : begin + int(m.piece_nbytes[piece])].view(dtype).reshape(m.piece_box(piece)[1])
 
 
 def read_back(m: Manifest, buckets: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors in these buckets, as raw elements."""
+    """Return the tensors in these buckets, as raw elements."""
     table = m.tensors
     tensors = {n: np.zeros(s, raw_dtype(d)) for n, d, s in zip(table.names, table.dtypes, table.shapes, strict=True)}
     for bucket, data in enumerate(buckets):

@@ -1,4 +1,4 @@
-"""Quantising to float8 once more, block by block and as plainly as can be; and what a source sends."""
+"""A second, plain implementation of float8 quantising, block by block; and the tensors that a source sends."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["plainly", "quantised_whole", "sent", "tensors_of"]
 
 
 def plainly(x: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Elements and scales of a matrix, or of a stack of them."""
+    """Return the elements and scales of a matrix, or of a stack of matrices."""
     if x.dim() == 3:
         weights, scales = zip(*[plainly(one, block) for one in x], strict=True)
         return torch.stack(weights), torch.stack(scales) if block else torch.cat(scales)
@@ -37,7 +37,7 @@ def plainly(x: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tenso
 def quantised_whole(
     tensors: dict[str, torch.Tensor], names: Iterable[str], block: tuple[int, int] | None
 ) -> dict[str, torch.Tensor]:
-    """What is sent of whole tensors of which these are quantised."""
+    """Return what is sent of whole tensors if the tensors in `names` are quantised."""
     made = dict(tensors)
     for name in names:
         made[name], made[name + ("_scale_inv" if block else "_scale")] = plainly(tensors[name], block)
@@ -45,7 +45,7 @@ def quantised_whole(
 
 
 def sent(weights: object, recipe: Fp8 | str, **how: object) -> dict[str, torch.Tensor]:
-    """All that a source of whole tensors sends, quantised by `recipe`."""
+    """Return all that a source of whole tensors sends, quantised by `recipe`."""
     source = quantised(source_of(weights, **how), recipe)  # type: ignore[arg-type]
     assert isinstance(source, QuantisedSource)
     source.measure()
@@ -53,7 +53,7 @@ def sent(weights: object, recipe: Fp8 | str, **how: object) -> dict[str, torch.T
 
 
 def tensors_of(source: Source) -> dict[str, torch.Tensor]:
-    """The shards of a source, each read in one piece."""
+    """Return the shards of a source by name, each read in one piece."""
     layout = source.layout()
     found = {}
     for i in range(len(layout)):

@@ -1,11 +1,11 @@
-"""Exchanges with a real engine, written down once and played back in unit tests.
+"""Exchanges with a real engine, recorded once and replayed in unit tests.
 
     EngineHttp(spec, transport=Recorder(path, httpx.AsyncHTTPTransport()))    # with the real server; then .save()
     EngineHttp(spec, transport=Replay(path))                                  # without
 
-A replay answers requests in the order in which they were recorded and fails on any that differs, in method, path,
-query or body, from the next one. What differs every time (payloads in base64, socket names, descriptors, the seconds
-that are left of a deadline) is compared by kind only.
+A replay answers requests in the recorded order. It fails on a request that differs from the next one in method, path,
+query or body. Values that differ in every run are compared by kind only: payloads in base64, socket names, descriptors,
+and the seconds that are left of a deadline.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def _known(content: bytes) -> Any:
 
 
 def settled(value: Any) -> Any:
-    """`value` with what differs from run to run replaced by what kind of thing it is."""
+    """Return `value` with everything that differs from run to run replaced by its kind."""
     match value:
         case dict():
             return {key: "<seconds>" if key == "seconds" else settled(item) for key, item in value.items()}
@@ -41,7 +41,7 @@ def settled(value: Any) -> Any:
 
 
 class Recorder(httpx.AsyncBaseTransport):
-    """Forwards to `inner` and remembers; `save` writes the fixture. Headers, and so keys, are not written."""
+    """Forwards to `inner` and records; `save` writes the fixture. Headers, and so keys, are not written."""
 
     def __init__(self, path: Path, inner: httpx.AsyncBaseTransport, **about: str) -> None:
         self.path = path
@@ -70,7 +70,7 @@ class Recorder(httpx.AsyncBaseTransport):
 
 
 class Replay(httpx.AsyncBaseTransport):
-    """Answers from a fixture. `rest()` is what nobody asked for yet."""
+    """Answers from a fixture. `rest()` returns the requests that have not come yet."""
 
     def __init__(self, path: Path) -> None:
         self._exchanges: list[dict[str, Any]] = json.loads(path.read_text())["exchanges"]

@@ -22,7 +22,10 @@ __all__ = ["Model", "read_buckets", "same"]
 def read_buckets(
     weights: Mapping[str, torch.Tensor], slot_bytes: int, device: torch.device | str = "cpu"
 ) -> tuple[Manifest, Iterator[ReadBucket]]:
-    """What a `SlotReader` on `device` reads; no reference to a bucket is left once the next is asked for."""
+    """Return a manifest, and its buckets as a `SlotReader` on `device` reads them.
+
+    No reference to a bucket is left once the next is asked for.
+    """
     tensors = as_bytes(weights.items())
     manifest = manifest_of(tensors, slot_bytes=slot_bytes)
 
@@ -54,11 +57,11 @@ def read_buckets(
 
 
 class Model(torch.nn.Module):
-    """Parameters, and what a loader does with what it is given."""
+    """A model of these parameters, with a loader that calls `load`."""
 
     def __init__(self, parameters: Mapping[str, torch.Tensor], load: Callable[[Any, Any], object]) -> None:
         super().__init__()
-        self.heard: list[str] = []  # names that the loader was called with, of the last push
+        self.heard: list[str] = []  # names that the loader got in the last push
         self._load = load
         for name, value in parameters.items():
             layer, _, leaf = name.rpartition(".")
@@ -77,7 +80,7 @@ class Model(torch.nn.Module):
     def push(
         self, replay: ModelReplay, weights: Mapping[str, torch.Tensor], slot_bytes: int = 1 << 20, *, pull: bool = False
     ) -> None:
-        """One push through `replay`."""
+        """Make one push through `replay`."""
         self.heard = []
         manifest, buckets = read_buckets(weights, slot_bytes, next(self.parameters()).device)
         replay.begin(manifest, self)
@@ -90,11 +93,11 @@ class Model(torch.nn.Module):
         replay.finish(lambda: ModelState.of(self))
 
     def loaded(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """What the parameters are once the loader has loaded these."""
+        """Return the parameters after the loader has loaded these weights."""
         self.load_weights(list(weights.items()))
         return {name: tensor.clone() for name, tensor in ModelState.of(self).tensors.items()}
 
 
 def same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Bit for bit, not-a-numbers too."""
+    """Return whether two tensors are equal bit for bit, NaNs included."""
     return as_bytes([("", one)]) == as_bytes([("", other)])

@@ -1,7 +1,7 @@
-"""A small world around a `PushSession`: carries out its instructions by the book, or not, and watches the promises.
+"""A small world around a `PushSession`: carries out its instructions, or fails them, and asserts its promises.
 
-It keeps its own account of what bridges, ranks and engines would do, and believes nothing that the session says of
-them: who may write into which slot, who holds an export of it, which engine serves.
+The world keeps its own account, without trusting the session: which rank may write into which slot, which reader holds
+an export of it, which engine serves.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class EngineModel:
     loaded: list[int] = field(default_factory=list)
     begun: bool = False
     finished: bool = False
-    spoilt: bool = False  # some of it was written past its buckets, and who knows what: it has to begin anew
+    spoilt: bool = False  # drawing or a delivery wrote an unknown part of it: it has to begin anew
     serving: bool = True
-    deaf: bool = False  # a pause or resume of it failed, or its outcome was lost: it may not be as it was told to be
+    deaf: bool = False  # a pause or resume of it failed, or an outcome was lost: it may not have done as it was told
 
     @property
     def mixed(self) -> bool:
@@ -43,7 +43,7 @@ class EngineModel:
 
 
 class World:
-    """Holds a session, the instructions it has given and that have not ended, and what engines and slots would be."""
+    """Holds a session, its instructions that have not ended, and the states of engines and slots."""
 
     def __init__(
         self,
@@ -62,16 +62,16 @@ class World:
         unable: tuple[str, ...] = (),
         frail: tuple[str, ...] = (),
     ) -> None:
-        """`torn` names an engine that an earlier push has left torn, and so paused; `places` are the ranks' nodes, home
-        for those that are left out. `draws` are engines that would read weights in place, which ranks then offer;
-        those of them that are `unable` find that out when they are asked to. A delivery to one that is `frail` breaks.
+        """`torn` names an engine that an earlier push has left torn, and so paused. `places` are the ranks' nodes;
+        ranks beyond them are at home. `draws` are engines that would draw; ranks then offer their weights in place.
+        Engines that are `unable` find that out when they are asked to. A delivery to a `frail` engine breaks.
         """
         self.draws, self.unable, self.frail = draws, unable, frail
-        self.to_say: list[tuple[int, type[ev.Event]]] = []  # what ranks have to say of their weights in place
+        self.to_say: list[tuple[int, type[ev.Event]]] = []  # events that ranks owe about their exposed weights
         self.shown: set[int] = set()  # ranks that have exposed their weights
         self.measured: set[int] = set()
-        self.placed: set[str] = set()  # engines that have shown where to deliver to
-        self.drawing: set[str] = set()  # engines that may be reading there
+        self.placed: set[str] = set()  # engines that have shown their places
+        self.drawing: set[str] = set()  # engines that may be reading exposed weights
         self.drawn: set[str] = set()
         self.delivering: dict[str, str] = {}  # engines that bridges may be delivering to, and their nodes
         self.retired: set[tuple[str, int]] = set()  # bridges
@@ -106,10 +106,10 @@ class World:
         self.leases: list[tuple[int, int]] = []  # (rank, bucket) to fill
         self.reading: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot it may be reading
         self.exported: dict[tuple[str, int], do.Slot] = {}  # (node, bucket)
-        self.holds: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot, as the books of its bridge say
-        self.void: set[int] = set()  # exports under way into an arena that is gone by now, by id
+        self.holds: dict[tuple[str, int], do.Slot] = {}  # (engine, bucket) → slot, by its bridge's ledger
+        self.void: set[int] = set()  # exports under way, by id, from an arena that is gone by now
         self.writing: dict[tuple[int, int], do.Slot] = {}  # (rank, bucket) → slot that the rank may still write into
-        self.told: dict[str, do.Instruction] = {}  # to pause or resume, last: an engine does what it is told in turn
+        self.told: dict[str, do.Instruction] = {}  # engine → its last pause or resume: it follows them in order
         self.evicted: set[str] = set()
         self.gone: set[str] = set()  # nodes that answer nothing any more
         self.ended: list[do.EndPush] = []
@@ -130,7 +130,7 @@ class World:
             case ev.NodeLost(node=node):
                 self.gone.add(node)
                 for name in (n for n, where in self.engines.items() if where == node):
-                    self.models[name].deaf = True  # there is nobody to tell that it has to pause
+                    self.models[name].deaf = True  # no daemon is left that could pause it
                 self.writing = {k: s for k, s in self.writing.items() if s.node != node}
                 self.leases = [lease for lease in self.leases if self.places[lease[0]] != node]
                 self.holds = {k: s for k, s in self.holds.items() if s.node != node}
@@ -146,7 +146,7 @@ class World:
         self.leases = [lease for lease in self.leases if lease[0] != rank]
 
     def _forget_arena(self, node: str, bridge: int) -> None:
-        """A bridge has another arena: whatever was in the old one is of no consequence any more."""
+        """Forget the slots of a bridge: it has a new arena, and the old one does not matter any more."""
 
         def elsewhere(slot: do.Slot) -> bool:
             return (slot.node, slot.bridge) != (node, bridge)
@@ -216,8 +216,8 @@ class World:
                         self.delivering[name] = node
                     self.pending.append(instruction)
                 case do.RelayBucket(targets=targets):
-                    # some node of them needs it; those of which the engines have left stay in the communicator, which
-                    # another would have to be formed for under broadcasts that are on their way
+                    # at least one node needs it. Nodes whose engines have left stay in the communicator: another could
+                    # not be formed under broadcasts that are on their way
                     there = {target.node for target in targets}
                     takers = [e for e in self.session.engines.values() if e.node in there and not e.stage.ended]
                     assert any(e.name not in self.drawn for e in takers), f"{instruction} is for nobody"
@@ -256,7 +256,7 @@ class World:
         model.spoilt, model.loaded = True, []
 
     def succeed(self, instruction: do.Instruction) -> None:
-        """The instruction ends well."""
+        """Have an instruction succeed."""
         self.pending.remove(instruction)
         event = self._success(instruction)
         if event is not None:
@@ -304,7 +304,7 @@ class World:
             case do.DrawWeights(engine=name):
                 assert not self.models[name].serving or self.session.pause == "none", f"{name} serves while it draws"
                 self.drawing.discard(name)
-                self.models[name].spoilt = False  # who is unable has read nothing
+                self.models[name].spoilt = False  # an engine that is unable has read nothing
                 if name in self.unable:
                     return ev.WeightsDrawn(engine=name, drawn=False)
                 self.models[name].loaded = list(range(len(self.plan)))
@@ -341,7 +341,7 @@ class World:
         raise AssertionError(f"unknown instruction {instruction}")
 
     def fail(self, instruction: do.Instruction, *, lost: bool = False, error: ErrorRecord = ERROR) -> None:
-        """The instruction ends badly."""
+        """Have an instruction fail."""
         self.pending.remove(instruction)
         names = {
             do.ProbeEngine: "probe", do.AcceptEngine: "accept", do.PauseEngine: "pause", do.BeginEngine: "begin",
@@ -360,7 +360,7 @@ class World:
                 self.hear(ev.BridgeLost(node=slot.node, bridge=slot.bridge, error=ERROR))
             case do.AwaitRelease(engine=name, bucket=bucket):
                 self.reading.pop((name, bucket), None)
-                self.holds.pop((name, bucket), None)  # revoked by whoever waited
+                self.holds.pop((name, bucket), None)  # the node that waited has revoked it
                 self.hear(ev.BucketReleased(engine=name, bucket=bucket, leaked=not lost, damaged=lost))
             case do.DeliverWeights(engines=engines):
                 self.delivering.clear()
@@ -371,11 +371,11 @@ class World:
                 name = getattr(instruction, "engine", "")
                 phase = names[type(instruction)]
                 self.models[name].deaf |= lost or isinstance(instruction, do.PauseEngine | do.ResumeEngine)
-                self.models[name].begun |= isinstance(instruction, do.BeginEngine)  # who knows how far it came
+                self.models[name].begun |= isinstance(instruction, do.BeginEngine)  # it may have begun
                 self.hear(ev.EngineFailed(engine=name, phase=phase, error=error, lost=lost))
 
     def lose(self, instruction: do.Instruction) -> None:
-        """Its outcome never comes."""
+        """Have the outcome of an instruction never come."""
         self.pending.remove(instruction)
         self.unheard.append(instruction)
         name = getattr(instruction, "engine", "")
@@ -383,7 +383,7 @@ class World:
             self.models[name].deaf = True
 
     def check_done(self) -> None:
-        """What the next push may count on."""
+        """Assert everything that the next push may count on."""
         session = self.session
         assert not self.holds, f"slots are held after the end: {self.holds}"
         assert not self.writing, f"ranks may write after the end: {self.writing}"
@@ -411,7 +411,7 @@ class World:
         self.hear(ev.RankOpened(rank=rank, layout=layout_of(rank), node=self.places[rank], in_place=in_place))
 
     def say(self, at: int = 0, problem: str = "") -> None:
-        """A rank says where its weights lie, or their fingerprints."""
+        """Have a rank tell where its weights lie, or their fingerprints."""
         rank, kind = self.to_say.pop(at)
         if kind is ev.RankMeasured:
             self.measured.add(rank)
@@ -429,7 +429,7 @@ class World:
         self.hear(ev.RankFilled(rank=rank, bucket=bucket, nbytes=100))
 
     def run_some(self, which: Callable[[do.Instruction], bool]) -> bool:
-        """Fill what is leased, and have those of the instructions end well; False where there was nothing to do."""
+        """Fill all leases, and have the chosen instructions succeed. Returns False if there was nothing to do."""
         before = len(self.history)
         while self.to_say:
             self.say()
@@ -441,7 +441,7 @@ class World:
         return len(self.history) > before
 
     def run(self, steps: int = 10_000) -> None:
-        """Everything ends well, in the order it was asked for."""
+        """Have everything succeed, in the order it was asked for."""
         for _ in range(steps):
             if self.pending:
                 self.succeed(self.pending[0])
@@ -453,7 +453,7 @@ class World:
                 return
 
     def run_mixed(self, steps: int, chance: Random, hung: type[do.Instruction] | None = None) -> None:
-        """Everything ends well, in an order of chance: instructions, but of one kind, ranks' words and fills."""
+        """Have everything succeed in random order: ranks' messages, fills, and all instructions but `hung`."""
         for _ in range(steps):
             which = chance.randrange(3)
             ready = [i for i in self.pending if hung is None or not isinstance(i, hung)]

@@ -1,6 +1,6 @@
 """One example of every message, with every field set.
 
-`tests/golden` holds their bytes: the first as they were at first, each later file what has changed since.
+`tests/golden` holds their bytes: the first file as they were at first, each later file the changes since.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One node and one pair of nodes for all fault tests: starting an engine takes seconds, breaking it does not."""
+"""One node, and two pairs of nodes, for all fault tests: starting an engine takes seconds, breaking it does not."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """With a failure goes what the daemons logged during the test."""
+    """Add to the report of a failed test what the daemons logged during it."""
     report = yield
     if report.failed and isinstance(item, pytest.Function):
         for node in item.funcargs.values():
             if isinstance(node, Node):
                 for daemon in [node.daemon, *node.others]:
-                    if daemon.log.exists():  # not any more, when the last test's end has failed
+                    if daemon.log.exists():  # it is gone if the teardown after the last test failed
                         words = daemon.log.read_text(errors="replace")[node.marks.get(daemon.name, 0) :]
                         report.sections.append((f"log of {daemon.name}", words[-20_000:]))
     return report
@@ -40,7 +40,7 @@ def prepared(fleet: Fleet) -> None:
 
 
 def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
-    """Make the checkpoints that are pushed; start engines, by name and size, and a trainer that listens."""
+    """Make the checkpoints that are pushed. Start engines, by name and tp size, and a trainer that listens."""
     prepared(fleet)
     engines = [
         fleet.start_engine(name, fleet.root / "A", tp=tp, port=free_port(), flags=["--enable-faults"], wait=False)
@@ -57,8 +57,8 @@ def populated(fleet: Fleet, **sizes: int) -> tuple[list[Engine], Child]:
 def _one_node() -> Iterator[Node]:
     with Fleet() as fleet:
         engines, trainer = populated(fleet, e1=1, e2=2)
-        # A rank that is gone is noticed long before what an engine was asked meanwhile is over (`operation`). It has no
-        # peers, and ranks that are at work have three times as long.
+        # With this `liveness`, a lost rank is noticed long before an engine's operation times out (`operation`). It can
+        # be short: the daemon has no peers, and ranks that are at work have three times as long.
         timeouts, log = {**TIMEOUTS, "liveness": 1.5}, {"level": "debug"}
         daemon = fleet.start_daemon(named("fault0"), engines, arena=ARENA, timeouts=timeouts, log=log)
         yield Node(fleet, daemon, engines, trainer)
@@ -71,7 +71,7 @@ def two_nodes(ours: str, theirs: str, **sizes: int) -> Iterator[Node]:
     """Daemons `ours`, which has the first engine and the trainer, and `theirs`, which has the other engines."""
     with Fleet() as fleet:
         engines, trainer = populated(fleet, **sizes)
-        # half of an operation is what a push gives a bridge to load torch: two seconds or more beside another test
+        # a push gives a bridge half of `operation` to load torch, which takes two seconds or more beside another test
         timeouts, log = {**TIMEOUTS, "operation": 12}, {"level": "debug"}
         away = fleet.start_daemon(named(theirs), engines[1:], arena=ARENA, timeouts=timeouts, log=log)
         home = fleet.start_daemon(named(ours), engines[:1], peers=[away], arena=ARENA, timeouts=timeouts, log=log)
@@ -89,7 +89,7 @@ def _two_nodes() -> Iterator[Node]:
 
 
 def no_surprises(*daemons: Daemon) -> None:
-    """Nothing happened that nobody had thought of."""
+    """Assert that the daemons logged no traceback."""
     for daemon in daemons:
         words = daemon.log.read_text()
         assert "Traceback" not in words, words[words.index("Traceback") - 500 :]
@@ -98,15 +98,13 @@ def no_surprises(*daemons: Daemon) -> None:
 
 @pytest.fixture
 def pair(_two_nodes: Node) -> Iterator[Node]:
-    """Two nodes: the engine `home` where the trainer is, and `away1` and `away2` reached through another daemon. As
-    `node` otherwise.
-    """
+    """Two nodes: the engine `home` on the trainer's, `away1` and `away2` behind another daemon. Otherwise as `node`."""
     yield from tried(_two_nodes)
 
 
 @pytest.fixture
 def node(_one_node: Node) -> Iterator[Node]:
-    """One node, whose two engines serve checkpoint `node.before`; whatever a test does to it, the next push mends."""
+    """One node with two engines, which serve checkpoint `node.before`. The next push mends what a test does to it."""
     yield from tried(_one_node)
 
 
@@ -118,14 +116,14 @@ def _leaders() -> Iterator[Node]:
 
 @pytest.fixture
 def leaders(_leaders: Node) -> Iterator[Node]:
-    """Two nodes that are each other's peers, on either of which trainers push; see `tests/faults/leaders.py`."""
+    """Two nodes that are each other's peers, with trainers that push on either; see `tests/faults/leaders.py`."""
     _leaders.marks = {daemon.name: _leaders.log_length(daemon) for daemon in daemons_of(_leaders)}
     yield _leaders
     all_is_well(_leaders)
 
 
 def tried(node: Node) -> Iterator[Node]:
-    """The node with its engines as the last push left them, before the test and after it."""
+    """Lend a node to a test, after a good push, and check it afterwards; if that fails, restore its processes."""
     if not node.before:
         node.check()
     yield node

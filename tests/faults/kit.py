@@ -1,4 +1,4 @@
-"""What the fault tests share: nodes of real processes, ranks that stop where they are told, and what must hold after.
+"""Shared by the fault tests: nodes of real processes, ranks that stop where they are told, and checks for afterwards.
 
 `Node` is one daemon with its engines; `Node.check()` is the end of every test: nothing torn serves, nothing is left,
 and the next push reaches every engine bit for bit.
@@ -45,24 +45,24 @@ TINY = ModelConfig(
     head_dim=16,
 )
 TIMEOUTS = {"liveness": 3, "operation": 4, "grace": 2, "probe": 1, "probe_every": 0.5, "stop": 5, "bridge_start": 20}
-AT_ONCE = 2.5  # seconds of a `Stopwatch`, on a machine that does much else: less than any of what is not waited for
+AT_ONCE = 2.5  # seconds of a `Stopwatch`, on a busy machine: less than any timeout that must not be waited for
 ARENA = {"slot_bytes": "64KiB", "slots": 2}  # eight buckets in two slots
 PROMPT = [5, 17, 211, 3, 42]
 TRAINER = Path(__file__).with_name("trainer.py")
 
 
 def until(condition: Callable[[], bool], what: str, seconds: float = 30.0) -> None:
-    """Wait for what other processes do in their own time."""
+    """Wait until a condition holds that other processes bring about."""
     assert eventually(condition, seconds=seconds), f"not within {seconds:g} s: {what}"
 
 
 def segments(node: str) -> set[str]:
-    """Arenas of a node in /dev/shm."""
+    """Return the names of a node's arenas in /dev/shm."""
     return {p.name for p in Path("/dev/shm").iterdir() if p.name.startswith(f"weightsync-{os.geteuid()}-{node}-")}
 
 
 class Rank:
-    """One trainer rank: a process of its own, driven over a socket."""
+    """One trainer rank: a separate process, driven over a socket."""
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX)
@@ -70,7 +70,7 @@ class Rank:
         self._socket.connect(str(path))
         self._line = self._socket.makefile("rw")
         self.pid: int = self._hear()["pid"]
-        self.seconds = 0.0  # that its last push took which failed
+        self.seconds = 0.0  # duration of its last failed push
         self._watch = Stopwatch()
 
     def push(self, **terms: Any) -> Rank:
@@ -80,7 +80,7 @@ class Rank:
         return self
 
     def wait_at(self, where: str) -> None:
-        """Return when it has stopped at its gate."""
+        """Return when the rank has stopped at its gate."""
         words = self._hear()
         assert words == {"at": where}, words
 
@@ -89,12 +89,13 @@ class Rank:
         self._say({})
 
     def result(self) -> dict[str, Any]:
-        """What `push_weights` came to."""
+        """Return the result of `push_weights`."""
         return self._hear()
 
     def error(self) -> dict[str, Any]:
-        """The fields of the error it raised, without those that are None; and how many seconds it took, without those
-        in which the machine stood still (with them: `seconds`).
+        """Return the fields of the error that the rank raised, without None, and the push's seconds.
+
+        Time in which the machine stood still is left out here, and included in `self.seconds`.
         """
         words = self._hear()
         assert "error" in words, words
@@ -103,7 +104,7 @@ class Rank:
         return {k: v for k, v in words["error"].items() if v is not None} | {"seconds": seconds}
 
     def report(self) -> dict[str, Any]:
-        """The report it returned."""
+        """Return the report that `push_weights` returned."""
         words = self._hear()
         assert "report" in words, words
         report: dict[str, Any] = words["report"]
@@ -113,7 +114,7 @@ class Rank:
         os.kill(self.pid, number)
 
     def close(self) -> None:
-        """End it as a trainer ends."""
+        """End the rank as a trainer ends."""
         self._line.close()
         self._socket.close()
 
@@ -129,7 +130,7 @@ class Rank:
 
 
 def engine_processes(engine: Engine) -> list[psutil.Process]:
-    """An engine's front and workers."""
+    """Return an engine's front and workers."""
     front = psutil.Process(engine.pid)
     return [front, *front.children(recursive=True)]
 
@@ -159,25 +160,26 @@ class Node:
         return next(self.versions)
 
     def start_ranks(self, count: int) -> list[Rank]:
-        """New trainer ranks, which have called nothing yet."""
+        """Start trainer ranks; they have called nothing yet."""
         started = [Rank(self.fleet.root / "trainer.sock") for _ in range(count)]
         self.ranks += started
         return started
 
     def terms(self, rank: int, world: int, **more: Any) -> dict[str, Any]:
-        """The terms of a push of checkpoint C, which no check ever pushes."""
+        """Return the terms of a push of checkpoint C, which no check ever pushes."""
         terms = {"endpoint": self.daemon.endpoint, "checkpoint": self.checkpoint("C"), "rank": rank, "world": world}
         return {**terms, **more}
 
     def push_all(self, ranks: list[Rank], version: int, **more: Any) -> None:
-        """All of them call; `more` may hold `only={rank: terms}` for one of them."""
+        """Have all ranks call. `more` may hold `only={rank: terms}`, for single ranks."""
         only: dict[int, dict[str, Any]] = more.pop("only", {})
         for number, rank in enumerate(ranks):
             rank.push(**self.terms(number, len(ranks), version=version, **{**more, **only.get(number, {})}))
 
     def push_once(self, ranks: list[Rank], **more: Any) -> None:
-        """An ordinary push by these ranks of what engines hold, before one with a short timeout: a fresh rank's first
-        may stand still for seconds, in what it has to load.
+        """Have these ranks push the weights that engines hold already, before a push with a short timeout.
+
+        The first push of a fresh rank may stand still for seconds while it loads libraries.
         """
         self.push_all(ranks, self.next_version(), checkpoint=self.checkpoint(self.before), **more)
         assert all(rank.report()["complete"] for rank in ranks)
@@ -193,7 +195,7 @@ class Node:
         until(lambda: self.push_state() == state, f"the push is {state}")
 
     def wait_waiting_for(self, words: str) -> None:
-        """Return once these words are in what status says that the push waits for."""
+        """Return once status says that the push waits for something with these words."""
         until(lambda: words in getattr(self.status().push, "waiting_for", ""), f"the push waits for {words}")
 
     def wait_idle(self, seconds: float = 25.0) -> None:
@@ -210,7 +212,7 @@ class Node:
         until(lambda: words in log.read_text()[begin:], f"{log.name} says {words!r}")
 
     def wait_attached(self) -> None:
-        """Return once this daemon is connected to those it reaches, and knows their engines to be well."""
+        """Return once this daemon is connected to all its peers."""
         until(
             lambda: all(state == "connected" for state in self.status().peers.values()),
             "the daemons are connected",
@@ -245,7 +247,7 @@ class Node:
         self.order(engine, delay={"endpoint": endpoint, "seconds": 60, "after": after, "times": times})
 
     def clear(self) -> None:
-        """No engine has a fault any more, and those that are held back go on."""
+        """Clear every engine's faults. Requests that are held back go on."""
         for engine in self.engines:
             self.order(engine, clear=True)
 
@@ -259,7 +261,7 @@ class Node:
         return _weights(self.checkpoint(name))
 
     def serves(self, engine: Engine, name: str) -> None:
-        """The engine generates with exactly these weights."""
+        """Assert that the engine generates with exactly these weights."""
         answer = self.post(engine, "/generate", {"prompt_ids": PROMPT, "max_tokens": 6}).raise_for_status().json()
         assert answer["token_ids"] == _tokens(self.checkpoint(name)), f"{engine.name} does not serve {name}"
 
@@ -273,7 +275,7 @@ class Node:
         until(lambda: self.info(engine)["running"] == 1, f"{engine.name} has a request in flight")
 
     def does_not_serve(self, engine: Engine) -> None:
-        """The engine is torn, says so, is paused, and gives no token."""
+        """Assert that the engine is torn, says so, is paused, and gives no token."""
         info = self.info(engine)
         assert info["torn"], f"{engine.name} does not know that it is torn: {info}"
         assert info["paused"], f"{engine.name} is torn and serves"
@@ -281,8 +283,9 @@ class Node:
         assert answer.status_code == 503, answer.text
 
     def torn_or_whole(self, name: str) -> set[str]:
-        """No engine serves a mixture: each serves checkpoint `name` untouched, or is torn and paused. Returns the
-        names of the torn.
+        """Assert that no engine serves a mixture: each serves checkpoint `name` untouched, or is torn and paused.
+
+        Returns the names of torn engines.
         """
         torn = set()
         for engine in self.engines:
@@ -294,13 +297,13 @@ class Node:
         return torn
 
     def push(self, name: str, **options: Any) -> Any:
-        """A push by this process."""
+        """Push a checkpoint from this process."""
         version = self.next_version()
         options = {"timeout": 30, **options}
         return push_weights(self.weights(name), version=version, daemon=self.daemon.endpoint, **options)
 
     def check(self, **options: Any) -> str:
-        """The next push succeeds, and every engine holds its weights and serves them. Returns their name."""
+        """Push, and assert that every engine then holds and serves the weights. Returns the checkpoint's name."""
         for rank in self.ranks:
             rank.close()
         self.ranks.clear()
@@ -317,7 +320,7 @@ class Node:
         return name
 
     def holds(self, name: str, report: Any) -> None:
-        """Every engine of the report was compared, holds these weights bit for bit, and serves them."""
+        """Assert that every engine of the report was compared, holds these weights bit for bit, and serves them."""
         assert report.complete, str(report)
         weights = self.weights(name)
         assert {e.checked for e in report.engines} == {len(weights)}
@@ -328,7 +331,7 @@ class Node:
             self.serves(engine, name)
 
     def nothing_left(self) -> None:
-        """After a push: no hold, no arena, no process and no descriptor more than there must be."""
+        """Assert that a push has left no hold, arena, process or descriptor more than there must be."""
         self.wait_idle()
         for daemon in [self.daemon, *self.others]:
             problems = ""
@@ -341,7 +344,7 @@ class Node:
             assert eventually(is_tidy, seconds=10), f"{daemon.name}: {problems}"
 
     def _tidy(self, daemon: Daemon) -> str:
-        """What the daemon has too much of."""
+        """Return what the daemon has too much of, as text; "" if nothing."""
         status = fetch_status(daemon.endpoint)
         bridges = {b.pid for b in status.bridges}
         children = {c.pid for c in psutil.Process(daemon.pid).children(recursive=True)}
@@ -359,7 +362,7 @@ class Node:
     # --- picking up the pieces ------------------------------------------------------------------------------------
 
     def restore(self) -> None:
-        """Whatever a test has left, failed or not: every process runs again, so that the next test can begin."""
+        """Have every process run again, whatever a test has left, so that the next test can begin."""
         for rank in self.ranks:
             with contextlib.suppress(OSError):
                 rank.close()
@@ -389,7 +392,7 @@ def _healthy(engine: Engine) -> bool:
 
 
 def kill_tree(engine: Engine) -> None:
-    """End an engine with its workers, which may end by themselves meanwhile."""
+    """Kill an engine with its workers, which may end by themselves meanwhile."""
     if engine.process.poll() is None:
         for process in reversed(engine_processes(engine)):
             with contextlib.suppress(psutil.NoSuchProcess):
