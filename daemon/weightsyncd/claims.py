@@ -55,6 +55,7 @@ class Claims:
         self._timeouts = config.timeouts
         self._peers = peers
         self._following = following
+        self._given_back = -float("inf")  # when this node last gave back nodes that it had claimed
 
     def new(self, call: Call) -> Claim:
         """Return a claim of which no node has heard yet."""
@@ -70,6 +71,8 @@ class Claims:
 
     async def make(self, claim: Claim) -> msg.Holder | None:
         """Claim all nodes. Returns what is in the way; None if all nodes that answer are held for the claim."""
+        # nodes given back let other claims try again, and theirs let this one: not at full speed
+        await asyncio.sleep(max(0.0, self._given_back + _MOMENT - time.monotonic()))
         while True:
             if (held := self._following()) is not None:
                 return await self._as_its_leader_says(held)
@@ -87,6 +90,8 @@ class Claims:
 
     def withdraw(self, claim: Claim) -> None:
         """Give back all nodes, because the push does not begin."""
+        if claim.nodes:
+            self._given_back = time.monotonic()
         for node in claim.nodes:
             if (peer := self._peers.get(node)) is not None:
                 peer.tell(msg.Release(push=claim.terms.push))
