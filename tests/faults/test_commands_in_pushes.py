@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.leaders import call, daemons_of
+from tests.marks import slow
 
 pytestmark = pytest.mark.faults
 
@@ -56,7 +57,7 @@ def test_in_the_middle_of_a_push(leaders):
 
 
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("which", [0, slow(1)])
 def test_while_the_daemon_stops(leaders, which):
     """It has a push under way, which has some time to end; who comes later is told that nobody listens."""
     home = leaders.daemon

@@ -8,6 +8,7 @@ import pytest
 
 from tests.faults.kit import TIMEOUTS, until
 from tests.faults.leaders import call, daemons_of
+from tests.marks import slow
 from weightsync.engine_config import EngineConfig
 from weightsync.errors import PushRefused
 from weightsync.operator import change_engines, fetch_status
@@ -28,7 +29,7 @@ def spread(node, ranks, model="default", **terms):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGKILL, slow(signal.SIGTERM)])
 def test_the_daemon_of_a_rank_that_is_elsewhere_restarts_between_pushes(leaders, how):
     """The rank's process goes on, and pushes again by the new daemon."""
     ranks = leaders.start_ranks(2)
@@ -46,7 +47,7 @@ def test_the_daemon_of_a_rank_that_is_elsewhere_restarts_between_pushes(leaders,
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(("read", "first"), [(0, 0), (12, 0), (12, 1)])
+@pytest.mark.parametrize(("read", "first"), [slow(0, 0), (12, 0), slow(12, 1)])
 def test_a_leader_is_killed_and_the_other_node_leads_the_next_push(leaders, read, first):
     """What lives is not started again; the leader's own engines are missed until its daemon is back."""
     daemons = daemons_of(leaders)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.faults.kit import AT_ONCE
 from tests.faults.leaders import MODELS, call, daemons_of
+from tests.marks import slow
 
 pytestmark = pytest.mark.faults
 
@@ -44,7 +45,7 @@ def test_the_second_of_one_model_is_refused(leaders, first):
     assert one.report()["complete"]
 
 
-@pytest.mark.parametrize("round_", range(4))
+@pytest.mark.parametrize("round_", [0, *map(slow, (1, 2, 3))])
 def test_of_two_that_begin_in_one_instant_one_is_refused(leaders, round_):
     daemons = daemons_of(leaders)
     ranks = leaders.start_ranks(2)
@@ -62,7 +63,7 @@ def test_of_two_that_begin_in_one_instant_one_is_refused(leaders, round_):
     assert stopped[0].report()["complete"]
 
 
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("first", [0, slow(1)])
 def test_the_second_of_another_model_waits_for_its_turn(leaders, first):
     daemons = daemons_of(leaders)
     one, other = leaders.start_ranks(2)
@@ -74,7 +75,7 @@ def test_the_second_of_another_model_waits_for_its_turn(leaders, first):
     assert other.report()["complete"]
 
 
-@pytest.mark.parametrize("round_", range(4))
+@pytest.mark.parametrize("round_", [0, *map(slow, (1, 2, 3))])
 def test_two_models_that_begin_in_one_instant_both_commit(leaders, round_):
     daemons = daemons_of(leaders)
     ranks = leaders.start_ranks(2)
