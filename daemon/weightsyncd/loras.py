@@ -68,8 +68,8 @@ class Loras:
     async def push(self, message: msg.PushLora) -> msg.LoraPushed:
         """Have every engine of the model load the LoRA adapter, after other pushes of this node have ended.
 
-        Raises `PushRefused` before any of this node's engines is touched, and `PushTimeout` if another push does not
-        end.
+        Raises `PushRefused`, or `PushAborted` if the directory cannot be written, before any of this node's engines is
+        touched. Raises `PushTimeout` if another push does not end.
         """
         until = time.monotonic() + message.timeout
         mine = [self._engines[name] for name in self._engines.of_model(message.model)]
