@@ -20,6 +20,7 @@ import zmq
 from weightsync.endpoints import check_endpoint
 from weightsync.errors import CodecError, DaemonLost
 from weightsync.wire.codec import decode_untrusted, encode
+from weightsync.wire.inbox import Inbox
 from weightsync.wire.messages import Heartbeat
 from weightsync.wire.sockets import bounded, guarded, socket_path
 
@@ -54,8 +55,8 @@ class TrainerLink:
         roused.bind(address := f"inproc://link-{id(self)}")
         self._wake.connect(address)  # the end that connects can send at once
         self._lock = threading.Lock()
-        self._outbox: queue.Queue[bytes | None] = queue.Queue()
-        self._inbox: queue.Queue[Message | Exception] = queue.Queue()
+        self._outbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._inbox: Inbox[Message | Exception] = Inbox()
         self._listening = False
         self._interval = 0.5
         self._flush = 0.0
@@ -70,8 +71,7 @@ class TrainerLink:
                 f"no weightsyncd listens at {self.endpoint} ({problem})",
                 hint="start one with: weightsyncd --node-config node.toml; or set WEIGHTSYNC_DAEMON to its endpoint",
             )
-        while not self._inbox.empty():
-            self._inbox.get_nowait()
+        self._inbox.clear()
         self._listening = True
         self._rouse()
 
@@ -95,10 +95,7 @@ class TrainerLink:
 
     def receive(self, deadline: float) -> Message | None:
         """Return the next message, or None at the deadline. Raises `DaemonLost` or `CodecError`."""
-        try:
-            got = self._inbox.get(timeout=max(0.0, deadline - time.monotonic()))
-        except queue.Empty:
-            return None
+        got = self._inbox.get(deadline)
         if isinstance(got, Exception):
             raise got
         return got
