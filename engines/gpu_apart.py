@@ -124,7 +124,7 @@ def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
     with ExitStack() as stack:
         servers: dict[tuple[str, str], Server] = {}
         for number, which in enumerate(which for which, ways in wanted.items() if ways):
-            (kind, path), port = which, 36000 + 100 * number
+            (kind, path), port = which, 22000 + 100 * number
             servers[which] = Server(Case(kind, path, tp=options.tp), options.model, port, theirs, options, FLAGS[kind])
             stack.callback(servers[which].stop)
         up = []

@@ -60,7 +60,7 @@ def main() -> int:
         for number, case in enumerate(cases):
             visible, pair = ",".join(map(str, away)), []
             for turn, tag in enumerate(("base", "new")):
-                port = 36000 + 100 * number + 50 * turn
+                port = 22000 + 100 * number + 50 * turn
                 pair.append(Server(case, options.models / f"dense-{tag}", port, visible, options))
                 stack.callback(pair[-1].stop)
             pairs.append(pair)

@@ -66,7 +66,7 @@ def run(fleet: Fleet, stack: ExitStack, options: argparse.Namespace) -> dict[str
     servers, oracles = [], []
     for number, case in enumerate((VLLM, SGLANG)):
         for tag, several in (("base", servers), ("new", oracles)):
-            port = 35000 + 100 * number + (50 if tag == "new" else 0)
+            port = 23000 + 100 * number + (50 if tag == "new" else 0)
             several.append(Server(case, options.models / f"dense-{tag}", port, str(number), options))
             stack.callback(several[-1].stop)
     reference = fleet.start_engine(

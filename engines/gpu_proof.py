@@ -13,20 +13,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from engines.gpu_servers import Case, Server, compare, gpu_memory
+import torch
+
+from engines.gpu_servers import Case, Server, compare, gpu_memory, stop_all
 from weightsync.errors import PushRefused, WeightSyncError
 from weightsync.operator import fetch_status
 from weightsync.sources.checkpoint import CheckpointSource
 from weightsync.trainer.client import push_source
+
+# A stock SGLang does not say that it sleeps: its trainer has to wake it.
+SLEEPERS = (
+    *(Case("vllm", way, sleep=level) for level in "12" for way in ("ipc", "plugin", "extension")),
+    Case("vllm", "plugin", "moe", sleep="2"),
+    *(Case("sglang", "plugin", model, sleep="all") for model in ("dense", "moe")),
+)
 
 
 @dataclass
@@ -39,6 +50,7 @@ class Outcome:
     back_equal: bool = False
     moved: bool = False  # the two checkpoints do generate differently
     seconds: list[float] = field(default_factory=list)
+    freed_mib: list[int] = field(default_factory=list)  # by sleeping before each push
     refused: str = ""  # why nothing was loaded; good if the engine goes on as before
     problem: str = ""
 
@@ -76,15 +88,17 @@ class Daemon:
             )
         self.engines: dict[str, Any] = {}
         deadline = time.monotonic() + 60
-        while time.monotonic() < deadline:
+        while time.monotonic() < deadline and self.process.poll() is None:
             try:
                 self.engines = {e.name: e for e in fetch_status(self.endpoint).engines}
             except WeightSyncError:
                 time.sleep(0.3)
                 continue
-            if all(e.state not in ("unknown",) for e in self.engines.values()):
+            if all(e.state != "unknown" for e in self.engines.values()):
                 return
             time.sleep(0.3)
+        unknown = [name for name, e in self.engines.items() if e.state == "unknown"]
+        print(f"weightsyncd knows nothing of {unknown or 'any engine'}, see {self.log}", flush=True)
 
     def stop(self) -> None:
         self.process.terminate()
@@ -100,8 +114,17 @@ def prove(case: Case, server: Server, daemon: Daemon, wanted: list[Any], options
     outcome.moved = not compare(base, wanted)[0]
     try:
         for version, tag in ((1, "new"), (2, "base"), (3, "new"), (4, "base")):
+            if case.sleep:
+                outcome.freed_mib.append(server.sleep())
             with CheckpointSource(options.models / f"{case.model}-{tag}") as source:
-                report = push_source(source, version=version, model=case.name, daemon=daemon.endpoint, timeout=300.0)
+                report = push_source(
+                    source,
+                    version=version,
+                    model=case.name,
+                    daemon=daemon.endpoint,
+                    timeout=300.0,
+                    quantise=options.models / f"{case.served}-base" if case.quantization == "block" else None,
+                )
             outcome.seconds.append(round(report.seconds, 3))
             if not report.complete:
                 outcome.problem = "; ".join(str(e.error.message) for e in report.engines if e.error)
@@ -166,7 +189,7 @@ def start(cases: list[Case], tag: str, gpus: int, options: argparse.Namespace, p
     servers = []
     for i, case in enumerate(cases):
         visible = ",".join(str((i + k) % gpus) for k in range(case.tp))
-        servers.append(Server(case, options.models / f"{case.model}-{tag}", port + 20 * i, visible, options))
+        servers.append(Server(case, options.models / f"{case.served}-{tag}", port + 20 * i, visible, options))
     return servers
 
 
@@ -182,37 +205,46 @@ def play(
     """Play one round: start the servers on BASE, and those on NEW whose answers are not known yet, and prove each."""
     began = time.monotonic()
     firsts = {c.oracle: Case(c.kind, "", c.model, c.tp, c.quantization) for c in batch if c.oracle not in wanted}
-    oracles = start(list(firsts.values()), "new", gpus, options, port)
-    servers = start(batch, "base", gpus, options, port + 200)
-    for oracle in oracles:
-        problem = oracle.wait()
-        if problem:
-            print(f"oracle {oracle.case.name}: {problem}", flush=True)
-        else:
-            wanted[oracle.case.oracle] = oracle.generate()
-        oracle.stop()
-    problems = {server.case.name: server.wait() for server in servers}
-    ready = [server for server in servers if not problems[server.case.name] and server.case.oracle in wanted]
-    outcomes += [Outcome(name, problem=problem) for name, problem in problems.items() if problem]
-    print(f"{len(ready)} of {len(batch)} servers ready after {time.monotonic() - began:.0f} s", flush=True)
-    daemon = Daemon(ready, options)
-    if not daemon.engines:
-        print(f"weightsyncd does not answer, see {daemon.log}", flush=True)
-    for server in ready:
-        outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
-        o = outcomes[-1]
-        print(
-            f"{'good' if o.good else 'BAD':4} {o.case:26} tokens {o.tokens_equal!s:5} "
-            f"logprob {o.worst_logprob:.0e} "
-            f"back {o.back_equal!s:5} seconds {o.seconds} {o.refused[:200]} {o.problem[:300]}",
-            flush=True,
-        )
-    daemon.stop()
-    if options.soak and ready:
-        soaks.append(soak(ready, options))
-    for server in servers:
-        server.stop()
+    with ExitStack() as running:
+        oracles = start(list(firsts.values()), "new", gpus, options, port)
+        running.callback(stop_all, oracles)
+        servers = start(batch, "base", gpus, options, port + 200)
+        running.callback(stop_all, servers)
+        for oracle in oracles:
+            problem = oracle.wait()
+            if problem:
+                print(f"oracle {oracle.case.name}: {problem}", flush=True)
+            else:
+                wanted[oracle.case.oracle] = oracle.generate()
+        stop_all(oracles)
+        problems = {server.case.name: server.wait() for server in servers}
+        ready = [server for server in servers if not problems[server.case.name] and server.case.oracle in wanted]
+        outcomes += [Outcome(name, problem=problem) for name, problem in problems.items() if problem]
+        print(f"{len(ready)} of {len(batch)} servers ready after {time.monotonic() - began:.0f} s", flush=True)
+        daemon = Daemon(ready, options)
+        running.callback(daemon.stop)
+        for server in ready:
+            outcomes.append(prove(server.case, server, daemon, wanted[server.case.oracle], options))
+            o = outcomes[-1]
+            print(
+                f"{'good' if o.good else 'BAD':4} {o.case:26} tokens {o.tokens_equal!s:5} "
+                f"logprob {o.worst_logprob:.0e} back {o.back_equal!s:5} seconds {o.seconds} "
+                f"freed MiB {o.freed_mib} {o.refused[:200]} {o.problem[:300]}",
+                flush=True,
+            )
+        daemon.stop()
+        took = {o.case for o in outcomes if o.good and not o.refused}
+        if options.soak and (lasting := [server for server in ready if server.case.name in took]):
+            soaks.append(soak(lasting, options))
     print(f"{len(batch)} cases in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def write(outcomes: list[Outcome], soaks: list[dict[str, Any]], gpus: int, options: argparse.Namespace) -> None:
+    if options.json is None:
+        return
+    about = {"gpus": gpus, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "command": sys.argv}
+    cases = [asdict(o) | {"good": o.good} for o in outcomes]
+    options.json.write_text(json.dumps({**about, "cases": cases, "soaks": soaks}, indent=1))
 
 
 def main() -> int:
@@ -225,13 +257,14 @@ def main() -> int:
     p.add_argument("--memory", type=float, default=0.1)
     p.add_argument("--slot", default="4MiB")
     p.add_argument("--side-by-side", type=int, default=6)
-    p.add_argument("--only", default="", help="substrings of cases' names, by commas")
+    p.add_argument("--only", default="*", help="patterns of cases' names, by commas: *-dense-tp1")
     p.add_argument("--soak", type=int, default=0, help="then push so often to all engines of a round at once")
+    p.add_argument("--sleep", action="store_true", help="servers that sleep before each push, too")
+    p.add_argument("--block", action="store_true", help="servers of NAME-block-base too, which is quantised in blocks")
     p.add_argument("--json", type=Path, default=None)
     options = p.parse_args()
     options.logs.mkdir(parents=True, exist_ok=True)
-    import torch
-
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the servers are stopped
     gpus = torch.cuda.device_count()
     ways = {"vllm": ("ipc", "plugin", "extension"), "sglang": ("tensor", "ipc", "plugin")}
     cases = [
@@ -243,21 +276,19 @@ def main() -> int:
             *(Case(kind, way, "moe") for way in ways[kind]),
             *(Case(kind, way, tp=2) for way in ways[kind] if gpus > 1),
             *(Case(kind, way, quantization="fp8") for way in ways[kind]),
+            *(Case(kind, way, quantization="block") for way in ways[kind] if options.block),
+            *(case for case in SLEEPERS if case.kind == kind and options.sleep),
         )
     ]
-    cases = [case for case in cases if any(part in case.name for part in options.only.split(","))]
+    cases = [case for case in cases if any(fnmatch(case.name, pattern) for pattern in options.only.split(","))]
     wanted: dict[tuple[Any, ...], list[Any]] = {}
     outcomes: list[Outcome] = []
     soaks: list[dict[str, Any]] = []
     for number, batch in enumerate(rounds(cases, options.side_by_side)):
-        play(batch, wanted, outcomes, soaks, gpus, options, 34000 + 400 * number)
+        play(batch, wanted, outcomes, soaks, gpus, options, 21000 + 400 * number)
+        write(outcomes, soaks, gpus, options)
     good = sum(o.good for o in outcomes)
     print(f"{good} of {len(cases)} cases good on {gpus} x {torch.cuda.get_device_name(0)}, torch {torch.__version__}")
-    if options.json is not None:
-        about = {"gpus": gpus, "gpu": torch.cuda.get_device_name(0), "torch": torch.__version__, "command": sys.argv}
-        options.json.write_text(
-            json.dumps({**about, "cases": [asdict(o) | {"good": o.good} for o in outcomes], "soaks": soaks}, indent=1)
-        )
     return 0 if good == len(cases) and all(s["equal"] for s in soaks) else 1
 
 

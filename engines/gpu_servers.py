@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import argparse
     from pathlib import Path
 
-__all__ = ["Case", "Server", "compare", "gpu_memory"]
+__all__ = ["Case", "Server", "compare", "free_memory", "gpu_memory", "stop_all"]
 
 PROMPTS = ("Hello", "The quick brown fox", "1 2 3")
 TOKENS = 8
@@ -33,15 +33,21 @@ class Case:
     path: str
     model: str = "dense"
     tp: int = 1
-    quantization: str = ""
+    quantization: str = ""  # fp8: by the engine; block: it serves a checkpoint of fp8 blocks
+    sleep: str = ""  # put to sleep before each push; vLLM's level; SGLang: all, weights and cache
 
     @property
     def oracle(self) -> tuple[Any, ...]:
         return (self.kind, self.model, self.tp, self.quantization)
 
     @property
+    def served(self) -> str:
+        return f"{self.model}-block" if self.quantization == "block" else self.model
+
+    @property
     def name(self) -> str:
-        return "-".join(filter(None, [self.kind, self.path, self.model, f"tp{self.tp}", self.quantization]))
+        sleep = f"sleep-{self.sleep}" if self.sleep else ""
+        return "-".join(filter(None, [self.kind, self.path, self.model, f"tp{self.tp}", self.quantization, sleep]))
 
 
 class Server:
@@ -74,8 +80,10 @@ class Server:
     def _command(self, checkpoint: Path, options: argparse.Namespace) -> list[str]:
         case = self.case
         common = ["--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port)]
-        if case.quantization:
-            common += ["--quantization", case.quantization]
+        if case.quantization == "fp8":
+            common += ["--quantization", "fp8"]
+        if case.sleep:
+            common += ["--enable-sleep-mode" if case.kind == "vllm" else "--enable-memory-saver"]
         if case.kind == "vllm":
             command = [
                 *shlex.split(options.vllm),
@@ -85,7 +93,9 @@ class Server:
                 "--max-model-len",
                 "1024",
             ]
-            command += ["--max-num-seqs", "8", "--gpu-memory-utilization", str(options.memory)]
+            # A cache of given size: vLLM would measure what is free, and other servers start meanwhile.
+            command += ["--max-num-seqs", "8", "--kv-cache-memory-bytes", str(2 << 30)]
+            command += ["--gpu-memory-utilization", str(options.memory)]
             command += ["--attention-backend", "TRITON_ATTN", "--disable-custom-all-reduce"]
             command += ["--tensor-parallel-size", str(case.tp), *common]
             if case.path in BACKENDS:
@@ -118,6 +128,15 @@ class Server:
         telling = [line for line in lines if "Error" in line or "error:" in line] or lines
         return " | ".join(line.strip()[-200:] for line in telling[-3:])
 
+    def sleep(self) -> int:
+        """Put the server to sleep. Returns the MiB of GPU memory that became free."""
+        before = free_memory()
+        if self.case.kind == "vllm":
+            self._post(f"/sleep?level={self.case.sleep}", {})
+        else:
+            self._post("/release_memory_occupation", {"tags": ["weights", "kv_cache"]})
+        return free_memory() - before
+
     def generate(self) -> list[tuple[list[int], list[float]]]:
         """Return greedy tokens and logprobs for each prompt. Caches are flushed: a cached prefix rounds differently."""
         self._post("/reset_prefix_cache" if self.case.kind == "vllm" else "/flush_cache", {})
@@ -141,9 +160,13 @@ class Server:
             content = answer.read()
         return json.loads(content) if content.startswith((b"{", b"[")) else None
 
-    def stop(self) -> None:
+    def terminate(self) -> None:
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGTERM)
+
+    def stop(self) -> None:
+        if self.process.poll() is None:
+            self.terminate()
             with suppress(subprocess.TimeoutExpired):
                 self.process.wait(8)
         with suppress(ProcessLookupError):
@@ -155,6 +178,19 @@ def compare(found: list[Any], wanted: list[Any]) -> tuple[bool, float]:
     tokens = all(f[0] == w[0] for f, w in zip(found, wanted, strict=True))
     worst = max(abs(a - b) for f, w in zip(found, wanted, strict=True) for a, b in zip(f[1], w[1], strict=True))
     return tokens, worst
+
+
+def stop_all(servers: list[Server]) -> None:
+    for server in servers:
+        server.terminate()
+    for server in servers:
+        server.stop()
+
+
+def free_memory() -> int:
+    """Return the MiB that are free, of all GPUs together."""
+    command = ["nvidia-smi", "--query-gpu=memory.free", "--format=csv,noheader,nounits"]
+    return sum(map(int, subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.split()))
 
 
 def gpu_memory() -> dict[int, int]:

@@ -121,7 +121,7 @@ def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
         started = []
         for number, (kind, command, case, flags, ways) in enumerate(kinds):
             if command:
-                server = Server(case, options.model, 36000 + 100 * number, gpus, options, flags)
+                server = Server(case, options.model, 22000 + 100 * number, gpus, options, flags)
                 stack.callback(server.stop)
                 started.append((kind, server, ways))
         if problems := [problem for _, server, _ in started if (problem := server.wait())]:
