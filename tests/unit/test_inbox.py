@@ -13,7 +13,7 @@ from weightsync.wire.inbox import Inbox
 
 
 def test_what_is_put_comes_out_in_order():
-    inbox = Inbox()
+    inbox: Inbox[int] = Inbox()
     inbox.put(1)
     inbox.put(2)
     assert [inbox.get(0.0), inbox.get(0.0), inbox.get(0.0)] == [1, 2, None]
@@ -25,7 +25,8 @@ def test_what_is_put_comes_out_in_order():
 
 def test_a_reader_that_waits_is_woken_for_every_one():
     """Two threads put as fast as they can, and what each puts comes out in its order."""
-    inbox, each = Inbox(), 20_000
+    inbox: Inbox[tuple[int, int]] = Inbox()
+    each = 20_000
     writers = [threading.Thread(target=lambda w=w: [inbox.put((w, i)) for i in range(each)]) for w in range(2)]
     for writer in writers:
         writer.start()
@@ -33,7 +34,7 @@ def test_a_reader_that_waits_is_woken_for_every_one():
     for writer in writers:
         writer.join()
     for number in range(2):
-        assert [item[1] for item in got if item[0] == number] == list(range(each))
+        assert [item[1] for item in got if item is not None and item[0] == number] == list(range(each))
     assert inbox.get(0.0) is None
 
 
@@ -42,7 +43,8 @@ def test_a_short_wait_ends():
     return from such a look: where nobody had to wait for the message before, and the thread is held up for longer
     than it was to wait, it goes on with a negative timeout, which means none.
     """
-    inbox, looks = Inbox(), []
+    inbox: Inbox[int] = Inbox()
+    looks: list[int | None] = []
 
     def look():
         for number in range(20_000):
