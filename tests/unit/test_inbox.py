@@ -27,7 +27,12 @@ def test_a_reader_that_waits_is_woken_for_every_one():
     """Two threads put as fast as they can, and what each puts comes out in its order."""
     inbox: Inbox[tuple[int, int]] = Inbox()
     each = 20_000
-    writers = [threading.Thread(target=lambda w=w: [inbox.put((w, i)) for i in range(each)]) for w in range(2)]
+
+    def write(number: int) -> None:
+        for i in range(each):
+            inbox.put((number, i))
+
+    writers = [threading.Thread(target=write, args=(number,)) for number in range(2)]
     for writer in writers:
         writer.start()
     got = [inbox.get(time.monotonic() + 10) for _ in range(2 * each)]
