@@ -19,6 +19,8 @@ _OURS = (
     "plugin in place",
     "extension in place",
     "plugin delivered",
+    "reference",
+    "reference in place",
 )  # ways through our plugin, which the engine's other ways are compared with
 _LEAST = 0.0095  # seconds: shorter phases are not shown
 
@@ -88,6 +90,8 @@ def name(way: dict[str, Any]) -> str:
     """Return the name of a way as readers know it."""
     if way.get("peer"):
         return str(way["way"])
+    if way["way"].startswith("reference"):
+        return "weightsync, in place" if way["way"].endswith("in place") else "weightsync"
     if way["way"].endswith("in place"):
         return "weightsync, our plugin, in place"
     if way["way"].endswith("delivered"):

@@ -156,7 +156,7 @@ def one(way: str, server: Server, first: int, engine: str, options: argparse.Nam
         arguments += ["--first", str(first)]
         more: Any = {"logs": options.logs, "engine": engine, "ranks": options.tp, "tp": options.tp}
         with Fleet() as fleet:
-            return peers.run(fleet, peers.APART, options.vllm_python, arguments, **more)
+            return peers.run(fleet, peers.APART, "vllm", options.vllm_python, arguments, **more)
     mine, gpus, far = argparse.Namespace(**vars(options)), [], []
     uuids = [str(torch.cuda.get_device_properties(gpu).uuid) for gpu in range(2 * options.tp)]
     if way == "group":

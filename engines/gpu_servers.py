@@ -11,11 +11,11 @@ import time
 import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import argparse
-    from pathlib import Path
 
 __all__ = ["Case", "Server", "compare", "free_memory", "gpu_memory", "stop_all"]
 
@@ -24,6 +24,7 @@ TOKENS = 8
 START = 240.0
 # vLLM's weight transfer backend for each way; the way "nccl" is vLLM's own trainer API
 BACKENDS = {"ipc": "ipc", "group": "nccl", "plugin": "weightsync", "nccl": "nccl"}
+ROOT = Path(__file__).resolve().parent.parent
 EXTENSION = "weightsync.adapters.vllm.extension.WeightSyncExtension"
 
 
@@ -64,8 +65,8 @@ class Server:
         self.log = options.logs / f"{case.name}-{checkpoint.name}.log"
         env = os.environ | {"CUDA_VISIBLE_DEVICES": gpus}
         if case.path in ("plugin", "extension"):
-            env["EXTRA_PYTHONPATH"] = str(options.plugins)
-            env["PYTHONPATH"] = f"{options.plugins}:{env.get('PYTHONPATH', '')}"
+            env["EXTRA_PYTHONPATH"] = f"{options.plugins}:{ROOT}"
+            env["PYTHONPATH"] = f"{options.plugins}:{ROOT}:{env.get('PYTHONPATH', '')}"
         else:
             env.pop("PYTHONPATH", None)
         with self.log.open("wb") as out:

@@ -2,14 +2,15 @@
 
     python -m engines.gpu_speed --model DIR --plugins DIR --vllm vllm --sglang "python -m sglang.launch_server" --tp 2
 
-DIR holds a config.json, and tokenizer files if a server wants them. Servers start with dummy weights. Random weights
-are pushed, in FSDP2 shards of a rank on each GPU. Each server takes pushes its stock way (SGLang's tensors, vLLM's
-`ipc`) and through our plugin. There the first push is recorded, the second proves the recording, and the third is
-replayed and compared; from then on weights are pulled straight out of the slots. Engines' weights are compared with
-those sent in every push that says how many tensors were checked. Then the same in place: engines read the trainer's
-memory, without slots, from the second push of that daemon on. Last come the ways of `--peers`, which people use
-instead, each into the server of its kind and in that server's environment. `--sglang-python` and `--vllm-python` run
-Python there. Prints a line of JSON for each way, and writes the JSON after each. Ceilings of the same run come last.
+DIR holds a config.json, and tokenizer files if a server wants them. Servers start with dummy weights, and with
+`--reference` a reference engine as well. Random weights are pushed, in FSDP2 shards of a rank on each GPU. Each server
+takes pushes its stock way (SGLang's tensors, vLLM's `ipc`) and through our plugin. There the first push is recorded,
+the second proves the recording, and the third is replayed and compared; from then on weights are pulled straight out of
+the slots. Engines' weights are compared with those sent in every push that says how many tensors were checked. Then the
+same in place: engines read the trainer's memory, without slots, from the second push of that daemon on. Last come the
+ways of `--peers`, which people use instead, each into the servers that it can push into and in their environment.
+`--sglang-python` and `--vllm-python` run Python there; what is pushed into the reference engine's loader runs beside
+SGLang. Prints a line of JSON for each way, and writes the JSON after each. Ceilings of the same run come last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bench.gpu_ceilings import measure
 from engines import peers
 from engines.gpu_servers import Case, Server
 from weightsync.config import EngineConfig
-from weightsync.fleet import Fleet
+from weightsync.fleet import Engine, Fleet
 from weightsync.operator import change_engines, fetch_status
 
 if TYPE_CHECKING:
@@ -39,8 +40,14 @@ _TRAINER = Path(__file__).resolve().parent.parent / "bench" / "gpu_trainer.py"
 IN_PLACE = " in place"  # suffix of ways in which engines read the trainer's memory
 DELIVERED = " delivered"  # suffix of ways to an engine on another node, whose bridges write into its parameters
 _WARM = {
-    way + place: 4 for way in ("plugin", "extension") for place in ("", IN_PLACE, DELIVERED)
+    way + place: 4 for way in ("plugin", "extension", "reference") for place in ("", IN_PLACE, DELIVERED)
 }  # pushes that do not count
+_WAYS = {
+    "sglang": ("tensor", "plugin", f"plugin{IN_PLACE}"),
+    "vllm": ("ipc", "extension", f"extension{IN_PLACE}"),
+    "reference": ("reference", f"reference{IN_PLACE}"),
+}
+_BOTH = "engines.vllm_extensions.Extensions"  # weightsync's and checkpoint-engine's
 
 
 def main() -> int:
@@ -49,6 +56,7 @@ def main() -> int:
     p.add_argument("--plugins", type=Path, required=True, help="folder that makes weightsync's plugins known")
     p.add_argument("--vllm", default="")
     p.add_argument("--sglang", default="")
+    p.add_argument("--reference", action="store_true", help="push into a reference engine as well")
     p.add_argument("--peers", nargs="*", default=[], choices=list(peers.PEERS), help="what others use, too")
     p.add_argument("--sglang-python", default="", help="runs Python where SGLang can be imported")
     p.add_argument("--vllm-python", default="", help="the same for vLLM")
@@ -64,8 +72,9 @@ def main() -> int:
     p.add_argument("--json", type=Path, default=None)
     options = p.parse_args()
     for name in options.peers:
-        if not getattr(options, f"{peers.PEERS[name].kind}_python"):
-            p.error(f"--peers {name} needs --{peers.PEERS[name].kind}-python")
+        for kind in peers.PEERS[name].kinds:
+            if getattr(options, kind) and not python_of(kind, options):
+                p.error(f"--peers {name} needs --{'vllm' if kind == 'vllm' else 'sglang'}-python")
     if options.peers and options.tp != torch.cuda.device_count():
         p.error("peers have a rank on each GPU, and each an engine's rank beside it: --tp has to be the number of GPUs")
     options.logs.mkdir(parents=True, exist_ok=True)
@@ -100,60 +109,58 @@ def servers(options: argparse.Namespace, keep: Callable[[dict[str, Any]], None])
     """
     gpus = ",".join(map(str, range(options.tp)))
     dummy = ("--load-format", "dummy")
-    stock = json.dumps({"backend": "ipc"})
-    kinds = [
-        (
-            "sglang",
-            options.sglang,
-            Case("sglang", "plugin", tp=options.tp),
-            dummy,
-            ("tensor", "plugin", f"plugin{IN_PLACE}"),
-        ),
-        (
-            "vllm",
-            options.vllm,
-            Case("vllm", "extension", tp=options.tp),
-            (*dummy, "--weight-transfer-config", stock, "--kv-cache-memory-bytes", str(2 << 30)),
-            ("ipc", "extension", f"extension{IN_PLACE}"),
-        ),
-    ]
+    vllm: tuple[str, ...] = ("--weight-transfer-config", json.dumps({"backend": "ipc"}))
+    if "checkpoint-engine" in options.peers:
+        vllm += ("--worker-extension-cls", _BOTH)
     with ExitStack() as stack:
-        started = []
-        for number, (kind, command, case, flags, ways) in enumerate(kinds):
-            if command:
-                server = Server(case, options.model, 22000 + 100 * number, gpus, options, flags)
-                stack.callback(server.stop)
-                started.append((kind, server, ways))
-        if problems := [problem for _, server, _ in started if (problem := server.wait())]:
+        started: dict[str, Server | Engine] = {}
+        for number, (kind, path, flags) in enumerate((("sglang", "plugin", ()), ("vllm", "extension", vllm))):
+            if getattr(options, kind):
+                case = Case(kind, path, tp=options.tp)
+                real = Server(case, options.model, 22000 + 100 * number, gpus, options, (*dummy, *flags))
+                stack.callback(real.stop)
+                started[kind] = real
+        if options.reference:
+            fleet = stack.enter_context(Fleet())
+            started["reference"] = fleet.start_engine("e0", options.model, tp=options.tp, device="cuda", flags=dummy)
+        if problems := [p for one in started.values() if isinstance(one, Server) and (p := one.wait())]:
             raise SystemExit("\n".join(problems))
         print("servers are ready", flush=True)
         first, software = 1, {}
-        for kind, server, ways in started:
-            for way in ways:
+        for kind, server in started.items():
+            for way in _WAYS[kind]:
                 pushes = options.pushes if way in _WARM else options.stock
                 done = push(kind, server, way, first, pushes, options)
                 software[kind] = done["engine"]
                 keep(done)
                 first += pushes
-        for kind, server, _ in started:
-            for peer in peers.PEERS.values():
-                if peer.kind == kind and peer.name in options.peers:
-                    keep(instead(peer, server, software[kind], first, options))
+        for name, peer in peers.PEERS.items():
+            for kind in peer.kinds:
+                if name in options.peers and kind in started:
+                    keep(instead(peer, kind, started[kind], software[kind], first, options))
                     first += options.stock
 
 
-def instead(peer: peers.Peer, server: Server, engine: str, first: int, options: argparse.Namespace) -> dict[str, Any]:
+def python_of(kind: str, options: argparse.Namespace) -> str:
+    """Return the command that runs Python where peers push into engines of this kind, or ""."""
+    command: str = options.vllm_python if kind == "vllm" else options.sglang_python
+    return command
+
+
+def instead(
+    peer: peers.Peer, kind: str, server: Server | Engine, engine: str, first: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Make the pushes of a peer."""
     arguments = ["--model", str(options.model), "--url", server.url, "--pushes", str(options.stock)]
     arguments += ["--first", str(first)]
-    python, ranks = getattr(options, f"{peer.kind}_python"), torch.cuda.device_count()
+    more: Any = {"logs": options.logs, "engine": engine, "ranks": torch.cuda.device_count(), "tp": options.tp}
     with Fleet() as fleet:
-        return peers.run(fleet, peer, python, arguments, logs=options.logs, engine=engine, ranks=ranks, tp=options.tp)
+        return peers.run(fleet, peer, kind, python_of(kind, options), arguments, **more)
 
 
 def push(
     kind: str,
-    server: Server,
+    server: Server | Engine,
     way: str,
     first: int,
     pushes: int,
@@ -171,7 +178,7 @@ def push(
     ranks = ranks or torch.cuda.device_count()
     with Fleet() as fleet:
         path = way.removesuffix(IN_PLACE).removesuffix(DELIVERED)
-        engine = EngineConfig(name="e0", kind=kind, url=server.url, path=path)
+        engine = EngineConfig(name="e0", kind=kind, url=server.url, path="auto" if kind == "reference" else path)
         sections: Any = {
             "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
             "timeouts": {"operation": 240.0, "probe": 30.0},

@@ -1,14 +1,18 @@
-"""checkpoint-engine's way into SGLang, as in SGLang's own example (sglang.srt.checkpoint_engine.update).
+"""checkpoint-engine's way into SGLang and vLLM, as in their examples, and into the reference engine's parameters.
 
 Runs in an environment with checkpoint-engine 0.1.2, started with torchrun, one process on each GPU of the engine. Its
 ParameterServer holds a checkpoint in pinned host memory: whole tensors, each on one rank. `update` brings them to GPUs
 in buckets (of up to 8 GiB, its default, or less if less memory is free) and broadcasts each over NCCL. The engine reads
-each bucket there through CUDA IPC, within one /update_weights_from_ipc, and learns its contents over ZeroMQ.
+each bucket there through CUDA IPC, within one request, and learns its contents over ZeroMQ. The requests:
+
+sglang      /update_weights_from_ipc, as in sglang.srt.checkpoint_engine.update
+vllm        /collective_rpc for checkpoint-engine's worker extension, as in its examples/update.py
+reference   none; each rank has a process with a rank's parameters of the reference engine (`reference_loader.py`)
 
 Shards are gathered, and each rank registers an equal share of the tensors, in their order, as in that example. This
 happens once and is reported apart: only `gather_metas` and `update` are timed. But a trainer has to gather and register
-again whenever weights have changed (0.1.2 takes new pinned memory each time). As in the example, generation is not
-paused, and the last request flushes the cache. Nothing is compared with the weights that were sent.
+again whenever weights have changed (0.1.2 takes new pinned memory each time). As in the examples, generation is not
+paused; SGLang's cache is flushed, vLLM's is not. Nothing is compared with the weights that were sent.
 """
 
 from __future__ import annotations
@@ -23,6 +27,7 @@ import torch
 import torch.distributed as dist
 from checkpoint_engine import ps as parameter_server
 from peer_ranks import options, run, start, synchronize
+from reference_loader import ReferenceLoader
 
 NAME = "weights"
 ANSWER = 200.0  # seconds for the one request that an update is
@@ -35,12 +40,13 @@ def main() -> None:
     parameter_server._get_ip = lambda: "127.0.0.1"  # used between machines: asks a network that may be missing
     server = parameter_server.ParameterServer()
     before = register(server, weights)
+    tell = teller(arguments)
 
     def push(version: int) -> dict[str, float]:
         times = [time.perf_counter()]
         server.gather_metas(NAME)
         times.append(time.perf_counter())
-        server.update(NAME, lambda paths: request(arguments.url, dict(paths), version))
+        server.update(NAME, lambda paths: tell(dict(paths), version))
         times.append(time.perf_counter())
         return {"metas": times[1] - times[0], "update": times[2] - times[1]}
 
@@ -52,7 +58,7 @@ def main() -> None:
         software=f"checkpoint-engine {checkpoint_engine.__version__}",
         settings=f"ParameterServer.update, broadcasts of up to {limit} GiB, registered once, before all pushes",
         before=before,
-        after=lambda version: check(arguments.url, version),
+        after=(lambda version: check(arguments.url, version)) if arguments.kind == "sglang" else None,
     )
 
 
@@ -73,19 +79,33 @@ def register(server, weights) -> dict[str, float]:
     return {"gather": gathered - began, "register": time.perf_counter() - gathered}
 
 
-def request(url: str, paths: dict[str, str], version: int) -> None:
-    """Have the engine connect to the ranks' sockets. Returns when it has loaded everything."""
-    if dist.get_rank():
-        return
-    body = {"zmq_handles": paths, "flush_cache": True, "weight_version": str(version)}
+def teller(arguments):
+    """Return what has the engine load an update, given each GPU's socket and the version. It returns afterwards."""
+    if arguments.kind == "reference":
+        loader = ReferenceLoader(arguments.model, dist.get_world_size(), dist.get_rank(), wait=ANSWER)
+        return lambda sockets, _version: loader.load(list(sockets.values()))
+
+    def tell(sockets: dict[str, str], version: int) -> None:
+        if dist.get_rank():
+            return
+        if arguments.kind == "vllm":
+            request(f"{arguments.url}/collective_rpc", {"method": "update_weights_from_ipc", "args": [sockets]})
+        else:
+            body = {"zmq_handles": sockets, "flush_cache": True, "weight_version": str(version)}
+            request(f"{arguments.url}/update_weights_from_ipc", body)
+
+    return tell
+
+
+def request(url: str, body: dict[str, object]) -> None:
     try:
-        answer = httpx.post(f"{url}/update_weights_from_ipc", json=body, timeout=ANSWER)
+        answer = httpx.post(url, json=body, timeout=ANSWER)
         answer.raise_for_status()
-        failed = "" if answer.json()["success"] else answer.text
+        failed = "" if answer.json().get("success", True) else answer.text
     except httpx.HTTPError as error:
         failed = f"{type(error).__name__}: {error}"
     if failed:
-        print(f"/update_weights_from_ipc: {failed}", flush=True)
+        print(f"{url}: {failed}", flush=True)
         os._exit(1)  # the ranks would wait for ever for an engine that does not come
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def options(about: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder with config.json")
+    parser.add_argument("--kind", required=True, help="of the server: sglang, vllm or reference")
     parser.add_argument("--url", required=True, help="of the server")
     parser.add_argument("--pushes", type=int, required=True)
     parser.add_argument("--first", type=int, default=1, help="version")

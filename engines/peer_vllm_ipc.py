@@ -4,8 +4,8 @@ Runs in vLLM's environment, started with torchrun, one process on each GPU of th
 examples for FSDP and for HTTP (rlhf_ipc_fsdp_ep.py, rlhf_http_ipc.py):
 
 1. pause, start_weight_update
-2. `IPCWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffer of 1 GiB. Every rank brings
-   whole tensors to it, gathered one after the other with `full_tensor()`.
+2. `IPCWeightTransferEngine.trainer_send_weights` with `packed=True` and its default buffer of 1 GiB, or as large as the
+   largest tensor. Every rank brings whole tensors to it, gathered one after the other with `full_tensor()`.
 3. finish_weight_update, resume
 
 All of this but the loop over tensors is vLLM's code. It is the API of 0.26; later versions have another. Nothing is
@@ -32,6 +32,8 @@ def main() -> None:
     weights = start(arguments.model)
     first, client = dist.get_rank() == 0, HTTPVLLMWeightSyncClient(arguments.url)
     sending = IPCTrainerSendWeightsArgs(send_mode="http", url=arguments.url, packed=True)
+    largest = max(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    sending.packed_buffer_size_bytes = max(sending.packed_buffer_size_bytes, largest)
     if first:
         client.init_weight_transfer_engine({})
 

@@ -33,7 +33,7 @@ class Peer:
     """One script."""
 
     name: str
-    kind: str  # of the servers it pushes into
+    kinds: tuple[str, ...]  # of the servers it pushes into
     script: str
 
 
@@ -42,22 +42,36 @@ class Peer:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("slime", "sglang", "peer_slime.py"),
-        Peer("checkpoint-engine", "sglang", "peer_checkpoint_engine.py"),
-        Peer("vllm-ipc", "vllm", "peer_vllm_ipc.py"),
+        Peer("slime", ("sglang",), "peer_slime.py"),
+        Peer("vllm-ipc", ("vllm",), "peer_vllm_ipc.py"),
+        Peer("checkpoint-engine", ("sglang", "vllm", "reference"), "peer_checkpoint_engine.py"),
     )
 }
-APART = Peer("vllm-nccl", "vllm", "peer_vllm_nccl.py")  # into servers on GPUs of their own: NCCL has one rank on a GPU
+# into servers on GPUs of their own: NCCL has one rank on a GPU
+APART = Peer("vllm-nccl", ("vllm",), "peer_vllm_nccl.py")
 
 
 def run(
-    fleet: Fleet, peer: Peer, python: str, arguments: Sequence[str], *, logs: Path, engine: str, ranks: int, tp: int
+    fleet: Fleet,
+    peer: Peer,
+    kind: str,
+    python: str,
+    arguments: Sequence[str],
+    *,
+    logs: Path,
+    engine: str,
+    ranks: int,
+    tp: int,
 ) -> dict[str, Any]:
-    """Make all pushes of one peer, and return a row like those of `gpu_speed.push`. A row that is not good says why."""
+    """Make all pushes of one peer into an engine of this kind, and return a row like those of `gpu_speed.push`.
+
+    A row that is not good says why.
+    """
+    arguments = [*arguments, "--kind", kind]
     out = fleet.root / peer.name
     out.mkdir()
     command = [*shlex.split(python), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    log = logs / f"{peer.name}.log"
+    log = logs / f"{peer.name}-{kind}.log"
     with log.open("wb") as to:
         process = subprocess.Popen(
             [*command, str(_HERE / peer.script), *arguments, "--out", str(out)],
@@ -74,7 +88,7 @@ def run(
     except FleetError:
         status = -1
         fleet.end(child)
-    print(f"{peer.kind} {peer.name}\n{child.tail(100 if status else 40)}", flush=True)
+    print(f"{kind} {peer.name}\n{child.tail(100 if status else 40)}", flush=True)
     files = [out / f"rank{rank}.json" for rank in range(ranks)]
     if status or not all(file.exists() for file in files):
         return {"engine": engine, "way": peer.name, "peer": True, "good": False, "log": [child.tail(100)]}

@@ -247,13 +247,12 @@ class NodeExecutor:
     async def _check_unchanged(context: PushContext, engine: Engine, deadline: float) -> None:
         """Check that an engine has not restarted, and pause it again if it was resumed by somebody else.
 
-        The first bytes may have been long in coming. An engine that restarted meanwhile serves: raises `EngineLost`. An
-        engine that is about to draw waited for no bytes, so it is not probed again soon after a probe.
+        The first bytes may have been long in coming. An engine that restarted meanwhile serves: raises `EngineLost`. If
+        it was probed a moment ago, it is not probed again.
         """
         known, expected = engine.info, context.incarnations.get(engine.name)
         same = known is not None and known.incarnation == expected and engine.error is None
-        draws = context.exposures is not None and engine.adapter.draws(context.known_manifest())
-        if same and draws and time.monotonic() - engine.asked_at < SOON:
+        if same and time.monotonic() - engine.asked_at < SOON:
             return
         info = await engine.probe(deadline)
         if info.incarnation != context.incarnations.get(engine.name):

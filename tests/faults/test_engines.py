@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import signal
+import time
 
 import pytest
 
 from tests.faults.kit import engine_processes, until
 from weightsync.errors import PushAborted
+from weightsyncd.engines import SOON
 
 pytestmark = pytest.mark.faults
 
@@ -125,6 +127,8 @@ def test_an_engine_that_is_stopped_and_goes_on_later(node, read):
             node.wait_torn(stopped)
         else:
             node.wait_paused(stopped)
+            paused = time.monotonic()
+            until(lambda: time.monotonic() - paused > SOON, "its probe is too old to go by")
     processes = engine_processes(stopped)
     for process in processes:
         process.suspend()
@@ -215,9 +219,11 @@ def test_an_engine_that_somebody_resumes_is_paused_again_before_it_loads(node):
     rank = start(node, gate=["read", 0])
     rank.wait_at("read")
     node.wait_paused(engine)
+    paused = time.monotonic()
     node.post(engine, "/resume", {}).raise_for_status()
     assert not node.info(engine)["paused"]
     node.delay(engine, "/load")
+    until(lambda: time.monotonic() - paused > SOON, "its probe is too old to go by")
     rank.go()
     node.wait_waiting_for("e1 (load, bucket 0)")
     node.does_not_serve(engine)

@@ -274,9 +274,9 @@ class Looked(Hand):
 
     asked = 0
 
-    def __init__(self, *, fails: bool = False, draws: bool = True) -> None:
+    def __init__(self, *, fails: bool = False) -> None:
         super().__init__()
-        self._fails, self._draws = fails, draws
+        self._fails = fails
 
     async def probe(self, *, deadline: float) -> EngineInfo:
         self.asked += 1
@@ -288,9 +288,6 @@ class Looked(Hand):
     async def pause(self, mode: str, *, deadline: float) -> None: ...
 
     async def begin(self, *_: Any, deadline: float) -> None: ...
-
-    def draws(self, manifest: Any) -> bool:
-        return self._draws
 
 
 def alone(hand: Looked) -> tuple[Engine, NodeExecutor, PushContext]:
@@ -340,24 +337,21 @@ def test_what_was_asked_ahead_of_a_push_is_not_asked_again(monkeypatch, case):
     assert hand.asked == (2 if case in ("late", "failed", "done to") else 1)
 
 
-@pytest.mark.parametrize(
-    ("in_place", "draws", "late"), [(True, True, False), (False, True, False), (True, False, False), (True, True, True)]
-)
-def test_only_an_engine_that_draws_and_was_just_asked_is_not_looked_at_again(monkeypatch, in_place, draws, late):
-    hand = Looked(draws=draws)
+@pytest.mark.parametrize("late", [False, True])
+def test_an_engine_that_was_just_asked_is_not_looked_at_again(monkeypatch, late):
+    hand = Looked()
 
     async def run() -> ev.Event | None:
         _, executor, context = alone(hand)
-        context.exposures = cast("Any", object()) if in_place else None
         await executor.execute(context, do.ProbeEngine(engine="e", deadline=soon()))
         if late:
             monkeypatch.setattr("weightsyncd.executor.SOON", -1.0)
         return await executor.execute(context, do.BeginEngine(engine="e", deadline=soon()))
 
     begun = asyncio.run(run())
-    if in_place and draws and not late:
-        assert begun == ev.EngineBegun(engine="e")
-    else:
+    if late:
         assert isinstance(begun, ev.EngineFailed)
         assert begun.error.message == "engine e was restarted during the push"
-    assert hand.asked == (1 if in_place and draws and not late else 2)
+    else:
+        assert begun == ev.EngineBegun(engine="e")
+    assert hand.asked == (2 if late else 1)

@@ -12,11 +12,12 @@ from weightsync.adapters.reference import ops
 from weightsync.adapters.reference.sharding import EMBED, HEAD, SCALE, dtype_of, rank_layout
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
     from weightsync.adapters.reference.config import ModelConfig
+    from weightsync.adapters.reference.sharding import Slice
 
-__all__ = ["Choice", "ParallelDecoder", "Ranks"]
+__all__ = ["Choice", "ParallelDecoder", "Ranks", "place_of"]
 
 Tensor = torch.Tensor
 
@@ -60,6 +61,15 @@ class Ranks:
         parts = [torch.empty_like(mine) for _ in range(self.tp_size)]
         self._group.allgather([parts], [mine]).wait(self._timeout)
         return [part.to(x.device) for part in parts]
+
+
+def place_of(box: Slice, params: Mapping[str, Tensor]) -> Tensor:
+    """Return the place of a box in its parameter, as a view."""
+    stacked = len(box.at) - len(box.shape)
+    place = params[box.param][box.at[:stacked]]
+    for d, (at, count) in enumerate(zip(box.at[stacked:], box.shape, strict=True)):
+        place = place.narrow(d, at, count)
+    return place
 
 
 class Choice(NamedTuple):

@@ -38,7 +38,7 @@ from weightsync.adapters.reference.commands import (
 )
 from weightsync.adapters.reference.config import read_config
 from weightsync.adapters.reference.host import HostParameters
-from weightsync.adapters.reference.parallel import ParallelDecoder, Ranks
+from weightsync.adapters.reference.parallel import ParallelDecoder, Ranks, place_of
 from weightsync.adapters.reference.plugin import BucketLoader
 from weightsync.errors import ConfigError, LocalProtocolError, TransportBroken, WeightSyncError
 from weightsync.plan.manifest import Manifest
@@ -86,13 +86,7 @@ class Worker:
         with open_checkpoint(directory, self.decoder.config) as checkpoint:
             for boxes in self.decoder.layout.slices.values():
                 for box in boxes:
-                    stacked = len(box.at) - len(box.shape)
-                    target = params[box.param]
-                    for expert in box.at[:stacked]:
-                        target = target[expert]
-                    for d, (at, count) in enumerate(zip(box.at[stacked:], box.shape, strict=True)):
-                        target = target.narrow(d, at, count)
-                    target.copy_(checkpoint.read_box(box.tensor, box.offset, box.shape))
+                    place_of(box, params).copy_(checkpoint.read_box(box.tensor, box.offset, box.shape))
 
     def answer(self, command: Command) -> Reply:
         """Run one command. Only a decode step may raise."""
