@@ -182,7 +182,7 @@ def push(
         sections: Any = {
             "arena": {"slots": options.slots, "slot_bytes": options.slot, "device": "cuda", "alignment": 16},
             "timeouts": {"operation": 240.0, "probe": 30.0},
-            "log": {"trace_dir": str(options.traces or "")},
+            "log": {"trace_dir": str(options.traces / f"{kind} {way}") if options.traces else ""},
         }
         others = [fleet.start_daemon("far", node={"gpus": far}, **sections)] if far else []
         daemon = fleet.start_daemon("speed", peers=others, node={"gpus": gpus}, **sections)

@@ -1,7 +1,7 @@
 """Exchanges with a real engine, recorded once and replayed in unit tests.
 
-    EngineHttp(spec, transport=Recorder(path, httpx.AsyncHTTPTransport()))    # with the real server; then .save()
-    EngineHttp(spec, transport=Replay(path))                                  # without
+    EngineHttp(spec, client=Through(Recorder(path, httpx.AsyncHTTPTransport())))    # with the real server; then .save()
+    EngineHttp(spec, client=Through(Replay(path)))                                  # without
 
 A replay answers requests in the recorded order. It fails on a request that differs from the next one in method, path,
 query or body. Values that differ in every run are compared by kind only: payloads in base64, socket names, descriptors,
@@ -13,10 +13,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 
+from weightsync.adapters.connection import HttpClient, HttpResponse
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+URL = "http://engine"
 FIXTURES = Path(__file__).parent / "fixtures" / "engines"
 _OPAQUE = re.compile(r"[A-Za-z0-9+/_=-]{64,}|ipc://\S+")
 
@@ -38,6 +44,21 @@ def settled(value: Any) -> Any:
         case str():
             return _OPAQUE.sub(lambda found: "<ipc>" if found[0].startswith("ipc") else "<bytes>", value)
     return value
+
+
+class Through(HttpClient):
+    """Sends requests through a transport of httpx instead of over a network."""
+
+    def __init__(self, transport: httpx.AsyncBaseTransport, url: str = URL) -> None:
+        super().__init__(url, {})
+        self._url, self._transport = url, transport
+
+    async def request(
+        self, method: str, path: str, body: bytes = b"", *, headers: Mapping[str, str] | None = None
+    ) -> HttpResponse:
+        asked = httpx.Request(method, f"{self._url}{path}", content=body, headers=headers)
+        response = await self._transport.handle_async_request(asked)
+        return HttpResponse(response.status_code, await response.aread())
 
 
 class Recorder(httpx.AsyncBaseTransport):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import signal
 import sys
 from pathlib import Path  # noqa: TC003 - typer reads the annotation
@@ -25,8 +24,6 @@ _STOPS = (signal.SIGTERM, signal.SIGINT)
 
 def _set_up_logging(config: NodeConfig) -> None:
     logs.set_up(config.log.level, config.log.format)
-    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line for each request is of no use to operators
-    logging.getLogger("httpcore").setLevel(logging.WARNING)
 
 
 async def serve(path: Path, changes: list[str], config: NodeConfig) -> None:

@@ -230,6 +230,83 @@ async def test_https_to_a_plain_server_says_so(port):
     await http.close()
 
 
+async def answering(answers, ask):
+    """Have a server answer each request with the next of `answers`. Returns what `ask(http)` does, and connections."""
+    made = []
+
+    async def handle(reader, writer):
+        made.append(writer)
+        try:
+            while answers:
+                await reader.readuntil(b"\r\n\r\n")
+                writer.write(answers.pop(0))
+            await reader.read()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            writer.close()
+
+    async with await asyncio.start_server(handle, "127.0.0.1", 0) as server:
+        http = EngineHttp(spec(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"))
+        found = await ask(http)
+        await http.close()
+    return found, len(made)
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\n[1,\r\n2;x=y\r\n2]\r\n0\r\nT: 1\r\n\r\n", [1, 2]),
+        (b"HTTP/1.1 200 OK\r\ntransfer-encoding: CHUNKED\r\n\r\n0\r\n\r\n", None),
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", []),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", None),
+    ],
+)
+@on_loop
+async def test_answers_as_servers_and_proxies_frame_them(answer, found):
+    async def ask(http):
+        return [await http.get("/", deadline=soon()) for _ in range(2)]
+
+    assert await answering([answer] * 2, ask) == ([found] * 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", "chunk of b'zz' bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nfffffffff\r\n", "chunk of b'fffffffff' bytes"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n", "does not end where it says"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 100_000, "a line of more than"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "without a usable Content-Length"),
+        (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP/1.1"),
+    ],
+)
+@on_loop
+async def test_what_is_no_answer_is_a_lost_engine(answer, words):
+    async def ask(http):
+        with pytest.raises(EngineLost, match=words):
+            await http.get("/", deadline=soon())
+
+    await answering([answer], ask)
+
+
+@pytest.mark.parametrize("reason", ["it failed", "it says so", "it is old", "it was idle"])
+@on_loop
+async def test_a_connection_that_may_be_dropped_is_not_used_again(monkeypatch, reason):
+    """uvicorn drops it after a 500, and once it was idle, without saying so: the next call would look like a loss."""
+    head = {"it failed": b"HTTP/1.1 500 X\r\n", "it is old": b"HTTP/1.0 200 OK\r\n"}.get(reason, b"HTTP/1.1 200 OK\r\n")
+    says = b"Connection: close\r\n" if reason == "it says so" else b""
+    monkeypatch.setattr("weightsync.adapters.connection._IDLE", 0.0 if reason == "it was idle" else 1e9)
+
+    async def ask(http):
+        with suppress(EngineAnswer):
+            await http.get("/", deadline=soon())
+        return await http.get("/", deadline=soon())
+
+    first = head + says + b"Content-Length: 0\r\n\r\n"
+    assert await answering([first, b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"], ask) == (7, 2)
+
+
 def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="cannot be reached"):
         EngineHttp(spec("ftp://x"))

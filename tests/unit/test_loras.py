@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.recorded import Through
 from weightsync import push_lora
 from weightsync.adapters.vllm.control import VLLMAdapter
 from weightsync.config import EngineConfig, NodeConfig, NodeSection, TimeoutConfig
@@ -52,7 +53,7 @@ class Server:
     async def __call__(self, request):
         path = request.url.path
         if self.gone:
-            raise httpx.ConnectError("refused")
+            raise ConnectionRefusedError("refused")
         if path == "/v1/models":
             cards = [{"id": "base", "parent": None}, *({"id": name, "parent": "base"} for name in self.loaded)]
             return httpx.Response(200, json={"data": cards})
@@ -91,7 +92,9 @@ class Node:
         configs = tuple(EngineConfig(name=one, kind="vllm", url="http://127.0.0.1:1") for one in servers)
         self.engines = Engines(configs, TimeoutConfig(), busy=lambda: False)
         for one, server in servers.items():
-            self.engines[one].adapter = VLLMAdapter(self.engines[one].config, transport=httpx.MockTransport(server))
+            self.engines[one].adapter = VLLMAdapter(
+                self.engines[one].config, client=Through(httpx.MockTransport(server))
+            )
         self.busy = False
         self.tasks: list[asyncio.Task[None]] = []
         self.loras = Loras(

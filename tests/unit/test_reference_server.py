@@ -328,7 +328,7 @@ def test_a_connection_in_use_is_not_kept_by_a_client_that_was_closed(serve: Call
         async with connected(served) as hands:
             assert isinstance(hands, ReferenceAdapter)
             client = hands._http
-            asked = asyncio.create_task(client.request("GET", "/status", b"", timeout_seconds=10))
+            asked = asyncio.create_task(client.request("GET", "/status"))
             await asyncio.sleep(0)  # it is under way
             await client.close()
             await asked
@@ -358,7 +358,7 @@ def test_connections_are_kept_and_made_anew_when_the_engine_was_restarted(
             await asyncio.gather(*(hands.probe(deadline=soon()) for _ in range(3)))
             assert len(made) == 3
             assert isinstance(hands, ReferenceAdapter)
-            for idle in hands._http._idle:  # as if the engine had hung up
+            for idle, _ in hands._http._idle:  # as if the engine had hung up
                 idle.reader.feed_eof()
             await hands.probe(deadline=soon())
             assert len(made) == 4

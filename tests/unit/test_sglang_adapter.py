@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from tests.hand_push import Tensors, manifest_of, soon
-from tests.recorded import FIXTURES, Replay
+from tests.recorded import FIXTURES, Replay, Through
 from weightsync.adapters.sglang import orders
 from weightsync.adapters.sglang.control import SGLangAdapter
 from weightsync.adapters.sglang.path_plugin import PluginPath
@@ -72,7 +72,7 @@ async def push(
 
 def replayed(name: str, version: str = "0.5.23", **options: Any) -> tuple[SGLangAdapter, Replay]:
     replay = Replay(FIXTURES / f"sglang-{version}-{name}.json")
-    return SGLangAdapter(spec(**options), transport=replay), replay
+    return SGLangAdapter(spec(**options), client=Through(replay)), replay
 
 
 async def tensor_story(hand: SGLangAdapter, ticket: Callable[[int], bytes]) -> None:
@@ -210,7 +210,7 @@ class Server(httpx.AsyncBaseTransport):
 
 
 def served(server: Server, **options: Any) -> SGLangAdapter:
-    return SGLangAdapter(spec(**options), transport=server)
+    return SGLangAdapter(spec(**options), client=Through(server))
 
 
 def pushed(server: Server, mode: PauseMode = "keep", **options: Any) -> None:
@@ -337,10 +337,10 @@ def test_a_loader_that_quantises_anew_takes_weights() -> None:
 def test_stock_servers_on_gpus_take_handles_for_their_own_gpus(path: str) -> None:
     async def run() -> None:
         named = SimpleNamespace(**vars(spec(path)) | {"gpus": ("GPU-aa", "bb")})
-        hand = SGLangAdapter(named, transport=Server(device="cuda", tp_size=2))
+        hand = SGLangAdapter(named, client=Through(Server(device="cuda", tp_size=2)))
         assert (await hand.probe(deadline=soon())).transport == "torch-cuda"
         await hand.close()
-        blind = SGLangAdapter(spec(path, url="http://127.0.0.1:1"), transport=Server(device="cuda"))
+        blind = SGLangAdapter(spec(path, url="http://127.0.0.1:1"), client=Through(Server(device="cuda")))
         with pytest.raises(EngineError, match="cannot determine which GPUs"):
             await blind.probe(deadline=soon())
         await blind.close()
@@ -659,7 +659,7 @@ def test_a_deadline_that_passes() -> None:
             raise AssertionError
 
     async def run() -> None:
-        hand = SGLangAdapter(spec(), transport=Silent())
+        hand = SGLangAdapter(spec(), client=Through(Silent()))
         with pytest.raises(EngineLost):
             await hand.probe(deadline=soon(0.01))
         await hand.close()

@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from tests.hand_push import manifest_of
-from tests.recorded import FIXTURES, Replay
+from tests.recorded import FIXTURES, Replay, Through
 from weightsync.adapters.vllm.control import VLLMAdapter
 from weightsync.adapters.vllm.path_group import GroupPath
 from weightsync.adapters.vllm.path_ipc import IpcPath
@@ -47,7 +47,7 @@ def soon():
 
 def adapter(transport, path="auto", target="all"):
     spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", path=path, target=target)
-    return VLLMAdapter(spec, transport=transport)
+    return VLLMAdapter(spec, client=Through(transport))
 
 
 def replayed(release, name, path):
@@ -133,7 +133,7 @@ async def test_a_recorded_examination(release):
 async def test_a_recorded_stock_server():
     replay = Replay(FIXTURES / "vllm-0.32.0-stock-ipc.json")
     spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa",))
-    hand = VLLMAdapter(spec, transport=replay)
+    hand = VLLMAdapter(spec, client=Through(replay))
     findings = await hand.examine(deadline=soon())
     assert [finding.level for finding in findings] == ["ok", "ok", "warn", "warn"]
     info = await hand.probe(deadline=soon())
@@ -403,7 +403,7 @@ async def test_a_server_that_restarted_after_it_was_loaded_is_not_labelled(keepe
         server.version = "0.26.0"
         server.routes -= {"/weight_info", "/update_weight_version"}
     spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa",))
-    hand = VLLMAdapter(spec, transport=server.transport())
+    hand = VLLMAdapter(spec, client=Through(server.transport()))
     await hand.probe(deadline=soon())
     await loaded(server, hand, 6)
     await hand.resume(deadline=soon())  # one that was there all the time serves
@@ -657,7 +657,7 @@ async def test_examining_changes_nothing():
 @on_loop
 async def test_an_address_that_others_reach():
     spec = EngineConfig(name="e", kind="vllm", url="http://10.0.0.7:8000")
-    found = judged(await VLLMAdapter(spec, transport=Server().transport()).examine(deadline=soon()))
+    found = judged(await VLLMAdapter(spec, client=Through(Server().transport())).examine(deadline=soon()))
     assert found[0][0] == "warn"
     assert "--host 127.0.0.1" in found[0][1]
 
@@ -702,7 +702,7 @@ async def test_our_plugin_in_several_workers_answers():
 def stock(world):
     server = Server(backend="ipc", plugin=False, world=world, each=world)
     spec = EngineConfig(name="e", kind="vllm", url="http://127.0.0.1:8000", gpus=("GPU-aa", "GPU-bb")[:world])
-    return server, VLLMAdapter(spec, transport=server.transport())
+    return server, VLLMAdapter(spec, client=Through(server.transport()))
 
 
 @on_loop

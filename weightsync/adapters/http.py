@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from http import HTTPStatus
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar, overload
-from urllib.parse import urlsplit
+from urllib.parse import urlencode
 
-import httpx
 import msgspec
 
-from weightsync.errors import ConfigError, EngineError, EngineLost
+from weightsync.adapters.connection import HttpClient
+from weightsync.errors import ConfigError, EngineError, EngineLost, RemoteProtocolError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -34,10 +35,6 @@ _B = TypeVar("_B")
 _C = TypeVar("_C")
 
 _REASON = 600  # characters of an engine's reason that are worth repeating
-_LIMITS = httpx.Limits(max_connections=16, max_keepalive_connections=0)
-"""Each call opens its own connection. uvicorn silently drops idle connections, and any connection after a 500; the next
-call on such a connection would look like a lost engine. A new one on this machine costs less than a millisecond.
-"""
 
 
 class EngineAnswer(EngineError):
@@ -52,36 +49,27 @@ class EngineAnswer(EngineError):
 class EngineHttp:
     """JSON over HTTP to one engine, from one asyncio loop; calls may overlap."""
 
-    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Check the URL, key and certificates without connecting. `transport` replaces the network in tests.
+    def __init__(self, spec: EngineSpec, *, client: HttpClient | None = None) -> None:
+        """Check the URL, key and certificates without connecting. `client` replaces the network in tests.
 
         Raises `ConfigError` for a URL, key or certificate file that cannot be used.
         """
         self.engine = spec.name
         self.url = spec.url.rstrip("/")
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(
-                f"engine {spec.name!r} cannot be reached by {spec.url!r}",
-                engine=spec.name,
-                hint="a URL such as http://127.0.0.1:8000 or https://[::1]:8000",
-            )
         key = spec.api_key
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ConfigError(
                 f"the key of engine {spec.name!r} has characters that no header may have", engine=spec.name
             )
         headers = {"Accept": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
-        self._client = httpx.AsyncClient(
-            base_url=self.url,
-            headers=headers,
-            verify=_tls(spec) if parts.scheme == "https" else False,
-            timeout=None,  # `_send` bounds the whole call; httpx's timeouts apply to each read
-            limits=_LIMITS,
-            transport=transport,
-            trust_env=False,  # the environment's proxy is for the outside world, and no engine is behind it
-            follow_redirects=False,
-        )
+        try:
+            self._client = client or HttpClient(self.url, headers, tls=_tls(spec))
+        except ValueError as error:
+            raise ConfigError(
+                f"engine {spec.name!r} cannot be reached by {spec.url!r}: {error}",
+                engine=spec.name,
+                hint="a URL such as http://127.0.0.1:8000 or https://[::1]:8000",
+            ) from error
 
     def __repr__(self) -> str:
         return f"EngineHttp({self.engine!r}, {self.url!r})"
@@ -104,7 +92,7 @@ class EngineHttp:
         """
         probe = "GET" if method == "POST" else "DELETE"
         status, _ = await self._send(probe, path, None, None, deadline)
-        return status != httpx.codes.NOT_FOUND
+        return status != HTTPStatus.NOT_FOUND
 
     async def call(
         self, method: str, path: str, *, body: Any = None, params: dict[str, Any] | None = None, deadline: float
@@ -112,7 +100,7 @@ class EngineHttp:
         """Send one request and return its answer as `get` does."""
         status, content = await self._send(method, path, body, params, deadline)
         what = f"{method} {path}"
-        if not httpx.codes.is_success(status):
+        if not 200 <= status < 300:
             raise EngineAnswer(what, status, _reason(content), engine=self.engine)
         if not content:
             return None
@@ -123,24 +111,23 @@ class EngineHttp:
 
     async def close(self) -> None:
         """Drop all connections."""
-        await self._client.aclose()
+        await self._client.close()
 
     async def _send(
         self, method: str, path: str, body: Any, params: dict[str, Any] | None, deadline: float
     ) -> tuple[int, bytes]:
         left = max(deadline - monotonic(), 0.0)
-        content = None if body is None else msgspec.json.encode(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        what = f"{method} {path}"
+        content = b"" if body is None else msgspec.json.encode(body)
+        headers = None if body is None else {"Content-Type": "application/json"}
+        what, target = f"{method} {path}", f"{path}?{urlencode(params)}" if params else path
         try:
             async with asyncio.timeout(left):
-                response = await self._client.request(method, path, content=content, params=params, headers=headers)
+                return await self._client.request(method, target, content, headers=headers)
         except TimeoutError as error:
             raise EngineLost(f"no answer to {what} in {left:.1f} s", engine=self.engine) from error
-        except httpx.HTTPError as error:
-            why = str(error) or type(error).__name__
+        except (OSError, EOFError, UnicodeError, RemoteProtocolError) as error:
+            why = "the connection was closed" if isinstance(error, EOFError) else str(error) or type(error).__name__
             raise EngineLost(f"{what} at {self.url}: {why}", engine=self.engine, hint=_hint(why)) from error
-        return response.status_code, response.content
 
 
 @overload
@@ -158,7 +145,9 @@ async def at_once(*questions: Awaitable[Any]) -> tuple[Any, ...]:
         await asyncio.gather(*asked, return_exceptions=True)
 
 
-def _tls(spec: EngineSpec) -> ssl.SSLContext:
+def _tls(spec: EngineSpec) -> ssl.SSLContext | None:
+    if spec.ca_file is None:
+        return None
     try:
         return ssl.create_default_context(cafile=spec.ca_file)
     except OSError as error:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import msgspec
 
 from weightsync.adapters.base import EngineAdapter, EngineInfo
+from weightsync.adapters.connection import HttpClient
 from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.reference.commands import MANIFESTS_KEPT
-from weightsync.adapters.reference.connection import HttpClient
 from weightsync.adapters.verify import Verifier
 from weightsync.errors import CodecError, ConfigError, EngineError, EngineLost, EngineRefused, RemoteProtocolError
 from weightsync.plan.residents import ResidentBoxes
@@ -224,7 +224,8 @@ class ReferenceAdapter(EngineAdapter):
         left = max(deadline - monotonic(), 0)
         try:
             async with asyncio.timeout(left):
-                status, body = await self._http.request(method, path, content, timeout_seconds=min(left, 3600))
+                seconds = {"X-Timeout-Seconds": f"{min(left, 3600):.3f}"}
+                status, body = await self._http.request(method, path, content, headers=seconds)
         except TimeoutError as error:
             raise EngineLost(f"no answer to {method} {path} in {left:.1f} s", engine=self.name, phase=phase) from error
         except (OSError, EOFError, UnicodeError) as error:

@@ -34,10 +34,9 @@ from weightsync.pickling import dumps
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import httpx
-
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import Finding, PauseMode
+    from weightsync.adapters.connection import HttpClient
     from weightsync.adapters.sglang.path import EnginePath
     from weightsync.adapters.sglang.profiles import Profile
     from weightsync.adapters.sglang.server import PluginState, ServerFacts
@@ -69,13 +68,13 @@ class _State(NamedTuple):
 class SGLangAdapter(ReplayingAdapter):
     """One SGLang HTTP server."""
 
-    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
-        """Does not connect yet. `transport` replaces the network in tests."""
+    def __init__(self, spec: EngineSpec, *, client: HttpClient | None = None) -> None:
+        """Does not connect yet. `client` replaces the network in tests."""
         super().__init__(spec.name)
         self._way, self._target = spec.path, spec.target
         self._named_gpus = spec.gpus
         self._keyed = spec.api_key is not None
-        self._http = EngineHttp(spec, transport=transport)
+        self._http = EngineHttp(spec, client=client)
         self.loras = LoraRoutes(self._http, "", "with --enable-lora")
         self._server = Server(self._http)
         self._known: _Known | None = None

@@ -29,10 +29,9 @@ from weightsync.errors import PLUGIN_HINT, EngineError, EngineLost, EngineRefuse
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    import httpx
-
     from weightsync.adapters import EngineSpec
     from weightsync.adapters.base import Finding, PauseMode
+    from weightsync.adapters.connection import HttpClient
     from weightsync.adapters.vllm.path import EnginePath
     from weightsync.adapters.vllm.server import Hello
     from weightsync.plan.manifest import Manifest
@@ -47,12 +46,12 @@ _INSTALL = f"""{PLUGIN_HINT}; then start it with --weight-transfer-config '{{"ba
 
 
 class VLLMAdapter(ReplayingAdapter):
-    """Drives one vLLM server. `transport` replaces the network in tests."""
+    """Drives one vLLM server. `client` replaces the network in tests."""
 
-    def __init__(self, spec: EngineSpec, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, spec: EngineSpec, *, client: HttpClient | None = None) -> None:
         super().__init__(spec.name)
         self._spec = spec
-        self._http = EngineHttp(spec, transport=transport)
+        self._http = EngineHttp(spec, client=client)
         self.loras = LoraRoutes(self._http, "/v1", "with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
         self._started: str | None = None  # when the server's process started, from its metrics
         self._began_in: str | None = None  # `_started` as it was when the last update began
@@ -301,16 +300,14 @@ class VLLMAdapter(ReplayingAdapter):
         params = {"reset_running_requests": "false" if kept else "true"}
         if server.connector:  # without a connector, older servers report a failure (vllm-project/vllm#42693)
             params["reset_external"] = "true"
-        answer: Any = await self._http.call(
-            "POST",
-            "/reset_prefix_cache",
-            params=params,
-            deadline=deadline,
-        )
+        prefixes = self._http.call("POST", "/reset_prefix_cache", params=params, deadline=deadline)
+        answer: Any
+        if "/reset_encoder_cache" in server.routes:
+            answer, _ = await at_once(prefixes, self._http.post("/reset_encoder_cache", deadline=deadline))
+        else:
+            answer = await prefixes
         # older versions answer with 200 and no body, whatever happened
         if isinstance(answer, dict) and answer.get("success") is False and not kept:
             raise EngineError(
                 f"the prefix cache of engine {self.name} could not be reset", engine=self.name, phase="finish"
             )
-        if "/reset_encoder_cache" in server.routes:
-            await self._http.post("/reset_encoder_cache", deadline=deadline)

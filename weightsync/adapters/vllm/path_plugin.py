@@ -8,7 +8,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from weightsync.adapters.held import HeldSums
-from weightsync.adapters.http import EngineAnswer
+from weightsync.adapters.http import EngineAnswer, at_once
 from weightsync.adapters.places import ToldPlaces
 from weightsync.adapters.vllm.path import EnginePath
 from weightsync.adapters.vllm.server import first_names, ticket_seconds, told_of_replay
@@ -137,11 +137,13 @@ class ExtensionPath(EnginePath):
         await self.server.workers("finish", deadline=deadline, draft=self.draft, update=self._token)
 
     async def set_weight_version(self, text: str, *, deadline: float) -> None:
-        await super().set_weight_version(text, deadline=deadline)
-        if text.isdecimal():
-            draft = {"draft": True} if self.draft else {}
-            answers = await self.server.workers("serve", deadline=deadline, version=int(text), **draft)
-            self.replay = told_of_replay(answers, self.server.engine)
+        kept = super().set_weight_version(text, deadline=deadline)
+        if not text.isdecimal():
+            await kept
+            return
+        draft = {"draft": True} if self.draft else {}
+        _, answers = await at_once(kept, self.server.workers("serve", deadline=deadline, version=int(text), **draft))
+        self.replay = told_of_replay(answers, self.server.engine)
 
     async def sums(self, manifest: Manifest, *, deadline: float) -> list[HeldSums]:
         """Ask every worker what it holds of the push that has ended."""
