@@ -22,6 +22,7 @@ _OURS = (
     "reference",
     "reference in place",
 )  # ways through our plugin, which the engine's other ways are compared with
+_LONG = 0.2  # seconds from which on two digits are enough
 _LEAST = 0.0095  # seconds: shorter phases are not shown
 
 
@@ -37,7 +38,8 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
         each, warm = counted(way)
         beside = [(w, m) for w, m in zip(found, medians, strict=True) if w["engine"] == way["engine"]]
         ours = next((m for w, m in beside if w["way"] in _OURS), None)
-        spread = f"{median:.2f} ({min(each):.2f}–{max(each):.2f}) s"
+        digits = 2 if median >= _LONG else 3
+        spread = f"{median:.{digits}f} ({min(each):.{digits}f}–{max(each):.{digits}f}) s"
         rows.append(
             [
                 way["engine"],
@@ -45,7 +47,7 @@ def loaders(document: dict[str, Any], table: Any) -> list[str]:
                 f"**{spread}**" if median == min(m for _, m in beside) else spread,
                 str(len(each)),
                 ratio(median / ours) if ours else "–",
-                f"{way['until_filled']:.2f} s",
+                f"{way['until_filled']:.{digits}f} s",
                 f"{way['checked'][-1]:,} of {way['tensors']:,} tensors" if way["checked"][-1] else "none",
                 phases(way["phases"]),
                 " / ".join(f"{seconds:.1f}" for seconds in warm) + " s",
@@ -111,4 +113,4 @@ def note(way: dict[str, Any]) -> str:
     if not way.get("peer"):
         return ""
     before = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in way.get("before", {}).items())
-    return f"- {way['way']}: {way['software']}, {way['settings']}{f'; before the pushes: {before}' if before else ''}"
+    return f"- {way['way']} into {way['engine']}: {way['software']}, {way['settings']}{f'; before the pushes: {before}' if before else ''}"

@@ -279,7 +279,7 @@ def test_pushes_into_engines_are_measured_by_our_plugin_in_the_same_engine():
     )
     assert "| a | slime | 2.00 (2.00–2.00) s | 1 | 4.0 |" in lines[6]
     assert "| b | weightsync, stock server (`ipc`) | **3.00 (3.00–3.00) s** | 1 | – |" in lines[7]
-    assert "- slime: S 1, as told; before the pushes: register 3.0 s" in lines
+    assert "- slime into a: S 1, as told; before the pushes: register 3.0 s" in lines
     assert "- vllm-ipc into b: failed in this run" in lines
     assert lines[-1] == "`x.py --tp 2`"
 
