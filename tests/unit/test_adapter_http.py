@@ -323,12 +323,12 @@ async def test_a_connection_that_may_be_dropped_is_not_used_again(monkeypatch, r
 @on_loop
 async def test_a_connection_is_idle_from_when_it_was_asked(monkeypatch, port):
     """This loop may have been blocked since the answer, which the server may have dropped meanwhile."""
-    monkeypatch.setattr("weightsync.adapters.connection._IDLE", 0.1)
+    monkeypatch.setattr("weightsync.adapters.connection._IDLE", 0.05)
     http = EngineHttp(spec(f"http://127.0.0.1:{port}"))
     asked = asyncio.create_task(http.get("/echo", deadline=soon()))
     await asyncio.sleep(0)
     while not asked.done():
-        time.sleep(0.2)  # noqa: ASYNC251 - what blocks a loop
+        time.sleep(0.06)  # noqa: ASYNC251 - what blocks a loop
         await asyncio.sleep(0)
     connections = http._client._idle
     (before,) = [one.writer for one, _ in connections]
