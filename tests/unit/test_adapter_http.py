@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import http.server
 import json
 import socket
@@ -10,6 +11,7 @@ import ssl
 import subprocess
 import threading
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from functools import wraps
 
@@ -260,6 +262,7 @@ async def answering(answers, ask):
         (b"HTTP/1.1 200 OK\r\ntransfer-encoding: CHUNKED\r\n\r\n0\r\n\r\n", None),
         (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]", []),
         (b"HTTP/1.1 204 No Content\r\n\r\n", None),
+        (b"HTTP/1.1 204 No Content\r\nTransfer-Encoding: chunked\r\n\r\n", None),
     ],
 )
 @on_loop
@@ -278,6 +281,7 @@ async def test_answers_as_servers_and_proxies_frame_them(answer, found):
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nab\r\n", "does not end where it says"),
         (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"1" * 100_000, "a line of more than"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", "without a usable Content-Length"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", "encoded as b'gzip, chunked'"),
         (b"SSH-2.0-OpenSSH\r\n\r\n", "no HTTP/1.1"),
     ],
 )
@@ -290,12 +294,21 @@ async def test_what_is_no_answer_is_a_lost_engine(answer, words):
     await answering([answer], ask)
 
 
-@pytest.mark.parametrize("reason", ["it failed", "it says so", "it is old", "it was idle"])
+DROPPED = {
+    "it failed": b"HTTP/1.1 500 X\r\n",
+    "it refused": b"HTTP/1.1 400 X\r\n",
+    "it is old": b"HTTP/1.0 200 OK\r\n",
+    "it says so": b"HTTP/1.1 200 OK\r\nConnection: close\r\n",
+    "it says so among others": b"HTTP/1.1 200 OK\r\nConnection: X-Hop, Close\r\n",
+    "it says so once": b"HTTP/1.1 200 OK\r\nConnection: close\r\nConnection: X-Hop\r\n",
+}
+
+
+@pytest.mark.parametrize("reason", [*DROPPED, "it was idle"])
 @on_loop
 async def test_a_connection_that_may_be_dropped_is_not_used_again(monkeypatch, reason):
-    """uvicorn drops it after a 500, and once it was idle, without saying so: the next call would look like a loss."""
-    head = {"it failed": b"HTTP/1.1 500 X\r\n", "it is old": b"HTTP/1.0 200 OK\r\n"}.get(reason, b"HTTP/1.1 200 OK\r\n")
-    says = b"Connection: close\r\n" if reason == "it says so" else b""
+    """uvicorn drops it after an error, or once it was idle, without saying so: the next call would look like a loss."""
+    head = DROPPED.get(reason, b"HTTP/1.1 200 OK\r\n")
     monkeypatch.setattr("weightsync.adapters.connection._IDLE", 0.0 if reason == "it was idle" else 1e9)
 
     async def ask(http):
@@ -303,8 +316,71 @@ async def test_a_connection_that_may_be_dropped_is_not_used_again(monkeypatch, r
             await http.get("/", deadline=soon())
         return await http.get("/", deadline=soon())
 
-    first = head + says + b"Content-Length: 0\r\n\r\n"
+    first = head + b"Content-Length: 0\r\n\r\n"
     assert await answering([first, b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n7"], ask) == (7, 2)
+
+
+@on_loop
+async def test_a_connection_is_idle_from_when_it_was_asked(monkeypatch, port):
+    """This loop may have been blocked since the answer, which the server may have dropped meanwhile."""
+    monkeypatch.setattr("weightsync.adapters.connection._IDLE", 0.05)
+    http = EngineHttp(spec(f"http://127.0.0.1:{port}"))
+    asked = asyncio.create_task(http.get("/echo", deadline=soon()))
+    await asyncio.sleep(0)
+    while not asked.done():
+        time.sleep(0.06)  # noqa: ASYNC251 - what blocks a loop
+        await asyncio.sleep(0)
+    connections = http._client._idle
+    (before,) = [one.writer for one, _ in connections]
+    await http.get("/echo", deadline=soon())
+    assert [one.writer for one, _ in connections] != [before]
+    await http.close()
+
+
+@on_loop
+async def test_what_nobody_asked_for_is_no_answer():
+    """Such as a proxy's 408 on an idle connection, or a body that is longer than it says."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n"
+
+    async def ask(http):
+        return [await http.get("/", deadline=soon()) for _ in range(3)]
+
+    answers = [answer + b"1" + answer + b"9", answer + b"2", answer + b"3"]
+    assert await answering(answers, ask) == ([1, 2, 3], 2)
+
+
+@on_loop
+async def test_what_is_too_late_is_not_sent():
+    async def ask(http):
+        await http.post("/first", deadline=soon())  # its connection is kept
+        with pytest.raises(EngineLost, match=r"in 0\.0 s"):
+            await http.post("/late", deadline=time.monotonic() - 1)
+        await asyncio.sleep(0.05)
+
+    answers = [b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"] * 2
+    await answering(answers, ask)
+    assert len(answers) == 1
+
+
+def test_nothing_is_left_open_over_tls(certificate):
+    """A connection is dropped after an error, without a word from its peer."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate / "cert.pem", certificate / "key.pem")
+    with serving(context=context) as port, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", ResourceWarning)
+
+        async def ask():
+            http = EngineHttp(spec(f"https://127.0.0.1:{port}", ca_file=str(certificate / "cert.pem")))
+            with pytest.raises(EngineAnswer):
+                await http.get("/nowhere", deadline=soon())
+            await http.get("/echo", deadline=soon())
+            with pytest.raises(EngineAnswer):
+                await http.get("/vllm-error", deadline=soon())
+            await http.close()
+
+        asyncio.run(ask())
+        gc.collect()
+    assert [str(one.message) for one in warned if "transport" in str(one.message)] == []
 
 
 def test_what_cannot_be_used_is_refused(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ __all__ = ["MAX_BODY", "HttpClient", "HttpResponse"]
 MAX_BODY = 256 << 20  # bytes
 _MAX_HEAD = 64 << 10
 _IDLE = 2.0  # seconds; uvicorn drops a connection that was idle for 5, just as the next call may come
-_FAILED = 500  # uvicorn drops a connection after such an answer, without saying so
+_FAILED = 400  # uvicorn may drop a connection after such an answer, without saying so: vLLM's comes with an exception
 _WITHOUT_BODY = (204, 304)
 
 
@@ -64,7 +64,7 @@ class HttpClient:
         self._port = parts.port or (443 if secure else 80)
         self._prefix = parts.path.rstrip("/")
         self._headers = _lines({"Host": parts.netloc, **headers})
-        self._idle: list[tuple[_Connection, float]] = []  # and since when
+        self._idle: list[tuple[_Connection, float]] = []  # and when it was last asked
         self._closed = False
 
     async def request(
@@ -74,19 +74,18 @@ class HttpClient:
 
         Raises `OSError` or `EOFError` if there is no whole answer, `RemoteProtocolError` if it is not HTTP.
         """
-        connection = await self._connect()
+        await asyncio.sleep(0)  # a call whose time is over already is cancelled here, and not sent
+        connection, asked, keep = await self._connect(), monotonic(), False
         head = f"{method} {self._prefix}{path} HTTP/1.1\r\n{self._headers}{_lines(headers or {})}"
         try:
             connection.writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode("ascii") + body)
             await connection.writer.drain()
             response, keep = await _read(connection.reader)
-        except BaseException:
-            connection.writer.transport.abort()
-            raise
-        if keep and response.status < _FAILED and not self._closed:
-            self._idle.append((connection, monotonic()))
-        else:
-            connection.writer.close()
+        finally:
+            if keep and not self._closed:
+                self._idle.append((connection, asked))
+            else:
+                connection.writer.transport.abort()  # TLS would wait for the engine to close its side
         return response
 
     async def close(self) -> None:
@@ -100,11 +99,11 @@ class HttpClient:
 
     async def _connect(self) -> _Connection:
         while self._idle:
-            connection, since = self._idle.pop()
-            usable = not connection.reader.at_eof() and not connection.writer.is_closing()
-            if usable and monotonic() - since < _IDLE:
+            connection, asked = self._idle.pop()
+            fresh = monotonic() - asked < _IDLE and not connection.writer.is_closing()
+            if fresh and _is_quiet(connection.reader):
                 return connection
-            connection.writer.transport.abort()  # the engine was restarted, or closes it as idle
+            connection.writer.transport.abort()  # the engine was restarted, closes it as idle, or says too much
         return _Connection(*await asyncio.open_connection(self._host, self._port, ssl=self._tls, limit=_MAX_HEAD))
 
 
@@ -112,17 +111,32 @@ def _lines(headers: Mapping[str, str]) -> str:
     return "".join([f"{name}: {value}\r\n" for name, value in headers.items()])
 
 
+def _is_quiet(reader: asyncio.StreamReader) -> bool:
+    """Whether neither bytes nor the end have come. Bytes would be taken for the answer to the next request."""
+    peek = reader.read(1)
+    try:
+        peek.send(None)  # the first step: it returns at once if there is something, and else would wait
+    except StopIteration:
+        return False
+    peek.close()
+    return True
+
+
 async def _read(reader: asyncio.StreamReader) -> tuple[HttpResponse, bool]:
     """Read one answer, and whether the connection may be used again."""
     version, status, headers = await _head(reader)
     while status < 200:  # such as 100 Continue: the answer comes after it
         version, status, headers = await _head(reader)
-    keep = version == b"HTTP/1.1" and headers.get(b"connection", b"").lower() != b"close"
+    says = [word.strip() for word in headers.get(b"connection", b"").lower().split(b",")]
+    keep = version == b"HTTP/1.1" and b"close" not in says and status < _FAILED
     length = headers.get(b"content-length", b"")
-    if headers.get(b"transfer-encoding", b"").lower() == b"chunked":
-        body = await _chunks(reader)
-    elif status in _WITHOUT_BODY:
+    encoding = headers.get(b"transfer-encoding", b"").lower()
+    if status in _WITHOUT_BODY:
         body = b""
+    elif encoding == b"chunked":
+        body = await _chunks(reader)
+    elif encoding:
+        raise RemoteProtocolError(f"an answer that is encoded as {encoding[:40]!r}")
     elif not length:  # it ends with the connection
         body, keep = await _rest(reader), False
     elif length.isdigit() and len(length) <= 12 and int(length) <= MAX_BODY:
@@ -142,8 +156,12 @@ async def _head(reader: asyncio.StreamReader) -> tuple[bytes, int, dict[bytes, b
     version, _, rest = status_line.partition(b" ")
     if version not in (b"HTTP/1.1", b"HTTP/1.0") or not rest[:3].isdigit():
         raise RemoteProtocolError(f"an answer that is no HTTP/1.1: {status_line[:40]!r}")
-    parted = (line.partition(b":") for line in lines)
-    return version, int(rest[:3]), {name.strip().lower(): value.strip() for name, _, value in parted}
+    headers: dict[bytes, bytes] = {}
+    for line in lines:
+        name, _, value = line.partition(b":")
+        name, value = name.strip().lower(), value.strip()
+        headers[name] = headers.get(name, b"") + b"," + value if name == b"connection" else value
+    return version, int(rest[:3]), headers
 
 
 async def _chunks(reader: asyncio.StreamReader) -> bytes:
