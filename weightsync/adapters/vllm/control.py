@@ -300,14 +300,11 @@ class VLLMAdapter(ReplayingAdapter):
         params = {"reset_running_requests": "false" if kept else "true"}
         if server.connector:  # without a connector, older servers report a failure (vllm-project/vllm#42693)
             params["reset_external"] = "true"
-        prefixes = self._http.call("POST", "/reset_prefix_cache", params=params, deadline=deadline)
-        answer: Any
-        if "/reset_encoder_cache" in server.routes:
-            answer, _ = await at_once(prefixes, self._http.post("/reset_encoder_cache", deadline=deadline))
-        else:
-            answer = await prefixes
+        answer: Any = await self._http.call("POST", "/reset_prefix_cache", params=params, deadline=deadline)
         # older versions answer with 200 and no body, whatever happened
         if isinstance(answer, dict) and answer.get("success") is False and not kept:
             raise EngineError(
                 f"the prefix cache of engine {self.name} could not be reset", engine=self.name, phase="finish"
             )
+        if "/reset_encoder_cache" in server.routes:  # last: preempted requests give back what they hold of it
+            await self._http.post("/reset_encoder_cache", deadline=deadline)
