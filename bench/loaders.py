@@ -113,4 +113,5 @@ def note(way: dict[str, Any]) -> str:
     if not way.get("peer"):
         return ""
     before = ", ".join(f"{part} {seconds:.1f} s" for part, seconds in way.get("before", {}).items())
-    return f"- {way['way']} into {way['engine']}: {way['software']}, {way['settings']}{f'; before the pushes: {before}' if before else ''}"
+    after = f"; before the pushes: {before}" if before else ""
+    return f"- {way['way']} into {way['engine']}: {way['software']}, {way['settings']}{after}"
