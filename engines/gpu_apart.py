@@ -55,8 +55,7 @@ SERVERS = {
     ("vllm", "group"): ("group",),
     ("vllm", "nccl"): (peers.APART.name,),
 }
-FLAGS: dict[str, tuple[str, ...]] = {"sglang": ("--load-format", "dummy")}
-FLAGS["vllm"] = (*FLAGS["sglang"], "--kv-cache-memory-bytes", str(2 << 30))
+FLAGS = ("--load-format", "dummy")
 BUCKET = 1 << 30  # bytes of one broadcast
 
 
@@ -125,7 +124,7 @@ def push_all(options: argparse.Namespace, keep: Callable[..., None]) -> None:
         servers: dict[tuple[str, str], Server] = {}
         for number, which in enumerate(which for which, ways in wanted.items() if ways):
             (kind, path), port = which, 22000 + 100 * number
-            servers[which] = Server(Case(kind, path, tp=options.tp), options.model, port, theirs, options, FLAGS[kind])
+            servers[which] = Server(Case(kind, path, tp=options.tp), options.model, port, theirs, options, FLAGS)
             stack.callback(servers[which].stop)
         up = []
         for which, server in servers.items():

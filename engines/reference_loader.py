@@ -6,6 +6,7 @@ A process of its own, because checkpoint-engine sends CUDA IPC handles, which a 
 from __future__ import annotations
 
 import multiprocessing
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,7 +62,8 @@ def _serve(pipe: Connection, model: str, tp_size: int, tp_rank: int) -> None:
 
     context = zmq.Context()
     pipe.send(None)
-    while True:
-        sockets = pipe.recv()
-        update_weights_from_ipc(context, sockets[tp_rank], tp_rank, run=load)
-        pipe.send(None)
+    with suppress(EOFError):  # the trainer's rank has ended
+        while True:
+            sockets = pipe.recv()
+            update_weights_from_ipc(context, sockets[tp_rank], tp_rank, run=load)
+            pipe.send(None)
